@@ -1,0 +1,37 @@
+"""Randomness as a function of its place: nothing to save, nothing to restore, the same on any number of devices.
+
+A draw is named by (seed, purpose, place...), e.g. (0, "noise", step, position). The name is hashed into the 128-bit
+key of a Philox counter generator (Salmon et al. 2011), so two names never share a stream in practice. torch's own CPU
+generator keeps only 32 bits of a seed, too few for the tens of millions of draws of a long run.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, purpose: str, *place: int) -> np.random.Generator:
+    """A fresh generator that depends on its name alone."""
+    name = "/".join([str(seed), purpose, *map(str, place)])
+    key = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def noise(seed: int, purpose: str, step: int, positions: Iterable[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise [len(positions), *shape], float32, one keyed draw per sample."""
+    rows = [generator(seed, purpose, step, int(p)).standard_normal(shape, dtype=np.float32) for p in positions]
+    return torch.from_numpy(np.stack(rows))
+
+
+def uniforms(seed: int, purpose: str, step: int, shape: int | tuple[int, ...]) -> np.ndarray:
+    """Uniform draws of a whole step, float64, strictly inside (0, 1). Slice it by position."""
+    # random() may return exactly 0; half a spacing more keeps inverse CDFs finite
+    return generator(seed, purpose, step).random(shape) + 2.0**-54
+
+
+def permutation(seed: int, purpose: str, place: int, count: int) -> np.ndarray:
+    """A permutation of 0 ... count-1."""
+    return generator(seed, purpose, place).permutation(count)

@@ -1,0 +1,275 @@
+"""What a recipe may say: one pydantic model per TOML table. No torch in this package.
+
+Every field's description is what the JSON schema shows in an editor. Unknown keys are refused.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+
+class Run(Table):
+    name: str = Field(min_length=1, description="Name of the run, for logs and trackers.")
+    out: str = Field(min_length=1, description="Run directory: metrics, checkpoints, snapshots, pictures.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Key of every random draw of the run.")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: continue from the newest good checkpoint; never: refuse a directory that holds a run."
+    )
+
+
+class Architecture(Table):
+    """Sizes of a network that starts from random weights."""
+
+    channels: Positive = Field(1, description="Channels of a picture.")
+    height: Positive = Field(description="Picture height in pixels.")
+    width: Positive = Field(description="Picture width in pixels.")
+    patch: Positive = Field(description="Side of the square of pixels that makes one token.")
+    layers: Positive = Field(description="Double-stream blocks.")
+    single_layers: Positive = Field(description="Single-stream blocks.")
+    heads: Positive = Field(description="Attention heads.")
+    head_dim: Positive = Field(description="Width of one head; the hidden size is heads * head_dim.")
+    rope_axes: list[Positive] = Field(min_length=3, max_length=3, description="Rotary widths; they add up to head_dim.")
+    text_dim: Positive = Field(32, description="Width of a text token.")
+    pooled_dim: Positive = Field(32, description="Width of the pooled text vector.")
+
+
+class Model(Table):
+    family: str = Field(description="Model family, e.g. pixel_flux.")
+    path: str | None = Field(None, description="Folder of trained weights. Exactly one of path and new is set.")
+    mask: Literal["bool", "none"] = Field(
+        "bool", description="bool: padding of the text is invisible to attention; none: it takes part, as FLUX was trained."
+    )
+    text_length: Positive = Field(12, description="Tokens a caption is padded or cut to.")
+    new: Architecture | None = Field(None, description="Sizes of a new network with random weights.")
+
+
+class Base(Table):
+    quant: Literal["none", "int8", "int8-quanto"] = Field(
+        "none", description="Storage of the frozen base: none, int8 (plain tensors, ours), int8-quanto (optimum-quanto)."
+    )
+    exclude: list[str] = Field(
+        default_factory=list, description="Name patterns of linears that stay unquantized; each must match at least one."
+    )
+
+
+class Target(Table):
+    """Linears that get an adapter of one shape. The first target that matches a name wins."""
+
+    pattern: str | None = Field(
+        None, description="Module name; * stands for anything within one dotted part, ** for any number of parts."
+    )
+    preset: str | None = Field(None, description="Named set of layers of the family, e.g. modulation, attention, mlp.")
+    factor: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="LoKr: side of the small Kronecker factor; -1 is the most even split. Default 4."
+    )
+    rank: Annotated[int, Field(ge=1)] | Literal["full"] | None = Field(
+        None, description="LoRA: rank (default 16). LoKr: rank of the large factor, or full (default)."
+    )
+
+
+class Adapter(Table):
+    kind: Literal["lokr", "lora"] = Field(description="Form of the trained weight change.")
+    targets: list[Target] = Field(min_length=1, description="Which linears, in order of precedence.")
+    init: Literal["default", "ones", "perturbed_normal"] = Field(
+        "default",
+        description="default: as LyCORIS; ones: first LoKr factor 1, second 0; perturbed_normal: first 1, second small noise "
+        "with the mean and deviation of the layer's own weights.",
+    )
+    init_scale: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Size of the perturbed_normal start relative to the weights. Default 1e-3."
+    )
+
+
+class Data(Table):
+    source: Literal["digits", "mnist", "pairs"] = Field(
+        description="digits: scikit-learn's 8x8 digits, two per picture; mnist: 28x28 digits padded to 32x32; "
+        "pairs: stored noise and pictures from tools/make_pairs.py."
+    )
+    path: str | None = Field(None, description="pairs: folder of shards (required). mnist: folder of IDX files (optional).")
+    caption_noise: Share = Field(
+        0.0, description="Share of digit words replaced at random, as in captions from the web; makes guidance matter."
+    )
+    caption_dropout: Share = Field(0.1, description="Share of captions replaced by the empty prompt.")
+
+
+class Timesteps(Table):
+    density: Literal["uniform", "logit_normal", "beta", "mode", "cosmap"] = Field(
+        "uniform", description="Density of sigma (1 is noise, 0 is data) before the shift."
+    )
+    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="beta: first parameter. Default 2.")
+    beta: Annotated[float, Field(gt=0)] | None = Field(None, description="beta: second parameter. Default 2.")
+    mean: float | None = Field(None, description="logit_normal: mean of logit(sigma). Default 0.")
+    std: Annotated[float, Field(gt=0)] | None = Field(None, description="logit_normal: deviation. Default 1.")
+    scale: Annotated[float, Field(ge=-1, le=1.7519)] | None = Field(None, description="mode: s of SD3, eq. 20. Default 1.29.")
+    shift: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        1.0, description="sigma' = s sigma / (1 + (s-1) sigma). auto: from the number of tokens, by the family's rule."
+    )
+    stratify: bool = Field(True, description="One draw in each of `batch` equal shares of probability, per step.")
+
+
+class Train(Table):
+    objective: Literal["flow", "distill", "reflow"] = Field(
+        "flow",
+        description="flow: flow matching on data; distill: velocity between stored points of a teacher's trajectories; "
+        "reflow: flow matching on the stored noise and its picture.",
+    )
+    steps: Positive = Field(description="Optimizer steps in all.")
+    batch: Positive = Field(description="Global batch: samples per optimizer step, on any number of devices.")
+    micro_batch: Positive | None = Field(None, description="Samples per forward pass; default the whole batch.")
+    lr: Annotated[float, Field(gt=0)] = Field(description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay of the rate after the warm-up.")
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warm-up.")
+    lr_floor: Share | None = Field(None, description="Final rate as a share of lr, for linear and cosine. Default 0.")
+    optimizer: Literal["adamw", "adamw_bf16"] = Field(
+        "adamw", description="adamw: fp32 parameters and states; adamw_bf16: bf16 parameters and states, Kahan summation."
+    )
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.99], description="Decay of the two moments."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="Clip the gradient norm to this.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of the network; bf16 uses autocast.")
+    gradient_checkpointing: bool = Field(False, description="Recompute blocks in backward: less memory, more time.")
+
+
+class Validate(Table):
+    every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between validations; 0 never. Also at the end.")
+    samples: Positive | None = Field(None, description="Held-out samples, on fixed noise and fixed sigmas. Default 256.")
+
+
+class Checkpoint(Table):
+    every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between checkpoints; 0: only the last step.")
+    keep: Annotated[int, Field(ge=2)] = Field(2, description="Good checkpoints kept.")
+
+
+class Snapshot(Table):
+    every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between kept copies of the trained weights; 0 never.")
+
+
+class Log(Table):
+    every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
+    sigma_bins: Positive = Field(8, description="Equal bins of sigma in which the loss is reported.")
+    wandb: bool = Field(False, description="Also log to Weights & Biases; offline when there is no key.")
+
+
+class Sample(Table):
+    steps: Positive = Field(16, description="Euler steps when pictures are made with this model.")
+
+
+class Recipe(Table):
+    run: Run
+    model: Model
+    base: Base = Base()
+    adapter: Adapter | None = Field(None, description="Without this table the whole network is trained.")
+    data: Data
+    timesteps: Timesteps = Timesteps()
+    train: Train
+    validate_: Validate = Field(Validate(), alias="validate")
+    checkpoint: Checkpoint = Checkpoint()
+    snapshot: Snapshot = Snapshot()
+    log: Log = Log()
+    sample: Sample = Sample()
+
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def where(self, key: str) -> str:
+        """``file:line: key`` of a dotted key such as ``adapter.targets.0.pattern``, for errors found after loading."""
+        parts = key.split(".")
+        for n in range(len(parts), 0, -1):
+            if place := self._places.get(".".join(parts[:n])):
+                return f"{place}: {key}"
+        return key
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole recipe as plain data with every default filled in; keys named as in TOML."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
+    """Keys that are well formed alone but make no sense together, as ``(dotted key, message)``."""
+    found = _model_rules(recipe) + _timestep_rules(recipe) + _training_rules(recipe)
+    if recipe.adapter is not None:
+        found += _adapter_rules(recipe.adapter)
+    return found
+
+
+def _model_rules(r: Recipe) -> list[tuple[str, str]]:
+    found = []
+    if (r.model.path is None) == (r.model.new is None):
+        found.append(("model", "set exactly one of path (trained weights) and new (sizes of a new network)"))
+    if new := r.model.new:
+        if new.height % new.patch or new.width % new.patch:
+            found.append(("model.new.patch", f"{new.patch} does not divide the picture, {new.height} x {new.width}"))
+        if sum(new.rope_axes) != new.head_dim:
+            found.append(("model.new.rope_axes", f"they add up to {sum(new.rope_axes)}, head_dim is {new.head_dim}"))
+    if r.data.source == "pairs" and r.data.path is None:
+        found.append(("data.path", "required with source = 'pairs': the folder that tools/make_pairs.py wrote"))
+    if r.data.source == "digits" and r.data.path is not None:
+        found.append(("data.path", "has no effect with source = 'digits', which ships with scikit-learn"))
+    if r.data.source == "pairs" and r.data.caption_noise:
+        found.append(("data.caption_noise", "has no effect with source = 'pairs', whose captions are stored"))
+    return found
+
+
+_DENSITY_KEYS = {"beta": {"alpha", "beta"}, "logit_normal": {"mean", "std"}, "mode": {"scale"}}
+
+
+def _timestep_rules(r: Recipe) -> list[tuple[str, str]]:
+    found = []
+    for density, keys in _DENSITY_KEYS.items():
+        for key in sorted(keys):
+            if getattr(r.timesteps, key) is not None and r.timesteps.density != density:
+                found.append((f"timesteps.{key}", f"has no effect with density = '{r.timesteps.density}'; needs '{density}'"))
+    if r.train.objective == "distill" and r.timesteps.model_fields_set:
+        found.append(("timesteps", "has no effect with objective = 'distill': sigma comes from the stored points"))
+    return found
+
+
+def _training_rules(r: Recipe) -> list[tuple[str, str]]:
+    found = []
+    t = r.train
+    if t.micro_batch is not None and t.batch % t.micro_batch:
+        found.append(("train.micro_batch", f"{t.micro_batch} does not divide batch = {t.batch}"))
+    if t.warmup >= t.steps:
+        found.append(("train.warmup", f"{t.warmup} leaves no step of the {t.steps} at the full rate"))
+    if t.lr_floor is not None and t.schedule == "constant":
+        found.append(("train.lr_floor", "has no effect with schedule = 'constant'"))
+    if t.optimizer == "adamw_bf16" and t.betas[1] > 0.99:
+        found.append(("train.betas", f"second beta {t.betas[1]} > 0.99 never lets a bf16 second moment fall; use 0.99"))
+    if t.optimizer == "adamw_bf16" and t.precision == "fp32":
+        found.append(("train.optimizer", "adamw_bf16 keeps parameters in bf16; set train.precision = 'bf16'"))
+    if (t.objective == "flow") == (r.data.source == "pairs"):
+        found.append(("train.objective", f"'{t.objective}' does not go with data.source = '{r.data.source}'"))
+    if r.adapter is None and r.base.quant != "none":
+        found.append(("base.quant", "a quantized base is frozen: add an [adapter] table or set quant = 'none'"))
+    if r.base.quant == "none" and r.base.exclude:
+        found.append(("base.exclude", "has no effect with quant = 'none'"))
+    if r.validate_.samples is not None and not r.validate_.every:
+        found.append(("validate.samples", "has no effect while validate.every is 0"))
+    return found
+
+
+def _adapter_rules(a: Adapter) -> list[tuple[str, str]]:
+    found = []
+    for i, target in enumerate(a.targets):
+        key = f"adapter.targets.{i}"
+        if (target.pattern is None) == (target.preset is None):
+            found.append((key, "set exactly one of pattern and preset"))
+        if a.kind == "lora" and target.factor is not None:
+            found.append((f"{key}.factor", "belongs to kind = 'lokr'; LoRA has only a rank"))
+        if a.kind == "lora" and target.rank == "full":
+            found.append((f"{key}.rank", "'full' belongs to kind = 'lokr'; give LoRA a number"))
+        if target.factor == 0:
+            found.append((f"{key}.factor", "must be -1 or at least 1"))
+    if a.init == "ones" and a.kind == "lora":
+        found.append(("adapter.init", "'ones' is a LoKr start; LoRA knows 'default' and 'perturbed_normal'"))
+    if a.init_scale is not None and a.init != "perturbed_normal":
+        found.append(("adapter.init_scale", f"has no effect with init = '{a.init}'"))
+    return found
