@@ -1,6 +1,7 @@
 """Solving d noisy / d sigma = velocity from noise to data."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +23,6 @@ def euler(velocity: Velocity, noise: Tensor, sigmas: np.ndarray) -> Iterator[Ten
     """Each state of Euler's method, the noise first and the data last: len(sigmas) tensors."""
     noisy = noise
     yield noisy
-    for i, (here, there) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+    for i, (here, there) in enumerate(pairwise(sigmas)):
         noisy = noisy + float(there - here) * velocity(noisy, float(here), i)
         yield noisy

@@ -50,7 +50,9 @@ def shift_sigma(sigma: np.ndarray, shift: float) -> np.ndarray:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def dynamic_shift(tokens: int, base: float = 0.5, maximum: float = 1.15, base_tokens: int = 256, max_tokens: int = 4096) -> float:
+def dynamic_shift(
+    tokens: int, base: float = 0.5, maximum: float = 1.15, base_tokens: int = 256, max_tokens: int = 4096
+) -> float:
     """FLUX.1-dev's shift exp(mu), mu linear in the number of image tokens. ai-toolkit uses maximum = 1.16."""
     slope = (maximum - base) / (max_tokens - base_tokens)
     return math.exp(base + slope * (tokens - base_tokens))

@@ -96,7 +96,9 @@ class Data(Table):
     caption_noise: Share = Field(
         0.0, description="Share of digit words replaced at random, as in captions from the web; makes guidance matter."
     )
-    caption_dropout: Share = Field(0.1, description="Share of captions replaced by the empty prompt.")
+    caption_dropout: Share | None = Field(
+        None, description="Share of captions replaced by the empty prompt. Default 0.1 for pictures, 0 for pairs."
+    )
 
 
 class Timesteps(Table):
@@ -213,6 +215,8 @@ def _model_rules(r: Recipe) -> list[tuple[str, str]]:
         found.append(("data.path", "required with source = 'pairs': the folder that tools/make_pairs.py wrote"))
     if r.data.source == "digits" and r.data.path is not None:
         found.append(("data.path", "has no effect with source = 'digits', which ships with scikit-learn"))
+    if r.data.source == "pairs" and r.data.caption_dropout:
+        found.append(("data.caption_dropout", "would pair the empty prompt with guided pictures; leave it out with 'pairs'"))
     if r.data.source == "pairs" and r.data.caption_noise:
         found.append(("data.caption_noise", "has no effect with source = 'pairs', whose captions are stored"))
     return found

@@ -1,0 +1,87 @@
+"""Put adapters on a frozen network, and take their tensors out and in by name."""
+
+from typing import Any
+
+import torch
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.lokr import LokrModule
+from torch import Tensor, nn
+
+from dedistill.adapters.targets import Resolved
+from dedistill.errors import UserError
+
+
+def file_name(module_name: str) -> str:
+    """``a.b.c`` as LyCORIS, SimpleTuner and ComfyUI spell it in files: ``lycoris_a_b_c``."""
+    return "lycoris_" + module_name.replace(".", "_")
+
+
+class Adapter(nn.Module):
+    """The trained part: one LyCORIS module per target, in bypass mode, named as in files.
+
+    Calling it calls the network it was attached to, which is not registered: nothing of the frozen base is
+    broadcast, saved or optimized with it.
+    """
+
+    def __init__(self, net: nn.Module, kind: str, targets: list[Resolved]):
+        super().__init__()
+        self._net = [net]
+        self.by_target: dict[str, nn.Module] = {}
+        for target in targets:
+            module = _build(kind, target, net.get_submodule(target.name))
+            module.apply_to()
+            self.add_module(file_name(target.name), module)
+            self.by_target[target.name] = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._net[0](*args, **kwargs)
+
+    def detach_from_base(self) -> None:
+        """Give the network its own forward back, bit for bit."""
+        for module in self.by_target.values():
+            module.restore()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters under their names in files."""
+        return dict(self.named_parameters())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Private copies of everything a file holds: parameters and each module's alpha."""
+        alphas = {f"{file_name(n)}.alpha": m.alpha for n, m in self.by_target.items()}
+        return {name: t.detach().clone().contiguous() for name, t in (self.trainable() | alphas).items()}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Copy a whole file in. Raises UserError, changing nothing, unless names and shapes agree exactly."""
+        own = self.trainable() | {f"{file_name(n)}.alpha": m.alpha for n, m in self.by_target.items()}
+        problems = compare_tensors(own, tensors)
+        if problems:
+            raise UserError(f"'{source}' does not fit this recipe's adapter: {problems}")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def compare_tensors(own: dict[str, Tensor], other: dict[str, Tensor]) -> str:
+    """What keeps ``other`` from being loaded into ``own``; empty when nothing does."""
+    missing, extra = sorted(own.keys() - other.keys()), sorted(other.keys() - own.keys())
+    shapes = [n for n in own.keys() & other.keys() if own[n].shape != other[n].shape]
+    parts = [f"{len(names)} {what}, e.g. {names[0]}" for what, names in (("missing", missing), ("unknown", extra)) if names]
+    if shapes:
+        n = min(shapes)
+        parts.append(f"{len(shapes)} of another shape, e.g. {n} {tuple(other[n].shape)}, expected {tuple(own[n].shape)}")
+    return "; ".join(parts)
+
+
+def _build(kind: str, target: Resolved, linear: nn.Module) -> nn.Module:
+    # bypass: rebuild mode forms (W + dW) - W in the base's dtype and rounds small deltas away
+    # alpha = rank: the scale is 1 in every program that reads the file
+    name = file_name(target.name)
+    rank = target.rank or 1
+    if kind == "lora":
+        return LoConModule(name, linear, 1.0, rank, rank, bypass_mode=True)
+    return LokrModule(name, linear, 1.0, rank, rank, factor=target.factor, full_matrix=target.rank is None, bypass_mode=True)
+
+
+def dense_shapes(net: nn.Module, names: list[str]) -> dict[str, tuple[int, int]]:
+    """name -> (out, in) of the linears ``names``."""
+    return {n: (net.get_submodule(n).out_features, net.get_submodule(n).in_features) for n in names}

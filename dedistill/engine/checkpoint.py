@@ -1,0 +1,155 @@
+"""Checkpoints: a directory that is whole or is not there, and says so itself.
+
+Files are hashed as they are written and synced, the manifest comes last, the directory is renamed into place and its
+parent synced. Valid means: the manifest parses and every size and SHA-256 agrees. There is no pointer to the latest;
+the newest valid one wins.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dedistill.errors import UserError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def write_synced(path: Path, data: bytes) -> str:
+    """Write and fsync a file; returns its SHA-256. Raises UserError naming path and bytes when the disk refuses."""
+    try:
+        with open(path, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise UserError(
+            f"cannot write '{path}' ({len(data):,} bytes): {e.strerror or e}. What was saved before is intact."
+        ) from e
+    return hashlib.sha256(data).hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: bytes) -> str:
+    """Put ``data`` at ``path`` whole or not at all: temporary sibling, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        digest = write_synced(temporary, data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+    return digest
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], facts: dict, keep: int) -> Path:
+    """Write ``folder/step-XXXXXXXX`` with one safetensors file per entry of ``tensors``; prune to ``keep`` good ones.
+
+    Older checkpoints go only after the new one has been read back and verified. A failed write leaves nothing behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f"{final.name}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        files = {}
+        for name, group in tensors.items():
+            data = save(group, metadata={"format": "pt", "step": str(step)})
+            files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": write_synced(temporary / f"{name}.safetensors", data)}
+        manifest = {"schema": SCHEMA, "step": step, **facts, "files": files}
+        write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        sync_directory(temporary)
+        if final.exists():  # the same step saved again, e.g. after a damaged one was set aside
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_directory(folder)
+    if problem := damage(final):
+        raise UserError(f"checkpoint '{final}' does not read back as written: {problem}. Older checkpoints are kept.")
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Published checkpoint directories, oldest first, damaged or not."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, naming the file; empty when every byte agrees with the manifest."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return f"{MANIFEST} is unreadable ({type(e).__name__})"
+    if manifest.get("schema") != SCHEMA or manifest.get("step") != int(checkpoint.name.removeprefix("step-")):
+        return f"{MANIFEST} is of another schema or step"
+    for name, (size, digest) in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} were written"
+        with open(path, "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != digest:
+                return f"{name} differs from what was written (SHA-256)"
+    return ""
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest good checkpoint, and a sentence about each newer, damaged one, which is set aside as ``*.bad``.
+
+    Raises UserError when there are checkpoints but none is good: starting over in silence would lose the run.
+    """
+    notes = []
+    for checkpoint in reversed(list_checkpoints(folder)):
+        problem = damage(checkpoint)
+        if not problem:
+            return checkpoint, notes
+        aside = checkpoint.with_name(f"{checkpoint.name}.bad")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(checkpoint, aside)
+        notes.append(f"checkpoint '{checkpoint}' is damaged: {problem}; set aside as '{aside.name}'")
+    bad = sorted(folder.glob("step-*.bad")) if folder.is_dir() else []
+    if bad:
+        notes.append(f"no good checkpoint is left in '{folder}'. Restore one, or move the run directory away to start over.")
+        raise UserError("\n".join(notes))
+    return None, notes
+
+
+def read_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """({file stem: tensors}, manifest) of a checkpoint that :func:`damage` found good."""
+    manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+    groups = {}
+    for name in manifest["files"]:
+        with safe_open(checkpoint / name, framework="pt") as f:
+            groups[name.removesuffix(".safetensors")] = {key: f.get_tensor(key).clone() for key in f.keys()}  # noqa: SIM118
+    return groups, manifest
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove what killed writes left behind. Only while holding the run's lock."""
+    for path in folder.rglob("*.tmp-*") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,0 +1,29 @@
+"""No optimizer step on a number that is not finite."""
+
+import math
+from typing import Any
+
+from dedistill.errors import UserError
+
+PATIENCE = 3
+
+
+class FiniteGuard:
+    """Skips a step whose loss or gradient is not finite, remembers it, and stops the run at the third in a row."""
+
+    def __init__(self):
+        self.in_a_row = 0
+
+    def allows(self, step: int, loss: float, grad_norm: float, culprits: list[dict[str, Any]]) -> bool:
+        """True when the step may be applied. ``culprits``: name, sigma and loss of samples whose loss is not finite."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        if self.in_a_row >= PATIENCE:
+            worst = f"; samples: {culprits[:4]}" if culprits else " in the gradient"
+            raise UserError(
+                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: not finite {PATIENCE} times in a row{worst}. "
+                "No such step was applied. Lower train.lr or set train.max_grad_norm; the last checkpoint is good."
+            )
+        return False

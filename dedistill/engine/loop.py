@@ -1,0 +1,162 @@
+"""The training loop: slots of the global batch, one update per step, whatever model, adapter or objective."""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from dedistill.assemble import Model
+from dedistill.data.source import Source
+from dedistill.engine.checkpoint import newest_valid, read_checkpoint, replace_file, save_checkpoint
+from dedistill.engine.guards import FiniteGuard
+from dedistill.engine.metrics import Clock, Journal, Trackers
+from dedistill.engine.objective import Objective, task_loss
+from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from dedistill.engine.rundir import RunDirectory
+from dedistill.engine.stop import StopRequest
+from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
+from dedistill.errors import UserError
+from dedistill.recipe import Recipe, to_toml
+from dedistill.recipe.plan import Plan
+
+
+class Trainer:
+    """Everything a run consists of. ``fit`` reads as the run goes."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, model: Model, source: Source, run: RunDirectory):
+        self.recipe, self.plan, self.model, self.run = recipe, plan, model, run
+        self.objective = Objective(recipe, source, model.parts.tokens, model.family.shift(model.parts.tokens))
+        self.trainable = model.trainable()
+        self.optimizer = make_optimizer(recipe, self.trainable.values())
+        self.guard = FiniteGuard()
+        self.step = 0
+        self.skipped = 0
+        self.notes: list[str] = []
+        every, samples = recipe.validate_.every, recipe.validate_.samples or SAMPLES
+        self.validate = Validator(self.objective, samples) if every else None
+
+    def facts(self) -> dict:
+        """What the run's settings came to, for plan.json."""
+        return {
+            "objective": self.objective.kind,
+            "sigma": self.objective.sampling,
+            "caption_dropout": self.objective.dropout,
+            "optimizer": type(self.optimizer).__module__.split(".")[0] + "." + type(self.optimizer).__name__,
+            "betas": list(self.recipe.train.betas),
+            "parameter_dtype": str(next(iter(self.trainable.values())).dtype),
+            "bf16": self.model.bf16,
+            "text_length": self.model.text_length,
+            "mask": self.model.parts.mask,
+            "samples_held_out": len(self.validate.task.names) if self.validate else 0,
+        }
+
+    def resume(self) -> None:
+        """Continue from the newest good checkpoint, if there is one."""
+        checkpoint, self.notes = newest_valid(self.run.checkpoints)
+        if checkpoint is None:
+            return
+        groups, manifest = read_checkpoint(checkpoint)
+        self.model.load_tensors(groups["trainable"], str(checkpoint))
+        load_optimizer_tensors(self.optimizer, self.trainable, groups.get("optimizer", {}))
+        self.step, self.skipped = manifest["step"], manifest["skipped"]
+        if self.step > self.plan.steps:
+            raise UserError(f"'{checkpoint}' is at step {self.step}, train.steps is {self.plan.steps}: nothing is left to do")
+
+    def fit(self, stop: StopRequest, trackers: Trackers) -> Iterator[dict]:
+        """Train to the last step, yielding one row per step; returns early, saved, when a stop is asked for."""
+        journal, timings, clock = Journal(self.run.metrics, self.step), Journal(self.run.timings, self.step), Clock()
+        if self.step == 0 and self.validate:
+            journal.write({"step": 0} | self.validate(self.model))
+            clock.lap()
+        self.model.root.train()
+        try:
+            for step in range(self.step, self.plan.steps):
+                row = self._train_step(step)
+                self.step = step + 1
+                last = self.step == self.plan.steps
+                if self.validate and (last or self.step % self.recipe.validate_.every == 0):
+                    row |= self.validate(self.model)
+                if _due(self.recipe.snapshot.every, self.step, last):
+                    self._snapshot()
+                if "val_loss" in row or not row["applied"] or last or self.step % self.recipe.log.every == 0:
+                    journal.write(row)
+                    timings.write({"step": self.step, "seconds": round(clock.lap(), 4)})
+                    trackers.log(row, self.step)
+                if last or stop.signal or _due(self.recipe.checkpoint.every, self.step, last):
+                    self._checkpoint()
+                yield row
+                if stop.signal:
+                    return
+        finally:
+            journal.close()
+            timings.close()
+
+    def _train_step(self, step: int) -> dict:
+        """One optimizer step over all slots of the global batch; every sample weighs the same."""
+        losses, sigmas, names = [], [], []
+        for positions in np.split(np.arange(self.plan.batch), self.plan.micro_steps):
+            task = self.objective.task(step, positions)
+            loss = task_loss(self.model, task)  # one number per sample
+            (loss.sum() / self.plan.batch).backward()
+            losses.append(loss.detach().cpu())
+            sigmas.append(task.sigma)
+            names += task.names
+        loss, sigma = torch.cat(losses), torch.cat(sigmas)
+        grad_norm = float(self._clip())
+        lr = learning_rate(self.recipe, step)
+        mean = float(loss.mean())
+        bad = [{"sample": names[i], "sigma": float(sigma[i])} for i in torch.nonzero(~loss.isfinite()).flatten().tolist()]
+        applied = self.guard.allows(step, mean, grad_norm, bad)
+        if applied:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        row = {"step": step + 1, "loss": mean, "lr": lr, "grad_norm": grad_norm, "applied": applied}
+        if not applied:
+            return {**row, "loss": str(mean), "grad_norm": str(grad_norm), "not_finite": bad}
+        return row | {"sigma_mean": float(sigma.mean()), "sigma_loss": sigma_bins(loss, sigma, self.recipe.log.sigma_bins)}
+
+    def _clip(self) -> torch.Tensor:
+        limit = self.recipe.train.max_grad_norm or math.inf
+        return torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit, foreach=True)
+
+    def _snapshot(self) -> None:
+        self.run.snapshots.mkdir(exist_ok=True)
+        header = snapshot_header(self.recipe, self.step)
+        replace_file(self.run.snapshots / f"step-{self.step:08d}.safetensors", save(self.model.tensors(), metadata=header))
+
+    def _checkpoint(self) -> None:
+        groups = {"trainable": self.model.tensors(), "optimizer": optimizer_tensors(self.optimizer, self.trainable)}
+        facts = {"skipped": self.skipped, "recipe": self.recipe.resolved(), "saved_at": time.time()}
+        save_checkpoint(self.run.checkpoints, self.step, groups, facts, self.recipe.checkpoint.keep)
+
+    def export(self) -> Path | None:
+        """The finished network as a model folder, when the whole network was trained."""
+        if self.model.adapter is None:
+            self.model.family.save(self.model.parts, self.run.model)
+            return self.run.model
+        return None
+
+
+def _due(every: int, step: int, last: bool) -> bool:
+    return bool(every) and (last or step % every == 0)
+
+
+def snapshot_header(recipe: Recipe, step: int) -> dict[str, str]:
+    """What a sampler must know to use the weights; safetensors headers hold strings only."""
+    return {
+        "format": "pt",
+        "dedistill.step": str(step),
+        "dedistill.run": recipe.run.name,
+        "dedistill.family": recipe.model.family,
+        "dedistill.masked_attention": recipe.model.mask,
+        "dedistill.sigma_density": recipe.timesteps.density,
+        "dedistill.recipe": to_toml(recipe),
+    }

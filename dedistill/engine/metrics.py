@@ -1,0 +1,96 @@
+"""metrics.jsonl: the record of a run, one JSON object per line, the same bytes for the same recipe.
+
+Wall-clock times go to timings.jsonl, so that two runs can be compared byte for byte.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dedistill.errors import UserError
+
+
+class Journal:
+    """Append-only JSON lines. Rows of steps after ``step`` are cut off on opening: a continued run writes them again."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        temporary = path.with_name(path.name + f".tmp-{os.getpid()}")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+
+    def write(self, row: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write '{self.path}': {e.strerror}. The last checkpoint is intact.") from e
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a journal; a torn last line (a killed write) is left out."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and _is_json(line)]
+
+
+def _is_json(line: str) -> bool:
+    try:
+        return "step" in json.loads(line)
+    except ValueError:
+        return False
+
+
+class Trackers:
+    """Weights & Biases through accelerate. Offline without a key; an outage never stops a run."""
+
+    def __init__(self, accelerator: Any, name: str, config: dict, folder: Path, wanted: bool):
+        self.accelerator, self.alive = accelerator, False
+        if not wanted:
+            return
+        online = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
+        mode = os.environ.get("WANDB_MODE") or ("online" if online else "offline")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        try:
+            settings = {"wandb": {"name": name, "mode": mode, "dir": str(folder)}}
+            accelerator.init_trackers("dedistill", config=config, init_kwargs=settings)
+            self.alive = True
+            if mode == "offline":
+                print(f"W&B: no key, logging offline; later: wandb sync {folder}/wandb/offline-run-*", file=sys.stderr)
+        except Exception as e:  # any failure of a logging service is survivable
+            print(f"W&B is not available ({e}); metrics.jsonl has everything", file=sys.stderr)
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        if not self.alive:
+            return
+        try:
+            self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
+        except Exception as e:
+            self.alive = False
+            print(f"W&B failed ({e}) and is switched off; metrics.jsonl has everything", file=sys.stderr)
+
+    def close(self) -> None:
+        if self.alive:
+            try:
+                self.accelerator.end_training()
+            except Exception as e:
+                print(f"W&B did not close cleanly ({e})", file=sys.stderr)
+
+
+class Clock:
+    """Seconds per step, kept out of the deterministic record."""
+
+    def __init__(self):
+        self.last = time.monotonic()
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        return seconds

@@ -1,0 +1,66 @@
+"""Optimizers and the learning rate, a function of the step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dedistill.recipe import Recipe
+
+
+def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW for fp32 parameters (torch, fused), or optimi's AdamW with Kahan summation for bf16 ones.
+
+    The bf16 form keeps both moments in bf16: right only for a second beta of at most .99, which recipes enforce
+    (at .999 a bf16 second moment rounds back and never falls).
+    """
+    t = recipe.train
+    parameters = list(parameters)
+    betas = (t.betas[0], t.betas[1])
+    if t.optimizer == "adamw_bf16":
+        from optimi import AdamW
+
+        return AdamW(parameters, lr=t.lr, betas=betas, weight_decay=t.weight_decay, kahan_sum=True, triton=False)
+    return torch.optim.AdamW(parameters, lr=t.lr, betas=betas, weight_decay=t.weight_decay, fused=True)
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Rate of step ``step`` (from 0): linear warm-up, then constant, linear or cosine decay to lr_floor * lr."""
+    t = recipe.train
+    if step < t.warmup:
+        return t.lr * (step + 1) / t.warmup
+    floor = t.lr_floor or 0.0
+    done = (step - t.warmup) / (t.steps - t.warmup)
+    share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[t.schedule]
+    return t.lr * (share if t.schedule == "constant" else floor + (1 - floor) * share)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's state as ``<parameter name>/<key>`` -> private copy; works for any optimizer with tensor states."""
+    found = {}
+    for name, parameter in names.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                found[f"{name}/{key}"] = value.detach().clone().contiguous()
+    for i, group in enumerate(optimizer.param_groups):  # optimi counts its steps here
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                found[f"group/{i}/{key}"] = value.detach().clone().contiguous()
+    return found
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """The inverse of :func:`optimizer_tensors`; raises ValueError when a trained parameter has no state in ``tensors``."""
+    for full, value in tensors.items():
+        name, _, key = full.rpartition("/")
+        if name.startswith("group/"):
+            group = optimizer.param_groups[int(name.removeprefix("group/"))]
+            group[key] = value.clone()
+            group["setup"] = True  # or optimi would start its count of steps anew
+        else:
+            optimizer.state[names[name]][key] = value.to(names[name].device if value.ndim else "cpu").clone()
+    if tensors and (lost := [n for n, p in names.items() if p not in optimizer.state]):
+        raise ValueError(f"no optimizer state for {len(lost)} parameters, e.g. {lost[0]}")

@@ -1,0 +1,52 @@
+"""Loss on held-out samples, on fixed noise and fixed sigmas: the same question at every step of every run."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dedistill.assemble import Model
+from dedistill.engine.objective import Objective, Task, task_loss
+
+CHUNK = 256
+SAMPLES = 256
+
+
+class Validator:
+    """Held-out loss with its standard error. Draws nothing from the training's keys."""
+
+    def __init__(self, objective: Objective, samples: int):
+        self.task = objective.held_out(samples)
+
+    @torch.no_grad()
+    def __call__(self, model: Model) -> dict[str, float]:
+        """{"val_loss", "val_loss_se"} in evaluation mode."""
+        training = model.root.training
+        model.root.eval()
+        chunks = [slice(i, i + CHUNK) for i in range(0, len(self.task.names), CHUNK)]
+        losses = torch.cat([task_loss(model, _part(self.task, c)) for c in chunks]).cpu().double()
+        model.root.train(training)
+        by_sigma = losses[torch.argsort(self.task.sigma)]
+        return {"val_loss": float(losses.mean()), "val_loss_se": stratified_error(by_sigma.numpy())}
+
+
+def _part(task: Task, rows: slice) -> Task:
+    return Task(
+        task.noisy[rows], task.sigma[rows], task.target[rows], task.captions[rows], task.dropped[rows], task.names[rows]
+    )
+
+
+def stratified_error(losses: np.ndarray) -> float:
+    """Standard error of the mean of one draw per stratum, in stratum order (collapsed strata, Cochran 1977, sec. 5A.12).
+
+    Neighbouring strata are paired; what differs between sigmas does not count as uncertainty. 0 for fewer than 2.
+    """
+    pairs = losses[: len(losses) // 2 * 2].reshape(-1, 2)
+    return math.sqrt(float(np.square(pairs[:, 0] - pairs[:, 1]).sum())) / max(len(losses), 1)
+
+
+def sigma_bins(losses: Tensor, sigmas: Tensor, bins: int) -> list[float | None]:
+    """Mean loss in ``bins`` equal bins of sigma; None where no sample fell."""
+    place = (sigmas * bins).long().clamp(0, bins - 1)
+    return [float(losses[place == b].mean()) if (place == b).any() else None for b in range(bins)]

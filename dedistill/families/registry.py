@@ -1,0 +1,23 @@
+"""Family names and where their code lives; imported only when asked for."""
+
+from difflib import get_close_matches
+from importlib import import_module
+
+from dedistill.errors import UserError
+from dedistill.families.family import Family
+
+_FAMILIES = {"pixel_flux": "dedistill.families.pixel_flux:PixelFlux"}
+
+
+def get_family(name: str, where: str = "model.family") -> Family:
+    """The family called ``name``; ``where`` is the place in the recipe, for the error."""
+    if name not in _FAMILIES:
+        near = get_close_matches(name, _FAMILIES, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(_FAMILIES)}"
+        raise UserError(f"{where}: unknown family '{name}', {hint}", exit_code=2)
+    module, _, cls = _FAMILIES[name].partition(":")
+    return getattr(import_module(module), cls)()
+
+
+def family_names() -> list[str]:
+    return list(_FAMILIES)

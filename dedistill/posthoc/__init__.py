@@ -1,0 +1,1 @@
+"""Averages of snapshots made after training."""

@@ -1,0 +1,119 @@
+"""What a run says on the terminal: a header of what will happen, a live line, and where the results are."""
+
+import json
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dedistill.assemble import Model
+from dedistill.recipe import Recipe
+from dedistill.recipe.plan import Plan
+
+LINE_EVERY = 100
+"""Steps between plain lines where there is no terminal."""
+
+
+def quiet_dependencies() -> None:
+    """Silence messages of libraries that a user can do nothing about. Call before importing them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+
+
+def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, notes: list[str]) -> None:
+    """Say what will happen, on stderr."""
+    out = Console(stderr=True, highlight=False, soft_wrap=True)
+    t, facts = recipe.train, model.facts
+    what = f"{t.objective} on {recipe.data.source}, {model.family.name} on {device}, {t.precision}"
+    out.print(f"[bold]{recipe.run.name}[/bold]: {what}")
+    source = recipe.model.path or f"random weights, seed {recipe.run.seed}"
+    quant = f", {len(facts['quantized'])} linears as {recipe.base.quant}" if facts.get("quantized") else ""
+    size = f"{facts['network_parameters']:,} parameters, {facts['storage_bytes'] / 1e6:.1f} MB"
+    out.print(f"  network   {size}, from {source}{quant}")
+    if model.adapter:
+        out.print(f"  adapter   {facts['trained_parameters']:,} parameters, init {recipe.adapter.init}")
+        out.print(_targets_table(model))
+    else:
+        out.print(f"  trained   all {facts['trained_parameters']:,} parameters")
+    strata = "stratified" if recipe.timesteps.stratify else "independent"
+    density = "stored points" if t.objective == "distill" else recipe.timesteps.density
+    out.print(f"  sigma     {density}, {strata}; text mask {recipe.model.mask}")
+    micro = f" = {plan.micro_steps} x {plan.micro_batch}" if plan.micro_steps > 1 else ""
+    out.print(f"  steps     {start:,} to {plan.steps:,}, batch {plan.batch}{micro}, lr {t.lr:g} {t.schedule}, {t.optimizer}")
+    snapshots = f", {plan.snapshots} snapshots" if plan.snapshots else ""
+    out.print(f"  results   {recipe.run.out}/ (metrics.jsonl, checkpoints{snapshots})")
+    for note in notes:
+        out.print(f"  [yellow]note[/yellow]      {note}", markup=True)
+    if start:
+        out.print(f"  continued from step {start:,}")
+
+
+def _targets_table(model: Model) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    for column in ("            target", "layers", "weight", "factor", "rank", "parameters", "e.g."):
+        table.add_column(column, justify="left" if column.strip() in ("target", "e.g.") else "right")
+
+    def form(t):
+        return (t.pattern, t.shape, t.factor, t.rank)
+
+    for (pattern, shape, factor, rank), group in groupby(sorted(model.targets, key=lambda t: str(form(t))), key=form):
+        names = [t.name for t in group]
+        count = sum(p.numel() for n in names for p in model.adapter.by_target[n].parameters())
+        w1 = getattr(model.adapter.by_target[names[0]], "lokr_w1", None)
+        side = f"{factor} ({w1.shape[0]}x{w1.shape[1]})" if w1 is not None else "-"
+        size = f"{shape[0]}x{shape[1]}"
+        table.add_row(f"            {pattern}", str(len(names)), size, side, str(rank or "full"), f"{count:,}", names[0])
+    return table
+
+
+def progress(rows: Iterable[dict], start: int, plan: Plan) -> Iterator[dict]:
+    """Pass rows through, showing a live line on a terminal and a plain line every so often elsewhere."""
+    if sys.stderr.isatty():
+        yield from _live(rows, start, plan)
+        return
+    for row in rows:
+        if row["step"] % LINE_EVERY == 0 or row["step"] == plan.steps or "val_loss" in row or not row["applied"]:
+            print(_line(row, plan), file=sys.stderr, flush=True)
+        yield row
+
+
+def _live(rows: Iterable[dict], start: int, plan: Plan) -> Iterator[dict]:
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=plan.steps, completed=start, text="")
+        held_out = ""
+        for row in rows:
+            held_out = f" held-out {row['val_loss']:.4f}" if "val_loss" in row else held_out
+            bar.update(task, completed=row["step"], text=_numbers(row) + held_out)
+            yield row
+
+
+def _numbers(row: dict) -> str:
+    if not row["applied"]:
+        return f"loss {row['loss']}: NOT FINITE, step not applied"
+    return f"loss {row['loss']:.4f} grad {row['grad_norm']:.3f} lr {row['lr']:.2e}"
+
+
+def _line(row: dict, plan: Plan) -> str:
+    held_out = f" held-out {row['val_loss']:.4f} +- {row['val_loss_se']:.4f}" if "val_loss" in row else ""
+    return f"step {row['step']}/{plan.steps} {_numbers(row)}{held_out}"
+
+
+def resume_command(argv: list[str]) -> str:
+    return shlex.join(["python", "-m", "dedistill.train", *argv])
+
+
+def as_json(value: object) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

@@ -1,0 +1,197 @@
+"""Line plots as inline SVG: no plotting library, no script, legible in a light and in a dark page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, PLOT_HEIGHT = 380, 190
+LEFT, RIGHT, BOTTOM = 60, 8, 46
+TEXT = 12  # pixels at the plot's own width
+CHARACTER = 6.4  # average width of one character of that size: there is no font to measure with here
+
+# Darkened Okabe-Ito colours: distinct under the common colour blindnesses and at least 3:1 on white. The page's
+# style sheet lightens them in the dark by class (s0, s1, ...); these are what a page without that style sheet shows.
+COLOURS = ("#0072b2", "#d55e00", "#00855f", "#b5528c", "#a66f00", "#5b6068")
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 5", "12 3")
+# Outlines around (0, 0): colour must never be the only thing that tells two lines apart.
+MARKERS = (
+    "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0 -7.2 0z",
+    "M-3.3-3.3h6.6v6.6h-6.6z",
+    "M0-4.4L4.2 3.4H-4.2z",
+    "M0-4.8L4.8 0L0 4.8L-4.8 0z",
+    "M-4.2-3.4H4.2L0 4.4z",
+    "M-1.4-4.2h2.8v2.8h2.8v2.8h-2.8v2.8h-2.8v-2.8h-2.8v-2.8h2.8z",
+)
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Maps values to pixels; ``start`` and ``end`` are the pixels of ``low`` and ``high``."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        share = ((math.log(value) if self.log else value) - low) / (high - low)
+        return self.start + share * (self.end - self.start)
+
+
+def line_plot(
+    series: dict[str, Points],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    log_y: bool = False,
+    y_range: tuple[float, float] | None = None,
+) -> str:
+    """One line per series as an ``<svg>`` string; hovering over a point tells its value.
+
+    Points whose value is missing, not finite, or (with ``log_y``) not positive are left out. A series without points
+    draws nothing but keeps its colour, so several plots of the same candidates agree. ``y_range`` widens the vertical
+    axis to cover at least this range, which makes plots comparable.
+    """
+    clean = {name: _drawable(points, log_y) for name, points in series.items()}
+    values = [y for points in clean.values() for _, y in points]
+    values += [edge for edge in y_range or () if edge > 0 or not log_y]
+    scales = sorted({x for points in clean.values() for x, _ in points})
+    legend = _legend_places([name for name in clean if clean[name]])
+    top = 34 + 20 * (1 + max((row for _, row in legend.values()), default=0)) if legend else 34
+    height = top + PLOT_HEIGHT + BOTTOM
+    parts = [
+        f'<svg class="plot" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escape(f"{title}: {ylabel} over {xlabel}")}" font-family="system-ui, sans-serif" font-size="{TEXT}">',
+        f'<text class="plot-title" x="0" y="15" font-size="14" font-weight="600" fill="currentColor">{escape(title)}</text>',
+    ]
+    if not values or not scales:
+        parts.append(f'<text x="{WIDTH / 2}" y="{height / 2}" text-anchor="middle" fill="currentColor">no values</text></svg>')
+        return "\n".join(parts)
+
+    low, high, ticks = _log_ticks(min(values), max(values)) if log_y else _ticks(min(values), max(values))
+    y = _Axis(low, high, top + PLOT_HEIGHT, top, log_y)
+    x_pad = (scales[-1] - scales[0]) * 0.03 or 0.5
+    x = _Axis(scales[0] - x_pad, scales[-1] + x_pad, LEFT, WIDTH - RIGHT)
+    parts += _frame(x, y, scales, ticks, xlabel, f"{ylabel} (log scale)" if log_y else ylabel)
+    for i, (name, points) in enumerate(clean.items()):
+        if points:
+            parts += _series(i, name, points, x, y, legend[name], xlabel)
+    parts.append("</svg>")
+    return "\n".join(parts)
+
+
+def _drawable(points: Points, log_y: bool) -> list[tuple[float, float]]:
+    """The points that have a place on the axes, from left to right."""
+    kept = [(x, y) for x, y in points if y is not None and math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)]
+    return sorted(kept)
+
+
+def _legend_places(names: list[str]) -> dict[str, tuple[float, int]]:
+    """Where each legend entry goes: its left edge and its row; entries that do not fit start a new row."""
+    places: dict[str, tuple[float, int]] = {}
+    left, row = 0.0, 0
+    for name in names:
+        width = 34 + len(name) * CHARACTER + 16
+        if left and left + width > WIDTH:
+            left, row = 0.0, row + 1
+        places[name] = left, row
+        left += width
+    return places
+
+
+def _frame(x: _Axis, y: _Axis, scales: list[float], ticks: list[float], xlabel: str, ylabel: str) -> list[str]:
+    """Horizontal grid lines, tick labels and axis labels."""
+    parts = ['<g class="frame" fill="currentColor" stroke="none">']
+    for tick in ticks:
+        at = y(tick)
+        parts.append(
+            f'<path class="grid" d="M{x.start} {at:.1f}H{x.end}" stroke="currentColor" stroke-opacity=".16" fill="none"/>'
+            f'<text x="{x.start - 8}" y="{at + 4:.1f}" text-anchor="end">{tick_label(tick)}</text>'
+        )
+    free_from = -math.inf
+    for scale in scales:
+        at, label = x(scale), tick_label(scale)
+        parts.append(f'<path d="M{at:.1f} {y.start}v4" stroke="currentColor" stroke-opacity=".5" fill="none"/>')
+        half = len(label) * CHARACTER / 2 + 3
+        if at - half > free_from:  # the tick stays, its number goes where two would overlap
+            parts.append(f'<text x="{at:.1f}" y="{y.start + 18}" text-anchor="middle">{label}</text>')
+            free_from = at + half
+    middle = (y.start + y.end) / 2
+    parts += [
+        f'<text class="axis" x="{(x.start + x.end) / 2}" y="{y.start + 38}" text-anchor="middle">{escape(xlabel)}</text>',
+        f'<text class="axis" transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{escape(ylabel)}</text>',
+        "</g>",
+    ]
+    return parts
+
+
+def _series(i: int, name: str, points: Points, x: _Axis, y: _Axis, place: tuple[float, int], xlabel: str) -> list[str]:
+    """The line, its points with their values as tooltips, and its legend entry (together: hovering finds all)."""
+    colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
+    marker = f'<path class="marker" d="{MARKERS[i % len(MARKERS)]}" stroke="none"/>'
+    dashes = f' stroke-dasharray="{dash}"' if dash else ""
+    line = f'fill="none" stroke-width="2" stroke-linejoin="round"{dashes}'
+    at = [(x(px), y(py), px, py) for px, py in points]
+    path = " ".join(f"{ax:.1f},{ay:.1f}" for ax, ay, _, _ in at)
+    left, row = place
+    baseline = 37 + 20 * row
+    parts = [
+        f'<g class="series s{i % len(COLOURS)}" fill="{colour}" stroke="{colour}">',
+        f'<g class="legend"><path d="M{left:.0f} {baseline - 4}h28" {line}/>'
+        f'<g transform="translate({left + 14:.0f} {baseline - 4})">{marker}</g>'
+        f'<text x="{left + 35:.0f}" y="{baseline}" fill="currentColor" stroke="none">{escape(name)}</text></g>',
+        f'<polyline points="{path}" {line}/>',
+    ]
+    for ax, ay, px, py in at:
+        parts.append(
+            f'<g class="point" transform="translate({ax:.1f} {ay:.1f})">'
+            f"<title>{escape(name)}, {escape(xlabel)} {tick_label(px)}: {value_label(py)}</title>"
+            f'<circle class="hit" r="9" fill="transparent" stroke="none"/>{marker}</g>'
+        )
+    parts.append("</g>")
+    return parts
+
+
+def tick_label(value: float) -> str:
+    """A number as an axis or a heading shows it: 1, 1.5, 0.25."""
+    return f"{round(value, 9):g}"
+
+
+def value_label(value: float) -> str:
+    """A number as a caption shows it: three or more significant digits, no exponent for everyday sizes."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _ticks(low: float, high: float, wanted: int = 4) -> tuple[float, float, list[float]]:
+    """Round tick values around ``low`` .. ``high``; the axis starts at zero when the values reach near it."""
+    if 0 <= low < 0.35 * high:
+        low = 0.0
+    if high - low < 1e-12 * max(1.0, abs(high)):
+        low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
+    rough = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return first * step, last * step, [k * step for k in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> tuple[float, float, list[float]]:
+    """Ticks at 1, 2 and 5 times powers of ten, or at the powers alone when there are many."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high) + 1e-9)
+    for factors in ((1, 2, 5), (1,)):
+        ticks = [factor * 10.0**k for k in range(first, last + 1) for factor in factors]
+        below, above = [t for t in ticks if t <= low * 1.0001], [t for t in ticks if t >= high * 0.9999]
+        ticks = [t for t in ticks if below[-1] <= t <= above[0]]
+        if len(ticks) <= 7:
+            break
+    if len(ticks) == 1:
+        ticks = [ticks[0], ticks[0] * 10]
+    return ticks[0], ticks[-1], ticks

@@ -1,0 +1,1 @@
+"""Making pictures with a model, judging them, and storing pairs for distillation."""

@@ -1,0 +1,109 @@
+"""Contact sheets: a labelled grid of pictures as one image, readable without a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+SHORT_SIDE = 64  # a picture smaller than this is enlarged, or nobody can judge it
+GAP = 4
+MARGIN = 20
+LABEL_WIDTH = 190
+LABEL_LINES = 4
+TITLE_SIZE, TEXT_SIZE = 20, 14
+PAPER, INK, EMPTY = (255, 255, 255), (32, 33, 36), (238, 238, 236)
+
+
+def integer_scale(width: int, height: int, short_side: int = SHORT_SIDE) -> int:
+    """The smallest whole factor that brings the shorter side to ``short_side`` pixels, and 1 for larger pictures."""
+    return max(1, -(-short_side // max(1, min(width, height))))
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[Image.Image | None]]],
+    columns: Sequence[str],
+    *,
+    title: str,
+    scale: int | None = None,
+) -> Image.Image:
+    """Lay pictures out in a grid with a label per row and per column.
+
+    ``scale`` enlarges every picture by a whole factor without smoothing; ``None`` picks one that makes tiny pictures
+    legible. ``None`` in place of a picture leaves an empty field. The sheet is RGB whatever the pictures are.
+    """
+    for label, pictures in rows:
+        if len(pictures) != len(columns):
+            raise ValueError(f"row {label!r} has {len(pictures)} pictures for {len(columns)} columns")
+    sizes = [picture.size for _, pictures in rows for picture in pictures if picture is not None]
+    if not sizes:
+        raise ValueError("a contact sheet needs at least one picture")
+    width, height = max(w for w, _ in sizes), max(h for _, h in sizes)
+    scale = scale or integer_scale(width, height)
+    title_font, font = ImageFont.load_default(size=TITLE_SIZE), ImageFont.load_default(size=TEXT_SIZE)
+
+    field = width * scale, height * scale
+    column_width = max([field[0], *(int(font.getlength(name)) + 8 for name in columns)]) + GAP
+    labels = [_wrap(label, font, LABEL_WIDTH) for label, _ in rows]
+    label_width = int(max(font.getlength(line) for lines in labels for line in lines)) + 12
+    line_height = TEXT_SIZE + 4
+    row_heights = [max(field[1], len(lines) * line_height) + GAP for lines in labels]
+    left = MARGIN + label_width
+    top = MARGIN + TITLE_SIZE + 16 + line_height + 4
+
+    grid_width = column_width * len(columns) - GAP
+    sheet_width = max(left + grid_width, MARGIN + int(title_font.getlength(title))) + MARGIN
+    sheet = Image.new("RGB", (sheet_width, top + sum(row_heights) - GAP + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, fill=INK, font=title_font, anchor="lt")
+    for i, name in enumerate(columns):
+        centre = left + i * column_width + (column_width - GAP) // 2
+        draw.text((centre, top - 6), name, fill=INK, font=font, anchor="ms")
+    for (_, pictures), lines, row_height in zip(rows, labels, row_heights):
+        middle = top + (row_height - GAP) // 2
+        for i, line in enumerate(lines):
+            y = middle + round((i - (len(lines) - 1) / 2) * line_height)
+            draw.text((left - 12, y), line, fill=INK, font=font, anchor="rm")
+        for i, picture in enumerate(pictures):
+            x = left + i * column_width + (column_width - GAP - field[0]) // 2
+            _place(sheet, picture, (x, middle - field[1] // 2), field, scale)
+        top += row_height
+    return sheet
+
+
+def _place(sheet: Image.Image, picture: Image.Image | None, corner: tuple[int, int], field: tuple[int, int], scale: int):
+    """Paste one picture in the middle of its field; a missing one leaves a pale field."""
+    if picture is None:
+        sheet.paste(EMPTY, (*corner, corner[0] + field[0], corner[1] + field[1]))
+        return
+    large = picture.convert("RGB").resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    sheet.paste(large, (corner[0] + (field[0] - large.width) // 2, corner[1] + (field[1] - large.height) // 2))
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Break a label into at most ``LABEL_LINES`` lines of ``width`` pixels; what does not fit becomes an ellipsis."""
+    lines: list[str] = [""]
+    for word in text.split():
+        # A single word may be wider than the column (a file name, a URL): cut it by characters.
+        for piece in _pieces(word, font, width):
+            longer = f"{lines[-1]} {piece}".strip()
+            if font.getlength(longer) <= width:
+                lines[-1] = longer
+            else:
+                lines.append(piece)
+    if len(lines) > LABEL_LINES:
+        last = lines[LABEL_LINES - 1]
+        while last and font.getlength(last + "...") > width:
+            last = last[:-1]
+        lines = [*lines[: LABEL_LINES - 1], last.rstrip() + "..."]
+    return lines
+
+
+def _pieces(word: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The word itself, or its parts when it is wider than ``width``."""
+    pieces = [""]
+    for character in word:
+        if font.getlength(pieces[-1] + character) > width:
+            pieces.append("")
+        pieces[-1] += character
+    return pieces

@@ -1,0 +1,134 @@
+"""Pairs of noise and picture from a teacher's own ODE, for distilling it or straightening it (arXiv 2209.03003).
+
+Kept with each set: CFG scale, solver, steps, negative prompt, teacher hash; with each pair: the exact noise, the
+caption, and chosen points of the trajectory. Shards are whole or absent, so an interrupted run continues.
+"""
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset as wds
+from torch import Tensor
+
+from dedistill.assemble import Model
+from dedistill.data.pairs import file_sha256
+from dedistill.data.source import Source
+from dedistill.errors import UserError
+from dedistill.flow import keyed
+from dedistill.flow.solvers import sigma_grid
+from dedistill.sampling.sampler import NEGATIVE, trajectories
+
+
+def make_pairs(
+    model: Model,
+    source: Source,
+    out: Path,
+    *,
+    teacher: str,
+    count: int,
+    cfg: float,
+    steps: int,
+    points: int,
+    seed: int,
+    shard_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict:
+    """Write ``count`` pairs into ``out`` and return its facts (also ``pairs.json``).
+
+    points: windows between stored states, so points + 1 states, the noise first and the picture last; must divide
+    steps. Raises UserError when ``out`` holds pairs made differently.
+    """
+    if steps % points:
+        raise UserError(f"--points {points} does not divide --steps {steps}: stored points must be states of the solver", exit_code=2)
+    sigmas = sigma_grid(steps)
+    kept = np.arange(0, steps + 1, steps // points)
+    facts = {
+        "teacher": teacher,
+        "cfg": cfg,
+        "solver": "euler",
+        "steps": steps,
+        "negative_prompt": NEGATIVE,
+        "seed": seed,
+        "count": count,
+        "shard_size": shard_size,
+        "sigmas": sigmas[kept].tolist(),
+        "picture": list(model.parts.picture),
+        "source": source.name,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    shards = _finished_shards(out, facts)
+    prompts = source.prompts(seed, count)
+    for number in range(len(shards), -(-count // shard_size)):
+        ids = range(number * shard_size, min(count, (number + 1) * shard_size))
+        noise = keyed.noise(seed, "pairs", 0, ids, model.parts.picture)
+        captions = prompts[ids.start : ids.stop]
+        states = [torch.stack([c[k] for k in kept], 1) for c in trajectories(model, captions, noise, sigmas, cfg=cfg)]
+        shards.append(_write_shard(out, number, ids, captions, noise, torch.cat(states)))
+        _write_facts(out, {**facts, "shards": shards, "complete": False})
+        progress(ids.stop, count)
+    facts = {**facts, "shards": shards, "complete": True}
+    _write_facts(out, facts)
+    return facts
+
+
+def teacher_hash(model: Model) -> str:
+    """Hash of the network's weights and of the trained part, so that pairs name the model that made them."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for tensors in (dict(model.parts.net.state_dict()), model.tensors()):
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            tensor = tensor.dequantize() if hasattr(tensor, "qtype") else tensor
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _finished_shards(out: Path, facts: dict) -> list[dict]:
+    """Shards of an earlier run with the same settings whose bytes still agree."""
+    known = out / "pairs.json"
+    if not known.exists():
+        return []
+    before = json.loads(known.read_text())
+    if differing := [k for k in facts if before.get(k) != facts[k]]:
+        listed = "; ".join(f"{k}: {before.get(k)!r} there, {facts[k]!r} here" for k in differing)
+        raise UserError(f"'{out}' holds pairs made differently ({listed}). Delete it or choose another --out.")
+    good = []
+    for shard in before["shards"]:
+        path = out / shard["file"]
+        if not path.exists() or file_sha256(path) != shard["sha256"]:
+            break
+        good.append(shard)
+    return good
+
+
+def _write_shard(out: Path, number: int, ids: range, captions: list[str], noise: Tensor, states: Tensor) -> dict:
+    final = out / f"{number:05d}.tar"
+    temporary = out / f"{final.name}.tmp-{os.getpid()}"
+    with open(temporary, "wb") as f:
+        # fixed owner, mode and time: the same pairs give the same bytes
+        with wds.TarWriter(f, mtime=0.0, user="dedistill", group="dedistill") as tar:
+            for i, caption, start, points in zip(ids, captions, noise, states):
+                tar.write({"__key__": f"{i:08d}", "txt": caption, "noise.npy": _npy(start), "trajectory.npy": _npy(points)})
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, final)
+    return {"file": final.name, "pairs": len(ids), "sha256": file_sha256(final)}
+
+
+def _npy(tensor: Tensor) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, tensor.numpy(), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _write_facts(out: Path, facts: dict) -> None:
+    temporary = out / f"pairs.json.tmp-{os.getpid()}"
+    temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    os.replace(temporary, out / "pairs.json")

@@ -1,0 +1,113 @@
+"""``python -m dedistill.train RECIPE``: recipe -> plan -> run."""
+
+import argparse
+import os
+import sys
+import traceback
+
+from dedistill.errors import UserError
+from dedistill.recipe import Recipe, load_recipe, to_toml
+from dedistill.recipe.plan import make_plan
+
+INTERNAL_ERROR = 70
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 2 a wrong recipe, 1 anything else, 128 + n stopped by signal n."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    return guarded(lambda: _main(args, argv), debug=args.debug)
+
+
+def guarded(action, *, debug: bool) -> int:
+    """Run ``action``; turn any failure into one clear message, with the traceback only on demand."""
+    try:
+        return action() or 0
+    except UserError as e:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("stopped; nothing was being written", file=sys.stderr)
+        return 130
+    except Exception as e:
+        if debug:
+            traceback.print_exc()
+        print(f"internal error: {type(e).__name__}: {e}\nRun again with --debug for the traceback.", file=sys.stderr)
+        return INTERNAL_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("dedistill.train", description="Train as a recipe says; run again to continue.")
+    parser.add_argument("recipe", help="recipe file (TOML)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. train.lr=2e-5")
+    parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--plan", action="store_true", help="print every number decided and stop; needs no GPU")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _main(args: argparse.Namespace, argv: list[str]) -> int:
+    recipe = load_recipe(args.recipe, args.set)
+    if args.print_recipe:
+        print(to_toml(recipe), end="")
+        return 0
+    if args.plan:
+        print("\n".join(f"{key:12} {value:,}" for key, value in make_plan(recipe).as_dict().items()))
+        return 0
+    return train(recipe, argv)
+
+
+def train(recipe: Recipe, argv: list[str]) -> int:
+    """Train ``recipe`` to its end or to a stop request; returns the exit code."""
+    from dedistill.report.console import as_json, header, progress, quiet_dependencies, resume_command
+
+    quiet_dependencies()
+    import torch
+    from accelerate import Accelerator
+
+    from dedistill.assemble import build_model
+    from dedistill.data.registry import open_source
+    from dedistill.engine.checkpoint import replace_file
+    from dedistill.engine.loop import Trainer
+    from dedistill.engine.metrics import Trackers
+    from dedistill.engine.rundir import RunDirectory
+    from dedistill.engine.stop import StopRequest
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("this version trains on one process; start it without several ranks")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
+    plan = make_plan(recipe)
+    with RunDirectory(recipe) as run, StopRequest() as stop:
+        source = open_source(recipe.data)
+        model = build_model(recipe, accelerator.device)
+        _check_pictures(recipe, source.picture, model.parts.picture)
+        trainer = Trainer(recipe, plan, model, source, run)
+        trainer.resume()
+        replace_file(run.path / "plan.json", as_json({"plan": plan.as_dict(), "effects": model.facts | trainer.facts()}))
+        header(recipe, plan, model, trainer.step, str(accelerator.device), trainer.notes)
+        trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb)
+        for _ in progress(trainer.fit(stop, trackers), trainer.step, plan):
+            pass
+        trackers.close()
+        if trainer.step < plan.steps:
+            print(f"stopped and saved at step {trainer.step}; continue with:\n  {resume_command(argv)}", file=sys.stderr)
+            return 128 + (stop.signal or 0)
+        exported = trainer.export()
+        where = f"{run.path}/" + (f", model in {exported}/" if exported else "")
+        print(f"done: {plan.steps:,} steps; results in {where}", file=sys.stderr)
+    return 0
+
+
+def _check_pictures(recipe: Recipe, data: tuple[int, ...], network: tuple[int, ...]) -> None:
+    if tuple(data) != tuple(network):
+        raise UserError(
+            f"{recipe.where('data.source')}: pictures are {data[0]} x {data[1]} x {data[2]} (channels, height, width), "
+            f"the network takes {network[0]} x {network[1]} x {network[2]}",
+            exit_code=2,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
