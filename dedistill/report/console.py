@@ -11,7 +11,6 @@ from itertools import groupby
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from dedistill.assemble import Model
 from dedistill.recipe import Recipe
@@ -44,7 +43,7 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
     out.print(f"  network   {size}, from {source}{quant}")
     if model.adapter:
         out.print(f"  adapter   {facts['trained_parameters']:,} parameters, init {recipe.adapter.init}")
-        out.print(_targets_table(model))
+        out.print(_targets_table(model), markup=False)
     else:
         out.print(f"  trained   all {facts['trained_parameters']:,} parameters")
     strata = "stratified" if recipe.timesteps.stratify else "independent"
@@ -60,22 +59,23 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
         out.print(f"  continued from step {start:,}")
 
 
-def _targets_table(model: Model) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2))
-    for column in ("            target", "layers", "weight", "factor", "rank", "parameters", "e.g."):
-        table.add_column(column, justify="left" if column.strip() in ("target", "e.g.") else "right")
+def _targets_table(model: Model) -> str:
+    """One line per target and shape: how many layers, the real factor sizes, the parameters, one name."""
 
     def form(t):
         return (t.pattern, t.shape, t.factor, t.rank)
 
+    lines = [f"            {'target':24} layers      weight  factor (real)  rank   parameters  e.g."]
     for (pattern, shape, factor, rank), group in groupby(sorted(model.targets, key=lambda t: str(form(t))), key=form):
         names = [t.name for t in group]
         count = sum(p.numel() for n in names for p in model.adapter.by_target[n].parameters())
         w1 = getattr(model.adapter.by_target[names[0]], "lokr_w1", None)
         side = f"{factor} ({w1.shape[0]}x{w1.shape[1]})" if w1 is not None else "-"
         size = f"{shape[0]}x{shape[1]}"
-        table.add_row(f"            {pattern}", str(len(names)), size, side, str(rank or "full"), f"{count:,}", names[0])
-    return table
+        lines.append(
+            f"            {pattern:24} {len(names):6} {size:>11} {side:>14} {rank or 'full':>5} {count:12,}  {names[0]}"
+        )
+    return "\n".join(lines)
 
 
 def progress(rows: Iterable[dict], start: int, plan: Plan) -> Iterator[dict]:

@@ -60,7 +60,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def precision_recall(made: np.ndarray, real: np.ndarray, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Share of ``made`` within the k-neighbour balls of ``real``, and of ``real`` within those of ``made`` (arXiv 1904.06991)."""
+    """Share of ``made`` inside the k-neighbour balls of ``real``, and the reverse (arXiv 1904.06991)."""
 
     def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.square(x[:, None] - y[None]).sum(-1)

@@ -44,7 +44,7 @@ def make_pairs(
     steps. Raises UserError when ``out`` holds pairs made differently.
     """
     if steps % points:
-        raise UserError(f"--points {points} does not divide --steps {steps}: stored points must be states of the solver", exit_code=2)
+        raise UserError(f"--points {points} does not divide --steps {steps}: only states of the solver are stored", exit_code=2)
     sigmas = sigma_grid(steps)
     kept = np.arange(0, steps + 1, steps // points)
     facts = {

@@ -22,26 +22,34 @@ def start_noise(seed: int, count: int, picture: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: Model, prompts: list[str], noise: Tensor, sigmas: np.ndarray, *, cfg: float = 1.0, skip: int = 0, text_length: int | None = None
+    model: Model,
+    prompts: list[str],
+    noise: Tensor,
+    sigmas: np.ndarray,
+    *,
+    cfg: float = 1.0,
+    skip: int = 0,
+    length: int | None = None,
 ) -> Tensor:
     """The final pictures [B, C, H, W] on the CPU, float32.
 
     sigmas: falling from 1 to 0, len(sigmas) - 1 steps. cfg: guidance scale; the first ``skip`` steps run without.
+    length: tokens to pad prompts to; default the model's own.
     """
-    states = trajectories(model, prompts, noise, sigmas, cfg=cfg, skip=skip, text_length=text_length)
+    states = trajectories(model, prompts, noise, sigmas, cfg=cfg, skip=skip, length=length)
     return torch.cat([chunk[-1] for chunk in states])
 
 
 @torch.no_grad()
 def trajectories(
-    model: Model, prompts: list[str], noise: Tensor, sigmas: np.ndarray, *, cfg: float, skip: int = 0, text_length: int | None = None
+    model: Model, prompts: list[str], noise: Tensor, sigmas: np.ndarray, *, cfg: float, skip: int = 0, length: int | None = None
 ) -> Iterator[list[Tensor]]:
     """Every state of the solver, chunk of prompts by chunk: lists of len(sigmas) tensors [b, C, H, W] on the CPU."""
     training = model.root.training
     model.root.eval()
-    empty = model.encode([NEGATIVE], text_length)
+    empty = model.encode([NEGATIVE], length)
     for start in range(0, len(prompts), CHUNK):
-        text = model.encode(prompts[start : start + CHUNK], text_length)
+        text = model.encode(prompts[start : start + CHUNK], length)
         nothing = empty.expand(len(text))
 
         def velocity(noisy: Tensor, sigma: float, index: int, text=text, nothing=nothing) -> Tensor:

@@ -1,0 +1,41 @@
+"""The model that a finished run left behind, ready for sampling."""
+
+from pathlib import Path
+
+import torch
+
+from dedistill.assemble import Model, build_model
+from dedistill.engine.checkpoint import list_checkpoints
+from dedistill.errors import UserError
+from dedistill.recipe import Recipe
+
+
+def open_finished(recipe: Recipe, weights: Path | None = None) -> Model:
+    """The network of ``recipe`` with the weights of its finished run, or with the snapshot ``weights``.
+
+    A run that trained the whole network left a model folder; a run with an adapter left snapshots and checkpoints on
+    top of its base. Raises UserError when there is nothing yet.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = Path(recipe.run.out)
+    if weights is None and recipe.adapter is None:
+        folder = out / "model"
+        if not folder.exists():
+            raise UserError(f"'{folder}' does not exist: train this recipe first (python -m dedistill.train ...)")
+        trained = recipe.model.model_copy(update={"path": str(folder), "new": None})
+        return build_model(recipe.model_copy(update={"model": trained}), device)
+    model = build_model(recipe, device)
+    model.load_file(weights or last_weights(out))
+    return model
+
+
+def last_weights(out: Path) -> Path:
+    """The newest snapshot of a run directory, else its newest checkpoint's weights."""
+    snapshots = {int(p.stem.removeprefix("step-")): p for p in (out / "snapshots").glob("step-*.safetensors")}
+    checkpoints = {
+        int(p.name.removeprefix("step-")): p / "trainable.safetensors" for p in list_checkpoints(out / "checkpoints")
+    }
+    found = snapshots or checkpoints
+    if not found:
+        raise UserError(f"'{out}' holds no snapshot and no checkpoint: train this recipe first")
+    return found[max(found)]

@@ -1,0 +1,141 @@
+"""The three stages side by side: does guidance leave the student and come back? Numbers, checks, one page."""
+
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dedistill.candidates import candidates_of, read_prompts
+from dedistill.data.registry import open_source
+from dedistill.engine.objective import Objective
+from dedistill.engine.validate import Validator
+from dedistill.finished import open_finished
+from dedistill.recipe import Recipe
+from dedistill.report.story_page import write_story_page
+from dedistill.report.sweep_page import write_sweep_page
+from dedistill.sampling.judge import judge_for
+from dedistill.sampling.sweep import Candidate, Grid, sweep
+
+STAGES = ("teacher", "student", "dedistilled")
+LABELS = {"teacher": "teacher", "student": "student", "student_native": "student, its own steps", "dedistilled": "de-distilled"}
+LEAD = (
+    "A teacher learned pictures from noisy captions. Its student was distilled to a few steps with the guidance baked in: "
+    "it follows every prompt without guidance, and guidance only burns its pictures. De-distilling trains a small LoKr on "
+    "the frozen int8 student with plain flow matching: at CFG 1 it is an honest model again, and the CFG dial works."
+)
+HELD_OUT = 512
+SHOWN = 8
+
+
+def tell(recipes: dict[str, Recipe], out: Path, *, cfgs: list[float], prompts: int, steps: int, commands: list[str]) -> dict:
+    """Sweep the finished runs of the three ``recipes`` into ``out``/sweep, write ``out``/summary.json and the page.
+
+    All stages are sampled with the same number of steps, prompts and noise, so that only the model differs; the
+    student also with its own few steps. Returns the summary.
+    """
+    source = open_source(recipes["dedistilled"].data)
+    candidates = [_candidate(name, recipes[name], steps) for name in STAGES]
+    candidates.insert(2, _candidate("student_native", recipes["student"], recipes["student"].sample.steps))
+    grid = Grid(tuple(cfgs), (0,), read_prompts(str(prompts), source), (0,))
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    scores = sweep(candidates, grid, out / "sweep", title="Teacher, student, de-distilled", judge=judge_for(source), say=say)
+    write_sweep_page(out / "sweep")
+    losses = _held_out_losses(recipes, source)
+    summary = {name: {"steps": c.steps, **losses.get(name, {}), "cfg": {}} for name, c in zip([*LABELS], candidates)}
+    for cell in scores["cells"]:
+        numbers = {
+            k: cell[k] for k in ("accuracy", "frechet", "precision", "recall", "saturated", "contrast", "detail") if k in cell
+        }
+        summary[cell["candidate"]]["cfg"][f"{cell['cfg']:g}"] = numbers
+    checks = story_checks(summary)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    _write_page(out, recipes, summary, checks, grid, commands)
+    print_table(summary, checks)
+    return summary
+
+
+def _candidate(name: str, recipe: Recipe, steps: int) -> Candidate:
+    last = candidates_of(recipe, ["last"], steps=steps)[0]
+    return Candidate(name, last.weights, steps, last.open)
+
+
+def _held_out_losses(recipes: dict[str, Recipe], source) -> dict[str, dict[str, float]]:
+    """Flow-matching loss of every stage on the same held-out samples, noise and sigmas."""
+    found = {}
+    for name in STAGES:
+        model = open_finished(recipes[name])
+        objective = Objective(recipes["dedistilled"], source, model.parts.tokens, 1.0)
+        result = Validator(objective, HELD_OUT)(model)
+        found[name] = {"fm_loss": result["val_loss"], "fm_loss_se": result["val_loss_se"]}
+    return found
+
+
+def story_checks(summary: dict) -> list[dict]:
+    """What the story claims, with margins far beyond the noise of the evaluation."""
+    student, restored = summary["student"], summary["dedistilled"]
+    accuracy = {name: summary[name]["cfg"]["1"]["accuracy"] for name in STAGES}
+    frechet = {name: summary[name]["cfg"]["4"]["frechet"] for name in STAGES}
+    baked = accuracy["student"] - accuracy["teacher"]
+    broken = frechet["student"] / frechet["teacher"]
+    honest = accuracy["dedistilled"] - accuracy["teacher"]
+    learned = student["fm_loss"] - restored["fm_loss"]
+    usable = frechet["dedistilled"] / frechet["student"]
+    return [
+        _check("Guidance is baked in: the student's accuracy at CFG 1 exceeds the teacher's", baked, "> .15", baked > 0.15),
+        _check("CFG is broken: the student's Frechet distance at CFG 4 over the teacher's", broken, "> 2", broken > 2),
+        _check("Guidance is out again: accuracy at CFG 1, de-distilled less teacher", honest, "within .12", abs(honest) < 0.12),
+        _check("The flow is back: held-out loss, student less de-distilled", learned, ">= .08", learned >= 0.08),
+        _check("CFG works again: Frechet distance at CFG 4, de-distilled over student", usable, "< .6", usable < 0.6),
+    ]
+
+
+def _check(text: str, value: float, bound: str, ok: bool) -> dict:
+    return {
+        "text": text,
+        "value": f"{value:+.3f}" if "less" in text or "exceeds" in text else f"{value:.2f}",
+        "bound": bound,
+        "ok": bool(ok),
+    }
+
+
+def _write_page(out: Path, recipes: dict, summary: dict, checks: list[dict], grid: Grid, commands: list[str]) -> None:
+    def files(name: str, cfg: float) -> list[str]:
+        return [f"sweep/pictures/{name}/cfg{cfg:g}_skip0/p{i:03d}_s0.png" for i in range(min(SHOWN, len(grid.prompts)))]
+
+    write_story_page(
+        out,
+        {
+            "title": f"{recipes['dedistilled'].run.name}: guidance lost and found",
+            "lead": LEAD,
+            "models": list(LABELS),
+            "labels": {n: f"{LABELS[n]} ({summary[n]['steps']} steps)" for n in LABELS},
+            "cfgs": list(grid.cfgs),
+            "summary": summary,
+            "checks": checks,
+            "pictures": {n: {f"{c:g}": files(n, c) for c in grid.cfgs} for n in LABELS},
+            "prompts": list(grid.prompts[:SHOWN]),
+            "sweep_link": "sweep/index.html",
+            "commands": commands,
+        },
+    )
+
+
+def print_table(summary: dict, checks: list[dict]) -> None:
+    """The summary as a table on stdout, then the checks."""
+    out = Console(highlight=False, width=132)
+    table = Table(title="accuracy / Frechet distance / saturated / precision", title_justify="left", pad_edge=False)
+    table.add_column("CFG", justify="right")
+    for name in summary:
+        loss = f"\nloss {summary[name]['fm_loss']:.4f}" if "fm_loss" in summary[name] else "\n"
+        table.add_column(f"{LABELS[name]}\n{summary[name]['steps']} steps{loss}", justify="right")
+    for cfg in next(iter(summary.values()))["cfg"]:
+        cells = [summary[name]["cfg"][cfg] for name in summary]
+        table.add_row(
+            cfg, *(f"{c['accuracy']:.3f} {c['frechet']:6.2f} {c['saturated']:.3f} {c['precision']:.2f}" for c in cells)
+        )
+    out.print(table)
+    for check in checks:
+        mark = "[green]yes[/green]" if check["ok"] else "[red]NO [/red]"
+        out.print(f"{mark} {check['text']}: {check['value']} ({check['bound']})")

@@ -1,0 +1,57 @@
+"""Pictures and numbers of trained models over CFG scales, as one page that opens from the file system.
+
+python tools/cfg_sweep.py recipes/digits/dedistill.toml                      # base, last snapshot, post-hoc averages
+python tools/cfg_sweep.py recipes/digits/teacher.toml recipes/digits/dedistill.toml --candidates last
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dedistill.train import guarded
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="+", help="recipes whose finished runs are compared")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of every recipe")
+    parser.add_argument(
+        "--candidates", nargs="+", help="of each run: base, last, posthoc, or names of posthoc files; default all"
+    )
+    parser.add_argument("--cfg", type=float, nargs="+", default=[1, 2, 3, 4, 5, 6, 8], help="guidance scales")
+    parser.add_argument("--skip", type=int, nargs="+", default=[0], help="first steps without guidance")
+    parser.add_argument("--steps", type=int, help="Euler steps; default each recipe's sample.steps")
+    parser.add_argument("--prompts", default="64", help="a number of prompts from the data, or a text file, one per line")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the starting noise")
+    parser.add_argument("--out", type=Path, help="output folder; default RUN/sweep of the last recipe")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args()
+    return guarded(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dedistill.report.console import quiet_dependencies
+
+    quiet_dependencies()
+    from dedistill.candidates import candidates_of, read_prompts
+    from dedistill.data.registry import open_source
+    from dedistill.recipe import load_recipe
+    from dedistill.report.sweep_page import write_sweep_page
+    from dedistill.sampling.judge import judge_for
+    from dedistill.sampling.sweep import Grid, sweep
+
+    recipes = [load_recipe(path, args.set) for path in args.recipes]
+    source = open_source(next((r.data for r in recipes if r.data.source != "pairs"), recipes[0].data))
+    several = len(recipes) > 1
+    candidates = [c for r in recipes for c in candidates_of(r, args.candidates, steps=args.steps, prefix=several)]
+    grid = Grid(tuple(args.cfg), tuple(args.skip), read_prompts(args.prompts, source), tuple(args.seeds))
+    out = args.out or Path(recipes[-1].run.out) / "sweep"
+    title = "CFG sweep: " + ", ".join(r.run.name for r in recipes)
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    sweep(candidates, grid, out, title=title, judge=judge_for(source), say=say)
+    print(f"done: {write_sweep_page(out)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Store pairs (noise, caption, trajectory points) of a trained model, to distil or straighten it.
+
+python tools/make_pairs.py recipes/digits/teacher.toml --out runs/digits/pairs --count 1536 --cfg 3 --steps 16 --points 4
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dedistill.train import guarded
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", help="recipe of the teacher; its finished run is used")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--count", type=int, default=1536, help="pairs")
+    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale baked into the pairs")
+    parser.add_argument("--steps", type=int, default=16, help="Euler steps")
+    parser.add_argument("--points", type=int, default=4, help="windows between stored states; divides --steps")
+    parser.add_argument("--seed", type=int, default=0, help="key of noise and prompts")
+    parser.add_argument("--shard-size", type=int, default=512, help="pairs per shard")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args()
+    return guarded(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dedistill.report.console import quiet_dependencies
+
+    quiet_dependencies()
+    from dedistill.data.registry import open_source
+    from dedistill.finished import open_finished
+    from dedistill.recipe import load_recipe
+    from dedistill.sampling.pairs import make_pairs, teacher_hash
+
+    recipe = load_recipe(args.recipe, args.set)
+    model = open_finished(recipe)
+    facts = make_pairs(
+        model,
+        open_source(recipe.data),
+        args.out,
+        teacher=teacher_hash(model),
+        count=args.count,
+        cfg=args.cfg,
+        steps=args.steps,
+        points=args.points,
+        seed=args.seed,
+        shard_size=args.shard_size,
+        progress=lambda done, total: print(f"pairs {done}/{total}", file=sys.stderr, flush=True),
+    )
+    print(f"done: {facts['count']} pairs in {len(facts['shards'])} shards, {args.out}/", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Compare a teacher, its distilled student and the de-distilled student over CFG scales; write a page and summary.json.
+
+python tools/report_story.py recipes/digits --out runs/digits/report
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dedistill.train import guarded
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", type=Path, help="folder with teacher.toml, student.toml and dedistill.toml, all finished")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of every recipe")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the page")
+    parser.add_argument(
+        "--cfg", type=float, nargs="+", default=[1, 2, 3, 4, 5, 6, 7, 8], help="guidance scales; 1 and 4 are needed"
+    )
+    parser.add_argument("--prompts", type=int, default=256, help="prompts per cell")
+    parser.add_argument("--steps", type=int, default=16, help="Euler steps for every stage")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args()
+    return guarded(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dedistill.report.console import quiet_dependencies
+
+    quiet_dependencies()
+    from dedistill.errors import UserError
+    from dedistill.recipe import load_recipe
+    from dedistill.report.story import tell
+
+    if not {1, 4} <= set(args.cfg):
+        raise UserError("--cfg: the comparison needs the scales 1 and 4", exit_code=2)
+    names = {"teacher": "teacher.toml", "student": "student.toml", "dedistilled": "dedistill.toml"}
+    recipes = {stage: load_recipe(args.recipes / file, args.set) for stage, file in names.items()}
+    commands = [f"bash launch/demo.sh {args.recipes.name}", f"python tools/report_story.py {args.recipes} --out {args.out}"]
+    tell(recipes, args.out, cfgs=args.cfg, prompts=args.prompts, steps=args.steps, commands=commands)
+    print(f"\nreport: {args.out / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
