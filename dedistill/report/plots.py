@@ -110,11 +110,11 @@ def _legend_places(names: list[str]) -> dict[str, tuple[float, int]]:
 def _frame(x: _Axis, y: _Axis, scales: list[float], ticks: list[float], xlabel: str, ylabel: str) -> list[str]:
     """Horizontal grid lines, tick labels and axis labels."""
     parts = ['<g class="frame" fill="currentColor" stroke="none">']
-    for tick in ticks:
+    for tick, text in zip(ticks, _tick_texts(ticks, y.log)):
         at = y(tick)
         parts.append(
             f'<path class="grid" d="M{x.start} {at:.1f}H{x.end}" stroke="currentColor" stroke-opacity=".16" fill="none"/>'
-            f'<text x="{x.start - 8}" y="{at + 4:.1f}" text-anchor="end">{tick_label(tick)}</text>'
+            f'<text x="{x.start - 8}" y="{at + 4:.1f}" text-anchor="end">{text}</text>'
         )
     free_from = -math.inf
     for scale in scales:
@@ -163,6 +163,15 @@ def _series(i: int, name: str, points: Points, x: _Axis, y: _Axis, place: tuple[
 def tick_label(value: float) -> str:
     """A number as an axis or a heading shows it: 1, 1.5, 0.25."""
     return f"{round(value, 9):g}"
+
+
+def _tick_texts(ticks: list[float], log: bool) -> list[str]:
+    """Tick labels with as many decimals as the finest tick needs: 0.50 below 0.75, not 0.5."""
+    plain = [tick_label(tick) for tick in ticks]
+    if log or any("e" in text for text in plain):
+        return plain
+    places = max(len(text.partition(".")[2]) for text in plain)
+    return [f"{tick:.{places}f}" if text != "0" else "0" for tick, text in zip(ticks, plain)]
 
 
 def value_label(value: float) -> str:

@@ -111,8 +111,8 @@ def display_width(size: tuple[int, int], columns: int) -> int:
     width, height = size
     root = math.sqrt(width * height)
     if min(size) < TINY:
-        return width * max(1, round(96 / root))
-    return round(min(max(940 / columns, 96), 220) * width / root)
+        return width * max(1, int(min(max(920 / columns, 72), 128) / root))
+    return round(min(max(920 / columns, 96), 220) * width / root)
 
 
 def read_json(path: Path) -> object:
