@@ -28,6 +28,11 @@ def guarded(action, *, debug: bool) -> int:
             traceback.print_exc()
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
+    except OSError as e:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {e.filename or 'input/output'}: {e.strerror or e}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; nothing was being written", file=sys.stderr)
         return 130
@@ -91,6 +96,8 @@ def train(recipe: Recipe, argv: list[str]) -> int:
         for _ in progress(trainer.fit(stop, trackers), trainer.step, plan):
             pass
         trackers.close()
+        if not trainer.trained_now:
+            print(f"already finished at step {trainer.step}; nothing to train", file=sys.stderr)
         if trainer.step < plan.steps:
             print(f"stopped and saved at step {trainer.step}; continue with:\n  {resume_command(argv)}", file=sys.stderr)
             return 128 + (stop.signal or 0)

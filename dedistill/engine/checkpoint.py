@@ -73,7 +73,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
             data = save(group, metadata={"format": "pt", "step": str(step)})
             files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": write_synced(temporary / f"{name}.safetensors", data)}
         manifest = {"schema": SCHEMA, "step": step, **facts, "files": files}
-        write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        write_synced(temporary / MANIFEST, _sealed(manifest))
         sync_directory(temporary)
         if final.exists():  # the same step saved again, e.g. after a damaged one was set aside
             shutil.rmtree(final)
@@ -89,6 +89,12 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
     return final
 
 
+def _sealed(manifest: dict) -> bytes:
+    """The manifest with a hash of itself, in one canonical spelling, so that no bit of it can change unnoticed."""
+    seal = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "seal": seal}, indent=1).encode()
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Published checkpoint directories, oldest first, damaged or not."""
     if not folder.is_dir():
@@ -100,10 +106,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, naming the file; empty when every byte agrees with the manifest."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        raw = (checkpoint / MANIFEST).read_bytes()
+        manifest = json.loads(raw)
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        manifest.pop("seal")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         return f"{MANIFEST} is unreadable ({type(e).__name__})"
+    if raw != _sealed(manifest):
+        return f"{MANIFEST} differs from what was written"
     if manifest.get("schema") != SCHEMA or manifest.get("step") != int(checkpoint.name.removeprefix("step-")):
         return f"{MANIFEST} is of another schema or step"
     for name, (size, digest) in files.items():

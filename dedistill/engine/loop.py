@@ -1,6 +1,8 @@
 """The training loop: slots of the global batch, one update per step, whatever model, adapter or objective."""
 
 import math
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +37,7 @@ class Trainer:
         self.guard = FiniteGuard()
         self.step = 0
         self.skipped = 0
+        self.trained_now = False
         self.notes: list[str] = []
         every, samples = recipe.validate_.every, recipe.validate_.samples or SAMPLES
         self.validate = Validator(self.objective, samples) if every else None
@@ -69,20 +72,22 @@ class Trainer:
     def fit(self, stop: StopRequest, trackers: Trackers) -> Iterator[dict]:
         """Train to the last step, yielding one row per step; returns early, saved, when a stop is asked for."""
         journal, timings, clock = Journal(self.run.metrics, self.step), Journal(self.run.timings, self.step), Clock()
+        before = {}
         if self.step == 0 and self.validate:
-            journal.write({"step": 0} | self.validate(self.model))
+            before = {f"{key}_start": value for key, value in self.validate(self.model).items()}
             clock.lap()
         self.model.root.train()
         try:
             for step in range(self.step, self.plan.steps):
-                row = self._train_step(step)
-                self.step = step + 1
+                row = self._train_step(step) | before
+                before = {}
+                self.step, self.trained_now = step + 1, True
                 last = self.step == self.plan.steps
                 if self.validate and (last or self.step % self.recipe.validate_.every == 0):
                     row |= self.validate(self.model)
                 if _due(self.recipe.snapshot.every, self.step, last):
                     self._snapshot()
-                if "val_loss" in row or not row["applied"] or last or self.step % self.recipe.log.every == 0:
+                if step == 0 or "val_loss" in row or not row["applied"] or last or self.step % self.recipe.log.every == 0:
                     journal.write(row)
                     timings.write({"step": self.step, "seconds": round(clock.lap(), 4)})
                     trackers.log(row, self.step)
@@ -138,11 +143,15 @@ class Trainer:
         save_checkpoint(self.run.checkpoints, self.step, groups, facts, self.recipe.checkpoint.keep)
 
     def export(self) -> Path | None:
-        """The finished network as a model folder, when the whole network was trained."""
-        if self.model.adapter is None:
-            self.model.family.save(self.model.parts, self.run.model)
-            return self.run.model
-        return None
+        """The finished network as a model folder, when the whole network was trained; whole or not at all."""
+        if self.model.adapter is not None:
+            return None
+        if self.trained_now or not self.run.model.exists():
+            temporary = self.run.path / f"model.tmp-{os.getpid()}"
+            self.model.family.save(self.model.parts, temporary)
+            shutil.rmtree(self.run.model, ignore_errors=True)
+            os.rename(temporary, self.run.model)
+        return self.run.model
 
 
 def _due(every: int, step: int, last: bool) -> bool:

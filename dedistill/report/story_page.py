@@ -48,7 +48,7 @@ def write_story_page(folder: Path, story: dict) -> Path:
         table=_table(story),
         gallery=gallery,
         tiny=min(size) < TINY,
-        width=display_width(size, len(story["prompts"])),
+        width=display_width(size, len(story["prompts"]), most=72 if min(size) < TINY else 128),
         plots=_plots(story),
         sweep_link=story.get("sweep_link"),
         commands=story.get("commands", []),

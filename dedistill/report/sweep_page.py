@@ -106,13 +106,16 @@ def picture_link(folder: Path, file: str) -> tuple[str, tuple[int, int]]:
     return quote(Path(file).as_posix()), size
 
 
-def display_width(size: tuple[int, int], columns: int) -> int:
-    """The width in CSS pixels of a thumbnail: tiny pictures by a whole factor, larger ones to fill the page."""
+def display_width(size: tuple[int, int], columns: int, most: int = 220) -> int:
+    """The width in CSS pixels of a thumbnail: tiny pictures by a whole factor, larger ones to fill the page.
+
+    ``most`` bounds the side of a square picture; long grids want less than the page would hold.
+    """
     width, height = size
     root = math.sqrt(width * height)
     if min(size) < TINY:
-        return width * max(1, int(min(max(920 / columns, 72), 128) / root))
-    return round(min(max(920 / columns, 96), 220) * width / root)
+        return width * max(1, int(min(max(920 / columns, 72), 128, most) / root))
+    return round(min(max(920 / columns, 96), most) * width / root)
 
 
 def read_json(path: Path) -> object:
@@ -193,12 +196,15 @@ def _gallery(folder: Path, scores: dict, name: str, skip: int, rows: list[RowKey
     labels = {number["key"]: number["label"] for number in scores["numbers"]}
     cells = {cell["cfg"]: cell for cell in scores["cells"] if (cell["candidate"], cell["skip"]) == (name, skip)}
     several = len({seed for _, seed in rows}) > 1
+    heads = scores["numbers"][:2]  # shown above the pictures, the others only in the viewer
+    places = [decimals(cell.get(number["key"]) for cell in scores["cells"]) for number in heads]
     columns, scales = [], sorted(shots)
     for cfg in scales:
         cell = cells.get(cfg, {})
         numbers = [(number["label"], cell.get(number["key"])) for number in scores["numbers"]]
         pictures = f"{cell['pictures']} pictures: " if "pictures" in cell else ""
-        columns.append({"cfg": cfg, "numbers": numbers[:2], "caption": pictures + _caption(numbers) if cell else ""})
+        texts = [f"{value:.{n}f}" if is_number(value) else "–" for (_, value), n in zip(numbers, places)]
+        columns.append({"cfg": cfg, "texts": texts, "caption": pictures + _caption(numbers) if cell else ""})
     lines, sizes = [], []
     for i, row in enumerate(rows):
         entries = [shots[cfg].get(row) for cfg in scales]
@@ -208,7 +214,13 @@ def _gallery(folder: Path, scores: dict, name: str, skip: int, rows: list[RowKey
         lines.append({"label": f"{prompt} (seed {seed})" if several else prompt, "key": i, "shots": line})
     size = max(sizes, default=(TINY, TINY))
     width = display_width(size, len(scales))
-    return {"columns": columns, "rows": lines, "width": width, "tiny": min(size) < TINY}
+    return {
+        "columns": columns,
+        "heads": [number["label"] for number in heads],
+        "rows": lines,
+        "width": width,
+        "tiny": min(size) < TINY,
+    }
 
 
 def _shot(folder: Path, entry: dict, labels: dict[str, str]) -> Shot:
@@ -263,7 +275,7 @@ def _table(scores: dict) -> dict:
     """All cells as rows of ``{"text", "sort", "best"}``; every column has one number of decimals, so digits line up."""
     cells, numbers = scores["cells"], scores["numbers"]
     fixed = [("candidate", "candidate"), ("cfg", "CFG"), ("skip", "skip"), ("steps", "steps"), ("pictures", "pictures")]
-    fixed = [(key, label) for key, label in fixed if any(key in cell for cell in cells)]
+    fixed = [(key, label) for key, label in fixed if any(cell.get(key) for cell in cells)]  # no column of zero skips
     heads = [{"label": label, "help": "", "numeric": key != "candidate"} for key, label in fixed]
     heads += [{"label": number["label"], "help": number["help"], "numeric": True} for number in numbers]
     columns = [[_field(cell.get(key), tick_label) for cell in cells] for key, _ in fixed]

@@ -1,0 +1,95 @@
+"""Tiny real models and recipes that train in a fraction of a second."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+TEACHER = """
+[run]
+name = "tiny-teacher"
+out = "{out}/teacher"
+[model]
+family = "pixel_flux"
+mask = "none"
+[model.new]
+height = 8
+width = 16
+patch = 4
+layers = 1
+single_layers = 1
+heads = 2
+head_dim = 16
+rope_axes = [4, 6, 6]
+text_dim = 16
+pooled_dim = 16
+[data]
+source = "digits"
+caption_noise = 0.2
+[train]
+steps = {steps}
+batch = 8
+lr = 3e-3
+"""
+
+ADAPTER = """
+[run]
+name = "tiny-dedistill"
+out = "{out}/dedistill"
+[model]
+family = "pixel_flux"
+path = "{base}"
+[base]
+quant = "int8"
+[adapter]
+kind = "lokr"
+init = "perturbed_normal"
+[[adapter.targets]]
+preset = "blocks"
+factor = 4
+[data]
+source = "digits"
+caption_noise = 0.2
+[timesteps]
+density = "beta"
+[train]
+steps = 6
+batch = 8
+lr = 1e-2
+[validate]
+every = 3
+samples = 16
+[checkpoint]
+every = 2
+[snapshot]
+every = 2
+"""
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory) -> Path:
+    """Folder of a tiny trained network."""
+    from dedistill.train import main
+
+    folder = tmp_path_factory.mktemp("base")
+    recipe = folder / "teacher.toml"
+    recipe.write_text(TEACHER.format(out=folder, steps=20))
+    assert main([str(recipe), "--debug"]) == 0
+    return folder / "teacher" / "model"
+
+
+@pytest.fixture
+def adapter_recipe(tmp_path, base_model) -> Path:
+    """Recipe file of a tiny de-distillation into ``tmp_path/dedistill``."""
+    file = tmp_path / "dedistill.toml"
+    file.write_text(ADAPTER.format(out=tmp_path, base=base_model))
+    return file
+
+
+@pytest.fixture
+def teacher_recipe(tmp_path) -> Path:
+    file = tmp_path / "teacher.toml"
+    file.write_text(TEACHER.format(out=tmp_path, steps=4))
+    return file

@@ -1,0 +1,74 @@
+"""Who may import whom (docs/decisions/0001-layers.md), and where a family's name may occur."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dedistill"
+LEVELS = [
+    {"errors", "patterns"},
+    {"flow", "recipe"},
+    {"data", "families", "base", "adapters", "posthoc"},
+    {"assemble"},
+    {"sampling"},
+    {"engine"},
+    {"finished"},
+    {"candidates"},
+    {"report"},
+    {"train"},
+]
+LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dedistill."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("dedistill.")}
+    return found
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if part(f) != "__init__"], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    own = part(path)
+    wrong = {other for other in imports(path) - {own} if LEVEL[other] >= LEVEL[own]}
+    assert not wrong, f"{path} imports {wrong}"
+
+
+def test_every_part_has_a_level():
+    assert {part(f) for f in FILES} - {"__init__"} == set(LEVEL)
+
+
+def test_family_names_stay_under_families():
+    from dedistill.families.registry import family_names
+
+    outside = [f for f in FILES if part(f) != "families"]
+    for name in family_names():
+        hits = [f for f in outside if name in f.read_text().replace('"Model family, e.g. pixel_flux."', "")]
+        assert not hits, f"'{name}' occurs in {hits}"
+
+
+def test_recipe_stays_light():
+    """A recipe is read without torch, numpy or diffusers."""
+    heavy = "[m for m in ('torch', 'numpy', 'diffusers') if m in sys.modules]"
+    code = f"import sys, dedistill.recipe, dedistill.recipe.plan; print({heavy})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_no_pickle_no_torchvision_no_remote_code():
+    """DESIGN rule 10."""
+    for f in [*FILES, *(ROOT / "tools").glob("*.py")]:
+        text = f.read_text()
+        for word in ("import pickle", "torch.load(", "torchvision", "trust_remote_code", "extractall"):
+            assert word not in text, f"{word} in {f}"
