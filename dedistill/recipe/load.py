@@ -1,6 +1,5 @@
 """From a TOML file to a ``Recipe``: every mistake is reported at once, each with file, line, key and the nearest valid key."""
 
-import json
 import os.path
 import re
 import tomllib
@@ -8,14 +7,18 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from dedistill.errors import UserError
+from dedistill.recipe.emit import fields_of, json_schema, table_in, to_toml
+from dedistill.recipe.explain import any_of, entries, explain, quote, shown
 from dedistill.recipe.locate import dotted, locate
 from dedistill.recipe.schema import Recipe, Table, contradictions
+
+__all__ = ["RecipeError", "json_schema", "load_recipe", "to_toml"]
 
 # Whole words only: text_length is no text token.
 _SECRET = re.compile(r"(?<![a-z0-9])(api[_-]?key|token|password|secret)(?![a-z0-9])", re.IGNORECASE)
@@ -113,16 +116,17 @@ def _read_chain(path: Path) -> _Draft:
     draft, layers, seen, via = _Draft(os.path.normpath(path)), [], [], ""
     while True:
         data, places = _read(path, len(layers), via)
+        if path.resolve() in [p.resolve() for p in seen]:
+            circle = " -> ".join(os.path.normpath(p) for p in [*seen, path])
+            raise RecipeError([f"{via}leads round in a circle: {circle}"])
         layers.append((data, places))
         seen.append(path)
         if "extends" not in data:
             break
         base, place = data.pop("extends"), places.pop("extends")
         if not isinstance(base, str):
-            raise RecipeError([f"{place}: extends: expects a string, the path of another recipe, got {_shown(base)}"])
+            raise RecipeError([f"{place}: extends: expects a string, the path of another recipe, got {shown(base)}"])
         path, via = path.parent / base, f"{place}: extends: "
-        if path.resolve() in [p.resolve() for p in seen]:
-            raise RecipeError([f"{via}leads round in a circle: {' -> '.join(os.path.normpath(p) for p in [*seen, path])}"])
     for data, places in reversed(layers):
         draft.lay(data, places)
     return draft
@@ -164,7 +168,7 @@ def _override(draft: _Draft, text: str, place: _Place) -> None:
     name, equals, source = text.partition("=")
     parts = tuple(part.strip() for part in name.split("."))
     if not equals or not all(parts):
-        draft.errors.append((place, f"--set: {_quote(text)}: expects table.key=value"))
+        draft.errors.append((place, f"--set: {quote(text)}: expects table.key=value"))
         return
     key = dotted(parts)
     if parts[0] == "extends":
@@ -202,7 +206,7 @@ def _descend(data: dict[str, Any], parts: tuple[str, ...]) -> tuple[Any, Any]:
         so_far, last = dotted(parts[:n]), n == len(parts) - 1
         if isinstance(here, list):
             if not re.fullmatch(r"[0-9]{1,9}", part) or int(part) >= len(here):
-                raise LookupError(f"'{so_far}' has {_entries(len(here))}, numbered from 0")
+                raise LookupError(f"'{so_far}' has {entries(len(here))}, numbered from 0")
             index: Any = int(part)
         elif isinstance(here, dict):
             index = part
@@ -211,7 +215,7 @@ def _descend(data: dict[str, Any], parts: tuple[str, ...]) -> tuple[Any, Any]:
                     raise LookupError(f"'{dotted(parts[: n + 1])}' is not set, so it has no entry {parts[n + 1]}")
                 here[part] = {}
         else:
-            raise LookupError(f"'{so_far}' is {_shown(here)}, not a table")
+            raise LookupError(f"'{so_far}' is {shown(here)}, not a table")
         if last:
             return here, index
         here = here[index]
@@ -227,13 +231,13 @@ def _check_keys(draft: _Draft, model: type[Table], table: dict[str, Any], path: 
     A misspelt key goes on under the name that was meant: so its value is checked too, and is not called missing.
     """
     dropped = False
-    known = _fields(model)
+    known = fields_of(model)
     for name in [name for name in table if name not in known]:
         value, key = table.pop(name), dotted((*path, name))
         dropped |= not _SECRET.search(name) and not _report_unknown(draft, table, path, name, value, known)
         draft.forget(key)
     for name, field in known.items():
-        inner = _model_in(field.annotation)
+        inner = table_in(field.annotation)
         if field.annotation is inner and field.is_required():
             table.setdefault(name, {})  # its own required keys are then reported one by one
         rows = table.get(name)
@@ -254,7 +258,7 @@ def _report_unknown(
     if not near + elsewhere:
         draft.blame(key, f"unknown {kind}, known here: {', '.join(known)}")
         return False
-    guesses = _any_of([f"'{k}'" for k in near + elsewhere])
+    guesses = any_of([f"'{k}'" for k in near + elsewhere])
     draft.blame(key, f"unknown {kind}, did you mean {guesses}?")
     if not near or elsewhere or near[0] in table:
         return False
@@ -263,45 +267,18 @@ def _report_unknown(
     return True
 
 
-def _fields(model: type[Table]) -> dict[str, FieldInfo]:
-    """Keys of a table as TOML spells them."""
-    return {field.alias or name: field for name, field in model.model_fields.items()}
-
-
-def _model_in(annotation: Any) -> type[Table] | None:
-    """The model of a field that is a table or an array of tables."""
-    if isinstance(annotation, type) and issubclass(annotation, Table):
-        return annotation
-    return next((model for arg in get_args(annotation) if (model := _model_in(arg))), None)
-
-
 @cache
 def _all_keys() -> list[tuple[str, ...]]:
     def walk(model: type[Table], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-        for name, field in _fields(model).items():
+        for name, field in fields_of(model).items():
             yield (*path, name)
-            if inner := _model_in(field.annotation):
+            if inner := table_in(field.annotation):
                 yield from walk(inner, (*path, name))
 
     return list(walk(Recipe, ()))
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
-
-_KINDS = {
-    "int_type": "an integer",
-    "float_type": "a number",
-    "string_type": "a string",
-    "bool_type": "true or false",
-    "list_type": "an array",
-    "model_type": "a table",
-}
-_LIMITS = {
-    "greater_than_equal": ("at least", "ge"),
-    "greater_than": ("more than", "gt"),
-    "less_than_equal": ("at most", "le"),
-    "less_than": ("less than", "lt"),
-}
+# --- values ------------------------------------------------------------------------------------------------------------
 
 
 def _check_values(draft: _Draft) -> Recipe | None:
@@ -313,7 +290,7 @@ def _check_values(draft: _Draft) -> Recipe | None:
         for error in exc.errors(include_url=False):
             found.setdefault(_path(draft.data, error), []).append(error)
         for path, errors in found.items():
-            draft.blame(dotted(path), _explain(errors, dotted(path)))
+            draft.blame(dotted(path), explain(errors, dotted(path)))
         return None
 
 
@@ -328,137 +305,3 @@ def _path(data: Any, error: Any) -> tuple[str | int, ...]:
                 break
         path += (part,)
     return path
-
-
-def _explain(errors: list[Any], key: str) -> str:
-    """One readable line from the errors of one key; there are several where a field has alternatives."""
-    if errors[0]["type"] == "missing":
-        return "required, not set"
-    value, words = errors[0]["input"], []
-    for error in errors:
-        if error["type"] == "literal_error":
-            words += re.findall(r"'([^']*)'", error["ctx"]["expected"])
-    quoted = [f"'{word}'" for word in words]
-    near = get_close_matches(value, words, n=1) if isinstance(value, str) else []
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    for error in errors:
-        if error["type"] != "literal_error" and error["type"] not in _KINDS:
-            return f"must be {_any_of([_limit(error), *quoted])}, got {_bare(value)}"
-    kinds = [_KINDS[error["type"]] for error in errors if error["type"] in _KINDS]
-    if isinstance(value, str) and not kinds:
-        return f"{_quote(value)} is not one of {', '.join(quoted)}{hint}"
-    if isinstance(value, dict) and kinds == ["an array"]:
-        hint = f"; an array of tables is written [[{key}]]"
-    if isinstance(value, list) and kinds == ["a table"]:
-        hint = f"; a single table is written [{key}]"
-    return f"expects {_any_of(kinds + quoted)}, got {_shown(value)}{hint}"
-
-
-def _limit(error: Any) -> str:
-    """What a value must be whose kind is right."""
-    kind, ctx = error["type"], error.get("ctx", {})
-    if kind in _LIMITS:
-        words, name = _LIMITS[kind]
-        return f"{words} {ctx[name]:.15g}"
-    if kind == "too_short":
-        return f"of at least {_entries(ctx['min_length'])}"
-    if kind == "too_long":
-        return f"of at most {_entries(ctx['max_length'])}"
-    known = {"finite_number": "a finite number", "string_too_short": "a text that is not empty", "string_unicode": "valid text"}
-    return known.get(kind, "a value in range")
-
-
-def _bare(value: Any) -> str:
-    return _entries(len(value)) if isinstance(value, list) else _quote(value) if isinstance(value, str) else _number(value)
-
-
-def _number(value: Any) -> str:
-    return str(value) if isinstance(value, float) or abs(value) < 10**20 else "a larger one"
-
-
-def _shown(value: Any) -> str:
-    """A value from TOML with its kind, short enough for one line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, dict)):
-        return "an array" if isinstance(value, list) else "a table"
-    if isinstance(value, (int, float)):
-        return f"{'the integer' if isinstance(value, int) else 'the number'} {_number(value)}"
-    return f"the string {_quote(value)}" if isinstance(value, str) else f"the date or time {value}"
-
-
-def _quote(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _entries(count: int) -> str:
-    return f"{count} {'entry' if count == 1 else 'entries'}"
-
-
-def _any_of(options: Sequence[str]) -> str:
-    return " or ".join(filter(None, [", ".join(options[:-1]), options[-1]]))
-
-
-# --- the other way ---------------------------------------------------------------------------------------------------
-
-
-def to_toml(recipe: Recipe) -> str:
-    """The whole recipe as TOML, every default filled in; ``load_recipe`` reads it back to an equal recipe."""
-    return "\n".join(_emit(recipe.resolved(), ())).lstrip("\n") + "\n"
-
-
-def _emit(table: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
-    """Lines of one table: its own keys first, since what follows a header belongs to that header."""
-    inner = {k: v for k, v in table.items() if isinstance(v, dict) or (v and isinstance(v, list) and isinstance(v[0], dict))}
-    for name, value in table.items():
-        if name not in inner and value is not None:
-            yield f"{dotted((name,))} = {_literal(value)}"
-    for name, value in inner.items():
-        key = dotted((*path, name))
-        for row in [value] if isinstance(value, dict) else value:
-            yield from ("", f"[{key}]" if isinstance(value, dict) else f"[[{key}]]")
-            yield from _emit(row, (*path, name))
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list):
-        return f"[{', '.join(map(_literal, value))}]"
-    return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe file, for completion and checks in an editor.
-
-    A file that extends another need not set what is required; so that is asked only of files that extend nothing.
-    """
-    schema = _tidy(Recipe.model_json_schema())
-    extends = {"type": "string", "description": "Recipe that this one changes, relative to this file."}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "dedistill recipe",
-        **schema,
-        "properties": {"extends": extends, **schema["properties"]},
-        "if": {"not": {"required": ["extends"]}},
-        "then": _required(Recipe),
-    }
-
-
-def _tidy(node: Any) -> Any:
-    """Without null, which TOML cannot say, without titles that repeat the key, and without ``required``."""
-    if isinstance(node, list):
-        return [_tidy(item) for item in node if item != {"type": "null"}]
-    if not isinstance(node, dict):
-        return node
-    noise = {"title": str, "default": type(None), "required": list}  # by type: a recipe key may have the same name
-    node = {k: _tidy(v) for k, v in node.items() if not (k in noise and isinstance(v, noise[k]))}
-    return {**node.pop("anyOf")[0], **node} if len(node.get("anyOf", [])) == 1 else node
-
-
-def _required(model: type[Table]) -> dict[str, Any]:
-    fields = _fields(model)
-    needs: dict[str, Any] = {"required": [name for name, field in fields.items() if field.is_required()]}
-    inner = {name: _required(sub) for name, field in fields.items() if (sub := _model_in(field.annotation))}
-    inner = {name: need for name, need in inner.items() if need}
-    return {key: value for key, value in {**needs, "properties": inner}.items() if value}

@@ -181,6 +181,10 @@ class Recipe(Table):
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
+    def __eq__(self, other: object) -> bool:
+        """Two recipes are equal if they say the same, wherever they say it."""
+        return isinstance(other, Recipe) and self.resolved() == other.resolved()
+
     def where(self, key: str) -> str:
         """``file:line: key`` of a dotted key such as ``adapter.targets.0.pattern``, for errors found after loading."""
         parts = key.split(".")
@@ -231,7 +235,7 @@ def _timestep_rules(r: Recipe) -> list[tuple[str, str]]:
         for key in sorted(keys):
             if getattr(r.timesteps, key) is not None and r.timesteps.density != density:
                 found.append((f"timesteps.{key}", f"has no effect with density = '{r.timesteps.density}'; needs '{density}'"))
-    if r.train.objective == "distill" and r.timesteps.model_fields_set:
+    if r.train.objective == "distill" and r.timesteps != Timesteps():
         found.append(("timesteps", "has no effect with objective = 'distill': sigma comes from the stored points"))
     return found
 

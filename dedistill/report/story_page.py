@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from dedistill.errors import UserError
 from dedistill.report.plots import line_plot, tick_label, value_label
-from dedistill.report.sweep_page import TINY, Shot, decimals, display_width, is_number, picture_link, render
+from dedistill.report.sweep_page import PHONE_SIDE, TINY, Shot, decimals, display_width, is_number, picture_link, render
 
 NEEDED = {"title": str, "lead": str, "models": list, "cfgs": list, "summary": dict, "pictures": dict, "prompts": list}
 # key, label, axis label, what it says; a summary without one of these simply lacks its row and its curve
@@ -48,6 +48,7 @@ def write_story_page(folder: Path, story: dict) -> Path:
         table=_table(story),
         gallery=gallery,
         tiny=min(size) < TINY,
+        small=display_width(size, len(story["prompts"]), PHONE_SIDE),
         width=display_width(size, len(story["prompts"]), most=72 if min(size) < TINY else 128),
         plots=_plots(story),
         sweep_link=story.get("sweep_link"),

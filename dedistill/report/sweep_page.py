@@ -21,6 +21,7 @@ from dedistill.sampling.grid import contact_sheet
 IDENTITY = ("file", "candidate", "cfg", "skip", "steps", "prompt", "seed")  # every other key of a picture is a number
 SHEET_SIDE = 320  # contact sheets show larger pictures reduced to this
 TINY = 96  # pictures with a shorter side than this are shown with hard pixel edges
+PHONE_SIDE = 80  # side of a thumbnail on a phone
 LOG_RATIO = 40  # a lower-is-better number that spans more than this factor gets a logarithmic axis
 
 PromptKey = tuple[str, int]  # the text, and how many earlier prompts of the sweep have the same text
@@ -213,12 +214,13 @@ def _gallery(folder: Path, scores: dict, name: str, skip: int, rows: list[RowKey
         (prompt, _), seed = row
         lines.append({"label": f"{prompt} (seed {seed})" if several else prompt, "key": i, "shots": line})
     size = max(sizes, default=(TINY, TINY))
-    width = display_width(size, len(scales))
+    width, small = display_width(size, len(scales)), display_width(size, len(scales), PHONE_SIDE)
     return {
         "columns": columns,
         "heads": [number["label"] for number in heads],
         "rows": lines,
         "width": width,
+        "small": small,
         "tiny": min(size) < TINY,
     }
 

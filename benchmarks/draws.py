@@ -1,0 +1,28 @@
+"""What keyed randomness costs: noise and sigma of a step, against unkeyed torch.randn and torch.rand.
+
+python -m benchmarks.draws
+"""
+
+import numpy as np
+import torch
+
+from benchmarks.interleave import ratio, report
+from dedistill.flow import keyed, timesteps
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = {}
+    for batch, shape in ((64, (1, 8, 16)), (16, (16, 128, 128))):
+        ours = lambda: (  # noqa: E731
+            keyed.noise(0, "noise", 1, range(batch), shape),  # noqa: B023
+            timesteps.draw(0, 1, batch, density="beta", params={}),  # noqa: B023
+        )
+        theirs = lambda: (torch.randn(batch, *shape), torch.distributions.Beta(2.0, 2.0).sample((batch,)))  # noqa: B023, E731
+        rows[f"batch {batch} of {'x'.join(map(str, shape))}"] = ratio(ours, theirs)
+    assert np.isfinite(timesteps.draw(0, 1, 8, density="beta", params={})).all()
+    report("draws", rows, "unkeyed time over keyed time, one CPU thread; < 1: keyed draws cost more")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""From the models back to text: a recipe as TOML, and the JSON schema that editors complete and check recipes with."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from dedistill.recipe.locate import dotted
+from dedistill.recipe.schema import Recipe, Table
+
+
+def fields_of(model: type[Table]) -> dict[str, FieldInfo]:
+    """Keys of a table as TOML spells them."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def table_in(annotation: Any) -> type[Table] | None:
+    """The model of a field that is a table or an array of tables."""
+    if isinstance(annotation, type) and issubclass(annotation, Table):
+        return annotation
+    return next((model for arg in get_args(annotation) if (model := table_in(arg))), None)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The whole recipe as TOML, every default filled in; ``load_recipe`` reads it back to an equal recipe."""
+    return "\n".join(_emit(recipe.resolved(), ())).lstrip("\n") + "\n"
+
+
+def _emit(table: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    """Lines of one table: its own keys first, since what follows a header belongs to that header."""
+    inner = {k: v for k, v in table.items() if isinstance(v, dict) or (v and isinstance(v, list) and isinstance(v[0], dict))}
+    for name, value in table.items():
+        if name not in inner and value is not None:
+            yield f"{dotted((name,))} = {_literal(value)}"
+    for name, value in inner.items():
+        key = dotted((*path, name))
+        for row in [value] if isinstance(value, dict) else value:
+            yield from ("", f"[{key}]" if isinstance(value, dict) else f"[[{key}]]")
+            yield from _emit(row, (*path, name))
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe file, for completion and checks in an editor.
+
+    A file that extends another need not set what is required; so that is asked only of files that extend nothing.
+    """
+    schema = _tidy(Recipe.model_json_schema())
+    extends = {"type": "string", "description": "Recipe that this one changes, relative to this file."}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "dedistill recipe",
+        **schema,
+        "properties": {"extends": extends, **schema["properties"]},
+        "if": {"not": {"required": ["extends"]}},
+        "then": _required(Recipe),
+    }
+
+
+def _tidy(node: Any) -> Any:
+    """Without null, which TOML cannot say, titles that repeat the key, defaults of whole tables, and ``required``."""
+    if isinstance(node, list):
+        return [_tidy(item) for item in node if item != {"type": "null"}]
+    if not isinstance(node, dict):
+        return node
+    noise = {"title": str, "default": (type(None), dict), "required": list}  # by type: a recipe key may have the same name
+    node = {k: _tidy(v) for k, v in node.items() if not (k in noise and isinstance(v, noise[k]))}
+    return {**node.pop("anyOf")[0], **node} if len(node.get("anyOf", [])) == 1 else node
+
+
+def _required(model: type[Table]) -> dict[str, Any]:
+    fields = fields_of(model)
+    needs: dict[str, Any] = {"required": [name for name, field in fields.items() if field.is_required()]}
+    inner = {name: _required(sub) for name, field in fields.items() if (sub := table_in(field.annotation))}
+    inner = {name: need for name, need in inner.items() if need}
+    return {key: value for key, value in {**needs, "properties": inner}.items() if value}

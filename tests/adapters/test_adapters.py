@@ -1,0 +1,327 @@
+"""What an adapter adds to a layer, to a network and to a file, on dense and on quantized bases."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from lycoris import LycorisNetwork, create_lycoris_from_weights
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from dedistill.adapters.attach import Adapter, dense_shapes, file_name
+from dedistill.adapters.delta import delta, merge
+from dedistill.adapters.files import read_tensors
+from dedistill.adapters.init import initialise
+from dedistill.adapters.targets import Resolved, resolve_targets
+from dedistill.base.quantize import cast_float, dense_weight, linear_names, prepare_base
+from dedistill.errors import UserError
+from dedistill.families.pixel_flux import PixelFlux
+from dedistill.flow import keyed
+from dedistill.recipe.schema import Adapter as Table
+
+FAMILY = PixelFlux()
+FORMS = {
+    "lokr": {"kind": "lokr", "targets": [{"preset": "blocks", "factor": 4}]},
+    "lokr-rank": {"kind": "lokr", "targets": [{"preset": "blocks", "factor": 4, "rank": 2}]},
+    "lora": {"kind": "lora", "targets": [{"preset": "blocks", "rank": 3}]},
+}
+QUANTS = ["none", "int8", "int8-quanto"]
+FACTOR_NAMES = {
+    "lokr": {"lokr_w1", "lokr_w2"},
+    "lokr-rank": {"lokr_w1", "lokr_w2_a", "lokr_w2_b"},
+    "lora": {"lora_up.weight", "lora_down.weight"},
+}
+
+every_form = pytest.mark.parametrize("form", FORMS)
+every_quant = pytest.mark.parametrize("quant", QUANTS)
+
+
+def attach(parts, table: dict) -> Adapter:
+    shapes = dense_shapes(parts.net, linear_names(parts.net))
+    table = Table.model_validate(table)
+    return Adapter(parts.net, table.kind, resolve_targets(table, shapes, FAMILY.presets()))
+
+
+def build(form: str, quant: str = "none", dtype: torch.dtype = torch.float32, *, size: float = 0.05) -> SimpleNamespace:
+    """A tiny network with an adapter whose factors are normal with deviation ``size``; 0 leaves them as LyCORIS does."""
+    parts = FAMILY.tiny(0)
+    cast_float(parts.net, dtype)
+    prepare_base(parts.net, quant, [])
+    adapter = attach(parts, FORMS[form])
+    if size:
+        fill(adapter, size)
+    return SimpleNamespace(parts=parts, net=parts.net, adapter=adapter)
+
+
+@torch.no_grad()
+def fill(adapter: Adapter, size: float, seed: int = 0) -> None:
+    for name, p in adapter.trainable().items():
+        p.copy_(torch.from_numpy(keyed.generator(seed, name).standard_normal(tuple(p.shape), dtype="float32")) * size)
+
+
+def velocity(parts, root: nn.Module) -> torch.Tensor:
+    """The velocity [2, 1, 8, 16] of a fixed question."""
+    text = FAMILY.encode_text(parts, ["two then three", "a handwritten seven then a 4"], 12)
+    noisy = keyed.noise(0, "question", 0, range(2), parts.picture)
+    return FAMILY.velocity(parts, root, noisy, torch.tensor([0.3, 0.8]), text)
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@every_quant
+@every_form
+def test_every_layer_answers_as_dense_weight_plus_delta(form, quant):
+    """K1, K12, E1 of COMPAT: the bypass form equals the materialised Kronecker or low-rank product, quantized or not."""
+    own = build(form, quant)
+    for name, module in own.adapter.by_target.items():
+        linear = own.net.get_submodule(name)
+        x = keyed.noise(0, name, 0, range(7), (linear.in_features,))
+        change = delta(module).detach()
+        wanted = F.linear(x.double(), dense_weight(linear).double() + change.double(), linear.bias.double())
+        assert relative(linear(x).detach(), wanted) < 1e-6, name
+        assert change.norm() > 1e-3 * dense_weight(linear).norm(), "the change must be large enough to be seen"
+    assert len(own.adapter.by_target) == 20
+
+
+@every_form
+def test_forward_merge_and_reload_agree(form, tmp_path):
+    """O1, traps 4 and 28: what training sees, what merging writes and what a file gives back are one delta."""
+    own, plain = build(form), FAMILY.tiny(0)
+    adapted = velocity(own.parts, own.adapter).detach()
+    assert relative(velocity(plain, plain.net).detach(), adapted) > 1e-3
+    merge(plain.net, own.adapter.by_target)
+    assert relative(velocity(plain, plain.net).detach(), adapted) < 1e-6
+    save_file(own.adapter.tensors(), tmp_path / "a.safetensors", metadata={"format": "pt", "who": "a"})
+    tensors, header = read_tensors(tmp_path / "a.safetensors")
+    other = build(form, size=0.3)
+    assert not torch.equal(velocity(other.parts, other.adapter), adapted)
+    other.adapter.load_tensors(tensors, "a.safetensors")
+    assert torch.equal(velocity(other.parts, other.adapter), adapted)
+    assert header["who"] == "a"
+
+
+@every_form
+def test_merge_into_bf16_rounds_once(form):
+    """Trap 7: the sum is formed in float32 and rounded once to the weight's dtype."""
+    own = build(form, dtype=torch.bfloat16)
+    before = {n: own.net.get_submodule(n).weight.float().clone() for n in own.adapter.by_target}
+    merge(own.net, own.adapter.by_target)
+    for name, module in own.adapter.by_target.items():
+        weight = own.net.get_submodule(name).weight
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, (before[name] + delta(module)).bfloat16())
+
+
+@pytest.mark.parametrize("quant", ["int8", "int8-quanto"])
+def test_merge_into_a_quantized_base_is_refused(quant):
+    """Trap 6: elsewhere this silently merges nothing."""
+    own = build("lokr", quant)
+    with pytest.raises(ValueError, match=r"transformer_blocks\.0.*unquantized base"):
+        merge(own.net, own.adapter.by_target)
+
+
+@pytest.mark.xfail(strict=True, reason="merge adds to the dense layers before it meets the quantized one that it refuses")
+def test_refused_merge_changes_nothing():
+    """Trap 6: in a base with excluded layers, a refusal in the middle must not leave half a merge behind."""
+    parts = FAMILY.tiny(0)
+    prepare_base(parts.net, "int8", ["transformer_blocks.*.norm1.linear"])
+    adapter = attach(parts, FORMS["lokr"])
+    fill(adapter, 0.05)
+    first = parts.net.transformer_blocks[0].norm1.linear.weight
+    before = first.clone()
+    with pytest.raises(ValueError):
+        merge(parts.net, adapter.by_target)
+    assert torch.equal(first, before)
+
+
+@every_form
+def test_bypass_keeps_a_small_delta_in_bf16(form):
+    """Trap 5: of a delta 1e-3 of the weight, the bypass branch keeps 99 %; the rebuilt weight loses most of it."""
+    own = build(form, dtype=torch.bfloat16)
+    for name, module in own.adapter.by_target.items():
+        linear = own.net.get_submodule(name)
+        weight = dense_weight(linear)
+        initialise(module, name, lambda w=weight: w, init="perturbed_normal", scale=1e-3, seed=0)
+        x = keyed.noise(0, name, 0, range(256), (linear.in_features,)).bfloat16()
+        change = delta(module).detach()
+        wanted = F.linear(x.double(), change.double())
+
+        def kept(branch: torch.Tensor, wanted=wanted) -> float:
+            return float((branch.double() * wanted).sum() / wanted.square().sum())
+
+        branch = module.bypass_forward_diff(x).detach()
+        assert module.bypass_mode and kept(branch) > 0.99 and relative(branch, wanted) < 0.01, name
+        rounded = (weight.bfloat16() + change.bfloat16()) - weight.bfloat16()
+        assert relative(F.linear(x.float(), rounded.float()), wanted) > 0.5, "the control must show the loss"
+
+
+def test_two_adapters_in_one_process_are_independent(monkeypatch):
+    """K9, trap 17: no class-level state leaks, be it from another adapter or from LyCORIS' own presets."""
+    first, second = FAMILY.tiny(0), FAMILY.tiny(0)
+    a = attach(first, {"kind": "lokr", "targets": [{"preset": "attention", "factor": 4}]})
+    fill(a, 0.05)
+    before = velocity(first, a)
+    monkeypatch.setattr(LycorisNetwork, "NAME_ALGO_MAP", {"*": {"algo": "loha", "factor": 2}})
+    monkeypatch.setattr(LycorisNetwork, "TARGET_EXCLUDE_NAME", ["*"])
+    b = attach(second, {"kind": "lokr", "targets": [{"preset": "mlp", "factor": 8}]})
+    fill(b, 0.05)
+    assert torch.equal(velocity(first, a), before)
+    assert not torch.equal(velocity(second, b), before)
+    assert {m.lokr_w1.shape for m in a.by_target.values()} == {(4, 4)}
+    assert {m.lokr_w1.shape for m in b.by_target.values()} == {(8, 4), (4, 8)}  # 32 = 4 * 8: the smaller part comes first
+    assert not a.by_target.keys() & b.by_target.keys()
+    b.detach_from_base()
+    assert torch.equal(velocity(first, a), before)
+
+
+@every_quant
+@every_form
+def test_detaching_gives_the_base_back_bit_for_bit(form, quant):
+    """K11: the frozen network answers as if nothing had ever sat on it."""
+    plain = FAMILY.tiny(0)
+    prepare_base(plain.net, quant, [])
+    base = velocity(plain, plain.net)
+    own = build(form, quant)
+    assert not torch.equal(velocity(own.parts, own.adapter), base)
+    own.adapter.detach_from_base()
+    assert torch.equal(velocity(own.parts, own.net), base)
+    assert own.net.state_dict().keys() == plain.net.state_dict().keys()
+
+
+@every_quant
+@every_form
+def test_gradient_reaches_every_factor_and_nothing_else(form, quant):
+    """K3, K10: LyCORIS' start has no gradient in the first factor; one step later every factor has one, the base never."""
+    own = build(form, quant, size=0)
+    params = own.adapter.trainable()
+    optimizer = torch.optim.SGD(params.values(), lr=0.1)
+    velocity(own.parts, own.adapter).square().mean().backward()
+    silent = {n for n, p in params.items() if not p.grad.any()}
+    first = {"lokr": ("lokr_w1",), "lokr-rank": ("lokr_w1", "lokr_w2_a"), "lora": ("lora_down.weight",)}[form]
+    assert silent == {n for n in params if n.endswith(first)}
+    optimizer.step()
+    optimizer.zero_grad()
+    velocity(own.parts, own.adapter).square().mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in params.values())
+    assert not any(p.requires_grad or p.grad is not None for p in own.net.parameters())
+    assert not {id(p) for p in own.adapter.parameters()} & {id(p) for p in own.net.parameters()}
+
+
+@every_form
+def test_tensors_are_private_copies(form):
+    """K11, E1 of COMPAT: a saved state does not follow the training, nor the training a changed state."""
+    own = build(form)
+    saved = own.adapter.tensors()
+    kept = {n: t.clone() for n, t in saved.items()}
+    fill(own.adapter, 0.3)
+    assert all(torch.equal(saved[n], kept[n]) for n in kept)
+    now = velocity(own.parts, own.adapter)
+    for tensor in own.adapter.tensors().values():
+        assert tensor.is_contiguous() and not tensor.requires_grad
+        tensor.fill_(9.0)
+    assert torch.equal(velocity(own.parts, own.adapter), now)
+
+
+@every_form
+def test_names_and_scale_are_those_of_the_format(form):
+    """K2, K11, traps 4, 28 and 30: lycoris_<path with _>, alpha = rank, so every reader's scale is 1."""
+    own = build(form)
+    tensors = own.adapter.tensors()
+    wanted = {f"lycoris_{n.replace('.', '_')}.{part}" for n in own.adapter.by_target for part in FACTOR_NAMES[form] | {"alpha"}}
+    assert tensors.keys() == wanted
+    rank = {"lokr": 1, "lokr-rank": 2, "lora": 3}[form]
+    for name, module in own.adapter.by_target.items():
+        assert module.scale == 1 and module.lora_dim == rank
+        assert float(tensors[f"{file_name(name)}.alpha"]) == rank
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "other form"])
+def test_wrong_files_are_refused_and_change_nothing(damage):
+    """K11, E8: names and shapes agree exactly, or nothing is copied."""
+    own = build("lokr")
+    before = own.adapter.tensors()
+    tensors = {n: t + 1 for n, t in before.items()}
+    name = max(tensors)
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "unknown":
+        tensors["lycoris_blocks_7.lokr_w1"] = torch.zeros(4, 4)
+    elif damage == "shape":
+        tensors[name] = tensors[name].T.reshape(-1)
+    else:
+        tensors = build("lora").adapter.tensors()
+    named = {"unknown": "lycoris_blocks_7.lokr_w1", "other form": "lora_down"}.get(damage, name)
+    with pytest.raises(UserError, match=f"'here.safetensors' does not fit.*{named}"):
+        own.adapter.load_tensors(tensors, "here.safetensors")
+    assert all(torch.equal(t, before[n]) for n, t in own.adapter.tensors().items())
+
+
+@every_form
+def test_lycoris_itself_reads_our_files(form, tmp_path):
+    """K11, trap 5: save -> create_lycoris_from_weights (bypass) -> the same output."""
+    own, plain = build(form), FAMILY.tiny(0)
+    save_file(own.adapter.tensors(), tmp_path / "a.safetensors")
+    with torch.no_grad():
+        network, _ = create_lycoris_from_weights(1.0, str(tmp_path / "a.safetensors"), plain.net)
+        for module in network.loras:
+            module.bypass_mode = True
+        network.apply_to()
+        found, wanted = velocity(plain, plain.net), velocity(own.parts, own.adapter)
+        assert len(network.loras) == len(own.adapter.by_target)
+        assert relative(found, wanted) < 1e-6
+        network.restore()
+        assert relative(velocity(plain, plain.net), wanted) > 1e-3
+    assert load_file(tmp_path / "a.safetensors").keys() == own.adapter.tensors().keys()
+
+
+@pytest.mark.parametrize(
+    ("size", "factor", "wanted"),
+    [
+        *[(127, -1, (1, 127)), (127, 4, (1, 127)), (250, 4, (2, 125)), (360, 16, (12, 30)), (512, 4, (4, 128)), (24, 8, (3, 8))],
+        *[(9216, 10, (9, 1024)), (12288, 10, (8, 1536)), (15360, 10, (10, 1536)), (3072, 16, (16, 192)), (3072, 7, (6, 512))],
+        (1024, -1, (32, 32)),
+    ],
+)
+def test_table_of_factors(size, factor, wanted):
+    """K1: w1 is (l x m), w2 (k x n) with out = l k, in = m n; the largest divisor not above the factor, smaller part first."""
+    with torch.device("meta"):
+        net = nn.ModuleDict({"wide": nn.Linear(6, size), "tall": nn.Linear(size, 6)})
+        adapter = Adapter(net, "lokr", [Resolved(n, (0, 0), factor, None, n) for n in net])
+    wide, tall = adapter.by_target["wide"], adapter.by_target["tall"]
+    assert (wide.lokr_w1.shape[0], wide.lokr_w2.shape[0]) == wanted
+    assert (tall.lokr_w1.shape[1], tall.lokr_w2.shape[1]) == wanted
+
+
+@pytest.mark.parametrize(("rank", "full"), [(11, False), (12, True), (40, True)])
+def test_a_rank_of_half_the_factor_is_a_full_matrix(rank, full):
+    """K2: with w2 of 24 x 8, a rank from 12 on is kept whole, and still has scale 1."""
+    net = nn.ModuleDict({"linear": nn.Linear(32, 96)})
+    module = Adapter(net, "lokr", [Resolved("linear", (96, 32), 4, rank, "linear")]).by_target["linear"]
+    assert module.use_w2 is full and module.scale == 1 and float(module.alpha) == rank
+    assert delta(module).shape == (96, 32)
+
+
+def test_parameter_counts_of_flux():
+    """K4, K5: counts on FLUX's real shapes: all 494 linears of the blocks, and the layouts of 605 M and 3.2 B."""
+    with torch.device("meta"):
+        net = FluxTransformer2DModel()
+        shapes = dense_shapes(net, linear_names(net))
+        modulation = {"preset": "modulation"}
+        late = [{"pattern": f"single_transformer_blocks.{i}.**", "factor": 4} for i in range(19, 38)]
+
+        def count(*targets: dict) -> tuple[int, int]:
+            table = Table.model_validate({"kind": "lokr", "targets": list(targets)})
+            adapter = Adapter(net, "lokr", resolve_targets(table, shapes, FAMILY.presets()))
+            adapter.detach_from_base()
+            return len(adapter.by_target), sum(p.numel() for p in adapter.parameters())
+
+        layers, parameters = count({"preset": "blocks", "factor": 4})
+        assert layers == 494 and parameters == pytest.approx(739.6e6, rel=1e-4)
+        assert count({"preset": "blocks", "factor": 16})[1] == pytest.approx(46.4e6, rel=1e-3)
+        assert count(modulation | {"factor": 1})[1] == pytest.approx(3.2275e9, rel=1e-4)
+        double = {"pattern": "transformer_blocks.**", "factor": 4}
+        assert count(double, *late, modulation | {"factor": 4})[1] == pytest.approx(605.2e6, rel=1e-4)
