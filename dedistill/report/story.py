@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from dedistill.finished import open_finished
 from dedistill.recipe import Recipe
 from dedistill.report.story_page import write_story_page
 from dedistill.report.sweep_page import write_sweep_page
+from dedistill.sampling.grid import contact_sheet
 from dedistill.sampling.judge import judge_for
 from dedistill.sampling.sweep import Candidate, Grid, sweep
 
@@ -27,6 +29,7 @@ LEAD = (
 )
 HELD_OUT = 512
 SHOWN = 8
+SHEET_CFGS = (1, 2, 4, 8)
 
 
 def tell(recipes: dict[str, Recipe], out: Path, *, cfgs: list[float], prompts: int, steps: int, commands: list[str]) -> dict:
@@ -52,6 +55,7 @@ def tell(recipes: dict[str, Recipe], out: Path, *, cfgs: list[float], prompts: i
     checks = story_checks(summary)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     _write_page(out, recipes, summary, checks, grid, commands)
+    _write_sheet(out, summary, grid)
     print_table(summary, checks)
     return summary
 
@@ -120,6 +124,24 @@ def _write_page(out: Path, recipes: dict, summary: dict, checks: list[dict], gri
             "commands": commands,
         },
     )
+
+
+def _write_sheet(out: Path, summary: dict, grid: Grid) -> None:
+    """``story.png``: the stages at a few scales as one picture."""
+    shown = [c for c in SHEET_CFGS if c in grid.cfgs]
+    prompts = grid.prompts[:SHOWN]
+
+    def picture(name: str, cfg: float, i: int) -> Image.Image:
+        with Image.open(out / f"sweep/pictures/{name}/cfg{cfg:g}_skip0/p{i:03d}_s0.png") as file:
+            return file.copy()
+
+    rows = [
+        (f"{LABELS[name]}, CFG {cfg:g}", [picture(name, cfg, i) for i in range(len(prompts))])
+        for name in STAGES
+        for cfg in shown
+    ]
+    sheet = contact_sheet(rows, list(prompts), title="Guidance lost and found")
+    sheet.save(out / "story.png", optimize=True)
 
 
 def print_table(summary: dict, checks: list[dict]) -> None:

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -86,12 +87,17 @@ def write_sweep_page(folder: Path, *, shown: int = 8) -> Path:
     return page
 
 
-def render(template: str, **values) -> str:
-    """Fill one of the page templates; everything that is not ``Markup`` is escaped, prompts above all."""
+@cache
+def _environment() -> Environment:
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"tick": tick_label, "value": value_label}
-    return environment.get_template(template).render(**values)
+    environment.filters["tick"] = tick_label
+    return environment
+
+
+def render(template: str, **values) -> str:
+    """Fill one of the page templates; everything that is not ``Markup`` is escaped, prompts above all."""
+    return _environment().get_template(template).render(**values)
 
 
 def picture_link(folder: Path, file: str) -> tuple[str, tuple[int, int]]:

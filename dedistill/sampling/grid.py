@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 SHORT_SIDE = 64  # a picture smaller than this is enlarged, or nobody can judge it
 GAP = 4
 MARGIN = 20
-LABEL_WIDTH = 190
+LABEL_WIDTH = 14  # in units of the text size
 LABEL_LINES = 4
-TITLE_SIZE, TEXT_SIZE = 20, 14
+TEXT_SIZES = 14, 24  # text grows with the pictures between these, or a large sheet shown small is unreadable
 PAPER, INK, EMPTY = (255, 255, 255), (32, 33, 36), (238, 238, 236)
 
 
@@ -40,16 +40,18 @@ def contact_sheet(
         raise ValueError("a contact sheet needs at least one picture")
     width, height = max(w for w, _ in sizes), max(h for _, h in sizes)
     scale = scale or integer_scale(width, height)
-    title_font, font = ImageFont.load_default(size=TITLE_SIZE), ImageFont.load_default(size=TEXT_SIZE)
-
     field = width * scale, height * scale
+    text_size = min(max(max(field) // 13, TEXT_SIZES[0]), TEXT_SIZES[1])
+    title_size = round(1.4 * text_size)
+    title_font, font = ImageFont.load_default(size=title_size), ImageFont.load_default(size=text_size)
+
     column_width = max([field[0], *(int(font.getlength(name)) + 8 for name in columns)]) + GAP
-    labels = [_wrap(label, font, LABEL_WIDTH) for label, _ in rows]
+    labels = [_wrap(label, font, LABEL_WIDTH * text_size) for label, _ in rows]
     label_width = int(max(font.getlength(line) for lines in labels for line in lines)) + 12
-    line_height = TEXT_SIZE + 4
+    line_height = round(1.3 * text_size)
     row_heights = [max(field[1], len(lines) * line_height) + GAP for lines in labels]
     left = MARGIN + label_width
-    top = MARGIN + TITLE_SIZE + 16 + line_height + 4
+    top = MARGIN + title_size + 16 + line_height + 4
 
     grid_width = column_width * len(columns) - GAP
     sheet_width = max(left + grid_width, MARGIN + int(title_font.getlength(title))) + MARGIN

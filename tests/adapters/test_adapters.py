@@ -44,7 +44,7 @@ def attach(parts, table: dict) -> Adapter:
     return Adapter(parts.net, table.kind, resolve_targets(table, shapes, FAMILY.presets()))
 
 
-def build(form: str, quant: str = "none", dtype: torch.dtype = torch.float32, *, size: float = 0.05) -> SimpleNamespace:
+def build(form: str, quant: str = "none", dtype: torch.dtype = torch.float32, *, size: float = 0.2) -> SimpleNamespace:
     """A tiny network with an adapter whose factors are normal with deviation ``size``; 0 leaves them as LyCORIS does."""
     parts = FAMILY.tiny(0)
     cast_float(parts.net, dtype)
@@ -75,7 +75,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @every_quant
 @every_form
 def test_every_layer_answers_as_dense_weight_plus_delta(form, quant):
-    """K1, K12, E1 of COMPAT: the bypass form equals the materialised Kronecker or low-rank product, quantized or not."""
+    """K1, K12: the bypass form equals the materialised Kronecker or low-rank product, quantized or not."""
     own = build(form, quant)
     for name, module in own.adapter.by_target.items():
         linear = own.net.get_submodule(name)
@@ -97,7 +97,7 @@ def test_forward_merge_and_reload_agree(form, tmp_path):
     assert relative(velocity(plain, plain.net).detach(), adapted) < 1e-6
     save_file(own.adapter.tensors(), tmp_path / "a.safetensors", metadata={"format": "pt", "who": "a"})
     tensors, header = read_tensors(tmp_path / "a.safetensors")
-    other = build(form, size=0.3)
+    other = build(form, size=0.4)
     assert not torch.equal(velocity(other.parts, other.adapter), adapted)
     other.adapter.load_tensors(tensors, "a.safetensors")
     assert torch.equal(velocity(other.parts, other.adapter), adapted)
@@ -130,7 +130,7 @@ def test_refused_merge_changes_nothing():
     parts = FAMILY.tiny(0)
     prepare_base(parts.net, "int8", ["transformer_blocks.*.norm1.linear"])
     adapter = attach(parts, FORMS["lokr"])
-    fill(adapter, 0.05)
+    fill(adapter, 0.2)
     first = parts.net.transformer_blocks[0].norm1.linear.weight
     before = first.clone()
     with pytest.raises(ValueError):
@@ -163,12 +163,12 @@ def test_two_adapters_in_one_process_are_independent(monkeypatch):
     """K9, trap 17: no class-level state leaks, be it from another adapter or from LyCORIS' own presets."""
     first, second = FAMILY.tiny(0), FAMILY.tiny(0)
     a = attach(first, {"kind": "lokr", "targets": [{"preset": "attention", "factor": 4}]})
-    fill(a, 0.05)
+    fill(a, 0.2)
     before = velocity(first, a)
     monkeypatch.setattr(LycorisNetwork, "NAME_ALGO_MAP", {"*": {"algo": "loha", "factor": 2}})
     monkeypatch.setattr(LycorisNetwork, "TARGET_EXCLUDE_NAME", ["*"])
     b = attach(second, {"kind": "lokr", "targets": [{"preset": "mlp", "factor": 8}]})
-    fill(b, 0.05)
+    fill(b, 0.2)
     assert torch.equal(velocity(first, a), before)
     assert not torch.equal(velocity(second, b), before)
     assert {m.lokr_w1.shape for m in a.by_target.values()} == {(4, 4)}
@@ -213,11 +213,11 @@ def test_gradient_reaches_every_factor_and_nothing_else(form, quant):
 
 @every_form
 def test_tensors_are_private_copies(form):
-    """K11, E1 of COMPAT: a saved state does not follow the training, nor the training a changed state."""
+    """K11: a saved state does not follow the training, nor the training a changed state."""
     own = build(form)
     saved = own.adapter.tensors()
     kept = {n: t.clone() for n, t in saved.items()}
-    fill(own.adapter, 0.3)
+    fill(own.adapter, 0.3, seed=1)
     assert all(torch.equal(saved[n], kept[n]) for n in kept)
     now = velocity(own.parts, own.adapter)
     for tensor in own.adapter.tensors().values():
@@ -279,21 +279,23 @@ def test_lycoris_itself_reads_our_files(form, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "factor", "wanted"),
+    ("size", "factor", "small"),
     [
-        *[(127, -1, (1, 127)), (127, 4, (1, 127)), (250, 4, (2, 125)), (360, 16, (12, 30)), (512, 4, (4, 128)), (24, 8, (3, 8))],
-        *[(9216, 10, (9, 1024)), (12288, 10, (8, 1536)), (15360, 10, (10, 1536)), (3072, 16, (16, 192)), (3072, 7, (6, 512))],
-        (1024, -1, (32, 32)),
+        *[(127, -1, 1), (127, 4, 1), (250, 4, 2), (360, 16, 15), (512, 4, 4), (24, 8, 3), (1024, -1, 32)],
+        *[(9216, 10, 9), (12288, 10, 8), (15360, 10, 10), (3072, 16, 16), (3072, 7, 6)],
     ],
 )
-def test_table_of_factors(size, factor, wanted):
-    """K1: w1 is (l x m), w2 (k x n) with out = l k, in = m n; the largest divisor not above the factor, smaller part first."""
+def test_table_of_factors(size, factor, small):
+    """K1: w1 is (l x m), w2 (k x n) with out = l k, in = m n; the largest divisor not above the factor, smaller part first.
+
+    LyCORIS' own table says 12 x 30 for 360 at factor 16, its code 15 x 24: that is what the rule gives.
+    """
     with torch.device("meta"):
         net = nn.ModuleDict({"wide": nn.Linear(6, size), "tall": nn.Linear(size, 6)})
         adapter = Adapter(net, "lokr", [Resolved(n, (0, 0), factor, None, n) for n in net])
     wide, tall = adapter.by_target["wide"], adapter.by_target["tall"]
-    assert (wide.lokr_w1.shape[0], wide.lokr_w2.shape[0]) == wanted
-    assert (tall.lokr_w1.shape[1], tall.lokr_w2.shape[1]) == wanted
+    assert (wide.lokr_w1.shape[0], wide.lokr_w2.shape[0]) == (small, size // small)
+    assert (tall.lokr_w1.shape[1], tall.lokr_w2.shape[1]) == (small, size // small)
 
 
 @pytest.mark.parametrize(("rank", "full"), [(11, False), (12, True), (40, True)])

@@ -136,7 +136,7 @@ def test_errors_show_names_to_choose_from():
 
 
 def test_presets_of_the_real_network_are_disjoint_and_complete():
-    """K6, K8, trap 17: every pattern of the family finds layers of today's diffusers, and the three kinds make up the blocks."""
+    """K6, K8, trap 17: every pattern of the family finds layers of today's diffusers; three kinds make up the blocks."""
     net = PixelFlux().tiny(0).net
     shapes = dense_shapes(net, linear_names(net))
     found = {}

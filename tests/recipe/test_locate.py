@@ -13,7 +13,7 @@ CASES = {
     "implied table": ("[t.u]\na = 1\n", {"t": 1, "t.u": 1, "t.u.a": 2}),
     "a header beats an earlier hint": ("[t.u]\n[t]\na = 1\n", {"t": 2, "t.u": 1, "t.a": 3}),
     "dotted": ("[t]\nu.a = 1\nu . b = 2\n", {"t": 1, "t.u": 2, "t.u.a": 2, "t.u.b": 3}),
-    "quoted": ("\"a b\" = 1\n'c' = 2\n[t.\"x.y\"]\nd = 3\n", {'"a b"': 1, "c": 2, "t": 3, 't."x.y"': 3, 't."x.y".d': 4}),
+    "quoted": ('"a b" = 1\n\'c\' = 2\n[t."x.y"]\nd = 3\n', {'"a b"': 1, "c": 2, "t": 3, 't."x.y"': 3, 't."x.y".d': 4}),
     "escaped key": ('"\\u0061" = 1\n', {"a": 1}),
     "number as key": ("1 = 2\n3.4 = 5\n", {"1": 1, "3": 2, "3.4": 2}),
     "array of tables": (
@@ -36,7 +36,7 @@ CASES = {
     "array in an array": ("a = [[1], [2,\n3]]\n", {"a": 1, "a.0": 1, "a.0.0": 1, "a.1": 1, "a.1.0": 1, "a.1.1": 2}),
     "long string": ('a = """\nb = 1 # no\n[c]\n"""\nd = 2\n', {"a": 1, "d": 5}),
     "long literal": ("a = '''\nb = '1'\n'''\nd = 2\n", {"a": 1, "d": 4}),
-    "quotes at the end of a long string": ('a = """x""""\nb = \'\'\'y\'\'\'\'\'\nc = 3\n', {"a": 1, "b": 2, "c": 3}),
+    "quotes at the end of a long string": ("a = \"\"\"x\"\"\"\"\nb = '''y'''''\nc = 3\n", {"a": 1, "b": 2, "c": 3}),
     "escaped quotes": ('a = "\\"#=["\nb = """\\""""\nc = 3\n', {"a": 1, "b": 2, "c": 3}),
     "signs in strings": ("a = '#[x]=' # [y]\nb = \"{c = 1}\"\nc = 3\n", {"a": 1, "b": 2, "c": 3}),
     "apostrophe in a comment": ("# don't = \"\na = 1 # it's\nb = 2\n", {"a": 2, "b": 3}),

@@ -1,0 +1,51 @@
+"""What the README says exists, exists; what it says a wrong recipe prints, is printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dedistill.recipe import load_recipe
+from dedistill.train import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PATHS = sorted(set(re.findall(r"\b(?:recipes|tools|launch|benchmarks|docs)/[\w/.-]*\w", README)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_named_files_exist(path):
+    if path in ("recipes/mine.toml",):
+        return
+    assert (ROOT / path).exists(), f"README names {path}"
+
+
+def test_commands_name_real_tools_and_flags():
+    for name, flags in re.findall(r"python tools/(\w+)\.py([^\n#]*)", README):
+        source = (ROOT / "tools" / f"{name}.py").read_text()
+        assert all(f'"{flag}"' in source for flag in re.findall(r"--[\w-]+", flags)), f"{name}{flags}"
+
+
+def test_error_line_is_the_real_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    text = (ROOT / "recipes/digits/teacher.toml").read_text().replace("batch = 64", "bacth = 64")
+    padding = 31 - next(i for i, line in enumerate(text.splitlines(), 1) if "bacth" in line)
+    text = "\n" * padding + text if padding > 0 else "\n".join(text.splitlines()[-padding:])
+    (tmp_path / "recipes/mine.toml").write_text(text)
+    assert main(["recipes/mine.toml"]) == 2
+    assert "recipes/mine.toml:31: train.bacth: unknown key, did you mean 'batch'?" in capsys.readouterr().err
+    assert "recipes/mine.toml:31: train.bacth: unknown key, did you mean 'batch'?" in README
+
+
+def test_print_recipe_and_plan_need_no_data(capsys):
+    assert main([str(ROOT / "recipes/digits/dedistill.toml"), "--print-recipe", "--set", "train.lr=2e-5"]) == 0
+    assert "lr = 2e-05" in capsys.readouterr().out
+    assert main([str(ROOT / "recipes/mnist_flux.toml"), "--plan"]) == 0
+    assert "samples      1,920,000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda p: p.stem)
+def test_recipe_headers_say_how_to_run_them(path):
+    assert f"accelerate launch -m dedistill.train {path.relative_to(ROOT)}" in path.read_text()
+    assert load_recipe(path).run.out.startswith("runs/")

@@ -1,0 +1,160 @@
+"""The way of the demo, from teacher to report, on tiny models: every tool, every file, and running it all again."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dedistill.train import main
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes" / "digits"
+TINY = ["model.new.layers=1", "model.new.single_layers=1", "model.new.heads=2", "validate.samples=32"]
+
+
+def tool(name: str, *arguments: str) -> int:
+    before, sys.argv = sys.argv, [name, *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+    except SystemExit as e:
+        return e.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+def small(name: str, folder: Path) -> Path:
+    """A shipped recipe in ``folder``, extended to be tiny; its paths are relative, so the test runs inside ``folder``."""
+    model = "[model.new]\nlayers = 1\nsingle_layers = 1\nheads = 2\n" if name == "teacher" else ""
+    steps = {"teacher": 60, "student": 40, "dedistill": 8}[name]
+    every = 4 if name == "dedistill" else 50
+    text = f'extends = "{RECIPES / name}.toml"\n{model}[train]\nsteps = {steps}\nwarmup = 2\nbatch = 16\n'
+    text += f"[validate]\nevery = {every}\nsamples = 32\n"
+    if name == "dedistill":
+        text += "[snapshot]\nevery = 2\n"
+    file = folder / "small" / f"{name}.toml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """A finished tiny story in its own folder."""
+    folder = tmp_path_factory.mktemp("story")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        recipes = {name: small(name, folder) for name in ("teacher", "student", "dedistill")}
+        assert main([str(recipes["teacher"])]) == 0
+        pairs = ["--out", "runs/digits/pairs", "--count", "64", "--steps", "4", "--points", "4", "--shard-size", "32"]
+        assert tool("make_pairs", recipes["teacher"], *pairs) == 0
+        assert main([str(recipes["student"])]) == 0
+        assert main([str(recipes["dedistill"])]) == 0
+        assert tool("posthoc_ema", "runs/digits/dedistill") == 0
+    return folder
+
+
+def test_posthoc_files_are_the_ten_of_the_seed(story):
+    names = {p.name for p in (story / "runs/digits/dedistill/posthoc").iterdir()}
+    alphas = ("0.2", "0.4", "0.6", "0.8", "0.9", "0.95", "0.975", "0.99", "0.995", "0.999")
+    assert names == {f"alpha_linear_{a}.safetensors" for a in alphas}
+
+
+def test_posthoc_prints_weights_size_and_age(story, monkeypatch, capsys):
+    monkeypatch.chdir(story)
+    assert tool("posthoc_ema", "runs/digits/dedistill", "--alpha", "0.5", "--out", "elsewhere") == 0
+    out = capsys.readouterr().out
+    assert "4 snapshots, steps 2 to 8" in out
+    assert "8:0.500  6:0.250  4:0.125  2:0.125" in out and " 2.91 " in out and " 1.8 " in out
+
+
+def test_sweep_folder(story, monkeypatch):
+    monkeypatch.chdir(story)
+    chosen = [
+        "--candidates",
+        "base",
+        "alpha_linear_0.9",
+        "last",
+        "--cfg",
+        "1",
+        "3",
+        "--skip",
+        "0",
+        "1",
+        "--prompts",
+        "3",
+        "--steps",
+        "2",
+    ]
+    assert tool("cfg_sweep", "small/dedistill.toml", *chosen) == 0
+    folder = story / "runs/digits/dedistill/sweep"
+    rows = json.loads((folder / "index.json").read_text())
+    assert {r["candidate"] for r in rows} == {"base", "alpha_linear_0.9", "last"}
+    assert len(rows) == 3 * 3 * 3  # CFG 1 has no second skip
+    for row in rows:
+        assert {
+            "file",
+            "candidate",
+            "cfg",
+            "skip",
+            "prompt",
+            "seed",
+            "saturated",
+            "contrast",
+            "detail",
+            "correct",
+        } <= row.keys()
+        assert Image.open(folder / row["file"]).size == (16, 8)
+    assert (folder / "index.html").exists() and len(list((folder / "sheets").glob("*.png"))) >= 3
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.png") if "sheets" not in str(p)}
+    assert tool("cfg_sweep", "small/dedistill.toml", *chosen) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in before}, "pictures that are there were made again"
+
+
+def test_report(story, monkeypatch, capsys):
+    monkeypatch.chdir(story)
+    arguments = ["small", "--out", "runs/digits/report", "--cfg", "1", "4", "--prompts", "8", "--steps", "2"]
+    assert tool("report_story", *arguments) == 0
+    summary = json.loads((story / "runs/digits/report/summary.json").read_text())
+    for name in ("teacher", "student", "dedistilled"):
+        assert summary[name]["fm_loss"] > 0 and set(summary[name]["cfg"]) == {"1", "4"}
+        assert {"accuracy", "frechet", "saturated", "precision"} <= summary[name]["cfg"]["4"].keys()
+    assert summary["student_native"]["steps"] == 4 and summary["student"]["steps"] == 2
+    said = capsys.readouterr().out
+    assert "accuracy / Frechet distance / saturated / precision" in said and "CFG is broken" in said
+    for file in ("index.html", "story.png", "sweep/index.html", "sweep/index.json"):
+        assert (story / "runs/digits/report" / file).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("posthoc_ema", "nowhere"), "'nowhere/snapshots' holds 0 snapshots"),
+        (("cfg_sweep", "small/dedistill.toml", "--candidates", "alpha_9"), "no candidate 'alpha_9'"),
+        (("cfg_sweep", "small/dedistill.toml", "--prompts", "no.txt"), "neither a number nor a readable text file"),
+        (("report_story", "small", "--out", "x", "--cfg", "2"), "needs the scales 1 and 4"),
+        (("make_pairs", "small/teacher.toml", "--out", "p", "--steps", "5"), "does not divide"),
+        (("make_pairs", "small/teacher.toml", "--out", "runs/digits/pairs", "--cfg", "2"), "holds pairs made differently"),
+        (("make_pairs", "small/teacher.toml", "--out", "p", "--set", "run.out='new'"), "train this recipe first"),
+    ],
+)
+def test_tools_say_what_is_wrong(story, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(story)
+    assert tool(*arguments) in (1, 2)
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_digits_story_holds_its_claims():
+    """The demo's own numbers, read from its report: run `bash launch/demo.sh` first."""
+    from dedistill.report.story import story_checks
+
+    file = ROOT / "runs/digits/report/summary.json"
+    if not file.exists():
+        pytest.skip("run bash launch/demo.sh first")
+    checks = story_checks(json.loads(file.read_text()))
+    assert [c["text"] for c in checks if not c["ok"]] == []
