@@ -9,7 +9,7 @@ from dedistill.assemble import Model, build_model
 from dedistill.data.pairs import file_sha256
 from dedistill.data.source import Source
 from dedistill.errors import UserError
-from dedistill.finished import last_weights, open_finished
+from dedistill.finished import last_weights, open_finished, sampling_device
 from dedistill.recipe import Recipe
 from dedistill.sampling.sweep import Candidate
 
@@ -45,7 +45,7 @@ def _opener(recipe: Recipe, path: Path | None) -> Callable[[], Model]:
         return lambda: open_finished(recipe, path)
 
     def base() -> Model:
-        model = build_model(recipe, "cpu")
+        model = build_model(recipe, sampling_device())
         model.adapter.detach_from_base()
         return model
 

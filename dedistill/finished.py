@@ -16,7 +16,7 @@ def open_finished(recipe: Recipe, weights: Path | None = None) -> Model:
     A run that trained the whole network left a model folder; a run with an adapter left snapshots and checkpoints on
     top of its base. Raises UserError when there is nothing yet.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = sampling_device()
     out = Path(recipe.run.out)
     if weights is None and recipe.adapter is None:
         folder = out / "model"
@@ -27,6 +27,10 @@ def open_finished(recipe: Recipe, weights: Path | None = None) -> Model:
     model = build_model(recipe, device)
     model.load_file(weights or last_weights(out))
     return model
+
+
+def sampling_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def last_weights(out: Path) -> Path:

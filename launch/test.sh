@@ -4,4 +4,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 ruff check .
 ruff format --check .
-python -m pytest -q --durations=8 "$@"
+export OMP_NUM_THREADS=1  # one test process per core instead
+python -m pytest -q -n auto --dist loadfile --durations=8 "$@"

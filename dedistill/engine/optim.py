@@ -61,6 +61,6 @@ def load_optimizer_tensors(
             group[key] = value.clone()
             group["setup"] = True  # or optimi would start its count of steps anew
         else:
-            optimizer.state[names[name]][key] = value.to(names[name].device if value.ndim else "cpu").clone()
+            optimizer.state[names[name]][key] = value.to(names[name].device).clone()
     if tensors and (lost := [n for n, p in names.items() if p not in optimizer.state]):
         raise ValueError(f"no optimizer state for {len(lost)} parameters, e.g. {lost[0]}")

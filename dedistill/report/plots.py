@@ -99,11 +99,11 @@ def _legend_places(names: list[str]) -> dict[str, tuple[float, int]]:
     places: dict[str, tuple[float, int]] = {}
     left, row = 0.0, 0
     for name in names:
-        width = 34 + len(name) * CHARACTER + 16
+        width = 34 + len(name) * CHARACTER
         if left and left + width > WIDTH:
             left, row = 0.0, row + 1
         places[name] = left, row
-        left += width
+        left += width + 16
     return places
 
 

@@ -60,7 +60,7 @@ def test_full_factors_have_the_statistics_of_their_layer(quant):
     """
     own = start("lokr", "perturbed_normal", quant=quant)
     for name, weight in weight_of(own).items():
-        w2 = own.layers[name].lokr_w2.double()
+        w2 = own.layers[name].lokr_w2.detach().double()
         assert torch.equal(own.layers[name].lokr_w1, torch.ones(own.layers[name].lokr_w1.shape))
         assert float(w2.std()) == pytest.approx(SCALE * float(weight.double().std()), rel=1 / w2.numel())
         assert float(w2.mean()) == pytest.approx(SCALE * float(weight.double().mean()), abs=1e-5 * float(w2.std()))

@@ -75,8 +75,8 @@ def test_velocity_loss_is_the_weighted_noise_loss(sample):
     (slope,) = torch.autograd.grad((2 * torch.log((1 - t) / t)).sum(), t)
     noisy, v = path.interpolate(data, noise, sigma), path.velocity(data, noise)
     guess = v + torch.cos(5 * data)
-    eps_loss = (path.implied_noise(noisy, sigma, guess) - noise).square().flatten(1 if data.ndim > 1 else 0)
-    v_loss = (guess - v).square().flatten(1 if data.ndim > 1 else 0)
+    eps_loss = (path.implied_noise(noisy, sigma, guess) - noise).square()
+    v_loss = (guess - v).square()
     weight = path.expand(-0.5 * sigma / (1 - sigma) * slope, v_loss)
     torch.testing.assert_close(weight * eps_loss, v_loss, rtol=1e-10, atol=1e-12)
 

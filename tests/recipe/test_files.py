@@ -80,6 +80,20 @@ def test_mistakes_of_both_files_at_once(tmp_path, monkeypatch):
     ]
 
 
+def test_paths_are_shown_short_and_circles_found_however_they_are_spelt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "x.toml").write_text(SMALL.replace('[data]\nsource = "digits"\n', ""))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("deep/../x.toml")
+    assert caught.value.errors == ["x.toml: data.source: required, not set"]
+    (tmp_path / "x.toml").write_text("extends = 'deep/y.toml'\n")
+    (tmp_path / "deep" / "y.toml").write_text("extends = '../x.toml'\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("x.toml")
+    assert caught.value.errors == ["deep/y.toml:1: extends: leads round in a circle: x.toml -> deep/y.toml -> x.toml"]
+
+
 def test_extends_in_a_circle_or_broken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.toml").write_text('extends = "b.toml"\n')
@@ -114,6 +128,12 @@ def test_extends_in_a_circle_or_broken(tmp_path, monkeypatch):
 def test_overrides(load, override, read):
     assert not read(load(NEW))
     assert read(load(NEW, override))
+
+
+def test_an_override_of_a_table_leaves_nothing_of_the_old_one(load):
+    recipe = load(NEW, "timesteps={density = 'cosmap'}")
+    assert recipe.where("timesteps.alpha") == "--set: timesteps.alpha"
+    assert recipe.where("timesteps.density") == "--set: timesteps.density"
 
 
 def test_overrides_may_open_a_table_and_the_last_one_wins(load):

@@ -72,7 +72,7 @@ def test_agrees_with_tomllib_on_mutations():
     pieces = ["\n", "[", "]", "{", "}", "=", ",", ".", "#", '"', "'", '"""', "'''", "a", "0", " ", "[[a]]\n", "a = [1]\n"]
     texts = [text for text, _ in CASES.values()]
     accepted = 0
-    for _ in range(20000):
+    for _ in range(10000):
         text = rng.choice(texts) + rng.choice(["", rng.choice(texts)])
         for _ in range(rng.randint(1, 3)):
             at = rng.randint(0, len(text))
@@ -88,4 +88,4 @@ def test_agrees_with_tomllib_on_mutations():
         for key, line in places.items():
             last = key.rpartition(".")[2].strip('"')
             assert last.isdigit() or last in lines[line - 1] or "\\u" in lines[line - 1], (key, text)
-    assert accepted > 1000
+    assert accepted > 500

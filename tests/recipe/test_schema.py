@@ -263,7 +263,7 @@ def mutate(text: str, rng: random.Random) -> str:
 def test_random_changes_only_ever_raise_recipe_errors(load):
     rng = random.Random(0)
     loaded, refused, not_toml = 0, 0, 0
-    for _ in range(800):
+    for _ in range(400):
         text = mutate(rng.choice([*FULL.values(), SMALL]), rng)
         setting = f"{rng.choice(list(leaves()))}={rng.choice(['1', 'x', '[]', '{a = 1}', 'nan', ''])}"
         settings = [setting] if rng.random() < 0.3 else []
@@ -279,4 +279,4 @@ def test_random_changes_only_ever_raise_recipe_errors(load):
         else:
             loaded += 1
             assert contradictions(recipe) == [] and load(to_toml(recipe)) == recipe
-    assert loaded > 20 and refused - not_toml > 200 and not_toml > 100
+    assert loaded > 5 and refused - not_toml > 100 and not_toml > 80
