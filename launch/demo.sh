@@ -10,7 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 story=${1:-digits}
 case $story in
   digits) pairs=(--count 1536 --steps 16) prompts=256 sweep=(--cfg 1 2 4 --prompts 64) ;;
-  mnist) pairs=(--count 1024 --steps 24) prompts=64 sweep=(--cfg 1 2 4 --prompts 32 --candidates base alpha_linear_0.2 alpha_linear_0.9 last) ;;
+  mnist) pairs=(--count 1024 --steps 24) prompts=192 sweep=(--cfg 1 2 4 --prompts 32 --candidates base alpha_linear_0.2 alpha_linear_0.9 last) ;;
   *) echo "usage: bash launch/demo.sh [digits|mnist]" >&2; exit 2 ;;
 esac
 

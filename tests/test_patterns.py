@@ -4,7 +4,8 @@ import pytest
 
 from dedistill.patterns import matching
 
-BLOCKS = [f"transformer_blocks.{i}.{leaf}" for i in range(12) for leaf in ("norm1.linear", "attn.to_q", "attn.to_out.0", "ff.net.2")]
+LEAVES = ["norm1.linear", "attn.to_q", "attn.to_out.0", "ff.net.2"]
+BLOCKS = [f"transformer_blocks.{i}.{leaf}" for i in range(12) for leaf in LEAVES]
 SINGLES = [f"single_transformer_blocks.{i}.{leaf}" for i in range(12) for leaf in ("norm.linear", "attn.to_q", "proj_out")]
 NAMES = [*BLOCKS, *SINGLES, "norm_out.linear", "proj_out"]
 

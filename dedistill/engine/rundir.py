@@ -9,8 +9,8 @@ from dedistill.engine.checkpoint import list_checkpoints, replace_file, sweep_te
 from dedistill.errors import UserError
 from dedistill.recipe import Recipe, to_toml
 
-FREE_TO_CHANGE = ("run.name", "run.resume", "checkpoint.every", "checkpoint.keep", "log.wandb", "sample.steps")
-"""Keys that alter what is written but not what is trained; a continued run may change them."""
+FREE_TO_CHANGE = ("run.name", "run.out", "run.resume", "checkpoint.", "snapshot.", "validate.", "log.", "sample.")
+"""Keys and tables that alter what is written but not what is trained; a continued run may change them."""
 
 
 class RunDirectory:
@@ -77,8 +77,8 @@ def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
 
 def _differences(before: dict, now: dict) -> list[tuple[str, Any, Any]]:
     old, new = _flat(before), _flat(now)
-    free = set(FREE_TO_CHANGE)
+    free = FREE_TO_CHANGE
     if now["train"]["schedule"] == "constant":
-        free.add("train.steps")  # a longer constant run is the same run; a decay would be another one
-    keys = [k for k in dict.fromkeys([*old, *new]) if k not in free and k != "run.out"]
+        free += ("train.steps",)  # a longer constant run is the same run; a decay would be another one
+    keys = [k for k in dict.fromkeys([*old, *new]) if not k.startswith(free)]
     return [(k, old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]

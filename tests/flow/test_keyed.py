@@ -71,7 +71,7 @@ def test_samples_are_independent():
 def test_uniforms_are_uniform_and_inside():
     u = keyed.uniforms(0, "u", 0, (1000, 100))
     assert u.shape == (1000, 100) and u.dtype == np.float64
-    assert 0 < u.min() and u.max() < 1
+    assert u.min() > 0 and u.max() < 1
     assert stats.kstest(u.ravel(), "uniform").statistic < 1.95 / u.size**0.5
 
 
@@ -83,7 +83,7 @@ def test_uniforms_stay_inside_at_the_ends_of_the_generator(monkeypatch, raw):
     """B9: a generator returns 0 ... 1 - 2^-53; u = 1 would also name an eleventh digit in a caption."""
     monkeypatch.setattr(keyed, "generator", lambda *name: SimpleNamespace(random=lambda shape: np.full(shape, raw)))
     u = keyed.uniforms(0, "u", 0, 2)
-    assert 0 < u.min() and u.max() < 1
+    assert u.min() > 0 and u.max() < 1
 
 
 def test_permutations_are_permutations_and_differ():

@@ -20,7 +20,7 @@ def sample(request):
 
 def test_sigma_one_is_exactly_noise(sample):
     """D12: pure noise at sigma = 1, pure data at sigma = 0, to the last bit."""
-    data, noise, sigma = sample
+    data, noise, _ = sample
     for precision in (torch.float64, torch.float32, torch.bfloat16):
         d, n = data.to(precision), noise.to(precision)
         assert torch.equal(path.interpolate(d, n, torch.ones(len(d))), n)

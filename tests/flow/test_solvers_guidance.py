@@ -126,11 +126,9 @@ def test_batched_branches_equal_sequential_ones():
     noisy, sigma = start_noise(0, 3, parts.picture), torch.tensor([0.2, 0.5, 0.9])
     captions = ["3 seven", "one", "the digit 2 and the digit 4"]
     with torch.no_grad():
-        cond, uncond = (
-            family.velocity(parts, parts.net, noisy, sigma, family.encode_text(parts, texts, 12)) for texts in (captions, [""] * 3)
-        )
-        text = family.encode_text(parts, [*captions, *[""] * 3], 12)
-        both = family.velocity(parts, parts.net, noisy.repeat(2, 1, 1, 1), sigma.repeat(2), text)
+        texts = [family.encode_text(parts, said, 12) for said in (captions, [""] * 3, [*captions, *[""] * 3])]
+        cond, uncond = (family.velocity(parts, parts.net, noisy, sigma, text) for text in texts[:2])
+        both = family.velocity(parts, parts.net, noisy.repeat(2, 1, 1, 1), sigma.repeat(2), texts[2])
     sequential, batched = classifier_free(cond, uncond, 4.0), classifier_free(both[:3], both[3:], 4.0)
     torch.testing.assert_close(both, torch.cat([cond, uncond]), rtol=0, atol=1e-6)
     torch.testing.assert_close(batched, sequential, rtol=0, atol=7e-6)  # cfg 4 weighs the two with 4 and -3

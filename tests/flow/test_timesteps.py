@@ -65,7 +65,7 @@ def test_every_density_rises_from_zero_to_one(density, params):
     sigma = ts.DENSITIES[density](P, **params)
     assert sigma.dtype == np.float64 and np.all(np.diff(sigma) > 0)
     ends = ts.DENSITIES[density](np.array([0.0, 2.0**-54, 1 - 2.0**-53, 1.0]), **params)
-    assert np.all(np.isfinite(ends)) and 0 <= ends.min() and ends.max() <= 1
+    assert np.all(np.isfinite(ends)) and ends.min() >= 0 and ends.max() <= 1
     assert ends[0] == 0 and ends[-1] == pytest.approx(1, abs=1e-15)
 
 
@@ -173,7 +173,7 @@ def test_exactly_one_draw_per_stratum(batch):
     """B3."""
     for step in range(5):
         p = ts.probabilities(0, "sigma", step, batch, stratify=True)
-        assert 0 < p.min() and p.max() < 1
+        assert p.min() > 0 and p.max() < 1
         assert sorted(np.floor(p * batch)) == list(range(batch))
 
 
