@@ -116,11 +116,11 @@ def test_sweep_folder(story, monkeypatch):
 
 def test_report(story, monkeypatch, capsys):
     monkeypatch.chdir(story)
-    arguments = ["small", "--out", "runs/digits/report", "--cfg", "1", "4", "--prompts", "8", "--steps", "2"]
+    arguments = ["small", "--out", "runs/digits/report", "--cfg", "1", "2", "4", "--prompts", "8", "--steps", "2"]
     assert tool("report_story", *arguments) == 0
     summary = json.loads((story / "runs/digits/report/summary.json").read_text())
     for name in ("teacher", "student", "dedistilled"):
-        assert summary[name]["fm_loss"] > 0 and set(summary[name]["cfg"]) == {"1", "4"}
+        assert summary[name]["fm_loss"] > 0 and set(summary[name]["cfg"]) == {"1", "2", "4"}
         assert {"accuracy", "frechet", "saturated", "precision"} <= summary[name]["cfg"]["4"].keys()
     assert summary["student_native"]["steps"] == 4 and summary["student"]["steps"] == 2
     said = capsys.readouterr().out
@@ -135,7 +135,7 @@ def test_report(story, monkeypatch, capsys):
         (("posthoc_ema", "nowhere"), "'nowhere/snapshots' holds 0 snapshots"),
         (("cfg_sweep", "small/dedistill.toml", "--candidates", "alpha_9"), "no candidate 'alpha_9'"),
         (("cfg_sweep", "small/dedistill.toml", "--prompts", "no.txt"), "neither a number nor a readable text file"),
-        (("report_story", "small", "--out", "x", "--cfg", "2"), "needs the scales 1 and 4"),
+        (("report_story", "small", "--out", "x", "--cfg", "2"), "needs the scales 1, 2 and 4"),
         (("make_pairs", "small/teacher.toml", "--out", "p", "--steps", "5"), "does not divide"),
         (("make_pairs", "small/teacher.toml", "--out", "runs/digits/pairs", "--cfg", "2"), "holds pairs made differently"),
         (("make_pairs", "small/teacher.toml", "--out", "p", "--set", "run.out='new'"), "train this recipe first"),
@@ -151,10 +151,10 @@ def test_tools_say_what_is_wrong(story, monkeypatch, capsys, arguments, message)
 @pytest.mark.slow
 def test_digits_story_holds_its_claims():
     """The demo's own numbers, read from its report: run `bash launch/demo.sh` first."""
-    from dedistill.report.story import story_checks
+    from dedistill.report.story import MARGINS, story_checks
 
     file = ROOT / "runs/digits/report/summary.json"
     if not file.exists():
         pytest.skip("run bash launch/demo.sh first")
-    checks = story_checks(json.loads(file.read_text()))
+    checks = story_checks(json.loads(file.read_text()), MARGINS["digits"])
     assert [c["text"] for c in checks if not c["ok"]] == []

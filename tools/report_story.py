@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of every recipe")
     parser.add_argument("--out", type=Path, required=True, help="folder of the page")
     parser.add_argument(
-        "--cfg", type=float, nargs="+", default=[1, 2, 3, 4, 5, 6, 7, 8], help="guidance scales; 1 and 4 are needed"
+        "--cfg", type=float, nargs="+", default=[1, 2, 3, 4, 5, 6, 7, 8], help="guidance scales; 1, 2 and 4 are needed"
     )
     parser.add_argument("--prompts", type=int, default=256, help="prompts per cell")
     parser.add_argument("--steps", type=int, default=16, help="Euler steps for every stage")
@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     from dedistill.recipe import load_recipe
     from dedistill.report.story import tell
 
-    if not {1, 4} <= set(args.cfg):
-        raise UserError("--cfg: the comparison needs the scales 1 and 4", exit_code=2)
+    if not {1, 2, 4} <= set(args.cfg):
+        raise UserError("--cfg: the comparison needs the scales 1, 2 and 4", exit_code=2)
     names = {"teacher": "teacher.toml", "student": "student.toml", "dedistilled": "dedistill.toml"}
     recipes = {stage: load_recipe(args.recipes / file, args.set) for stage, file in names.items()}
     commands = [f"bash launch/demo.sh {args.recipes.name}", f"python tools/report_story.py {args.recipes} --out {args.out}"]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dedistill.candidates import candidates_of, read_prompts
+from dedistill.data.captions import digits_in
 from dedistill.data.registry import open_source
 from dedistill.engine.objective import Objective
 from dedistill.engine.validate import Validator
@@ -28,8 +30,20 @@ LEAD = (
     "the frozen int8 student with plain flow matching: at CFG 1 it is an honest model again, and the CFG dial works."
 )
 HELD_OUT = 512
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Where broken guidance is measured, and how much held-out loss de-distilling must win back at least."""
+
+    scale: float = 4
+    loss: float = 0.08
+
+
+# MNIST's loss is a third of the digits', and its teacher itself is far from the data at CFG 4
+MARGINS = {"digits": Margins(), "mnist": Margins(scale=2, loss=0.03)}
 SHOWN = 8
-SHEET_CFGS = (1, 2, 4, 8)
+SHEET_CFGS, SHEET_PROMPTS = (1, 2, 4, 8), 10
 
 
 def tell(recipes: dict[str, Recipe], out: Path, *, cfgs: list[float], prompts: int, steps: int, commands: list[str]) -> dict:
@@ -52,7 +66,7 @@ def tell(recipes: dict[str, Recipe], out: Path, *, cfgs: list[float], prompts: i
             k: cell[k] for k in ("accuracy", "frechet", "precision", "recall", "saturated", "contrast", "detail") if k in cell
         }
         summary[cell["candidate"]]["cfg"][f"{cell['cfg']:g}"] = numbers
-    checks = story_checks(summary)
+    checks = story_checks(summary, MARGINS.get(source.name, Margins()))
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     _write_page(out, recipes, summary, checks, grid, commands)
     _write_sheet(out, summary, grid)
@@ -76,11 +90,12 @@ def _held_out_losses(recipes: dict[str, Recipe], source) -> dict[str, dict[str, 
     return found
 
 
-def story_checks(summary: dict) -> list[dict]:
+def story_checks(summary: dict, margins: Margins) -> list[dict]:
     """What the story claims, with margins far beyond the noise of the evaluation."""
+    scale, cfg = f"{margins.scale:g}", f"at CFG {margins.scale:g}"
     student, restored = summary["student"], summary["dedistilled"]
     accuracy = {name: summary[name]["cfg"]["1"]["accuracy"] for name in STAGES}
-    frechet = {name: summary[name]["cfg"]["4"]["frechet"] for name in STAGES}
+    frechet = {name: summary[name]["cfg"][scale]["frechet"] for name in STAGES}
     baked = accuracy["student"] - accuracy["teacher"]
     broken = frechet["student"] / frechet["teacher"]
     honest = accuracy["dedistilled"] - accuracy["teacher"]
@@ -88,10 +103,15 @@ def story_checks(summary: dict) -> list[dict]:
     usable = frechet["dedistilled"] / frechet["student"]
     return [
         _check("Guidance is baked in: the student's accuracy at CFG 1 exceeds the teacher's", baked, "> .15", baked > 0.15),
-        _check("CFG is broken: the student's Frechet distance at CFG 4 over the teacher's", broken, "> 2", broken > 2),
+        _check(f"CFG is broken: the student's Frechet distance {cfg} over the teacher's", broken, "> 2", broken > 2),
         _check("Guidance is out again: accuracy at CFG 1, de-distilled less teacher", honest, "within .12", abs(honest) < 0.12),
-        _check("The flow is back: held-out loss, student less de-distilled", learned, ">= .08", learned >= 0.08),
-        _check("CFG works again: Frechet distance at CFG 4, de-distilled over student", usable, "< .6", usable < 0.6),
+        _check(
+            "The flow is back: held-out loss, student less de-distilled",
+            learned,
+            f">= {margins.loss:g}",
+            learned >= margins.loss,
+        ),
+        _check(f"CFG works again: Frechet distance {cfg}, de-distilled over student", usable, "< .6", usable < 0.6),
     ]
 
 
@@ -129,7 +149,7 @@ def _write_page(out: Path, recipes: dict, summary: dict, checks: list[dict], gri
 def _write_sheet(out: Path, summary: dict, grid: Grid) -> None:
     """``story.png``: the stages at a few scales as one picture."""
     shown = [c for c in SHEET_CFGS if c in grid.cfgs]
-    prompts = grid.prompts[:SHOWN]
+    prompts = grid.prompts[:SHEET_PROMPTS]
 
     def picture(name: str, cfg: float, i: int) -> Image.Image:
         with Image.open(out / f"sweep/pictures/{name}/cfg{cfg:g}_skip0/p{i:03d}_s0.png") as file:
@@ -140,7 +160,8 @@ def _write_sheet(out: Path, summary: dict, grid: Grid) -> None:
         for name in STAGES
         for cfg in shown
     ]
-    sheet = contact_sheet(rows, list(prompts), title="Guidance lost and found")
+    columns = [" ".join(map(str, digits_in(p))) or p for p in prompts]  # short: a caption is wider than a digit
+    sheet = contact_sheet(rows, columns, title="Guidance lost and found")
     sheet.save(out / "story.png", optimize=True)
 
 

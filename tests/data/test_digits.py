@@ -104,6 +104,8 @@ def test_caption_noise(noise, purity):
     said = np.array([captions.digits_in(c) for c in batch.captions])
     right = said == truth
     assert right.mean() == pytest.approx(purity, abs=4 * (purity * (1 - purity) / right.size) ** 0.5)
+    if noise:
+        assert np.bincount(said[~right], minlength=10).max() < 0.2 * np.sum(~right)  # by any of the ten, about equally
     if 0 < noise < 1:
         assert (1 - right.mean()) / 0.9 == pytest.approx(noise, abs=0.025)
         assert abs(np.corrcoef(right.T)[0, 1]) < 0.08  # the two words of a caption go wrong independently

@@ -152,11 +152,12 @@ def test_numbers_of_pictures():
     wave = 0.8 * torch.sin(2 * torch.pi * x / 16) * torch.cos(2 * torch.pi * y / 16)
     board = 1.0 - 2 * ((x + y) % 2)
     made = {"flat": 0 * x + 0.3, "wave": wave, "mixed": wave + 0.3 * noise, "noise": noise.clamp(-1, 1), "board": board}
+    made |= {f"k{k}": torch.cos(2 * torch.pi * k * x / 16) for k in (4, 5)}
     made |= {"burnt": 3 * wave, "edge": wave.sign(), "lost": torch.full_like(x, torch.nan)}
     numbers = picture_numbers(torch.stack([torch.stack([p]) for p in made.values()]))
     n = {k: dict(zip(made, v.tolist())) for k, v in numbers.items()}
     assert n["detail"]["flat"] == n["contrast"]["flat"] == n["contrast"]["lost"] == 0
-    assert n["detail"]["wave"] == pytest.approx(0, abs=1e-9) and n["detail"]["board"] == pytest.approx(1)
+    assert [n["detail"][k] for k in ("wave", "k4", "k5", "board")] == pytest.approx([0, 0, 1, 1], abs=1e-9)
     assert n["detail"]["wave"] < n["detail"]["mixed"] < n["detail"]["noise"] < n["detail"]["board"]
     assert n["detail"]["burnt"] == pytest.approx(n["detail"]["wave"], abs=1e-9), "contrast alone is no detail"
     assert n["contrast"]["wave"] == pytest.approx(0.4, rel=1e-5) and n["contrast"]["burnt"] == pytest.approx(1.2, rel=1e-5)
@@ -217,8 +218,9 @@ def test_the_judge_measures_distance_to_real_digits(judge):
     real = load_digits(None, 0.0).draw(1, 0, np.arange(300), 300, held_out=True).pixels
     near = judge.numbers(real)
     assert near["precision"] > 0.8 and near["recall"] > 0.6
-    for bad in (keyed.noise(0, "bad", 0, range(300), PICTURE), -torch.ones_like(real), torch.full_like(real, torch.nan)):
-        far = judge.numbers(bad)
+    noise, black, lost = keyed.noise(0, "bad", 0, range(300), PICTURE), -torch.ones_like(real), torch.full_like(real, torch.nan)
+    assert judge.numbers(lost) == judge.numbers(black)
+    for far in (judge.numbers(noise), judge.numbers(black)):
         assert far["frechet"] > 10 * near["frechet"] and far["precision"] < 0.1 and far["recall"] < 0.1
 
 
@@ -284,8 +286,7 @@ def test_a_sweep_makes_only_what_is_missing(tmp_path):
     """N1: nothing twice; new weights, another setting or a lost picture remake their cells and no others."""
     first = run(Opened().pair(), tmp_path)
     files, before = {p: p.read_bytes() for p in tmp_path.glob("*.json")}, stamps(tmp_path)
-    opened = Opened()
-    assert run(opened.pair(), tmp_path) == first and opened.names == []
+    assert run((opened := Opened()).pair(), tmp_path) == first and opened.names == []
     assert stamps(tmp_path) == before and all(p.read_bytes() == raw for p, raw in files.items())
     (tmp_path / "pictures/base/cfg3_skip2/p001_s7.png").unlink()
     assert run(opened.pair(), tmp_path) == first and opened.names == ["base"]
@@ -308,10 +309,9 @@ def test_an_interrupted_sweep_continues(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         sweep(Opened().pair(), GRID, tmp_path / "a", title="t", judge=None, say=stop)
     before = stamps(tmp_path / "a")
-    assert len(before) == 6 and not (tmp_path / "a/index.json").exists()
+    assert len(before) == 6
     assert run(Opened().pair(), tmp_path / "a") == run(Opened().pair(), tmp_path / "b")
-    after = stamps(tmp_path / "a")
-    assert all(after[f] == t for f, t in before.items())
+    assert before.items() <= stamps(tmp_path / "a").items()
     assert (tmp_path / "a/index.json").read_bytes() == (tmp_path / "b/index.json").read_bytes()
 
 
