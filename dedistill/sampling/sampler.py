@@ -48,6 +48,13 @@ def trajectories(
     training = model.root.training
     model.root.eval()
     empty = model.encode([NEGATIVE], length)
+    try:
+        yield from _chunks(model, prompts, noise, sigmas, empty, cfg=cfg, skip=skip, length=length)
+    finally:  # also when the caller stops reading early
+        model.root.train(training)
+
+
+def _chunks(model, prompts, noise, sigmas, empty, *, cfg, skip, length) -> Iterator[list[Tensor]]:
     for start in range(0, len(prompts), CHUNK):
         text = model.encode(prompts[start : start + CHUNK], length)
         nothing = empty.expand(len(text))
@@ -61,4 +68,3 @@ def trajectories(
 
         here = noise[start : start + CHUNK].to(model.device)
         yield [state.float().cpu() for state in euler(velocity, here, sigmas)]
-    model.root.train(training)

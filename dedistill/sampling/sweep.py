@@ -88,7 +88,7 @@ def sweep(
         model = None
         for cfg, skip in grid.cells():
             folder = out / "pictures" / candidate.name / f"cfg{cfg:g}_skip{skip}"
-            key = _cell_key(candidate, grid, cfg, skip)
+            key = _cell_key(candidate, grid, cfg, skip) | {"judged": judge is not None}
             if (known := _reusable(folder, key, out)) is None:
                 model = model or candidate.open()
                 known = _make_cell(model, candidate, grid, cfg, skip, folder, out, judge)
@@ -156,7 +156,8 @@ def _make_cell(
     cell |= {k: float(np.mean([r[k] for r in rows])) for k in ("saturated", "contrast", "detail")}
     if judge:
         cell["accuracy"] = float(np.mean([r["correct"] for r in rows]))
-        cell |= judge.numbers(torch.cat(everything))
+        if len(rows) > 1:  # one picture has no spread to compare
+            cell |= judge.numbers(torch.cat(everything))
     return {"rows": rows, "cell": cell}
 
 

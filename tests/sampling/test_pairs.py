@@ -149,10 +149,7 @@ def _tear(folder: Path) -> None:
     (folder / "pairs.json").write_text(raw[: len(raw) // 2])
 
 
-TORN = pytest.mark.xfail(strict=True, reason="a torn pairs.json ends in a JSONDecodeError instead of making the shards again")
-
-
-@pytest.mark.parametrize("damage", [_delete_last, _cut_middle, _interrupt, _forget, pytest.param(_tear, marks=TORN)])
+@pytest.mark.parametrize("damage", [_delete_last, _cut_middle, _interrupt, _forget, _tear])
 def test_a_restart_gives_the_same_bytes(damage, made, copy, teacher, digits):
     """R3, R5: whatever was lost is made again, byte for byte, and what was there is kept."""
     damage(copy)
@@ -196,7 +193,6 @@ def test_pairs_do_not_depend_on_shards(made, tmp_path, teacher, digits):
         np.testing.assert_allclose(one[1], other[1], rtol=0, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="the digits of DigitSource.prompts are drawn after the templates of all prompts")
 def test_prompts_do_not_depend_on_their_number(digits):
     """N1, R5: prompt i is the same in a set of another size, as noise i is, so that a larger set contains the smaller."""
     assert digits.prompts(0, 20)[:7] == digits.prompts(0, 7)
