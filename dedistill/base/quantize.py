@@ -28,7 +28,9 @@ def prepare_base(net: nn.Module, quant: str, exclude: list[str], where: Callable
         for name in chosen:
             net.set_submodule(name, Int8Linear(net.get_submodule(name)))
     elif quant == "int8-quanto":
-        _quantize_quanto(net, sorted(kept))
+        _quantize_quanto(net, chosen)
+    elif quant != "none":
+        raise ValueError(f"unknown quantization {quant!r}")
     # after quantization: quanto's freeze() makes the weights it rebuilds require gradients again
     net.requires_grad_(False)
     return chosen
@@ -56,10 +58,10 @@ def _excluded(pattern: str, names: list[str], where: str) -> list[str]:
     return found
 
 
-def _quantize_quanto(net: nn.Module, kept: list[str]) -> None:
+def _quantize_quanto(net: nn.Module, chosen: list[str]) -> None:
     from optimum.quanto import freeze, qint8, quantize
 
-    quantize(net, weights=qint8, exclude=kept or None)
+    quantize(net, weights=qint8, include=chosen)
     freeze(net)
 
 

@@ -1,6 +1,8 @@
 """FLUX in pixel space: diffusers' FluxTransformer2DModel on small pictures, with a frozen word-level text encoder."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,34 +58,35 @@ class PixelFlux:
     def _from_folder(self, folder: Path, mask: str) -> Components:
         try:
             facts = json.loads((folder / "dedistill.json").read_text())
+            family, picture, text = facts["family"], tuple(facts["picture"]), WordEncoder(**facts["text"])
             net = FluxTransformer2DModel.from_pretrained(folder / "transformer", local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"model.path: no {self.name} model in '{folder}' (train it first): {e}") from e
-        if facts.get("family") != self.name:
-            raise UserError(f"model.path: '{folder}' holds a {facts.get('family')} model, not {self.name}")
-        picture = tuple(facts["picture"])
-        return Components(net, WordEncoder(**facts["text"]), picture, _tokens(picture, net), mask)
+        if family != self.name:
+            raise UserError(f"model.path: '{folder}' holds a {family} model, not {self.name}")
+        return Components(net, text, picture, _tokens(picture, net), mask)
 
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
         return parts.text(captions, length)
 
     def velocity(self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Text) -> Tensor:
-        if sigma.dtype not in (torch.float32, torch.float64) or sigma.min() < 0 or sigma.max() > 1:
+        if sigma.dtype not in (torch.float32, torch.float64) or not (sigma.min() >= 0 and sigma.max() <= 1):
             raise ValueError("sigma must be float32 in [0, 1]; the network multiplies by 1000 itself")
         channels, height, width = noisy.shape[1:]
         patch = _patch(channels, parts.net)
         if parts.mask == "bool":
             text = text.trimmed()
-        out = net(
-            hidden_states=patchify(noisy, patch),
-            encoder_hidden_states=text.embeds,
-            pooled_projections=text.pooled,
-            timestep=sigma.float(),
-            img_ids=_picture_ids(height // patch, width // patch, noisy.device),
-            txt_ids=torch.zeros(text.embeds.shape[1], 3, device=noisy.device),
-            joint_attention_kwargs=attention_mask(text.mask, height * width // patch**2) if parts.mask == "bool" else None,
-            return_dict=False,
-        )[0]
+        with exact_timestep(parts.net.time_text_embed, sigma):
+            out = net(
+                hidden_states=patchify(noisy, patch),
+                encoder_hidden_states=text.embeds,
+                pooled_projections=text.pooled,
+                timestep=sigma.float(),
+                img_ids=_picture_ids(height // patch, width // patch, noisy.device),
+                txt_ids=torch.zeros(text.embeds.shape[1], 3, device=noisy.device),
+                joint_attention_kwargs=attention_mask(text.mask, height * width // patch**2) if parts.mask == "bool" else None,
+                return_dict=False,
+            )[0]
         return unpatchify(out, patch, channels, height, width)
 
     def shift(self, tokens: int) -> float:
@@ -111,6 +114,20 @@ class PixelFlux:
 
     def export_key(self, name: str) -> str:
         return f"transformer.{name}"
+
+
+@contextmanager
+def exact_timestep(embedding: nn.Module, sigma: Tensor) -> Iterator[None]:
+    """Let the time embedding see 1000 sigma in float32.
+
+    diffusers casts sigma to the hidden states' dtype before multiplying by 1000: in bf16 the network would be told
+    a noise level up to 4 of 1000 away from the one it is shown.
+    """
+    hook = embedding.register_forward_pre_hook(lambda _, args: (1000 * sigma.float(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def patchify(pictures: Tensor, patch: int) -> Tensor:

@@ -28,8 +28,8 @@ def noise(seed: int, purpose: str, step: int, positions: Iterable[int], shape: t
 
 def uniforms(seed: int, purpose: str, step: int, shape: int | tuple[int, ...]) -> np.ndarray:
     """Uniform draws of a whole step, float64, strictly inside (0, 1). Slice it by position."""
-    # random() may return exactly 0; half a spacing more keeps inverse CDFs finite
-    return generator(seed, purpose, step).random(shape) + 2.0**-54
+    # random() may return exactly 0, where some inverse CDFs are infinite
+    return generator(seed, purpose, step).random(shape).clip(2.0**-54, 1 - 2.0**-53)
 
 
 def permutation(seed: int, purpose: str, place: int, count: int) -> np.ndarray:

@@ -109,7 +109,6 @@ def test_wrong_shape_of_sigma_raises(sigma, convert):
 
 @pytest.mark.parametrize("other", [(1, 3, 4, 4), (2, 1, 4, 4)])
 @pytest.mark.parametrize("function", ["interpolate", "velocity"])
-@pytest.mark.xfail(strict=True, reason="noise of another shape is broadcast over the batch without a word")
 def test_wrong_shape_of_noise_raises(function, other):
     data, noise = torch.zeros(2, 3, 4, 4), torch.zeros(other)
     with pytest.raises(ValueError, match="shape"):

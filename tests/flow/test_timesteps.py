@@ -134,7 +134,7 @@ def test_dynamic_shift_numbers(tokens, shift):
 
 
 def test_dynamic_shift_with_the_other_constant():
-    """F6: 1.15 (BFL, diffusers) gives 3.1582 at 1024 pixels, 1.16 (ai-toolkit) 3.1899."""
+    """F6: 1.15 (BFL, diffusers) gives 3.1582 at 1024 pixels, 1.16 (other trainers) 3.1899."""
     assert ts.dynamic_shift(4096, maximum=1.16) == pytest.approx(3.1899, abs=5e-5)
 
 
