@@ -1,5 +1,6 @@
 """What the README says exists, exists; what it says a wrong recipe prints, is printed."""
 
+import json
 import re
 from pathlib import Path
 
@@ -49,3 +50,14 @@ def test_print_recipe_and_plan_need_no_data(capsys):
 def test_recipe_headers_say_how_to_run_them(path):
     assert f"accelerate launch -m dedistill.train {path.relative_to(ROOT)}" in path.read_text()
     assert load_recipe(path).run.out.startswith("runs/")
+
+
+def test_table_is_the_measured_one():
+    """Every number of the README's table stands in the committed result."""
+    summary = json.loads((ROOT / "benchmarks/results/digits_story.json").read_text())
+    rows = re.findall(r"^    (\d)  +(\d\.\d{3}.*)$", README, flags=re.M)
+    assert [r[0] for r in rows] == [str(c) for c in range(1, 9)]
+    for cfg, numbers in rows:
+        cells = [summary[name]["cfg"][cfg] for name in ("teacher", "student", "student_native", "dedistilled")]
+        wanted = [f"{c['accuracy']:.3f} {c['frechet']:.2f} {c['saturated']:.3f} {c['precision']:.2f}".split() for c in cells]
+        assert numbers.split() == [n for cell in wanted for n in cell]
