@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lycoris.functional import factorization
+
 from dedistill.errors import UserError
 from dedistill.patterns import matching
 
@@ -38,15 +40,22 @@ def resolve_targets(
                 f"{place}: '{label}' adds nothing: earlier targets took all {len(found)} of its linears", exit_code=2
             )
         for name in new:
-            chosen[name] = Resolved(name, shapes[name], *_form(adapter.kind, target), pattern=label)
+            factor, rank = _form(adapter.kind, target, shapes[name], where(f"adapter.targets.{i}.rank"), name)
+            chosen[name] = Resolved(name, shapes[name], factor, rank, pattern=label)
     return [chosen[name] for name in shapes if name in chosen]
 
 
-def _form(kind: str, target: Any) -> tuple[int | None, int | None]:
-    """(factor, rank) with the defaults of the kind filled in."""
+def _form(kind: str, target: Any, shape: tuple[int, int], where: str, name: str) -> tuple[int | None, int | None]:
+    """(factor, rank) of one layer, with the defaults of the kind filled in."""
     if kind == "lora":
-        return None, target.rank if target.rank is not None else 16
-    return target.factor if target.factor is not None else 4, target.rank if isinstance(target.rank, int) else None
+        rank = target.rank if target.rank is not None else 16
+        if rank > min(shape):
+            raise UserError(f"{where}: {rank} is more than '{name}' has, {shape[0]} x {shape[1]}: at most {min(shape)}", 2)
+        return None, rank
+    factor = target.factor if target.factor is not None else 4
+    large = max(factorization(size, factor)[1] for size in shape)
+    # from half the larger side on a decomposition saves nothing, and LyCORIS makes the factor full; so say it is
+    return factor, target.rank if isinstance(target.rank, int) and target.rank < large / 2 else None
 
 
 def _names(target: Any, names: list[str], presets: dict[str, list[str]], where: str) -> list[str]:

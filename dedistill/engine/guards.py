@@ -24,6 +24,6 @@ class FiniteGuard:
             worst = f"; samples: {culprits[:4]}" if culprits else " in the gradient"
             raise UserError(
                 f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: not finite {PATIENCE} times in a row{worst}. "
-                "No such step was applied. Lower train.lr or set train.max_grad_norm; the last checkpoint is good."
+                "No such step was applied. Lower train.lr or set train.max_grad_norm; what was saved before is intact."
             )
         return False

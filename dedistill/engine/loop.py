@@ -132,13 +132,23 @@ class Trainer:
         limit = self.recipe.train.max_grad_norm or math.inf
         return torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit, foreach=True)
 
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Private copies of what is trained; refuses to hand out weights that a finite step has blown up."""
+        tensors = self.model.tensors()
+        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise UserError(
+                f"after step {self.step} {len(bad)} trained tensors are not finite, e.g. {bad[0]}; not saved. "
+                "Lower train.lr or train.weight_decay; what was saved before is intact."
+            )
+        return tensors
+
     def _snapshot(self) -> None:
         self.run.snapshots.mkdir(exist_ok=True)
         header = snapshot_header(self.recipe, self.step)
-        replace_file(self.run.snapshots / f"step-{self.step:08d}.safetensors", save(self.model.tensors(), metadata=header))
+        replace_file(self.run.snapshots / f"step-{self.step:08d}.safetensors", save(self._weights(), metadata=header))
 
     def _checkpoint(self) -> None:
-        groups = {"trainable": self.model.tensors(), "optimizer": optimizer_tensors(self.optimizer, self.trainable)}
+        groups = {"trainable": self._weights(), "optimizer": optimizer_tensors(self.optimizer, self.trainable)}
         facts = {"skipped": self.skipped, "recipe": self.recipe.resolved(), "saved_at": time.time()}
         save_checkpoint(self.run.checkpoints, self.step, groups, facts, self.recipe.checkpoint.keep)
 

@@ -84,8 +84,8 @@ def test_first_target_wins_whatever_is_more_specific():
         ("lokr", {"rank": "full"}, (4, None)),
         ("lokr", {"factor": 16}, (16, None)),
         ("lokr", {"factor": -1}, (-1, None)),
-        ("lokr", {"rank": 5}, (4, 5)),
-        ("lokr", {"factor": 8, "rank": 5}, (8, 5)),
+        ("lokr", {"rank": 3}, (4, 3)),
+        ("lokr", {"factor": 8, "rank": 1}, (8, 1)),
         ("lora", {}, (None, 16)),
         ("lora", {"rank": 5}, (None, 5)),
     ],
@@ -147,3 +147,21 @@ def test_presets_of_the_real_network_are_disjoint_and_complete():
     assert found["blocks"] == {n for n in shapes if "transformer_blocks." in n}
     assert found["modulation"] | found["attention"] | found["mlp"] == found["blocks"]
     assert sum(len(found[p]) for p in ("modulation", "attention", "mlp")) == len(found["blocks"]) == 20
+
+
+def one_layer(kind, factor, rank):
+    table = Adapter(kind=kind, targets=[{"pattern": "a", "factor": factor, "rank": rank}])
+    return resolve_targets(table, {"a": (64, 32)}, {})[0]
+
+
+def test_a_lora_larger_than_its_layer_is_refused():
+    """A rank of 100,000 on every layer would fill the memory before anything is said."""
+    assert one_layer("lora", None, 32).rank == 32
+    with pytest.raises(UserError, match=r"adapter\.targets\.0\.rank: 33 is more than 'a' has, 64 x 32: at most 32"):
+        one_layer("lora", None, 33)
+
+
+@pytest.mark.parametrize(("factor", "rank", "wanted"), [(4, 7, 7), (4, 8, None), (8, 3, 3), (8, 4, None), (-1, 4, None)])
+def test_a_lokr_rank_that_saves_nothing_is_resolved_as_full(factor, rank, wanted):
+    """K2: LyCORIS makes the factor a full matrix there; the printed table must not say otherwise."""
+    assert one_layer("lokr", factor, rank).rank == wanted

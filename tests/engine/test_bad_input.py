@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dedistill.engine.checkpoint import damage, list_checkpoints
 from dedistill.train import main
@@ -168,3 +169,12 @@ def test_wandb_offline_and_broken_never_stop_a_run(adapter_recipe, tmp_path, cap
     monkeypatch.setattr(Accelerator, "log", lambda *a, **k: 1 / 0)
     assert main([str(adapter_recipe), "--set", "log.wandb=true", "--set", f"run.out={tmp_path / 'dying'}"]) == 0
     assert "is switched off" in capsys.readouterr().err
+
+
+def test_weights_that_a_finite_step_blows_up_are_never_saved(adapter_recipe, tmp_path, capsys):
+    """T10: the step itself was finite; the weights after it are not."""
+    err = fails(capsys, adapter_recipe, "train.lr=1e30", "train.weight_decay=1e9", "checkpoint.every=1", code=1)
+    assert "not finite" in err and "intact" in err
+    for checkpoint in list_checkpoints(tmp_path / "dedistill" / "checkpoints"):
+        tensors = load_file(checkpoint / "trainable.safetensors")
+        assert all(t.isfinite().all() for t in tensors.values())
