@@ -135,8 +135,9 @@ def _frame(x: _Axis, y: _Axis, scales: list[float], ticks: list[float], xlabel: 
 
 def _series(i: int, name: str, points: Points, x: _Axis, y: _Axis, place: tuple[float, int], xlabel: str) -> list[str]:
     """The line, its points with their values as tooltips, and its legend entry (together: hovering finds all)."""
-    colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-    marker = f'<path class="marker" d="{MARKERS[i % len(MARKERS)]}" stroke="none"/>'
+    shift = i // len(COLOURS)  # a seventh line has the first one's colour, but not its dashes and marker
+    colour, dash = COLOURS[i % len(COLOURS)], DASHES[(i + shift) % len(DASHES)]
+    marker = f'<path class="marker" d="{MARKERS[(i + shift) % len(MARKERS)]}" stroke="none"/>'
     dashes = f' stroke-dasharray="{dash}"' if dash else ""
     line = f'fill="none" stroke-width="2" stroke-linejoin="round"{dashes}'
     at = [(x(px), y(py), px, py) for px, py in points]

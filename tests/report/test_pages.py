@@ -1,6 +1,7 @@
 """The pages read back: every picture and cell is there, nothing leaves the folder, hostile prompts stay text."""
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -347,3 +348,12 @@ def test_a_shared_range_makes_plots_comparable():
     ranged = [plot({"a": [(1, y)]}, y_range=(0, 10)) for y in (0, 10)]
     ticks = [[text for text in svg.text if text.strip().replace(".", "").isdigit()] for svg in ranged]
     assert ticks[0] == ticks[1]
+
+
+def test_twelve_lines_all_look_different():
+    svg = line_plot({f"line {i}": [(0, i), (1, i)] for i in range(12)}, title="t", xlabel="x", ylabel="y")
+    lines = re.findall(r'<g class="series.*?</g>', svg, flags=re.S)
+    dashes = [
+        (re.search(r'stroke="([^"]+)"', s)[1], (re.search(r'stroke-dasharray="([^"]+)"', s) or [0, ""])[1]) for s in lines
+    ]
+    assert len(lines) == 12 and len(set(dashes)) == 12
