@@ -7,7 +7,7 @@ combination, hence one streaming pass: each input is read once, each output writ
 import json
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,9 @@ from dedistill.errors import UserError
 
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
 """The ten of the LibreFLUX model card."""
+
+CHUNK = 1 << 18
+"""Numbers of a tensor averaged at a time."""
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -63,7 +66,7 @@ def output_name(alpha: float) -> str:
 def lerp_snapshots(snapshots: list[Snapshot], alphas: Sequence[float], out: Path) -> list[Path]:
     """Write one average per alpha into ``out``, reading each snapshot's tensors once; returns the files.
 
-    Peak memory is len(alphas) + 1 copies of the largest tensor. Outputs have the inputs' dtype, rounded once.
+    Peak memory is one chunk of every input and output. Outputs have the inputs' dtype, rounded once.
     Raises UserError when snapshots differ in names, shapes or dtypes, naming file and tensor; then nothing is written.
     """
     weights = np.stack([chain_weights(a, len(snapshots)) for a in alphas])
@@ -78,24 +81,24 @@ def lerp_snapshots(snapshots: list[Snapshot], alphas: Sequence[float], out: Path
             header = _header(files[-1].metadata() or {}, alpha, row, snapshots)
             writers.append(stack.enter_context(_Writer(out / output_name(alpha), layout, header)))
         for name in names:
-            for writer, average in zip(writers, _averages(name, files, weights)):
-                writer.write(average)
+            for rows in _averages(name, files, weights):
+                for writer, row in zip(writers, rows):
+                    writer.write(row)
     return [w.path for w in writers]
 
 
-def _averages(name: str, files: list, weights: np.ndarray) -> list[Tensor]:
-    """The weighted sums of one tensor, one per row of weights, in the tensor's own dtype."""
-    dtype, sums = None, None
-    for i, file in enumerate(files):
-        tensor = file.get_tensor(name)
-        dtype = tensor.dtype
-        if name.endswith(".alpha"):  # a constant of the format, not a weight
-            return [tensor.clone() for _ in weights]
-        wide = tensor.double() if dtype == torch.float64 else tensor.float()
-        sums = torch.zeros(len(weights), *wide.shape, dtype=wide.dtype) if sums is None else sums
-        for k in range(len(weights)):
-            sums[k].add_(wide, alpha=float(weights[k, i]))
-    return [s.to(dtype) for s in sums]
+def _averages(name: str, files: list, weights: np.ndarray) -> Iterator[Tensor]:
+    """The weighted sums of one tensor, [alphas, chunk] at a time, in the tensor's own dtype."""
+    tensors = [file.get_tensor(name).reshape(-1) for file in files]
+    dtype = tensors[0].dtype
+    if name.endswith(".alpha"):  # a constant of the format, not a weight
+        yield tensors[-1].expand(len(weights), -1)
+        return
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    mix = torch.from_numpy(weights).to(wide)
+    for start in range(0, len(tensors[0]), CHUNK):
+        stack = torch.stack([t[start : start + CHUNK].to(wide) for t in tensors])
+        yield (mix @ stack).to(dtype)
 
 
 def _open(path: Path):
