@@ -67,7 +67,7 @@ def _identity(recipe: Recipe, *places: Path | str) -> str:
 
 def read_prompts(value: str, source: Source) -> tuple[str, ...]:
     """``value`` is a number of prompts to take from the data, or a text file with one prompt per line."""
-    if value.isdigit():
+    if value.isdigit() and int(value) > 0:
         return tuple(source.prompts(0, int(value)))
     try:
         lines = [line.strip() for line in Path(value).read_text().splitlines()]

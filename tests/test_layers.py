@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dedistill"
 LEVELS = [
-    {"errors", "patterns"},
+    {"errors", "patterns", "arguments"},
     {"flow", "recipe"},
     {"data", "families", "base", "adapters", "posthoc"},
     {"assemble"},

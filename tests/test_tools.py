@@ -139,6 +139,11 @@ def test_report(story, monkeypatch, capsys):
         (("make_pairs", "small/teacher.toml", "--out", "p", "--steps", "5"), "does not divide"),
         (("make_pairs", "small/teacher.toml", "--out", "runs/digits/pairs", "--cfg", "2"), "holds pairs made differently"),
         (("make_pairs", "small/teacher.toml", "--out", "p", "--set", "run.out='new'"), "train this recipe first"),
+        (("make_pairs", "small/teacher.toml", "--out", "p", "--points", "0"), "--points: expects a whole number of at least 1"),
+        (("cfg_sweep", "small/dedistill.toml", "--cfg", "nan"), "--cfg: expects a finite number, got 'nan'"),
+        (("cfg_sweep", "small/dedistill.toml", "--skip", "-1"), "--skip: expects a whole number of at least 0"),
+        (("cfg_sweep", "small/dedistill.toml", "--prompts", "0"), "neither a number nor a readable text file"),
+        (("posthoc_ema", "runs/digits/dedistill", "--alpha", "1.5"), "alpha = 1.5"),
     ],
 )
 def test_tools_say_what_is_wrong(story, monkeypatch, capsys, arguments, message):

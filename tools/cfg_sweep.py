@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from dedistill.arguments import finite, positive, whole
 from dedistill.train import guarded
 
 
@@ -18,11 +19,11 @@ def main() -> int:
     parser.add_argument(
         "--candidates", nargs="+", help="of each run: base, last, posthoc, or names of posthoc files; default all"
     )
-    parser.add_argument("--cfg", type=float, nargs="+", default=[1, 2, 3, 4, 5, 6, 8], help="guidance scales")
-    parser.add_argument("--skip", type=int, nargs="+", default=[0], help="first steps without guidance")
-    parser.add_argument("--steps", type=int, help="Euler steps; default each recipe's sample.steps")
+    parser.add_argument("--cfg", type=finite, nargs="+", default=[1, 2, 3, 4, 5, 6, 8], help="guidance scales")
+    parser.add_argument("--skip", type=whole, nargs="+", default=[0], help="first steps without guidance")
+    parser.add_argument("--steps", type=positive, help="Euler steps; default each recipe's sample.steps")
     parser.add_argument("--prompts", default="64", help="a number of prompts from the data, or a text file, one per line")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the starting noise")
+    parser.add_argument("--seeds", type=whole, nargs="+", default=[0], help="seeds of the starting noise")
     parser.add_argument("--out", type=Path, help="output folder; default RUN/sweep of the last recipe")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args()
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     source = open_source(next((r.data for r in recipes if r.data.source != "pairs"), recipes[0].data))
     several = len(recipes) > 1
     candidates = [c for r in recipes for c in candidates_of(r, args.candidates, steps=args.steps, prefix=several)]
-    grid = Grid(tuple(args.cfg), tuple(args.skip), read_prompts(args.prompts, source), tuple(args.seeds))
+    cfgs, skips, seeds = (tuple(dict.fromkeys(values)) for values in (args.cfg, args.skip, args.seeds))
+    grid = Grid(cfgs, skips, read_prompts(args.prompts, source), seeds)
     out = args.out or Path(recipes[-1].run.out) / "sweep"
     title = "CFG sweep: " + ", ".join(r.run.name for r in recipes)
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731

@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from dedistill.arguments import finite, positive, whole
 from dedistill.train import guarded
 
 
@@ -15,12 +16,12 @@ def main() -> int:
     parser.add_argument("recipe", help="recipe of the teacher; its finished run is used")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    parser.add_argument("--count", type=int, default=1536, help="pairs")
-    parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale baked into the pairs")
-    parser.add_argument("--steps", type=int, default=16, help="Euler steps")
-    parser.add_argument("--points", type=int, default=4, help="windows between stored states; divides --steps")
-    parser.add_argument("--seed", type=int, default=0, help="key of noise and prompts")
-    parser.add_argument("--shard-size", type=int, default=512, help="pairs per shard")
+    parser.add_argument("--count", type=positive, default=1536, help="pairs")
+    parser.add_argument("--cfg", type=finite, default=3.0, help="guidance scale baked into the pairs")
+    parser.add_argument("--steps", type=positive, default=16, help="Euler steps")
+    parser.add_argument("--points", type=positive, default=4, help="windows between stored states; divides --steps")
+    parser.add_argument("--seed", type=whole, default=0, help="key of noise and prompts")
+    parser.add_argument("--shard-size", type=positive, default=512, help="pairs per shard")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args()
     return guarded(lambda: run(args), debug=args.debug)

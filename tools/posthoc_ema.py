@@ -7,13 +7,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from dedistill.arguments import finite
 from dedistill.train import guarded
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="run directory (its snapshots/ are read, posthoc/ is written)")
-    parser.add_argument("--alpha", type=float, nargs="+", help="weights of the newer checkpoint; default the ten of LibreFLUX")
+    parser.add_argument("--alpha", type=finite, nargs="+", help="weights of the newer checkpoint; default the ten of LibreFLUX")
     parser.add_argument("--out", type=Path, help="output folder; default RUN/posthoc")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args()

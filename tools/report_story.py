@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from dedistill.arguments import finite, positive
 from dedistill.train import guarded
 
 
@@ -16,10 +17,10 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of every recipe")
     parser.add_argument("--out", type=Path, required=True, help="folder of the page")
     parser.add_argument(
-        "--cfg", type=float, nargs="+", default=[1, 2, 3, 4, 5, 6, 7, 8], help="guidance scales; 1, 2 and 4 are needed"
+        "--cfg", type=finite, nargs="+", default=[1, 2, 3, 4, 5, 6, 7, 8], help="guidance scales; 1, 2 and 4 are needed"
     )
-    parser.add_argument("--prompts", type=int, default=256, help="prompts per cell")
-    parser.add_argument("--steps", type=int, default=16, help="Euler steps for every stage")
+    parser.add_argument("--prompts", type=positive, default=256, help="prompts per cell")
+    parser.add_argument("--steps", type=positive, default=16, help="Euler steps for every stage")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args()
     return guarded(lambda: run(args), debug=args.debug)

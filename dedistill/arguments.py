@@ -1,0 +1,29 @@
+"""Number types for command lines: what is out of range is refused before anything is loaded."""
+
+import argparse
+import math
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    return _number(text, int, lambda n: n >= 1, "a whole number of at least 1")
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0."""
+    return _number(text, int, lambda n: n >= 0, "a whole number of at least 0")
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor NaN."""
+    return _number(text, float, math.isfinite, "a finite number")
+
+
+def _number(text: str, kind: type, fits, wanted: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if value != value or not fits(value):
+        raise argparse.ArgumentTypeError(f"expects {wanted}, got '{text}'")
+    return value
