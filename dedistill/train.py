@@ -61,7 +61,10 @@ def _main(args: argparse.Namespace, argv: list[str]) -> int:
     if args.plan:
         print("\n".join(f"{key:12} {value:,}" for key, value in make_plan(recipe).as_dict().items()))
         return 0
-    return train(recipe, argv)
+    try:
+        return train(recipe, argv)
+    except UserError as e:
+        raise UserError(recipe.placed(str(e)), e.exit_code) from e
 
 
 def train(recipe: Recipe, argv: list[str]) -> int:

@@ -193,6 +193,11 @@ class Recipe(Table):
                 return f"{place}: {key}"
         return key
 
+    def placed(self, message: str) -> str:
+        """``message`` with file and line in front, when it begins with a key that the recipe sets."""
+        place = self._places.get(message.partition(":")[0])
+        return f"{place}: {message}" if place else message
+
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as plain data with every default filled in; keys named as in TOML."""
         return self.model_dump(mode="json", by_alias=True)

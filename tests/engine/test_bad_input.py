@@ -56,8 +56,13 @@ def test_adapter_that_matches_nothing_names_its_line(adapter_recipe, capsys):
 
 
 def test_missing_data_is_named(teacher_recipe, tmp_path, capsys):
-    err = fails(capsys, teacher_recipe, "data.source=mnist", f"data.path={tmp_path}", code=1)
-    assert f"neither train-images-idx3-ubyte nor train-images-idx3-ubyte.gz in '{tmp_path}'" in err
+    text = teacher_recipe.read_text().replace('source = "digits"', f'source = "mnist"\npath = "{tmp_path}"')
+    teacher_recipe.write_text(text)
+    line = text.splitlines().index(f'path = "{tmp_path}"') + 1
+    err = fails(capsys, teacher_recipe, code=1)
+    assert (
+        f"teacher.toml:{line}: data.path: neither train-images-idx3-ubyte nor train-images-idx3-ubyte.gz in '{tmp_path}'" in err
+    )
 
 
 def test_directory_of_another_recipe_is_refused_with_the_differences(adapter_recipe, capsys):
