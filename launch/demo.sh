@@ -34,6 +34,7 @@ echo "5/6 post-hoc averages and their CFG sweep (in the background; runs/$story/
 python tools/posthoc_ema.py "runs/$story/dedistill"
 python tools/cfg_sweep.py "recipes/$story/dedistill.toml" "${averages[@]}" >"runs/$story/averages.log" 2>&1 &
 sweep=$!
+trap 'kill "$sweep" 2>/dev/null || :' EXIT
 echo "6/6 report"
 python tools/report_story.py "recipes/$story" --out "runs/$story/report" --prompts "$prompts"
 wait "$sweep" || { cat "runs/$story/averages.log" >&2; exit 1; }

@@ -160,6 +160,14 @@ def read_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dic
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Remove what killed writes left behind. Only while holding the run's lock."""
-    for path in folder.rglob("*.tmp-*") if folder.is_dir() else ():
+    """Remove what killed writes of a run left behind, at the places it writes. Only while holding the run's lock."""
+    ours = (
+        "checkpoints/step-*.tmp-*",
+        "snapshots/step-*.tmp-*",
+        "recipe.*.tmp-*",
+        "plan.json.tmp-*",
+        "*.jsonl.tmp-*",
+        "model.tmp-*",
+    )
+    for path in (found for pattern in ours for found in folder.glob(pattern)):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -48,9 +48,9 @@ class RunDirectory:
 
     def _claim(self) -> None:
         """Refuse the directory of another recipe; otherwise write this one's resolved recipe into it."""
-        sweep_temporaries(self.path)
         known = self.path / "recipe.json"
         if known.exists():
+            sweep_temporaries(self.path)
             try:
                 before = json.loads(known.read_text())
             except ValueError as e:

@@ -138,6 +138,7 @@ def _make_cell(
     model: Model, candidate: Candidate, grid: Grid, cfg: float, skip: int, folder: Path, out: Path, judge: DigitJudge | None
 ) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cell.json").unlink(missing_ok=True)  # its pictures are about to be overwritten
     place = {"candidate": candidate.name, "cfg": cfg, "skip": skip, "steps": candidate.steps}
     everything, rows = [], []
     for seed in grid.seeds:

@@ -183,3 +183,25 @@ def test_weights_that_a_finite_step_blows_up_are_never_saved(adapter_recipe, tmp
     for checkpoint in list_checkpoints(tmp_path / "dedistill" / "checkpoints"):
         tensors = load_file(checkpoint / "trainable.safetensors")
         assert all(t.isfinite().all() for t in tensors.values())
+
+
+def test_a_signal_between_steps_still_saves(adapter_recipe, tmp_path, monkeypatch):
+    """T4: asked for while the row is shown, after the checkpoint was decided."""
+    from dedistill.report import console
+
+    def interrupting(rows, start, plan):
+        for row in rows:
+            if row["step"] == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield row
+
+    monkeypatch.setattr(console, "progress", interrupting)
+    assert main([str(adapter_recipe), "--set", "checkpoint.every=0"]) == 130
+    assert [p.name for p in list_checkpoints(tmp_path / "dedistill" / "checkpoints")] == ["step-00000004"]
+
+
+def test_a_start_leaves_the_users_files_alone(adapter_recipe, tmp_path):
+    mine = tmp_path / "dedistill" / "sub" / "thesis.tmp-backup"
+    mine.mkdir(parents=True)
+    assert main([str(adapter_recipe)]) == 0 and main([str(adapter_recipe)]) == 0
+    assert mine.exists()
