@@ -69,6 +69,9 @@ def check_started(
     found = {name: float(delta(m).std(correction=0) / weight(name).std(correction=0)) for name, m in modules.items()}
     # "not within" also catches NaN
     wrong = {n: v for n, v in found.items() if not abs(v - wanted) <= (TOLERANCE + _rounding(modules[n])) * wanted}
+    wrong |= {
+        n: found[n] for n, m in modules.items() if init != "default" and isinstance(m, LokrModule) and (m.lokr_w1 != 1).any()
+    }
     if wrong:
         name, value = next(iter(wrong.items()))
         raise UserError(

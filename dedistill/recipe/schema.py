@@ -256,6 +256,8 @@ def _training_rules(r: Recipe) -> list[tuple[str, str]]:
         found.append(("train.lr_floor", "has no effect with schedule = 'constant'"))
     if t.optimizer == "adamw_bf16" and t.betas[1] > 0.99:
         found.append(("train.betas", f"second beta {t.betas[1]} > 0.99 never lets a bf16 second moment fall; use 0.99"))
+    if t.optimizer == "adamw_bf16" and r.adapter is None:
+        found.append(("train.optimizer", "adamw_bf16 is for adapters; a whole network is trained in fp32 with 'adamw'"))
     if t.optimizer == "adamw_bf16" and t.precision == "fp32":
         found.append(("train.optimizer", "adamw_bf16 keeps parameters in bf16; set train.precision = 'bf16'"))
     if (t.objective == "flow") == (r.data.source == "pairs"):
