@@ -95,9 +95,16 @@ CONTRADICTIONS = [
     (["train.micro_batch=3"], "train.micro_batch: 3 does not divide batch = 8"),
     (["train.warmup=10"], "train.warmup: 10 leaves no step of the 10 at the full rate"),
     (["train.lr_floor=0.1"], "train.lr_floor: has no effect with schedule = 'constant'"),
-    (["train.optimizer=adamw_bf16"], "train.optimizer: adamw_bf16 keeps parameters in bf16; set train.precision = 'bf16'"),
     (
-        ["train.optimizer=adamw_bf16", "train.precision=bf16", "train.betas=[0.9, 0.999]"],
+        ["train.optimizer=adamw_bf16", "train.precision=bf16"],
+        "train.optimizer: adamw_bf16 is for adapters; a whole network is trained in fp32 with 'adamw'",
+    ),
+    (
+        [LORA % ("", ""), "train.optimizer=adamw_bf16"],
+        "train.optimizer: adamw_bf16 keeps parameters in bf16; set train.precision = 'bf16'",
+    ),
+    (
+        [LORA % ("", ""), "train.optimizer=adamw_bf16", "train.precision=bf16", "train.betas=[0.9, 0.999]"],
         "train.betas: second beta 0.999 > 0.99 never lets a bf16 second moment fall; use 0.99",
     ),
     (["train.objective=reflow"], "train.objective: 'reflow' does not go with data.source = 'digits'"),
