@@ -21,7 +21,7 @@ class PixelFlux:
     name = "pixel_flux"
     text_length = 12
 
-    def load(self, spec: Any, *, seed: int) -> Components:
+    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """``spec`` is a recipe's [model] table. Raises UserError when the folder is not a model of this family."""
         if spec.path is not None:
             return self._from_folder(Path(spec.path), spec.mask)
