@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dedistill"
 LEVELS = [
-    {"errors", "patterns", "arguments"},
+    {"errors"},
+    {"files", "patterns", "arguments"},
     {"flow", "recipe"},
     {"data", "families", "base", "adapters", "posthoc"},
     {"assemble"},

@@ -4,7 +4,6 @@ A folder of pairs holds ``pairs.json`` (how they were made, and each shard's SHA
 ``<key>.noise.npy``, ``<key>.trajectory.npy`` [K, C, H, W] (the last point is the picture) and ``<key>.txt``.
 """
 
-import hashlib
 import io
 import json
 import mmap
@@ -17,6 +16,7 @@ import torch
 from dedistill.data.order import sample_indices
 from dedistill.data.source import Batch
 from dedistill.errors import UserError
+from dedistill.files import file_sha256
 
 HELD_OUT = 16
 """One pair in this many is kept for validation."""
@@ -70,11 +70,6 @@ def read_facts(folder: Path) -> dict:
     if not facts.get("complete"):
         raise UserError(f"data.path: '{folder}' is unfinished ({len(facts['shards'])} shards); run tools/make_pairs.py again")
     return facts
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _index_shard(folder: Path, shard: dict) -> list[tuple[mmap.mmap, dict[str, tuple[int, int]]]]:

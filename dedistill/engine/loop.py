@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from dedistill.assemble import Model
 from dedistill.data.source import Source
-from dedistill.engine.checkpoint import newest_valid, read_checkpoint, replace_file, save_checkpoint
+from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
 from dedistill.engine.guards import FiniteGuard
 from dedistill.engine.metrics import Clock, Journal, Trackers
 from dedistill.engine.objective import Objective, task_loss
@@ -22,6 +22,7 @@ from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.stop import StopRequest
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
 from dedistill.errors import UserError
+from dedistill.files import replace_file, step_name
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.plan import Plan
 
@@ -146,7 +147,7 @@ class Trainer:
     def _snapshot(self) -> None:
         self.run.snapshots.mkdir(exist_ok=True)
         header = snapshot_header(self.recipe, self.step)
-        replace_file(self.run.snapshots / f"step-{self.step:08d}.safetensors", save(self._weights(), metadata=header))
+        replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(self._weights(), metadata=header))
 
     def _checkpoint(self) -> None:
         groups = {"trainable": self._weights(), "optimizer": optimizer_tensors(self.optimizer, self.trainable)}

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dedistill.engine.checkpoint import list_checkpoints, replace_file, sweep_temporaries
+from dedistill.engine.checkpoint import list_checkpoints, sweep_temporaries
 from dedistill.errors import UserError
+from dedistill.files import replace_file
 from dedistill.recipe import Recipe, to_toml
 
 FREE_TO_CHANGE = ("run.name", "run.out", "run.resume", "checkpoint.", "snapshot.", "validate.", "log.", "sample.")
