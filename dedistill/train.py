@@ -77,6 +77,7 @@ def train(recipe: Recipe, argv: list[str]) -> int:
 
     from dedistill.assemble import build_model
     from dedistill.data.registry import open_source
+    from dedistill.engine.inputs import input_files
     from dedistill.engine.loop import Trainer
     from dedistill.engine.metrics import Trackers
     from dedistill.engine.rundir import RunDirectory
@@ -91,6 +92,7 @@ def train(recipe: Recipe, argv: list[str]) -> int:
         source = open_source(recipe.data)
         model = build_model(recipe, accelerator.device)
         _check_pictures(recipe, source.picture, model.parts.picture)
+        run.bind(input_files(recipe))
         trainer = Trainer(recipe, plan, model, source, run)
         trainer.resume()
         replace_json(run.path / "plan.json", {"plan": plan.as_dict(), "effects": model.facts | trainer.facts()})

@@ -18,6 +18,7 @@ from dedistill.data.source import Batch
 from dedistill.errors import UserError
 from dedistill.files import file_sha256
 
+FACTS = "pairs.json"
 HELD_OUT = 16
 """One pair in this many is kept for validation."""
 
@@ -64,7 +65,7 @@ class PairSource:
 def read_facts(folder: Path) -> dict:
     """``pairs.json`` of a finished folder."""
     try:
-        facts = json.loads((folder / "pairs.json").read_text())
+        facts = json.loads((folder / FACTS).read_text())
     except (OSError, ValueError) as e:
         raise UserError(f"data.path: no pairs in '{folder}' (make them with tools/make_pairs.py): {e}") from e
     if not facts.get("complete"):

@@ -138,6 +138,7 @@ def sweep_temporaries(folder: Path) -> None:
         "snapshots/step-*.tmp-*",
         "recipe.*.tmp-*",
         "plan.json.tmp-*",
+        "inputs.json.tmp-*",
         "*.jsonl.tmp-*",
         "model.tmp-*",
     )

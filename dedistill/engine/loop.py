@@ -1,8 +1,6 @@
 """The training loop: slots of the global batch, one update per step, whatever model, adapter or objective."""
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors.torch import save
 from dedistill.assemble import Model
 from dedistill.data.source import Source
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
+from dedistill.engine.export import export_model, exported_step
 from dedistill.engine.guards import FiniteGuard
 from dedistill.engine.metrics import Clock, Journal, Trackers
 from dedistill.engine.objective import Objective, task_loss
@@ -158,11 +157,8 @@ class Trainer:
         """The finished network as a model folder, when the whole network was trained; whole or not at all."""
         if self.model.adapter is not None:
             return None
-        if self.trained_now or not self.run.model.exists():
-            temporary = self.run.path / f"model.tmp-{os.getpid()}"
-            self.model.family.save(self.model.parts, temporary)
-            shutil.rmtree(self.run.model, ignore_errors=True)
-            os.rename(temporary, self.run.model)
+        if exported_step(self.run.model) != self.step:
+            export_model(self.model, self.run.model, self.step)
         return self.run.model
 
 

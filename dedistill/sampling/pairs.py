@@ -15,6 +15,7 @@ import webdataset as wds
 from torch import Tensor
 
 from dedistill.assemble import Model
+from dedistill.data.pairs import FACTS
 from dedistill.data.source import Source
 from dedistill.errors import UserError
 from dedistill.files import WholeFile, file_sha256, replace_json
@@ -68,10 +69,10 @@ def make_pairs(
         captions = prompts[ids.start : ids.stop]
         states = [torch.stack([c[k] for k in kept], 1) for c in trajectories(model, captions, noise, sigmas, cfg=cfg)]
         shards.append(_write_shard(out, number, ids, captions, noise, torch.cat(states)))
-        replace_json(out / "pairs.json", {**facts, "shards": shards, "complete": False})
+        replace_json(out / FACTS, {**facts, "shards": shards, "complete": False})
         progress(ids.stop, count)
     facts = {**facts, "shards": shards, "complete": True}
-    replace_json(out / "pairs.json", facts)
+    replace_json(out / FACTS, facts)
     return facts
 
 
@@ -92,7 +93,7 @@ def teacher_hash(model: Model) -> str:
 def _finished_shards(out: Path, facts: dict) -> list[dict]:
     """Shards of an earlier run with the same settings whose bytes still agree."""
     try:
-        before = json.loads((out / "pairs.json").read_text())
+        before = json.loads((out / FACTS).read_text())
     except (OSError, ValueError):  # nothing yet, or a torn file: shards are made again, byte for byte the same
         return []
     if differing := [k for k in facts if before.get(k) != facts[k]]:
