@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dedistill.assemble import Model, build_model
-from dedistill.data.pairs import file_sha256
 from dedistill.data.source import Source
 from dedistill.errors import UserError
+from dedistill.files import file_sha256
 from dedistill.finished import last_weights, open_finished, sampling_device
 from dedistill.recipe import Recipe
 from dedistill.sampling.sweep import Candidate

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from dedistill.files import file_sha256, replace_json
 
 
 def fingerprint(files: Iterable[Path], memo: Path) -> str:
@@ -19,12 +20,9 @@ def fingerprint(files: Iterable[Path], memo: Path) -> str:
         stamp = [status.st_size, status.st_mtime_ns]
         place = str(file.resolve())
         if known.get(place, [None])[:-1] != stamp:
-            with open(file, "rb") as f:
-                known[place] = [*stamp, hashlib.file_digest(f, "sha256").hexdigest()]
+            known[place] = [*stamp, file_sha256(file)]
         digest.update(f"{file.parent.name}/{file.name} {known[place][-1]}\n".encode())
     if known != before:
         memo.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memo.with_name(f"{memo.name}.tmp-{os.getpid()}")
-        temporary.write_text(json.dumps(known))
-        os.replace(temporary, memo)
+        replace_json(memo, known)
     return digest.hexdigest()

@@ -6,7 +6,6 @@ entries depend on beside their key. Nothing is ever changed in place, so a kille
 
 import hashlib
 import json
-import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dedistill.errors import UserError
+from dedistill.files import file_sha256, replace_file, replace_json
 
 OPEN_SHARDS = 256
 
@@ -52,11 +52,11 @@ class Store:
     def write(self, entries: dict[str, dict[str, Tensor]]) -> None:
         """Add one shard of new entries; it appears whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / "inputs.json", json.dumps(self.inputs, indent=1).encode())
+        replace_json(self.folder / "inputs.json", self.inputs)
         flat = {f"{key}.{part}": t.contiguous() for key, parts in entries.items() for part, t in parts.items()}
         data = save(flat, metadata={"format": "pt"})
         shard = self.folder / f"{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-        _replace(shard, data)
+        replace_file(shard, data)
         self._shard_of |= dict.fromkeys(entries, shard)
 
     def read(self, key: str) -> dict[str, Tensor]:
@@ -66,12 +66,8 @@ class Store:
 
     def damaged(self) -> list[Path]:
         """Shards whose bytes are not those that were written. Reads everything."""
-        found = []
-        for shard in sorted(self.folder.glob("*.safetensors")):
-            with open(shard, "rb") as f:
-                if not hashlib.file_digest(f, "sha256").hexdigest().startswith(shard.stem):
-                    found.append(shard)
-        return found
+        shards = sorted(self.folder.glob("*.safetensors"))
+        return [shard for shard in shards if not file_sha256(shard).startswith(shard.stem)]
 
     def bytes(self) -> int:
         return sum(shard.stat().st_size for shard in self.folder.glob("*.safetensors"))
@@ -91,17 +87,3 @@ def _keys(shard: Path) -> set[str]:
             return {name.partition(".")[0] for name in f.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as e:
         raise UserError(f"data.cache: shard '{shard}' is damaged ({e}); delete this file, it is encoded again") from e
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"data.cache: cannot write '{path}' ({len(data):,} bytes): {e.strerror or e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,8 +1,6 @@
 """The training loop: slots of the global batch, one update per step, whatever model, adapter or objective."""
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +10,8 @@ from safetensors.torch import save
 
 from dedistill.assemble import Model
 from dedistill.data.source import Source
-from dedistill.engine.checkpoint import newest_valid, read_checkpoint, replace_file, save_checkpoint
+from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
+from dedistill.engine.export import export_model, exported_step
 from dedistill.engine.guards import FiniteGuard
 from dedistill.engine.metrics import Clock, Journal, Trackers
 from dedistill.engine.objective import Objective, task_loss
@@ -21,6 +20,7 @@ from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.stop import StopRequest
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
 from dedistill.errors import UserError
+from dedistill.files import replace_file, step_name
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.plan import Plan
 
@@ -143,7 +143,7 @@ class Trainer:
     def _snapshot(self) -> None:
         self.run.snapshots.mkdir(exist_ok=True)
         header = snapshot_header(self.recipe, self.step)
-        replace_file(self.run.snapshots / f"step-{self.step:08d}.safetensors", save(self._weights(), metadata=header))
+        replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(self._weights(), metadata=header))
 
     def _checkpoint(self) -> None:
         groups = {"trainable": self._weights(), "optimizer": optimizer_tensors(self.optimizer, self.trainable)}
@@ -154,11 +154,8 @@ class Trainer:
         """The finished network as a model folder, when the whole network was trained; whole or not at all."""
         if self.model.adapter is not None:
             return None
-        if self.trained_now or not self.run.model.exists():
-            temporary = self.run.path / f"model.tmp-{os.getpid()}"
-            self.model.family.save(self.model.parts, temporary)
-            shutil.rmtree(self.run.model, ignore_errors=True)
-            os.rename(temporary, self.run.model)
+        if exported_step(self.run.model) != self.step:
+            export_model(self.model, self.run.model, self.step)
         return self.run.model
 
 
