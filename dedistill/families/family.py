@@ -79,8 +79,8 @@ class Family(Protocol):
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         """The unit of checkpointing, compiling, offloading and sharding."""
 
-    def presets(self) -> dict[str, list[str]]:
-        """Named sets of layers as name patterns."""
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        """Named sets of layers of ``net`` as name patterns."""
 
     def export_key(self, name: str) -> str:
         """The name other programs know an adapted module by."""

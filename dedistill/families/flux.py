@@ -13,7 +13,7 @@ from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddin
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
-from dedistill.families import flux_loading
+from dedistill.families import flux_layers, flux_loading
 from dedistill.families.family import Components
 from dedistill.families.flux_common import flux_velocity
 from dedistill.families.flux_models import shape_of
@@ -136,10 +136,8 @@ class Flux:
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         return [*net.transformer_blocks, *net.single_transformer_blocks]
 
-    def presets(self) -> dict[str, list[str]]:
-        from dedistill.families.pixel_flux import PixelFlux
-
-        return PixelFlux().presets()
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        return flux_layers.presets(net)
 
     def export_key(self, name: str) -> str:
         return f"transformer.{name}"
