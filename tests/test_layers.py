@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dedistill"
 LEVELS = [
     {"errors", "patterns", "arguments"},
-    {"flow", "recipe"},
+    {"flow", "recipe", "text"},
     {"data", "families", "base", "adapters", "posthoc"},
     {"assemble"},
     {"sampling"},

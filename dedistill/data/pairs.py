@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from dedistill.data.order import sample_indices
-from dedistill.data.source import Batch
+from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
 
 HELD_OUT = 16
 """One pair in this many is kept for validation."""
 
 
-class PairSource:
+class PairSource(OneSize):
     """Pairs by index. Shards are checked against their hashes once, then read by offset without extraction."""
 
     name = "pairs"

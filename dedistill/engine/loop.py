@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -31,7 +30,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, plan: Plan, model: Model, source: Source, run: RunDirectory):
         self.recipe, self.plan, self.model, self.run = recipe, plan, model, run
-        self.objective = Objective(recipe, source, model.parts.tokens, model.family.shift(model.parts.tokens))
+        self.objective = Objective(recipe, source, model.shift)
         self.trainable = model.trainable()
         self.optimizer = make_optimizer(recipe, self.trainable.values())
         self.guard = FiniteGuard()
@@ -46,15 +45,13 @@ class Trainer:
         """What the run's settings came to, for plan.json."""
         return {
             "objective": self.objective.kind,
-            "sigma": self.objective.sampling,
+            "sigma": self.objective.sampling | {"shift": self.objective.shift_of(self.model.parts.picture)},
             "caption_dropout": self.objective.dropout,
             "optimizer": type(self.optimizer).__module__.split(".")[0] + "." + type(self.optimizer).__name__,
             "betas": list(self.recipe.train.betas),
             "parameter_dtype": str(next(iter(self.trainable.values())).dtype),
             "bf16": self.model.bf16,
-            "text_length": self.model.text_length,
-            "mask": self.model.parts.mask,
-            "samples_held_out": len(self.validate.task.names) if self.validate else 0,
+            "samples_held_out": self.validate.samples if self.validate else 0,
         }
 
     def resume(self) -> None:
@@ -104,7 +101,7 @@ class Trainer:
     def _train_step(self, step: int) -> dict:
         """One optimizer step over all slots of the global batch; every sample weighs the same."""
         losses, sigmas, names = [], [], []
-        for positions in np.split(np.arange(self.plan.batch), self.plan.micro_steps):
+        for positions in self.objective.micro_batches(step, self.plan.micro_batch):
             task = self.objective.task(step, positions)
             loss = task_loss(self.model, task)  # one number per sample
             (loss.sum() / self.plan.batch).backward()

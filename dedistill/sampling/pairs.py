@@ -21,7 +21,7 @@ from dedistill.data.source import Source
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.flow.solvers import sigma_grid
-from dedistill.sampling.sampler import NEGATIVE, trajectories
+from dedistill.sampling.sampler import trajectories
 
 
 def make_pairs(
@@ -52,7 +52,7 @@ def make_pairs(
         "cfg": cfg,
         "solver": "euler",
         "steps": steps,
-        "negative_prompt": NEGATIVE,
+        "negative_prompt": model.negative,
         "seed": seed,
         "count": count,
         "shard_size": shard_size,
