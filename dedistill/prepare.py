@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,11 @@ from dedistill.data.index import Index, build_index
 from dedistill.data.listing import PictureSet
 from dedistill.data.mixing import caption_warnings
 from dedistill.data.pictures import decode
+from dedistill.data.registry import open_source
+from dedistill.data.source import Source
 from dedistill.errors import UserError
 from dedistill.families.family import Components, Family
+from dedistill.families.registry import get_family
 from dedistill.fingerprint import fingerprint
 from dedistill.flow import keyed
 from dedistill.recipe import Recipe
@@ -33,11 +36,23 @@ Say = Callable[[str], None]
 
 @dataclass
 class Prepared:
-    """The training source, and captions by which the model is asked for pictures, encoded."""
+    """A source to train on, and captions by which the model is asked for pictures, encoded where they can be."""
 
-    source: EncodedPictures
-    known: dict[str, Text]
-    report: dict
+    source: Source
+    known: dict[str, Text] = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
+    digest: str | None = None
+    """Hash of pictures and captions; None for sources whose files are hashed instead."""
+
+
+def open_data(recipe: Recipe, device: torch.device | str, say: Say) -> Prepared:
+    """The data that ``recipe`` trains on. Pictures of the user's own are encoded first, as far as they are not yet."""
+    if recipe.data.source != "pictures":
+        return Prepared(open_source(recipe.data))
+    family = get_family(recipe.model.family, recipe.where("model.family"))
+    parts = family.load(recipe.model, seed=recipe.run.seed, net=False)
+    parts.device = device
+    return prepare(recipe, family, parts, say=say)
 
 
 def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, limit: int | None = None) -> Prepared:
@@ -55,14 +70,14 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, limi
     parts.vae.unload()
     share = HELD_OUT if recipe.data.held_out is None else recipe.data.held_out
     source = EncodedPictures(pictures, [s.weight for s in recipe.data.sets], latents, texts, share)
-    report = {
+    facts = {
         "pictures": len(pictures),
         "crops": sum(len(p.crops) for p in pictures),
         "captions": len(captions),
         "quarantined": len(index.quarantined),
         "cache_bytes": latents.bytes() + texts.bytes(),
     }
-    return Prepared(source, {caption: source.text(caption) for caption in asked}, report)
+    return Prepared(source, {caption: source.text(caption) for caption in asked}, facts, source.digest)
 
 
 def check_cache(recipe: Recipe, family: Family, parts: Components, *, say: Say) -> list[str]:

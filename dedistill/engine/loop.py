@@ -16,6 +16,7 @@ from dedistill.engine.guards import FiniteGuard
 from dedistill.engine.metrics import Clock, Journal, Trackers
 from dedistill.engine.objective import Objective, task_loss
 from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from dedistill.engine.preview import Preview
 from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.stop import StopRequest
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
@@ -40,6 +41,7 @@ class Trainer:
         self.notes: list[str] = []
         every, samples = recipe.validate_.every, recipe.validate_.samples or SAMPLES
         self.validate = Validator(self.objective, samples) if every else None
+        self.preview = Preview(recipe, model, run.previews) if recipe.preview.every else None
 
     def facts(self) -> dict:
         """What the run's settings came to, for plan.json."""
@@ -73,6 +75,9 @@ class Trainer:
         if self.step == 0 and self.validate:
             before = {f"{key}_start": value for key, value in self.validate(self.model).items()}
             clock.lap()
+        if self.step == 0 and self.preview:
+            self.preview(0)
+            clock.lap()
         self.model.root.train()
         try:
             for step in range(self.step, self.plan.steps):
@@ -84,6 +89,8 @@ class Trainer:
                     row |= self.validate(self.model)
                 if _due(self.recipe.snapshot.every, self.step, last):
                     self._snapshot()
+                if self.preview and _due(self.recipe.preview.every, self.step, last):
+                    self.preview(self.step)
                 if step == 0 or "val_loss" in row or not row["applied"] or last or self.step % self.recipe.log.every == 0:
                     journal.write(row)
                     timings.write({"step": self.step, "seconds": round(clock.lap(), 4)})

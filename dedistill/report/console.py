@@ -112,3 +112,8 @@ def _line(row: dict, plan: Plan) -> str:
 
 def resume_command(argv: list[str]) -> str:
     return shlex.join(["python", "-m", "dedistill.train", *argv])
+
+
+def say(line: str) -> None:
+    """One line for the user, at once."""
+    print(line, file=sys.stderr, flush=True)
