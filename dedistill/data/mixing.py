@@ -46,18 +46,17 @@ def draw_samples(
     sources, earlier = _sources(seed, places, np.cumsum(weights)[:-1] / np.sum(weights))
     indices = np.empty_like(places)
     for i, count in enumerate(counts):
-        indices[sources == i] = sample_indices(seed, f"source{i}", earlier[sources == i], count)
+        here = sources == i
+        if here.any():
+            indices[here] = sample_indices(seed, f"source{i}", earlier[here], count)
     return sources, indices
 
 
 def choose(seed: int, purpose: str, places: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """A uniform draw from 0 ... counts-1 at each place."""
-    places = np.asarray(places, dtype=np.int64)
-    chunks, rows = np.divmod(places, CHUNK)
-    uniform = np.empty(places.shape)
-    for chunk in np.unique(chunks):
-        here = chunks == chunk
-        uniform[here] = _chunk(seed, purpose, int(chunk))[rows[here]]
+    chunks, rows = np.divmod(np.asarray(places, dtype=np.int64), CHUNK)
+    found, which = np.unique(chunks, return_inverse=True)
+    uniform = np.stack([_chunk(seed, purpose, int(chunk)) for chunk in found])[which, rows]
     return (uniform * np.asarray(counts)).astype(np.int64)
 
 
@@ -114,13 +113,13 @@ def _sources(seed: int, places: np.ndarray, edges: np.ndarray) -> tuple[np.ndarr
     # rows of a block before each edge: r + offset < BLOCK * edge
     firsts = np.ceil(BLOCK * edges[None] - offsets[:, None]).clip(0, BLOCK).astype(np.int64)
     counts = np.diff(firsts, axis=1, prepend=0, append=BLOCK)
-    before = np.concatenate([np.zeros((1, len(edges) + 1), np.int64), np.cumsum(counts, axis=0)])
-    sources, earlier = np.empty_like(places), np.empty_like(places)
-    for block in np.unique(blocks):
-        here = blocks == block
-        ranks = _shuffle(seed, int(block))
-        of_row = np.searchsorted(firsts[block], ranks, side="right")
-        order = np.array([(of_row[:r] == of_row[r]).sum() for r in rows[here]])
-        sources[here] = of_row[rows[here]]
-        earlier[here] = before[block][sources[here]] + order
-    return sources, earlier
+    before = np.cumsum(counts, axis=0) - counts
+    found, which = np.unique(blocks, return_inverse=True)
+    order = np.stack([_shuffle(seed, int(block)) for block in found])
+    table = (order[:, :, None] >= firsts[found][:, None, :]).sum(axis=2)
+    nth = np.empty_like(table)
+    for source in range(counts.shape[1]):
+        mine = table == source
+        nth[mine] = (np.cumsum(mine, axis=1) - 1)[mine]
+    sources = table[which, rows]
+    return sources, before[blocks, sources] + nth[which, rows]

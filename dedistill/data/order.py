@@ -18,8 +18,5 @@ def sample_indices(seed: int, purpose: str, places: np.ndarray, count: int) -> n
     places: int array, place = step * batch + position. Every sample comes once in ``count`` consecutive places.
     """
     epochs, rows = np.divmod(np.asarray(places, dtype=np.int64), count)
-    indices = np.empty_like(rows)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        indices[here] = _epoch(seed, purpose, int(epoch), count)[rows[here]]
-    return indices
+    found, which = np.unique(epochs, return_inverse=True)
+    return np.stack([_epoch(seed, purpose, int(epoch), count) for epoch in found])[which, rows]

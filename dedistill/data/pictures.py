@@ -10,8 +10,9 @@ MAX_PIXELS = 80_000_000
 MAX_BYTES = 100 << 20
 # EPS and PDF would start other programs; formats of one vendor or purpose only widen what hostile bytes can reach
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-EXTENSIONS = frozenset("jpg jpeg jpe jfif png apng webp gif bmp tif tiff avif jp2 ppm pgm heic heif jxl".split())
-"""What counts as a picture by its name. Some Pillows cannot read heic, heif and jxl: those are then bad pictures."""
+PILLOW_READS = ("jpg", "jpeg", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm")
+EXTENSIONS = frozenset((*PILLOW_READS, "heic", "heif", "jxl"))
+"""What counts as a picture by its name. The last three are listed so that they are reported rather than passed over."""
 ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)
 
