@@ -49,10 +49,14 @@ def open_data(recipe: Recipe, device: torch.device | str, say: Say) -> Prepared:
     """The data that ``recipe`` trains on. Pictures of the user's own are encoded first, as far as they are not yet."""
     if recipe.data.source != "pictures":
         return Prepared(open_source(recipe.data))
-    family = get_family(recipe.model.family, recipe.where("model.family"))
-    parts = family.load(recipe.model, seed=recipe.run.seed, net=False)
+    family, parts = _encoders(recipe)
     parts.device = device
     return prepare(recipe, family, parts, say=say)
+
+
+def _encoders(recipe: Recipe) -> tuple[Family, Components]:
+    family = get_family(recipe.model.family, recipe.where("model.family"))
+    return family, family.load(recipe.model, seed=recipe.run.seed, net=False)
 
 
 def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, limit: int | None = None) -> Prepared:
@@ -80,8 +84,11 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, limi
     return Prepared(source, {caption: source.text(caption) for caption in asked}, facts, source.digest)
 
 
-def check_cache(recipe: Recipe, family: Family, parts: Components, *, say: Say) -> list[str]:
+def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
     """What is wrong with the cache of ``recipe``: one line per problem, nothing is encoded. Reads every shard."""
+    if recipe.data.source != "pictures":
+        raise UserError(f"{recipe.where('data.source')}: '{recipe.data.source}' has no cache; only 'pictures' are encoded", 2)
+    family, parts = _encoders(recipe)
     cache, _, pictures = _look(recipe, say, None)
     latents, texts = open_stores(recipe, family, parts, cache)
     problems = [f"'{shard}' is damaged: delete it, it is encoded again" for s in (latents, texts) for shard in s.damaged()]
@@ -89,9 +96,8 @@ def check_cache(recipe: Recipe, family: Family, parts: Components, *, say: Say) 
     captions = {text_key(c) for p in pictures for c in p.sample.captions} | {text_key("")}
     for store, keys, what in ((latents, wanted, "crops"), (texts, captions, "captions")):
         missing = sum(key not in store for key in keys)
-        say(
-            f"{what}: {len(keys) - missing:,} of {len(keys):,} are encoded, {len(store) - len(keys) + missing:,} are of no use now"
-        )
+        unused = len(store) - len(keys) + missing
+        say(f"{what}: {len(keys) - missing:,} of {len(keys):,} are encoded, {unused:,} more are of no use now")
         if missing:
             problems.append(f"{missing:,} of {len(keys):,} {what} are not encoded yet: run tools/prepare_data.py")
     return problems

@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. train.lr=2e-5")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--plan", action="store_true", help="print every number decided and stop; needs no GPU")
+    parser.add_argument("--check-cache", action="store_true", help="compare the cache with the data and stop; encodes nothing")
     parser.add_argument("--cache-only", action="store_true", help="encode pictures and captions, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -63,9 +64,23 @@ def _main(args: argparse.Namespace, argv: list[str]) -> int:
         print("\n".join(f"{key:12} {value:,}" for key, value in make_plan(recipe).as_dict().items()))
         return 0
     try:
+        if args.check_cache:
+            return _check_cache(recipe)
         return train(recipe, argv, cache_only=args.cache_only)
     except UserError as e:
         raise UserError(recipe.placed(str(e)), e.exit_code) from e
+
+
+def _check_cache(recipe: Recipe) -> int:
+    from dedistill.report.console import quiet_dependencies, say
+
+    quiet_dependencies()
+    from dedistill.prepare import check_cache
+
+    problems = check_cache(recipe, say=say)
+    for problem in problems:
+        say(problem)
+    return 1 if problems else 0
 
 
 def train(recipe: Recipe, argv: list[str], *, cache_only: bool = False) -> int:

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dedistill"
 LEVELS = [
     {"errors"},
-    {"files", "fingerprint", "patterns", "arguments"},
+    {"files", "patterns", "arguments"},
+    {"fingerprint"},
     {"flow", "recipe", "text"},
     {"data", "families", "base", "adapters", "posthoc"},
     {"assemble", "prepare"},

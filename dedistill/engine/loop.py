@@ -10,11 +10,12 @@ from safetensors.torch import save
 
 from dedistill.assemble import Model
 from dedistill.data.source import Source
+from dedistill.engine.ahead import ahead
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
 from dedistill.engine.export import export_model, exported_step
 from dedistill.engine.guards import FiniteGuard
 from dedistill.engine.metrics import Clock, Journal, Trackers
-from dedistill.engine.objective import Objective, task_loss
+from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from dedistill.engine.preview import Preview
 from dedistill.engine.rundir import RunDirectory
@@ -38,6 +39,8 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.trained_now = False
+        self.waited = 0.0
+        """Seconds since the last line of timings.jsonl in which training stood still for data."""
         self.notes: list[str] = []
         every, samples = recipe.validate_.every, recipe.validate_.samples or SAMPLES
         self.validate = Validator(self.objective, samples) if every else None
@@ -79,9 +82,10 @@ class Trainer:
             self.preview(0)
             clock.lap()
         self.model.root.train()
+        tasks = ahead(self._tasks(self.step))
         try:
             for step in range(self.step, self.plan.steps):
-                row = self._train_step(step) | before
+                row = self._train_step(step, tasks) | before
                 before = {}
                 self.step, self.trained_now = step + 1, True
                 last = self.step == self.plan.steps
@@ -93,7 +97,8 @@ class Trainer:
                     self.preview(self.step)
                 if step == 0 or "val_loss" in row or not row["applied"] or last or self.step % self.recipe.log.every == 0:
                     journal.write(row)
-                    timings.write({"step": self.step, "seconds": round(clock.lap(), 4)})
+                    timings.write({"step": self.step, "seconds": round(clock.lap(), 4), "waited": round(self.waited, 4)})
+                    self.waited = 0.0
                     trackers.log(row, self.step)
                 stopping = stop.signal is not None  # asked once: a signal after this line waits for the next step
                 if last or stopping or _due(self.recipe.checkpoint.every, self.step, last):
@@ -102,14 +107,21 @@ class Trainer:
                 if stopping:
                     return
         finally:
+            tasks.close()
             journal.close()
             timings.close()
 
-    def _train_step(self, step: int) -> dict:
+    def _tasks(self, start: int) -> Iterator[Task]:
+        """Every micro-batch of the run from step ``start`` on."""
+        for step in range(start, self.plan.steps):
+            for positions in self.objective.micro_batches(step, self.plan.micro_batch):
+                yield self.objective.task(step, positions)
+
+    def _train_step(self, step: int, tasks: Iterator[Task]) -> dict:
         """One optimizer step over all slots of the global batch; every sample weighs the same."""
         losses, sigmas, names = [], [], []
-        for positions in self.objective.micro_batches(step, self.plan.micro_batch):
-            task = self.objective.task(step, positions)
+        for _ in self.objective.micro_batches(step, self.plan.micro_batch):
+            task = self._next(tasks)
             loss = task_loss(self.model, task)  # one number per sample
             (loss.sum() / self.plan.batch).backward()
             losses.append(loss.detach().cpu())
@@ -132,6 +144,12 @@ class Trainer:
         if not applied:
             return {**row, "loss": str(mean), "grad_norm": str(grad_norm), "not_finite": bad}
         return row | {"sigma_mean": float(sigma.mean()), "sigma_loss": sigma_bins(loss, sigma, self.recipe.log.sigma_bins)}
+
+    def _next(self, tasks: Iterator[Task]) -> Task:
+        start = time.monotonic()
+        task = next(tasks)
+        self.waited += time.monotonic() - start
+        return task
 
     def _clip(self) -> torch.Tensor:
         limit = self.recipe.train.max_grad_norm or math.inf

@@ -91,7 +91,8 @@ class RunDirectory:
     def bind(self, inputs: dict[str, list[Path]], pictures: str | None = None) -> None:
         """Record in inputs.json which bytes the run is made from; refuse to continue it from others, naming them.
 
-        inputs: recipe key -> files. pictures: a hash of the pictures and captions that are drawn from. A run of an earlier version, without inputs.json, is bound to what is there now.
+        inputs: recipe key -> files. pictures: a hash of the pictures and captions that are drawn from. A run of an earlier
+        version, without inputs.json, is bound to what is there now.
         """
         file = self.path / "inputs.json"
         before = self._read(file) if file.exists() else {}

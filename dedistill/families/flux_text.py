@@ -36,7 +36,9 @@ class FluxText:
 
     def load(self, device: torch.device | str) -> None:
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         try:
             folders = [self.folder / name for name in ("tokenizer", "tokenizer_2")]
             tokenizers = [AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in folders]

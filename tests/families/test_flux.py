@@ -167,7 +167,7 @@ def test_nothing_is_loaded_by_halves(copy, damage, message):
 
 
 def test_hub_id_needs_its_revision():
-    with pytest.raises(UserError, match="pin its commit with model.revision"):
+    with pytest.raises(UserError, match=r"pin its commit with model\.revision"):
         load("black-forest-labs/FLUX.1-schnell")
     with pytest.raises(UserError, match="does not exist"):
         load("/no/such/folder")
