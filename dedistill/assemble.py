@@ -122,7 +122,7 @@ def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict, devic
     shapes = dense_shapes(net, linear_names(net))
     quantized = prepare_base(net, recipe.base.quant, recipe.base.exclude, recipe.where, device)
     facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
-    targets = resolve_targets(table, shapes, family.presets(), recipe.where)
+    targets = resolve_targets(table, shapes, family.presets(net), recipe.where)
     adapter = Adapter(net, table.kind, targets)
     scale = table.init_scale or INIT_SCALE
     weight = _weight_reader(net)

@@ -5,11 +5,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from dedistill.assemble import Model, build_model
-from dedistill.data.pairs import file_sha256
+from dedistill.assemble import Model
 from dedistill.data.source import Source
 from dedistill.errors import UserError
-from dedistill.finished import last_weights, open_finished, sampling_device
+from dedistill.files import file_sha256
+from dedistill.finished import last_weights, open_base, open_finished
 from dedistill.recipe import Recipe
 from dedistill.sampling.sweep import Candidate
 
@@ -41,15 +41,7 @@ def candidates_of(
 
 
 def _opener(recipe: Recipe, path: Path | None) -> Callable[[], Model]:
-    if path is not None:
-        return lambda: open_finished(recipe, path)
-
-    def base() -> Model:
-        model = build_model(recipe, sampling_device())
-        model.adapter.detach_from_base()
-        return model
-
-    return base
+    return lambda: open_base(recipe) if path is None else open_finished(recipe, path)
 
 
 def _identity(recipe: Recipe, *places: Path | str) -> str:

@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dedistill"
 LEVELS = [
-    {"errors", "patterns", "arguments"},
+    {"errors"},
+    {"files", "fingerprint", "patterns", "arguments"},
     {"flow", "recipe", "text"},
     {"data", "families", "base", "adapters", "posthoc"},
-    {"assemble"},
+    {"assemble", "prepare"},
     {"sampling"},
     {"engine"},
     {"finished"},

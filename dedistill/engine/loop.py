@@ -1,8 +1,6 @@
 """The training loop: slots of the global batch, one update per step, whatever model, adapter or objective."""
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +10,18 @@ from safetensors.torch import save
 
 from dedistill.assemble import Model
 from dedistill.data.source import Source
-from dedistill.engine.checkpoint import newest_valid, read_checkpoint, replace_file, save_checkpoint
+from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
+from dedistill.engine.export import export_model, exported_step
 from dedistill.engine.guards import FiniteGuard
 from dedistill.engine.metrics import Clock, Journal, Trackers
 from dedistill.engine.objective import Objective, task_loss
 from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from dedistill.engine.preview import Preview
 from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.stop import StopRequest
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
 from dedistill.errors import UserError
+from dedistill.files import replace_file, step_name
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.plan import Plan
 
@@ -40,6 +41,7 @@ class Trainer:
         self.notes: list[str] = []
         every, samples = recipe.validate_.every, recipe.validate_.samples or SAMPLES
         self.validate = Validator(self.objective, samples) if every else None
+        self.preview = Preview(recipe, model, run.previews) if recipe.preview.every else None
 
     def facts(self) -> dict:
         """What the run's settings came to, for plan.json."""
@@ -73,6 +75,9 @@ class Trainer:
         if self.step == 0 and self.validate:
             before = {f"{key}_start": value for key, value in self.validate(self.model).items()}
             clock.lap()
+        if self.step == 0 and self.preview:
+            self.preview(0)
+            clock.lap()
         self.model.root.train()
         try:
             for step in range(self.step, self.plan.steps):
@@ -84,6 +89,8 @@ class Trainer:
                     row |= self.validate(self.model)
                 if _due(self.recipe.snapshot.every, self.step, last):
                     self._snapshot()
+                if self.preview and _due(self.recipe.preview.every, self.step, last):
+                    self.preview(self.step)
                 if step == 0 or "val_loss" in row or not row["applied"] or last or self.step % self.recipe.log.every == 0:
                     journal.write(row)
                     timings.write({"step": self.step, "seconds": round(clock.lap(), 4)})
@@ -143,7 +150,7 @@ class Trainer:
     def _snapshot(self) -> None:
         self.run.snapshots.mkdir(exist_ok=True)
         header = snapshot_header(self.recipe, self.step)
-        replace_file(self.run.snapshots / f"step-{self.step:08d}.safetensors", save(self._weights(), metadata=header))
+        replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(self._weights(), metadata=header))
 
     def _checkpoint(self) -> None:
         groups = {"trainable": self._weights(), "optimizer": optimizer_tensors(self.optimizer, self.trainable)}
@@ -154,11 +161,8 @@ class Trainer:
         """The finished network as a model folder, when the whole network was trained; whole or not at all."""
         if self.model.adapter is not None:
             return None
-        if self.trained_now or not self.run.model.exists():
-            temporary = self.run.path / f"model.tmp-{os.getpid()}"
-            self.model.family.save(self.model.parts, temporary)
-            shutil.rmtree(self.run.model, ignore_errors=True)
-            os.rename(temporary, self.run.model)
+        if exported_step(self.run.model) != self.step:
+            export_model(self.model, self.run.model, self.step)
         return self.run.model
 
 

@@ -35,8 +35,14 @@ class Family(Protocol):
     text_length: int
     """Tokens a caption is padded or cut to where a recipe does not say."""
 
-    def load(self, spec: Any, *, seed: int) -> Components:
-        """The components a recipe's [model] table asks for, from a folder or with random weights."""
+    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
+        """The components a recipe's [model] table asks for, from a folder or with random weights.
+
+        net False: all but the denoiser, for encoding before training.
+        """
+
+    def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
+        """What encoded "latents" and "text" depend on beside picture and caption: settings, and lists of weight files."""
 
     def write_tiny(self, spec: Any, folder: Path) -> None:
         """A small random model in the layout that ``load`` reads, shaped like the one ``spec`` names: for rehearsals."""
@@ -73,8 +79,8 @@ class Family(Protocol):
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         """The unit of checkpointing, compiling, offloading and sharding."""
 
-    def presets(self) -> dict[str, list[str]]:
-        """Named sets of layers as name patterns."""
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        """Named sets of layers of ``net`` as name patterns."""
 
     def export_key(self, name: str) -> str:
         """The name other programs know an adapted module by."""

@@ -13,7 +13,7 @@ from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddin
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
-from dedistill.families import flux_loading
+from dedistill.families import flux_layers, flux_loading
 from dedistill.families.family import Components
 from dedistill.families.flux_common import flux_velocity
 from dedistill.families.flux_models import shape_of
@@ -30,7 +30,7 @@ class Flux:
     name = "flux"
     text_length = 512
 
-    def load(self, spec: Any, *, seed: int) -> Components:
+    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """``spec`` is a recipe's [model] table: a diffusers folder, a hub id with its revision, or one BFL file.
 
         Text encoders and VAE are found now and loaded when first used. Raises UserError when anything is missing.
@@ -38,16 +38,16 @@ class Flux:
         if spec.path is None:
             raise UserError("model.path: this family starts from trained weights: a diffusers folder, a hub id, or a file", 2)
         place = flux_loading.locate(spec.path, spec.revision, spec.components)
-        net = flux_loading.load_transformer(place.transformer)
+        denoiser = flux_loading.load_transformer(place.transformer) if net else None
         vae = FluxVae(place.components / "vae")
         return Components(
-            net,
+            denoiser,
             FluxText(place.components, spec.t5_mask),
             picture := (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
             _tokens(picture),
             spec.mask,
             vae=vae,
-            guidance=self._guidance(net, spec.guidance),
+            guidance=self._guidance(denoiser, spec.guidance) if net else None,
             source=place,
         )
 
@@ -81,6 +81,13 @@ class Flux:
             elif there.exists():
                 shutil.copy(there, folder / name)
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
+        text = {"text_length": length, "t5_mask": parts.text.t5_mask, "padding": parts.mask != "bool"}
+        return {
+            "latents": {"family": self.name, "vae": parts.vae.files()},
+            "text": {"family": self.name, "encoders": parts.text.files(), **text},
+        }
 
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
         return parts.text(captions, length, parts.device)
@@ -129,10 +136,8 @@ class Flux:
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         return [*net.transformer_blocks, *net.single_transformer_blocks]
 
-    def presets(self) -> dict[str, list[str]]:
-        from dedistill.families.pixel_flux import PixelFlux
-
-        return PixelFlux().presets()
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        return flux_layers.presets(net)
 
     def export_key(self, name: str) -> str:
         return f"transformer.{name}"

@@ -27,6 +27,11 @@ class FluxText:
                 raise UserError(f"model.path: '{folder}' has no folder '{name}', which FLUX's captions need")
         self._loaded = None
 
+    def files(self) -> list[Path]:
+        """All that decides what a caption becomes."""
+        parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        return [file for part in parts for file in (self.folder / part).iterdir() if file.is_file()]
+
     @property
     def loaded(self) -> bool:
         return self._loaded is not None

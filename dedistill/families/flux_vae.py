@@ -21,6 +21,10 @@ class FluxVae:
             raise UserError(f"model.path: no VAE in '{folder}': {e}") from e
         self._loaded = None
 
+    def files(self) -> list[Path]:
+        """All that decides what it computes."""
+        return [self.folder / "config.json", *self.folder.glob("*.safetensors")]
+
     @property
     def loaded(self) -> bool:
         return self._loaded is not None

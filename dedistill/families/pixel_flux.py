@@ -10,6 +10,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
+from dedistill.families import flux_layers
 from dedistill.families.family import Components
 from dedistill.families.flux_common import flux_velocity
 from dedistill.families.words import WordEncoder
@@ -21,7 +22,7 @@ class PixelFlux:
     name = "pixel_flux"
     text_length = 12
 
-    def load(self, spec: Any, *, seed: int) -> Components:
+    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """``spec`` is a recipe's [model] table. Raises UserError when the folder is not a model of this family."""
         if spec.path is not None:
             return self._from_folder(Path(spec.path), spec.mask)
@@ -98,22 +99,8 @@ class PixelFlux:
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         return [*net.transformer_blocks, *net.single_transformer_blocks]
 
-    def presets(self) -> dict[str, list[str]]:
-        double, single = "transformer_blocks.*", "single_transformer_blocks.*"
-        return {
-            "modulation": [f"{double}.norm1.linear", f"{double}.norm1_context.linear", f"{single}.norm.linear"],
-            "attention": [
-                *(f"{double}.attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj")),
-                *(f"{double}.attn.{n}" for n in ("add_v_proj", "to_add_out")),
-                *(f"{single}.attn.{n}" for n in ("to_q", "to_k", "to_v")),
-            ],
-            "mlp": [
-                *(f"{double}.{ff}.net.{n}" for ff in ("ff", "ff_context") for n in ("0.proj", "2")),
-                f"{single}.proj_mlp",
-                f"{single}.proj_out",
-            ],
-            "blocks": [f"{double}.**", f"{single}.**"],
-        }
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        return flux_layers.presets(net)
 
     def export_key(self, name: str) -> str:
         return f"transformer.{name}"

@@ -5,7 +5,6 @@ combination, hence one streaming pass: each input is read once, each output writ
 """
 
 import json
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dedistill.errors import UserError
+from dedistill.files import WholeFile, step_of
 
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
 """The ten of the LibreFLUX model card."""
@@ -36,8 +36,8 @@ class Snapshot:
 
 def find_snapshots(folder: Path) -> list[Snapshot]:
     """``step-*.safetensors`` of a run, in the order of their numbers. Raises UserError when there are fewer than two."""
-    found = [(re.fullmatch(r"step-(\d+)\.safetensors", p.name), p) for p in folder.glob("step-*.safetensors")]
-    snapshots = sorted((Snapshot(int(m[1]), p) for m, p in found if m), key=lambda s: s.step)
+    found = [(step_of(p), p) for p in folder.glob("step-*.safetensors")]
+    snapshots = sorted((Snapshot(step, p) for step, p in found if step is not None), key=lambda s: s.step)
     if len(snapshots) < 2:
         raise UserError(f"'{folder}' holds {len(snapshots)} snapshots; an average needs at least two (set snapshot.every)")
     return snapshots
@@ -78,12 +78,12 @@ def lerp_snapshots(snapshots: list[Snapshot], alphas: Sequence[float], out: Path
         layout = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in first.items()}
         writers = []
         for alpha, row in zip(alphas, weights):
-            header = _header(files[-1].metadata() or {}, alpha, row, snapshots)
-            writers.append(stack.enter_context(_Writer(out / output_name(alpha), layout, header)))
+            writers.append(stack.enter_context(WholeFile(out / output_name(alpha))))
+            writers[-1].write(_header_bytes(layout, _metadata(files[-1].metadata() or {}, alpha, row, snapshots)))
         for name in names:
             for rows in _averages(name, files, weights):
                 for writer, row in zip(writers, rows):
-                    writer.write(row)
+                    writer.write(_raw(row))
     return [w.path for w in writers]
 
 
@@ -127,39 +127,24 @@ def _agreed_names(snapshots: list[Snapshot], files: list) -> list[str]:
     return sorted(wanted)
 
 
-def _header(metadata: dict[str, str], alpha: float, weights: np.ndarray, snapshots: list[Snapshot]) -> dict[str, str]:
+def _metadata(metadata: dict[str, str], alpha: float, weights: np.ndarray, snapshots: list[Snapshot]) -> dict[str, str]:
     parts = [{"file": s.path.name, "weight": float(w)} for s, w in zip(snapshots, weights)]
     return {**metadata, "format": "pt", "dedistill.ema": f"lerp alpha={alpha:g}", "dedistill.ema_inputs": json.dumps(parts)}
 
 
-class _Writer:
-    """A safetensors file written tensor by tensor (the library writes only whole dictionaries): 8 bytes of header
-    length, a JSON header with offsets, then the data in the header's order. It appears under its name when complete."""
+def _header_bytes(layout: dict[str, tuple[tuple[int, ...], str]], metadata: dict[str, str]) -> bytes:
+    """The head of a safetensors file that is written tensor by tensor (the library writes only whole dictionaries):
+    8 bytes of length, then JSON with the offset of each tensor; the data follow in the same order."""
+    header: dict = {"__metadata__": metadata}
+    offset = 0
+    for name, (shape, dtype) in layout.items():
+        size = int(np.prod(shape)) * _BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
 
-    def __init__(self, path: Path, layout: dict[str, tuple[tuple[int, ...], str]], metadata: dict[str, str]):
-        self.path = path
-        self._temporary = path.with_name(path.name + ".tmp")
-        header: dict = {"__metadata__": metadata}
-        offset = 0
-        for name, (shape, dtype) in layout.items():
-            size = int(np.prod(shape)) * _BYTES[dtype]
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
-        raw = json.dumps(header).encode()
-        raw += b" " * (-len(raw) % 8)
-        self._head = struct.pack("<Q", len(raw)) + raw
 
-    def __enter__(self) -> "_Writer":
-        self._file = open(self._temporary, "wb")
-        self._file.write(self._head)
-        return self
-
-    def write(self, tensor: Tensor) -> None:
-        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-
-    def __exit__(self, kind, *_) -> None:
-        self._file.close()
-        if kind is None:
-            self._temporary.replace(self.path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -105,6 +105,7 @@ class PictureSet(Table):
     """Captioned pictures in one place."""
 
     path: str = Field(min_length=1, description="Folder of pictures, folder of tar shards, or a table (parquet, csv, jsonl).")
+    name: str | None = Field(None, min_length=1, description="What it is called in messages; default the folder's name.")
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="Share of the samples, relative to the other sets.")
     captions: list[str] | None = Field(
         None, min_length=1, description="Fields of json files and tables that hold captions; default those commonly used."

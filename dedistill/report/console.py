@@ -1,6 +1,5 @@
 """What a run says on the terminal: a header of what will happen, a live line, and where the results are."""
 
-import json
 import logging
 import os
 import shlex
@@ -115,5 +114,6 @@ def resume_command(argv: list[str]) -> str:
     return shlex.join(["python", "-m", "dedistill.train", *argv])
 
 
-def as_json(value: object) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
+def say(line: str) -> None:
+    """One line for the user, at once."""
+    print(line, file=sys.stderr, flush=True)

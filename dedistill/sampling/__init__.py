@@ -3,7 +3,7 @@
 
 def __getattr__(name: str):
     if name == "MaskedFluxPipeline":  # on demand: diffusers' pipelines take seconds to import
-        from dedistill.sampling.pipeline import MaskedFluxPipeline
+        from dedistill.families.flux_pipeline import MaskedFluxPipeline
 
         return MaskedFluxPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
