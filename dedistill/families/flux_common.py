@@ -20,8 +20,8 @@ MASKING_BACKENDS = {
 }
 """Attention backends of diffusers that honour a mask.
 
-The plain flash ones raise or, in older versions, ignore it. ``flash_varlen``, ``_flash_varlen_3`` and ``sage_varlen`` (0.42) keep
-the first n keys, n the number of unmasked ones: with padding between text and picture, the wrong ones.
+The plain flash ones raise or, in older versions, ignore it. ``flash_varlen``, ``_flash_varlen_3`` and ``sage_varlen`` (0.42)
+keep the first n keys, n the number of unmasked ones: with padding between text and picture, the wrong ones.
 """
 
 
