@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dedistill.errors import UserError
 from dedistill.families.flux_common import MASKING_BACKENDS, MASKS, flux_velocity
+from dedistill.families.flux_text import encode
 from dedistill.flow.guidance import classifier_free, needs_unconditional
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.text import Text
@@ -126,18 +127,14 @@ class MaskedFluxPipeline(FluxPipeline):
 
     def _encode(self, prompts: list[str], copies: int, use: TextUse) -> Text:
         """Every prompt ``copies`` times in a row, padded to ``use.text_length`` tokens."""
-        tokens = self.tokenizer_2(
-            prompts, padding="max_length", max_length=use.text_length, truncation=True, return_tensors="pt"
-        )
         for prompt, ids in zip(prompts, self.tokenizer_2(prompts).input_ids):
             if len(ids) > use.text_length:
                 logger.warning(f"only {use.text_length} of {len(ids)} tokens are used of the prompt '{prompt[:60]}...'")
-        device = self._execution_device
-        ids, real = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-        embeds = self.text_encoder_2(ids, attention_mask=real if use.t5_mask else None)[0]
-        pooled = self._get_clip_prompt_embeds(prompts, device=device)
-        text = Text(embeds.to(self.text_encoder_2.dtype), real.bool(), pooled)
-        return text.rows(torch.arange(len(prompts), device=device).repeat_interleave(copies))
+        encoders = self.tokenizer, self.tokenizer_2, self.text_encoder, self.text_encoder_2
+        text = encode(*encoders, prompts, use.text_length, t5_mask=use.t5_mask, device=self._execution_device)
+        dtype = self.transformer.dtype
+        text = Text(text.embeds.to(dtype), text.mask, text.pooled.to(dtype))
+        return text.rows(torch.arange(len(prompts)).repeat_interleave(copies))
 
     def _check_backends(self, texts: list[Text], mask: str) -> None:
         """Refuse a backend set for single layers; the one set for the whole process is checked where masks are made."""
@@ -164,7 +161,8 @@ class MaskedFluxPipeline(FluxPipeline):
         if output_type == "latent":
             return self._pack_latents(latents, *latents.shape)
         config = self.vae.config
-        decoded = self.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+        latents = (latents / config.scaling_factor + config.shift_factor).to(self.vae.dtype)
+        decoded = self.vae.decode(latents, return_dict=False)[0]
         return self.image_processor.postprocess(decoded, output_type=output_type)
 
 

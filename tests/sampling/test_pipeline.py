@@ -166,6 +166,13 @@ def test_bf16_is_told_the_exact_noise_level(folders):
     assert all(g.item() == pytest.approx(3300, rel=1e-6) for g in guidance)
 
 
+def test_parts_of_different_precision(folders, pipe):
+    """A float32 transformer, as merging can leave it, between encoders and a VAE in bf16."""
+    own = MaskedFluxPipeline.from_pretrained(folders["dev"], local_files_only=True, torch_dtype=torch.bfloat16)
+    quiet(own).transformer = pipe.transformer
+    assert torch.allclose(draw(own, true_cfg_scale=2.0).float(), draw(pipe, true_cfg_scale=2.0), atol=0.05)
+
+
 @pytest.mark.parametrize("where", ["process", "layer"])
 def test_a_backend_that_drops_masks_is_refused(pipe, where, monkeypatch):
     """X5: refused before the first step where padding must be hidden, taken where nothing has to be."""
