@@ -9,7 +9,7 @@ MAX_PIXELS = 80_000_000
 """Below Pillow's own warning (89 million). Pillow itself refuses more than 178,956,970, whatever the limit here says."""
 MAX_BYTES = 100 << 20
 # EPS and PDF would start other programs; formats of one vendor or purpose only widen what hostile bytes can reach
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 PILLOW_READS = ("jpg", "jpeg", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm")
 EXTENSIONS = frozenset((*PILLOW_READS, "heic", "heif", "jxl"))
 """What counts as a picture by its name. The last three are listed so that they are reported rather than passed over."""
