@@ -124,6 +124,17 @@ def test_odd_members(tmp_path):
         assert reasons["two"].startswith("2 pictures") and reasons["text"].startswith("no picture")
 
 
+def test_a_damaged_header_does_not_pass_for_the_end(shards):
+    data = bytearray((shards / "00000.tar").read_bytes())
+    with tarfile.open(shards / "00000.tar") as tar:
+        at = tar.getmember("000000002.jpg").offset
+    data[at : at + 300] = b"\xff" * 300
+    (shards / "00000.tar").write_bytes(data)
+    index = build_index([PictureSet(str(shards))])
+    assert len(index.samples) == 6
+    assert f"no end mark at offset {at:,}" in dict(index.quarantined)["laion/00000.tar"]
+
+
 @pytest.mark.parametrize("share", [0.35, 0.6, 0.97])
 def test_a_shard_cut_short_gives_what_is_whole(shards, tmp_path, share):
     whole = (shards / "00000.tar").read_bytes()
