@@ -99,6 +99,10 @@ def _of_shard(root: Path, shard: Place) -> Iterator[Found]:
                 place = shard._replace(offset=member.offset_data, size=member.size)
                 if key and place.offset + place.size <= shard.size:
                     samples.setdefault(f"{folder}/{key}" if folder else key, []).append((extension.lower(), place))
+            # tarfile takes a header it cannot read for the end, so the rest would be lost without a word
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no end mark at offset {tar.offset:,}")
     except OSError as e:
         yield Found(shard.file, problem=f"cannot be read: {e.strerror or e}")
         return
