@@ -99,7 +99,7 @@ def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict) -> Mo
     quantized = prepare_base(net, recipe.base.quant, recipe.base.exclude, recipe.where)
     facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
     targets = resolve_targets(table, shapes, family.presets(net), recipe.where)
-    adapter = Adapter(net, table.kind, targets)
+    adapter = Adapter(net, table.kind, targets).to(next(net.parameters()).device)
     scale = table.init_scale or INIT_SCALE
     weight = _weight_reader(net)
     for name, module in adapter.by_target.items():
@@ -112,4 +112,4 @@ def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict) -> Mo
 
 
 def _weight_reader(net: nn.Module) -> Callable[[str], Tensor]:
-    return lambda name: dense_weight(net.get_submodule(name)).cpu()
+    return lambda name: dense_weight(net.get_submodule(name))
