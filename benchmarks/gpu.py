@@ -175,8 +175,8 @@ class Clock:
         return time.perf_counter() - self.start > self.seconds
 
     def reset_memory(self) -> None:
-        gc.collect()
         if self.cuda:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
