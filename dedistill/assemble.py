@@ -123,7 +123,7 @@ def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict, devic
     quantized = prepare_base(net, recipe.base.quant, recipe.base.exclude, recipe.where, device)
     facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
     targets = resolve_targets(table, shapes, family.presets(net), recipe.where)
-    adapter = Adapter(net, table.kind, targets)
+    adapter = Adapter(net, table.kind, targets).to(next(net.parameters()).device)
     scale = table.init_scale or INIT_SCALE
     weight = _weight_reader(net)
     for name, module in adapter.by_target.items():
@@ -136,4 +136,4 @@ def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict, devic
 
 
 def _weight_reader(net: nn.Module) -> Callable[[str], Tensor]:
-    return lambda name: dense_weight(net.get_submodule(name)).cpu()
+    return lambda name: dense_weight(net.get_submodule(name))

@@ -36,11 +36,11 @@ def initialise(module: nn.Module, name: str, weight: Callable[[], Tensor], *, in
         module.lokr_w1.fill_(1.0)
     if init == "perturbed_normal" and left is None:
         dense, draw = weight(), _normal(rng, module.lokr_w2)
-        draw = (draw - draw.mean()) / draw.std(correction=0) * dense.std(correction=0) + dense.mean()
+        draw = (draw - draw.mean()) / draw.std(correction=0) * _deviation(dense) + float(dense.mean())
         module.lokr_w2.copy_(draw * scale)
     elif init == "perturbed_normal":
         a, b = _normal(rng, left), _normal(rng, right)
-        size = scale * weight().std(correction=0) / ((a @ b).std(correction=0) * module.scale)
+        size = scale * _deviation(weight()) / (_deviation(a @ b) * module.scale)
         left.copy_(a * size**0.5)
         right.copy_(b * size**0.5)
     elif left is not None:  # ones
@@ -51,6 +51,11 @@ def _factors(module: nn.Module) -> tuple[Tensor, Tensor]:
     if isinstance(module, LokrModule):
         return module.lokr_w2_a, module.lokr_w2_b
     return module.lora_up.weight, module.lora_down.weight
+
+
+def _deviation(values: Tensor) -> float:
+    """Taken where the values lie: full-size weights need not leave the GPU."""
+    return float(values.std(correction=0))
 
 
 def _normal(rng: np.random.Generator, like: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ def check_started(
     A trainer that drops its initialisation silently can train for weeks before anyone sees it (LibreFLUX did).
     """
     wanted = scale if init == "perturbed_normal" else 0.0
-    found = {name: float(delta(m).std(correction=0) / weight(name).std(correction=0)) for name, m in modules.items()}
+    found = {name: _deviation(delta(m)) / _deviation(weight(name)) for name, m in modules.items()}
     # "not within" also catches NaN
     wrong = {n: v for n, v in found.items() if not abs(v - wanted) <= (TOLERANCE + _rounding(modules[n])) * wanted}
     wrong |= {
