@@ -71,6 +71,14 @@ def test_posthoc_prints_weights_size_and_age(story, monkeypatch, capsys):
     assert "8:0.500  6:0.250  4:0.125  2:0.125" in out and " 2.91 " in out and " 1.8 " in out
 
 
+def test_an_alpha_given_twice_is_made_once(story, monkeypatch, capsys):
+    monkeypatch.chdir(story)
+    assert tool("posthoc_ema", "runs/digits/dedistill", "--alpha", "0.5", "0.50", "1", "--out", "twice") == 0
+    assert "2 averages in twice/" in capsys.readouterr().out
+    assert sorted(p.name for p in Path("twice").iterdir()) == ["alpha_linear_0.5.safetensors", "alpha_linear_1.safetensors"]
+    assert tool("posthoc_ema", "runs/digits/dedistill", "--alpha", "2") == 2
+
+
 def test_sweep_folder(story, monkeypatch):
     monkeypatch.chdir(story)
     chosen = [

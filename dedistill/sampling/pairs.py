@@ -63,6 +63,7 @@ def make_pairs(
     out.mkdir(parents=True, exist_ok=True)
     shards = _finished_shards(out, facts)
     prompts = source.prompts(seed, count)
+    assert len(prompts) == count, f"source '{source.name}' gave {len(prompts)} prompts, {count} were asked for"
     for number in range(len(shards), -(-count // shard_size)):
         ids = range(number * shard_size, min(count, (number + 1) * shard_size))
         noise = keyed.noise(seed, "pairs", 0, ids, model.parts.picture)
