@@ -18,6 +18,7 @@ from dedistill.families.registry import get_family
 from dedistill.recipe import Recipe
 
 INIT_SCALE = 1e-3
+CHUNK = 256
 
 
 @dataclass
@@ -29,6 +30,10 @@ class Model:
     root: nn.Module
     text_length: int
     bf16: bool = False
+    grid_shift: float = 1.0
+    """Shift of the solver's sigmas when pictures are made: the recipe's timesteps.shift in numbers."""
+    chunk: int = CHUNK
+    """Samples per forward pass when nothing is trained."""
     adapter: Adapter | None = None
     targets: list[Resolved] = field(default_factory=list)
     facts: dict = field(default_factory=dict)
@@ -83,6 +88,8 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
         model = _adapt(recipe, family, parts, facts)
     model.root.to(device)
     model.bf16 = recipe.train.precision == "bf16"
+    model.grid_shift = recipe.timesteps.resolved_shift(family.shift(parts.tokens))
+    model.chunk = recipe.train.micro_batch or CHUNK
     if recipe.train.gradient_checkpointing:
         parts.net.enable_gradient_checkpointing()
     facts["gradient_checkpointing"] = bool(getattr(parts.net, "is_gradient_checkpointing", False))

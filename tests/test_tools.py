@@ -122,6 +122,28 @@ def test_sweep_folder(story, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in before}, "pictures that are there were made again"
 
 
+def test_identity_follows_what_a_picture_depends_on(story, tmp_path, monkeypatch):
+    """N1: pictures of another base, arithmetic or grid are not taken for those of this one."""
+    import shutil
+
+    from dedistill.candidates import candidates_of
+    from dedistill.recipe import load_recipe
+
+    shutil.copytree(story, tmp_path / "copy", ignore=shutil.ignore_patterns("sweep", "pairs"))
+    monkeypatch.chdir(tmp_path / "copy")
+
+    def identity(*settings: str) -> str:
+        return candidates_of(load_recipe("small/dedistill.toml", list(settings)), ["last"])[0].weights
+
+    first = identity()
+    assert identity() == first == identity("train.lr=1e-5")
+    others = [identity("train.precision=bf16"), identity("timesteps.shift=3.0"), identity("model.mask=none")]
+    facts = Path("runs/digits/student/model/dedistill.json")
+    facts.write_text(facts.read_text().replace('"mask": "none"', '"mask": "bool"'))
+    others.append(identity())
+    assert len({first, *others}) == 5
+
+
 def test_report(story, monkeypatch, capsys):
     monkeypatch.chdir(story)
     arguments = ["small", "--out", "runs/digits/report", "--cfg", "1", "2", "4", "--prompts", "8", "--steps", "2"]
@@ -142,6 +164,11 @@ def test_report(story, monkeypatch, capsys):
     [
         (("posthoc_ema", "nowhere"), "'nowhere/snapshots' holds 0 snapshots"),
         (("cfg_sweep", "small/dedistill.toml", "--candidates", "alpha_9"), "no candidate 'alpha_9'"),
+        (
+            ("cfg_sweep", "small/teacher.toml", "--candidates", "base"),
+            "'base' in 'runs/digits/teacher'; there are last",
+        ),
+        (("cfg_sweep", "small/teacher.toml", "--candidates", "posthoc"), "no averages in 'runs/digits/teacher/posthoc'"),
         (("cfg_sweep", "small/dedistill.toml", "--prompts", "no.txt"), "neither a number nor a readable text file"),
         (("report_story", "small", "--out", "x", "--cfg", "2"), "needs the scales 1, 2 and 4"),
         (("make_pairs", "small/teacher.toml", "--out", "p", "--steps", "5"), "does not divide"),

@@ -40,7 +40,7 @@ class Objective:
         t = recipe.timesteps
         self.kind, self.seed, self.batch, self.source = recipe.train.objective, recipe.run.seed, recipe.train.batch, source
         given = {k: getattr(t, k) for k in ("alpha", "beta", "mean", "std", "scale")}
-        self.shift = dynamic_shift if t.shift == "auto" else float(t.shift)
+        self.shift = t.resolved_shift(dynamic_shift)
         self.sampling = {
             "density": t.density,
             "params": {k: v for k, v in given.items() if v is not None},

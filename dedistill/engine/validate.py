@@ -9,7 +9,6 @@ from torch import Tensor
 from dedistill.assemble import Model
 from dedistill.engine.objective import Objective, Task, task_loss
 
-CHUNK = 256
 SAMPLES = 256
 
 
@@ -24,7 +23,7 @@ class Validator:
         """{"val_loss", "val_loss_se"} in evaluation mode."""
         training = model.root.training
         model.root.eval()
-        chunks = [slice(i, i + CHUNK) for i in range(0, len(self.task.names), CHUNK)]
+        chunks = [slice(i, i + model.chunk) for i in range(0, len(self.task.names), model.chunk)]
         losses = torch.cat([task_loss(model, _part(self.task, c)) for c in chunks]).cpu().double()
         model.root.train(training)
         by_sigma = losses[torch.argsort(self.task.sigma)]

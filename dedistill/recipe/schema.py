@@ -115,6 +115,10 @@ class Timesteps(Table):
     )
     stratify: bool = Field(True, description="One draw in each of `batch` equal shares of probability, per step.")
 
+    def resolved_shift(self, dynamic: float) -> float:
+        """The shift in numbers; ``dynamic`` is the family's, for ``auto``."""
+        return dynamic if self.shift == "auto" else float(self.shift)
+
 
 class Train(Table):
     objective: Literal["flow", "distill", "reflow"] = Field(

@@ -45,13 +45,14 @@ def make_pairs(
     """
     if steps % points:
         raise UserError(f"--points {points} does not divide --steps {steps}: only states of the solver are stored", exit_code=2)
-    sigmas = sigma_grid(steps)
+    sigmas = sigma_grid(steps, model.grid_shift)
     kept = np.arange(0, steps + 1, steps // points)
     facts = {
         "teacher": teacher,
         "cfg": cfg,
         "solver": "euler",
         "steps": steps,
+        "shift": model.grid_shift,
         "negative_prompt": NEGATIVE,
         "seed": seed,
         "count": count,

@@ -11,7 +11,6 @@ from dedistill.flow import keyed
 from dedistill.flow.guidance import classifier_free, needs_unconditional
 from dedistill.flow.solvers import euler
 
-CHUNK = 256
 NEGATIVE = ""
 
 
@@ -55,8 +54,8 @@ def trajectories(
 
 
 def _chunks(model, prompts, noise, sigmas, empty, *, cfg, skip, length) -> Iterator[list[Tensor]]:
-    for start in range(0, len(prompts), CHUNK):
-        text = model.encode(prompts[start : start + CHUNK], length)
+    for start in range(0, len(prompts), model.chunk):
+        text = model.encode(prompts[start : start + model.chunk], length)
         nothing = empty.expand(len(text))
 
         def velocity(noisy: Tensor, sigma: float, index: int, text=text, nothing=nothing) -> Tensor:
@@ -66,5 +65,5 @@ def _chunks(model, prompts, noise, sigmas, empty, *, cfg, skip, length) -> Itera
                 return conditional
             return classifier_free(conditional, model.velocity(noisy, s, nothing), cfg)
 
-        here = noise[start : start + CHUNK].to(model.device)
+        here = noise[start : start + model.chunk].to(model.device)
         yield [state.float().cpu() for state in euler(velocity, here, sigmas)]

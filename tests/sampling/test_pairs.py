@@ -178,6 +178,15 @@ def test_other_settings_do_not_mix(change, copy, teacher, digits):
     assert shards(copy) == before
 
 
+def test_a_shifted_teacher_walks_its_own_sigmas(copy, digits, tmp_path_factory):
+    """R3, S6: timesteps.shift of the teacher's recipe moves the grid, is stored, and does not mix with another."""
+    shifted = model(timesteps={"shift": 3.0})
+    with pytest.raises(UserError, match=r"holds pairs made differently \(shift: 1\.0 there, 3\.0 here; sigmas: "):
+        make_pairs(shifted, digits, copy, **SETTINGS)
+    facts = make_pairs(shifted, digits, tmp_path_factory.mktemp("shifted"), **SETTINGS)
+    assert facts["shift"] == 3.0 and facts["sigmas"] == pytest.approx([1, 6 / 7, 3 / 5, 0])
+
+
 @pytest.mark.parametrize("points", [4, 5, 12])
 def test_points_that_are_no_states_of_the_solver(points, tmp_path, teacher, digits):
     """R4, R5: only states that were computed can be stored."""
