@@ -71,6 +71,14 @@ def test_posthoc_prints_weights_size_and_age(story, monkeypatch, capsys):
     assert "8:0.500  6:0.250  4:0.125  2:0.125" in out and " 2.91 " in out and " 1.8 " in out
 
 
+def test_an_alpha_given_twice_is_made_once(story, monkeypatch, capsys):
+    monkeypatch.chdir(story)
+    assert tool("posthoc_ema", "runs/digits/dedistill", "--alpha", "0.5", "0.50", "1", "--out", "twice") == 0
+    assert "2 averages in twice/" in capsys.readouterr().out
+    assert sorted(p.name for p in Path("twice").iterdir()) == ["alpha_linear_0.5.safetensors", "alpha_linear_1.safetensors"]
+    assert tool("posthoc_ema", "runs/digits/dedistill", "--alpha", "2") == 2
+
+
 def test_sweep_folder(story, monkeypatch):
     monkeypatch.chdir(story)
     chosen = [
@@ -130,6 +138,28 @@ def test_influence_folder_is_a_recipe(story, monkeypatch, capsys):
     assert facts["trained_parameters"] == numbers["parameters"]
 
 
+def test_identity_follows_what_a_picture_depends_on(story, tmp_path, monkeypatch):
+    """N1: pictures of another base, arithmetic or grid are not taken for those of this one."""
+    import shutil
+
+    from dedistill.candidates import candidates_of
+    from dedistill.recipe import load_recipe
+
+    shutil.copytree(story, tmp_path / "copy", ignore=shutil.ignore_patterns("sweep", "pairs"))
+    monkeypatch.chdir(tmp_path / "copy")
+
+    def identity(*settings: str) -> str:
+        return candidates_of(load_recipe("small/dedistill.toml", list(settings)), ["last"])[0].weights
+
+    first = identity()
+    assert identity() == first == identity("train.lr=1e-5")
+    others = [identity("train.precision=bf16"), identity("timesteps.shift=3.0"), identity("model.mask=none")]
+    facts = Path("runs/digits/student/model/dedistill.json")
+    facts.write_text(facts.read_text().replace('"mask": "none"', '"mask": "bool"'))
+    others.append(identity())
+    assert len({first, *others}) == 5
+
+
 def test_report(story, monkeypatch, capsys):
     monkeypatch.chdir(story)
     arguments = ["small", "--out", "runs/digits/report", "--cfg", "1", "2", "4", "--prompts", "8", "--steps", "2"]
@@ -150,6 +180,11 @@ def test_report(story, monkeypatch, capsys):
     [
         (("posthoc_ema", "nowhere"), "'nowhere/snapshots' holds 0 snapshots"),
         (("cfg_sweep", "small/dedistill.toml", "--candidates", "alpha_9"), "no candidate 'alpha_9'"),
+        (
+            ("cfg_sweep", "small/teacher.toml", "--candidates", "base"),
+            "'base' in 'runs/digits/teacher'; there are last",
+        ),
+        (("cfg_sweep", "small/teacher.toml", "--candidates", "posthoc"), "no averages in 'runs/digits/teacher/posthoc'"),
         (("cfg_sweep", "small/dedistill.toml", "--prompts", "no.txt"), "neither a number nor a readable text file"),
         (("report_story", "small", "--out", "x", "--cfg", "2"), "needs the scales 1, 2 and 4"),
         (("make_pairs", "small/teacher.toml", "--out", "p", "--steps", "5"), "does not divide"),

@@ -13,7 +13,7 @@ from dedistill.data.source import Source
 from dedistill.engine.ahead import ahead
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
 from dedistill.engine.export import export_model, exported_step
-from dedistill.engine.guards import FiniteGuard
+from dedistill.engine.guards import FiniteGuard, NotFinite
 from dedistill.engine.metrics import Clock, Journal, Trackers
 from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -43,7 +43,7 @@ class Trainer:
         """Seconds since the last line of timings.jsonl in which training stood still for data."""
         self.notes: list[str] = []
         every, samples = recipe.validate_.every, recipe.validate_.samples or SAMPLES
-        self.validate = Validator(self.objective, samples) if every else None
+        self.validate = Validator(self.objective, samples, model.chunk) if every else None
         self.preview = Preview(recipe, model, run.previews) if recipe.preview.every else None
 
     def facts(self) -> dict:
@@ -66,8 +66,8 @@ class Trainer:
             return
         groups, manifest = read_checkpoint(checkpoint)
         self.model.load_tensors(groups["trainable"], str(checkpoint))
-        load_optimizer_tensors(self.optimizer, self.trainable, groups.get("optimizer", {}))
-        self.step, self.skipped = manifest["step"], manifest["skipped"]
+        load_optimizer_tensors(self.optimizer, self.trainable, groups.get("optimizer", {}), str(checkpoint))
+        self.step, self.skipped, self.guard.in_a_row = manifest["step"], manifest["skipped"], manifest["skipped_in_a_row"]
         if self.step > self.plan.steps:
             raise UserError(f"'{checkpoint}' is at step {self.step}, train.steps is {self.plan.steps}: nothing is left to do")
 
@@ -85,7 +85,7 @@ class Trainer:
         tasks = ahead(self._tasks(self.step))
         try:
             for step in range(self.step, self.plan.steps):
-                row = self._train_step(step, tasks) | before
+                row = self._guarded_step(step, tasks) | before
                 before = {}
                 self.step, self.trained_now = step + 1, True
                 last = self.step == self.plan.steps
@@ -116,6 +116,14 @@ class Trainer:
         for step in range(start, self.plan.steps):
             for positions in self.objective.micro_batches(step, self.plan.micro_batch):
                 yield self.objective.task(step, positions)
+
+    def _guarded_step(self, step: int, tasks: Iterator[Task]) -> dict:
+        try:
+            return self._train_step(step, tasks)
+        except NotFinite:
+            if self.trained_now:  # the weights are good: bad steps were not applied
+                self._checkpoint()
+            raise
 
     def _train_step(self, step: int, tasks: Iterator[Task]) -> dict:
         """One optimizer step over all slots of the global batch; every sample weighs the same."""
@@ -172,7 +180,8 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         groups = {"trainable": self._weights(), "optimizer": optimizer_tensors(self.optimizer, self.trainable)}
-        facts = {"skipped": self.skipped, "recipe": self.recipe.resolved(), "saved_at": time.time()}
+        facts = {"skipped": self.skipped, "skipped_in_a_row": self.guard.in_a_row}
+        facts |= {"recipe": self.recipe.resolved(), "saved_at": time.time()}
         save_checkpoint(self.run.checkpoints, self.step, groups, facts, self.recipe.checkpoint.keep)
 
     def export(self) -> Path | None:

@@ -35,7 +35,7 @@ class Preview:
         p, prompts = self.settings, list(self.settings.prompts)
         shape = self.model.parts.picture
         noise = start_noise(p.seed, len(prompts), shape)
-        sigmas = sigma_grid(self.steps, self.model.shift(shape))
+        sigmas = sigma_grid(self.steps, self.model.grid_shift)
         folder = self.folder / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         rows = [(prompt, []) for prompt in prompts]

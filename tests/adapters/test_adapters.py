@@ -237,23 +237,26 @@ def test_names_and_scale_are_those_of_the_format(form):
         assert float(tensors[f"{file_name(name)}.alpha"]) == rank
 
 
-@pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "other form"])
+@pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "other form", "alpha"])
 def test_wrong_files_are_refused_and_change_nothing(damage):
-    """K11, E8: names and shapes agree exactly, or nothing is copied."""
+    """K11, E8: names, shapes and alphas agree exactly, or nothing is copied."""
     own = build("lokr")
     before = own.adapter.tensors()
-    tensors = {n: t + 1 for n, t in before.items()}
-    name = max(tensors)
+    tensors = {n: t if n.endswith(".alpha") else t + 1 for n, t in before.items()}
+    name = max(n for n in tensors if not n.endswith(".alpha"))
     if damage == "missing":
         del tensors[name]
     elif damage == "unknown":
         tensors["lycoris_blocks_7.lokr_w1"] = torch.zeros(4, 4)
+    elif damage == "alpha":
+        name = min(n for n in tensors if n.endswith(".alpha"))
+        tensors[name] = torch.tensor(16.0)
     elif damage == "shape":
         tensors[name] = tensors[name].T.reshape(-1)
     else:
         tensors = build("lora").adapter.tensors()
-    named = {"unknown": "lycoris_blocks_7.lokr_w1", "other form": "lora_down"}.get(damage, name)
-    with pytest.raises(UserError, match=f"'here.safetensors' does not fit.*{named}"):
+    named = {"unknown": "lycoris_blocks_7.lokr_w1", "other form": "lora_down", "alpha": f"{name} 16, expected 1"}
+    with pytest.raises(UserError, match=f"'here.safetensors' does not fit.*{named.get(damage, name)}"):
         own.adapter.load_tensors(tensors, "here.safetensors")
     assert all(torch.equal(t, before[n]) for n, t in own.adapter.tensors().items())
 

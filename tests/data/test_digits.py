@@ -111,6 +111,15 @@ def test_caption_noise(noise, purity):
         assert abs(np.corrcoef(right.T)[0, 1]) < 0.08  # the two words of a caption go wrong independently
 
 
+@pytest.mark.parametrize(
+    ("text", "digits"),
+    [("A two, then three.", [2, 3]), ("(7)/9", [7, 9]), ("twofold 42 cats", []), ("Zero-one", [0, 1]), ("", [])],
+)
+def test_digits_in_reads_words_whatever_surrounds_them(text, digits):
+    """M6."""
+    assert captions.digits_in(text) == digits
+
+
 @pytest.mark.parametrize("count", sorted(captions.TEMPLATES))
 def test_digits_in_inverts_every_caption(count):
     """M6: all templates, all digits, words and numerals alike."""
