@@ -11,9 +11,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dedistill"
 LEVELS = [
     {"errors", "patterns", "arguments"},
+    {"tensorfile"},
     {"flow", "recipe"},
     {"data", "families", "base", "adapters", "posthoc"},
     {"assemble"},
+    {"release"},
     {"sampling"},
     {"engine"},
     {"finished"},
