@@ -27,10 +27,15 @@ def weight_change(factors: Mapping[str, Tensor]) -> Tensor:
     return product * scale(factors)
 
 
+def rank(factors: Mapping[str, Tensor]) -> int | None:
+    """Inner size of what is stored as a product; None when the factors are full matrices."""
+    return next((factors[n].shape[0] for n in ("lora_down.weight", "lokr_w2_b", "lokr_w1_b") if n in factors), None)
+
+
 def scale(factors: Mapping[str, Tensor]) -> float:
-    """alpha / rank of a layer with a decomposed factor, 1 without one or without an alpha."""
-    inner = [factors[n].shape[0] for n in ("lora_down.weight", "lokr_w2_b", "lokr_w1_b") if n in factors]
-    return float(factors["alpha"]) / inner[0] if inner and "alpha" in factors else 1.0
+    """alpha / rank of a layer stored as a product, 1 without one or without an alpha."""
+    inner = rank(factors)
+    return float(factors["alpha"]) / inner if inner and "alpha" in factors else 1.0
 
 
 @torch.no_grad()
