@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dedistill.assemble import Model, build_model
-from dedistill.data.pairs import file_sha256
 from dedistill.data.source import Source
 from dedistill.errors import UserError
+from dedistill.files import file_sha256
 from dedistill.finished import last_weights, open_finished, sampling_device
 from dedistill.recipe import Recipe
 from dedistill.sampling.sweep import Candidate
@@ -54,7 +54,7 @@ def _opener(recipe: Recipe, path: Path | None) -> Callable[[], Model]:
 
 def _identity(recipe: Recipe, *places: Path | str) -> str:
     """Hash of everything a picture depends on beside prompt and noise: weights in files or folders, and how they are used."""
-    digest = hashlib.sha256(json.dumps([recipe.resolved()[k] for k in ("model", "base", "adapter")]).encode())
+    digest = hashlib.sha256(json.dumps([recipe.resolved()[k] for k in ("model", "base", "adapter", "sample")]).encode())
     digest.update(str(recipe.run.seed).encode())
     for place in map(Path, places):
         files = sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]

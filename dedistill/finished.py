@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from dedistill.assemble import Model, build_model
-from dedistill.engine.checkpoint import list_checkpoints
+from dedistill.engine.checkpoint import damage, list_checkpoints
 from dedistill.errors import UserError
+from dedistill.files import step_of
 from dedistill.recipe import Recipe
 
 
@@ -34,12 +35,15 @@ def sampling_device() -> str:
 
 
 def last_weights(out: Path) -> Path:
-    """The newest snapshot of a run directory, else its newest checkpoint's weights."""
-    snapshots = {int(p.stem.removeprefix("step-")): p for p in (out / "snapshots").glob("step-*.safetensors")}
-    checkpoints = {
-        int(p.name.removeprefix("step-")): p / "trainable.safetensors" for p in list_checkpoints(out / "checkpoints")
-    }
-    found = snapshots or checkpoints
-    if not found:
-        raise UserError(f"'{out}' holds no snapshot and no checkpoint: train this recipe first")
-    return found[max(found)]
+    """The newest snapshot of a run directory, else the weights in its newest undamaged checkpoint."""
+    snapshots = [p for p in (out / "snapshots").glob("*.safetensors") if step_of(p) is not None]
+    if snapshots:
+        return max(snapshots, key=step_of)
+    checkpoints = list_checkpoints(out / "checkpoints")
+    problems = []
+    for checkpoint in reversed(checkpoints):
+        if not (problem := damage(checkpoint)):
+            return checkpoint / "trainable.safetensors"
+        problems.append(f"'{checkpoint}' is damaged: {problem}")
+    told = "\n" + "\n".join(problems) if problems else ""
+    raise UserError(f"'{out}' holds no snapshot and no good checkpoint: train this recipe first{told}")

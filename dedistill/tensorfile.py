@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor: whole or not there, with one tensor in memory at a time.
+"""Safetensors files written tensor by tensor, with one tensor in memory at a time.
 
 The library writes only whole dictionaries. The format: 8 bytes of header length, a JSON header with offsets, then the
 data in the header's order (https://huggingface.co/docs/safetensors).
@@ -6,16 +6,15 @@ data in the header's order (https://huggingface.co/docs/safetensors).
 
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dedistill.errors import UserError
+from dedistill.files import WholeFile
 
 DTYPES = {
     torch.float64: "F64",
@@ -32,15 +31,13 @@ Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class TensorFile:
-    """A safetensors file of a known layout. A context manager: the file takes its name when the block ends well.
+    """A safetensors file of a known layout, complete at ``path`` or not there. Use as a context manager.
 
-    Raises UserError naming file and size when the disk refuses; then nothing is left behind, and a file that had this
-    name before is as it was.
+    Raises UserError naming the path when the disk refuses, and ValueError when what is written is not the layout.
     """
 
     def __init__(self, path: Path, layout: Layout, metadata: dict[str, str]):
         self.path = path
-        self._temporary = path.with_name(f"{path.name}.tmp")
         self._layout, self._names = layout, iter(layout)
         self._name, self._left = "", 0
         header: dict = {"__metadata__": metadata}
@@ -51,18 +48,11 @@ class TensorFile:
             offset += size
         raw = json.dumps(header).encode()
         raw += b" " * (-len(raw) % 8)
-        self._head, self.bytes = struct.pack("<Q", len(raw)) + raw, 8 + len(raw) + offset
+        self._head = struct.pack("<Q", len(raw)) + raw
+        self._file = WholeFile(path)
 
     def __enter__(self) -> "TensorFile":
-        try:
-            self._file = open(self._temporary, "wb")
-        except OSError as e:
-            raise self._refused(e) from e
-        try:
-            self._put(self._head)
-        except BaseException as e:
-            self.__exit__(type(e))
-            raise
+        self._file.__enter__()
         return self
 
     def write(self, name: str, part: Tensor) -> None:
@@ -73,32 +63,22 @@ class TensorFile:
         if name != self._name or part.dtype != self._layout[name][1] or part.numel() > self._left:
             raise ValueError(f"'{name}' {tuple(part.shape)} {part.dtype} is not what the layout has next: '{self._name}'")
         self._left -= part.numel()
-        self._put(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._begin()
+        self._file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-    def __exit__(self, kind, *_) -> None:
+    def _begin(self) -> None:
+        if self._head:
+            self._file.write(self._head)
+            self._head = b""
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         try:
             if kind is None:
-                if missing := self._name if self._left else next(self._names, None):
+                self._begin()
+                if missing := self._name if self._left else next(self._names, ""):
                     raise ValueError(f"'{missing}' was not written to its end")
-                try:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-                    os.replace(self._temporary, self.path)
-                except OSError as e:
-                    raise self._refused(e) from e
+        except BaseException as e:
+            kind = type(e)
+            raise
         finally:
-            self._close()
-
-    def _close(self) -> None:
-        with suppress(OSError):  # a full disk refuses the buffered rest once more; it has been reported
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _put(self, data) -> None:
-        try:
-            self._file.write(data)
-        except OSError as e:
-            raise self._refused(e) from e
-
-    def _refused(self, e: OSError) -> UserError:
-        return UserError(f"cannot write '{self.path}' ({self.bytes:,} bytes): {e.strerror or e}. Nothing was left behind.")
+            self._file.__exit__(kind, *rest)

@@ -69,7 +69,7 @@ def _main(args: argparse.Namespace, argv: list[str]) -> int:
 
 def train(recipe: Recipe, argv: list[str]) -> int:
     """Train ``recipe`` to its end or to a stop request; returns the exit code."""
-    from dedistill.report.console import as_json, header, progress, quiet_dependencies, resume_command
+    from dedistill.report.console import header, progress, quiet_dependencies, resume_command
 
     quiet_dependencies()
     import torch
@@ -77,11 +77,12 @@ def train(recipe: Recipe, argv: list[str]) -> int:
 
     from dedistill.assemble import build_model
     from dedistill.data.registry import open_source
-    from dedistill.engine.checkpoint import replace_file
+    from dedistill.engine.inputs import input_files
     from dedistill.engine.loop import Trainer
     from dedistill.engine.metrics import Trackers
     from dedistill.engine.rundir import RunDirectory
     from dedistill.engine.stop import StopRequest
+    from dedistill.files import replace_json
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this version trains on one process; start it without several ranks")
@@ -91,9 +92,10 @@ def train(recipe: Recipe, argv: list[str]) -> int:
         source = open_source(recipe.data)
         model = build_model(recipe, accelerator.device)
         _check_pictures(recipe, source.picture, model.parts.picture)
+        run.bind(input_files(recipe))
         trainer = Trainer(recipe, plan, model, source, run)
         trainer.resume()
-        replace_file(run.path / "plan.json", as_json({"plan": plan.as_dict(), "effects": model.facts | trainer.facts()}))
+        replace_json(run.path / "plan.json", {"plan": plan.as_dict(), "effects": model.facts | trainer.facts()})
         header(recipe, plan, model, trainer.step, str(accelerator.device), trainer.notes)
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb)
         for _ in progress(trainer.fit(stop, trackers), trainer.step, plan):

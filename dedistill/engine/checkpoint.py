@@ -8,7 +8,6 @@ the newest valid one wins.
 import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -17,44 +16,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dedistill.errors import UserError
+from dedistill.files import file_sha256, step_name, step_of, sync, write_synced
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-_NAME = re.compile(r"step-(\d{8,})")
-
-
-def write_synced(path: Path, data: bytes) -> str:
-    """Write and fsync a file; returns its SHA-256. Raises UserError naming path and bytes when the disk refuses."""
-    try:
-        with open(path, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError as e:
-        raise UserError(
-            f"cannot write '{path}' ({len(data):,} bytes): {e.strerror or e}. What was saved before is intact."
-        ) from e
-    return hashlib.sha256(data).hexdigest()
-
-
-def sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def replace_file(path: Path, data: bytes) -> str:
-    """Put ``data`` at ``path`` whole or not at all: temporary sibling, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        digest = write_synced(temporary, data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
-    return digest
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], facts: dict, keep: int) -> Path:
@@ -63,7 +28,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
     Older checkpoints go only after the new one has been read back and verified. A failed write leaves nothing behind.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
+    final = folder / step_name(step)
     temporary = folder / f"{final.name}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -74,19 +39,28 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
             files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": write_synced(temporary / f"{name}.safetensors", data)}
         manifest = {"schema": SCHEMA, "step": step, **facts, "files": files}
         write_synced(temporary / MANIFEST, _sealed(manifest))
-        sync_directory(temporary)
+        sync(temporary)
         if final.exists():  # the same step saved again, e.g. after a damaged one was set aside
             shutil.rmtree(final)
         os.rename(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_directory(folder)
+    sync(folder)
     if problem := damage(final):
         raise UserError(f"checkpoint '{final}' does not read back as written: {problem}. Older checkpoints are kept.")
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    _prune(folder, keep)
     return final
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Remove what is older than the ``keep`` newest good checkpoints; a rotten one does not count as kept."""
+    good = 0
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if good == keep:
+            shutil.rmtree(checkpoint)
+        elif not damage(checkpoint):
+            good += 1
 
 
 def _sealed(manifest: dict) -> bytes:
@@ -99,8 +73,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Published checkpoint directories, oldest first, damaged or not."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted((p for p in folder.iterdir() if p.is_dir() and step_of(p) is not None), key=step_of)
 
 
 def damage(checkpoint: Path) -> str:
@@ -114,7 +87,7 @@ def damage(checkpoint: Path) -> str:
         return f"{MANIFEST} is unreadable ({type(e).__name__})"
     if raw != _sealed(manifest):
         return f"{MANIFEST} differs from what was written"
-    if manifest.get("schema") != SCHEMA or manifest.get("step") != int(checkpoint.name.removeprefix("step-")):
+    if manifest.get("schema") != SCHEMA or manifest.get("step") != step_of(checkpoint):
         return f"{MANIFEST} is of another schema or step"
     for name, (size, digest) in files.items():
         path = checkpoint / name
@@ -122,9 +95,8 @@ def damage(checkpoint: Path) -> str:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, {size} were written"
-        with open(path, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != digest:
-                return f"{name} differs from what was written (SHA-256)"
+        if file_sha256(path) != digest:
+            return f"{name} differs from what was written (SHA-256)"
     return ""
 
 
@@ -166,6 +138,7 @@ def sweep_temporaries(folder: Path) -> None:
         "snapshots/step-*.tmp-*",
         "recipe.*.tmp-*",
         "plan.json.tmp-*",
+        "inputs.json.tmp-*",
         "*.jsonl.tmp-*",
         "model.tmp-*",
     )

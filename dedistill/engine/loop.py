@@ -1,19 +1,17 @@
 """The training loop: slots of the global batch, one update per step, whatever model, adapter or objective."""
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save
 
 from dedistill.assemble import Model
 from dedistill.data.source import Source
-from dedistill.engine.checkpoint import newest_valid, read_checkpoint, replace_file, save_checkpoint
+from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
+from dedistill.engine.export import export_model, exported_step
 from dedistill.engine.guards import FiniteGuard
 from dedistill.engine.metrics import Clock, Journal, Trackers
 from dedistill.engine.objective import Objective, task_loss
@@ -22,6 +20,7 @@ from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.stop import StopRequest
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
 from dedistill.errors import UserError
+from dedistill.files import replace_file, step_name
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.plan import Plan
 
@@ -31,7 +30,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, plan: Plan, model: Model, source: Source, run: RunDirectory):
         self.recipe, self.plan, self.model, self.run = recipe, plan, model, run
-        self.objective = Objective(recipe, source, model.parts.tokens, model.family.shift(model.parts.tokens))
+        self.objective = Objective(recipe, source, model.shift)
         self.trainable = model.trainable()
         self.optimizer = make_optimizer(recipe, self.trainable.values())
         self.guard = FiniteGuard()
@@ -46,15 +45,13 @@ class Trainer:
         """What the run's settings came to, for plan.json."""
         return {
             "objective": self.objective.kind,
-            "sigma": self.objective.sampling,
+            "sigma": self.objective.sampling | {"shift": self.objective.shift_of(self.model.parts.picture)},
             "caption_dropout": self.objective.dropout,
             "optimizer": type(self.optimizer).__module__.split(".")[0] + "." + type(self.optimizer).__name__,
             "betas": list(self.recipe.train.betas),
             "parameter_dtype": str(next(iter(self.trainable.values())).dtype),
             "bf16": self.model.bf16,
-            "text_length": self.model.text_length,
-            "mask": self.model.parts.mask,
-            "samples_held_out": len(self.validate.task.names) if self.validate else 0,
+            "samples_held_out": self.validate.samples if self.validate else 0,
         }
 
     def resume(self) -> None:
@@ -104,7 +101,7 @@ class Trainer:
     def _train_step(self, step: int) -> dict:
         """One optimizer step over all slots of the global batch; every sample weighs the same."""
         losses, sigmas, names = [], [], []
-        for positions in np.split(np.arange(self.plan.batch), self.plan.micro_steps):
+        for positions in self.objective.micro_batches(step, self.plan.micro_batch):
             task = self.objective.task(step, positions)
             loss = task_loss(self.model, task)  # one number per sample
             (loss.sum() / self.plan.batch).backward()
@@ -146,7 +143,7 @@ class Trainer:
     def _snapshot(self) -> None:
         self.run.snapshots.mkdir(exist_ok=True)
         header = snapshot_header(self.recipe, self.step)
-        replace_file(self.run.snapshots / f"step-{self.step:08d}.safetensors", save(self._weights(), metadata=header))
+        replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(self._weights(), metadata=header))
 
     def _checkpoint(self) -> None:
         groups = {"trainable": self._weights(), "optimizer": optimizer_tensors(self.optimizer, self.trainable)}
@@ -157,11 +154,8 @@ class Trainer:
         """The finished network as a model folder, when the whole network was trained; whole or not at all."""
         if self.model.adapter is not None:
             return None
-        if self.trained_now or not self.run.model.exists():
-            temporary = self.run.path / f"model.tmp-{os.getpid()}"
-            self.model.family.save(self.model.parts, temporary)
-            shutil.rmtree(self.run.model, ignore_errors=True)
-            os.rename(temporary, self.run.model)
+        if exported_step(self.run.model) != self.step:
+            export_model(self.model, self.run.model, self.step)
         return self.run.model
 
 

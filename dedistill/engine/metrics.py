@@ -7,10 +7,11 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dedistill.errors import UserError
+from dedistill.files import refused, replace_file
 
 
 class Journal:
@@ -19,33 +20,33 @@ class Journal:
     def __init__(self, path: Path, step: int):
         self.path = path
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        temporary = path.with_name(path.name + f".tmp-{os.getpid()}")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        replace_file(path, "".join(kept).encode())
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
 
     def write(self, row: dict[str, Any]) -> None:
         try:
             self._file.write(json.dumps(row) + "\n")
         except OSError as e:
-            raise UserError(f"cannot write '{self.path}': {e.strerror}. The last checkpoint is intact.") from e
+            raise refused(self.path, e) from e
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # every line went out when it was written; a full disk was reported then
+            self._file.close()
 
 
 def _lines(path: Path) -> list[str]:
-    """Whole lines of a journal; a torn last line (a killed write) is left out."""
+    """Whole lines of a journal; a torn one (a killed write) is left out, and what is no row."""
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and _is_json(line)]
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and _is_row(line)]
 
 
-def _is_json(line: str) -> bool:
+def _is_row(line: str) -> bool:
     try:
-        return "step" in json.loads(line)
+        row = json.loads(line)
     except ValueError:
         return False
+    return isinstance(row, dict) and "step" in row
 
 
 class Trackers:

@@ -5,12 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dedistill.engine.checkpoint import list_checkpoints, replace_file, sweep_temporaries
+from dedistill.engine.checkpoint import sweep_temporaries
+from dedistill.engine.inputs import changed_files, fingerprint
 from dedistill.errors import UserError
+from dedistill.files import replace_file, replace_json
 from dedistill.recipe import Recipe, to_toml
 
-FREE_TO_CHANGE = ("run.name", "run.out", "run.resume", "checkpoint.", "snapshot.", "validate.", "log.", "sample.")
-"""Keys and tables that alter what is written but not what is trained; a continued run may change them."""
+FREE_TO_CHANGE = (
+    *("run.name", "run.out", "run.resume", "checkpoint.", "snapshot.", "validate.", "log.", "sample."),
+    *("train.micro_batch", "train.gradient_checkpointing"),
+)
+"""Keys and tables that alter what is written, or how much memory a step takes, but not what is trained (to rounding);
+a continued run may change them."""
 
 
 class RunDirectory:
@@ -46,27 +52,56 @@ class RunDirectory:
     def __exit__(self, *_: Any) -> None:
         self._lock.close()
 
+    @property
+    def used(self) -> bool:
+        """Whether a run has left results here. A start that failed before its first step leaves none, and binds nothing."""
+        written = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        kept = [p for folder in (self.checkpoints, self.snapshots) for p in folder.glob("step-*")]
+        return written or bool(kept) or self.model.exists()
+
     def _claim(self) -> None:
-        """Refuse the directory of another recipe; otherwise write this one's resolved recipe into it."""
+        """Refuse the directory of another run; otherwise write this one's resolved recipe into it."""
         known = self.path / "recipe.json"
         if known.exists():
             sweep_temporaries(self.path)
-            try:
-                before = json.loads(known.read_text())
-            except ValueError as e:
-                raise UserError(f"'{known}' is damaged; restore it, or move '{self.path}' away to start over") from e
-            if self.recipe.run.resume == "never":
-                raise UserError(f"'{self.path}' already holds a run and run.resume = 'never'; choose another run.out")
-            if differing := _differences(before, self.recipe.resolved()):
-                raise UserError(
-                    f"'{self.path}' holds a run of another recipe. It differs in:\n"
-                    + "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in differing)
-                    + "\nChange it back, or set another run.out."
-                )
-        elif list_checkpoints(self.checkpoints):
-            raise UserError(f"'{self.path}' holds checkpoints but no recipe.json; choose another run.out")
+        if self.used:
+            self._compare(known)
         replace_file(known, json.dumps(self.recipe.resolved(), indent=1).encode())
         replace_file(self.path / "recipe.toml", to_toml(self.recipe).encode())
+
+    def _compare(self, known: Path) -> None:
+        if not known.exists():
+            raise UserError(f"'{self.path}' holds results but no recipe.json; choose another run.out")
+        if self.recipe.run.resume == "never":
+            raise UserError(f"'{self.path}' already holds a run and run.resume = 'never'; choose another run.out")
+        if differing := _differences(self._read(known), self.recipe.resolved()):
+            raise UserError(
+                f"'{self.path}' holds a run of another recipe. It differs in:\n"
+                + "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in differing)
+                + "\nChange it back, or set another run.out."
+            )
+
+    def _read(self, file: Path) -> dict:
+        try:
+            return json.loads(file.read_text())
+        except ValueError as e:
+            raise UserError(f"'{file}' is damaged; restore it, or move '{self.path}' away to start over") from e
+
+    def bind(self, inputs: dict[str, list[Path]]) -> None:
+        """Record in inputs.json which bytes the run is made from; refuse to continue it from others, naming them.
+
+        inputs: recipe key -> files. A run of an earlier version, without inputs.json, is bound to what is there now.
+        """
+        file = self.path / "inputs.json"
+        before = self._read(file) if file.exists() else {}
+        now = {key: fingerprint(files, before.get(key)) for key, files in inputs.items()}
+        for key in before.keys() & now.keys() if self.used else ():
+            if changed := changed_files(before[key], now[key]):
+                raise UserError(
+                    f"{key}: {len(changed)} files differ from those that the run in '{self.path}' was started with, "
+                    f"e.g. '{changed[0]}'. Put them back, or set another run.out."
+                )
+        replace_json(file, now)
 
 
 def _flat(table: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,6 @@ combination, hence one streaming pass: each input is read once, each output writ
 """
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dedistill.errors import UserError
+from dedistill.files import step_of
 from dedistill.tensorfile import DTYPES, TensorFile
 
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
@@ -36,8 +36,8 @@ class Snapshot:
 
 def find_snapshots(folder: Path) -> list[Snapshot]:
     """``step-*.safetensors`` of a run, in the order of their numbers. Raises UserError when there are fewer than two."""
-    found = [(re.fullmatch(r"step-(\d+)\.safetensors", p.name), p) for p in folder.glob("step-*.safetensors")]
-    snapshots = sorted((Snapshot(int(m[1]), p) for m, p in found if m), key=lambda s: s.step)
+    found = [(step_of(p), p) for p in folder.glob("step-*.safetensors")]
+    snapshots = sorted((Snapshot(step, p) for step, p in found if step is not None), key=lambda s: s.step)
     if len(snapshots) < 2:
         raise UserError(f"'{folder}' holds {len(snapshots)} snapshots; an average needs at least two (set snapshot.every)")
     return snapshots
@@ -78,7 +78,7 @@ def lerp_snapshots(snapshots: list[Snapshot], alphas: Sequence[float], out: Path
         layout = {name: (tuple(part.get_shape()), _FLOATS[part.get_dtype()]) for name, part in first.items()}
         writers = []
         for alpha, row in zip(alphas, weights):
-            header = _header(files[-1].metadata() or {}, alpha, row, snapshots)
+            header = _metadata(files[-1].metadata() or {}, alpha, row, snapshots)
             writers.append(stack.enter_context(TensorFile(out / output_name(alpha), layout, header)))
         for name in names:
             for rows in _averages(name, files, weights):
@@ -127,6 +127,6 @@ def _agreed_names(snapshots: list[Snapshot], files: list) -> list[str]:
     return sorted(wanted)
 
 
-def _header(metadata: dict[str, str], alpha: float, weights: np.ndarray, snapshots: list[Snapshot]) -> dict[str, str]:
+def _metadata(metadata: dict[str, str], alpha: float, weights: np.ndarray, snapshots: list[Snapshot]) -> dict[str, str]:
     parts = [{"file": s.path.name, "weight": float(w)} for s, w in zip(snapshots, weights)]
     return {**metadata, "format": "pt", "dedistill.ema": f"lerp alpha={alpha:g}", "dedistill.ema_inputs": json.dumps(parts)}

@@ -1,6 +1,5 @@
 """What a run says on the terminal: a header of what will happen, a live line, and where the results are."""
 
-import json
 import logging
 import os
 import shlex
@@ -113,7 +112,3 @@ def _line(row: dict, plan: Plan) -> str:
 
 def resume_command(argv: list[str]) -> str:
     return shlex.join(["python", "-m", "dedistill.train", *argv])
-
-
-def as_json(value: object) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()

@@ -6,7 +6,6 @@ caption, and chosen points of the trajectory. Shards are whole or absent, so an 
 
 import io
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +15,13 @@ import webdataset as wds
 from torch import Tensor
 
 from dedistill.assemble import Model
-from dedistill.data.pairs import file_sha256
+from dedistill.data.pairs import FACTS
 from dedistill.data.source import Source
 from dedistill.errors import UserError
+from dedistill.files import WholeFile, file_sha256, replace_json
 from dedistill.flow import keyed
 from dedistill.flow.solvers import sigma_grid
-from dedistill.sampling.sampler import NEGATIVE, trajectories
+from dedistill.sampling.sampler import trajectories
 
 
 def make_pairs(
@@ -52,7 +52,7 @@ def make_pairs(
         "cfg": cfg,
         "solver": "euler",
         "steps": steps,
-        "negative_prompt": NEGATIVE,
+        "negative_prompt": model.negative,
         "seed": seed,
         "count": count,
         "shard_size": shard_size,
@@ -69,10 +69,10 @@ def make_pairs(
         captions = prompts[ids.start : ids.stop]
         states = [torch.stack([c[k] for k in kept], 1) for c in trajectories(model, captions, noise, sigmas, cfg=cfg)]
         shards.append(_write_shard(out, number, ids, captions, noise, torch.cat(states)))
-        _write_facts(out, {**facts, "shards": shards, "complete": False})
+        replace_json(out / FACTS, {**facts, "shards": shards, "complete": False})
         progress(ids.stop, count)
     facts = {**facts, "shards": shards, "complete": True}
-    _write_facts(out, facts)
+    replace_json(out / FACTS, facts)
     return facts
 
 
@@ -93,7 +93,7 @@ def teacher_hash(model: Model) -> str:
 def _finished_shards(out: Path, facts: dict) -> list[dict]:
     """Shards of an earlier run with the same settings whose bytes still agree."""
     try:
-        before = json.loads((out / "pairs.json").read_text())
+        before = json.loads((out / FACTS).read_text())
     except (OSError, ValueError):  # nothing yet, or a torn file: shards are made again, byte for byte the same
         return []
     if differing := [k for k in facts if before.get(k) != facts[k]]:
@@ -110,15 +110,10 @@ def _finished_shards(out: Path, facts: dict) -> list[dict]:
 
 def _write_shard(out: Path, number: int, ids: range, captions: list[str], noise: Tensor, states: Tensor) -> dict:
     final = out / f"{number:05d}.tar"
-    temporary = out / f"{final.name}.tmp-{os.getpid()}"
-    with open(temporary, "wb") as f:
-        # fixed owner, mode and time: the same pairs give the same bytes
-        with wds.TarWriter(f, mtime=0.0, user="dedistill", group="dedistill") as tar:
-            for i, caption, start, points in zip(ids, captions, noise, states):
-                tar.write({"__key__": f"{i:08d}", "txt": caption, "noise.npy": _npy(start), "trajectory.npy": _npy(points)})
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, final)
+    # fixed owner, mode and time: the same pairs give the same bytes
+    with WholeFile(final) as file, wds.TarWriter(file, mtime=0.0, user="dedistill", group="dedistill") as tar:
+        for i, caption, start, points in zip(ids, captions, noise, states, strict=True):
+            tar.write({"__key__": f"{i:08d}", "txt": caption, "noise.npy": _npy(start), "trajectory.npy": _npy(points)})
     return {"file": final.name, "pairs": len(ids), "sha256": file_sha256(final)}
 
 
@@ -126,9 +121,3 @@ def _npy(tensor: Tensor) -> bytes:
     stream = io.BytesIO()
     np.save(stream, tensor.numpy(), allow_pickle=False)
     return stream.getvalue()
-
-
-def _write_facts(out: Path, facts: dict) -> None:
-    temporary = out / f"pairs.json.tmp-{os.getpid()}"
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(temporary, out / "pairs.json")

@@ -5,7 +5,6 @@ own resolution. Cells whose pictures and rows are there already are not made aga
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from dedistill.assemble import Model
 from dedistill.errors import UserError
+from dedistill.files import replace_json
 from dedistill.flow.solvers import sigma_grid
 from dedistill.sampling.judge import DigitJudge
 from dedistill.sampling.sampler import sample, start_noise
@@ -92,7 +92,7 @@ def sweep(
             if (known := _reusable(folder, key, out)) is None:
                 model = model or candidate.open()
                 known = _make_cell(model, candidate, grid, cfg, skip, folder, out, judge)
-                _write_json(folder / "cell.json", {"key": key, **known})
+                replace_json(folder / "cell.json", {"key": key, **known})
                 say(f"{candidate.name} cfg {cfg:g} skip {skip}: " + _short(known["cell"]))
             rows += known["rows"]
             cells.append(known["cell"])
@@ -107,8 +107,8 @@ def sweep(
         "numbers": [n for n in NUMBERS if any(n["key"] in c for c in cells)],
         "cells": cells,
     }
-    _write_json(out / "index.json", rows)
-    _write_json(out / "scores.json", scores)
+    replace_json(out / "index.json", rows)
+    replace_json(out / "scores.json", scores)
     return scores
 
 
@@ -171,9 +171,3 @@ def save_png(picture: Tensor, path: Path) -> None:
 def _short(cell: dict) -> str:
     names = ("accuracy", "frechet", "precision", "saturated")
     return "  ".join(f"{n} {cell[n]:.3f}" for n in names if n in cell)
-
-
-def _write_json(path: Path, value: object) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)

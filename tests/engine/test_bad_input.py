@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dedistill.engine.checkpoint import damage, list_checkpoints
+from dedistill.files import step_of
 from dedistill.train import main
 
 
@@ -153,7 +154,7 @@ def test_signal_finishes_the_step_saves_and_says_how_to_continue(adapter_recipe,
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number and "Traceback" not in err
     newest = list_checkpoints(tmp_path / "dedistill" / "checkpoints")[-1]
-    step = int(newest.name.removeprefix("step-"))
+    step = step_of(newest)
     assert damage(newest) == "" and f"stopped and saved at step {step}" in err
     assert f"python -m dedistill.train {adapter_recipe}" in err
     assert json.loads(journal.read_text().splitlines()[-1])["step"] == step

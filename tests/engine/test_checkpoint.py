@@ -73,6 +73,15 @@ def test_only_bad_ones_stop_the_run_again_and_again(folder):
             ck.newest_valid(folder)
 
 
+def test_a_rotten_checkpoint_does_not_count_as_kept(folder):
+    """T7: with the older of two rotten, the next save keeps the good ones and drops what is older than both."""
+    (folder / "step-00000030" / "optimizer.safetensors").write_bytes(b"rot")
+    ck.save_checkpoint(folder, 40, group(40), {"skipped": 0}, keep=2)
+    assert [p.name for p in ck.list_checkpoints(folder) if not ck.damage(p)] == ["step-00000020", "step-00000040"]
+    ck.save_checkpoint(folder, 50, group(50), {"skipped": 0}, keep=2)
+    assert [p.name for p in ck.list_checkpoints(folder)] == ["step-00000040", "step-00000050"]
+
+
 def test_empty_folder_is_a_fresh_start(tmp_path):
     assert ck.newest_valid(tmp_path / "none") == (None, [])
 

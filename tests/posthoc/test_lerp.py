@@ -259,7 +259,7 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
     def failing(name, files, weights):
         calls.append(name)
         if len(calls) == 4:
-            assert any(p.name.endswith(".tmp") for p in out.iterdir())
+            assert any(".tmp-" in p.name for p in out.iterdir())
             raise OSError(5, "Input/output error")
         return original(name, files, weights)
 
@@ -267,6 +267,17 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Input/output"):
         lerp_snapshots(find_snapshots(folder), ALPHAS, out)
     assert contents(out) == []
+
+
+def test_a_full_disk_names_the_average_and_leaves_nothing_behind(tmp_path, small_disk):
+    """T5, E8: an earlier average stays."""
+    folder, out = write(tmp_path / "snapshots", STEPS), tmp_path / "out"
+    (earlier,) = lerp_snapshots(find_snapshots(folder), [0.9], out)
+    before = earlier.read_bytes()
+    pattern = rf"cannot write '{out}/alpha_linear_0\.[92]\.safetensors' \([\d,]+ bytes\): File too large"
+    with small_disk(3000), pytest.raises(UserError, match=pattern):
+        lerp_snapshots(find_snapshots(folder), [0.9, 0.2], out)
+    assert contents(out) == [earlier.name] and earlier.read_bytes() == before
 
 
 def test_factors_are_averaged_not_deltas(tmp_path):

@@ -10,8 +10,9 @@ import torch
 
 from dedistill.assemble import Model, build_model
 from dedistill.data.digits import DigitSource, load_digits
-from dedistill.data.pairs import PairSource, file_sha256
+from dedistill.data.pairs import PairSource
 from dedistill.errors import UserError
+from dedistill.files import file_sha256
 from dedistill.flow.solvers import sigma_grid
 from dedistill.recipe.schema import Recipe
 from dedistill.sampling.pairs import make_pairs, teacher_hash

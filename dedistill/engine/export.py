@@ -1,0 +1,40 @@
+"""A trained network as a model folder that knows its step, whole or not there."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from dedistill.assemble import Model
+from dedistill.errors import UserError
+from dedistill.files import sync, write_synced
+
+MARK = "run.json"
+"""Beside the family's own files: which step of the run the folder holds."""
+
+
+def export_model(model: Model, folder: Path, step: int) -> None:
+    """Write ``model`` as ``folder``, in place of an older one. Raises UserError naming it when the disk refuses."""
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    try:
+        model.family.save(model.parts, temporary)
+        write_synced(temporary / MARK, (json.dumps({"step": step}) + "\n").encode())
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+    except (OSError, SafetensorError) as e:  # safetensors reports a full disk in its own way
+        raise UserError(f"cannot write the model folder '{folder}': {e}. The checkpoint of step {step} is intact.") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync(folder.parent)
+
+
+def exported_step(folder: Path) -> int | None:
+    """The step that ``folder`` was exported at; None when there is no whole export."""
+    try:
+        return json.loads((folder / MARK).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

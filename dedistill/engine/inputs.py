@@ -1,0 +1,45 @@
+"""What a run was made from: the bytes of its base and its data, so that it is never continued from others in silence."""
+
+import hashlib
+from pathlib import Path
+
+from dedistill.data.registry import data_files
+from dedistill.files import file_sha256
+from dedistill.recipe import Recipe
+
+_MODEL_FILES = ("*.safetensors", "config.json", "dedistill.json")
+
+
+def model_files(path: Path) -> list[Path]:
+    """The files that say what the model in folder ``path`` computes, sorted; ``path`` itself when it is a file."""
+    if path.is_file():
+        return [path]
+    return sorted(found for pattern in _MODEL_FILES for found in path.rglob(pattern))
+
+
+def input_files(recipe: Recipe) -> dict[str, list[Path]]:
+    """Recipe key -> files that training reads because of it."""
+    model = model_files(Path(recipe.model.path)) if recipe.model.path is not None else []
+    return {key: files for key, files in (("model.path", model), ("data.path", data_files(recipe.data))) if files}
+
+
+def fingerprint(files: list[Path], known: dict | None) -> dict:
+    """{"sha256", "files": {path: {"bytes", "mtime_ns", "sha256"}}}; a file is read only if size or time differ from ``known``.
+
+    A large base is so hashed once per run, not at every start.
+    """
+    before, found = (known or {}).get("files", {}), {}
+    for path in files:
+        stat = path.stat()
+        seen = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        old = before.get(str(path), {})
+        same = all(old.get(key) == value for key, value in seen.items()) and "sha256" in old
+        found[str(path)] = {**seen, "sha256": old["sha256"] if same else file_sha256(path)}
+    digest = hashlib.sha256("".join(f"{path}\0{entry['sha256']}\n" for path, entry in found.items()).encode())
+    return {"sha256": digest.hexdigest(), "files": found}
+
+
+def changed_files(before: dict, now: dict) -> list[str]:
+    """Paths whose bytes differ between two fingerprints, or that only one of them has."""
+    old, new = ({path: entry["sha256"] for path, entry in f["files"].items()} for f in (before, now))
+    return sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))

@@ -1,0 +1,113 @@
+"""Files that are whole or not there, say so when the disk refuses, and are known by the hash of their bytes."""
+
+import hashlib
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dedistill.errors import UserError
+
+_STEP = re.compile(r"step-(\d+)(\.safetensors)?")
+
+
+def step_name(step: int) -> str:
+    """How checkpoints and snapshots of ``step`` are called, without an ending."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint folder or a snapshot file, read from its name; None for anything else."""
+    match = _STEP.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def refused(path: Path, error: OSError, size: int | None = None) -> UserError:
+    """The one wording of a write that failed."""
+    amount = f" ({size:,} bytes)" if size is not None else ""
+    return UserError(f"cannot write '{path}'{amount}: {error.strerror or error}. What was saved before is intact.")
+
+
+def write_synced(path: Path, data: bytes) -> str:
+    """Write and fsync a file; returns its SHA-256. Raises UserError naming path and bytes when the disk refuses."""
+    try:
+        with open(path, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise refused(path, e, len(data)) from e
+    return hashlib.sha256(data).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or the names in a directory."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class WholeFile:
+    """A file written piece by piece that appears at ``path`` complete or not at all. Use as a context manager.
+
+    Temporary sibling, fsync, rename, fsync of the folder. ``write`` raises UserError naming the path when the disk
+    refuses; nothing is left behind then.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        self._size = 0
+
+    def __enter__(self) -> "WholeFile":
+        try:
+            self._file: BinaryIO = open(self._temporary, "wb")
+        except OSError as e:
+            raise refused(self.path, e) from e
+        return self
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._size += len(data)
+        try:
+            return self._file.write(data)
+        except OSError as e:
+            raise refused(self.path, e, self._size) from e
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            with suppress(OSError):  # a full disk refuses the buffered rest once more; the file is thrown away
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self.path)
+        except OSError as e:
+            raise refused(self.path, e, self._size) from e
+        sync(self.path.parent)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put ``data`` at ``path`` whole or not at all."""
+    with WholeFile(path) as file:
+        file.write(data)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Put ``value`` at ``path`` as indented JSON, whole or not at all."""
+    replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
