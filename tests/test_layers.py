@@ -13,10 +13,11 @@ PACKAGE = ROOT / "dedistill"
 LEVELS = [
     {"errors"},
     {"files", "patterns", "arguments"},
-    {"fingerprint"},
+    {"fingerprint", "tensorfile"},
     {"flow", "recipe", "text"},
     {"data", "families", "base", "adapters", "posthoc"},
     {"assemble", "prepare"},
+    {"release"},
     {"sampling"},
     {"engine"},
     {"finished"},

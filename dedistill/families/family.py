@@ -50,6 +50,9 @@ class Family(Protocol):
     def save(self, parts: Components, folder: Path) -> None:
         """Write ``parts`` so that ``load`` with ``path = folder`` gives them back."""
 
+    def save_rest(self, parts: Components, folder: Path) -> None:
+        """What ``save`` writes beside ``folder/transformer``, for writers that stream the denoiser themselves."""
+
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
         """Captions padded to ``length`` tokens. The empty caption has exactly one real token."""
 

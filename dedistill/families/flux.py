@@ -72,6 +72,9 @@ class Flux:
     def save(self, parts: Components, folder: Path) -> None:
         """The denoiser in ``folder/transformer``; encoders, VAE and scheduler stay where they are and are pointed to."""
         parts.net.save_pretrained(folder / "transformer")
+        self.save_rest(parts, folder)
+
+    def save_rest(self, parts: Components, folder: Path) -> None:
         facts = {"family": self.name, "mask": parts.mask, "t5_mask": parts.text.t5_mask}
         facts["components"] = str(parts.source.components.resolve())
         for name in ("model_index.json", "scheduler"):

@@ -57,6 +57,9 @@ class PixelFlux:
 
     def save(self, parts: Components, folder: Path) -> None:
         parts.net.save_pretrained(folder / "transformer")
+        self.save_rest(parts, folder)
+
+    def save_rest(self, parts: Components, folder: Path) -> None:
         facts = {"family": self.name, "picture": parts.picture, "mask": parts.mask, "text": parts.text.config()}
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
