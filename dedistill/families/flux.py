@@ -38,7 +38,7 @@ class Flux:
         if spec.path is None:
             raise UserError("model.path: this family starts from trained weights: a diffusers folder, a hub id, or a file", 2)
         place = flux_loading.locate(spec.path, spec.revision, spec.components)
-        denoiser = flux_loading.load_transformer(place.transformer) if net else None
+        denoiser = flux_loading.load_transformer(place.transformer, place.components) if net else None
         vae = FluxVae(place.components / "vae")
         return Components(
             denoiser,
