@@ -15,7 +15,9 @@ from dedistill.train import guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path, help="recipe whose base network is measured, without any adapter")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, for this measurement only"
+    )
     parser.add_argument("--prompts", default="16", help="a number of prompts from the data, or a text file, one per line")
     parser.add_argument("--sigmas", type=positive, default=8, help="noise levels: Euler steps of the trajectories measured")
     parser.add_argument("--batch", type=positive, default=4, help="prompts at once")
