@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. train.lr=2e-5")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--plan", action="store_true", help="print every number decided and stop; needs no GPU")
+    parser.add_argument("--rehearse", action="store_true", help="run every stage on a tiny random model; about a minute")
     parser.add_argument("--check-cache", action="store_true", help="compare the cache with the data and stop; encodes nothing")
     parser.add_argument("--cache-only", action="store_true", help="encode pictures and captions, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -64,11 +65,24 @@ def _main(args: argparse.Namespace, argv: list[str]) -> int:
         print("\n".join(f"{key:12} {value:,}" for key, value in make_plan(recipe).as_dict().items()))
         return 0
     try:
+        if args.rehearse:
+            return _rehearse(recipe)
         if args.check_cache:
             return _check_cache(recipe)
         return train(recipe, argv, cache_only=args.cache_only)
     except UserError as e:
         raise UserError(recipe.placed(str(e)), e.exit_code) from e
+
+
+def _rehearse(recipe: Recipe) -> int:
+    from dedistill.report.console import quiet_dependencies
+
+    quiet_dependencies()
+    from dedistill.rehearse import rehearse
+
+    terminal = sys.stderr  # each stage's own output goes to a file
+    rehearse(recipe, lambda small: train(small, []), lambda line: print(line, file=terminal, flush=True))
+    return 0
 
 
 def _check_cache(recipe: Recipe) -> int:

@@ -23,6 +23,7 @@ LEVELS = [
     {"finished"},
     {"candidates"},
     {"report"},
+    {"rehearse"},
     {"train"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
 from torch import Tensor, nn
 
@@ -62,12 +63,19 @@ class Flux:
             return None
         return DEV_GUIDANCE if wanted is None else float(wanted)
 
-    def write_tiny(self, spec: Any, folder: Path) -> None:
+    def full_size(self, spec: Any) -> nn.Module:
+        shape = shape_of(spec.path)
+        sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
+        with torch.device("meta"):
+            return FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small pipeline folder with random weights, with the blocks and the guidance of ``spec``. For rehearsals."""
         from dedistill.families.flux_tiny import write_tiny_flux
 
         shape = shape_of(spec.path)
-        write_tiny_flux(folder, guidance=shape.guidance, layers=shape.layers, single_layers=shape.single_layers)
+        layers, single_layers = (shape.layers, shape.single_layers) if full_depth else (2, 4)
+        write_tiny_flux(folder, guidance=shape.guidance, layers=layers, single_layers=single_layers)
 
     def save(self, parts: Components, folder: Path) -> None:
         """The denoiser in ``folder/transformer``; encoders, VAE and scheduler stay where they are and are pointed to."""
