@@ -34,7 +34,7 @@ def guarded(action, *, debug: bool) -> int:
         print(f"error: {e.filename or 'input/output'}: {e.strerror or e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; nothing was being written", file=sys.stderr)
+        print("stopped; what was complete is kept", file=sys.stderr)
         return 130
     except Exception as e:
         if debug:
@@ -69,7 +69,7 @@ def _main(args: argparse.Namespace, argv: list[str]) -> int:
 
 def train(recipe: Recipe, argv: list[str]) -> int:
     """Train ``recipe`` to its end or to a stop request; returns the exit code."""
-    from dedistill.report.console import header, progress, quiet_dependencies, resume_command
+    from dedistill.report.console import header, progress, quiet_dependencies
 
     quiet_dependencies()
     import torch
@@ -78,6 +78,7 @@ def train(recipe: Recipe, argv: list[str]) -> int:
     from dedistill.assemble import build_model
     from dedistill.data.registry import open_source
     from dedistill.engine.inputs import input_files
+    from dedistill.engine.launcher import resume_command
     from dedistill.engine.loop import Trainer
     from dedistill.engine.metrics import Trackers
     from dedistill.engine.rundir import RunDirectory
@@ -86,6 +87,7 @@ def train(recipe: Recipe, argv: list[str]) -> int:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this version trains on one process; start it without several ranks")
+    again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
     plan = make_plan(recipe)
     with RunDirectory(recipe) as run, StopRequest() as stop:
@@ -104,7 +106,7 @@ def train(recipe: Recipe, argv: list[str]) -> int:
         if not trainer.trained_now:
             print(f"already finished at step {trainer.step}; nothing to train", file=sys.stderr)
         if trainer.step < plan.steps:
-            print(f"stopped and saved at step {trainer.step}; continue with:\n  {resume_command(argv)}", file=sys.stderr)
+            print(f"stopped and saved at step {trainer.step}; continue with:\n  {again}", file=sys.stderr)
             return 128 + (stop.signal or 0)
         exported = trainer.export()
         where = f"{run.path}/" + (f", model in {exported}/" if exported else "")
