@@ -25,7 +25,6 @@ class Batch:
 class Source(Protocol):
     name: str
     picture: tuple[int, int, int]
-    caption_noise: float
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         """The samples of ``positions`` in step ``step``; a function of the arguments alone."""

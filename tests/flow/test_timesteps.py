@@ -247,7 +247,7 @@ def objective(batch: int, seed: int = 0) -> Objective:
             density="beta", alpha=None, beta=None, mean=None, std=None, scale=None, shift=1.0, stratify=True
         ),
     )
-    return Objective(recipe, load_digits(None, 0.0), tokens=8, dynamic_shift=1.0)
+    return Objective(recipe, load_digits(0.0), tokens=8, dynamic_shift=1.0)
 
 
 @pytest.mark.parametrize("cuts", [[], [12], [6, 12, 18], [5, 10, 15, 20], [1, 23], list(range(1, 24))], ids=len)
