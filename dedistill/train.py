@@ -34,7 +34,7 @@ def guarded(action, *, debug: bool) -> int:
         print(f"error: {e.filename or 'input/output'}: {e.strerror or e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; nothing was being written", file=sys.stderr)
+        print("stopped; what was complete is kept", file=sys.stderr)
         return 130
     except Exception as e:
         if debug:
@@ -99,7 +99,7 @@ def _check_cache(recipe: Recipe) -> int:
 
 def train(recipe: Recipe, argv: list[str], *, cache_only: bool = False) -> int:
     """Train ``recipe`` to its end or to a stop request; returns the exit code. cache_only: stop when data is encoded."""
-    from dedistill.report.console import header, progress, quiet_dependencies, resume_command, say
+    from dedistill.report.console import header, progress, quiet_dependencies, say
 
     quiet_dependencies()
     import torch
@@ -107,6 +107,7 @@ def train(recipe: Recipe, argv: list[str], *, cache_only: bool = False) -> int:
 
     from dedistill.assemble import build_model
     from dedistill.engine.inputs import input_files
+    from dedistill.engine.launcher import resume_command
     from dedistill.engine.loop import Trainer
     from dedistill.engine.metrics import Trackers
     from dedistill.engine.rundir import RunDirectory
@@ -116,6 +117,7 @@ def train(recipe: Recipe, argv: list[str], *, cache_only: bool = False) -> int:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this version trains on one process; start it without several ranks")
+    again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
     plan = make_plan(recipe)
     with RunDirectory(recipe) as run, StopRequest() as stop:
@@ -137,7 +139,7 @@ def train(recipe: Recipe, argv: list[str], *, cache_only: bool = False) -> int:
         if not trainer.trained_now:
             print(f"already finished at step {trainer.step}; nothing to train", file=sys.stderr)
         if trainer.step < plan.steps:
-            print(f"stopped and saved at step {trainer.step}; continue with:\n  {resume_command(argv)}", file=sys.stderr)
+            print(f"stopped and saved at step {trainer.step}; continue with:\n  {again}", file=sys.stderr)
             return 128 + (stop.signal or 0)
         exported = trainer.export()
         where = f"{run.path}/" + (f", model in {exported}/" if exported else "")

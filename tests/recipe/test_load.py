@@ -138,7 +138,9 @@ def test_contradictions_come_with_misspellings(errors_of):
 def test_no_contradiction_is_made_up_for_a_key_that_was_not_understood(errors_of):
     """Without the unknown key the model has neither path nor new; that is no second mistake."""
     text = SMALL.replace("path = ", "zzz = ")
-    assert errors_of(text) == ["x.toml:6: model.zzz: unknown key, known here: family, path, revision, components, mask, t5_mask, guidance, text_length, new"]
+    assert errors_of(text) == [
+        "x.toml:6: model.zzz: unknown key, known here: family, path, revision, components, mask, t5_mask, guidance, text_length, new"
+    ]
 
 
 @pytest.mark.parametrize("key", ["api_key", "apikey", "hf_token", "HF_TOKEN", "password", "client-secret", "wandb_api_key"])
