@@ -34,7 +34,7 @@ def test_half_and_half():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_shares_never_drift(counts, weights, seed):
     """After every block each source has its share of the draws within 4, however long the run: independent draws drift."""
-    sources, _ = draw_samples(seed, np.arange(BLOCK * 3000), counts, weights)
+    sources, _ = draw_samples(seed, np.arange(BLOCK * 800), counts, weights)
     shares = np.array(weights) / np.sum(weights)
     drawn = np.cumsum(sources[:, None] == np.arange(len(counts)), axis=0)[BLOCK - 1 :: BLOCK]
     wanted = BLOCK * np.arange(1, len(drawn) + 1)[:, None] * shares
