@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import imagehash
@@ -61,7 +62,7 @@ def near_duplicates(hashes: np.ndarray, distance: int = NEAR) -> list[list[int]]
     unique, which = np.unique(hashes, return_inverse=True)
     edges = np.linspace(0, 64, distance + 2).round().astype(int)
     pairs = [np.empty((0, 2), dtype=np.int64)]
-    for low, high in zip(edges[:-1], edges[1:]):
+    for low, high in pairwise(edges):
         band = (unique >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(band, kind="stable")
         for members in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
@@ -166,7 +167,7 @@ def _sources(index: Index, lengths: list[int]) -> list[dict]:
 def _histogram(values: Sequence[float], edges: Sequence[int]) -> list[tuple[str, int]]:
     """How many values are below the first edge, from one edge to below the next, and from the last edge on."""
     counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)
-    labels = [f"under {edges[0]}", *(f"{a} to {b - 1}" for a, b in zip(edges, edges[1:])), f"{edges[-1]} or more"]
+    labels = [f"under {edges[0]}", *(f"{a} to {b - 1}" for a, b in pairwise(edges)), f"{edges[-1]} or more"]
     return list(zip(labels, counts.tolist()))
 
 
