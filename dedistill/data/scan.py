@@ -14,7 +14,6 @@ from scipy.sparse.csgraph import connected_components
 from dedistill.data.buckets import buckets_for, crops_of
 from dedistill.data.index import READERS, Index
 from dedistill.data.mixing import caption_warnings
-from dedistill.data.pictures import decode
 from dedistill.errors import UserError
 
 SIDES = (256, 384, 512, 768, 1024, 1536, 2048, 4096)
@@ -112,7 +111,7 @@ def _hashes(index: Index, say: Callable[[str], None]) -> np.ndarray:
     """Perceptual hash of every picture as uint64."""
 
     def one(i: int) -> int:
-        picture = decode(index.read(i), max_pixels=index.limits.max_pixels, max_bytes=index.limits.max_bytes)
+        picture = index.picture(i)
         picture.thumbnail((THUMBNAIL, THUMBNAIL), reducing_gap=2)
         return int(str(imagehash.phash(picture)), 16)
 

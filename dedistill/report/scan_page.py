@@ -7,7 +7,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 from dedistill.data.index import Index
-from dedistill.data.pictures import decode
 from dedistill.report.sweep_page import Shot, render
 
 SIDE = 384
@@ -77,7 +76,7 @@ def _shot(folder: Path, index: Index, i: int) -> Shot:
     """A small copy of sample i, named by its hash: no name of the user's becomes a path."""
     sample = index.samples[i]
     file = f"pictures/{sample.sha256[:24]}.jpg"
-    picture = decode(index.read(i), max_pixels=index.limits.max_pixels, max_bytes=index.limits.max_bytes)
+    picture = index.picture(i)
     picture.thumbnail((SIDE, SIDE), reducing_gap=2)
     picture.save(folder / file, quality=85)
     where = f"{sample.name}, {sample.width} x {sample.height}"
