@@ -14,7 +14,7 @@ from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.base.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
 from dedistill.errors import UserError
 from dedistill.families.family import Components, Family
-from dedistill.families.registry import get_family
+from dedistill.families.registry import get_family, text_length
 from dedistill.recipe import Recipe
 from dedistill.text import Text, stack
 
@@ -102,7 +102,7 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     if recipe.sample.height:
         parts.picture = family.latent_shape(parts, recipe.sample.height, recipe.sample.width)
         parts.tokens = family.tokens(parts, parts.picture)
-    length = recipe.model.text_length or family.text_length
+    length = text_length(family, recipe.model.text_length, recipe.where("model.text_length"))
     facts = {"network_parameters": sum(p.numel() for p in parts.net.parameters()), "picture": list(parts.picture)}
     if recipe.adapter is None:
         cast_float(parts.net, torch.float32)

@@ -20,7 +20,7 @@ from dedistill.data.registry import open_source
 from dedistill.data.source import Source
 from dedistill.errors import UserError
 from dedistill.families.family import Components, Family
-from dedistill.families.registry import get_family
+from dedistill.families.registry import get_family, text_length
 from dedistill.fingerprint import fingerprint
 from dedistill.flow import keyed
 from dedistill.recipe import Recipe
@@ -114,7 +114,7 @@ def open_stores(recipe: Recipe, family: Family, parts: Components, cache: Path) 
 
 
 def _length(recipe: Recipe, family: Family) -> int:
-    return recipe.model.text_length or family.text_length
+    return text_length(family, recipe.model.text_length, recipe.where("model.text_length"))
 
 
 def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[Picture]]:

@@ -23,7 +23,7 @@ from dedistill.data.registry import open_source
 from dedistill.engine.checkpoint import list_checkpoints
 from dedistill.errors import UserError
 from dedistill.families.family import Family
-from dedistill.families.registry import get_family
+from dedistill.families.registry import get_family, text_length
 from dedistill.finished import last_weights
 from dedistill.posthoc.lerp import find_snapshots, lerp_snapshots
 from dedistill.prepare import look
@@ -54,6 +54,7 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
     family = get_family(recipe.model.family, recipe.where("model.family"))
     with stage("the plan can be reached"):
         _check_reachable(recipe)
+        text_length(family, recipe.model.text_length, recipe.where("model.text_length"))
     with stage("layers and sizes at full scale"):
         say("  " + _check_full_size(recipe, family))
     if recipe.data.source == "pictures":

@@ -20,6 +20,8 @@ class Components:
     tokens: int
     """Picture tokens, which the resolution-dependent shift depends on."""
     mask: str = "bool"
+    text_length: int = 0
+    """Tokens captions are padded to, where the family keeps it with the model."""
     vae: Any = None
     """Codec between pixels and what the denoiser sees; None where that is pixels."""
     guidance: float | None = None
@@ -34,6 +36,7 @@ class Family(Protocol):
     name: str
     text_length: int
     """Tokens a caption is padded or cut to where a recipe does not say."""
+    max_text_length: int
 
     def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """The components a recipe's [model] table asks for, from a folder or with random weights.

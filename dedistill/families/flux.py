@@ -30,6 +30,7 @@ DEV_GUIDANCE = 1.0
 class Flux:
     name = "flux"
     text_length = 512
+    max_text_length = 512
 
     def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """``spec`` is a recipe's [model] table: a diffusers folder, a hub id with its revision, or one BFL file.
@@ -48,6 +49,7 @@ class Flux:
             _tokens(picture),
             spec.mask,
             vae=vae,
+            text_length=spec.text_length or self.text_length,
             guidance=self._guidance(denoiser, spec.guidance) if net else None,
             source=place,
         )
@@ -83,7 +85,7 @@ class Flux:
         self.save_rest(parts, folder)
 
     def save_rest(self, parts: Components, folder: Path) -> None:
-        facts = {"family": self.name, "mask": parts.mask, "t5_mask": parts.text.t5_mask}
+        facts = {"family": self.name, "mask": parts.mask, "t5_mask": parts.text.t5_mask, "text_length": parts.text_length}
         facts["components"] = str(parts.source.components.resolve())
         for name in ("model_index.json", "scheduler"):
             there = parts.source.components / name

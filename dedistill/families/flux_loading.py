@@ -18,6 +18,7 @@ HUB_FILES = [
     *("transformer/*.safetensors", "text_encoder*/*.safetensors", "vae/*.safetensors"),
 ]
 """Not the single-file copies that such repositories keep beside the folders."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -54,8 +55,12 @@ def _local(path: str, revision: str | None, key: str) -> Path:
         return here
     if not _HUB_ID.fullmatch(path):
         raise UserError(f"{key}: '{path}' does not exist")
-    if revision is None:
-        raise UserError(f"{key}: '{path}' is no local folder; for a hub id pin its commit with model.revision", 2)
+    if not _COMMIT.fullmatch(revision or ""):
+        raise UserError(
+            f"{key}: '{path}' is no local folder. For a hub id pin its commit, 40 hexadecimal digits, with model.revision; "
+            "a branch or tag may change under a run",
+            2,
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -21,6 +21,7 @@ from dedistill.text import Text
 class PixelFlux:
     name = "pixel_flux"
     text_length = 12
+    max_text_length = 512
 
     def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """``spec`` is a recipe's [model] table. Raises UserError when the folder is not a model of this family."""

@@ -26,7 +26,15 @@ NOISY = keyed.noise(0, "test", 0, range(2), (16, 4, 6))
 
 
 def spec(path, **changes) -> SimpleNamespace:
-    plain = {"path": str(path), "revision": None, "components": None, "mask": "bool", "t5_mask": True, "guidance": None}
+    plain = {
+        "path": str(path),
+        "revision": None,
+        "components": None,
+        "mask": "bool",
+        "t5_mask": True,
+        "guidance": None,
+        "text_length": None,
+    }
     return SimpleNamespace(**(plain | changes))
 
 
@@ -168,8 +176,9 @@ def test_nothing_is_loaded_by_halves(copy, damage, message):
 
 
 def test_hub_id_needs_its_revision():
-    with pytest.raises(UserError, match=r"pin its commit with model\.revision"):
-        load("black-forest-labs/FLUX.1-schnell")
+    for revision in (None, "main", "741f7c3"):
+        with pytest.raises(UserError, match=r"pin its commit, 40 hexadecimal digits, with model\.revision"):
+            load("black-forest-labs/FLUX.1-schnell", revision=revision)
     with pytest.raises(UserError, match="does not exist"):
         load("/no/such/folder")
 
