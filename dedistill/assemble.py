@@ -13,9 +13,10 @@ from dedistill.adapters.init import check_started, initialise
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.base.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
 from dedistill.errors import UserError
-from dedistill.families.family import Components, Family, Text
+from dedistill.families.family import Components, Family
 from dedistill.families.registry import get_family
 from dedistill.recipe import Recipe
+from dedistill.text import Text, stack
 
 INIT_SCALE = 1e-3
 CHUNK = 256
@@ -30,12 +31,18 @@ class Model:
     root: nn.Module
     text_length: int
     bf16: bool = False
+    negative: str = ""
+    """Prompt of the unconditional branch when pictures are made."""
+    guidance: float | None = None
+    """Fed to a distilled guidance embedding when pictures are made; None: as in training."""
     grid_shift: float = 1.0
     """Shift of the solver's sigmas when pictures are made: the recipe's timesteps.shift in numbers."""
     chunk: int = CHUNK
     """Samples per forward pass when nothing is trained."""
     adapter: Adapter | None = None
     targets: list[Resolved] = field(default_factory=list)
+    known: dict[str, Text] = field(default_factory=dict)
+    """Captions that are encoded already, each as long as it is real; they never reach an encoder."""
     facts: dict = field(default_factory=dict)
     """What was really done: quantized layers, matched layers, sizes of the start. Recorded in the run directory."""
 
@@ -64,12 +71,23 @@ class Model:
         self.load_tensors(read_tensors(path)[0], str(path))
 
     def encode(self, captions: list[str], length: int | None = None) -> Text:
+        """One batch of encoded captions on the model's device; ``known`` ones are the very tensors of the cache."""
+        if captions and all(c in self.known for c in captions):
+            return stack([self.known[c] for c in captions]).to(self.device)
         return self.family.encode_text(self.parts, captions, length or self.text_length).to(self.device)
 
-    def velocity(self, noisy: Tensor, sigma: Tensor, text: Text) -> Tensor:
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None) -> Tensor:
         """noise - data as the model predicts it, float32; the same arithmetic in training, validation and sampling."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.family.velocity(self.parts, self.root, noisy, sigma, text).float()
+            return self.family.velocity(self.parts, self.root, noisy, sigma, text, guidance).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [B, C, H, W] on the CPU, about [-1, 1]."""
+        return self.family.decode(self.parts, latents).float().cpu()
+
+    def shift(self, shape: tuple[int, ...]) -> float:
+        """Resolution-dependent shift of sigma for samples of ``shape``."""
+        return self.family.shift(self.parts, self.family.tokens(self.parts, shape))
 
     @property
     def device(self) -> torch.device:
@@ -80,33 +98,39 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     """Load, freeze, quantize and adapt as ``recipe`` says; every effect is checked and recorded in ``facts``."""
     family = get_family(recipe.model.family, recipe.where("model.family"))
     parts = family.load(recipe.model, seed=recipe.run.seed)
-    parts.net.to(device)
+    parts.device = device
+    if recipe.sample.height:
+        parts.picture = family.latent_shape(parts, recipe.sample.height, recipe.sample.width)
+        parts.tokens = family.tokens(parts, parts.picture)
+    length = recipe.model.text_length or family.text_length
     facts = {"network_parameters": sum(p.numel() for p in parts.net.parameters()), "picture": list(parts.picture)}
     if recipe.adapter is None:
-        model = Model(family, parts, parts.net, recipe.model.text_length, facts=facts)
+        cast_float(parts.net, torch.float32)
+        model = Model(family, parts, parts.net.to(device), length, facts=facts)
     else:
-        model = _adapt(recipe, family, parts, facts)
+        model = _adapt(recipe, family, parts, facts, device, length)
     model.root.to(device)
+    model.negative, model.guidance = recipe.sample.negative, recipe.sample.guidance
     model.bf16 = recipe.train.precision == "bf16"
-    model.grid_shift = recipe.timesteps.resolved_shift(family.shift(parts.tokens))
+    model.grid_shift = recipe.timesteps.resolved_shift(model.shift(parts.picture))
     model.chunk = recipe.train.micro_batch or CHUNK
     if recipe.train.gradient_checkpointing:
         parts.net.enable_gradient_checkpointing()
+    facts |= {"text_length": length, "mask": parts.mask, "guidance": parts.guidance}
     facts["gradient_checkpointing"] = bool(getattr(parts.net, "is_gradient_checkpointing", False))
     facts["trained_parameters"] = sum(p.numel() for p in model.trainable().values())
     facts["storage_bytes"] = storage_bytes(parts.net)
     return model
 
 
-def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict) -> Model:
+def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict, device: torch.device | str, length: int) -> Model:
     net, table = parts.net, recipe.adapter
-    if recipe.train.precision == "bf16":
-        cast_float(net, torch.bfloat16)
+    cast_float(net, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     shapes = dense_shapes(net, linear_names(net))
-    quantized = prepare_base(net, recipe.base.quant, recipe.base.exclude, recipe.where)
+    quantized = prepare_base(net, recipe.base.quant, recipe.base.exclude, recipe.where, device)
     facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
-    targets = resolve_targets(table, shapes, family.presets(), recipe.where)
-    adapter = Adapter(net, table.kind, targets)
+    targets = resolve_targets(table, shapes, family.presets(net), recipe.where)
+    adapter = Adapter(net, table.kind, targets).to(next(net.parameters()).device)
     scale = table.init_scale or INIT_SCALE
     weight = _weight_reader(net)
     for name, module in adapter.by_target.items():
@@ -115,8 +139,8 @@ def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict) -> Mo
         for parameter in adapter.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
     facts["init"] = check_started(adapter.by_target, weight, init=table.init, scale=scale)
-    return Model(family, parts, adapter, recipe.model.text_length, adapter=adapter, targets=targets, facts=facts)
+    return Model(family, parts, adapter, length, adapter=adapter, targets=targets, facts=facts)
 
 
 def _weight_reader(net: nn.Module) -> Callable[[str], Tensor]:
-    return lambda name: dense_weight(net.get_submodule(name)).cpu()
+    return lambda name: dense_weight(net.get_submodule(name))

@@ -5,12 +5,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from dedistill.assemble import Model, build_model
+from dedistill.assemble import Model
 from dedistill.data.source import Source
 from dedistill.engine.inputs import model_files
 from dedistill.errors import UserError
 from dedistill.files import file_sha256
-from dedistill.finished import last_weights, open_finished, sampling_device
+from dedistill.finished import last_weights, open_base, open_finished
 from dedistill.recipe import Recipe
 from dedistill.sampling.sweep import Candidate
 
@@ -52,21 +52,13 @@ def _chosen(known: list[str], averages: list[str], wanted: list[str] | None, out
 
 
 def _opener(recipe: Recipe, path: Path | None) -> Callable[[], Model]:
-    if path is not None:
-        return lambda: open_finished(recipe, path)
-
-    def base() -> Model:
-        model = build_model(recipe, sampling_device())
-        model.adapter.detach_from_base()
-        return model
-
-    return base
+    return lambda: open_base(recipe) if path is None else open_finished(recipe, path)
 
 
 def _identity(recipe: Recipe, *places: Path | str) -> str:
     """Hash of everything a picture depends on beside prompt, noise and steps: files of models, and how they are used."""
     settings = recipe.resolved()
-    used = [settings[table] for table in ("model", "base", "adapter")]
+    used = [settings[table] for table in ("model", "base", "adapter", "sample")]
     used += [settings["train"]["precision"], settings["timesteps"]["shift"], settings["run"]["seed"]]
     digest = hashlib.sha256(json.dumps(used).encode())
     for place in map(Path, places):

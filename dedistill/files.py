@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import re
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,7 +77,7 @@ class WholeFile:
             raise refused(self.path, e) from e
         return self
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         self._size += len(data)
         try:
             return self._file.write(data)
@@ -100,6 +102,23 @@ class WholeFile:
         except OSError as e:
             raise refused(self.path, e, self._size) from e
         sync(self.path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling to fill, which then takes the place of ``path``; when the block fails nothing changes."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            sync(file)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync(path.parent)
 
 
 def replace_file(path: Path, data: bytes) -> None:

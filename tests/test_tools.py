@@ -123,6 +123,22 @@ def test_sweep_folder(story, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in before}, "pictures that are there were made again"
 
 
+def test_influence_folder_is_a_recipe(story, monkeypatch, capsys):
+    """K6: the tool's fragment is a recipe that trains as many numbers as the tool said."""
+    monkeypatch.chdir(story)
+    (story / "prompts.txt").write_text("3 seven\none two\n")
+    arguments = ["--prompts", "prompts.txt", "--sigmas", "2", "--budget", "0.03M"]
+    assert tool("layer_influence", "small/dedistill.toml", *arguments) == 0
+    folder = story / "runs/digits/dedistill/influence"
+    numbers = json.loads((folder / "influence.json").read_text())
+    assert numbers["prompts"] == 2 and numbers["sigmas"] == [1.0, 0.5] and numbers["budget"] == 30_000
+    assert f"{numbers['parameters']:,} trained numbers" in capsys.readouterr().err
+    out = {"train.steps": 1, "train.warmup": 0, "run.out": "'runs/influence'"}
+    assert main([str(folder / "influence.toml"), *(w for k, v in out.items() for w in ("--set", f"{k}={v}"))]) == 0
+    facts = json.loads((story / "runs/influence/plan.json").read_text())["effects"]
+    assert facts["trained_parameters"] == numbers["parameters"]
+
+
 def test_identity_follows_what_a_picture_depends_on(story, tmp_path, monkeypatch):
     """N1: pictures of another base, arithmetic or grid are not taken for those of this one."""
     import shutil
@@ -181,6 +197,11 @@ def test_report(story, monkeypatch, capsys):
         (("cfg_sweep", "small/dedistill.toml", "--skip", "-1"), "--skip: expects a whole number of at least 0"),
         (("cfg_sweep", "small/dedistill.toml", "--prompts", "0"), "neither a number nor a readable text file"),
         (("posthoc_ema", "runs/digits/dedistill", "--alpha", "1.5"), "alpha = 1.5"),
+        (("layer_influence", "small/dedistill.toml", "--prompts", "2", "--sigmas", "1", "--budget", "9"), "--budget: 9 is too"),
+        (
+            ("layer_influence", "small/dedistill.toml", "--budget", "6 M B"),
+            "--budget: expects a whole number of at least 1, or",
+        ),
     ],
 )
 def test_tools_say_what_is_wrong(story, monkeypatch, capsys, arguments, message):

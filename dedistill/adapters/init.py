@@ -36,11 +36,11 @@ def initialise(module: nn.Module, name: str, weight: Callable[[], Tensor], *, in
         module.lokr_w1.fill_(1.0)
     if init == "perturbed_normal" and left is None:
         dense, draw = weight(), _normal(rng, module.lokr_w2)
-        draw = (draw - draw.mean()) / draw.std(correction=0) * dense.std(correction=0) + dense.mean()
+        draw = (draw - draw.mean()) / draw.std(correction=0) * _deviation(dense) + float(dense.mean())
         module.lokr_w2.copy_(draw * scale)
-    elif init == "perturbed_normal" and (deviation := weight().std(correction=0)) > 0:
+    elif init == "perturbed_normal" and (deviation := _deviation(weight())) > 0:
         a, b = _normal(rng, left), _normal(rng, right)
-        size = scale * deviation / ((a @ b).std(correction=0) * module.scale)
+        size = scale * deviation / (_deviation(a @ b) * module.scale)
         left.copy_(a * size**0.5)
         right.copy_(b * size**0.5)
     elif left is not None:  # ones, or a layer of equal weights, which have no deviation to take a share of
@@ -51,6 +51,11 @@ def _factors(module: nn.Module) -> tuple[Tensor, Tensor]:
     if isinstance(module, LokrModule):
         return module.lokr_w2_a, module.lokr_w2_b
     return module.lora_up.weight, module.lora_down.weight
+
+
+def _deviation(values: Tensor) -> float:
+    """Taken where the values lie: full-size weights need not leave the GPU."""
+    return float(values.std(correction=0))
 
 
 def _normal(rng: np.random.Generator, like: Tensor) -> Tensor:
@@ -83,10 +88,6 @@ def check_started(
             "nothing there would ever train"
         )
     return found
-
-
-def _deviation(tensor: Tensor) -> float:
-    return float(tensor.std(correction=0))
 
 
 def _rounding(module: nn.Module) -> float:

@@ -15,8 +15,10 @@ def linear_names(net: nn.Module) -> list[str]:
     return [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
 
 
-def prepare_base(net: nn.Module, quant: str, exclude: list[str], where: Callable[[str], str] = str) -> list[str]:
-    """Quantize ``net`` in place, then freeze all of it; returns the names of the quantized linears.
+def prepare_base(
+    net: nn.Module, quant: str, exclude: list[str], where: Callable[[str], str] = str, device: torch.device | str = "cpu"
+) -> list[str]:
+    """Quantize ``net`` in place, move it to ``device``, freeze all of it; returns the names of the quantized linears.
 
     quant: "none", "int8" (ours) or "int8-quanto". A linear that matches a pattern of ``exclude`` keeps its dtype.
     Raises UserError for a pattern that matches no linear.
@@ -25,12 +27,13 @@ def prepare_base(net: nn.Module, quant: str, exclude: list[str], where: Callable
     kept = {name for i, pattern in enumerate(exclude) for name in _excluded(pattern, names, where(f"base.exclude.{i}"))}
     chosen = [name for name in names if name not in kept] if quant != "none" else []
     if quant == "int8":
-        for name in chosen:
-            net.set_submodule(name, Int8Linear(net.get_submodule(name)))
+        for name in chosen:  # one at a time, so that the whole dense network is never on the device
+            net.set_submodule(name, Int8Linear(net.get_submodule(name).to(device)))
     elif quant == "int8-quanto":
-        _quantize_quanto(net, chosen)
+        _quantize_quanto(net.to(device), chosen)
     elif quant != "none":
         raise ValueError(f"unknown quantization {quant!r}")
+    net.to(device)
     # after quantization: quanto's freeze() makes the weights it rebuilds require gradients again
     net.requires_grad_(False)
     return chosen

@@ -9,12 +9,12 @@ import torch
 
 from dedistill.data import captions
 from dedistill.data.order import sample_indices
-from dedistill.data.source import Batch
+from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 
 
-class DigitSource:
+class DigitSource(OneSize):
     """``per_picture`` digits side by side; pictures [N, h, w] in [-1, 1] with labels [N], split once and for all."""
 
     def __init__(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dedistill.data.order import sample_indices
-from dedistill.data.source import Batch
+from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
 from dedistill.files import file_sha256
 from dedistill.flow import keyed
@@ -24,7 +24,7 @@ HELD_OUT = 16
 """One pair in this many is kept for validation."""
 
 
-class PairSource:
+class PairSource(OneSize):
     """Pairs by index. Shards are checked against their hashes once, then read by offset without extraction."""
 
     name = "pairs"

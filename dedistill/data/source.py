@@ -6,12 +6,15 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from dedistill.text import Text
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of some slots: pixels [B, C, H, W] in [-1, 1], their captions, and names to report them by.
+    """Samples of some slots: pixels [B, C, H, W] as the denoiser sees them, their captions, and names to report them by.
 
-    noise and trajectory [B, K, C, H, W] come with stored pairs only; trajectory_sigmas [K] falls from 1 to 0.
+    text: the captions, encoded already. noise and trajectory [B, K, C, H, W] come with stored pairs only;
+    trajectory_sigmas [K] falls from 1 to 0.
     """
 
     pixels: Tensor
@@ -20,14 +23,26 @@ class Batch:
     noise: Tensor | None = None
     trajectory: Tensor | None = None
     trajectory_sigmas: np.ndarray | None = None
+    text: Text | None = None
+
+
+class OneSize:
+    """A source whose samples all have one shape."""
+
+    def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
+        return [np.asarray(positions)]
 
 
 class Source(Protocol):
     name: str
-    picture: tuple[int, int, int]
+    picture: tuple[int, int, int] | None
+    """Shape of every sample, None where they differ."""
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         """The samples of ``positions`` in step ``step``; a function of the arguments alone."""
+
+    def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
+        """``positions`` parted by the shape of their samples, in the order of their first."""
 
     def prompts(self, seed: int, count: int) -> list[str]:
         """Captions to make pictures from, without noise."""

@@ -1,15 +1,13 @@
 """A trained network as a model folder that knows its step, whole or not there."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from dedistill.assemble import Model
 from dedistill.errors import UserError
-from dedistill.files import sync, write_synced
+from dedistill.files import whole_folder, write_synced
 
 MARK = "run.json"
 """Beside the family's own files: which step of the run the folder holds."""
@@ -17,19 +15,12 @@ MARK = "run.json"
 
 def export_model(model: Model, folder: Path, step: int) -> None:
     """Write ``model`` as ``folder``, in place of an older one. Raises UserError naming it when the disk refuses."""
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
-        model.family.save(model.parts, temporary)
-        write_synced(temporary / MARK, (json.dumps({"step": step}) + "\n").encode())
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
+        with whole_folder(folder) as temporary:
+            model.family.save(model.parts, temporary)
+            write_synced(temporary / MARK, (json.dumps({"step": step}) + "\n").encode())
     except (OSError, SafetensorError) as e:  # safetensors reports a full disk in its own way
         raise UserError(f"cannot write the model folder '{folder}': {e}. The checkpoint of step {step} is intact.") from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync(folder.parent)
 
 
 def exported_step(folder: Path) -> int | None:

@@ -5,18 +5,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save
 
 from dedistill.assemble import Model
 from dedistill.data.source import Source
+from dedistill.engine.ahead import ahead
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
 from dedistill.engine.export import export_model, exported_step
 from dedistill.engine.guards import FiniteGuard, NotFinite
 from dedistill.engine.metrics import Clock, Journal, Trackers
-from dedistill.engine.objective import Objective, task_loss
+from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from dedistill.engine.preview import Preview
 from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.stop import StopRequest
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
@@ -31,30 +32,31 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, plan: Plan, model: Model, source: Source, run: RunDirectory):
         self.recipe, self.plan, self.model, self.run = recipe, plan, model, run
-        self.objective = Objective(recipe, source, model.parts.tokens, model.family.shift(model.parts.tokens))
+        self.objective = Objective(recipe, source, model.shift)
         self.trainable = model.trainable()
         self.optimizer = make_optimizer(recipe, self.trainable.values())
         self.guard = FiniteGuard()
         self.step = 0
         self.skipped = 0
         self.trained_now = False
+        self.waited = 0.0
+        """Seconds since the last line of timings.jsonl in which training stood still for data."""
         self.notes: list[str] = []
         every, samples = recipe.validate_.every, recipe.validate_.samples or SAMPLES
-        self.validate = Validator(self.objective, samples) if every else None
+        self.validate = Validator(self.objective, samples, model.chunk) if every else None
+        self.preview = Preview(recipe, model, run.previews) if recipe.preview.every else None
 
     def facts(self) -> dict:
         """What the run's settings came to, for plan.json."""
         return {
             "objective": self.objective.kind,
-            "sigma": self.objective.sampling,
+            "sigma": self.objective.sampling | {"shift": self.objective.shift_of(self.model.parts.picture)},
             "caption_dropout": self.objective.dropout,
             "optimizer": type(self.optimizer).__module__.split(".")[0] + "." + type(self.optimizer).__name__,
             "betas": list(self.recipe.train.betas),
             "parameter_dtype": str(next(iter(self.trainable.values())).dtype),
             "bf16": self.model.bf16,
-            "text_length": self.model.text_length,
-            "mask": self.model.parts.mask,
-            "samples_held_out": len(self.validate.task.names) if self.validate else 0,
+            "samples_held_out": self.validate.samples if self.validate else 0,
         }
 
     def resume(self) -> None:
@@ -76,10 +78,14 @@ class Trainer:
         if self.step == 0 and self.validate:
             before = {f"{key}_start": value for key, value in self.validate(self.model).items()}
             clock.lap()
+        if self.step == 0 and self.preview:
+            self.preview(0)
+            clock.lap()
         self.model.root.train()
+        tasks = ahead(self._tasks(self.step))
         try:
             for step in range(self.step, self.plan.steps):
-                row = self._guarded_step(step) | before
+                row = self._guarded_step(step, tasks) | before
                 before = {}
                 self.step, self.trained_now = step + 1, True
                 last = self.step == self.plan.steps
@@ -87,9 +93,12 @@ class Trainer:
                     row |= self.validate(self.model)
                 if _due(self.recipe.snapshot.every, self.step, last):
                     self._snapshot()
+                if self.preview and _due(self.recipe.preview.every, self.step, last):
+                    self.preview(self.step)
                 if step == 0 or "val_loss" in row or not row["applied"] or last or self.step % self.recipe.log.every == 0:
                     journal.write(row)
-                    timings.write({"step": self.step, "seconds": round(clock.lap(), 4)})
+                    timings.write({"step": self.step, "seconds": round(clock.lap(), 4), "waited": round(self.waited, 4)})
+                    self.waited = 0.0
                     trackers.log(row, self.step)
                 stopping = stop.asked()  # asked once: a signal after this line waits for the next step
                 if last or stopping or _due(self.recipe.checkpoint.every, self.step, last):
@@ -98,22 +107,29 @@ class Trainer:
                 if stopping:
                     return
         finally:
+            tasks.close()
             journal.close()
             timings.close()
 
-    def _guarded_step(self, step: int) -> dict:
+    def _tasks(self, start: int) -> Iterator[Task]:
+        """Every micro-batch of the run from step ``start`` on."""
+        for step in range(start, self.plan.steps):
+            for positions in self.objective.micro_batches(step, self.plan.micro_batch):
+                yield self.objective.task(step, positions)
+
+    def _guarded_step(self, step: int, tasks: Iterator[Task]) -> dict:
         try:
-            return self._train_step(step)
+            return self._train_step(step, tasks)
         except NotFinite:
             if self.trained_now:  # the weights are good: bad steps were not applied
                 self._checkpoint()
             raise
 
-    def _train_step(self, step: int) -> dict:
+    def _train_step(self, step: int, tasks: Iterator[Task]) -> dict:
         """One optimizer step over all slots of the global batch; every sample weighs the same."""
         losses, sigmas, names = [], [], []
-        for positions in np.split(np.arange(self.plan.batch), self.plan.micro_steps):
-            task = self.objective.task(step, positions)
+        for _ in self.objective.micro_batches(step, self.plan.micro_batch):
+            task = self._next(tasks)
             loss = task_loss(self.model, task)  # one number per sample
             (loss.sum() / self.plan.batch).backward()
             losses.append(loss.detach().cpu())
@@ -136,6 +152,12 @@ class Trainer:
         if not applied:
             return {**row, "loss": str(mean), "grad_norm": str(grad_norm), "not_finite": bad}
         return row | {"sigma_mean": float(sigma.mean()), "sigma_loss": sigma_bins(loss, sigma, self.recipe.log.sigma_bins)}
+
+    def _next(self, tasks: Iterator[Task]) -> Task:
+        start = time.monotonic()
+        task = next(tasks)
+        self.waited += time.monotonic() - start
+        return task
 
     def _clip(self) -> torch.Tensor:
         limit = self.recipe.train.max_grad_norm or math.inf

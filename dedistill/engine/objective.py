@@ -3,6 +3,7 @@
 Three objectives, one loop: they differ in where the noisy sample, sigma and target come from.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from dedistill.flow import keyed, timesteps
 from dedistill.flow.loss import flow_loss
 from dedistill.flow.path import interpolate, velocity
 from dedistill.recipe import Recipe
+from dedistill.text import Text
 
 CAPTION_DROPOUT = 0.1
 
@@ -31,43 +33,57 @@ class Task:
     dropped: Tensor
     """[B] bool: the caption is replaced by the empty prompt."""
     names: list[str]
+    text: Text | None = None
+    """The captions, where they are encoded already."""
 
 
 class Objective:
     """The questions of every step of a run, each a pure function of (seed, step, position)."""
 
-    def __init__(self, recipe: Recipe, source: Source, tokens: int, dynamic_shift: float):
+    def __init__(self, recipe: Recipe, source: Source, shift_of: Callable[[tuple[int, ...]], float]):
+        """shift_of: the family's shift for samples of a shape, used where the recipe says shift = "auto"."""
         t = recipe.timesteps
         self.kind, self.seed, self.batch, self.source = recipe.train.objective, recipe.run.seed, recipe.train.batch, source
         given = {k: getattr(t, k) for k in ("alpha", "beta", "mean", "std", "scale")}
-        self.shift = t.resolved_shift(dynamic_shift)
+        self.shift_of = lambda shape: t.resolved_shift(shift_of(shape))
         self.sampling = {
             "density": t.density,
             "params": {k: v for k, v in given.items() if v is not None},
-            "shift": self.shift,
             "stratify": t.stratify,
         }
-        self.stratify = t.stratify
         dropout = recipe.data.caption_dropout
         self.dropout = dropout if dropout is not None else (CAPTION_DROPOUT if self.kind == "flow" else 0.0)
+
+    def micro_batches(self, step: int, size: int) -> list[np.ndarray]:
+        """All positions of a step in parts of at most ``size`` that share a shape."""
+        groups = self.source.groups(self.seed, step, np.arange(self.batch), self.batch)
+        return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
 
     def task(self, step: int, positions: np.ndarray) -> Task:
         """The training task of ``positions`` in ``step``."""
         batch = self.source.draw(self.seed, step, positions, self.batch)
         dropped = keyed.uniforms(self.seed, "caption-dropout", step, self.batch)[positions] < self.dropout
         if self.kind == "distill":
-            p = timesteps.probabilities(self.seed, "sigma", step, self.batch, self.stratify)[positions]
+            p = timesteps.probabilities(self.seed, "sigma", step, self.batch, self.sampling["stratify"])[positions]
             return _window_task(batch, p, torch.from_numpy(dropped))
         noise = self._noise(batch, "noise", step, positions)
-        sigma = timesteps.draw(self.seed, step, self.batch, **self.sampling)[positions]
+        shift = self.shift_of(tuple(batch.pixels.shape[1:]))
+        sigma = timesteps.draw(self.seed, step, self.batch, shift=shift, **self.sampling)[positions]
         return _flow_task(batch, noise, sigma, torch.from_numpy(dropped))
 
-    def held_out(self, count: int) -> Task:
-        """A fixed task on held-out samples: sigmas in the middle of equal intervals, whatever the training density."""
-        positions = np.arange(count)
-        batch = self.source.draw(self.seed, 0, positions, count, held_out=True)
+    def held_out(self, count: int, size: int) -> list[Task]:
+        """Fixed tasks on ``count`` held-out samples, at most ``size`` in each, in all the same whatever the size.
+
+        Their sigmas stand in the middle of equal intervals, whatever the training density.
+        """
+        groups = self.source.groups(self.seed, 0, np.arange(count), count, held_out=True)
         p = timesteps.midpoints(self.seed, count)
-        dropped = torch.zeros(count, dtype=torch.bool)
+        chunks = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+        return [self._held_out(chunk, p[chunk], count) for chunk in chunks]
+
+    def _held_out(self, positions: np.ndarray, p: np.ndarray, count: int) -> Task:
+        batch = self.source.draw(self.seed, 0, positions, count, held_out=True)
+        dropped = torch.zeros(len(positions), dtype=torch.bool)
         if self.kind == "distill":
             return _window_task(batch, p, dropped)
         return _flow_task(batch, self._noise(batch, "validation/noise", 0, positions), p, dropped)
@@ -81,7 +97,7 @@ class Objective:
 def _flow_task(batch: Batch, noise: Tensor, sigma: np.ndarray, dropped: Tensor) -> Task:
     s = torch.from_numpy(sigma.astype(np.float32))
     noisy = interpolate(batch.pixels, noise, s)
-    return Task(noisy, s, velocity(batch.pixels, noise), batch.captions, dropped, batch.names)
+    return Task(noisy, s, velocity(batch.pixels, noise), batch.captions, dropped, batch.names, batch.text)
 
 
 def _window_task(batch: Batch, p: np.ndarray, dropped: Tensor) -> Task:
@@ -94,12 +110,12 @@ def _window_task(batch: Batch, p: np.ndarray, dropped: Tensor) -> Task:
     here, there = batch.trajectory[rows, k], batch.trajectory[rows, k + 1]
     sigmas = torch.from_numpy(batch.trajectory_sigmas.astype(np.float32))
     width = (sigmas[k + 1] - sigmas[k]).reshape(-1, 1, 1, 1)
-    return Task(here, sigmas[k], (there - here) / width, batch.captions, dropped, batch.names)
+    return Task(here, sigmas[k], (there - here) / width, batch.captions, dropped, batch.names, batch.text)
 
 
 def task_loss(model: Model, task: Task) -> Tensor:
     """The loss of each sample [B], float32, on the model's device."""
-    text = model.encode(task.captions)
+    text = model.encode(task.captions) if task.text is None else task.text.to(model.device)
     if task.dropped.any():
         text = text.where(task.dropped.to(model.device), model.encode([""]))
     predicted = model.velocity(task.noisy.to(model.device), task.sigma.to(model.device), text)

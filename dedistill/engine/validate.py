@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dedistill.assemble import Model
-from dedistill.engine.objective import Objective, Task, task_loss
+from dedistill.engine.objective import Objective, task_loss
 
 SAMPLES = 256
 
@@ -15,25 +15,20 @@ SAMPLES = 256
 class Validator:
     """Held-out loss with its standard error. Draws nothing from the training's keys."""
 
-    def __init__(self, objective: Objective, samples: int):
-        self.task = objective.held_out(samples)
+    def __init__(self, objective: Objective, samples: int, size: int):
+        """samples: held-out samples asked each time, ``size`` of them at once."""
+        self.samples = samples
+        self.tasks = objective.held_out(samples, size)
 
     @torch.no_grad()
     def __call__(self, model: Model) -> dict[str, float]:
         """{"val_loss", "val_loss_se"} in evaluation mode."""
         training = model.root.training
         model.root.eval()
-        chunks = [slice(i, i + model.chunk) for i in range(0, len(self.task.names), model.chunk)]
-        losses = torch.cat([task_loss(model, _part(self.task, c)) for c in chunks]).cpu().double()
+        losses = torch.cat([task_loss(model, task).cpu() for task in self.tasks]).double()
         model.root.train(training)
-        by_sigma = losses[torch.argsort(self.task.sigma)]
+        by_sigma = losses[torch.argsort(torch.cat([task.sigma for task in self.tasks]))]
         return {"val_loss": float(losses.mean()), "val_loss_se": stratified_error(by_sigma.numpy())}
-
-
-def _part(task: Task, rows: slice) -> Task:
-    return Task(
-        task.noisy[rows], task.sigma[rows], task.target[rows], task.captions[rows], task.dropped[rows], task.names[rows]
-    )
 
 
 def stratified_error(losses: np.ndarray) -> float:

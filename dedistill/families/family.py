@@ -1,47 +1,12 @@
 """What a model family provides. Everything else in the program knows only this."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Text:
-    """Encoded captions: embeds [B, T, D], mask [B, T] bool (True: a real token), pooled [B, P]."""
-
-    embeds: Tensor
-    mask: Tensor
-    pooled: Tensor
-
-    def __len__(self) -> int:
-        return self.embeds.shape[0]
-
-    def to(self, device: torch.device | str) -> "Text":
-        return Text(self.embeds.to(device), self.mask.to(device), self.pooled.to(device))
-
-    def rows(self, index: Tensor | slice) -> "Text":
-        return Text(self.embeds[index], self.mask[index], self.pooled[index])
-
-    def expand(self, count: int) -> "Text":
-        """A single caption repeated ``count`` times without copying."""
-        return Text(*(t.expand(count, *t.shape[1:]) for t in (self.embeds, self.mask, self.pooled)))
-
-    def where(self, dropped: Tensor, empty: "Text") -> "Text":
-        """Rows where ``dropped`` [B] is True become ``empty``, a single caption: embeds, mask and pooled together."""
-        e = empty.expand(len(self))
-        return Text(
-            torch.where(dropped[:, None, None], e.embeds, self.embeds),
-            torch.where(dropped[:, None], e.mask, self.mask),
-            torch.where(dropped[:, None], e.pooled, self.pooled),
-        )
-
-    def trimmed(self) -> "Text":
-        """Without the columns that are padding in every row. Real tokens come first in each row."""
-        longest = int(self.mask.sum(1).max())
-        return replace(self, embeds=self.embeds[:, :longest], mask=self.mask[:, :longest])
+from dedistill.text import Text
 
 
 @dataclass
@@ -55,34 +20,76 @@ class Components:
     tokens: int
     """Picture tokens, which the resolution-dependent shift depends on."""
     mask: str = "bool"
+    vae: Any = None
+    """Codec between pixels and what the denoiser sees; None where that is pixels."""
+    guidance: float | None = None
+    """What a distilled guidance embedding is fed in training; None without one."""
+    source: Any = None
+    """Where the files are and what they say beside weights; the family's own."""
+    device: Any = "cpu"
+    """Where encoders run when they are used."""
 
 
 class Family(Protocol):
     name: str
+    text_length: int
+    """Tokens a caption is padded or cut to where a recipe does not say."""
 
-    def load(self, spec: Any, *, seed: int) -> Components:
-        """The components a recipe's [model] table asks for, from a folder or with random weights."""
+    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
+        """The components a recipe's [model] table asks for, from a folder or with random weights.
 
-    def tiny(self, seed: int) -> Components:
-        """The same classes, very small, random: for tests and rehearsals."""
+        net False: all but the denoiser, for encoding before training.
+        """
+
+    def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
+        """What encoded "latents" and "text" depend on beside picture and caption: settings, and lists of weight files."""
+
+    def full_size(self, spec: Any) -> nn.Module:
+        """The denoiser that ``spec`` names on the meta device: names and shapes without numbers, without its files."""
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+        """A small random model in the layout that ``load`` reads, built like the one ``spec`` names: for rehearsals.
+
+        picture: the shape of samples where the data give it. full_depth: as many blocks, else a few of each kind.
+        """
 
     def save(self, parts: Components, folder: Path) -> None:
         """Write ``parts`` so that ``load`` with ``path = folder`` gives them back."""
 
+    def save_rest(self, parts: Components, folder: Path) -> None:
+        """What ``save`` writes beside ``folder/transformer``, for writers that stream the denoiser themselves."""
+
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
         """Captions padded to ``length`` tokens. The empty caption has exactly one real token."""
 
-    def velocity(self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Text) -> Tensor:
-        """noise - data as ``net`` (the denoiser, or a module that wraps it) predicts it; noisy [B, C, H, W], sigma [B]."""
+    def encode_pictures(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
+        """What the denoiser sees of pixels [B, 3, H, W] in [-1, 1]; noise [B, C, h, w] samples the codec's posterior."""
 
-    def shift(self, tokens: int) -> float:
+    def decode(self, parts: Components, latents: Tensor) -> Tensor:
+        """Pixels [B, C, H, W], about [-1, 1], of what the denoiser sees."""
+
+    def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of what the denoiser sees of a picture. Raises UserError for a size it cannot have."""
+
+    def velocity(
+        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None
+    ) -> Tensor:
+        """noise - data as ``net`` (the denoiser, or a module that wraps it) predicts it; noisy [B, C, H, W], sigma [B].
+
+        guidance: value for a distilled guidance embedding, None for the one of training.
+        """
+
+    def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
+        """Picture tokens of a sample of that shape."""
+
+    def shift(self, parts: Components, tokens: int) -> float:
         """Resolution-dependent shift of sigma for that many picture tokens."""
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         """The unit of checkpointing, compiling, offloading and sharding."""
 
-    def presets(self) -> dict[str, list[str]]:
-        """Named sets of layers as name patterns."""
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        """Named sets of layers of ``net`` as name patterns."""
 
     def export_key(self, name: str) -> str:
         """The name other programs know an adapted module by."""

@@ -1,8 +1,6 @@
 """FLUX in pixel space: diffusers' FluxTransformer2DModel on small pictures, with a frozen word-level text encoder."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +10,19 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
-from dedistill.families.family import Components, Text
+from dedistill.families import flux_layers
+from dedistill.families.family import Components
+from dedistill.families.flux_common import flux_velocity
 from dedistill.families.words import WordEncoder
 from dedistill.flow.timesteps import dynamic_shift
+from dedistill.text import Text
 
 
 class PixelFlux:
     name = "pixel_flux"
+    text_length = 12
 
-    def load(self, spec: Any, *, seed: int) -> Components:
+    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """``spec`` is a recipe's [model] table. Raises UserError when the folder is not a model of this family."""
         if spec.path is not None:
             return self._from_folder(Path(spec.path), spec.mask)
@@ -45,13 +47,28 @@ class PixelFlux:
         picture = (new.channels, new.height, new.width)
         return Components(net, WordEncoder(new.text_dim, new.pooled_dim), picture, _tokens(picture, net), mask)
 
-    def tiny(self, seed: int) -> Components:
-        picture = {"channels": 1, "height": 8, "width": 16, "patch": 4}
+    def tiny(self, seed: int, shape: tuple[int, int, int] = (1, 8, 16)) -> Components:
+        picture = {"channels": shape[0], "height": shape[1], "width": shape[2], "patch": shape[1] // 2}
         sizes = {"layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
         return self.build(SimpleNamespace(**picture, **sizes, text_dim=16, pooled_dim=16), seed=seed)
 
+    def full_size(self, spec: Any) -> nn.Module:
+        with torch.device("meta"):
+            if spec.new is not None:
+                return self.build(spec.new).net
+            place = Path(spec.path) / "transformer"
+            if not place.exists():  # an earlier stage will make it
+                return self.tiny(0).net
+            return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(place))
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+        self.save(self.tiny(0, picture or (1, 8, 16)), folder)
+
     def save(self, parts: Components, folder: Path) -> None:
         parts.net.save_pretrained(folder / "transformer")
+        self.save_rest(parts, folder)
+
+    def save_rest(self, parts: Components, folder: Path) -> None:
         facts = {"family": self.name, "picture": parts.picture, "mask": parts.mask, "text": parts.text.config()}
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -69,96 +86,36 @@ class PixelFlux:
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
         return parts.text(captions, length)
 
-    def velocity(self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Text) -> Tensor:
-        if sigma.dtype not in (torch.float32, torch.float64) or not (sigma.min() >= 0 and sigma.max() <= 1):
-            raise ValueError("sigma must be float32 in [0, 1]; the network multiplies by 1000 itself")
-        channels, height, width = noisy.shape[1:]
-        patch = _patch(channels, parts.net)
-        if parts.mask == "bool":
-            text = text.trimmed()
-        with exact_timestep(parts.net.time_text_embed, sigma):
-            out = net(
-                hidden_states=patchify(noisy, patch),
-                encoder_hidden_states=text.embeds,
-                pooled_projections=text.pooled,
-                timestep=sigma.float(),
-                img_ids=_picture_ids(height // patch, width // patch, noisy.device),
-                txt_ids=torch.zeros(text.embeds.shape[1], 3, device=noisy.device),
-                joint_attention_kwargs=attention_mask(text.mask, height * width // patch**2) if parts.mask == "bool" else None,
-                return_dict=False,
-            )[0]
-        return unpatchify(out, patch, channels, height, width)
+    def velocity(
+        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None
+    ) -> Tensor:
+        if guidance is not None:
+            raise UserError(f"{self.name} has no guidance embedding; leave guidance out")
+        patch = _patch(noisy.shape[1], parts.net)
+        return flux_velocity(net, parts.net.time_text_embed, noisy, sigma, text, patch=patch, mask=parts.mask)
 
-    def shift(self, tokens: int) -> float:
+    def decode(self, parts: Components, latents: Tensor) -> Tensor:
+        return latents
+
+    def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
+        if (height, width) != parts.picture[1:]:
+            raise UserError(f"this network makes pictures of {parts.picture[2]} x {parts.picture[1]} pixels only", 2)
+        return parts.picture
+
+    def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
+        return _tokens(shape, parts.net)
+
+    def shift(self, parts: Components, tokens: int) -> float:
         return dynamic_shift(tokens)
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         return [*net.transformer_blocks, *net.single_transformer_blocks]
 
-    def presets(self) -> dict[str, list[str]]:
-        double, single = "transformer_blocks.*", "single_transformer_blocks.*"
-        return {
-            "modulation": [f"{double}.norm1.linear", f"{double}.norm1_context.linear", f"{single}.norm.linear"],
-            "attention": [
-                *(f"{double}.attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj")),
-                *(f"{double}.attn.{n}" for n in ("add_v_proj", "to_add_out")),
-                *(f"{single}.attn.{n}" for n in ("to_q", "to_k", "to_v")),
-            ],
-            "mlp": [
-                *(f"{double}.{ff}.net.{n}" for ff in ("ff", "ff_context") for n in ("0.proj", "2")),
-                f"{single}.proj_mlp",
-                f"{single}.proj_out",
-            ],
-            "blocks": [f"{double}.**", f"{single}.**"],
-        }
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        return flux_layers.presets(net)
 
     def export_key(self, name: str) -> str:
         return f"transformer.{name}"
-
-
-@contextmanager
-def exact_timestep(embedding: nn.Module, sigma: Tensor) -> Iterator[None]:
-    """Let the time embedding see 1000 sigma in float32.
-
-    diffusers casts sigma to the hidden states' dtype before multiplying by 1000: in bf16 the network would be told
-    a noise level up to 4 of 1000 away from the one it is shown.
-    """
-    hook = embedding.register_forward_pre_hook(lambda _, args: (1000 * sigma.float(), *args[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def patchify(pictures: Tensor, patch: int) -> Tensor:
-    """[B, C, H, W] -> [B, H/p * W/p, C p p], token order row by row, channel order (c, row, column) as FLUX packs."""
-    b, c, h, w = pictures.shape
-    tokens = pictures.reshape(b, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
-    return tokens.reshape(b, (h // patch) * (w // patch), c * patch * patch)
-
-
-def unpatchify(tokens: Tensor, patch: int, channels: int, height: int, width: int) -> Tensor:
-    """The inverse of :func:`patchify`."""
-    grid = tokens.reshape(-1, height // patch, width // patch, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
-    return grid.reshape(-1, channels, height, width)
-
-
-def attention_mask(text_mask: Tensor, picture_tokens: int) -> dict[str, Tensor] | None:
-    """Boolean key mask [B, 1, 1, T + I], text first; None when no token is padding, which keeps the fast kernels.
-
-    A float mask would be added to the scores instead of hiding anything, so only bool leaves this function.
-    """
-    if bool(text_mask.all()):
-        return None
-    picture = torch.ones(len(text_mask), picture_tokens, dtype=torch.bool, device=text_mask.device)
-    return {"attention_mask": torch.cat([text_mask, picture], 1)[:, None, None, :]}
-
-
-def _picture_ids(rows: int, columns: int, device: torch.device) -> Tensor:
-    ids = torch.zeros(rows, columns, 3, device=device)
-    ids[..., 1] += torch.arange(rows, device=device)[:, None]
-    ids[..., 2] += torch.arange(columns, device=device)[None]
-    return ids.reshape(-1, 3)
 
 
 def _patch(channels: int, net: nn.Module) -> int:

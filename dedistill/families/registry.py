@@ -6,7 +6,7 @@ from importlib import import_module
 from dedistill.errors import UserError
 from dedistill.families.family import Family
 
-_FAMILIES = {"pixel_flux": "dedistill.families.pixel_flux:PixelFlux"}
+_FAMILIES = {"flux": "dedistill.families.flux:Flux", "pixel_flux": "dedistill.families.pixel_flux:PixelFlux"}
 
 
 def get_family(name: str, where: str = "model.family") -> Family:

@@ -10,8 +10,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from dedistill.families.family import Text
 from dedistill.flow import keyed
+from dedistill.text import Text
 
 END, PAD = "</s>", "<pad>"
 

@@ -5,7 +5,6 @@ combination, hence one streaming pass: each input is read once, each output writ
 """
 
 import json
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.files import WholeFile, step_of
+from dedistill.files import step_of
+from dedistill.tensorfile import DTYPES, TensorFile
 
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
 """The ten of the LibreFLUX model card."""
@@ -25,7 +25,7 @@ ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
 CHUNK = 1 << 18
 """Numbers of a tensor averaged at a time."""
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_FLOATS = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,15 @@ def lerp_snapshots(snapshots: list[Snapshot], alphas: Sequence[float], out: Path
         files = [stack.enter_context(_open(s.path)) for s in snapshots]
         names = _agreed_names(snapshots, files)
         first = {name: files[0].get_slice(name) for name in names}
-        layout = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in first.items()}
+        layout = {name: (tuple(part.get_shape()), _FLOATS[part.get_dtype()]) for name, part in first.items()}
         writers = []
         for alpha, row in zip(alphas, weights):
-            writers.append(stack.enter_context(WholeFile(out / output_name(alpha))))
-            writers[-1].write(_header_bytes(layout, _metadata(files[-1].metadata() or {}, alpha, row, snapshots)))
+            header = _metadata(files[-1].metadata() or {}, alpha, row, snapshots)
+            writers.append(stack.enter_context(TensorFile(out / output_name(alpha), layout, header)))
         for name in names:
             for rows in _averages(name, files, weights):
                 for writer, row in zip(writers, rows):
-                    writer.write(_raw(row))
+                    writer.write(name, row)
     return [w.path for w in writers]
 
 
@@ -122,7 +122,7 @@ def _agreed_names(snapshots: list[Snapshot], files: list) -> list[str]:
             )
     if not wanted:
         raise UserError(f"snapshot '{snapshots[0].path}' is empty")
-    if odd := [f"{name} {dtype}" for name, (_, dtype) in wanted.items() if dtype not in _BYTES]:
+    if odd := [f"{name} {dtype}" for name, (_, dtype) in wanted.items() if dtype not in _FLOATS]:
         raise UserError(f"snapshot '{snapshots[0].path}' holds tensors that cannot be averaged, e.g. {odd[0]}")
     return sorted(wanted)
 
@@ -130,21 +130,3 @@ def _agreed_names(snapshots: list[Snapshot], files: list) -> list[str]:
 def _metadata(metadata: dict[str, str], alpha: float, weights: np.ndarray, snapshots: list[Snapshot]) -> dict[str, str]:
     parts = [{"file": s.path.name, "weight": float(w)} for s, w in zip(snapshots, weights)]
     return {**metadata, "format": "pt", "dedistill.ema": f"lerp alpha={alpha:g}", "dedistill.ema_inputs": json.dumps(parts)}
-
-
-def _header_bytes(layout: dict[str, tuple[tuple[int, ...], str]], metadata: dict[str, str]) -> bytes:
-    """The head of a safetensors file that is written tensor by tensor (the library writes only whole dictionaries):
-    8 bytes of length, then JSON with the offset of each tensor; the data follow in the same order."""
-    header: dict = {"__metadata__": metadata}
-    offset = 0
-    for name, (shape, dtype) in layout.items():
-        size = int(np.prod(shape)) * _BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _raw(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

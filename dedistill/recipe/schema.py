@@ -46,11 +46,25 @@ class Architecture(Table):
 
 class Model(Table):
     family: str = Field(description="Model family, e.g. pixel_flux.")
-    path: str | None = Field(None, description="Folder of trained weights. Exactly one of path and new is set.")
-    mask: Literal["bool", "none"] = Field(
-        "bool", description="bool: padding of the text is invisible to attention; none: it takes part, as FLUX was trained."
+    path: str | None = Field(
+        None, description="Trained weights: folder, single file, or hub id. Exactly one of path and new is set."
     )
-    text_length: Positive = Field(12, description="Tokens a caption is padded or cut to.")
+    revision: str | None = Field(None, min_length=1, description="Commit of a hub id; required for one.")
+    components: str | None = Field(
+        None, description="Folder or hub id of text encoders and VAE, where path is a single file with the denoiser alone."
+    )
+    mask: Literal["bool", "none", "libreflux"] = Field(
+        "bool",
+        description="bool: padding of the text is invisible to attention; none: it takes part, as FLUX was trained; "
+        "libreflux: real tokens get +1 on their scores, as that model was trained.",
+    )
+    t5_mask: bool = Field(
+        True, description="The text encoder ignores padding too. false: as diffusers and LibreFLUX call T5, padding leaks in."
+    )
+    guidance: Annotated[float, Field(ge=0)] | Literal["bypass"] | None = Field(
+        None, description="Fed to a distilled guidance embedding in training; default 1. bypass: go past it (Flex.1-alpha)."
+    )
+    text_length: Positive | None = Field(None, description="Tokens a caption is padded or cut to; default the family's.")
     new: Architecture | None = Field(None, description="Sizes of a new network with random weights.")
 
 
@@ -91,12 +105,48 @@ class Adapter(Table):
     )
 
 
+class PictureSet(Table):
+    """Captioned pictures in one place."""
+
+    path: str = Field(min_length=1, description="Folder of pictures, folder of tar shards, or a table (parquet, csv, jsonl).")
+    name: str | None = Field(None, min_length=1, description="What it is called in messages; default the folder's name.")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="Share of the samples, relative to the other sets.")
+    captions: list[str] | None = Field(
+        None, min_length=1, description="Fields of json files and tables that hold captions; default those commonly used."
+    )
+
+
+Resolution = Annotated[int, Field(ge=16, multiple_of=16)]
+
+
 class Data(Table):
-    source: Literal["digits", "mnist", "pairs"] = Field(
+    source: Literal["digits", "mnist", "pairs", "pictures"] = Field(
         description="digits: scikit-learn's 8x8 digits, two per picture; mnist: 28x28 digits padded to 32x32; "
-        "pairs: stored noise and pictures from tools/make_pairs.py."
+        "pairs: stored noise and pictures from tools/make_pairs.py; pictures: captioned pictures of your own."
     )
     path: str | None = Field(None, description="pairs: folder of shards (required). mnist: folder of IDX files (optional).")
+    sets: list[PictureSet] = Field(default_factory=list, description="pictures: where they are, at least one.")
+    cache: str | None = Field(None, description="pictures: folder for encoded pictures and captions (required).")
+    resolutions: list[Resolution] | None = Field(
+        None, min_length=1, description="pictures: sides of the squares whose area pictures are brought to. Default [1024]."
+    )
+    crops: list[Literal["aspect", "square", "random_aspect", "center"]] | None = Field(
+        None, min_length=1, description="pictures: how they are cut; several are used in turn. Default ['aspect']."
+    )
+    crops_per_picture: Positive | None = Field(None, description="pictures: crops of each, per resolution. Default 1.")
+    max_upscale: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="pictures: how much smaller ones may be enlarged; others are left out. Default 1."
+    )
+    missing_captions: Literal["error", "quarantine", "empty"] | None = Field(
+        None, description="pictures: what becomes of a picture without a caption. Default error."
+    )
+    split_lines: Literal["auto", "always", "never"] | None = Field(
+        None, description="pictures: whether each line of a text file is a caption of its own. Default auto."
+    )
+    limit: Positive | None = Field(None, description="pictures: only the first so many of each set, for trials.")
+    held_out: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="pictures: share kept for validation, at least one picture. Default 0.02; 0 for none."
+    )
     caption_noise: Share = Field(
         0.0, description="Share of digit words replaced at random, as in captions from the web; makes guidance matter."
     )
@@ -171,6 +221,20 @@ class Log(Table):
 
 class Sample(Table):
     steps: Positive = Field(16, description="Euler steps when pictures are made with this model.")
+    height: Resolution | None = Field(None, description="Picture height in pixels; default the family's.")
+    width: Resolution | None = Field(None, description="Picture width in pixels; default the family's.")
+    negative: str = Field("", description="Prompt of the unconditional branch of CFG; the empty prompt is the trained one.")
+    guidance: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Fed to a distilled guidance embedding when pictures are made; default as in training."
+    )
+
+
+class Preview(Table):
+    every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between previews; 0 never. Also before the first step.")
+    prompts: list[str] = Field(default_factory=list, description="Prompts of the previews.")
+    cfgs: list[Annotated[float, Field(ge=0)]] = Field([1.0, 3.0], min_length=1, description="Guidance scales, side by side.")
+    skip: Annotated[int, Field(ge=0)] = Field(0, description="First steps without guidance.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the noise, the same at every preview.")
 
 
 class Recipe(Table):
@@ -186,6 +250,7 @@ class Recipe(Table):
     snapshot: Snapshot = Snapshot()
     log: Log = Log()
     sample: Sample = Sample()
+    preview: Preview = Preview()
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -213,7 +278,7 @@ class Recipe(Table):
 
 def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
     """Keys that are well formed alone but make no sense together, as ``(dotted key, message)``."""
-    found = _model_rules(recipe) + _timestep_rules(recipe) + _training_rules(recipe)
+    found = _model_rules(recipe) + _data_rules(recipe) + _timestep_rules(recipe) + _training_rules(recipe)
     if recipe.adapter is not None:
         found += _adapter_rules(recipe.adapter)
     return found
@@ -228,6 +293,48 @@ def _model_rules(r: Recipe) -> list[tuple[str, str]]:
             found.append(("model.new.patch", f"{new.patch} does not divide the picture, {new.height} x {new.width}"))
         if sum(new.rope_axes) != new.head_dim:
             found.append(("model.new.rope_axes", f"they add up to {sum(new.rope_axes)}, head_dim is {new.head_dim}"))
+    for key in ("revision", "components", "guidance"):
+        if r.model.new and getattr(r.model, key) is not None:
+            found.append((f"model.{key}", "has no effect on a new network; it belongs to trained weights"))
+    if (r.sample.height is None) != (r.sample.width is None):
+        found.append(("sample", "set both height and width, or neither"))
+    if r.preview.every and not r.preview.prompts:
+        found.append(("preview.prompts", "previews need at least one prompt"))
+    if not r.preview.every and r.preview != Preview():
+        found.append(("preview", "has no effect while preview.every is 0"))
+    return found
+
+
+_PICTURE_KEYS = (
+    "cache",
+    "resolutions",
+    "crops",
+    "crops_per_picture",
+    "max_upscale",
+    "missing_captions",
+    "split_lines",
+    "limit",
+    "held_out",
+)
+
+
+def _data_rules(r: Recipe) -> list[tuple[str, str]]:
+    found = []
+    if r.data.source == "pictures":
+        if not r.data.sets:
+            found.append(("data.sets", "required with source = 'pictures': [[data.sets]] with a path"))
+        if r.data.cache is None:
+            found.append(("data.cache", "required with source = 'pictures': a folder for what is encoded once"))
+        if r.data.path is not None:
+            found.append(("data.path", "has no effect with source = 'pictures'; name places in [[data.sets]]"))
+        if r.data.caption_noise:
+            found.append(("data.caption_noise", "has no effect with source = 'pictures'"))
+        if r.data.held_out == 0 and r.validate_.every:
+            found.append(("data.held_out", "0 leaves nothing to validate on; raise it or set validate.every = 0"))
+    else:
+        for key in ("sets", *_PICTURE_KEYS):
+            if getattr(r.data, key):
+                found.append((f"data.{key}", f"has no effect with source = '{r.data.source}'; it belongs to 'pictures'"))
     if r.data.source == "pairs" and r.data.path is None:
         found.append(("data.path", "required with source = 'pairs': the folder that tools/make_pairs.py wrote"))
     if r.data.source == "digits" and r.data.path is not None:

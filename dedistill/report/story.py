@@ -87,8 +87,8 @@ def _held_out_losses(recipes: dict[str, Recipe], source) -> dict[str, dict[str, 
     found = {}
     for name in STAGES:
         model = open_finished(recipes[name])
-        objective = Objective(recipes["dedistilled"], source, model.parts.tokens, 1.0)
-        result = Validator(objective, HELD_OUT)(model)
+        objective = Objective(recipes["dedistilled"], source, model.shift)
+        result = Validator(objective, HELD_OUT, model.chunk)(model)
         found[name] = {"fm_loss": result["val_loss"], "fm_loss_se": result["val_loss_se"]}
     return found
 

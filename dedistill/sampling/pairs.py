@@ -21,7 +21,7 @@ from dedistill.errors import UserError
 from dedistill.files import WholeFile, file_sha256, replace_json
 from dedistill.flow import keyed
 from dedistill.flow.solvers import sigma_grid
-from dedistill.sampling.sampler import NEGATIVE, trajectories
+from dedistill.sampling.sampler import trajectories
 
 
 def make_pairs(
@@ -53,7 +53,7 @@ def make_pairs(
         "solver": "euler",
         "steps": steps,
         "shift": model.grid_shift,
-        "negative_prompt": NEGATIVE,
+        "negative_prompt": model.negative,
         "seed": seed,
         "count": count,
         "shard_size": shard_size,

@@ -9,9 +9,8 @@ from torch import Tensor
 from dedistill.assemble import Model
 from dedistill.flow import keyed
 from dedistill.flow.guidance import classifier_free, needs_unconditional
-from dedistill.flow.solvers import euler
-
-NEGATIVE = ""
+from dedistill.flow.solvers import Velocity, euler
+from dedistill.text import Text
 
 
 def start_noise(seed: int, count: int, picture: tuple[int, ...]) -> Tensor:
@@ -30,13 +29,14 @@ def sample(
     skip: int = 0,
     length: int | None = None,
 ) -> Tensor:
-    """The final pictures [B, C, H, W] on the CPU, float32.
+    """The final pictures [B, C, H, W] on the CPU, float32, about [-1, 1].
 
-    sigmas: falling from 1 to 0, len(sigmas) - 1 steps. cfg: guidance scale; the first ``skip`` steps run without.
-    length: tokens to pad prompts to; default the model's own.
+    noise: [B, C, h, w] as the denoiser sees pictures. sigmas: falling from 1 to 0, len(sigmas) - 1 steps. cfg: guidance
+    scale against the model's negative prompt; the first ``skip`` steps run without. A distilled guidance embedding is fed
+    ``model.guidance`` besides. length: tokens to pad prompts to; default the model's own.
     """
     states = trajectories(model, prompts, noise, sigmas, cfg=cfg, skip=skip, length=length)
-    return torch.cat([chunk[-1] for chunk in states])
+    return torch.cat([model.decode(chunk[-1]) for chunk in states])
 
 
 @torch.no_grad()
@@ -46,24 +46,28 @@ def trajectories(
     """Every state of the solver, chunk of prompts by chunk: lists of len(sigmas) tensors [b, C, H, W] on the CPU."""
     training = model.root.training
     model.root.eval()
-    empty = model.encode([NEGATIVE], length)
     try:
-        yield from _chunks(model, prompts, noise, sigmas, empty, cfg=cfg, skip=skip, length=length)
+        negative = model.encode([model.negative], length)
+        for start in range(0, len(prompts), model.chunk):
+            text = model.encode(prompts[start : start + model.chunk], length)
+            velocity = guided(model, text, negative.expand(len(text)), cfg, skip)
+            here = noise[start : start + model.chunk].to(model.device)
+            yield [state.float().cpu() for state in euler(velocity, here, sigmas)]
     finally:  # also when the caller stops reading early
         model.root.train(training)
 
 
-def _chunks(model, prompts, noise, sigmas, empty, *, cfg, skip, length) -> Iterator[list[Tensor]]:
-    for start in range(0, len(prompts), model.chunk):
-        text = model.encode(prompts[start : start + model.chunk], length)
-        nothing = empty.expand(len(text))
+def guided(model: Model, text: Text, negative: Text, cfg: float, skip: int) -> Velocity:
+    """The velocity of ``text`` [B] steered away from ``negative`` [B] at scale ``cfg``, from solver step ``skip`` on.
 
-        def velocity(noisy: Tensor, sigma: float, index: int, text=text, nothing=nothing) -> Tensor:
-            s = torch.full((len(noisy),), sigma, device=noisy.device)
-            conditional = model.velocity(noisy, s, text)
-            if not needs_unconditional(cfg, index, skip):
-                return conditional
-            return classifier_free(conditional, model.velocity(noisy, s, nothing), cfg)
+    The two branches are two calls: each is trimmed to its own length and needs no mask when its prompts are alike.
+    """
 
-        here = noise[start : start + model.chunk].to(model.device)
-        yield [state.float().cpu() for state in euler(velocity, here, sigmas)]
+    def velocity(noisy: Tensor, sigma: float, index: int) -> Tensor:
+        s = torch.full((len(noisy),), sigma, device=noisy.device)
+        conditional = model.velocity(noisy, s, text, model.guidance)
+        if not needs_unconditional(cfg, index, skip):
+            return conditional
+        return classifier_free(conditional, model.velocity(noisy, s, negative, model.guidance), cfg)
+
+    return velocity

@@ -38,7 +38,8 @@ def start(form: str, init: str, *, quant: str = "none", scale: float = SCALE, se
     shapes = dense_shapes(net, linear_names(net))
     prepare_base(net, quant, [])
     table = Table.model_validate(FORMS[form])
-    adapter = Adapter(net, table.kind, resolve_targets(table, shapes, FAMILY.presets())[slice(only, only and only + 1)])
+    targets = resolve_targets(table, shapes, FAMILY.presets(net))
+    adapter = Adapter(net, table.kind, targets[slice(only, only and only + 1)])
     for name, module in adapter.by_target.items():
         weight = dense_weight(net.get_submodule(name))
         initialise(module, name, lambda w=weight: w, init=init, scale=scale, seed=seed)

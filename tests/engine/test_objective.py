@@ -9,15 +9,16 @@ from torch import Tensor
 
 from dedistill.assemble import build_model
 from dedistill.data.digits import load_digits
-from dedistill.data.source import Batch
+from dedistill.data.source import Batch, OneSize
 from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.engine.validate import Validator, sigma_bins, stratified_error
 from dedistill.errors import UserError
-from dedistill.families.family import Text
 from dedistill.families.pixel_flux import PixelFlux
 from dedistill.flow import keyed
 from dedistill.flow.loss import flow_loss
+from dedistill.flow.timesteps import dynamic_shift
 from dedistill.recipe.schema import Recipe
+from dedistill.text import Text
 
 KINDS = ["flow", "distill", "reflow"]
 CAPTIONS = ["two then three", "a handwritten 4 then a seven", "9 9", "handwritten one and zero"]
@@ -27,7 +28,7 @@ SLOPE = 0.5
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-class Pairs:
+class Pairs(OneSize):
     """Endless pairs in memory: picture = SLOPE * noise + offset of its index, with two points on the way, not on the line."""
 
     name, picture = "pairs", (1, 8, 16)
@@ -68,12 +69,14 @@ def recipe(kind: str = "flow", batch: int = 16, seed: int = 0, **tables) -> Reci
 
 
 def objective(kind: str = "flow", source=None, **kwargs) -> Objective:
-    return Objective(recipe(kind, **kwargs), source or Pairs(), 8, PixelFlux().shift(8))
+    return Objective(recipe(kind, **kwargs), source or Pairs(), lambda shape: dynamic_shift(8))
 
 
 def join(tasks: list[Task]) -> Task:
     def both(name: str):
         parts = [getattr(t, name) for t in tasks]
+        if parts[0] is None:
+            return None
         return torch.cat(parts) if isinstance(parts[0], Tensor) else [x for p in parts for x in p]
 
     return Task(*(both(f.name) for f in fields(Task)))
@@ -182,7 +185,7 @@ def test_reflow_uses_the_stored_noise():
     permuted.permuted = True
     assert oracle_loss(objective("reflow", permuted, batch=64).task(0, slots), slots) > 0.1
     assert oracle_loss(objective("flow", batch=64).task(0, slots), slots) > 0.1
-    held_out = objective("reflow").held_out(64)
+    held_out = objective("reflow").held_out(64, 64)[0]
     assert oracle_loss(held_out, slots + 10**6) < 1e-10
 
 
@@ -190,12 +193,12 @@ def test_reflow_uses_the_stored_noise():
 def test_held_out_questions_are_fixed(kind, digits):
     """Neither density, shift, batch nor steps taken change them; no caption is dropped; sigmas are midpoints."""
     source = digits if kind == "flow" else Pairs()
-    plain = objective(kind, source).held_out(32)
+    plain = objective(kind, source).held_out(32, 32)[0]
     densities = [{"density": "beta", "alpha": 5.0}, {"density": "logit_normal", "shift": 3.0}, {"stratify": False}]
     for settings in densities if kind != "distill" else [{}]:
         other = objective(kind, source, batch=4, timesteps=settings)
         other.task(0, np.arange(4))
-        assert same(other.held_out(32), plain) == EVERYTHING
+        assert same(other.held_out(32, 32)[0], plain) == EVERYTHING
     assert not plain.dropped.any()
     assert not set(plain.names) & {n for step in range(4) for n in objective(kind, source).task(step, np.arange(16)).names}
     if kind == "distill":
@@ -212,7 +215,7 @@ def test_the_density_is_that_of_training_only(digits):
     ]
     assert means == pytest.approx([0.5, 5 / 7], abs=0.01)
     auto = objective(batch=256, timesteps={"shift": "auto"})
-    assert auto.shift == PixelFlux().shift(8) > 1 and float(auto.task(0, slots).sigma.mean()) > 0.55
+    assert auto.shift_of((1, 8, 16)) == dynamic_shift(8) > 1 and float(auto.task(0, slots).sigma.mean()) > 0.55
 
 
 @pytest.mark.parametrize(
@@ -234,9 +237,9 @@ class Listening(PixelFlux):
 
     heard: Text
 
-    def velocity(self, parts, net, noisy, sigma, text):
+    def velocity(self, parts, net, noisy, sigma, text, guidance=None):
         self.heard = text
-        return super().velocity(parts, net, noisy, sigma, text)
+        return super().velocity(parts, net, noisy, sigma, text, guidance)
 
 
 def test_dropped_captions_are_the_empty_prompt_entirely(digits):
@@ -263,7 +266,7 @@ def test_validation_repeats_and_leaves_the_model_as_it_was(digits):
     """Same number whenever asked, whatever was trained between, in chunks or not; mode and gradients are untouched."""
     model = build_model(recipe())
     made = objective(source=digits)
-    validate = Validator(made, 300)
+    validate = Validator(made, 300, 256)
     model.root.train()
     first = validate(model)
     task_loss(model, made.task(0, np.arange(8))).sum().backward()
@@ -273,10 +276,11 @@ def test_validation_repeats_and_leaves_the_model_as_it_was(digits):
     assert validate(model) == pytest.approx(first, rel=1e-5)
     model.chunk = 256
     assert all(torch.equal(p.grad, before[n]) for n, p in model.trainable().items())
+    task = made.held_out(300, 300)[0]
     with torch.no_grad():
-        losses = task_loss(model, validate.task).double()
+        losses = task_loss(model, task).double()
     assert first["val_loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
-    assert first["val_loss_se"] == pytest.approx(stratified_error(losses[validate.task.sigma.argsort()].numpy()), rel=1e-3)
+    assert first["val_loss_se"] == pytest.approx(stratified_error(losses[task.sigma.argsort()].numpy()), rel=1e-3)
     assert 0 < first["val_loss_se"] < float(losses.std()) / 300**0.5 * 1.2
 
 

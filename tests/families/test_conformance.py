@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from dedistill.errors import UserError
-from dedistill.families.pixel_flux import PixelFlux, attention_mask, patchify, unpatchify
+from dedistill.families.flux_common import attention_mask, patchify, unpatchify
+from dedistill.families.flux_tiny import write_tiny_flux
+from dedistill.families.pixel_flux import PixelFlux
 from dedistill.families.registry import family_names, get_family
 from dedistill.flow import keyed
 from dedistill.patterns import matching
 from dedistill.recipe import load_recipe
 
-CAPTIONS = ["3", "one then 2", "the digit 3 and the digit seven"]  # 2, 4 and 8 tokens with the end
+CAPTIONS = ["sun", "one red cat", "the dog and the tree with hat"]  # 2, 4 and 8 tokens with the end
 LENGTH = 12
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 MNIST = Path(__file__).parents[2] / "recipes" / "mnist_flux.toml"
@@ -26,9 +28,29 @@ def family(request):
     return get_family(request.param)
 
 
+def spec(folder: Path, **changes) -> SimpleNamespace:
+    """A recipe's [model] table."""
+    plain = {"path": str(folder), "new": None, "revision": None, "components": None, "guidance": None}
+    return SimpleNamespace(**(plain | {"mask": "bool", "t5_mask": True} | changes))
+
+
+def tiny_pixel_flux(seed: int, folder: Path):
+    return PixelFlux().tiny(seed)
+
+
+def tiny_flux(seed: int, folder: Path):
+    write_tiny_flux(folder, seed=seed)
+    parts = get_family("flux").load(spec(folder), seed=0)
+    parts.picture, parts.tokens = (16, 4, 6), 6
+    return parts
+
+
+TINY = {"pixel_flux": tiny_pixel_flux, "flux": tiny_flux}
+
+
 @pytest.fixture
-def parts(family):
-    return family.tiny(0)
+def parts(family, tmp_path):
+    return TINY[family.name](0, tmp_path / "model")
 
 
 @pytest.fixture
@@ -49,10 +71,11 @@ def linears(net: nn.Module) -> list[str]:
 
 
 def flux_directly(parts, noisy, sigma, embeds, pooled, mask=None):
-    """diffusers' own call, with the packing of its FLUX pipeline: tokens of 4 x 4 pixels in rows of 4, ids (0, row, column)."""
+    """diffusers' own call, with the packing of its FLUX pipeline: tokens row by row, ids (0, row, column)."""
     b, c, h, w = noisy.shape
-    tokens = noisy.view(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * 16)
-    ids = torch.tensor([[0.0, row, column] for row in range(h // 4) for column in range(w // 4)])
+    p = round((parts.net.config.in_channels / c) ** 0.5)
+    tokens = noisy.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
+    ids = torch.tensor([[0.0, row, column] for row in range(h // p) for column in range(w // p)])
     extra = {} if mask is None else {"joint_attention_kwargs": {"attention_mask": mask}}
     out = parts.net(
         hidden_states=tokens,
@@ -63,10 +86,10 @@ def flux_directly(parts, noisy, sigma, embeds, pooled, mask=None):
         txt_ids=torch.zeros(embeds.shape[1], 3),
         **extra,
     ).sample
-    return out.view(b, h // 4, w // 4, c, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+    return out.view(b, h // p, w // p, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
-DIRECT = {"pixel_flux": flux_directly}  # a new family brings its library's own call
+DIRECT = {"pixel_flux": flux_directly, "flux": flux_directly}  # a new family brings its library's own call
 
 
 def test_velocity_has_the_shape_of_the_picture(family, parts, noisy):
@@ -89,8 +112,8 @@ def test_every_input_matters(family, parts, noisy):
     others = [
         velocity(family, parts, noisy.flip(3)),
         velocity(family, parts, noisy, sigma=SIGMA - 0.04),
-        velocity(family, parts, noisy, captions=["4", "one then 3", "the digit 4 and the digit seven"]),
-        velocity(family, parts, noisy, captions=["3", "2 then one", "the digit seven and the digit 3"])[1:],  # order alone
+        velocity(family, parts, noisy, captions=["moon", "one red dog", "the cat and the tree with hat"]),
+        velocity(family, parts, noisy, captions=["sun", "red one cat", "the tree and the dog with hat"])[1:],  # order alone
     ]
     for other in others:
         assert (other - v[-len(other) :]).abs().amax((1, 2, 3)).min() > 1e-3
@@ -122,7 +145,7 @@ def test_bf16_arithmetic_keeps_sigma(family, parts, noisy):
 def test_gradient_reaches_every_linear_of_the_blocks(family, parts, noisy):
     net = parts.net
     velocity(family, parts, noisy).square().mean().backward()
-    names = {name for pattern in family.presets()["blocks"] for name in matching(pattern, linears(net))}
+    names = {name for pattern in family.presets(net)["blocks"] for name in matching(pattern, linears(net))}
     inside = {id(m) for block in family.blocks(net) for m in block.modules() if isinstance(m, nn.Linear)}
     assert names == {name for name in linears(net) if id(net.get_submodule(name)) in inside} and names
     for name in names:
@@ -198,9 +221,9 @@ def test_text_of_a_batch_is_the_text_of_its_captions(family, parts):
 def test_saved_and_loaded_gives_the_same_velocity(family, parts, noisy, tmp_path):
     """To the last bit, whatever seed the second load is given."""
     parts.mask = "none"
-    family.save(parts, tmp_path)
-    again = family.load(SimpleNamespace(path=str(tmp_path), new=None, mask="none"), seed=5)
-    assert (again.picture, again.tokens, again.mask) == (parts.picture, parts.tokens, "none")
+    family.save(parts, tmp_path / "saved")
+    again = family.load(spec(tmp_path / "saved", mask="none"), seed=5)
+    assert again.mask == "none"
     assert torch.equal(velocity(family, again, noisy), velocity(family, parts, noisy))
 
 
@@ -224,21 +247,23 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_folder_that_is_no_model_is_named(family, parts, tmp_path, damage):
-    family.save(parts, tmp_path)
+def test_folder_that_is_no_model_is_named(tmp_path, damage):
+    family = PixelFlux()
+    family.save(family.tiny(0), tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match=r"^model\.path: ") as error:
-        family.load(SimpleNamespace(path=str(tmp_path), new=None, mask="bool"), seed=0)
+        family.load(spec(tmp_path), seed=0)
     assert str(tmp_path) in str(error.value)
 
 
-def test_weights_depend_on_the_seed_alone(family):
+def test_weights_depend_on_the_seed_alone(family, tmp_path):
+    tiny = TINY[family.name]
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    first = family.tiny(0).net.state_dict()
+    first = tiny(0, tmp_path / "a").net.state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(8)
-    again, other = family.tiny(0).net.state_dict(), family.tiny(1).net.state_dict()
+    again, other = tiny(0, tmp_path / "b").net.state_dict(), tiny(1, tmp_path / "c").net.state_dict()
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
@@ -246,7 +271,7 @@ def test_weights_depend_on_the_seed_alone(family):
 def test_presets_match_something(family, parts):
     """Trap 17: a pattern without a match is a mistake; modulation, attention and mlp share the blocks out among them."""
     found = {}
-    for preset, patterns in family.presets().items():
+    for preset, patterns in family.presets(parts.net).items():
         matches = [matching(pattern, linears(parts.net)) for pattern in patterns]
         assert all(matches), f"{preset}: {patterns}"
         found[preset] = [name for names in matches for name in names]
@@ -259,7 +284,7 @@ def test_every_linear_has_an_export_key(family, parts):
     assert len(set(keys)) == len(keys) > 0 and all(key and " " not in key for key in keys)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("pixelflux", "did you mean 'pixel_flux'"), ("zzz", "known: pixel_flux")])
+@pytest.mark.parametrize(("name", "hint"), [("pixelflux", "did you mean 'pixel_flux'"), ("zzz", "known: flux, pixel_flux")])
 def test_unknown_family_names_the_nearest(name, hint):
     with pytest.raises(UserError, match=hint) as error:
         get_family(name)
@@ -341,5 +366,6 @@ def test_mnist_network_in_colour():
     """M2: 3 channels of patch 8 make tokens of 192."""
     parts = mnist(channels=3)
     assert (parts.net.config.in_channels, parts.tokens, parts.picture) == (192, 16, (3, 32, 32))
-    modulation = PixelFlux().presets()["modulation"]  # A3: two linears in each of 6 double blocks, one in each of 12 single
+    # A3: two linears in each of 6 double blocks, one in each of 12 single
+    modulation = PixelFlux().presets(parts.net)["modulation"]
     assert sum(len(matching(pattern, linears(parts.net))) for pattern in modulation) == 6 * 2 + 12

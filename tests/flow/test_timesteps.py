@@ -246,7 +246,7 @@ def objective(batch: int, seed: int = 0) -> Objective:
         data=SimpleNamespace(caption_dropout=0.1),
         timesteps=Timesteps(density="beta"),
     )
-    return Objective(recipe, load_digits(0.0), tokens=8, dynamic_shift=1.0)
+    return Objective(recipe, load_digits(0.0), lambda shape: 1.0)
 
 
 @pytest.mark.parametrize("cuts", [[], [12], [6, 12, 18], [5, 10, 15, 20], [1, 23], list(range(1, 24))], ids=len)

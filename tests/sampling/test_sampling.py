@@ -125,7 +125,7 @@ def test_pictures_are_made_on_the_shifted_sigmas_of_the_recipe(tmp_path):
     """S6: the grid of a sweep follows timesteps.shift, a number or the family's own."""
     own = model(timesteps={"shift": 3.0})
     auto = model(timesteps={"shift": "auto"})
-    assert own.grid_shift == 3.0 and auto.grid_shift == auto.family.shift(auto.parts.tokens) != 1.0 == model().grid_shift
+    assert own.grid_shift == 3.0 and auto.grid_shift == auto.shift(auto.parts.picture) != 1.0 == model().grid_shift
     grid = Grid(cfgs=(1.0,), skips=(0,), prompts=tuple(PROMPTS), seeds=(0,))
     sweep([Candidate("a", "w", 3, lambda: own)], grid, tmp_path, title="t", judge=None, say=lambda line: None)
     noise = start_noise(0, 3, PICTURE)

@@ -1,0 +1,148 @@
+"""Spellings of adapter files: what other programs call the same tensors.
+
+``lycoris_<path with _>.…`` is what we, LyCORIS and SimpleTuner write and ComfyUI reads; ``transformer.<path>.…`` is read by
+ComfyUI and diffusers; ``transformer.<path>.lora_A/B.weight`` is PEFT's LoRA; ``lora_unet_<original path with _>.…`` is
+kohya's LoRA, on the fused layers of the model's own repository. A path with underscores cannot be taken apart again, so
+every reading here needs the names of the network's linears.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from dedistill.adapters.attach import file_name
+from dedistill.adapters.delta import rank, scale
+from dedistill.errors import UserError
+
+LOKR = ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")
+LORA = ("lora_up.weight", "lora_down.weight")
+PEFT = {"lora_B.weight": "lora_up.weight", "lora_A.weight": "lora_down.weight"}
+_WHOLE = (
+    {"lora_up.weight", "lora_down.weight"},
+    *({*w1, *w2} for w1 in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}) for w2 in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})),
+)
+
+Layers = dict[str, dict[str, Tensor]]
+"""Linear -> its factors under LyCORIS' names, alpha included where there is one."""
+
+
+def by_layer(tensors: Mapping[str, Tensor], linears: Iterable[str], source: str) -> Layers:
+    """A file in the ``lycoris_``, ``transformer.`` or PEFT spelling, taken apart by the ``linears`` it belongs to.
+
+    Raises UserError naming file and tensor for a name that fits no linear, a kind of tensor this program cannot apply
+    (DoRA, LoHa, Tucker), and a layer of which a factor is missing: an adapter is read whole or not at all.
+    """
+    known = {spelt: name for name in linears for spelt in (file_name(name), f"transformer.{name}")}
+    layers: Layers = {}
+    for key, tensor in tensors.items():
+        linear, factor = known.get(_layer(key)), key.removeprefix(_layer(key) + ".")
+        factor = PEFT.get(factor, factor)
+        if linear is None:
+            raise UserError(f"'{source}': tensor '{key}' belongs to no linear of this network")
+        if factor not in (*LOKR, *LORA, "alpha"):
+            raise UserError(f"'{source}': tensor '{key}' is of a kind that is not supported; known: LoKr and LoRA of linears")
+        if layers.setdefault(linear, {}).setdefault(factor, tensor) is not tensor:
+            raise UserError(f"'{source}': '{linear}' has two tensors {factor}, in two spellings")
+    if not layers:
+        raise UserError(f"'{source}' holds no tensors")
+    for linear, factors in layers.items():
+        if set(factors) - {"alpha"} not in _WHOLE:
+            raise UserError(f"'{source}': '{linear}' is incomplete, it has only {', '.join(sorted(factors))}")
+    return layers
+
+
+def check_shapes(layers: Layers, shapes: Mapping[str, tuple[int, int]], source: str) -> None:
+    """Raise UserError, naming file and layer, where the factors do not make up the weight [out, in] of their linear."""
+    for linear, f in layers.items():
+        if "lora_up.weight" in f:
+            up, down = f["lora_up.weight"].shape, f["lora_down.weight"].shape
+            fits, found = len(up) == len(down) == 2 and up[1] == down[0], (up[0], down[-1])
+        else:
+            (rows, columns), (height, width) = factor_shapes(f)
+            fits = all(f[f"{w}_a"].shape[1] == f[f"{w}_b"].shape[0] for w in ("lokr_w1", "lokr_w2") if w not in f)
+            found = (rows * height, columns * width)
+        if not fits or found != tuple(shapes[linear]):
+            raise UserError(f"'{source}': '{linear}' makes up a weight {found}, the network has {tuple(shapes[linear])}")
+
+
+def factor_shapes(factors: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of the two Kronecker factors of a LoKr layer, multiplied out."""
+    return tuple(
+        tuple(factors[w].shape) if w in factors else (factors[f"{w}_a"].shape[0], factors[f"{w}_b"].shape[1])
+        for w in ("lokr_w1", "lokr_w2")
+    )
+
+
+def is_lora(layers: Layers) -> bool:
+    """Whether every layer is a LoRA."""
+    return all("lora_up.weight" in factors for factors in layers.values())
+
+
+def as_lycoris(layers: Layers) -> dict[str, Tensor]:
+    """``lycoris_<path with _>``, as our own snapshots are; a layer without alpha gets one, at which its scale is 1."""
+    out = {}
+    for linear, factors in layers.items():
+        alpha = {"alpha": torch.tensor(float(rank(factors) or 1))}
+        out |= {f"{file_name(linear)}.{factor}": tensor for factor, tensor in (alpha | factors).items()}
+    return out
+
+
+def as_transformer(layers: Layers) -> dict[str, Tensor]:
+    """``transformer.<path>`` with the scale multiplied into the factors: diffusers takes no alpha beside a LoKr."""
+    return {f"transformer.{n}.{factor}": t for n, f in layers.items() for factor, t in baked(f).items()}
+
+
+def as_peft(layers: Layers) -> dict[str, Tensor]:
+    """``transformer.<path>.lora_A.weight`` and ``lora_B.weight``, scale multiplied in. Raises UserError for a LoKr."""
+    _only_lora(layers, "peft")
+    return {f"transformer.{n}.{peft}": baked(f)[own] for n, f in layers.items() for peft, own in reversed(PEFT.items())}
+
+
+def as_kohya(layers: Layers, naming, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """kohya's LoRA of the fused layers, exactly the same change of weight; alpha = rank. Raises UserError for a LoKr.
+
+    naming: the network's key tables (families.naming); shapes: (out, in) of every linear. q, k and v of one fused
+    layer have different down matrices: these are stacked, and each up matrix fills its own rows and columns of the
+    fused one, so ranks add up and nothing is approximated.
+    """
+    _only_lora(layers, "kohya")
+    groups = dict(map(naming.bfl_parts, layers))
+    out = {}
+    for bfl, parts in groups.items():
+        factors = {part: baked(layers[part]) for part in parts if part in layers}
+        down = torch.cat([f["lora_down.weight"] for f in factors.values()])
+        up = down.new_zeros(sum(shapes[part][0] for part in parts), len(down))
+        column = 0
+        for part, f in factors.items():
+            own = f["lora_up.weight"]
+            up[naming.bfl_name(part, shapes)[1], column : column + own.shape[1]] = own
+            column += own.shape[1]
+        if naming.is_swapped(bfl):
+            up = naming.swap_halves(up)
+        name = naming.kohya_name(bfl)
+        out |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+        out[f"{name}.alpha"] = torch.tensor(float(len(down)))
+    return out
+
+
+def baked(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors without alpha, its scale multiplied into one of them (untouched where the scale is 1)."""
+    by, own = scale(factors), {name: tensor for name, tensor in factors.items() if name != "alpha"}
+    if by != 1:
+        last = next(n for n in ("lora_up.weight", "lokr_w2_a", "lokr_w1_a") if n in own)
+        own[last] = (own[last].float() * by).to(own[last].dtype)
+    return own
+
+
+def _layer(key: str) -> str:
+    """``prefix.path`` of ``prefix.path.factor``; factors of LoRA have a dot themselves."""
+    return key.removesuffix(".weight").rpartition(".")[0]
+
+
+def _only_lora(layers: Layers, spelling: str) -> None:
+    if not is_lora(layers):
+        raise UserError(f"the {spelling} spelling has LoRA only; write this LoKr as 'lycoris' or 'transformer'", exit_code=2)
+
+
+SPELLINGS: dict[str, Callable] = {"lycoris": as_lycoris, "transformer": as_transformer, "peft": as_peft, "kohya": as_kohya}

@@ -1,0 +1,124 @@
+"""Pictures and captions of the user's own, encoded beforehand: which sample, crop and caption a slot gets, and its tensors."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from dedistill.data.buckets import Crop
+from dedistill.data.cache import Store
+from dedistill.data.index import Sample
+from dedistill.data.mixing import choose, draw_samples
+from dedistill.data.order import sample_indices
+from dedistill.data.source import Batch
+from dedistill.errors import UserError
+from dedistill.flow import keyed
+from dedistill.text import Text, stack
+
+HELD_OUT = 0.02
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A sample with the crops that are encoded of it."""
+
+    sample: Sample
+    crops: tuple[Crop, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    picture: Picture
+    crop: Crop
+    caption: str
+
+    @property
+    def name(self) -> str:
+        c = self.crop
+        return f"{self.picture.sample.name} [{c.width} x {c.height}]"
+
+
+def latent_key(sample: Sample, crop: Crop) -> str:
+    """Content address of one encoded crop: the picture's bytes and the window, not its name."""
+    return hashlib.sha256(f"{sample.sha256} {crop.height} {crop.width} {crop.box}".encode()).hexdigest()[:32]
+
+
+def text_key(caption: str) -> str:
+    return hashlib.sha256(caption.encode()).hexdigest()[:32]
+
+
+def split(pictures: Sequence[Picture], share: float) -> tuple[list[Picture], list[Picture]]:
+    """(train, held out): the same ones whatever else is in the folder, by the hash of each picture's bytes.
+
+    At least one is held out when ``share`` is above 0. Raises UserError when nothing would be left to train on.
+    """
+    order = sorted(pictures, key=lambda p: p.sample.sha256)
+    count = max(1, round(share * len(order))) if share else 0
+    if count >= len(order):
+        raise UserError(f"data: {len(order)} usable pictures, {count} of them held out: nothing is left to train on")
+    held = {p.sample.sha256 for p in order[:count]}
+    return [p for p in pictures if p.sample.sha256 not in held], [p for p in pictures if p.sample.sha256 in held]
+
+
+class EncodedPictures:
+    """A source whose samples are latents and text from stores. ``weights``: one per set of the recipe, in its order."""
+
+    name = "pictures"
+    picture = None
+
+    def __init__(self, pictures: Sequence[Picture], weights: Sequence[float], latents: Store, texts: Store, held_out: float):
+        train, self._held = split(pictures, held_out)
+        present = sorted({p.sample.source for p in train})
+        self._sets = [[p for p in train if p.sample.source == i] for i in present]
+        self._weights = [weights[i] for i in present]
+        self._latents, self._texts = latents, texts
+        self._slots = lru_cache(maxsize=4)(self._slots_of)
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything a draw can come from: pictures, crops, captions, sets and weights."""
+        parts = [
+            [self._weights, [[(p.sample.sha256, p.crops, p.sample.captions) for p in s] for s in (*self._sets, self._held)]]
+        ]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _slots_of(self, seed: int, step: int, batch: int, held_out: bool) -> list[Slot]:
+        """What every position of a step gets."""
+        places = np.arange(step * batch, (step + 1) * batch)
+        purpose = "held-out" if held_out else "train"
+        if held_out:
+            chosen = [self._held[i] for i in sample_indices(seed, "pictures/held-out", places, len(self._held))]
+        else:
+            sets, indices = draw_samples(seed, places, [len(s) for s in self._sets], self._weights)
+            chosen = [self._sets[s][i] for s, i in zip(sets, indices)]
+        crops = choose(seed, f"{purpose}/crop", places, np.array([len(p.crops) for p in chosen]))
+        captions = choose(seed, f"{purpose}/caption", places, np.array([len(p.sample.captions) for p in chosen]))
+        return [Slot(p, p.crops[c], p.sample.captions[t]) for p, c, t in zip(chosen, crops, captions)]
+
+    def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
+        slots = self._slots(seed, step, batch, held_out)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for position in positions:
+            crop = slots[position].crop
+            groups.setdefault((crop.height, crop.width), []).append(int(position))
+        return [np.array(group) for group in groups.values()]
+
+    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
+        slots = [self._slots(seed, step, batch, held_out)[p] for p in positions]
+        latents = [self._latents.read(latent_key(s.picture.sample, s.crop))["latent"] for s in slots]
+        captions = [s.caption for s in slots]
+        text = stack([self.text(c) for c in captions])
+        return Batch(torch.stack(latents).float(), captions, [s.name for s in slots], text=text)
+
+    def text(self, caption: str) -> Text:
+        """One caption of the cache, [1, T, D], as long as it was stored."""
+        parts = self._texts.read(text_key(caption))
+        return Text(parts["embeds"][None], parts["mask"][None], parts["pooled"][None])
+
+    def prompts(self, seed: int, count: int) -> list[str]:
+        everything = [c for p in (self._held or self._sets[0]) for c in p.sample.captions]
+        picks = keyed.generator(seed, "prompts").integers(len(everything), size=count)
+        return [everything[i] for i in picks]

@@ -1,0 +1,166 @@
+"""FLUX.1: schnell, dev, Flex.1-alpha, LibreFLUX, OpenFLUX, and what was cut from them.
+
+The network works on latents [16, H/8, W/8] of its VAE in patches of 2 x 2. Text is T5's hidden states and CLIP's pooled vector.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
+from torch import Tensor, nn
+
+from dedistill.errors import UserError
+from dedistill.families import flux_layers, flux_loading
+from dedistill.families.family import Components
+from dedistill.families.flux_common import flux_velocity
+from dedistill.families.flux_models import shape_of
+from dedistill.families.flux_text import FluxText
+from dedistill.families.flux_vae import FluxVae
+from dedistill.flow.timesteps import dynamic_shift
+from dedistill.text import Text
+
+PATCH = 2
+DEV_GUIDANCE = 1.0
+
+
+class Flux:
+    name = "flux"
+    text_length = 512
+
+    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
+        """``spec`` is a recipe's [model] table: a diffusers folder, a hub id with its revision, or one BFL file.
+
+        Text encoders and VAE are found now and loaded when first used. Raises UserError when anything is missing.
+        """
+        if spec.path is None:
+            raise UserError("model.path: this family starts from trained weights: a diffusers folder, a hub id, or a file", 2)
+        place = flux_loading.locate(spec.path, spec.revision, spec.components)
+        denoiser = flux_loading.load_transformer(place.transformer, place.components) if net else None
+        vae = FluxVae(place.components / "vae")
+        return Components(
+            denoiser,
+            FluxText(place.components, spec.t5_mask),
+            picture := (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
+            _tokens(picture),
+            spec.mask,
+            vae=vae,
+            guidance=self._guidance(denoiser, spec.guidance) if net else None,
+            source=place,
+        )
+
+    def _guidance(self, net: nn.Module, wanted: Any) -> float | None:
+        """The value the guidance embedding is fed in training; None for a network that has none or goes past it."""
+        if not net.config.guidance_embeds:
+            if wanted is not None:
+                raise UserError("model.guidance: this network has no guidance embedding (schnell); leave the key out", 2)
+            return None
+        if wanted == "bypass":
+            net.time_text_embed.__class__ = BypassedGuidance  # same parameters and names, another forward
+            return None
+        return DEV_GUIDANCE if wanted is None else float(wanted)
+
+    def full_size(self, spec: Any) -> nn.Module:
+        shape = shape_of(spec.path)
+        sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
+        with torch.device("meta"):
+            return FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+        """A small pipeline folder with random weights, with the blocks and the guidance of ``spec``. For rehearsals."""
+        from dedistill.families.flux_tiny import write_tiny_flux
+
+        shape = shape_of(spec.path)
+        layers, single_layers = (shape.layers, shape.single_layers) if full_depth else (2, 4)
+        write_tiny_flux(folder, guidance=shape.guidance, layers=layers, single_layers=single_layers)
+
+    def save(self, parts: Components, folder: Path) -> None:
+        """The denoiser in ``folder/transformer``; encoders, VAE and scheduler stay where they are and are pointed to."""
+        parts.net.save_pretrained(folder / "transformer")
+        self.save_rest(parts, folder)
+
+    def save_rest(self, parts: Components, folder: Path) -> None:
+        facts = {"family": self.name, "mask": parts.mask, "t5_mask": parts.text.t5_mask}
+        facts["components"] = str(parts.source.components.resolve())
+        for name in ("model_index.json", "scheduler"):
+            there = parts.source.components / name
+            if there.is_dir():
+                shutil.copytree(there, folder / name, dirs_exist_ok=True)
+            elif there.exists():
+                shutil.copy(there, folder / name)
+        (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
+        text = {"text_length": length, "t5_mask": parts.text.t5_mask, "padding": parts.mask != "bool"}
+        return {
+            "latents": {"family": self.name, "vae": parts.vae.files()},
+            "text": {"family": self.name, "encoders": parts.text.files(), **text},
+        }
+
+    def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
+        return parts.text(captions, length, parts.device)
+
+    def encode_pictures(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
+        return parts.vae.encode(pixels, noise, parts.device)
+
+    def decode(self, parts: Components, latents: Tensor) -> Tensor:
+        return parts.vae.decode(latents, parts.device)
+
+    def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
+        step = parts.vae.scale * PATCH
+        if height % step or width % step:
+            raise UserError(f"pictures of {width} x {height} pixels: both sides must be multiples of {step}", 2)
+        return (parts.vae.channels, height // parts.vae.scale, width // parts.vae.scale)
+
+    def velocity(
+        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None
+    ) -> Tensor:
+        """``guidance`` None: the value of training."""
+        value = parts.guidance if guidance is None else guidance
+        embedding = parts.net.time_text_embed
+        if value is not None and type(embedding) is not CombinedTimestepGuidanceTextProjEmbeddings:
+            raise UserError("this network has no guidance embedding, or goes past it; leave the distilled guidance out")
+        told = None if value is None else torch.full((len(noisy),), value, device=noisy.device)
+        if type(embedding) is BypassedGuidance:
+            told = torch.zeros(len(noisy), device=noisy.device)  # diffusers wants a number; it is not looked at
+        return flux_velocity(net, embedding, noisy, sigma, text, patch=PATCH, mask=parts.mask, guidance=told)
+
+    def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
+        return _tokens(shape)
+
+    def shift(self, parts: Components, tokens: int) -> float:
+        """As the model's own scheduler says: schnell has 1, dev grows with the number of picture tokens."""
+        s = parts.source.scheduler
+        if not s.get("use_dynamic_shifting", False):
+            return float(s.get("shift", 1.0))
+        return dynamic_shift(
+            tokens,
+            s.get("base_shift", 0.5),
+            s.get("max_shift", 1.15),
+            s.get("base_image_seq_len", 256),
+            s.get("max_image_seq_len", 4096),
+        )
+
+    def blocks(self, net: nn.Module) -> list[nn.Module]:
+        return [*net.transformer_blocks, *net.single_transformer_blocks]
+
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        return flux_layers.presets(net)
+
+    def export_key(self, name: str) -> str:
+        return f"transformer.{name}"
+
+
+class BypassedGuidance(CombinedTimestepGuidanceTextProjEmbeddings):
+    """Time and pooled text only, as Flex.1-alpha is trained; the guidance embedder keeps its weights and is not called."""
+
+    def forward(self, timestep: Tensor, guidance: Tensor, pooled_projection: Tensor) -> Tensor:
+        time = self.timestep_embedder(self.time_proj(timestep).to(pooled_projection.dtype))
+        return time + self.text_embedder(pooled_projection)
+
+
+def _tokens(shape: tuple[int, ...]) -> int:
+    return shape[1] * shape[2] // PATCH**2

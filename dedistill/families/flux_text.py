@@ -1,0 +1,93 @@
+"""FLUX's text encoders: T5 for the tokens, CLIP for the pooled vector. Loaded when first used, never for a cached caption."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dedistill.errors import UserError
+from dedistill.text import Text
+
+CLIP_TOKENS = 77
+CHUNK = 16
+
+
+class FluxText:
+    """Captions -> :class:`Text` from the folder of a pipeline.
+
+    t5_mask: T5 does not look at padding either, so that a caption means the same at any length; False is how diffusers
+    and LibreFLUX call it: there the padding leaks into the real tokens, so the length is part of the result.
+    """
+
+    def __init__(self, folder: Path, t5_mask: bool):
+        self.folder, self.t5_mask = folder, t5_mask
+        for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+            if not (folder / name).is_dir():
+                raise UserError(f"model.path: '{folder}' has no folder '{name}', which FLUX's captions need")
+        self._loaded = None
+
+    def files(self) -> list[Path]:
+        """All that decides what a caption becomes."""
+        parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        return [file for part in parts for file in (self.folder / part).iterdir() if file.is_file()]
+
+    @property
+    def loaded(self) -> bool:
+        return self._loaded is not None
+
+    def load(self, device: torch.device | str) -> None:
+        from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        try:
+            folders = [self.folder / name for name in ("tokenizer", "tokenizer_2")]
+            tokenizers = [AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in folders]
+            kind = {"local_files_only": True, "use_safetensors": True, "dtype": "auto"}
+            clip = CLIPTextModel.from_pretrained(self.folder / "text_encoder", **kind)
+            t5 = T5EncoderModel.from_pretrained(self.folder / "text_encoder_2", **kind)
+        except (OSError, ValueError) as e:
+            raise UserError(f"model.path: the text encoders in '{self.folder}' cannot be loaded: {e}") from e
+        self._loaded = (*tokenizers, clip.to(device).eval(), t5.to(device).eval())
+
+    def unload(self) -> None:
+        """Free the memory of both encoders."""
+        self._loaded = None
+
+    def tokens(self, captions: list[str]) -> list[int]:
+        """T5 tokens of each caption, end token included, however long."""
+        from transformers import AutoTokenizer
+
+        tokenizer = self._loaded[1] if self._loaded else AutoTokenizer.from_pretrained(self.folder / "tokenizer_2")
+        return [len(ids) for ids in tokenizer(captions)["input_ids"]]
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str], length: int, device: torch.device | str = "cpu") -> Text:
+        """embeds [B, length, D], mask [B, length], pooled [B, P] on ``device``; longer captions are cut, keeping their end."""
+        if not self.loaded:
+            self.load(device)
+        chunks = [captions[i : i + CHUNK] for i in range(0, len(captions), CHUNK)]
+        on = self._loaded[2].device
+        texts = [encode(*self._loaded, chunk, length, t5_mask=self.t5_mask, device=on) for chunk in chunks]
+        return Text(*(torch.cat([getattr(t, name) for t in texts]) for name in ("embeds", "mask", "pooled")))
+
+
+def encode(
+    clip_tokenizer: PreTrainedTokenizerBase,
+    t5_tokenizer: PreTrainedTokenizerBase,
+    clip: nn.Module,
+    t5: nn.Module,
+    captions: list[str],
+    length: int,
+    *,
+    t5_mask: bool,
+    device: torch.device | str,
+) -> Text:
+    """Captions in T5's hidden states, padded or cut to ``length``, and CLIP's pooled vectors. device: where both run."""
+    kind = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    pooled = clip(clip_tokenizer(captions, max_length=CLIP_TOKENS, **kind).input_ids.to(device)).pooler_output
+    tokens = t5_tokenizer(captions, max_length=length, **kind).to(device)
+    mask = tokens.attention_mask
+    embeds = t5(tokens.input_ids, attention_mask=mask if t5_mask else None).last_hidden_state
+    return Text(embeds, mask.bool(), pooled)

@@ -1,0 +1,202 @@
+"""What is encoded once, before training: pictures to latents, captions to text. Encoders are not needed afterwards."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dedistill.data.buckets import apply_crop, crops_of, too_small
+from dedistill.data.cache import Store
+from dedistill.data.encoded import HELD_OUT, EncodedPictures, Picture, latent_key, text_key
+from dedistill.data.index import Index, build_index
+from dedistill.data.listing import PictureSet
+from dedistill.data.mixing import caption_warnings
+from dedistill.data.pictures import decode
+from dedistill.data.registry import open_source
+from dedistill.data.source import Source
+from dedistill.errors import UserError
+from dedistill.families.family import Components, Family
+from dedistill.families.registry import get_family
+from dedistill.fingerprint import fingerprint
+from dedistill.flow import keyed
+from dedistill.recipe import Recipe
+from dedistill.text import Text
+
+RESOLUTION = 1024
+PICTURES_PER_SHARD = 32
+CAPTIONS_PER_SHARD = 256
+SPLIT_LINES = {None: None, "auto": None, "always": True, "never": False}
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Prepared:
+    """A source to train on, and captions by which the model is asked for pictures, encoded where they can be."""
+
+    source: Source
+    known: dict[str, Text] = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
+    digest: str | None = None
+    """Hash of pictures and captions; None for sources whose files are hashed instead."""
+
+
+def open_data(recipe: Recipe, device: torch.device | str, say: Say) -> Prepared:
+    """The data that ``recipe`` trains on. Pictures of the user's own are encoded first, as far as they are not yet."""
+    if recipe.data.source != "pictures":
+        return Prepared(open_source(recipe.data))
+    family, parts = _encoders(recipe)
+    parts.device = device
+    return prepare(recipe, family, parts, say=say)
+
+
+def _encoders(recipe: Recipe) -> tuple[Family, Components]:
+    family = get_family(recipe.model.family, recipe.where("model.family"))
+    return family, family.load(recipe.model, seed=recipe.run.seed, net=False)
+
+
+def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say) -> Prepared:
+    """Encode what the cache lacks, then open it.
+
+    Raises UserError when nothing usable is found, or when the cache was made with other encoders or settings.
+    """
+    cache, index, pictures = look(recipe, say)
+    latents, texts = open_stores(recipe, family, parts, cache)
+    asked = ["", recipe.sample.negative, *recipe.preview.prompts]
+    captions = list(dict.fromkeys([*asked, *(c for p in pictures for c in p.sample.captions)]))
+    _encode_captions(captions, texts, family, parts, _length(recipe, family), say)
+    parts.text.unload()
+    _encode_pictures(pictures, index, latents, family, parts, say)
+    parts.vae.unload()
+    share = HELD_OUT if recipe.data.held_out is None else recipe.data.held_out
+    source = EncodedPictures(pictures, [s.weight for s in recipe.data.sets], latents, texts, share)
+    facts = {
+        "pictures": len(pictures),
+        "crops": sum(len(p.crops) for p in pictures),
+        "captions": len(captions),
+        "quarantined": len(index.quarantined),
+        "cache_bytes": latents.bytes() + texts.bytes(),
+    }
+    return Prepared(source, {caption: source.text(caption) for caption in asked}, facts, source.digest)
+
+
+def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
+    """What is wrong with the cache of ``recipe``: one line per problem, nothing is encoded. Reads every shard."""
+    if recipe.data.source != "pictures":
+        raise UserError(f"{recipe.where('data.source')}: '{recipe.data.source}' has no cache; only 'pictures' are encoded", 2)
+    family, parts = _encoders(recipe)
+    cache, _, pictures = look(recipe, say)
+    latents, texts = open_stores(recipe, family, parts, cache)
+    problems = [f"'{shard}' is damaged: delete it, it is encoded again" for s in (latents, texts) for shard in s.damaged()]
+    wanted = {latent_key(p.sample, crop) for p in pictures for crop in p.crops}
+    captions = {text_key(c) for p in pictures for c in p.sample.captions} | {text_key("")}
+    for store, keys, what in ((latents, wanted, "crops"), (texts, captions, "captions")):
+        missing = sum(key not in store for key in keys)
+        unused = len(store) - len(keys) + missing
+        say(f"{what}: {len(keys) - missing:,} of {len(keys):,} are encoded, {unused:,} more are of no use now")
+        if missing:
+            problems.append(f"{missing:,} of {len(keys):,} {what} are not encoded yet: run tools/prepare_data.py")
+    return problems
+
+
+def open_stores(recipe: Recipe, family: Family, parts: Components, cache: Path) -> tuple[Store, Store]:
+    """(latents, text). Raises UserError, naming what differs, when they were made by other encoders or settings."""
+    inputs = family.cache_inputs(parts, _length(recipe, family))
+    for table in inputs.values():
+        for key, value in table.items():
+            if isinstance(value, list):
+                table[key] = fingerprint(value, cache / "hashes.json")
+    return Store(cache / "latents", inputs["latents"]), Store(cache / "text", inputs["text"])
+
+
+def _length(recipe: Recipe, family: Family) -> int:
+    return recipe.model.text_length or family.text_length
+
+
+def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[Picture]]:
+    """The cache's folder, the index of all sets, and the pictures that crops can be made of."""
+    data, cache = recipe.data, Path(recipe.data.cache)
+    sets = [
+        PictureSet(
+            s.path,
+            name=s.name or "",
+            fields=tuple(s.captions or ()),
+            split_lines=SPLIT_LINES[data.split_lines],
+            missing_captions=data.missing_captions or "error",
+        )
+        for s in data.sets
+    ]
+    index = build_index(sets, file=cache / "index.jsonl", say=say, limit=data.limit)
+    settings = {"resolutions": data.resolutions or [RESOLUTION], "max_upscale": data.max_upscale or 1.0}
+    pictures, small = [], []
+    for sample in index.samples:
+        # a fixed seed: runs with other seeds share what is encoded
+        crops = crops_of(sample, modes=data.crops or ["aspect"], per_picture=data.crops_per_picture or 1, seed=0, **settings)
+        if crops:
+            pictures.append(Picture(sample, tuple(crops)))
+        else:
+            small.append((sample.name, too_small(sample, **settings)))
+    index.quarantined += small
+    for name, reason in index.quarantined[:5]:
+        say(f"left out: {name}: {reason}")
+    if len(index.quarantined) > 5:
+        say(f"left out: {len(index.quarantined) - 5:,} more (all in '{_write_quarantine(cache, index)}')")
+    if warnings := caption_warnings(index.samples):
+        say(f"{len(warnings):,} pictures with several captions lack a short or a long one, e.g. {': '.join(warnings[0])}")
+    if not pictures:
+        raise UserError(f"{recipe.where('data.sets')}: no usable picture; e.g. {': '.join(index.quarantined[0])}")
+    return cache, index, pictures
+
+
+def _write_quarantine(cache: Path, index: Index) -> Path:
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / "quarantine.txt"
+    file.write_text("".join(f"{name}: {reason}\n" for name, reason in index.quarantined))
+    return file
+
+
+def _encode_captions(captions: list[str], store: Store, family: Family, parts: Components, length: int, say: Say) -> None:
+    missing = [c for c in captions if text_key(c) not in store]
+    for chunk in _told(missing, CAPTIONS_PER_SHARD, "captions", say):
+        text = family.encode_text(parts, chunk, length)
+        store.write({text_key(c): _stored(text.rows(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)})
+
+
+def _stored(text: Text, mask: str) -> dict[str, Tensor]:
+    """One caption as it is kept: without its padding where that is invisible anyway."""
+    text = text.trimmed() if mask == "bool" else text
+    return {"embeds": text.embeds[0].cpu(), "mask": text.mask[0].cpu(), "pooled": text.pooled[0].cpu()}
+
+
+def _encode_pictures(pictures: list[Picture], index: Index, store: Store, family: Family, parts: Components, say: Say) -> None:
+    place = {id(sample): i for i, sample in enumerate(index.samples)}
+    missing = [p for p in pictures if any(latent_key(p.sample, crop) not in store for crop in p.crops)]
+    for chunk in _told(missing, PICTURES_PER_SHARD, "pictures", say):
+        entries = {}
+        for picture in chunk:
+            image = decode(index.read(place[id(picture.sample)]))
+            for crop in picture.crops:
+                key = latent_key(picture.sample, crop)
+                pixels = torch.from_numpy(apply_crop(image, crop).astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+                noise = keyed.noise(0, f"vae/{key}", 0, [0], family.latent_shape(parts, crop.height, crop.width))
+                latent = family.encode_pictures(parts, pixels, noise)[0]
+                if not latent.isfinite().all():
+                    raise UserError(f"data: the latents of '{picture.sample.name}' are not finite; leave this picture out")
+                entries[key] = {"latent": latent.to("cpu", torch.float16)}
+        store.write(entries)
+
+
+def _told(items: list, size: int, what: str, say: Say) -> Iterator[list]:
+    """``items`` in chunks of ``size``, saying how far it is and how long it will take."""
+    start = said = time.monotonic()
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
+        now, done = time.monotonic(), min(i + size, len(items))
+        if done == len(items) or now - said > 10:
+            left = (len(items) - done) * (now - start) / done
+            say(f"encoded {done:,} of {len(items):,} {what}, {done / (now - start):.1f} per second, {left / 60:.0f} min left")
+            said = now

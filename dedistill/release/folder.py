@@ -1,0 +1,158 @@
+"""Denoisers as folders and files of tensors, read and written one tensor at a time."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dedistill.errors import UserError
+from dedistill.files import replace_json, whole_folder
+from dedistill.tensorfile import DTYPES, Layout, TensorFile
+
+SHARD_BYTES = 10 * 1000**3
+"""diffusers' own default: a larger network is written as several files with an index."""
+WEIGHTS = "diffusion_pytorch_model"
+FACTS = "dedistill.json"
+_DTYPE = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class Denoiser:
+    """The ``transformer`` of a model folder: its config, the names, shapes and dtypes of its tensors, each read on demand."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        place = folder / "transformer"
+        self.config = _read_json(place / "config.json")
+        self._files: dict[str, Path] = {}
+        self.layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for file in sorted(place.glob("*.safetensors")):
+            with _opened(file) as f:
+                for name in f.keys():  # noqa: SIM118
+                    part = f.get_slice(name)
+                    if part.get_dtype() not in _DTYPE:
+                        raise UserError(f"'{file}': tensor '{name}' is stored as {part.get_dtype()}, which is not supported")
+                    self._files[name], self.layout[name] = file, (tuple(part.get_shape()), _DTYPE[part.get_dtype()])
+        if missing := sorted({n for n, _ in self.skeleton().named_parameters()} - self.layout.keys()):
+            raise UserError(f"'{place}' lacks {len(missing)} tensors of its network, e.g. '{missing[0]}'")
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _opened(self._files[name]) as f:
+            return f.get_tensor(name)
+
+    def items(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        for name in names if names is not None else self.layout:
+            yield name, self[name]
+
+    def skeleton(self) -> nn.Module:
+        """The network without weights (meta device), of the diffusers class that config.json names."""
+        return skeleton(self.config)
+
+
+def skeleton(config: dict[str, Any]) -> nn.Module:
+    """A diffusers network without weights (meta device) from its config.json. Raises UserError for an unknown class."""
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise UserError(f"config.json names no diffusers network: _class_name is '{config.get('_class_name')}'")
+    with torch.device("meta"):
+        return kind.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+
+
+def linear_shapes(net: nn.Module) -> dict[str, tuple[int, int]]:
+    """name -> (out, in) of every linear, in the network's order."""
+    return {n: (m.out_features, m.in_features) for n, m in net.named_modules() if isinstance(m, nn.Linear)}
+
+
+def write_weights(folder: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """Write ``tensors``, in the order of ``layout``, as diffusers' weight file, or as shards with an index."""
+    shards = _shards(layout, shard_bytes)
+    names = [
+        f"{WEIGHTS}.safetensors" if len(shards) == 1 else f"{WEIGHTS}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(len(shards))
+    ]
+    stream = iter(tensors)
+    for file, shard in zip(names, shards):
+        with TensorFile(folder / file, shard, {"format": "pt"}) as out:
+            for _ in shard:
+                out.write(*next(stream))
+    if len(shards) > 1:
+        total = sum(map(_bytes, layout.values()))
+        where = {name: file for file, shard in zip(names, shards) for name in shard}
+        replace_json(folder / f"{WEIGHTS}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that appears complete or not at all. Raises UserError when it exists, or when the disk refuses."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"'{path}' already exists: choose another --out, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with whole_folder(path) as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot write '{path}': {e}. Nothing was left behind.") from e
+
+
+def copy_rest(source: Path, out: Path) -> None:
+    """Copy what a model folder holds beside its denoiser; weights are hard links where the disk allows it."""
+    for path in sorted(source.rglob("*")):
+        inside = path.relative_to(source)
+        if path.is_dir() or inside.parts[0] in ("transformer", "README.md", "run.json", ".cache") or (out / inside).exists():
+            continue
+        (out / inside).parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            if len(inside.parts) > 1:  # not the single-file copies that repositories keep beside the folders
+                _link(path.resolve(), out / inside)
+        else:
+            shutil.copyfile(path, out / inside)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What ``dedistill.json`` says of a model folder; empty without one."""
+    return _read_json(folder / FACTS) if (folder / FACTS).exists() else {}
+
+
+def _link(path: Path, out: Path) -> None:
+    try:
+        os.link(path, out)
+    except OSError:
+        shutil.copyfile(path, out)
+
+
+def _shards(layout: Layout, limit: int) -> list[dict]:
+    shards, size = [{}], 0
+    for name, entry in layout.items():
+        if shards[-1] and size + _bytes(entry) > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = entry
+        size += _bytes(entry)
+    return shards
+
+
+def _bytes(entry: tuple[tuple[int, ...], torch.dtype]) -> int:
+    return torch.Size(entry[0]).numel() * entry[1].itemsize
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"'{path}' cannot be read: {e}") from e
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as f:
+            yield f
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"'{file}' cannot be read as safetensors: {e}") from e

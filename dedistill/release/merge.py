@@ -1,0 +1,125 @@
+"""An adapter added into its dense base, tensor by tensor, as a model folder that ``model.path`` takes again."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dedistill.adapters.delta import weight_change
+from dedistill.adapters.files import read_tensors
+from dedistill.adapters.formats import Layers, by_layer, check_shapes
+from dedistill.errors import UserError
+from dedistill.families.registry import get_family
+from dedistill.files import file_sha256, replace_json
+from dedistill.recipe import Recipe, to_toml
+from dedistill.release.folder import FACTS, SHARD_BYTES, linear_shapes, new_folder, read_facts, write_weights
+from dedistill.release.rounding import Kept, round_stochastic
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+REPORT = "merge.json"
+
+
+@dataclass
+class Merged:
+    """What became of the delta, in all and per linear, and the hash of the base it went into."""
+
+    layers: dict[str, Kept] = field(default_factory=dict)
+    base_sha256: str = ""
+
+    @property
+    def total(self) -> Kept:
+        return sum(self.layers.values(), Kept())
+
+
+def merge_adapter(
+    recipe: Recipe,
+    weights: Path,
+    out: Path,
+    *,
+    dtype: str = "bf16",
+    rounding: str = "stochastic",
+    shard_bytes: int = SHARD_BYTES,
+    say: Callable[[str], None] = lambda line: None,
+) -> Merged:
+    """Write base + adapter to ``out``: the recipe's ``model.path``, unquantized, plus the delta of ``weights`` (a snapshot).
+
+    The sum is float32. dtype "bf16" rounds it once, "stochastic" (keyed by the recipe's seed: same input, same bytes) or
+    "nearest", which loses most of a delta below the rounding step; "fp32" keeps it. Tensors without a delta are the
+    base's own in the new dtype. Beside the denoiser the folder gets what the family writes, ``dedistill.json`` with the
+    provenance (a chain where the base was merged before), and ``merge.json`` with the losses per layer.
+
+    Raises UserError when the file does not fit the network whole, or ``out`` exists; then nothing is written.
+    """
+    if recipe.model.path is None:
+        raise UserError(f"{recipe.where('model')}: a merge needs trained weights to go into: set model.path", 2)
+    family = get_family(recipe.model.family, recipe.where("model.family"))
+    parts = family.load(recipe.model, seed=recipe.run.seed)
+    tensors, header = read_tensors(weights)
+    shapes = linear_shapes(parts.net)
+    layers = by_layer(tensors, shapes, str(weights))
+    check_shapes(layers, shapes, str(weights))
+    state = parts.net.state_dict()
+    layout = {name: (tuple(t.shape), DTYPES[dtype]) for name, t in state.items()}
+    merged, digest = Merged(), hashlib.sha256()
+    with new_folder(out) as folder:
+        stream = _merged_tensors(state, layers, DTYPES[dtype], rounding, recipe.run.seed, merged, digest, say)
+        (folder / "transformer").mkdir()
+        write_weights(folder / "transformer", layout, stream, shard_bytes)
+        parts.net.save_config(folder / "transformer")
+        family.save_rest(parts, folder)
+        merged.base_sha256 = digest.hexdigest()
+        facts = read_facts(folder) | provenance(recipe, weights, header, merged, dtype, rounding)
+        replace_json(folder / FACTS, facts)
+        per_layer = {name: kept.facts() for name, kept in merged.layers.items()}
+        replace_json(folder / REPORT, {"total": merged.total.facts(), "layers": per_layer})
+    return merged
+
+
+def _merged_tensors(
+    state: dict[str, Tensor],
+    layers: Layers,
+    dtype: torch.dtype,
+    rounding: str,
+    seed: int,
+    merged: Merged,
+    digest: Any,
+    say: Callable[[str], None],
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the new network one after the other, filling ``merged`` and the hash of the base on the way."""
+    for name in list(state):
+        base = state.pop(name).detach().cpu()
+        digest.update(f"{name} {base.dtype} {tuple(base.shape)}\n".encode())
+        digest.update(base.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        linear = name.removesuffix(".weight")
+        if linear == name or linear not in layers:
+            yield name, base.to(dtype)
+            continue
+        delta = weight_change(layers[linear])
+        total = base.float() + delta
+        if not total.isfinite().all():
+            raise UserError(f"the merged weight of '{linear}' is not finite: the adapter or its base is damaged")
+        new = round_stochastic(total, seed, name) if (dtype, rounding) == (torch.bfloat16, "stochastic") else total.to(dtype)
+        merged.layers[linear] = Kept.measure(base.to(dtype), new, delta)
+        say(linear)
+        yield name, new
+
+
+def provenance(recipe: Recipe, weights: Path, header: dict[str, str], merged: Merged, dtype: str, rounding: str) -> dict:
+    """``base``: what all this goes back to; ``merges``: every adapter that went in, oldest first."""
+    before = read_facts(Path(recipe.model.path)) if Path(recipe.model.path).is_dir() else {}
+    base = before.get("base") or {"path": recipe.model.path, "revision": recipe.model.revision, "sha256": merged.base_sha256}
+    step = {
+        "into_sha256": merged.base_sha256,
+        "adapter": str(weights),
+        "adapter_sha256": file_sha256(weights),
+        "adapter_header": {k: v for k, v in header.items() if k != "dedistill.recipe"},
+        "recipe": to_toml(recipe),
+        "dtype": dtype,
+        "rounding": rounding if dtype == "bf16" else "none",
+        **merged.total.facts(),
+    }
+    return {"base": base, "merges": [*before.get("merges", []), step]}
