@@ -76,6 +76,13 @@ class Model:
             return stack([self.known[c] for c in captions]).to(self.device)
         return self.family.encode_text(self.parts, captions, length or self.text_length).to(self.device)
 
+    def remember(self, captions: list[str]) -> None:
+        """Encode captions once and for all, and free the encoders: ``encode`` gives these tensors from now on."""
+        if new := [c for c in dict.fromkeys(captions) if c not in self.known]:
+            text = self.family.encode_text(self.parts, new, self.text_length).to("cpu")
+            self.known |= {c: text.rows(slice(i, i + 1)) for i, c in enumerate(new)}
+        self.parts.text.unload()
+
     def velocity(self, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None) -> Tensor:
         """noise - data as the model predicts it, float32; the same arithmetic in training, validation and sampling."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):

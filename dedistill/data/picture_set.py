@@ -12,7 +12,8 @@ class PictureSet:
 
     ``fields``: keys or columns that hold captions; empty for the usual names. ``split_lines``: whether each line of a
     .txt or .caption file is a caption (None: as ``caption_files.captions_in`` decides). ``file_column``: the column of
-    a list that names the picture, relative to the list's folder. ``name`` defaults to that of the path, without a file's extension.
+    a list that names the picture, relative to the list's folder. ``name`` defaults to that of the path, without a file's
+    extension.
     """
 
     path: str

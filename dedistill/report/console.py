@@ -87,7 +87,7 @@ def progress(rows: Iterable[dict], start: int, plan: Plan) -> Iterator[dict]:
         yield row
 
 
-def progress_line(line: str) -> None:
+def say(line: str) -> None:
     """A line about work that goes on, at once."""
     print(line, file=sys.stderr, flush=True)
 
@@ -112,8 +112,3 @@ def _numbers(row: dict) -> str:
 def _line(row: dict, plan: Plan) -> str:
     held_out = f" held-out {row['val_loss']:.4f} +- {row['val_loss_se']:.4f}" if "val_loss" in row else ""
     return f"step {row['step']}/{plan.steps} {_numbers(row)}{held_out}"
-
-
-def say(line: str) -> None:
-    """One line for the user, at once."""
-    print(line, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from dedistill.engine.validate import Validator
 from dedistill.files import replace_json
 from dedistill.finished import open_finished
 from dedistill.recipe import Recipe
-from dedistill.report.console import progress_line
+from dedistill.report.console import say
 from dedistill.report.story_page import write_story_page
 from dedistill.report.sweep_page import write_sweep_page
 from dedistill.sampling.grid import contact_sheet
@@ -58,9 +58,7 @@ def tell(
     candidates = [_candidate(name, recipes[name], steps) for name in STAGES]
     candidates.insert(2, _candidate("student_native", recipes["student"], recipes["student"].sample.steps))
     grid = Grid(tuple(cfgs), (0,), read_prompts(str(prompts), source), (0,))
-    scores = sweep(
-        candidates, grid, out / "sweep", title="Teacher, student, de-distilled", judge=judge_for(source), say=progress_line
-    )
+    scores = sweep(candidates, grid, out / "sweep", title="Teacher, student, de-distilled", judge=judge_for(source), say=say)
     write_sweep_page(out / "sweep")
     losses = _held_out_losses(recipes, source)
     summary = {name: {"steps": c.steps, **losses.get(name, {}), "cfg": {}} for name, c in zip([*LABELS], candidates)}
