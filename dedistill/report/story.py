@@ -57,7 +57,7 @@ def tell(
     source = open_source(recipes["dedistilled"].data)
     candidates = [_candidate(name, recipes[name], steps) for name in STAGES]
     candidates.insert(2, _candidate("student_native", recipes["student"], recipes["student"].sample.steps))
-    grid = Grid(tuple(cfgs), (0,), read_prompts(str(prompts), source), (0,))
+    grid = Grid(tuple(cfgs), (0,), read_prompts(str(prompts), lambda: source), (0,))
     scores = sweep(candidates, grid, out / "sweep", title="Teacher, student, de-distilled", judge=judge_for(source), say=say)
     write_sweep_page(out / "sweep")
     losses = _held_out_losses(recipes, source)
