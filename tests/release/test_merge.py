@@ -151,14 +151,14 @@ def test_what_rounding_loses(size, nearest):
 
 def test_stochastic_rounding_is_right_on_average_and_keyed():
     values = torch.tensor([1.0 + 2**-9, -3.14159, 1e-30, 0.0, 1.5, float("inf"), -float("inf"), 3.3e38])
-    draws = torch.stack([round_stochastic(values, 0, str(i)) for i in range(4000)]).float()
+    draws = torch.stack([round_stochastic(values, 0, str(i)) for i in range(1000)]).float()
     assert torch.equal(round_stochastic(values, 0, "a"), round_stochastic(values, 0, "a"))
     assert len(draws[:, 0].unique()) == 2, "between two neighbours both occur"
     assert (draws[:, 3:7] == values[3:7]).all(), "what bfloat16 holds stays"
     step = 2.0**-7
     for column in (0, 1, 2):
         width = abs(float(values[column])) * step
-        assert abs(float(draws[:, column].mean() - values[column])) < 4 * width / 4000**0.5
+        assert abs(float(draws[:, column].mean() - values[column])) < 4 * width / 1000**0.5
     assert round_stochastic(torch.tensor([float("nan")]), 0, "n").isnan().all()
     big = keyed.noise(0, "big", 0, [0], (3000, 1500))[0]
     once = round_stochastic(big.T, 1, "t")
