@@ -77,8 +77,12 @@ def _simpletuner(t: Mapping[str, Tensor], names: _Names) -> set[str]:
 
 def _load_lora_weights(t: Mapping[str, Tensor], names: _Names) -> set[str] | str:
     if any(key.endswith(".lora_down.weight") for key in t):
-        if left := t.keys() - _take(t, names.kohya, _KOHYA):
-            return f"takes kohya's names or none: '{min(left)}' is not one"
+        if taken := _take(t, names.transformer, {*PEFT, *LORA}):
+            return taken  # its alphas are dropped
+        if any(key.startswith("lora_transformer_") for key in t):
+            return "OneTrainer's names, which it converts by rules that are not in this table"
+        if left := {key for key in t if key.startswith("lora_unet_")} - _take(t, names.kohya, _KOHYA):
+            return f"raises an error at '{min(left)}'"
         # outside the blocks its converter leaves out the prefix by which the result is then filtered
         return _take(t, names.kohya_blocks, _KOHYA)
     return _take(t, names.transformer, {*PEFT, "alpha"}) if _take(t, names.transformer, PEFT) else "has no LoRA in PEFT's names"

@@ -89,11 +89,7 @@ def alone(recipe, path):
     return build_model(recipe.model_copy(update={"model": spec, "adapter": None}))
 
 
-FAMILIES = pytest.mark.parametrize("family", ["pixel_flux", "flux"])
-
-
-@FAMILIES
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "family"), [*((form, "pixel_flux") for form in FORMS), ("lokr-rank", "flux")])
 def test_merged_reloaded_and_adapted_are_one(form, family, tmp_path):
     """FORMATS 7: to 1e-6 in fp32, every linear of the network adapted."""
     recipe = recipe_for(tmp_path / "a", write_base(family, tmp_path / "base"), family, form)
