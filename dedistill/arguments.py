@@ -14,6 +14,15 @@ def whole(text: str) -> int:
     return _number(text, int, lambda n: n >= 0, "a whole number of at least 0")
 
 
+def count(text: str) -> int:
+    """A whole number of at least 1, which may end in K, M or B: 600M, 3.2B."""
+    scale = {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1:].upper())
+    wanted = "a whole number of at least 1, or one such as 600M or 3.2B"
+    if scale is None:
+        return _number(text, int, lambda n: n >= 1, wanted)
+    return round(scale * _number(text[:-1], float, lambda n: 1 <= n * scale < math.inf, wanted))
+
+
 def finite(text: str) -> float:
     """A number that is neither infinite nor NaN."""
     return _number(text, float, math.isfinite, "a finite number")

@@ -19,6 +19,7 @@ from dedistill.recipe import Recipe
 from dedistill.text import Text, stack
 
 INIT_SCALE = 1e-3
+CHUNK = 256
 
 
 @dataclass
@@ -34,6 +35,10 @@ class Model:
     """Prompt of the unconditional branch when pictures are made."""
     guidance: float | None = None
     """Fed to a distilled guidance embedding when pictures are made; None: as in training."""
+    grid_shift: float = 1.0
+    """Shift of the solver's sigmas when pictures are made: the recipe's timesteps.shift in numbers."""
+    chunk: int = CHUNK
+    """Samples per forward pass when nothing is trained."""
     adapter: Adapter | None = None
     targets: list[Resolved] = field(default_factory=list)
     known: dict[str, Text] = field(default_factory=dict)
@@ -107,6 +112,8 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     model.root.to(device)
     model.negative, model.guidance = recipe.sample.negative, recipe.sample.guidance
     model.bf16 = recipe.train.precision == "bf16"
+    model.grid_shift = recipe.timesteps.resolved_shift(model.shift(parts.picture))
+    model.chunk = recipe.train.micro_batch or CHUNK
     if recipe.train.gradient_checkpointing:
         parts.net.enable_gradient_checkpointing()
     facts |= {"text_length": length, "mask": parts.mask, "guidance": parts.guidance}
@@ -122,8 +129,8 @@ def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict, devic
     shapes = dense_shapes(net, linear_names(net))
     quantized = prepare_base(net, recipe.base.quant, recipe.base.exclude, recipe.where, device)
     facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
-    targets = resolve_targets(table, shapes, family.presets(), recipe.where)
-    adapter = Adapter(net, table.kind, targets)
+    targets = resolve_targets(table, shapes, family.presets(net), recipe.where)
+    adapter = Adapter(net, table.kind, targets).to(next(net.parameters()).device)
     scale = table.init_scale or INIT_SCALE
     weight = _weight_reader(net)
     for name, module in adapter.by_target.items():
@@ -136,4 +143,4 @@ def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict, devic
 
 
 def _weight_reader(net: nn.Module) -> Callable[[str], Tensor]:
-    return lambda name: dense_weight(net.get_submodule(name)).cpu()
+    return lambda name: dense_weight(net.get_submodule(name))

@@ -5,11 +5,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from dedistill.assemble import Model, build_model
+from dedistill.assemble import Model
 from dedistill.data.source import Source
+from dedistill.engine.inputs import model_files
 from dedistill.errors import UserError
 from dedistill.files import file_sha256
-from dedistill.finished import last_weights, open_finished, sampling_device
+from dedistill.finished import last_weights, open_base, open_finished
 from dedistill.recipe import Recipe
 from dedistill.sampling.sweep import Candidate
 
@@ -20,48 +21,52 @@ def candidates_of(
     """Candidates of one run, in the order base, averages, last.
 
     wanted: any of ``base``, ``last``, ``posthoc`` (all averages) and names of files in RUN/posthoc without their
-    ending; None for all there are. prefix: put the run's name before each. A run without adapter has only ``last``.
+    ending; None for all there are. prefix: put the run's name before each. A run without adapter has only ``last``,
+    which bears the run's name. Raises UserError for names that there are not.
     """
     out = Path(recipe.run.out)
     steps = steps or recipe.sample.steps
-    label = f"{recipe.run.name} " if prefix else ""
     if recipe.adapter is None:
+        _chosen(["last"], [], wanted, out)
         return [Candidate(recipe.run.name, _identity(recipe, out / "model"), steps, lambda: open_finished(recipe))]
+    label = f"{recipe.run.name} " if prefix else ""
     averages = {p.stem: p for p in sorted((out / "posthoc").glob("*.safetensors"))}
-    known = ["base", *averages, "last"]
-    asked = [n for w in wanted or ["base", "posthoc", "last"] for n in (averages if w == "posthoc" else [w])]
-    if unknown := [n for n in asked if n not in known]:
-        raise UserError(f"no candidate '{unknown[0]}' in '{out}'; there are {', '.join(known)}", exit_code=2)
     found = []
-    for name in (n for n in known if n in asked):
+    for name in _chosen(["base", *averages, "last"], [*averages], wanted, out):
         path = None if name == "base" else averages.get(name) or last_weights(out)
         parts = [p for p in (recipe.model.path, path) if p is not None]
         found.append(Candidate(f"{label}{name}", _identity(recipe, *parts), steps, _opener(recipe, path)))
     return found
 
 
+def _chosen(known: list[str], averages: list[str], wanted: list[str] | None, out: Path) -> list[str]:
+    """Those of ``known`` that are ``wanted``, in their order."""
+    if wanted is None:
+        return known
+    asked = [n for w in wanted for n in (averages if w == "posthoc" else [w])]
+    if unknown := [n for n in asked if n not in known]:
+        raise UserError(f"no candidate '{unknown[0]}' in '{out}'; there are {', '.join(known)}", exit_code=2)
+    if not asked:
+        raise UserError(f"no averages in '{out / 'posthoc'}': make them with tools/posthoc_ema.py", exit_code=2)
+    return [n for n in known if n in asked]
+
+
 def _opener(recipe: Recipe, path: Path | None) -> Callable[[], Model]:
-    if path is not None:
-        return lambda: open_finished(recipe, path)
-
-    def base() -> Model:
-        model = build_model(recipe, sampling_device())
-        model.adapter.detach_from_base()
-        return model
-
-    return base
+    return lambda: open_base(recipe) if path is None else open_finished(recipe, path)
 
 
 def _identity(recipe: Recipe, *places: Path | str) -> str:
-    """Hash of everything a picture depends on beside prompt and noise: weights in files or folders, and how they are used."""
-    digest = hashlib.sha256(json.dumps([recipe.resolved()[k] for k in ("model", "base", "adapter", "sample")]).encode())
-    digest.update(str(recipe.run.seed).encode())
+    """Hash of everything a picture depends on beside prompt, noise and steps: files of models, and how they are used."""
+    settings = recipe.resolved()
+    used = [settings[table] for table in ("model", "base", "adapter", "sample")]
+    used += [settings["train"]["precision"], settings["timesteps"]["shift"], settings["run"]["seed"]]
+    digest = hashlib.sha256(json.dumps(used).encode())
     for place in map(Path, places):
-        files = sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]
-        if not files or not files[0].exists():
+        files = model_files(place)
+        if not any(file.suffix == ".safetensors" for file in files):
             raise UserError(f"no weights in '{place}': train this recipe first")
         for file in files:
-            digest.update(file_sha256(file).encode())
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -30,6 +30,14 @@ def open_finished(recipe: Recipe, weights: Path | None = None) -> Model:
     return model
 
 
+def open_base(recipe: Recipe) -> Model:
+    """The network of ``recipe`` as training finds it, without the adapter."""
+    model = build_model(recipe, sampling_device())
+    if model.adapter:
+        model.adapter.detach_from_base()
+    return model
+
+
 def sampling_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 

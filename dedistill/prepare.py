@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,11 @@ from dedistill.data.index import Index, build_index
 from dedistill.data.listing import PictureSet
 from dedistill.data.mixing import caption_warnings
 from dedistill.data.pictures import decode
+from dedistill.data.registry import open_source
+from dedistill.data.source import Source
 from dedistill.errors import UserError
 from dedistill.families.family import Components, Family
+from dedistill.families.registry import get_family
 from dedistill.fingerprint import fingerprint
 from dedistill.flow import keyed
 from dedistill.recipe import Recipe
@@ -33,19 +36,35 @@ Say = Callable[[str], None]
 
 @dataclass
 class Prepared:
-    """The training source, and captions by which the model is asked for pictures, encoded."""
+    """A source to train on, and captions by which the model is asked for pictures, encoded where they can be."""
 
-    source: EncodedPictures
-    known: dict[str, Text]
-    report: dict
+    source: Source
+    known: dict[str, Text] = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
+    digest: str | None = None
+    """Hash of pictures and captions; None for sources whose files are hashed instead."""
 
 
-def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, limit: int | None = None) -> Prepared:
-    """Encode what the cache lacks, then open it. ``limit``: only so many pictures of each set, for rehearsals.
+def open_data(recipe: Recipe, device: torch.device | str, say: Say) -> Prepared:
+    """The data that ``recipe`` trains on. Pictures of the user's own are encoded first, as far as they are not yet."""
+    if recipe.data.source != "pictures":
+        return Prepared(open_source(recipe.data))
+    family, parts = _encoders(recipe)
+    parts.device = device
+    return prepare(recipe, family, parts, say=say)
+
+
+def _encoders(recipe: Recipe) -> tuple[Family, Components]:
+    family = get_family(recipe.model.family, recipe.where("model.family"))
+    return family, family.load(recipe.model, seed=recipe.run.seed, net=False)
+
+
+def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say) -> Prepared:
+    """Encode what the cache lacks, then open it.
 
     Raises UserError when nothing usable is found, or when the cache was made with other encoders or settings.
     """
-    cache, index, pictures = _look(recipe, say, limit)
+    cache, index, pictures = look(recipe, say)
     latents, texts = open_stores(recipe, family, parts, cache)
     asked = ["", recipe.sample.negative, *recipe.preview.prompts]
     captions = list(dict.fromkeys([*asked, *(c for p in pictures for c in p.sample.captions)]))
@@ -55,28 +74,30 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, limi
     parts.vae.unload()
     share = HELD_OUT if recipe.data.held_out is None else recipe.data.held_out
     source = EncodedPictures(pictures, [s.weight for s in recipe.data.sets], latents, texts, share)
-    report = {
+    facts = {
         "pictures": len(pictures),
         "crops": sum(len(p.crops) for p in pictures),
         "captions": len(captions),
         "quarantined": len(index.quarantined),
         "cache_bytes": latents.bytes() + texts.bytes(),
     }
-    return Prepared(source, {caption: source.text(caption) for caption in asked}, report)
+    return Prepared(source, {caption: source.text(caption) for caption in asked}, facts, source.digest)
 
 
-def check_cache(recipe: Recipe, family: Family, parts: Components, *, say: Say) -> list[str]:
+def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
     """What is wrong with the cache of ``recipe``: one line per problem, nothing is encoded. Reads every shard."""
-    cache, _, pictures = _look(recipe, say, None)
+    if recipe.data.source != "pictures":
+        raise UserError(f"{recipe.where('data.source')}: '{recipe.data.source}' has no cache; only 'pictures' are encoded", 2)
+    family, parts = _encoders(recipe)
+    cache, _, pictures = look(recipe, say)
     latents, texts = open_stores(recipe, family, parts, cache)
     problems = [f"'{shard}' is damaged: delete it, it is encoded again" for s in (latents, texts) for shard in s.damaged()]
     wanted = {latent_key(p.sample, crop) for p in pictures for crop in p.crops}
     captions = {text_key(c) for p in pictures for c in p.sample.captions} | {text_key("")}
     for store, keys, what in ((latents, wanted, "crops"), (texts, captions, "captions")):
         missing = sum(key not in store for key in keys)
-        say(
-            f"{what}: {len(keys) - missing:,} of {len(keys):,} are encoded, {len(store) - len(keys) + missing:,} are of no use now"
-        )
+        unused = len(store) - len(keys) + missing
+        say(f"{what}: {len(keys) - missing:,} of {len(keys):,} are encoded, {unused:,} more are of no use now")
         if missing:
             problems.append(f"{missing:,} of {len(keys):,} {what} are not encoded yet: run tools/prepare_data.py")
     return problems
@@ -96,7 +117,7 @@ def _length(recipe: Recipe, family: Family) -> int:
     return recipe.model.text_length or family.text_length
 
 
-def _look(recipe: Recipe, say: Say, limit: int | None) -> tuple[Path, Index, list[Picture]]:
+def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[Picture]]:
     """The cache's folder, the index of all sets, and the pictures that crops can be made of."""
     data, cache = recipe.data, Path(recipe.data.cache)
     sets = [
@@ -109,7 +130,7 @@ def _look(recipe: Recipe, say: Say, limit: int | None) -> tuple[Path, Index, lis
         )
         for s in data.sets
     ]
-    index = build_index(sets, file=cache / "index.jsonl", say=say, limit=limit)
+    index = build_index(sets, file=cache / "index.jsonl", say=say, limit=data.limit)
     settings = {"resolutions": data.resolutions or [RESOLUTION], "max_upscale": data.max_upscale or 1.0}
     pictures, small = [], []
     for sample in index.samples:

@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.report.console import quiet_dependencies
+    from dedistill.report.console import progress_line, quiet_dependencies
 
     quiet_dependencies()
     from dedistill.candidates import candidates_of, read_prompts
@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
     grid = Grid(cfgs, skips, read_prompts(args.prompts, source), seeds)
     out = args.out or Path(recipes[-1].run.out) / "sweep"
     title = "CFG sweep: " + ", ".join(r.run.name for r in recipes)
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    sweep(candidates, grid, out, title=title, judge=judge_for(source), say=say)
+    sweep(candidates, grid, out, title=title, judge=judge_for(source), say=progress_line)
     print(f"done: {write_sweep_page(out)}", file=sys.stderr)
     return 0
 

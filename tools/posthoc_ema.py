@@ -22,11 +22,11 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.posthoc.lerp import ALPHAS, chain_weights, describe, find_snapshots, lerp_snapshots
+    from dedistill.posthoc.lerp import ALPHAS, chain_weights, describe, find_snapshots, lerp_snapshots, output_name
 
     snapshots = find_snapshots(args.run / "snapshots")
     steps = [s.step for s in snapshots]
-    alphas = args.alpha or ALPHAS
+    alphas = list({output_name(alpha): alpha for alpha in args.alpha or ALPHAS}.values())  # one average per file
     files = lerp_snapshots(snapshots, alphas, args.out or args.run / "posthoc")
     print(f"{len(snapshots)} snapshots, steps {steps[0]} to {steps[-1]}")
     print(f"{'alpha':>6} {'effective':>10} {'mean age':>9}  weights, newest first")

@@ -52,9 +52,10 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
-        """Copy a whole file in. Raises UserError, changing nothing, unless names and shapes agree exactly."""
-        own = self.trainable() | {f"{file_name(n)}.alpha": m.alpha for n, m in self.by_target.items()}
-        problems = compare_tensors(own, tensors)
+        """Copy a whole file in. Raises UserError, changing nothing, unless names, shapes and alphas agree exactly."""
+        alphas = {f"{file_name(n)}.alpha": m.alpha for n, m in self.by_target.items()}
+        own = self.trainable()
+        problems = compare_tensors(own | alphas, tensors) or _other_alphas(alphas, tensors)
         if problems:
             raise UserError(f"'{source}' does not fit this recipe's adapter: {problems}")
         for name, tensor in own.items():
@@ -70,6 +71,15 @@ def compare_tensors(own: dict[str, Tensor], other: dict[str, Tensor]) -> str:
         n = min(shapes)
         parts.append(f"{len(shapes)} of another shape, e.g. {n} {tuple(other[n].shape)}, expected {tuple(own[n].shape)}")
     return "; ".join(parts)
+
+
+def _other_alphas(own: dict[str, Tensor], other: dict[str, Tensor]) -> str:
+    """What alphas of a file would be scaled by another amount here; empty when they agree."""
+    differing = [name for name in own if float(own[name]) != float(other[name])]
+    if not differing:
+        return ""
+    name = differing[0]
+    return f"{len(differing)} of another scale, e.g. {name} {float(other[name]):g}, expected {float(own[name]):g}"
 
 
 def _build(kind: str, target: Resolved, linear: nn.Module) -> nn.Module:

@@ -36,14 +36,14 @@ def initialise(module: nn.Module, name: str, weight: Callable[[], Tensor], *, in
         module.lokr_w1.fill_(1.0)
     if init == "perturbed_normal" and left is None:
         dense, draw = weight(), _normal(rng, module.lokr_w2)
-        draw = (draw - draw.mean()) / draw.std(correction=0) * dense.std(correction=0) + dense.mean()
+        draw = (draw - draw.mean()) / draw.std(correction=0) * _deviation(dense) + float(dense.mean())
         module.lokr_w2.copy_(draw * scale)
-    elif init == "perturbed_normal":
+    elif init == "perturbed_normal" and (deviation := _deviation(weight())) > 0:
         a, b = _normal(rng, left), _normal(rng, right)
-        size = scale * weight().std(correction=0) / ((a @ b).std(correction=0) * module.scale)
+        size = scale * deviation / (_deviation(a @ b) * module.scale)
         left.copy_(a * size**0.5)
         right.copy_(b * size**0.5)
-    elif left is not None:  # ones
+    elif left is not None:  # ones, or a layer of equal weights, which have no deviation to take a share of
         left.copy_(_normal(rng, left) * left.shape[1] ** -0.5)
 
 
@@ -51,6 +51,11 @@ def _factors(module: nn.Module) -> tuple[Tensor, Tensor]:
     if isinstance(module, LokrModule):
         return module.lokr_w2_a, module.lokr_w2_b
     return module.lora_up.weight, module.lora_down.weight
+
+
+def _deviation(values: Tensor) -> float:
+    """Taken where the values lie: full-size weights need not leave the GPU."""
+    return float(values.std(correction=0))
 
 
 def _normal(rng: np.random.Generator, like: Tensor) -> Tensor:
@@ -66,17 +71,21 @@ def check_started(
     A trainer that drops its initialisation silently can train for weeks before anyone sees it (LibreFLUX did).
     """
     wanted = scale if init == "perturbed_normal" else 0.0
-    found = {name: float(delta(m).std(correction=0) / weight(name).std(correction=0)) for name, m in modules.items()}
+    sizes = {name: (_deviation(delta(m)), _deviation(weight(name))) for name, m in modules.items()}
+    found = {name: d / w if w else d for name, (d, w) in sizes.items()}
     # "not within" also catches NaN
-    wrong = {n: v for n, v in found.items() if not abs(v - wanted) <= (TOLERANCE + _rounding(modules[n])) * wanted}
-    wrong |= {
-        n: found[n] for n, m in modules.items() if init != "default" and isinstance(m, LokrModule) and (m.lokr_w1 != 1).any()
-    }
+    wrong = [n for n, (d, w) in sizes.items() if not abs(d - wanted * w) <= (TOLERANCE + _rounding(modules[n])) * wanted * w]
+    wrong += [n for n, m in modules.items() if init != "default" and isinstance(m, LokrModule) and (m.lokr_w1 != 1).any()]
     if wrong:
-        name, value = next(iter(wrong.items()))
         raise UserError(
-            f"adapter.init: '{init}' did not take effect in {len(wrong)} of {len(modules)} layers, e.g. {name}: "
-            f"deviation of the delta is {value:.3g} of the weight's, {wanted:.3g} was asked for"
+            f"adapter.init: '{init}' did not take effect in {len(set(wrong))} of {len(modules)} layers, e.g. {wrong[0]}: "
+            f"deviation of the delta is {found[wrong[0]]:.3g} of the weight's, {wanted:.3g} was asked for"
+        )
+    # a factor's gradient is the product of the others: with two of them 0, none ever moves
+    if dead := [n for n, m in modules.items() if sum(not p.any() for p in m.parameters()) > 1]:
+        raise UserError(
+            f"adapter.init: '{init}' left two factors of {len(dead)} of {len(modules)} layers at zero, e.g. {dead[0]}: "
+            "nothing there would ever train"
         )
     return found
 

@@ -45,6 +45,20 @@ def resolve_targets(
     return [chosen[name] for name in shapes if name in chosen]
 
 
+def count_parameters(resolved: list[Resolved], kind: str) -> int:
+    """Trained numbers of an adapter of ``kind`` on those linears, without building it."""
+    return sum(_parameters(target, kind) for target in resolved)
+
+
+def _parameters(target: Resolved, kind: str) -> int:
+    out, in_ = target.shape
+    if kind == "lora":
+        return target.rank * (out + in_)
+    (small_out, large_out), (small_in, large_in) = factorization(out, target.factor), factorization(in_, target.factor)
+    large = large_out * large_in if target.rank is None else target.rank * (large_out + large_in)
+    return small_out * small_in + large
+
+
 def _form(kind: str, target: Any, shape: tuple[int, int], where: str, name: str) -> tuple[int | None, int | None]:
     """(factor, rank) of one layer, with the defaults of the kind filled in."""
     if kind == "lora":

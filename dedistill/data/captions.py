@@ -1,5 +1,7 @@
 """Captions of handwritten digits: several templates, words or numerals, and noise as captions from the web have it."""
 
+import re
+
 import numpy as np
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -36,4 +38,4 @@ def caption(digits: np.ndarray, u: np.ndarray, noise: float) -> str:
 def digits_in(text: str) -> list[int]:
     """The digits a caption names, in order."""
     value = {w: d for d, w in enumerate(WORDS)} | {n: d for d, n in enumerate(NUMERALS)}
-    return [value[w] for w in text.lower().split() if w in value]
+    return [value[w] for w in re.findall(r"\w+", text.lower()) if w in value]

@@ -77,6 +77,14 @@ class EncodedPictures:
         self._latents, self._texts = latents, texts
         self._slots = lru_cache(maxsize=4)(self._slots_of)
 
+    @property
+    def digest(self) -> str:
+        """Hash of everything a draw can come from: pictures, crops, captions, sets and weights."""
+        parts = [
+            [self._weights, [[(p.sample.sha256, p.crops, p.sample.captions) for p in s] for s in (*self._sets, self._held)]]
+        ]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
     def _slots_of(self, seed: int, step: int, batch: int, held_out: bool) -> list[Slot]:
         """What every position of a step gets."""
         places = np.arange(step * batch, (step + 1) * batch)

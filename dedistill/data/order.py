@@ -17,5 +17,6 @@ def sample_indices(seed: int, purpose: str, places: np.ndarray, count: int) -> n
 
     places: int array, place = step * batch + position. Every sample comes once in ``count`` consecutive places.
     """
-    places = np.asarray(places)
-    return np.array([_epoch(seed, purpose, int(p) // count, count)[int(p) % count] for p in places])
+    epochs, rows = np.divmod(np.asarray(places, dtype=np.int64), count)
+    found, which = np.unique(epochs, return_inverse=True)
+    return np.stack([_epoch(seed, purpose, int(epoch), count) for epoch in found])[which, rows]

@@ -17,6 +17,7 @@ from dedistill.data.order import sample_indices
 from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
 from dedistill.files import file_sha256
+from dedistill.flow import keyed
 
 FACTS = "pairs.json"
 HELD_OUT = 16
@@ -27,7 +28,6 @@ class PairSource(OneSize):
     """Pairs by index. Shards are checked against their hashes once, then read by offset without extraction."""
 
     name = "pairs"
-    caption_noise = 0.0
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -51,15 +51,21 @@ class PairSource(OneSize):
         return Batch(trajectory[:, -1], list(captions), names, torch.from_numpy(np.stack(noise)), trajectory, self.sigmas)
 
     def prompts(self, seed: int, count: int) -> list[str]:
-        return [self._read(int(i))[2] for i in self.held_out_ids[:count]]
+        """Stored captions, drawn with repetition from all pairs: as many as are asked for, prompt i whatever their number."""
+        picks = keyed.generator(seed, "pairs/prompts").random(count) * len(self._members)
+        return [self._part(int(i), "txt").decode() for i in picks]
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+        noise, trajectory = (
+            np.load(io.BytesIO(self._part(index, ext)), allow_pickle=False).astype(np.float32)
+            for ext in ("noise.npy", "trajectory.npy")
+        )
+        return noise, trajectory, self._part(index, "txt").decode()
+
+    def _part(self, index: int, ext: str) -> bytes:
         shard, member = self._members[index]
-        part = {ext: bytes(shard[start : start + size]) for ext, (start, size) in member.items()}
-        arrays = [
-            np.load(io.BytesIO(part[ext]), allow_pickle=False).astype(np.float32) for ext in ("noise.npy", "trajectory.npy")
-        ]
-        return arrays[0], arrays[1], part["txt"].decode()
+        start, size = member[ext]
+        return bytes(shard[start : start + size])
 
 
 def read_facts(folder: Path) -> dict:

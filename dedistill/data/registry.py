@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dedistill.data.digits import DIGIT_SOURCES, idx_files
+from dedistill.data.digits import idx_files, load_digits, load_mnist
 from dedistill.data.pairs import FACTS, PairSource
 from dedistill.data.source import Source
 
@@ -12,7 +12,9 @@ def open_source(data: Any) -> Source:
     """The source that ``data`` (a recipe's [data] table) names. Raises UserError when it cannot be read."""
     if data.source == "pairs":
         return PairSource(Path(data.path))
-    return DIGIT_SOURCES[data.source](data.path, data.caption_noise)
+    if data.source == "mnist":
+        return load_mnist(data.path, data.caption_noise)
+    return load_digits(data.caption_noise)
 
 
 def data_files(data: Any) -> list[Path]:

@@ -35,8 +35,8 @@ class OneSize:
 
 class Source(Protocol):
     name: str
-    picture: tuple[int, int, int]
-    caption_noise: float
+    picture: tuple[int, int, int] | None
+    """Shape of every sample, None where they differ."""
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         """The samples of ``positions`` in step ``step``; a function of the arguments alone."""

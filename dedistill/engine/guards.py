@@ -8,6 +8,10 @@ from dedistill.errors import UserError
 PATIENCE = 3
 
 
+class NotFinite(UserError):
+    """The run was stopped by :class:`FiniteGuard`; the weights are those of the last good step."""
+
+
 class FiniteGuard:
     """Skips a step whose loss or gradient is not finite, remembers it, and stops the run at the third in a row."""
 
@@ -22,8 +26,8 @@ class FiniteGuard:
         self.in_a_row += 1
         if self.in_a_row >= PATIENCE:
             worst = f"; samples: {culprits[:4]}" if culprits else " in the gradient"
-            raise UserError(
+            raise NotFinite(
                 f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: not finite {PATIENCE} times in a row{worst}. "
-                "No such step was applied. Lower train.lr or set train.max_grad_norm; what was saved before is intact."
+                f"No such step was applied; the weights of step {step} are saved. Lower train.lr or set train.max_grad_norm."
             )
         return False

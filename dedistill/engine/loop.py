@@ -10,12 +10,14 @@ from safetensors.torch import save
 
 from dedistill.assemble import Model
 from dedistill.data.source import Source
+from dedistill.engine.ahead import ahead
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
 from dedistill.engine.export import export_model, exported_step
-from dedistill.engine.guards import FiniteGuard
+from dedistill.engine.guards import FiniteGuard, NotFinite
 from dedistill.engine.metrics import Clock, Journal, Trackers
-from dedistill.engine.objective import Objective, task_loss
+from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from dedistill.engine.preview import Preview
 from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.stop import StopRequest
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
@@ -37,9 +39,12 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.trained_now = False
+        self.waited = 0.0
+        """Seconds since the last line of timings.jsonl in which training stood still for data."""
         self.notes: list[str] = []
         every, samples = recipe.validate_.every, recipe.validate_.samples or SAMPLES
-        self.validate = Validator(self.objective, samples) if every else None
+        self.validate = Validator(self.objective, samples, model.chunk) if every else None
+        self.preview = Preview(recipe, model, run.previews) if recipe.preview.every else None
 
     def facts(self) -> dict:
         """What the run's settings came to, for plan.json."""
@@ -61,8 +66,8 @@ class Trainer:
             return
         groups, manifest = read_checkpoint(checkpoint)
         self.model.load_tensors(groups["trainable"], str(checkpoint))
-        load_optimizer_tensors(self.optimizer, self.trainable, groups.get("optimizer", {}))
-        self.step, self.skipped = manifest["step"], manifest["skipped"]
+        load_optimizer_tensors(self.optimizer, self.trainable, groups.get("optimizer", {}), str(checkpoint))
+        self.step, self.skipped, self.guard.in_a_row = manifest["step"], manifest["skipped"], manifest["skipped_in_a_row"]
         if self.step > self.plan.steps:
             raise UserError(f"'{checkpoint}' is at step {self.step}, train.steps is {self.plan.steps}: nothing is left to do")
 
@@ -73,10 +78,14 @@ class Trainer:
         if self.step == 0 and self.validate:
             before = {f"{key}_start": value for key, value in self.validate(self.model).items()}
             clock.lap()
+        if self.step == 0 and self.preview:
+            self.preview(0)
+            clock.lap()
         self.model.root.train()
+        tasks = ahead(self._tasks(self.step))
         try:
             for step in range(self.step, self.plan.steps):
-                row = self._train_step(step) | before
+                row = self._guarded_step(step, tasks) | before
                 before = {}
                 self.step, self.trained_now = step + 1, True
                 last = self.step == self.plan.steps
@@ -84,25 +93,43 @@ class Trainer:
                     row |= self.validate(self.model)
                 if _due(self.recipe.snapshot.every, self.step, last):
                     self._snapshot()
+                if self.preview and _due(self.recipe.preview.every, self.step, last):
+                    self.preview(self.step)
                 if step == 0 or "val_loss" in row or not row["applied"] or last or self.step % self.recipe.log.every == 0:
                     journal.write(row)
-                    timings.write({"step": self.step, "seconds": round(clock.lap(), 4)})
+                    timings.write({"step": self.step, "seconds": round(clock.lap(), 4), "waited": round(self.waited, 4)})
+                    self.waited = 0.0
                     trackers.log(row, self.step)
-                stopping = stop.signal is not None  # asked once: a signal after this line waits for the next step
+                stopping = stop.asked()  # asked once: a signal after this line waits for the next step
                 if last or stopping or _due(self.recipe.checkpoint.every, self.step, last):
                     self._checkpoint()
                 yield row
                 if stopping:
                     return
         finally:
+            tasks.close()
             journal.close()
             timings.close()
 
-    def _train_step(self, step: int) -> dict:
+    def _tasks(self, start: int) -> Iterator[Task]:
+        """Every micro-batch of the run from step ``start`` on."""
+        for step in range(start, self.plan.steps):
+            for positions in self.objective.micro_batches(step, self.plan.micro_batch):
+                yield self.objective.task(step, positions)
+
+    def _guarded_step(self, step: int, tasks: Iterator[Task]) -> dict:
+        try:
+            return self._train_step(step, tasks)
+        except NotFinite:
+            if self.trained_now:  # the weights are good: bad steps were not applied
+                self._checkpoint()
+            raise
+
+    def _train_step(self, step: int, tasks: Iterator[Task]) -> dict:
         """One optimizer step over all slots of the global batch; every sample weighs the same."""
         losses, sigmas, names = [], [], []
-        for positions in self.objective.micro_batches(step, self.plan.micro_batch):
-            task = self.objective.task(step, positions)
+        for _ in self.objective.micro_batches(step, self.plan.micro_batch):
+            task = self._next(tasks)
             loss = task_loss(self.model, task)  # one number per sample
             (loss.sum() / self.plan.batch).backward()
             losses.append(loss.detach().cpu())
@@ -126,6 +153,12 @@ class Trainer:
             return {**row, "loss": str(mean), "grad_norm": str(grad_norm), "not_finite": bad}
         return row | {"sigma_mean": float(sigma.mean()), "sigma_loss": sigma_bins(loss, sigma, self.recipe.log.sigma_bins)}
 
+    def _next(self, tasks: Iterator[Task]) -> Task:
+        start = time.monotonic()
+        task = next(tasks)
+        self.waited += time.monotonic() - start
+        return task
+
     def _clip(self) -> torch.Tensor:
         limit = self.recipe.train.max_grad_norm or math.inf
         return torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit, foreach=True)
@@ -147,7 +180,8 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         groups = {"trainable": self._weights(), "optimizer": optimizer_tensors(self.optimizer, self.trainable)}
-        facts = {"skipped": self.skipped, "recipe": self.recipe.resolved(), "saved_at": time.time()}
+        facts = {"skipped": self.skipped, "skipped_in_a_row": self.guard.in_a_row}
+        facts |= {"recipe": self.recipe.resolved(), "saved_at": time.time()}
         save_checkpoint(self.run.checkpoints, self.step, groups, facts, self.recipe.checkpoint.keep)
 
     def export(self) -> Path | None:

@@ -4,6 +4,7 @@ Wall-clock times go to timings.jsonl, so that two runs can be compared byte for 
 """
 
 import json
+import netrc
 import os
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dedistill.files import refused, replace_file
+
+WANDB_HOST = "api.wandb.ai"
 
 
 class Journal:
@@ -49,6 +52,17 @@ def _is_row(line: str) -> bool:
     return isinstance(row, dict) and "step" in row
 
 
+def _has_key() -> bool:
+    """Whether W&B would find a key: in the environment, or where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        known = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return WANDB_HOST in known.hosts
+
+
 class Trackers:
     """Weights & Biases through accelerate. Offline without a key; an outage never stops a run."""
 
@@ -56,8 +70,7 @@ class Trackers:
         self.accelerator, self.alive = accelerator, False
         if not wanted:
             return
-        online = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
-        mode = os.environ.get("WANDB_MODE") or ("online" if online else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         os.environ.setdefault("WANDB_SILENT", "true")
         try:
             settings = {"wandb": {"name": name, "mode": mode, "dir": str(folder)}}

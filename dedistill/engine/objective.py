@@ -45,7 +45,7 @@ class Objective:
         t = recipe.timesteps
         self.kind, self.seed, self.batch, self.source = recipe.train.objective, recipe.run.seed, recipe.train.batch, source
         given = {k: getattr(t, k) for k in ("alpha", "beta", "mean", "std", "scale")}
-        self.shift_of = shift_of if t.shift == "auto" else lambda shape: float(t.shift)
+        self.shift_of = lambda shape: t.resolved_shift(shift_of(shape))
         self.sampling = {
             "density": t.density,
             "params": {k: v for k, v in given.items() if v is not None},

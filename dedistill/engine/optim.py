@@ -7,6 +7,7 @@ import optimi
 import torch
 from torch import Tensor, nn
 
+from dedistill.errors import UserError
 from dedistill.recipe import Recipe
 
 
@@ -78,16 +79,33 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Para
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], tensors: dict[str, Tensor], source: str
 ) -> None:
-    """The inverse of :func:`optimizer_tensors`; raises ValueError when a trained parameter has no state in ``tensors``."""
-    for full, value in tensors.items():
-        name, _, key = full.rpartition("/")
+    """The inverse of :func:`optimizer_tensors`. Raises UserError naming ``source``, changing nothing, unless names and
+    shapes fit; without any tensors the optimizer starts anew."""
+    entries = [(*full.rpartition("/")[::2], value) for full, value in tensors.items()]
+    if tensors and (problem := _misfit(optimizer, names, entries)):
+        raise UserError(f"the optimizer state of '{source}' does not fit this recipe: {problem}")
+    for name, key, value in entries:
         if name.startswith("group/"):
             group = optimizer.param_groups[int(name.removeprefix("group/"))]
             group[key] = value.clone()
             group["setup"] = True  # or optimi would start its count of steps anew
         else:
             optimizer.state[names[name]][key] = value.to(names[name].device).clone()
-    if tensors and (lost := [n for n, p in names.items() if p not in optimizer.state]):
-        raise ValueError(f"no optimizer state for {len(lost)} parameters, e.g. {lost[0]}")
+
+
+def _misfit(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], entries: list[tuple[str, str, Tensor]]) -> str:
+    """What keeps (name, key, value) ``entries`` from being loaded; empty when nothing does."""
+    groups = {f"group/{i}" for i in range(len(optimizer.param_groups))}
+    states = [(name, key, value) for name, key, value in entries if name not in groups]
+    if unknown := [f"{name}/{key}" for name, key, _ in states if name not in names]:
+        return f"{len(unknown)} unknown, e.g. {unknown[0]}"
+    for name, key, value in states:
+        if value.dim() and value.shape != names[name].shape:  # numbers are counts of steps
+            return f"{name}/{key} is {tuple(value.shape)}, expected {tuple(names[name].shape)}"
+    keys = {key for _, key, _ in states}
+    found = {f"{name}/{key}" for name, key, _ in states}
+    if lost := [f"{name}/{key}" for name in names for key in sorted(keys) if f"{name}/{key}" not in found]:
+        return f"{len(lost)} missing, e.g. {lost[0]}"
+    return "" if states else "it holds no parameter"

@@ -13,7 +13,7 @@ from dedistill.recipe import Recipe, to_toml
 
 FREE_TO_CHANGE = (
     *("run.name", "run.out", "run.resume", "checkpoint.", "snapshot.", "validate.", "log.", "sample."),
-    *("train.micro_batch", "train.gradient_checkpointing"),
+    *("preview.", "data.cache", "train.micro_batch", "train.gradient_checkpointing"),
 )
 """Keys and tables that alter what is written, or how much memory a step takes, but not what is trained (to rounding);
 a continued run may change them."""
@@ -29,6 +29,7 @@ class RunDirectory:
         self.timings = self.path / "timings.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.snapshots = self.path / "snapshots"
+        self.previews = self.path / "previews"
         self.model = self.path / "model"
 
     def __enter__(self) -> "RunDirectory":
@@ -87,14 +88,22 @@ class RunDirectory:
         except ValueError as e:
             raise UserError(f"'{file}' is damaged; restore it, or move '{self.path}' away to start over") from e
 
-    def bind(self, inputs: dict[str, list[Path]]) -> None:
+    def bind(self, inputs: dict[str, list[Path]], pictures: str | None = None) -> None:
         """Record in inputs.json which bytes the run is made from; refuse to continue it from others, naming them.
 
-        inputs: recipe key -> files. A run of an earlier version, without inputs.json, is bound to what is there now.
+        inputs: recipe key -> files. pictures: a hash of the pictures and captions that are drawn from. A run of an earlier
+        version, without inputs.json, is bound to what is there now.
         """
         file = self.path / "inputs.json"
         before = self._read(file) if file.exists() else {}
         now = {key: fingerprint(files, before.get(key)) for key, files in inputs.items()}
+        if pictures:
+            now["data.sets"] = {"sha256": pictures, "files": {}}
+            if self.used and before.get("data.sets", now["data.sets"])["sha256"] != pictures:
+                raise UserError(
+                    f"data.sets: pictures, captions or crops differ from those that the run in '{self.path}' was started with; "
+                    "steps would no longer be what they were. Put them back, or set another run.out."
+                )
         for key in before.keys() & now.keys() if self.used else ():
             if changed := changed_files(before[key], now[key]):
                 raise UserError(

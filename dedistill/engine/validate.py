@@ -9,14 +9,13 @@ from torch import Tensor
 from dedistill.assemble import Model
 from dedistill.engine.objective import Objective, task_loss
 
-CHUNK = 256
 SAMPLES = 256
 
 
 class Validator:
     """Held-out loss with its standard error. Draws nothing from the training's keys."""
 
-    def __init__(self, objective: Objective, samples: int, size: int = CHUNK):
+    def __init__(self, objective: Objective, samples: int, size: int):
         """samples: held-out samples asked each time, ``size`` of them at once."""
         self.samples = samples
         self.tasks = objective.held_out(samples, size)

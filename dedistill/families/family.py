@@ -44,8 +44,14 @@ class Family(Protocol):
     def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
         """What encoded "latents" and "text" depend on beside picture and caption: settings, and lists of weight files."""
 
-    def write_tiny(self, spec: Any, folder: Path) -> None:
-        """A small random model in the layout that ``load`` reads, shaped like the one ``spec`` names: for rehearsals."""
+    def full_size(self, spec: Any) -> nn.Module:
+        """The denoiser that ``spec`` names on the meta device: names and shapes without numbers, without its files."""
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+        """A small random model in the layout that ``load`` reads, built like the one ``spec`` names: for rehearsals.
+
+        picture: the shape of samples where the data give it. full_depth: as many blocks, else a few of each kind.
+        """
 
     def save(self, parts: Components, folder: Path) -> None:
         """Write ``parts`` so that ``load`` with ``path = folder`` gives them back."""
@@ -82,8 +88,8 @@ class Family(Protocol):
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         """The unit of checkpointing, compiling, offloading and sharding."""
 
-    def presets(self) -> dict[str, list[str]]:
-        """Named sets of layers as name patterns."""
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        """Named sets of layers of ``net`` as name patterns."""
 
     def export_key(self, name: str) -> str:
         """The name other programs know an adapted module by."""

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
-from dedistill.families import flux_loading
+from dedistill.families import flux_layers, flux_loading
 from dedistill.families.family import Components
 from dedistill.families.flux_common import flux_velocity
 from dedistill.families.flux_models import shape_of
@@ -38,7 +39,7 @@ class Flux:
         if spec.path is None:
             raise UserError("model.path: this family starts from trained weights: a diffusers folder, a hub id, or a file", 2)
         place = flux_loading.locate(spec.path, spec.revision, spec.components)
-        denoiser = flux_loading.load_transformer(place.transformer) if net else None
+        denoiser = flux_loading.load_transformer(place.transformer, place.components) if net else None
         vae = FluxVae(place.components / "vae")
         return Components(
             denoiser,
@@ -62,12 +63,19 @@ class Flux:
             return None
         return DEV_GUIDANCE if wanted is None else float(wanted)
 
-    def write_tiny(self, spec: Any, folder: Path) -> None:
+    def full_size(self, spec: Any) -> nn.Module:
+        shape = shape_of(spec.path)
+        sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
+        with torch.device("meta"):
+            return FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small pipeline folder with random weights, with the blocks and the guidance of ``spec``. For rehearsals."""
         from dedistill.families.flux_tiny import write_tiny_flux
 
         shape = shape_of(spec.path)
-        write_tiny_flux(folder, guidance=shape.guidance, layers=shape.layers, single_layers=shape.single_layers)
+        layers, single_layers = (shape.layers, shape.single_layers) if full_depth else (2, 4)
+        write_tiny_flux(folder, guidance=shape.guidance, layers=layers, single_layers=single_layers)
 
     def save(self, parts: Components, folder: Path) -> None:
         """The denoiser in ``folder/transformer``; encoders, VAE and scheduler stay where they are and are pointed to."""
@@ -139,10 +147,8 @@ class Flux:
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         return [*net.transformer_blocks, *net.single_transformer_blocks]
 
-    def presets(self) -> dict[str, list[str]]:
-        from dedistill.families.pixel_flux import PixelFlux
-
-        return PixelFlux().presets()
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        return flux_layers.presets(net)
 
     def export_key(self, name: str) -> str:
         return f"transformer.{name}"

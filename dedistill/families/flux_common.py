@@ -18,7 +18,11 @@ MASKING_BACKENDS = {
     AttentionBackendName._NATIVE_CUDNN,
     AttentionBackendName.FLEX,
 }
-"""Attention backends of diffusers that honour a mask; the flash ones raise or, in older versions, ignore it."""
+"""Attention backends of diffusers that honour a mask.
+
+The plain flash ones raise or, in older versions, ignore it. ``flash_varlen``, ``_flash_varlen_3`` and ``sage_varlen`` (0.42)
+keep the first n keys, n the number of unmasked ones: with padding between text and picture, the wrong ones.
+"""
 
 
 def flux_velocity(

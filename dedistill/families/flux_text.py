@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from dedistill.errors import UserError
 from dedistill.text import Text
@@ -36,7 +38,9 @@ class FluxText:
 
     def load(self, device: torch.device | str) -> None:
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         try:
             folders = [self.folder / name for name in ("tokenizer", "tokenizer_2")]
             tokenizers = [AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in folders]
@@ -63,15 +67,27 @@ class FluxText:
         """embeds [B, length, D], mask [B, length], pooled [B, P] on ``device``; longer captions are cut, keeping their end."""
         if not self.loaded:
             self.load(device)
-        chunks = [self._encode(captions[i : i + CHUNK], length) for i in range(0, len(captions), CHUNK)]
-        return Text(*(torch.cat([getattr(c, name) for c in chunks]) for name in ("embeds", "mask", "pooled")))
+        chunks = [captions[i : i + CHUNK] for i in range(0, len(captions), CHUNK)]
+        on = self._loaded[2].device
+        texts = [encode(*self._loaded, chunk, length, t5_mask=self.t5_mask, device=on) for chunk in chunks]
+        return Text(*(torch.cat([getattr(t, name) for t in texts]) for name in ("embeds", "mask", "pooled")))
 
-    def _encode(self, captions: list[str], length: int) -> Text:
-        clip_tokenizer, t5_tokenizer, clip, t5 = self._loaded
-        kind = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        ids = clip_tokenizer(captions, max_length=CLIP_TOKENS, **kind).input_ids
-        pooled = clip(ids.to(clip.device)).pooler_output
-        tokens = t5_tokenizer(captions, max_length=length, **kind)
-        mask = tokens.attention_mask.to(t5.device)
-        embeds = t5(tokens.input_ids.to(t5.device), attention_mask=mask if self.t5_mask else None).last_hidden_state
-        return Text(embeds, mask.bool(), pooled)
+
+def encode(
+    clip_tokenizer: PreTrainedTokenizerBase,
+    t5_tokenizer: PreTrainedTokenizerBase,
+    clip: nn.Module,
+    t5: nn.Module,
+    captions: list[str],
+    length: int,
+    *,
+    t5_mask: bool,
+    device: torch.device | str,
+) -> Text:
+    """Captions in T5's hidden states, padded or cut to ``length``, and CLIP's pooled vectors. device: where both run."""
+    kind = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    pooled = clip(clip_tokenizer(captions, max_length=CLIP_TOKENS, **kind).input_ids.to(device)).pooler_output
+    tokens = t5_tokenizer(captions, max_length=length, **kind).to(device)
+    mask = tokens.attention_mask
+    embeds = t5(tokens.input_ids, attention_mask=mask if t5_mask else None).last_hidden_state
+    return Text(embeds, mask.bool(), pooled)

@@ -10,6 +10,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
+from dedistill.families import flux_layers
 from dedistill.families.family import Components
 from dedistill.families.flux_common import flux_velocity
 from dedistill.families.words import WordEncoder
@@ -46,13 +47,22 @@ class PixelFlux:
         picture = (new.channels, new.height, new.width)
         return Components(net, WordEncoder(new.text_dim, new.pooled_dim), picture, _tokens(picture, net), mask)
 
-    def tiny(self, seed: int) -> Components:
-        picture = {"channels": 1, "height": 8, "width": 16, "patch": 4}
+    def tiny(self, seed: int, shape: tuple[int, int, int] = (1, 8, 16)) -> Components:
+        picture = {"channels": shape[0], "height": shape[1], "width": shape[2], "patch": shape[1] // 2}
         sizes = {"layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
         return self.build(SimpleNamespace(**picture, **sizes, text_dim=16, pooled_dim=16), seed=seed)
 
-    def write_tiny(self, spec: Any, folder: Path) -> None:
-        self.save(self.tiny(0), folder)
+    def full_size(self, spec: Any) -> nn.Module:
+        with torch.device("meta"):
+            if spec.new is not None:
+                return self.build(spec.new).net
+            place = Path(spec.path) / "transformer"
+            if not place.exists():  # an earlier stage will make it
+                return self.tiny(0).net
+            return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(place))
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+        self.save(self.tiny(0, picture or (1, 8, 16)), folder)
 
     def save(self, parts: Components, folder: Path) -> None:
         parts.net.save_pretrained(folder / "transformer")
@@ -101,22 +111,8 @@ class PixelFlux:
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         return [*net.transformer_blocks, *net.single_transformer_blocks]
 
-    def presets(self) -> dict[str, list[str]]:
-        double, single = "transformer_blocks.*", "single_transformer_blocks.*"
-        return {
-            "modulation": [f"{double}.norm1.linear", f"{double}.norm1_context.linear", f"{single}.norm.linear"],
-            "attention": [
-                *(f"{double}.attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj")),
-                *(f"{double}.attn.{n}" for n in ("add_v_proj", "to_add_out")),
-                *(f"{single}.attn.{n}" for n in ("to_q", "to_k", "to_v")),
-            ],
-            "mlp": [
-                *(f"{double}.{ff}.net.{n}" for ff in ("ff", "ff_context") for n in ("0.proj", "2")),
-                f"{single}.proj_mlp",
-                f"{single}.proj_out",
-            ],
-            "blocks": [f"{double}.**", f"{single}.**"],
-        }
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        return flux_layers.presets(net)
 
     def export_key(self, name: str) -> str:
         return f"transformer.{name}"

@@ -46,7 +46,7 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
 def chain_weights(alpha: float, count: int) -> np.ndarray:
     """Weight of each of ``count`` checkpoints, oldest first, float64: (1-a)^(n-1), a(1-a)^(n-2), ..., a. They add up to 1."""
     if not 0 < alpha <= 1:
-        raise UserError(f"alpha = {alpha}: the weight of the newer checkpoint lies in (0, 1]")
+        raise UserError(f"alpha = {alpha}: the weight of the newer checkpoint lies in (0, 1]", exit_code=2)
     age = np.arange(count - 1, -1, -1, dtype=np.float64)
     weights = alpha * (1 - alpha) ** age
     weights[0] = (1 - alpha) ** (count - 1)

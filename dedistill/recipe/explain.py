@@ -55,7 +55,12 @@ def _limit(error: Any) -> str:
         return f"must have at least {entries(ctx['min_length'])}"
     if kind == "too_long":
         return f"must have at most {entries(ctx['max_length'])}"
-    known = {"finite_number": "be a finite number", "string_too_short": "not be empty", "string_unicode": "be valid Unicode"}
+    known = {
+        "finite_number": "be a finite number",
+        "string_too_short": "not be empty",
+        "string_unicode": "be valid Unicode",
+        "string_pattern_mismatch": "begin with a letter or digit and hold only letters, digits, spaces and . _ -",
+    }
     return f"must {known.get(kind, 'be a value in range')}"
 
 

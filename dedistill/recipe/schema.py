@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._ -]*$"
+"""Names that are folders somewhere: no separators, nothing hidden, no way up."""
 
 
 class Table(BaseModel):
@@ -16,7 +18,9 @@ class Table(BaseModel):
 
 
 class Run(Table):
-    name: str = Field(min_length=1, description="Name of the run, for logs and trackers.")
+    name: str = Field(
+        min_length=1, pattern=SAFE_NAME, description="Name of the run, for logs, trackers and folders of pictures."
+    )
     out: str = Field(min_length=1, description="Run directory: metrics, checkpoints, snapshots, pictures.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Key of every random draw of the run.")
     resume: Literal["auto", "never"] = Field(
@@ -139,6 +143,7 @@ class Data(Table):
     split_lines: Literal["auto", "always", "never"] | None = Field(
         None, description="pictures: whether each line of a text file is a caption of its own. Default auto."
     )
+    limit: Positive | None = Field(None, description="pictures: only the first so many of each set, for trials.")
     held_out: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="pictures: share kept for validation, at least one picture. Default 0.02; 0 for none."
     )
@@ -163,6 +168,10 @@ class Timesteps(Table):
         1.0, description="sigma' = s sigma / (1 + (s-1) sigma). auto: from the number of tokens, by the family's rule."
     )
     stratify: bool = Field(True, description="One draw in each of `batch` equal shares of probability, per step.")
+
+    def resolved_shift(self, dynamic: float) -> float:
+        """The shift in numbers; ``dynamic`` is the family's, for ``auto``."""
+        return dynamic if self.shift == "auto" else float(self.shift)
 
 
 class Train(Table):
@@ -304,6 +313,7 @@ _PICTURE_KEYS = (
     "max_upscale",
     "missing_captions",
     "split_lines",
+    "limit",
     "held_out",
 )
 

@@ -3,6 +3,8 @@
 It never sees a generated picture in training, and the trained models never see it.
 """
 
+import hashlib
+
 import numpy as np
 from torch import Tensor
 
@@ -21,6 +23,7 @@ class DigitJudge:
         from sklearn.svm import SVC
 
         pictures, labels = source.train
+        self.identity = _identity(*source.train, *source.held_out)
         flat = pictures.reshape(len(pictures), -1)
         self.side = pictures.shape[2]
         # gamma and C of the laboratory for 8x8; sklearn's own scale rule for larger pictures
@@ -32,9 +35,10 @@ class DigitJudge:
         self.held_out_accuracy = float(self.reader.score(held_out.reshape(len(held_out), -1), held_out_labels))
 
     def correct(self, pictures: Tensor, prompts: list[str]) -> np.ndarray:
-        """Share of each prompt's digits that its picture shows [B], reading left to right."""
+        """Share of each prompt's digits that its picture shows [B], reading left to right; NaN for a prompt without any."""
         read = self.reader.predict(self._digits(pictures)).reshape(len(prompts), -1)
-        return np.array([np.mean([r == w for r, w in zip(row, digits_in(p))] or [0.0]) for row, p in zip(read, prompts)])
+        asked = [digits_in(p) for p in prompts]
+        return np.array([np.mean([r == w for r, w in zip(row, a)]) if a else np.nan for row, a in zip(read, asked)])
 
     def numbers(self, pictures: Tensor) -> dict[str, float]:
         """frechet, precision and recall of a set of pictures against all real digits."""
@@ -47,6 +51,14 @@ class DigitJudge:
         x = np.nan_to_num(pictures[:, 0].numpy(), nan=-1.0).clip(-1, 1)
         parts = np.stack(np.split(x, x.shape[2] // self.side, axis=2), axis=1)
         return parts.reshape(-1, x.shape[1] * self.side)
+
+
+def _identity(*arrays: np.ndarray) -> str:
+    """Hash of the pictures and labels a judge was made from: another judge gives other scores."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

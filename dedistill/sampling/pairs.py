@@ -45,13 +45,14 @@ def make_pairs(
     """
     if steps % points:
         raise UserError(f"--points {points} does not divide --steps {steps}: only states of the solver are stored", exit_code=2)
-    sigmas = sigma_grid(steps)
+    sigmas = sigma_grid(steps, model.grid_shift)
     kept = np.arange(0, steps + 1, steps // points)
     facts = {
         "teacher": teacher,
         "cfg": cfg,
         "solver": "euler",
         "steps": steps,
+        "shift": model.grid_shift,
         "negative_prompt": model.negative,
         "seed": seed,
         "count": count,
@@ -63,6 +64,7 @@ def make_pairs(
     out.mkdir(parents=True, exist_ok=True)
     shards = _finished_shards(out, facts)
     prompts = source.prompts(seed, count)
+    assert len(prompts) == count, f"source '{source.name}' gave {len(prompts)} prompts, {count} were asked for"
     for number in range(len(shards), -(-count // shard_size)):
         ids = range(number * shard_size, min(count, (number + 1) * shard_size))
         noise = keyed.noise(seed, "pairs", 0, ids, model.parts.picture)

@@ -12,8 +12,6 @@ from dedistill.flow.guidance import classifier_free, needs_unconditional
 from dedistill.flow.solvers import Velocity, euler
 from dedistill.text import Text
 
-CHUNK = 256
-
 
 def start_noise(seed: int, count: int, picture: tuple[int, ...]) -> Tensor:
     """Noise [count, C, H, W] of a seed: row i is the same whatever the model, scale, steps or count."""
@@ -50,10 +48,10 @@ def trajectories(
     model.root.eval()
     try:
         negative = model.encode([model.negative], length)
-        for start in range(0, len(prompts), CHUNK):
-            text = model.encode(prompts[start : start + CHUNK], length)
+        for start in range(0, len(prompts), model.chunk):
+            text = model.encode(prompts[start : start + model.chunk], length)
             velocity = guided(model, text, negative.expand(len(text)), cfg, skip)
-            here = noise[start : start + CHUNK].to(model.device)
+            here = noise[start : start + model.chunk].to(model.device)
             yield [state.float().cpu() for state in euler(velocity, here, sigmas)]
     finally:  # also when the caller stops reading early
         model.root.train(training)

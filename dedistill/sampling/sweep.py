@@ -88,7 +88,7 @@ def sweep(
         model = None
         for cfg, skip in grid.cells():
             folder = out / "pictures" / candidate.name / f"cfg{cfg:g}_skip{skip}"
-            key = _cell_key(candidate, grid, cfg, skip) | {"judged": judge is not None}
+            key = _cell_key(candidate, grid, cfg, skip) | {"judge": judge.identity if judge else None}
             if (known := _reusable(folder, key, out)) is None:
                 model = model or candidate.open()
                 known = _make_cell(model, candidate, grid, cfg, skip, folder, out, judge)
@@ -143,7 +143,7 @@ def _make_cell(
     everything, rows = [], []
     for seed in grid.seeds:
         noise = start_noise(seed, len(grid.prompts), model.parts.picture)
-        pictures = sample(model, list(grid.prompts), noise, sigma_grid(candidate.steps), cfg=cfg, skip=skip)
+        pictures = sample(model, list(grid.prompts), noise, sigma_grid(candidate.steps, model.grid_shift), cfg=cfg, skip=skip)
         numbers = picture_numbers(pictures)
         if judge:
             numbers["correct"] = judge.correct(pictures, list(grid.prompts))
@@ -151,12 +151,13 @@ def _make_cell(
             file = folder / f"p{i:03d}_s{seed}.png"
             save_png(pictures[i], file)
             row = {"file": file.relative_to(out).as_posix(), **place, "prompt": prompt, "seed": seed}
-            rows.append(row | {k: round(float(v[i]), 6) for k, v in numbers.items()})
+            rows.append(row | {k: round(float(v[i]), 6) for k, v in numbers.items() if not np.isnan(v[i])})
         everything.append(pictures)
     cell = {**place, "pictures": len(rows)}
     cell |= {k: float(np.mean([r[k] for r in rows])) for k in ("saturated", "contrast", "detail")}
     if judge:
-        cell["accuracy"] = float(np.mean([r["correct"] for r in rows]))
+        if correct := [r["correct"] for r in rows if "correct" in r]:  # a prompt without digits has no accuracy
+            cell["accuracy"] = float(np.mean(correct))
         if len(rows) > 1:  # one picture has no spread to compare
             cell |= judge.numbers(torch.cat(everything))
     return {"rows": rows, "cell": cell}

@@ -15,6 +15,7 @@ from dedistill.assemble import build_model
 from dedistill.base.quantize import dense_weight, linear_names, prepare_base
 from dedistill.errors import UserError
 from dedistill.families.pixel_flux import PixelFlux
+from dedistill.flow import keyed
 from dedistill.recipe.schema import Adapter as Table
 from dedistill.recipe.schema import Recipe
 
@@ -37,7 +38,8 @@ def start(form: str, init: str, *, quant: str = "none", scale: float = SCALE, se
     shapes = dense_shapes(net, linear_names(net))
     prepare_base(net, quant, [])
     table = Table.model_validate(FORMS[form])
-    adapter = Adapter(net, table.kind, resolve_targets(table, shapes, FAMILY.presets())[slice(only, only and only + 1)])
+    targets = resolve_targets(table, shapes, FAMILY.presets(net))
+    adapter = Adapter(net, table.kind, targets[slice(only, only and only + 1)])
     for name, module in adapter.by_target.items():
         weight = dense_weight(net.get_submodule(name))
         initialise(module, name, lambda w=weight: w, init=init, scale=scale, seed=seed)
@@ -223,6 +225,33 @@ def test_a_start_that_is_not_finite_is_noticed(init):
     own = start("lokr", init)
     own.layers[next(iter(own.layers))].lokr_w2.data.fill_(torch.nan)
     with pytest.raises(UserError):
+        check(own, init)
+
+
+@every_init
+def test_a_layer_of_zeros_starts_and_can_train(form, init):
+    """I6: it has no deviation to take a share of, so its delta is 0; at most one factor is, or nothing would ever move."""
+    own = start(form, init)
+    name = list(own.layers)[3]
+    own.net.get_submodule(name).weight.data.zero_()
+    module = own.layers[name]
+    for factor in module.parameters():
+        factor.data.zero_()
+    initialise(module, name, lambda: weight_of(own)[name], init=init, scale=SCALE, seed=0)
+    assert check(own, init)[name] == 0 and not delta(module).any()
+    (delta(module) * keyed.noise(0, "gradient", 0, [0], tuple(delta(module).shape))[0]).sum().backward()
+    assert any(p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.parametrize(("form", "init"), [(f, i) for f, i in INITS if i != "perturbed_normal"])
+def test_a_start_without_a_way_to_train_is_noticed(form, init):
+    """K3, I6: delta 0 is right, but with two factors at 0 every gradient is 0 for ever."""
+    own = start(form, init)
+    name = list(own.layers)[13]
+    part = {"lokr": "lokr_w1", "lokr-rank": "lokr_w2_a", "lora": "lora_down.weight"}[form]
+    own.layers[name].get_parameter(part).data.zero_()
+    found = "in 1 of 20" if (form, init) == ("lokr", "ones") else f"left two factors of 1 of 20 layers at zero, e.g. {name}"
+    with pytest.raises(UserError, match=found):
         check(own, init)
 
 

@@ -139,11 +139,11 @@ def test_presets_of_the_real_network_are_disjoint_and_complete():
     """K6, K8, trap 17: every pattern of the family finds layers of today's diffusers; three kinds make up the blocks."""
     net = PixelFlux().tiny(0).net
     shapes = dense_shapes(net, linear_names(net))
-    found = {}
-    for preset, patterns in PixelFlux().presets().items():
+    found, presets = {}, PixelFlux().presets(net)
+    for preset, patterns in presets.items():
         for pattern in patterns:
             assert resolve_targets(adapter({"pattern": pattern}), shapes, {}), pattern
-        found[preset] = {r.name for r in resolve_targets(adapter({"preset": preset}), shapes, PixelFlux().presets())}
+        found[preset] = {r.name for r in resolve_targets(adapter({"preset": preset}), shapes, presets)}
     assert found["blocks"] == {n for n in shapes if "transformer_blocks." in n}
     assert found["modulation"] | found["attention"] | found["mlp"] == found["blocks"]
     assert sum(len(found[p]) for p in ("modulation", "attention", "mlp")) == len(found["blocks"]) == 20

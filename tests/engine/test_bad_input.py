@@ -128,6 +128,30 @@ def test_non_finite_steps_change_nothing_and_stop_the_run(adapter_recipe, tmp_pa
     assert strip(read(1)) == strip(read(2)) != strip(read(3)) == strip(read(5))
 
 
+def test_a_stop_at_non_finite_steps_keeps_the_good_ones_and_remembers_the_bad(adapter_recipe, tmp_path, capsys, monkeypatch):
+    """T10: the weights are saved before stopping, and starting again does not grant three more bad steps."""
+    from dedistill.engine import loop
+
+    real, calls = loop.task_loss, []
+
+    def poisoned(model, task):
+        calls.append(0)
+        return real(model, task) * (torch.nan if len(calls) >= 3 else 1)
+
+    plain = ["--set", "checkpoint.every=0"]
+    assert main([str(adapter_recipe), *plain, "--set", f"run.out={tmp_path / 'good'}", "--set", "train.steps=2"]) == 0
+    monkeypatch.setattr(loop, "task_loss", poisoned)
+    assert main([str(adapter_recipe), *plain]) == 1
+    assert "not finite 3 times in a row" in capsys.readouterr().err and len(calls) == 5
+    (saved,) = list_checkpoints(tmp_path / "dedistill" / "checkpoints")
+    assert saved.name == "step-00000004"
+    (good,) = list_checkpoints(tmp_path / "good" / "checkpoints")
+    assert (saved / "trainable.safetensors").read_bytes()[-1000:] == (good / "trainable.safetensors").read_bytes()[-1000:]
+    assert main([str(adapter_recipe), *plain]) == 1 and len(calls) == 6, "the third in a row, not the first of three"
+    monkeypatch.undo()
+    assert main([str(adapter_recipe), *plain]) == 0
+
+
 def test_full_disk_keeps_the_last_good_checkpoint(adapter_recipe, tmp_path):
     """T5: a file size limit stands for a full disk; the message names path and bytes."""
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
@@ -175,6 +199,28 @@ def test_wandb_offline_and_broken_never_stop_a_run(adapter_recipe, tmp_path, cap
     monkeypatch.setattr(Accelerator, "log", lambda *a, **k: 1 / 0)
     assert main([str(adapter_recipe), "--set", "log.wandb=true", "--set", f"run.out={tmp_path / 'dying'}"]) == 0
     assert "is switched off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        ("machine api.wandb.ai login user password x", True),
+        ("machine a.com login b password c", False),
+        ("junk {", False),
+    ],
+)
+def test_only_a_key_of_wandb_counts_as_one(tmp_path, monkeypatch, text, has):
+    """C3: a password of some other host is no reason to go online."""
+    from dedistill.engine.metrics import _has_key
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _has_key() is False
+    (tmp_path / ".netrc").write_text(text + "\n")
+    assert _has_key() is has
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert _has_key() is True
 
 
 def test_weights_that_a_finite_step_blows_up_are_never_saved(adapter_recipe, tmp_path, capsys):

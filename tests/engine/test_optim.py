@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.recipe.schema import Recipe
 
@@ -191,7 +192,7 @@ def test_state_continues_bit_for_bit(optimizer):
     _train(first, stopped, range(7, 9))
     assert all(torch.equal(tensors[n], saved[n]) for n in saved), "private copies do not follow the optimizer"
     second = make_optimizer(settings, fresh.values())
-    load_optimizer_tensors(second, fresh, tensors)
+    load_optimizer_tensors(second, fresh, tensors, "x")
     _train(second, fresh, range(7, 20))
     assert all(torch.equal(fresh[n], whole[n]) for n in whole)
     assert all(torch.equal(tensors[n], saved[n]) for n in saved), "nor do they follow whom they were loaded into"
@@ -200,14 +201,38 @@ def test_state_continues_bit_for_bit(optimizer):
 
 
 @both
-def test_missing_state_is_refused(optimizer):
-    """C4: a parameter without its moments would start anew without a word."""
+@pytest.mark.parametrize("damage", ["missing", "one key missing", "unknown", "shape", "group", "empty"])
+def test_state_that_does_not_fit_is_refused_and_changes_nothing(optimizer, damage):
+    """C4: a parameter without its moments would start anew without a word; half a state is never loaded."""
     parameters = _parameters(OPTIMIZERS[optimizer])
     made = make_optimizer(recipe(optimizer), parameters.values())
     _train(made, parameters, range(2))
-    tensors = {n: t for n, t in optimizer_tensors(made, parameters).items() if not n.startswith("a.w1/")}
-    with pytest.raises(ValueError, match=r"no optimizer state for 1 parameters, e\.g\. a\.w1"):
-        load_optimizer_tensors(make_optimizer(recipe(optimizer), parameters.values()), parameters, tensors)
+    tensors = optimizer_tensors(made, parameters)
+    if damage == "missing":
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("a.w2/")}
+    elif damage == "one key missing":
+        del tensors["a.w2/exp_avg"]
+    elif damage == "unknown":
+        tensors["b.w1/exp_avg"] = torch.zeros(2)
+    elif damage == "shape":
+        tensors["a.w2/exp_avg"] = torch.zeros(6)
+    elif damage == "group":
+        tensors["group/7/step"] = torch.zeros(())
+    else:
+        tensors = {"group/0/step": torch.zeros(())}
+    named = {
+        "missing": r"missing, e\.g\. a\.w2/exp_avg",
+        "one key missing": r"1 missing, e\.g\. a\.w2/exp_avg",
+        "unknown": r"1 unknown, e\.g\. b\.w1/exp_avg",
+        "shape": r"a\.w2/exp_avg is \(6,\), expected \(5,\)",
+        "group": r"1 unknown, e\.g\. group/7/step",
+        "empty": "holds no parameter",
+    }[damage]
+    fresh = make_optimizer(recipe(optimizer), parameters.values())
+    before = str(fresh.state_dict())
+    with pytest.raises(UserError, match=rf"the optimizer state of 'here' does not fit this recipe: .*{named}"):
+        load_optimizer_tensors(fresh, parameters, tensors, "here")
+    assert str(fresh.state_dict()) == before
 
 
 def test_step_of_a_fused_optimizer_goes_to_its_device():
@@ -219,7 +244,7 @@ def test_step_of_a_fused_optimizer_goes_to_its_device():
     for made in (ours, reference):
         made.param_groups[0]["fused"] = True
     reference.load_state_dict(source.state_dict())
-    load_optimizer_tensors(ours, {"w": far}, optimizer_tensors(source, {"w": cpu}))
+    load_optimizer_tensors(ours, {"w": far}, optimizer_tensors(source, {"w": cpu}), "x")
     wanted = {k: v.device.type for k, v in reference.state[far].items()}
     assert wanted["step"] == "meta"
     assert {k: v.device.type for k, v in ours.state[far].items()} == wanted

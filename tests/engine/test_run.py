@@ -79,13 +79,13 @@ def _stop_after(monkeypatch, step: int) -> None:
 
     original = Trainer._train_step
 
-    def with_signal(self, index):
+    def with_signal(self, index, tasks):
         if index + 1 == step:
             import os
             import signal
 
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, index)
+        return original(self, index, tasks)
 
     monkeypatch.setattr(Trainer, "_train_step", with_signal)
 
@@ -95,7 +95,8 @@ def _forget_optimizer(folder: Path) -> None:
     checkpoint = list_checkpoints(folder / "checkpoints")[-1]
     groups, manifest = read_checkpoint(checkpoint)
     shutil.rmtree(checkpoint)
-    save_checkpoint(checkpoint.parent, manifest["step"], {"trainable": groups["trainable"]}, {"skipped": 0}, keep=2)
+    facts = {"skipped": 0, "skipped_in_a_row": 0}
+    save_checkpoint(checkpoint.parent, manifest["step"], {"trainable": groups["trainable"]}, facts, keep=2)
 
 
 def test_micro_batches_change_nothing_but_rounding(adapter_recipe, tmp_path):

@@ -145,7 +145,7 @@ def test_bf16_arithmetic_keeps_sigma(family, parts, noisy):
 def test_gradient_reaches_every_linear_of_the_blocks(family, parts, noisy):
     net = parts.net
     velocity(family, parts, noisy).square().mean().backward()
-    names = {name for pattern in family.presets()["blocks"] for name in matching(pattern, linears(net))}
+    names = {name for pattern in family.presets(net)["blocks"] for name in matching(pattern, linears(net))}
     inside = {id(m) for block in family.blocks(net) for m in block.modules() if isinstance(m, nn.Linear)}
     assert names == {name for name in linears(net) if id(net.get_submodule(name)) in inside} and names
     for name in names:
@@ -271,7 +271,7 @@ def test_weights_depend_on_the_seed_alone(family, tmp_path):
 def test_presets_match_something(family, parts):
     """Trap 17: a pattern without a match is a mistake; modulation, attention and mlp share the blocks out among them."""
     found = {}
-    for preset, patterns in family.presets().items():
+    for preset, patterns in family.presets(parts.net).items():
         matches = [matching(pattern, linears(parts.net)) for pattern in patterns]
         assert all(matches), f"{preset}: {patterns}"
         found[preset] = [name for names in matches for name in names]
@@ -366,5 +366,6 @@ def test_mnist_network_in_colour():
     """M2: 3 channels of patch 8 make tokens of 192."""
     parts = mnist(channels=3)
     assert (parts.net.config.in_channels, parts.tokens, parts.picture) == (192, 16, (3, 32, 32))
-    modulation = PixelFlux().presets()["modulation"]  # A3: two linears in each of 6 double blocks, one in each of 12 single
+    # A3: two linears in each of 6 double blocks, one in each of 12 single
+    modulation = PixelFlux().presets(parts.net)["modulation"]
     assert sum(len(matching(pattern, linears(parts.net))) for pattern in modulation) == 6 * 2 + 12

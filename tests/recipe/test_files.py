@@ -113,9 +113,10 @@ def test_extends_in_a_circle_or_broken(tmp_path, monkeypatch):
     ("override", "read"),
     [
         ("run.name=foo", lambda r: r.run.name == "foo"),
+        ("run.name=FLUX.1 a_b-c", lambda r: r.run.name == "FLUX.1 a_b-c"),
         ("run.name='3'", lambda r: r.run.name == "3"),
-        ("run.name=a=b c", lambda r: r.run.name == "a=b c"),
-        ("run.name=1\nb = 2", lambda r: r.run.name == "1\nb = 2"),
+        ("run.out=a=b c", lambda r: r.run.out == "a=b c"),
+        ("run.out=1\nb = 2", lambda r: r.run.out == "1\nb = 2"),
         (" train . lr = 1e-5 ", lambda r: r.train.lr == 1e-5),
         ("train.betas=[0.5, 0.6]", lambda r: r.train.betas == [0.5, 0.6]),
         ("train.betas.1=0.6", lambda r: r.train.betas == [0.9, 0.6]),
@@ -150,6 +151,14 @@ def test_overrides_may_open_a_table_and_the_last_one_wins(load):
         ("train.lr=x", "--set: train.lr: expects a number, got the string 'x'"),
         ("train.lr=nan", "--set: train.lr: must be a finite number, got nan"),
         ("run.name=", "--set: run.name: must not be empty, got ''"),
+        *[
+            (
+                f"run.name={name}",
+                "--set: run.name: must begin with a letter or digit and hold only letters, digits, spaces and . _ -, "
+                f"got '{name}'",
+            )
+            for name in ("../up", "a/b", ".hidden", "a:b", "été", "-rf")
+        ],
         ("train.lrr=1", "--set: train.lrr: unknown key, did you mean 'lr'?"),
         ("trian.lr=1", "--set: trian: unknown table, did you mean 'train'?"),
         ("lr=1", "--set: lr: unknown key, did you mean 'train.lr'?"),

@@ -155,10 +155,10 @@ def test_round_trip_of_a_distillation(load):
 
 
 def test_round_trip_of_odd_values(load):
-    name = "a\"b\\c\n\t\x00\x1f\x7f é 漢 \U0001f600 # [x] = '''"
+    out = "a\"b\\c\n\t\x00\x1f\x7f é 漢 \U0001f600 # [x] = '''"
     recipe = load(SMALL)
-    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": name})})
-    assert load(to_toml(recipe)).run.name == name
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"out": out})})
+    assert load(to_toml(recipe)).run.out == out
     for lr in (1e-300, 5e-324, 1e22, 1e16, 0.1, 123456789.123):
         assert load(to_toml(load(SMALL, f"train.lr={lr!r}"))).train.lr == lr
 

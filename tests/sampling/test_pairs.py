@@ -44,7 +44,7 @@ def teacher() -> Model:
 
 @pytest.fixture(scope="module")
 def digits() -> DigitSource:
-    return load_digits(None, 0.2)
+    return load_digits(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +178,15 @@ def test_other_settings_do_not_mix(change, copy, teacher, digits):
     assert shards(copy) == before
 
 
+def test_a_shifted_teacher_walks_its_own_sigmas(copy, digits, tmp_path_factory):
+    """R3, S6: timesteps.shift of the teacher's recipe moves the grid, is stored, and does not mix with another."""
+    shifted = model(timesteps={"shift": 3.0})
+    with pytest.raises(UserError, match=r"holds pairs made differently \(shift: 1\.0 there, 3\.0 here; sigmas: "):
+        make_pairs(shifted, digits, copy, **SETTINGS)
+    facts = make_pairs(shifted, digits, tmp_path_factory.mktemp("shifted"), **SETTINGS)
+    assert facts["shift"] == 3.0 and facts["sigmas"] == pytest.approx([1, 6 / 7, 3 / 5, 0])
+
+
 @pytest.mark.parametrize("points", [4, 5, 12])
 def test_points_that_are_no_states_of_the_solver(points, tmp_path, teacher, digits):
     """R4, R5: only states that were computed can be stored."""
@@ -214,11 +223,27 @@ def test_every_pair_is_drawn_once_per_epoch_and_none_is_both(made):
             assert batch.captions[k] == caption and np.array_equal(batch.noise[k], noise)
             assert np.array_equal(batch.trajectory[k], states) and np.array_equal(batch.pixels[k], states[-1])
     assert batch.trajectory_sigmas.tolist() == made.facts["sigmas"] and source.picture == (1, 8, 16)
-    assert set(source.prompts(0, 3)) == set(held_out.captions)
     later = [source.draw(0, step, np.arange(8), 8).names for step in range(5, 30)]
     assert not {n for names in later for n in names} & set(held_out.names)
     assert source.draw(0, 9, np.arange(3, 5), 8).names == source.draw(0, 9, np.arange(8), 8).names[3:5]
     assert source.draw(1, 9, np.arange(8), 8).names != source.draw(0, 9, np.arange(8), 8).names
+
+
+def test_prompts_of_pairs_are_keyed_and_as_many_as_asked_for(made):
+    """R5: stored captions with repetition, of training pairs, too, so that a reflowed model can make pairs again."""
+    source = PairSource(made.folder)
+    captions = [pair[2] for pair in everything(source)]
+    prompts = source.prompts(3, 400)
+    assert len(prompts) == 400 and set(prompts) == set(captions)
+    assert prompts[:50] == source.prompts(3, 50) != source.prompts(4, 50)
+
+
+def test_pairs_are_made_from_the_captions_of_pairs(made, teacher, tmp_path):
+    """R5: a second round of reflow, with more pairs than captions are held out."""
+    source = PairSource(made.folder)
+    make_pairs(teacher, source, tmp_path, **SETTINGS | {"count": 60})
+    again = PairSource(tmp_path)
+    assert [again._read(i)[2] for i in range(60)] == source.prompts(SETTINGS["seed"], 60)
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone"])

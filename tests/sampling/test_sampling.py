@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from scipy.linalg import sqrtm
 
-import dedistill.sampling.sampler as sampler
 from dedistill.assemble import Model, build_model
 from dedistill.data.digits import load_digits
 from dedistill.errors import UserError
@@ -17,6 +16,7 @@ from dedistill.flow import keyed
 from dedistill.flow.guidance import classifier_free
 from dedistill.flow.solvers import sigma_grid
 from dedistill.recipe.schema import Recipe
+from dedistill.report.sweep_page import write_sweep_page
 from dedistill.sampling.judge import DigitJudge, frechet_distance, judge_for, precision_recall
 from dedistill.sampling.sampler import sample, start_noise, trajectories
 from dedistill.sampling.scores import picture_numbers
@@ -26,7 +26,7 @@ PROMPTS = ["two then three", "the digit 7 and the digit 1", "handwritten zero an
 PICTURE = (1, 8, 16)
 
 
-def model(mask: str = "bool", seed: int = 0) -> Model:
+def model(mask: str = "bool", seed: int = 0, **tables) -> Model:
     sizes = {"layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
     new = {"height": 8, "width": 16, "patch": 4, "text_dim": 16, "pooled_dim": 16, **sizes}
     return build_model(
@@ -35,7 +35,8 @@ def model(mask: str = "bool", seed: int = 0) -> Model:
                 "run": {"name": "a", "out": "a", "seed": seed},
                 "model": {"family": "pixel_flux", "mask": mask, "new": new},
                 "data": {"source": "digits"},
-                "train": {"steps": 1, "batch": 1, "lr": 1e-3},
+                "train": {"steps": 1, "batch": 4, "lr": 1e-3, **tables.pop("train", {})},
+                **tables,
             }
         )
     )
@@ -48,7 +49,7 @@ def masked() -> Model:
 
 @pytest.fixture(scope="module")
 def judge() -> DigitJudge:
-    return DigitJudge(load_digits(None, 0.0))
+    return DigitJudge(load_digits(0.0))
 
 
 def count_calls(net: torch.nn.Module) -> list[int]:
@@ -107,12 +108,31 @@ def test_chunks_make_the_same_pictures(masked, monkeypatch):
     """The size of a chunk is no setting of the picture: a prompt alone, or among others, gives the same one."""
     noise, sigmas = start_noise(0, 3, PICTURE), sigma_grid(3)
     whole = sample(masked, PROMPTS, noise, sigmas, cfg=3)
-    monkeypatch.setattr(sampler, "CHUNK", 2)
+    monkeypatch.setattr(masked, "chunk", 2)
     states = list(trajectories(masked, PROMPTS, noise, sigmas, cfg=3))
     assert [(len(c), len(c[0])) for c in states] == [(4, 2), (4, 1)]
     assert torch.equal(torch.cat([c[0] for c in states]), noise)
     torch.testing.assert_close(torch.cat([c[-1] for c in states]), whole, rtol=0, atol=1e-5)
     torch.testing.assert_close(sample(masked, PROMPTS[1:2], noise[1:2], sigmas, cfg=3), whole[1:2], rtol=0, atol=1e-5)
+
+
+def test_a_micro_batch_bounds_sampling_too():
+    """G4: a model that only fits two samples at a time makes pictures two at a time."""
+    assert model(train={"micro_batch": 2}).chunk == 2 and model().chunk == 256
+
+
+def test_pictures_are_made_on_the_shifted_sigmas_of_the_recipe(tmp_path):
+    """S6: the grid of a sweep follows timesteps.shift, a number or the family's own."""
+    own = model(timesteps={"shift": 3.0})
+    auto = model(timesteps={"shift": "auto"})
+    assert own.grid_shift == 3.0 and auto.grid_shift == auto.shift(auto.parts.picture) != 1.0 == model().grid_shift
+    grid = Grid(cfgs=(1.0,), skips=(0,), prompts=tuple(PROMPTS), seeds=(0,))
+    sweep([Candidate("a", "w", 3, lambda: own)], grid, tmp_path, title="t", judge=None, say=lambda line: None)
+    noise = start_noise(0, 3, PICTURE)
+    wanted, plain = (sample(own, PROMPTS, noise, sigma_grid(3, shift))[0] for shift in (3.0, 1.0))
+    save_png(wanted, tmp_path / "wanted.png"), save_png(plain, tmp_path / "plain.png")
+    made = (tmp_path / "pictures/a/cfg1_skip0/p000_s0.png").read_bytes()
+    assert made == (tmp_path / "wanted.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
@@ -201,7 +221,7 @@ def test_precision_and_recall():
 
 def test_the_judge_reads_digits(judge):
     """C1: better than 97 % on digits it never saw; real canvases agree with true captions, and with no others."""
-    source = load_digits(None, 0.0)
+    source = load_digits(0.0)
     assert judge.held_out_accuracy > 0.97
     batch = source.draw(0, 0, np.arange(200), 200)
     assert judge.correct(batch.pixels, batch.captions).tolist() == [1.0] * 200
@@ -212,9 +232,37 @@ def test_the_judge_reads_digits(judge):
     assert judge_for(source).side == 8 and judge_for(object()) is None
 
 
+def test_prompts_without_digits_have_no_accuracy(judge, tmp_path):
+    """M6: they are left out of the mean, and a sweep of only such prompts has none."""
+    source = load_digits(0.0)
+    batch = source.draw(0, 0, np.arange(2), 2)
+    assert np.isnan(judge.correct(batch.pixels, [batch.captions[0], "a cat"])).tolist() == [False, True]
+    mixed = Grid(cfgs=(1.0,), skips=(0,), prompts=("two, then three!", "a cat"), seeds=(0,))
+    (cell,) = run([Opened().candidate("a")], tmp_path / "mixed", mixed, judge)["cells"]
+    rows = strict(tmp_path / "mixed" / "index.json")
+    assert ["correct" in row for row in rows] == [True, False] and cell["accuracy"] == rows[0]["correct"]
+    none = Grid(cfgs=(1.0,), skips=(0,), prompts=("a cat", "a dog"), seeds=(0,))
+    scores = run([Opened().candidate("a")], tmp_path / "none", none, judge)
+    assert "accuracy" not in scores["cells"][0] and "accuracy" not in [n["key"] for n in scores["numbers"]]
+    write_sweep_page(tmp_path / "none"), write_sweep_page(tmp_path / "mixed")
+
+
+def test_another_judge_judges_again(tmp_path, judge):
+    """N1: cells are reused only with the scores of a judge made from the same pictures."""
+    source = load_digits(0.0)
+    source.train = tuple(part[:-1] for part in source.train)
+    other = DigitJudge(source)
+    run([Opened().candidate("a")], tmp_path, judge=judge)
+    opened = Opened()
+    run([opened.candidate("a")], tmp_path, judge=judge)
+    assert opened.names == []
+    run([opened.candidate("a")], tmp_path, judge=other)
+    assert opened.names == ["a"]
+
+
 def test_the_judge_measures_distance_to_real_digits(judge):
     """C1: real digits are near and lie among real ones; noise, black and broken pictures do not."""
-    real = load_digits(None, 0.0).draw(1, 0, np.arange(300), 300, held_out=True).pixels
+    real = load_digits(0.0).draw(1, 0, np.arange(300), 300, held_out=True).pixels
     near = judge.numbers(real)
     assert near["precision"] > 0.8 and near["recall"] > 0.6
     noise, black, lost = keyed.noise(0, "bad", 0, range(300), PICTURE), -torch.ones_like(real), torch.full_like(real, torch.nan)

@@ -1,0 +1,128 @@
+"""Which window of a picture is trained on, at which size: aspect buckets, several resolutions, several crops."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
+from PIL import Image
+
+from dedistill.flow import keyed
+
+MIN_KEPT = 0.5
+"""A random aspect keeps at least this share of the picture."""
+Bucket = tuple[int, int]
+
+
+class Sized(Protocol):
+    """A picture as far as cropping goes; ``width`` and ``height`` in pixels, upright."""
+
+    name: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Crop:
+    """``box`` (left, top, right, bottom; pixels of the original, fractions allowed) resized to height x width."""
+
+    resolution: int
+    height: int
+    width: int
+    box: tuple[float, float, float, float]
+
+
+@lru_cache
+def _ladder(resolution: int, divisible: int) -> tuple[Bucket, ...]:
+    return tuple(generate_aspect_ratio_buckets(resolution, divisible))
+
+
+def buckets_for(resolutions: Sequence[int], divisible: int = 16) -> list[Bucket]:
+    """Every (height, width) that crops can have: about resolution^2 pixels each, sides multiples of ``divisible``."""
+    return list(dict.fromkeys(bucket for r in resolutions for bucket in _ladder(r, divisible)))
+
+
+def crops_of(
+    sample: Sized,
+    *,
+    resolutions: Sequence[int],
+    modes: Sequence[str],
+    per_picture: int,
+    seed: int,
+    max_upscale: float = 1.0,
+    divisible: int = 16,
+) -> list[Crop]:
+    """All crops of one picture: ``per_picture`` at each resolution it is big enough for, equal ones once.
+
+    The list depends on (seed, name, size) and the settings alone. A picture is big enough when it covers the bucket
+    without growing by more than ``max_upscale``; one that fits no resolution has no crops (``too_small`` says why).
+    ``modes`` (keys of ``MODES``) take turns, from a first one that differs between pictures, and a mode that does
+    not fit leaves its turn to the others.
+    """
+    crops = []
+    turn = int(len(modes) * keyed.generator(seed, f"crop-mode/{sample.name}").random())
+    for resolution in resolutions:
+        fitting = [b for b in _ladder(resolution, divisible) if _scale(sample, b) <= max_upscale]
+        choices = {mode: chosen for mode in modes if (chosen := MODES[mode](sample, resolution, divisible, fitting))}
+        for k in range(per_picture if choices else 0):
+            mode = list(choices)[(turn + k) % len(choices)]
+            which, x, y = keyed.generator(seed, f"crop/{sample.name}", resolution, k).random(3)
+            bucket = choices[mode][int(which * len(choices[mode]))]
+            x, y = (0.5, 0.5) if mode == "center" else (x, y)
+            crops.append(Crop(resolution, *bucket, _window(sample, bucket, x, y)))
+    return list(dict.fromkeys(crops))
+
+
+def too_small(sample: Sized, *, resolutions: Sequence[int], max_upscale: float = 1.0) -> str:
+    """The reason to give for a picture without crops."""
+    lowest = min(resolutions)
+    grown = f" even enlarged {max_upscale:g} times" if max_upscale != 1 else ""
+    return f"too small: {sample.width} x {sample.height} pixels{grown} do not cover a bucket of resolution {lowest}"
+
+
+def apply_crop(image: Image.Image, crop: Crop) -> np.ndarray:
+    """The crop as uint8 [height, width, 3]: one Lanczos resize straight from the original pixels."""
+    return np.array(image.resize((crop.width, crop.height), Image.Resampling.LANCZOS, box=crop.box))
+
+
+def _scale(sample: Sized, bucket: Bucket) -> float:
+    """Factor that makes the picture just cover the bucket."""
+    return max(bucket[0] / sample.height, bucket[1] / sample.width)
+
+
+def _window(sample: Sized, bucket: Bucket, x: float, y: float) -> tuple[float, float, float, float]:
+    """The part of the picture that fills the bucket; x and y in 0 ... 1 place it between the edges."""
+    scale = _scale(sample, bucket)
+    width, height = min(bucket[1] / scale, sample.width), min(bucket[0] / scale, sample.height)
+    left, top = x * (sample.width - width), y * (sample.height - height)
+    return left, top, min(left + width, sample.width), min(top + height, sample.height)
+
+
+def _nearest(height: int, width: int, resolution: int, divisible: int, fitting: list[Bucket]) -> list[Bucket]:
+    ladder = _ladder(resolution, divisible)
+    bucket = ladder[find_nearest_bucket(height, width, ladder)]
+    return [bucket] if bucket in fitting else []
+
+
+def _aspect(sample: Sized, resolution: int, divisible: int, fitting: list[Bucket]) -> list[Bucket]:
+    return _nearest(sample.height, sample.width, resolution, divisible, fitting)
+
+
+def _square(sample: Sized, resolution: int, divisible: int, fitting: list[Bucket]) -> list[Bucket]:
+    return _nearest(1, 1, resolution, divisible, fitting)
+
+
+def _random_aspect(sample: Sized, resolution: int, divisible: int, fitting: list[Bucket]) -> list[Bucket]:
+    own = sample.width / sample.height
+    return [(h, w) for h, w in fitting if min(w / h / own, own / (w / h)) >= MIN_KEPT]
+
+
+MODES: dict[str, Callable[[Sized, int, int, list[Bucket]], list[Bucket]]] = {
+    "aspect": _aspect,
+    "square": _square,
+    "random_aspect": _random_aspect,
+    "center": _aspect,
+}
+"""The buckets each mode draws from. Positions are random in all modes but ``center``."""

@@ -1,0 +1,60 @@
+"""A source of pictures as the user names it, and one picture of it as it is listed."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """One source as the user names it: a folder of pictures, a folder of tar shards, a tar file, or a list of pictures.
+
+    ``fields``: keys or columns that hold captions; empty for the usual names. ``split_lines``: whether each line of a
+    .txt or .caption file is a caption (None: as ``caption_files.captions_in`` decides). ``file_column``: the column of
+    a list that names the picture, relative to the list's folder. ``name`` defaults to that of the path, without a file's extension.
+    """
+
+    path: str
+    name: str = ""
+    fields: tuple[str, ...] = ()
+    split_lines: bool | None = None
+    file_column: str = "file_name"
+    missing_captions: Literal["error", "quarantine", "empty"] = "error"
+
+    @property
+    def title(self) -> str:
+        path = Path(os.path.abspath(self.path))
+        return self.name or (path.name if path.is_dir() else path.stem)
+
+    @property
+    def root(self) -> Path:
+        """The folder that places are relative to."""
+        return Path(self.path) if os.path.isdir(self.path) else Path(self.path).parent
+
+
+class Place(NamedTuple):
+    """Where bytes lie: file relative to the source's root, with the size and time by which a change is noticed.
+
+    A file or shard that cannot be used at all has ``size`` 0.
+    """
+
+    file: str
+    offset: int
+    size: int
+    file_size: int
+    mtime_ns: int
+
+
+NOWHERE = Place("", 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One picture as its source lists it. ``captions`` is None where they stand in ``sidecars``."""
+
+    name: str
+    place: Place = NOWHERE
+    sidecars: tuple[tuple[str, Place], ...] = ()  # extension, place
+    captions: tuple[str, ...] | None = None
+    problem: str = ""

@@ -1,0 +1,112 @@
+"""From the bytes of a picture file to upright 8-bit RGB. Sizes are checked before anything is decoded."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+MAX_PIXELS = 80_000_000
+"""Below Pillow's own warning (89 million). Pillow itself refuses more than 178,956,970, whatever the limit here says."""
+MAX_BYTES = 100 << 20
+# EPS and PDF would start other programs; formats of one vendor or purpose only widen what hostile bytes can reach
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+PILLOW_READS = ("jpg", "jpeg", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm")
+EXTENSIONS = frozenset((*PILLOW_READS, "heic", "heif", "jxl"))
+"""What counts as a picture by its name. The last three are listed so that they are reported rather than passed over."""
+ORIENTATION = 0x0112
+SIDEWAYS = (5, 6, 7, 8)
+
+
+class BadPicture(Exception):
+    """A picture that cannot be used. The message is the reason, without the name of the file."""
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
+    """The picture in ``data`` as RGB: turned as its EXIF says, alpha over white, the first frame of an animation.
+
+    Grey of 16 bits is scaled to 8; CMYK goes through its own colour profile where it has one. Raises ``BadPicture`` for
+    everything that is too large, unknown, damaged or cut short.
+    """
+    image = _open(data, max_pixels, max_bytes)
+    try:
+        image.load()
+        return _rgb(_upright(image))
+    except BadPicture:
+        raise
+    except Exception as e:  # decoders raise any kind of error over damaged bytes
+        raise BadPicture(f"{image.format} cannot be decoded: {e}") from e
+
+
+def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> tuple[int, int]:
+    """Width and height as ``decode`` would give them, from the header alone.
+
+    One case differs: a PNG that stores its EXIF after its pixels. Raises ``BadPicture`` as ``decode`` does, except for
+    damage beyond the header.
+    """
+    image = _open(data, max_pixels, max_bytes)
+    width, height = image.size
+    return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
+
+
+def _open(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
+    if not data:
+        raise BadPicture("the file is empty")
+    if len(data) > max_bytes:
+        raise BadPicture(f"{len(data):,} bytes; the limit is {max_bytes:,}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise BadPicture(f"not a picture of a known format ({', '.join(FORMATS)}), or its header is damaged") from None
+    except Exception as e:
+        raise BadPicture(f"its header cannot be read: {e}") from e
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadPicture(f"{width} x {height} pixels; the limit is {max_pixels:,} pixels")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation that Pillow has not applied yet; 1 where there is none or the EXIF data are broken."""
+    if image.format == "TIFF":  # Pillow turns these by itself
+        return 1
+    if image.format == "PNG" and "exif" not in image.info:  # getexif() would decode the pixels to look behind them
+        return 1
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken EXIF says nothing about the pixels
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if _orientation(image) in range(2, 9) else image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _from_integers(np.asarray(image))
+    if image.mode == "F":
+        raise BadPicture("floating-point pixels have no known range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode == "CMYK" and "icc_profile" in image.info:
+        return _managed(image)
+    return image.convert("RGB")
+
+
+def _from_integers(grey: np.ndarray) -> Image.Image:
+    """Grey of up to 16 bits [H, W], scaled from 0 ... 65535 to 0 ... 255 (Pillow's convert would clip at 255)."""
+    low, high = int(grey.min()), int(grey.max())
+    if low < 0 or high > 65535:
+        raise BadPicture(f"integer pixels from {low} to {high}; only 0 to 65535 have a known meaning")
+    eight = (grey.astype(np.uint32) * 255 + 32767) // 65535
+    return Image.fromarray(eight.astype(np.uint8)).convert("RGB")
+
+
+def _managed(image: Image.Image) -> Image.Image:
+    """CMYK through its own profile; without a usable profile, Pillow's plain formula."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image.convert("RGB")

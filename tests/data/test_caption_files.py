@@ -1,0 +1,69 @@
+"""Captions from text and JSON (FORMATS §2): what counts as one caption, and what is refused."""
+
+import json
+
+import pytest
+
+from dedistill.data.caption_files import BadCaption, captions_in
+
+
+def read(content: str | bytes, kind: str = "txt", fields: tuple[str, ...] = (), split_lines: bool | None = None):
+    data = content.encode() if isinstance(content, str) else content
+    return captions_in(data, kind, fields=fields, split_lines=split_lines)
+
+
+@pytest.mark.parametrize("kind", ["txt", "caption"])
+@pytest.mark.parametrize(
+    ("text", "split_lines", "expected"),
+    [
+        ("a cat", None, ("a cat",)),
+        ("  a cat \r\n", None, ("a cat",)),
+        ("a cat\na black cat on a mat\n", None, ("a cat", "a black cat on a mat")),
+        ("a cat\r\na black cat\r\n", None, ("a cat", "a black cat")),
+        ("first paragraph.\n\nsecond one.", None, ("first paragraph.\n\nsecond one.",)),
+        ("first paragraph.\n \nsecond one.", True, ("first paragraph.", "second one.")),
+        ("a cat\na dog", False, ("a cat\na dog",)),
+        ("a cat\na cat\n", True, ("a cat",)),
+        ("\n\n", None, ()),
+        ("", False, ()),
+        ("\ufeffcafé", None, ("café",)),
+    ],
+)
+def test_text(kind, text, split_lines, expected):
+    assert read(text, kind, split_lines=split_lines) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "expected"),
+    [
+        ({"caption": "long", "caption_short": "short", "url": "http://x"}, (), ("long", "short")),
+        ({"captions": ["a", " b ", "a", ""]}, (), ("a", "b")),
+        ({"caption": "x", "captions": ["x", "y"]}, (), ("x", "y")),
+        ({"caption": None, "width": 3}, (), ()),
+        ({"caption": "x", "blip": "y"}, ("blip",), ("y",)),
+        ({"caption": "two\nlines"}, (), ("two\nlines",)),
+    ],
+)
+def test_json(content, fields, expected):
+    assert read(json.dumps(content), "json", fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "reason"),
+    [
+        ("{", "json", "not JSON"),
+        ('["a"]', "json", "expected a JSON object, found a list"),
+        ('{"caption": 3}', "json", "'caption' holds a int"),
+        ('{"captions": ["a", {}]}', "json", "'captions' holds a dict"),
+        ('{"caption": "\\ud800"}', "json", "surrogate"),
+        ('{"caption": ' + "[" * 200_000, "json", "not JSON"),
+        ("café".encode("latin-1"), "txt", "not UTF-8: byte 0xe9 at offset 3"),
+        ("a cat".encode("utf-16"), "txt", "not UTF-8: byte 0xff at offset 0"),
+        ("a cat".encode("utf-16-be"), "txt", "NUL"),
+        (b"x" * ((1 << 20) + 1), "txt", "the limit is"),
+    ],
+)
+def test_refused(content, kind, reason):
+    """RELIABILITY T14."""
+    with pytest.raises(BadCaption, match=reason):
+        read(content, kind)

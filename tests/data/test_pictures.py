@@ -1,0 +1,221 @@
+"""Decoding: a known pixel of every format, and every kind of damage refused with a reason (FORMATS §2)."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageOps
+from sklearn.datasets import load_sample_images
+
+from dedistill.data.pictures import ORIENTATION, BadPicture, decode, read_size
+
+LOSSLESS = {"PNG": {}, "TIFF": {}, "BMP": {}, "WEBP": {"lossless": True}, "PPM": {}}
+LOSSY = {
+    "JPEG": {"quality": 95},
+    "MPO": {"quality": 95},
+    "WEBP": {"quality": 95},
+    "AVIF": {"quality": 95},
+    "JPEG2000": {},
+    "GIF": {},
+}
+
+
+@pytest.fixture(scope="module")
+def china() -> Image.Image:
+    return Image.fromarray(load_sample_images().images[0]).resize((160, 107), Image.Resampling.LANCZOS)
+
+
+def data(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean())
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_lossless_formats_return_their_pixels(china, kind):
+    assert np.array_equal(decode(data(china, kind, **LOSSLESS[kind])), china)
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_lossy_formats_come_close(china, kind):
+    assert difference(decode(data(china, kind, **LOSSY[kind])), china) < 6
+
+
+def with_orientation(image: Image.Image, orientation: int, kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return data(image, kind, exif=exif, **({"quality": 100, "subsampling": 0} if kind == "JPEG" else {}))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(orientation, kind):
+    """The red corner of the stored picture ends where EXIF says row 0 and column 0 are; the header gives the same size."""
+    stored = Image.new("RGB", (48, 32), "black")
+    stored.paste((255, 0, 0), (0, 0, 16, 16))
+    picture = with_orientation(stored, orientation, kind)
+    upright = decode(picture)
+    # EXIF 2.32, tag 274: which side of the scene the 0th row and the 0th column show
+    corner = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "tl", 6: "tr", 7: "br", 8: "bl"}[orientation]
+    x = 4 if "l" in corner else upright.width - 5
+    y = 4 if "t" in corner else upright.height - 5
+    assert upright.size == read_size(picture) == ((48, 32) if orientation < 5 else (32, 48))
+    red = np.asarray(upright)[y, x].astype(int)
+    assert red[0] > 200 and red[1:].max() < 60
+    assert np.asarray(upright)[upright.height - 1 - y, upright.width - 1 - x].max() < 60
+
+
+def test_broken_exif_is_ignored(china):
+    assert decode(data(china, "JPEG", exif=b"Exif\0\0garbage garbage")).size == china.size
+
+
+def test_alpha_over_white():
+    """Transparent is white, half transparent half white, however the transparency is stored."""
+    rgba = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
+    rgba.putpixel((1, 1), (0, 0, 255, 255))
+    rgba.putpixel((2, 2), (0, 0, 0, 128))
+    for kind in ("PNG", "WEBP"):
+        pixels = np.asarray(decode(data(rgba, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))))
+        assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[1, 1].tolist() == [0, 0, 255]
+        assert abs(int(pixels[2, 2, 0]) - 127) <= 1
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putpixel((1, 0), 1)
+    pixels = np.asarray(decode(data(palette, "PNG", transparency=0)))
+    assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[0, 1].tolist() == [200, 100, 50]
+    pixels = np.asarray(decode(data(Image.new("L", (4, 4), 7), "PNG", transparency=7)))
+    assert (pixels == 255).all()
+    pixels = np.asarray(decode(data(Image.new("LA", (4, 4), (0, 128)), "PNG")))
+    assert abs(int(pixels[0, 0, 0]) - 127) <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(kind):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)
+    image = Image.fromarray(np.tile(ramp, (4, 1)))
+    assert image.mode == "I;16"
+    grey = np.asarray(decode(data(image, kind)))
+    assert np.abs(grey[0, :, 0].astype(int) - np.arange(256)).max() == 0
+    assert (grey == grey[..., :1]).all()
+
+
+def test_integers_outside_sixteen_bits_and_floats_are_refused():
+    with pytest.raises(BadPicture, match="from 0 to 70000"):
+        decode(data(Image.fromarray(np.array([[0, 70000]], dtype=np.int32)), "TIFF"))
+    with pytest.raises(BadPicture, match="floating-point"):
+        decode(data(Image.fromarray(np.zeros((4, 4), dtype=np.float32)), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk(kind):
+    """Full cyan is (0, 255, 255), no ink is white: ink is not taken for light."""
+    inks = Image.new("CMYK", (32, 16), (255, 0, 0, 0))
+    inks.paste((0, 0, 0, 0), (16, 0, 32, 16))
+    pixels = np.asarray(decode(data(inks, kind))).astype(int)
+    assert np.abs(pixels[8, 4] - [0, 255, 255]).max() < 8 and np.abs(pixels[8, 28] - 255).max() < 8
+
+
+def test_cmyk_with_a_useless_profile(china):
+    """A profile for RGB inside a CMYK picture cannot be applied; the plain formula remains."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = decode(data(china.convert("CMYK"), "TIFF"))
+    assert np.array_equal(decode(data(china.convert("CMYK"), "TIFF", icc_profile=profile)), plain)
+    assert np.array_equal(decode(data(china.convert("CMYK"), "TIFF", icc_profile=b"no profile")), plain)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_animations_give_their_first_frame(kind):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    animation = data(frames[0], kind, save_all=True, append_images=frames[1:], duration=100, **options)
+    assert Image.open(io.BytesIO(animation)).n_frames == 3
+    assert np.asarray(decode(animation))[8, 8].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "YCbCr"])
+def test_other_modes(china, mode):
+    image = china.convert(mode)
+    assert difference(decode(data(image, "TIFF")), image.convert("RGB")) < 1
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of 70 bytes that claims to hold width x height pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(9000, 9000), (60000, 60000), (2**31 - 1, 2**31 - 1), (0, 5)])
+def test_bombs_are_refused_by_their_header(size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for reader in (decode, read_size):
+            with pytest.raises(BadPicture):
+                reader(bomb(*size))
+
+
+def test_limits(china):
+    png = data(china, "PNG")
+    pixels = china.width * china.height
+    assert decode(png, max_pixels=pixels, max_bytes=len(png)).size == china.size
+    with pytest.raises(BadPicture, match=rf"160 x 107 pixels; the limit is {pixels - 1:,} pixels"):
+        decode(png, max_pixels=pixels - 1)
+    with pytest.raises(BadPicture, match=f"the limit is {len(png) - 1:,}"):
+        decode(png, max_bytes=len(png) - 1)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "BMP", "JPEG2000"])
+def test_truncated_files_are_failures(china, kind):
+    whole = data(china, kind)
+    assert decode(whole).size == china.size
+    for share in (0.02, 0.3, 0.6, 0.9):
+        with pytest.raises(BadPicture):
+            decode(whole[: int(len(whole) * share)])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html>404", "not a picture of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture of a known format"),
+        (b"\xff\xd8\xff\xe0" + bytes(500), "format|header|decoded"),
+        (b"\0" * 1000, "not a picture"),
+    ],
+)
+def test_other_files_are_refused(content, reason):
+    with pytest.raises(BadPicture, match=reason):
+        decode(content)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF"])
+def test_random_damage_never_raises_anything_else(china, kind):
+    """RELIABILITY T14: bytes flipped anywhere give a picture or BadPicture."""
+    whole = np.frombuffer(data(china.resize((40, 30)), kind), dtype=np.uint8)
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(60):
+        hurt = whole.copy()
+        hurt[rng.integers(0, len(hurt), 4)] = rng.integers(0, 256, 4)
+        try:
+            assert decode(hurt.tobytes()).mode == "RGB"
+            outcomes.add("read")
+        except BadPicture as e:
+            outcomes.add("refused")
+            assert str(e)
+    assert "refused" in outcomes
+
+
+def test_size_is_exif_transposed_like_pillow(china):
+    picture = with_orientation(china, 6, "JPEG")
+    assert np.array_equal(decode(picture), ImageOps.exif_transpose(Image.open(io.BytesIO(picture))))

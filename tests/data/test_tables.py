@@ -1,0 +1,153 @@
+"""Lists of pictures (FORMATS §2): .jsonl, .csv and .parquet say the same, and a wrong row or column is named."""
+
+import csv
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dedistill.data import index as module
+from dedistill.data.index import build_index
+from dedistill.data.picture_set import PictureSet
+from dedistill.errors import UserError
+
+ROWS = [
+    {"file_name": "a.png", "caption": "a cat", "short_caption": "cat", "license": "mit"},
+    {"file_name": "sub/b.png", "caption": 'a dog, "big"\nand black', "short_caption": "", "license": "mit"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "train"
+    (root / "sub").mkdir(parents=True)
+    for name, colour in (("a", "red"), ("sub/b", "blue")):
+        Image.new("RGB", (16, 8), colour).save(root / f"{name}.png")
+    return root
+
+
+def write(folder, kind: str, rows: list[dict], name: str = "metadata"):
+    path = folder / f"{name}.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    elif kind == "csv":
+        out = io.StringIO()
+        writer = csv.DictWriter(out, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        path.write_text("\ufeff" + out.getvalue(), newline="")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("by", ["folder", "path"])
+def test_lists(folder, kind, by):
+    path = write(folder, kind, ROWS, "metadata" if by == "folder" else "mine")
+    index = build_index([PictureSet(str(folder if by == "folder" else path), name="train")])
+    assert {s.name: s.captions for s in index.samples} == {
+        "train/a.png": ("a cat", "cat"),
+        "train/sub/b.png": ('a dog, "big"\nand black',),
+    }
+    assert index.read(1) == (folder / "sub" / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_lists_of_captions(folder, kind):
+    write(
+        folder, kind, [{"file_name": "a.png", "captions": ["one", "two", "one"]}, {"file_name": "sub/b.png", "captions": ["x"]}]
+    )
+    assert [s.captions for s in build_index([PictureSet(str(folder))]).samples] == [("one", "two"), ("x",)]
+
+
+def test_columns_can_be_chosen(folder):
+    write(folder, "csv", ROWS)
+    one = build_index([PictureSet(str(folder), fields=("license", "caption"))])
+    assert one.samples[0].captions == ("mit", "a cat")
+    other = PictureSet(str(folder), fields=("license",), file_column="file_name", split_lines=True)
+    assert build_index([other]).samples[1].captions == ("mit",)
+
+
+def test_the_only_column_of_text_holds_the_captions(folder):
+    rows = [{"file_name": name, "beschreibung": "x", "width": 16} for name in ("a.png", "sub/b.png")]
+    write(folder, "parquet", rows)
+    assert [s.captions for s in build_index([PictureSet(str(folder))]).samples] == [("x",), ("x",)]
+
+
+def test_several_rows_of_one_picture_are_joined(folder):
+    write(folder, "jsonl", [*ROWS, {"file_name": "a.png", "caption": "again"}])
+    assert build_index([PictureSet(str(folder))]).samples[0].captions == ("a cat", "cat", "again")
+
+
+def test_a_new_caption_in_the_list_reads_no_picture(folder, tmp_path, monkeypatch):
+    file = tmp_path / "index.jsonl"
+    write(folder, "jsonl", ROWS)
+    build_index([PictureSet(str(folder))], file=file)
+    write(folder, "jsonl", [ROWS[0] | {"caption": "renamed"}, ROWS[1]])
+    reads = []
+    real = module._read
+    monkeypatch.setattr(module, "_read", lambda root, place: reads.append(place) or real(root, place))
+    assert build_index([PictureSet(str(folder))], file=file).samples[0].captions == ("renamed", "cat")
+    assert reads == []
+
+
+def test_wrong_rows_are_left_out(folder):
+    lines = [json.dumps(row) for row in ROWS]
+    wrong = [
+        "{",
+        "[1]",
+        '{"caption": "no file"}',
+        '{"file_name": "a.png", "caption": 3}',
+        '{"file_name": "gone.png", "caption": "x"}',
+    ]
+    wrong += ['{"file_name": "../../etc/passwd", "caption": "x"}', '{"file_name": "/etc/passwd", "caption": "x"}']
+    wrong += ['{"file_name": "a\\u0000.png", "caption": "x"}', '{"file_name": "sub", "caption": "x"}']
+    (folder / "metadata.jsonl").write_text("\n".join([lines[1], *wrong]))
+    index = build_index([PictureSet(str(folder))])
+    assert [s.name for s in index.samples] == ["train/sub/b.png"]
+    reasons = {name.removeprefix("train/"): reason for name, reason in index.quarantined}
+    assert "not JSON" in reasons["metadata.jsonl line 2"] and "JSON object" in reasons["metadata.jsonl line 3"]
+    assert "no 'file_name'" in reasons["metadata.jsonl line 4"] and "line 5: 'caption' holds a int" in reasons["a.png"]
+    assert "cannot be read: No such file" in reasons["gone.png"]
+    assert all("lies outside" in reasons[name] for name in ("../../etc/passwd", "/etc/passwd"))
+    assert "null" in reasons["a\0.png"] and "directory" in reasons["sub"]
+    assert len(reasons) == len(wrong)
+
+
+def test_csv_rows_of_the_wrong_length(folder):
+    (folder / "metadata.csv").write_text("file_name,caption\na.png,a cat, black\nsub/b.png\nsub/b.png,ok\n")
+    index = build_index([PictureSet(str(folder))])
+    assert [s.captions for s in index.samples] == [("ok",)]
+    assert [reason for _, reason in index.quarantined] == ["expected 2 fields"] * 2
+
+
+def test_absolute_paths_inside_the_folder_are_fine(folder):
+    write(folder, "csv", [{"file_name": str(folder / "a.png"), "text": "x"}])
+    assert [s.name for s in build_index([PictureSet(str(folder))]).samples] == ["train/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"image": "a.png", "caption": "x"}], {}, r"no column 'file_name' that names the picture \(columns: image, caption\)"),
+        ([{"file_name": "a.png", "licence": "x", "author": "y"}], {}, r"several columns of text \(licence, author\)"),
+        ([{"file_name": "a.png", "caption": "x"}], {"fields": ("blip",)}, r"no column 'blip'"),
+        ([{"file_name": "a.png", "width": 3}], {}, "no caption"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_wrong_columns(folder, kind, rows, options, message):
+    write(folder, kind, rows)
+    with pytest.raises(UserError, match=message):
+        build_index([PictureSet(str(folder), **options)])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_unreadable_lists(folder, kind):
+    (folder / f"metadata.{kind}").write_bytes(b"\xff\xfe\x00 no text")
+    with pytest.raises(UserError, match=f"metadata.{kind}' cannot be read"):
+        build_index([PictureSet(str(folder))])
