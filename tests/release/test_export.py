@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from dedistill.base.int8 import Int8Linear
 from dedistill.base.quantize import prepare_base
 from dedistill.errors import UserError
+from dedistill.families.flux_loading import load_transformer
 from dedistill.families.flux_tiny import write_tiny_flux
 from dedistill.families.licences import APACHE, BASES, DEV, UNKNOWN, Licence, base_of, licence_for
 from dedistill.release.card import write_card
@@ -105,6 +106,14 @@ def test_bfl_file_joins_what_bfl_fuses(base, tmp_path):
     export_model(base, tmp_path / "bfl", "bfl")
     found, wanted = load_file(tmp_path / "bfl" / "bfl.safetensors"), to_bfl(dict(Denoiser(base).items()))
     assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
+
+
+@pytest.mark.parametrize("form", ["single", "bfl"])
+def test_a_file_we_wrote_is_a_base_again(form, base, tmp_path):
+    """FORMATS 1d: model.path takes either single file, with the encoders of the folder it came from."""
+    export_model(base, tmp_path / form, form)
+    net = load_transformer(tmp_path / form / f"{form}.safetensors", base)
+    assert torch.equal(answer(net), answer(FluxTransformer2DModel.from_pretrained(base / "transformer")))
 
 
 def test_int8_export_is_our_int8_base(base, tmp_path):

@@ -2,8 +2,11 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,13 +45,14 @@ steps = 1
 batch = 1
 lr = 1e-3
 """
+TOOLS = Path(__file__).parent.parent.parent / "tools"
 FORMS = {"lokr": "factor = 4", "lokr-rank": "factor = 4\nrank = 2", "lora": "rank = 2"}
 
 
 def write_base(family: str, folder, dtype=torch.float32):
     from dedistill.families.registry import get_family
 
-    get_family(family).write_tiny(SimpleNamespace(path="tiny"), folder)
+    get_family(family).write_tiny(SimpleNamespace(path="tiny"), folder, None, full_depth=False)
     for file in (folder / "transformer").glob("*.safetensors"):
         save_file({n: t.to(dtype) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
     return folder
@@ -233,3 +237,21 @@ def test_full_disk_leaves_nothing(small_disk, tmp_path):
     with pytest.raises(UserError, match="No space left"):
         merge_adapter(recipe, tmp_path / "a.safetensors", small_disk / "out")
     assert list(small_disk.iterdir()) == []
+
+
+def test_tool(tmp_path, capsys):
+    """One row per layer and one for all; the same numbers in the folder."""
+    recipe = recipe_for(tmp_path / "a", write_base("pixel_flux", tmp_path / "base"))
+    trained(recipe, tmp_path / "a.safetensors", size=1e-3)
+    arguments = [tmp_path / "a" / "recipe.toml", "--weights", tmp_path / "a.safetensors", "--out", tmp_path / "out"]
+    before, sys.argv = sys.argv, ["merge_adapter", *map(str, arguments), "--round", "nearest"]
+    try:
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(TOOLS / "merge_adapter.py"), run_name="__main__")
+    finally:
+        sys.argv = before
+    assert done.value.code == 0
+    report = json.loads((tmp_path / "out" / "merge.json").read_text())
+    rows = {line.split()[0]: line.split()[-3:] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert rows["x_embedder"] == [f"{report['layers']['x_embedder'][k]:.4f}" for k in ("lost", "error", "zeros")]
+    assert rows["all"][2] == f"{report['total']['zeros']:.4f}" and report["total"]["zeros"] > 0.3
