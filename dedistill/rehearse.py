@@ -28,6 +28,8 @@ from dedistill.finished import last_weights
 from dedistill.posthoc.lerp import find_snapshots, lerp_snapshots
 from dedistill.prepare import look
 from dedistill.recipe import Recipe
+from dedistill.release.adapter import export_adapter
+from dedistill.release.export import FORMS, export_model
 from dedistill.release.merge import merge_adapter
 from dedistill.report.sweep_page import write_sweep_page
 from dedistill.sampling.sweep import Grid, sweep
@@ -85,6 +87,13 @@ def _after_training(recipe: Recipe, small: Recipe, out: Path, stage) -> None:
         merge_adapter(small, last_weights(out / "run"), out / "merged", dtype="fp32")
         merged = small.model.model_copy(update={"path": str(out / "merged")})
         get_family(recipe.model.family).load(merged, seed=0)
+    with stage("export of the merged model and of the adapter"):
+        for form in FORMS:
+            export_model(out / "merged", out / "exported" / form, form)
+        spellings = ("lycoris", "transformer") if recipe.adapter.kind == "lokr" else ("lycoris", "peft", "kohya")
+        for spelling in spellings:
+            file = out / "exported" / f"adapter-{spelling}.safetensors"
+            export_adapter(last_weights(out / "run"), file, spelling, out / "merged")
 
 
 def _stages(out: Path, say: Say):

@@ -57,6 +57,10 @@ _BFL_OF = {
 _SWAPPED = "final_layer.adaLN_modulation.1"
 
 
+KOHYA_MODULE = "networks.lora_flux"
+"""What sd-scripts calls the code that reads its LoRA files of this network."""
+
+
 def bfl_parts(module: str) -> tuple[str, tuple[str, ...]]:
     """The BFL module that holds diffusers' ``module``, and all diffusers modules it holds, in the order of its rows.
 
