@@ -77,7 +77,8 @@ ONE_LINE_ERRORS = [  # what is added to SMALL, the line of the mistake below it,
     ("[validte]\nevery = 2", 1, "validte: unknown table, did you mean 'validate'?"),
     ("[validate_]\nevery = 2", 1, "validate_: unknown table, did you mean 'validate'?"),
     ("[log]\nlr = 2", 2, "log.lr: unknown key, did you mean 'train.lr'?"),
-    ("seed = 1", 1, "train.seed: unknown key, did you mean 'run.seed'?"),
+    ("seed = 1", 1, "train.seed: unknown key, did you mean 'run.seed' or 'preview.seed'?"),
+    ("[sample]\nheight = 100\nwidth = 64", 2, "sample.height: must be a multiple of 16, got 100"),
     ("[checkpoint]\nsteps = 1", 2, "checkpoint.steps: unknown key, did you mean 'train.steps' or 'sample.steps'?"),
     ("[snapshot]\nzzz = 1", 2, "snapshot.zzz: unknown key, known here: every"),
     (
@@ -138,7 +139,10 @@ def test_contradictions_come_with_misspellings(errors_of):
 def test_no_contradiction_is_made_up_for_a_key_that_was_not_understood(errors_of):
     """Without the unknown key the model has neither path nor new; that is no second mistake."""
     text = SMALL.replace("path = ", "zzz = ")
-    assert errors_of(text) == ["x.toml:6: model.zzz: unknown key, known here: family, path, mask, text_length, new"]
+    assert errors_of(text) == [
+        "x.toml:6: model.zzz: unknown key, "
+        "known here: family, path, revision, components, mask, t5_mask, guidance, text_length, new"
+    ]
 
 
 @pytest.mark.parametrize("key", ["api_key", "apikey", "hf_token", "HF_TOKEN", "password", "client-secret", "wandb_api_key"])
