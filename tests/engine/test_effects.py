@@ -64,7 +64,7 @@ CASES = [
     ("data.resolutions", "[48, 64]", "pictures", []),
     ("data.crops", "['square']", "pictures", []),
     ("data.crops_per_picture", "2", "pictures", []),
-    ("data.max_upscale", "2.0", "pictures", ["data.resolutions=[112]"]),
+    ("data.max_upscale", "2.0", "pictures", ["data.resolutions=[64, 112]"]),
     ("data.missing_captions", "empty", "pictures", ["data.sets=[{path='THIRD'}]", "data.missing_captions=quarantine"]),
     ("data.split_lines", "never", "pictures", []),
     ("data.held_out", "0.5", "pictures", []),
@@ -108,6 +108,7 @@ CASES = [
     ("log.sigma_bins", "4", "adapter", []),
     ("log.wandb", "true", "adapter", ["run.name=w"]),
 ]
+SHOWN_IN = {"run.name": "said", "data.sets.0.name": "said", "checkpoint.every": "said", "checkpoint.keep": "files"}
 ELSEWHERE = {
     "run.resume": "test_bad_input.py: never refuses a used directory",
     "model.family": "test_bad_input.py: another name is an error",
@@ -183,13 +184,7 @@ def test_key_has_a_recorded_effect(key, value, which, beside, request, tmp_path,
     if key == "data.source":
         plain = []
     before, after = (evidence(recipe, tmp_path / n, s, capsys) for n, s in (("plain", plain), ("changed", changed)))
-    wanted = {
-        "run.name": "said",
-        "data.sets.0.name": "said",
-        "log.wandb": "said",
-        "checkpoint.every": "said",
-        "checkpoint.keep": "files",
-    }.get(key)
+    wanted = SHOWN_IN.get(key)
     differing = [k for k in before if before[k] != after[k]]
     if key == "log.wandb":
         assert (tmp_path / "changed" / "wandb").exists() and not (tmp_path / "plain" / "wandb").exists()
