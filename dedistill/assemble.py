@@ -14,7 +14,7 @@ from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.base.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
 from dedistill.errors import UserError
 from dedistill.families.family import Components, Family
-from dedistill.families.registry import get_family
+from dedistill.families.registry import get_family, text_length
 from dedistill.recipe import Recipe
 from dedistill.text import Text, stack
 
@@ -76,6 +76,13 @@ class Model:
             return stack([self.known[c] for c in captions]).to(self.device)
         return self.family.encode_text(self.parts, captions, length or self.text_length).to(self.device)
 
+    def remember(self, captions: list[str]) -> None:
+        """Encode captions once and for all, and free the encoders: ``encode`` gives these tensors from now on."""
+        if new := [c for c in dict.fromkeys(captions) if c not in self.known]:
+            text = self.family.encode_text(self.parts, new, self.text_length).to("cpu")
+            self.known |= {c: text.rows(slice(i, i + 1)) for i, c in enumerate(new)}
+        self.parts.text.unload()
+
     def velocity(self, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None) -> Tensor:
         """noise - data as the model predicts it, float32; the same arithmetic in training, validation and sampling."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -102,7 +109,7 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     if recipe.sample.height:
         parts.picture = family.latent_shape(parts, recipe.sample.height, recipe.sample.width)
         parts.tokens = family.tokens(parts, parts.picture)
-    length = recipe.model.text_length or family.text_length
+    length = text_length(family, recipe.model.text_length, recipe.where("model.text_length"))
     facts = {"network_parameters": sum(p.numel() for p in parts.net.parameters()), "picture": list(parts.picture)}
     if recipe.adapter is None:
         cast_float(parts.net, torch.float32)

@@ -62,6 +62,8 @@ def _identity(recipe: Recipe, *places: Path | str) -> str:
     used += [settings["train"]["precision"], settings["timesteps"]["shift"], settings["run"]["seed"]]
     digest = hashlib.sha256(json.dumps(used).encode())
     for place in map(Path, places):
+        if str(place) == recipe.model.path and recipe.model.revision and not place.exists():
+            continue  # a hub id: its commit is among the settings
         files = model_files(place)
         if not any(file.suffix == ".safetensors" for file in files):
             raise UserError(f"no weights in '{place}': train this recipe first")
@@ -70,10 +72,10 @@ def _identity(recipe: Recipe, *places: Path | str) -> str:
     return digest.hexdigest()
 
 
-def read_prompts(value: str, source: Source) -> tuple[str, ...]:
-    """``value`` is a number of prompts to take from the data, or a text file with one prompt per line."""
+def read_prompts(value: str, source: Callable[[], Source]) -> tuple[str, ...]:
+    """``value`` is a number of prompts to take from the data, which is opened for it, or a text file, a prompt per line."""
     if value.isdigit() and int(value) > 0:
-        return tuple(source.prompts(0, int(value)))
+        return tuple(source().prompts(0, int(value)))
     try:
         lines = [line.strip() for line in Path(value).read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as e:

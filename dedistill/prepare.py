@@ -20,7 +20,7 @@ from dedistill.data.registry import open_source
 from dedistill.data.source import Source
 from dedistill.errors import UserError
 from dedistill.families.family import Components, Family
-from dedistill.families.registry import get_family
+from dedistill.families.registry import get_family, text_length
 from dedistill.fingerprint import fingerprint
 from dedistill.flow import keyed
 from dedistill.recipe import Recipe
@@ -59,12 +59,12 @@ def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     return family, family.load(recipe.model, seed=recipe.run.seed, net=False)
 
 
-def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, limit: int | None = None) -> Prepared:
-    """Encode what the cache lacks, then open it. ``limit``: only so many pictures of each set, for rehearsals.
+def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say) -> Prepared:
+    """Encode what the cache lacks, then open it.
 
     Raises UserError when nothing usable is found, or when the cache was made with other encoders or settings.
     """
-    cache, index, pictures = _look(recipe, say, limit)
+    cache, index, pictures = look(recipe, say)
     latents, texts = open_stores(recipe, family, parts, cache)
     asked = ["", recipe.sample.negative, *recipe.preview.prompts]
     captions = list(dict.fromkeys([*asked, *(c for p in pictures for c in p.sample.captions)]))
@@ -89,7 +89,7 @@ def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
     if recipe.data.source != "pictures":
         raise UserError(f"{recipe.where('data.source')}: '{recipe.data.source}' has no cache; only 'pictures' are encoded", 2)
     family, parts = _encoders(recipe)
-    cache, _, pictures = _look(recipe, say, None)
+    cache, _, pictures = look(recipe, say)
     latents, texts = open_stores(recipe, family, parts, cache)
     problems = [f"'{shard}' is damaged: delete it, it is encoded again" for s in (latents, texts) for shard in s.damaged()]
     wanted = {latent_key(p.sample, crop) for p in pictures for crop in p.crops}
@@ -114,10 +114,10 @@ def open_stores(recipe: Recipe, family: Family, parts: Components, cache: Path) 
 
 
 def _length(recipe: Recipe, family: Family) -> int:
-    return recipe.model.text_length or family.text_length
+    return text_length(family, recipe.model.text_length, recipe.where("model.text_length"))
 
 
-def _look(recipe: Recipe, say: Say, limit: int | None) -> tuple[Path, Index, list[Picture]]:
+def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[Picture]]:
     """The cache's folder, the index of all sets, and the pictures that crops can be made of."""
     data, cache = recipe.data, Path(recipe.data.cache)
     sets = [
@@ -130,7 +130,7 @@ def _look(recipe: Recipe, say: Say, limit: int | None) -> tuple[Path, Index, lis
         )
         for s in data.sets
     ]
-    index = build_index(sets, file=cache / "index.jsonl", say=say, limit=limit)
+    index = build_index(sets, file=cache / "index.jsonl", say=say, limit=data.limit)
     settings = {"resolutions": data.resolutions or [RESOLUTION], "max_upscale": data.max_upscale or 1.0}
     pictures, small = [], []
     for sample in index.samples:

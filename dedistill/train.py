@@ -34,7 +34,7 @@ def guarded(action, *, debug: bool) -> int:
         print(f"error: {e.filename or 'input/output'}: {e.strerror or e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; nothing was being written", file=sys.stderr)
+        print("stopped; what was complete is kept", file=sys.stderr)
         return 130
     except Exception as e:
         if debug:
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. train.lr=2e-5")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--plan", action="store_true", help="print every number decided and stop; needs no GPU")
+    parser.add_argument("--rehearse", action="store_true", help="run every stage on a tiny random model; about a minute")
     parser.add_argument("--check-cache", action="store_true", help="compare the cache with the data and stop; encodes nothing")
     parser.add_argument("--cache-only", action="store_true", help="encode pictures and captions, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -64,11 +65,24 @@ def _main(args: argparse.Namespace, argv: list[str]) -> int:
         print("\n".join(f"{key:12} {value:,}" for key, value in make_plan(recipe).as_dict().items()))
         return 0
     try:
+        if args.rehearse:
+            return _rehearse(recipe)
         if args.check_cache:
             return _check_cache(recipe)
         return train(recipe, argv, cache_only=args.cache_only)
     except UserError as e:
         raise UserError(recipe.placed(str(e)), e.exit_code) from e
+
+
+def _rehearse(recipe: Recipe) -> int:
+    from dedistill.report.console import quiet_dependencies
+
+    quiet_dependencies()
+    from dedistill.rehearse import rehearse
+
+    terminal = sys.stderr  # each stage's own output goes to a file
+    rehearse(recipe, lambda small: train(small, []), lambda line: print(line, file=terminal, flush=True))
+    return 0
 
 
 def _check_cache(recipe: Recipe) -> int:
@@ -85,7 +99,7 @@ def _check_cache(recipe: Recipe) -> int:
 
 def train(recipe: Recipe, argv: list[str], *, cache_only: bool = False) -> int:
     """Train ``recipe`` to its end or to a stop request; returns the exit code. cache_only: stop when data is encoded."""
-    from dedistill.report.console import header, progress, quiet_dependencies, resume_command, say
+    from dedistill.report.console import header, progress, quiet_dependencies, say
 
     quiet_dependencies()
     import torch
@@ -93,6 +107,7 @@ def train(recipe: Recipe, argv: list[str], *, cache_only: bool = False) -> int:
 
     from dedistill.assemble import build_model
     from dedistill.engine.inputs import input_files
+    from dedistill.engine.launcher import resume_command
     from dedistill.engine.loop import Trainer
     from dedistill.engine.metrics import Trackers
     from dedistill.engine.rundir import RunDirectory
@@ -102,6 +117,7 @@ def train(recipe: Recipe, argv: list[str], *, cache_only: bool = False) -> int:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this version trains on one process; start it without several ranks")
+    again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
     plan = make_plan(recipe)
     with RunDirectory(recipe) as run, StopRequest() as stop:
@@ -123,7 +139,7 @@ def train(recipe: Recipe, argv: list[str], *, cache_only: bool = False) -> int:
         if not trainer.trained_now:
             print(f"already finished at step {trainer.step}; nothing to train", file=sys.stderr)
         if trainer.step < plan.steps:
-            print(f"stopped and saved at step {trainer.step}; continue with:\n  {resume_command(argv)}", file=sys.stderr)
+            print(f"stopped and saved at step {trainer.step}; continue with:\n  {again}", file=sys.stderr)
             return 128 + (stop.signal or 0)
         exported = trainer.export()
         where = f"{run.path}/" + (f", model in {exported}/" if exported else "")

@@ -17,25 +17,55 @@ case $story in
 esac
 export OMP_NUM_THREADS=$threads
 
+# Each job is a process group of its own and is waited for, so that a stop reaches it once, whatever its launcher does,
+# and nothing outlives the demo. Training saves and says where it stopped.
+set -m
+job=""
+sweep=""
+run() {
+  local status=0
+  "$@" &
+  job=$!
+  wait "$job" || status=$?
+  job=""
+  return "$status"
+}
+end() {
+  [ -z "$1" ] || pkill -TERM -P "$1" || kill -TERM "$1" 2>/dev/null || :
+  [ -z "$1" ] || wait "$1" || :
+}
+stop() {
+  trap "" INT TERM
+  end "$job"
+  end "$sweep"
+  echo "stopped; continue with: bash launch/demo.sh $story" >&2
+  exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+trap 'end "$sweep"' EXIT
+
 train() {
-  accelerate launch --quiet --config_file launch/cpu.yaml --num_cpu_threads_per_process "$threads" \
+  run accelerate launch --quiet --config_file launch/cpu.yaml --num_cpu_threads_per_process "$threads" \
     -m dedistill.train "recipes/$story/$1.toml"
 }
 
 echo "1/6 teacher"
 train teacher
 echo "2/6 pairs of noise and picture"
-python tools/make_pairs.py "recipes/$story/teacher.toml" --out "runs/$story/pairs" --cfg 3 --points 4 "${pairs[@]}"
+run python tools/make_pairs.py "recipes/$story/teacher.toml" --out "runs/$story/pairs" --cfg 3 --points 4 "${pairs[@]}"
 echo "3/6 student"
 train student
 echo "4/6 de-distil"
 train dedistill
 echo "5/6 post-hoc averages and their CFG sweep (in the background; runs/$story/averages.log)"
-python tools/posthoc_ema.py "runs/$story/dedistill"
+run python tools/posthoc_ema.py "runs/$story/dedistill"
 python tools/cfg_sweep.py "recipes/$story/dedistill.toml" "${averages[@]}" >"runs/$story/averages.log" 2>&1 &
 sweep=$!
-trap 'kill "$sweep" 2>/dev/null || :' EXIT
 echo "6/6 report"
-python tools/report_story.py "recipes/$story" --out "runs/$story/report" --prompts "$prompts"
+claims=0
+run python tools/report_story.py "recipes/$story" --out "runs/$story/report" --prompts "$prompts" || claims=$?
 wait "$sweep" || { cat "runs/$story/averages.log" >&2; exit 1; }
+sweep=""
 echo "averages: runs/$story/dedistill/sweep/index.html"
+exit "$claims"

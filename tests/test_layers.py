@@ -23,6 +23,7 @@ LEVELS = [
     {"finished"},
     {"candidates"},
     {"report"},
+    {"rehearse"},
     {"train"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
@@ -33,20 +34,42 @@ def part(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> set[str]:
+def imports(text: str) -> set[str]:
+    """Parts of the package that a module imports, however it spells it; importing the package itself counts as all."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dedistill."):
-            found.add(node.module.split(".")[1])
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            if node.module == "dedistill":
+                found |= {a.name if a.name in LEVEL else "train" for a in node.names}
+            elif node.module.startswith("dedistill."):
+                found.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("dedistill.")}
+            names = [a.name.split(".") for a in node.names]
+            found |= {name[1] if len(name) > 1 else "train" for name in names if name[0] == "dedistill"}
     return found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("from dedistill.engine.loop import Trainer", {"engine"}),
+        ("from dedistill import engine", {"engine"}),
+        ("def f():\n    from dedistill import flow, report as r", {"flow", "report"}),
+        ("import dedistill.data.order as o, os", {"data"}),
+        ("import dedistill", {"train"}),
+        ("from dedistill import *", {"train"}),
+        ("from dedistillery import engine\nimport torch", set()),
+    ],
+)
+def test_every_spelling_of_an_import_is_seen(text, found):
+    assert imports(text) == found
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if part(f) != "__init__"], ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_down_only(path):
     own = part(path)
-    wrong = {other for other in imports(path) - {own} if LEVEL[other] >= LEVEL[own]}
+    wrong = {other for other in imports(path.read_text()) - {own} if LEVEL[other] >= LEVEL[own]}
     assert not wrong, f"{path} imports {wrong}"
 
 

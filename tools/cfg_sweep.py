@@ -6,6 +6,7 @@ python tools/cfg_sweep.py recipes/digits/teacher.toml recipes/digits/dedistill.t
 
 import argparse
 import sys
+from functools import cache
 from pathlib import Path
 
 from dedistill.arguments import finite, positive, whole
@@ -31,26 +32,27 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.report.console import quiet_dependencies
+    from dedistill.report.console import quiet_dependencies, say
 
     quiet_dependencies()
     from dedistill.candidates import candidates_of, read_prompts
-    from dedistill.data.registry import open_source
+    from dedistill.finished import sampling_device
+    from dedistill.prepare import open_data
     from dedistill.recipe import load_recipe
     from dedistill.report.sweep_page import write_sweep_page
     from dedistill.sampling.judge import judge_for
     from dedistill.sampling.sweep import Grid, sweep
 
     recipes = [load_recipe(path, args.set) for path in args.recipes]
-    source = open_source(next((r.data for r in recipes if r.data.source != "pairs"), recipes[0].data))
+    first = next((r for r in recipes if r.data.source != "pairs"), recipes[0])
+    source = cache(lambda: open_data(first, sampling_device(), say).source)
     several = len(recipes) > 1
     candidates = [c for r in recipes for c in candidates_of(r, args.candidates, steps=args.steps, prefix=several)]
     cfgs, skips, seeds = (tuple(dict.fromkeys(values)) for values in (args.cfg, args.skip, args.seeds))
     grid = Grid(cfgs, skips, read_prompts(args.prompts, source), seeds)
     out = args.out or Path(recipes[-1].run.out) / "sweep"
     title = "CFG sweep: " + ", ".join(r.run.name for r in recipes)
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    sweep(candidates, grid, out, title=title, judge=judge_for(source), say=say)
+    sweep(candidates, grid, out, title=title, judge=judge_for(None if first.data.source == "pictures" else source()), say=say)
     print(f"done: {write_sweep_page(out)}", file=sys.stderr)
     return 0
 

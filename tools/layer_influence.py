@@ -15,7 +15,9 @@ from dedistill.train import guarded
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path, help="recipe whose base network is measured, without any adapter")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, for this measurement only"
+    )
     parser.add_argument("--prompts", default="16", help="a number of prompts from the data, or a text file, one per line")
     parser.add_argument("--sigmas", type=positive, default=8, help="noise levels: Euler steps of the trajectories measured")
     parser.add_argument("--batch", type=positive, default=4, help="prompts at once")
@@ -27,21 +29,21 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.report.console import quiet_dependencies
+    from dedistill.report.console import quiet_dependencies, say
 
     quiet_dependencies()
     from dedistill.adapters.attach import dense_shapes
     from dedistill.adapters.influence import share_out
     from dedistill.base.quantize import linear_names
     from dedistill.candidates import read_prompts
-    from dedistill.data.registry import open_source
-    from dedistill.finished import open_base
+    from dedistill.finished import open_base, sampling_device
+    from dedistill.prepare import open_data
     from dedistill.recipe import load_recipe
     from dedistill.report.influence_page import write_influence
     from dedistill.sampling.influence import measure
 
     recipe = load_recipe(args.recipe, args.set)
-    prompts = read_prompts(args.prompts, open_source(recipe.data))
+    prompts = read_prompts(args.prompts, lambda: open_data(recipe, sampling_device(), say).source)
     model = open_base(recipe)
     found = measure(model, list(prompts), sigmas=args.sigmas, batch=args.batch)
     shapes = dense_shapes(model.parts.net, linear_names(model.parts.net))

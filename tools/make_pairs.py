@@ -28,11 +28,11 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.report.console import quiet_dependencies
+    from dedistill.report.console import quiet_dependencies, say
 
     quiet_dependencies()
-    from dedistill.data.registry import open_source
-    from dedistill.finished import open_finished
+    from dedistill.finished import open_finished, sampling_device
+    from dedistill.prepare import open_data
     from dedistill.recipe import load_recipe
     from dedistill.sampling.pairs import make_pairs, teacher_hash
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     model = open_finished(recipe)
     facts = make_pairs(
         model,
-        open_source(recipe.data),
+        open_data(recipe, sampling_device(), say).source,
         args.out,
         teacher=teacher_hash(model),
         count=args.count,

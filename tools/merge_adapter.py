@@ -30,12 +30,16 @@ def run(args: argparse.Namespace) -> int:
     quiet_dependencies()
     from dedistill.recipe import load_recipe
     from dedistill.release.merge import REPORT, merge_adapter
+    from dedistill.release.rounding import Kept
 
     recipe = load_recipe(args.recipe, args.set)
-    merged = merge_adapter(recipe, args.weights, args.out, dtype=args.dtype, rounding=args.round)
-    print(f"{'layer':60} {'lost':>8} {'error':>8} {'zeros':>8}")
-    for name, kept in [*merged.layers.items(), (f"all {len(merged.layers)} layers", merged.total)]:
-        print(f"{name:60} {''.join(f'{value:9.4f}' for value in kept.facts().values())}")
+
+    def row(name: str, kept: Kept) -> None:
+        print(f"{name:60}{''.join(f'{value:9.4f}' for value in kept.facts().values())}", flush=True)
+
+    print(f"{'layer':60}{'lost':>9}{'error':>9}{'zeros':>9}")
+    merged = merge_adapter(recipe, args.weights, args.out, dtype=args.dtype, rounding=args.round, say=row)
+    row(f"all {len(merged.layers)} layers", merged.total)
     print(f"done: {args.out}/ ({REPORT} has these numbers)", file=sys.stderr)
     return 0
 

@@ -1,6 +1,8 @@
 """Compare a teacher, its distilled student and the de-distilled student over CFG scales; write a page and summary.json.
 
 python tools/report_story.py recipes/digits --out runs/digits/report
+
+Ends with 1 when a claim of the story does not hold, and says which.
 """
 
 import argparse
@@ -39,8 +41,10 @@ def run(args: argparse.Namespace) -> int:
     names = {"teacher": "teacher.toml", "student": "student.toml", "dedistilled": "dedistill.toml"}
     recipes = {stage: load_recipe(args.recipes / file, args.set) for stage, file in names.items()}
     commands = [f"bash launch/demo.sh {args.recipes.name}", f"python tools/report_story.py {args.recipes} --out {args.out}"]
-    tell(recipes, args.out, cfgs=args.cfg, prompts=args.prompts, steps=args.steps, commands=commands)
+    checks = tell(recipes, args.out, cfgs=args.cfg, prompts=args.prompts, steps=args.steps, commands=commands)
     print(f"\nreport: {args.out / 'index.html'}")
+    if failed := [f"  {c['text']}: {c['value']} ({c['bound']})" for c in checks if not c["ok"]]:
+        raise UserError(f"{len(failed)} of {len(checks)} claims do not hold:\n" + "\n".join(failed))
     return 0
 
 

@@ -36,7 +36,7 @@ def by_layer(tensors: Mapping[str, Tensor], linears: Iterable[str], source: str)
     known = {spelt: name for name in linears for spelt in (file_name(name), f"transformer.{name}")}
     layers: Layers = {}
     for key, tensor in tensors.items():
-        linear, factor = known.get(_layer(key)), key.removeprefix(_layer(key) + ".")
+        linear, factor = known.get(layer_of(key)), key.removeprefix(layer_of(key) + ".")
         factor = PEFT.get(factor, factor)
         if linear is None:
             raise UserError(f"'{source}': tensor '{key}' belongs to no linear of this network")
@@ -50,6 +50,11 @@ def by_layer(tensors: Mapping[str, Tensor], linears: Iterable[str], source: str)
         if set(factors) - {"alpha"} not in _WHOLE:
             raise UserError(f"'{source}': '{linear}' is incomplete, it has only {', '.join(sorted(factors))}")
     return layers
+
+
+def layer_of(key: str) -> str:
+    """What stands before the factor's name in a tensor's name (LoRA's factors have a dot themselves)."""
+    return key.removesuffix(".weight").rpartition(".")[0]
 
 
 def check_shapes(layers: Layers, shapes: Mapping[str, tuple[int, int]], source: str) -> None:
@@ -133,11 +138,6 @@ def baked(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         last = next(n for n in ("lora_up.weight", "lokr_w2_a", "lokr_w1_a") if n in own)
         own[last] = (own[last].float() * by).to(own[last].dtype)
     return own
-
-
-def _layer(key: str) -> str:
-    """``prefix.path`` of ``prefix.path.factor``; factors of LoRA have a dot themselves."""
-    return key.removesuffix(".weight").rpartition(".")[0]
 
 
 def _only_lora(layers: Layers, spelling: str) -> None:

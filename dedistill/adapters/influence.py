@@ -1,6 +1,6 @@
 """How much a block changes what flows through it, and LoKr sizes shared out accordingly.
 
-The angular distance between hidden states is that of Gromov et al. 2024 (arXiv 2403.17887, eq. 2), who used it to find
+The angular distance between hidden states is that of Gromov et al. 2024 (arXiv 2403.17887), who used it to find
 blocks that can be left out; here it finds blocks worth more trained numbers.
 """
 

@@ -35,13 +35,19 @@ class _Int8Matmul(torch.autograd.Function):
 class Int8Linear(nn.Linear):
     """A frozen ``nn.Linear``: weight int8 [out, in], weight_scale [out, 1]; gradients flow to the input only."""
 
-    def __init__(self, linear: nn.Linear):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        codes, scale = quantize_rows(linear.weight.detach())
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None):
+        """From what :func:`quantize_rows` gave, or a file holds."""
+        super().__init__(codes.shape[1], codes.shape[0], bias is not None, device="meta")
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        if linear.bias is not None:
-            self.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Int8Linear":
+        """``linear`` quantized; its bias is copied."""
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(*quantize_rows(linear.weight.detach()), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):

@@ -24,11 +24,11 @@ def prepare_base(
     Raises UserError for a pattern that matches no linear.
     """
     names = linear_names(net)
-    kept = {name for i, pattern in enumerate(exclude) for name in _excluded(pattern, names, where(f"base.exclude.{i}"))}
+    kept = excluded(exclude, names, where)
     chosen = [name for name in names if name not in kept] if quant != "none" else []
     if quant == "int8":
         for name in chosen:  # one at a time, so that the whole dense network is never on the device
-            net.set_submodule(name, Int8Linear(net.get_submodule(name).to(device)))
+            net.set_submodule(name, Int8Linear.of(net.get_submodule(name).to(device)))
     elif quant == "int8-quanto":
         _quantize_quanto(net.to(device), chosen)
     elif quant != "none":
@@ -45,6 +45,11 @@ def dense_weight(linear: nn.Linear) -> Tensor:
         return linear.dequantized().float()
     weight = linear.weight.detach()
     return (weight.dequantize() if hasattr(weight, "dequantize") and hasattr(weight, "qtype") else weight).float()
+
+
+def excluded(patterns: list[str], names: list[str], where: Callable[[str], str] = str) -> set[str]:
+    """The ``names`` that a pattern matches. Raises UserError for a pattern that matches none."""
+    return {name for i, pattern in enumerate(patterns) for name in _excluded(pattern, names, where(f"base.exclude.{i}"))}
 
 
 def _excluded(pattern: str, names: list[str], where: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import gzip
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,7 @@ class DigitSource(OneSize):
         return [captions.caption(d, u[self.per_picture :], 0.0) for d, u in zip(digits, rows)]
 
 
-def load_digits(path: str | None, caption_noise: float) -> DigitSource:
+def load_digits(caption_noise: float) -> DigitSource:
     """scikit-learn's 1,797 digits of 8x8 pixels, 400 held out, two per picture of 8x16."""
     from sklearn import datasets
 
@@ -118,6 +117,3 @@ def _idx(file: Path, dims: int) -> np.ndarray:
     if raw[:4] != bytes([0, 0, 8, dims]) or len(sizes) != dims or len(raw) != 4 + 4 * dims + int(np.prod(sizes)):
         raise UserError(f"data.path: '{file}' is not an IDX file of {dims}-dimensional bytes, or it is cut short")
     return np.frombuffer(raw[4 + 4 * dims :], dtype=np.uint8).reshape(sizes)
-
-
-DIGIT_SOURCES: dict[str, Callable[[str | None, float], DigitSource]] = {"digits": load_digits, "mnist": load_mnist}

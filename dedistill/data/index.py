@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+from PIL import Image
+
 from dedistill.data import caption_files, pictures
 from dedistill.data.caption_files import BadCaption
 from dedistill.data.listing import pictures_of
@@ -86,21 +88,28 @@ class Index:
             raise UserError(f"data: '{sample.name}' has changed since it was indexed; start again to index it anew")
         return data
 
+    def picture(self, i: int) -> Image.Image:
+        """Sample i decoded, upright RGB. Raises as ``read`` does."""
+        return pictures.decode(self.read(i), **asdict(self.limits))
+
     def save(self, path: Path) -> None:
         """Write JSON lines: a header, then one entry per line. The old file is replaced at once or not at all."""
         header = {"format": FORMAT, "complete": self.complete, "limits": asdict(self.limits)}
         header["sources"] = [asdict(source) for source in self.sources]
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with open(unfinished, "w", encoding="utf-8") as f:
-            f.write(json.dumps(header) + "\n")
-            for entry in self.entries:
-                s = entry.sample
-                row = [s.name, s.captions, s.width, s.height, s.sha256, s.source, s.place, entry.sidecars, entry.reason]
-                f.write(json.dumps(row) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(unfinished, path)
+        try:
+            with open(unfinished, "w", encoding="utf-8") as f:
+                f.write(json.dumps(header) + "\n")
+                for entry in self.entries:
+                    s = entry.sample
+                    row = [s.name, s.captions, s.width, s.height, s.sha256, s.source, s.place, entry.sidecars, entry.reason]
+                    f.write(json.dumps(row) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "Index":

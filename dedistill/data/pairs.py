@@ -28,7 +28,6 @@ class PairSource(OneSize):
     """Pairs by index. Shards are checked against their hashes once, then read by offset without extraction."""
 
     name = "pairs"
-    caption_noise = 0.0
 
     def __init__(self, folder: Path):
         self.folder = folder

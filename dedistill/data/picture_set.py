@@ -12,7 +12,8 @@ class PictureSet:
 
     ``fields``: keys or columns that hold captions; empty for the usual names. ``split_lines``: whether each line of a
     .txt or .caption file is a caption (None: as ``caption_files.captions_in`` decides). ``file_column``: the column of
-    a list that names the picture, relative to the list's folder. ``name`` defaults to the name of the path.
+    a list that names the picture, relative to the list's folder. ``name`` defaults to that of the path, without a file's
+    extension.
     """
 
     path: str
@@ -24,7 +25,8 @@ class PictureSet:
 
     @property
     def title(self) -> str:
-        return self.name or Path(os.path.abspath(self.path)).stem
+        path = Path(os.path.abspath(self.path))
+        return self.name or (path.name if path.is_dir() else path.stem)
 
     @property
     def root(self) -> Path:

@@ -19,8 +19,11 @@ def model_files(path: Path) -> list[Path]:
 
 def input_files(recipe: Recipe) -> dict[str, list[Path]]:
     """Recipe key -> files that training reads because of it."""
-    model = model_files(Path(recipe.model.path)) if recipe.model.path is not None else []
-    return {key: files for key, files in (("model.path", model), ("data.path", data_files(recipe.data))) if files}
+    m = recipe.model  # a hub id has no files here; its commit stands in the recipe
+    places = {"model.path": m.path, "model.components": m.components}
+    files = {key: model_files(Path(place)) for key, place in places.items() if place is not None}
+    files["data.path"] = data_files(recipe.data)
+    return {key: found for key, found in files.items() if found}
 
 
 def fingerprint(files: list[Path], known: dict | None) -> dict:

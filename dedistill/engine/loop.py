@@ -100,7 +100,7 @@ class Trainer:
                     timings.write({"step": self.step, "seconds": round(clock.lap(), 4), "waited": round(self.waited, 4)})
                     self.waited = 0.0
                     trackers.log(row, self.step)
-                stopping = stop.signal is not None  # asked once: a signal after this line waits for the next step
+                stopping = stop.asked()  # asked once: a signal after this line waits for the next step
                 if last or stopping or _due(self.recipe.checkpoint.every, self.step, last):
                     self._checkpoint()
                 yield row

@@ -20,6 +20,8 @@ class Components:
     tokens: int
     """Picture tokens, which the resolution-dependent shift depends on."""
     mask: str = "bool"
+    text_length: int = 0
+    """Tokens captions are padded to, where the family keeps it with the model."""
     vae: Any = None
     """Codec between pixels and what the denoiser sees; None where that is pixels."""
     guidance: float | None = None
@@ -34,6 +36,7 @@ class Family(Protocol):
     name: str
     text_length: int
     """Tokens a caption is padded or cut to where a recipe does not say."""
+    max_text_length: int
 
     def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """The components a recipe's [model] table asks for, from a folder or with random weights.
@@ -44,8 +47,14 @@ class Family(Protocol):
     def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
         """What encoded "latents" and "text" depend on beside picture and caption: settings, and lists of weight files."""
 
-    def write_tiny(self, spec: Any, folder: Path) -> None:
-        """A small random model in the layout that ``load`` reads, shaped like the one ``spec`` names: for rehearsals."""
+    def full_size(self, spec: Any) -> nn.Module:
+        """The denoiser that ``spec`` names on the meta device: names and shapes without numbers, without its files."""
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+        """A small random model in the layout that ``load`` reads, built like the one ``spec`` names: for rehearsals.
+
+        picture: the shape of samples where the data give it. full_depth: as many blocks, else a few of each kind.
+        """
 
     def save(self, parts: Components, folder: Path) -> None:
         """Write ``parts`` so that ``load`` with ``path = folder`` gives them back."""

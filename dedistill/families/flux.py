@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ DEV_GUIDANCE = 1.0
 class Flux:
     name = "flux"
     text_length = 512
+    max_text_length = 512
 
     def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """``spec`` is a recipe's [model] table: a diffusers folder, a hub id with its revision, or one BFL file.
@@ -38,7 +40,7 @@ class Flux:
         if spec.path is None:
             raise UserError("model.path: this family starts from trained weights: a diffusers folder, a hub id, or a file", 2)
         place = flux_loading.locate(spec.path, spec.revision, spec.components)
-        denoiser = flux_loading.load_transformer(place.transformer) if net else None
+        denoiser = flux_loading.load_transformer(place.transformer, place.components) if net else None
         vae = FluxVae(place.components / "vae")
         return Components(
             denoiser,
@@ -47,6 +49,7 @@ class Flux:
             _tokens(picture),
             spec.mask,
             vae=vae,
+            text_length=spec.text_length or self.text_length,
             guidance=self._guidance(denoiser, spec.guidance) if net else None,
             source=place,
         )
@@ -62,12 +65,19 @@ class Flux:
             return None
         return DEV_GUIDANCE if wanted is None else float(wanted)
 
-    def write_tiny(self, spec: Any, folder: Path) -> None:
+    def full_size(self, spec: Any) -> nn.Module:
+        shape = shape_of(spec.path)
+        sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
+        with torch.device("meta"):
+            return FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small pipeline folder with random weights, with the blocks and the guidance of ``spec``. For rehearsals."""
         from dedistill.families.flux_tiny import write_tiny_flux
 
         shape = shape_of(spec.path)
-        write_tiny_flux(folder, guidance=shape.guidance, layers=shape.layers, single_layers=shape.single_layers)
+        layers, single_layers = (shape.layers, shape.single_layers) if full_depth else (2, 4)
+        write_tiny_flux(folder, guidance=shape.guidance, layers=layers, single_layers=single_layers)
 
     def save(self, parts: Components, folder: Path) -> None:
         """The denoiser in ``folder/transformer``; encoders, VAE and scheduler stay where they are and are pointed to."""
@@ -75,7 +85,7 @@ class Flux:
         self.save_rest(parts, folder)
 
     def save_rest(self, parts: Components, folder: Path) -> None:
-        facts = {"family": self.name, "mask": parts.mask, "t5_mask": parts.text.t5_mask}
+        facts = {"family": self.name, "mask": parts.mask, "t5_mask": parts.text.t5_mask, "text_length": parts.text_length}
         facts["components"] = str(parts.source.components.resolve())
         for name in ("model_index.json", "scheduler"):
             there = parts.source.components / name

@@ -57,6 +57,10 @@ _BFL_OF = {
 _SWAPPED = "final_layer.adaLN_modulation.1"
 
 
+KOHYA_MODULE = "networks.lora_flux"
+"""What sd-scripts calls the code that reads its LoRA files of this network."""
+
+
 def bfl_parts(module: str) -> tuple[str, tuple[str, ...]]:
     """The BFL module that holds diffusers' ``module``, and all diffusers modules it holds, in the order of its rows.
 
@@ -122,3 +126,22 @@ def join(bfl: str, parts: list[Tensor]) -> Tensor:
 def to_bfl(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A whole state dict of FluxTransformer2DModel under BFL's names."""
     return {bfl: join(bfl, [tensors[part] for part in parts]) for bfl, parts in bfl_plan(tensors).items()}
+
+
+def from_bfl(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, Tensor]:
+    """The inverse of :func:`to_bfl`: every tensor of a network with diffusers' ``shapes``, cut from BFL's.
+
+    Raises UserError, naming ``source``, unless the two sets of names agree exactly.
+    """
+    plan = bfl_plan(shapes)
+    for names, what in ((plan.keys() - tensors.keys(), "missing"), (tensors.keys() - plan.keys(), "unknown")):
+        if names:
+            raise UserError(f"model.path: '{source}': {len(names)} tensors are {what}, e.g. {min(names)}")
+    found = {}
+    for bfl, parts in plan.items():
+        tensor, sizes = tensors[bfl], [shapes[part][0] for part in parts]
+        if tensor.shape[0] != sum(sizes):
+            raise UserError(f"model.path: '{source}': '{bfl}' has {tensor.shape[0]} rows, expected {sum(sizes)}")
+        tensor = swap_halves(tensor) if is_swapped(bfl.rpartition(".")[0]) else tensor
+        found |= zip(parts, tensor.split(sizes))
+    return found

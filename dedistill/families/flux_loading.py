@@ -11,12 +11,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dedistill.errors import UserError
+from dedistill.families import flux_keys
 
 HUB_FILES = [
     *("*.json", "*/*.json", "*/*.txt", "*/*.model"),
     *("transformer/*.safetensors", "text_encoder*/*.safetensors", "vae/*.safetensors"),
 ]
 """Not the single-file copies that such repositories keep beside the folders."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -53,8 +55,12 @@ def _local(path: str, revision: str | None, key: str) -> Path:
         return here
     if not _HUB_ID.fullmatch(path):
         raise UserError(f"{key}: '{path}' does not exist")
-    if revision is None:
-        raise UserError(f"{key}: '{path}' is no local folder; for a hub id pin its commit with model.revision", 2)
+    if not _COMMIT.fullmatch(revision or ""):
+        raise UserError(
+            f"{key}: '{path}' is no local folder. For a hub id pin its commit, 40 hexadecimal digits, with model.revision; "
+            "a branch or tag may change under a run",
+            2,
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -71,20 +77,79 @@ def _json(path: Path) -> dict:
         raise UserError(f"model.path: '{path}' cannot be read: {e}") from e
 
 
-def load_transformer(place: Path) -> FluxTransformer2DModel:
-    """The denoiser in its stored dtype. Its depth is what the files hold, whatever the config says.
+def load_transformer(place: Path, components: Path) -> FluxTransformer2DModel:
+    """The denoiser in its stored dtype, from diffusers' folder or from one file with diffusers' or BFL's names.
 
-    Raises UserError when a tensor is missing, unknown, or of another shape.
+    Its depth is what the files hold, whatever a config says. Raises UserError when a tensor is missing, unknown, or of
+    another shape.
     """
     tensors = _read(place)
+    if place.is_file():
+        return _from_file(tensors, place, components)
     if not tensors:
         raise UserError(f"model.path: no safetensors in '{place}'")
-    if place.is_file():
-        raise UserError(f"model.path: '{place}': single files are not read yet")
     config = {k: v for k, v in _json(place / "config.json").items() if not k.startswith("_")}
     stacks = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
     config |= {key: _depth(tensors, stack) for key, stack in stacks.items()}
     return build(config, tensors, str(place))
+
+
+PREFIX = "model.diffusion_model."
+"""Before every name in files that hold a whole pipeline's denoiser as ComfyUI saves it."""
+
+
+def _from_file(tensors: dict[str, Tensor], file: Path, components: Path) -> FluxTransformer2DModel:
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    bfl = any(name.startswith("double_blocks.") for name in tensors)
+    config = _config_of(tensors, _BFL_SIZES if bfl else _SIZES, str(file), components)
+    if bfl:
+        with torch.device("meta"):
+            shapes = {n: tuple(p.shape) for n, p in FluxTransformer2DModel.from_config(config).named_parameters()}
+        tensors = flux_keys.from_bfl(tensors, shapes, str(file))
+    return build(config, tensors, str(file))
+
+
+_SIZES = {
+    "stacks": ("transformer_blocks", "single_transformer_blocks"),
+    "picture": "x_embedder.weight",
+    "text": "context_embedder.weight",
+    "pooled": "time_text_embed.text_embedder.linear_1.weight",
+    "head": "transformer_blocks.0.attn.norm_q.weight",
+    "guidance": "time_text_embed.guidance_embedder.linear_1.weight",
+}
+_BFL_SIZES = {
+    "stacks": ("double_blocks", "single_blocks"),
+    "picture": "img_in.weight",
+    "text": "txt_in.weight",
+    "pooled": "vector_in.in_layer.weight",
+    "head": "double_blocks.0.img_attn.norm.query_norm.scale",
+    "guidance": "guidance_in.in_layer.weight",
+}
+"""Which tensors tell a network's sizes, by either set of names."""
+
+
+def _config_of(tensors: dict[str, Tensor], names: dict, source: str, components: Path) -> dict:
+    """The config of a network from the shapes of its tensors; what shapes cannot tell from the folder of its components."""
+    if missing := [names[k] for k in ("picture", "text", "pooled", "head") if names[k] not in tensors]:
+        raise UserError(f"model.path: '{source}' is no FLUX denoiser: it has no tensor '{missing[0]}'")
+    hidden, channels = tensors[names["picture"]].shape
+    head = tensors[names["head"]].shape[0]
+    beside = components / "transformer" / "config.json"
+    known = _json(beside) if beside.exists() else {}
+    axes = known.get("axes_dims_rope", [16, 56, 56])
+    if sum(axes) != head:
+        raise UserError(f"model.path: '{source}' has heads of {head}; positions of {axes} do not fit them")
+    return {
+        "num_layers": _depth(tensors, names["stacks"][0]),
+        "num_single_layers": _depth(tensors, names["stacks"][1]),
+        "in_channels": channels,
+        "num_attention_heads": hidden // head,
+        "attention_head_dim": head,
+        "joint_attention_dim": tensors[names["text"]].shape[1],
+        "pooled_projection_dim": tensors[names["pooled"]].shape[1],
+        "guidance_embeds": names["guidance"] in tensors,
+        "axes_dims_rope": list(axes),
+    }
 
 
 def build(config: dict, tensors: dict[str, Tensor], source: str) -> FluxTransformer2DModel:

@@ -25,9 +25,10 @@ SCHNELL = PUBLISHED["black-forest-labs/FLUX.1-schnell"]
 
 
 def shape_of(path: str) -> Shape:
-    """The shape of a local folder by its config, of a published id by the table, else schnell's."""
+    """The shape of a local folder by its config, of a published model by its name in the table, else schnell's."""
     try:
         config = json.loads((Path(path) / "transformer" / "config.json").read_text())
         return Shape(config["num_layers"], config["num_single_layers"], config["guidance_embeds"])
     except (OSError, ValueError, KeyError):
-        return PUBLISHED.get(path, SCHNELL)
+        named = {known.rpartition("/")[2]: shape for known, shape in PUBLISHED.items()}
+        return named.get(Path(path).name, SCHNELL)

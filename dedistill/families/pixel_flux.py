@@ -21,6 +21,7 @@ from dedistill.text import Text
 class PixelFlux:
     name = "pixel_flux"
     text_length = 12
+    max_text_length = 512
 
     def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """``spec`` is a recipe's [model] table. Raises UserError when the folder is not a model of this family."""
@@ -47,13 +48,22 @@ class PixelFlux:
         picture = (new.channels, new.height, new.width)
         return Components(net, WordEncoder(new.text_dim, new.pooled_dim), picture, _tokens(picture, net), mask)
 
-    def tiny(self, seed: int) -> Components:
-        picture = {"channels": 1, "height": 8, "width": 16, "patch": 4}
+    def tiny(self, seed: int, shape: tuple[int, int, int] = (1, 8, 16)) -> Components:
+        picture = {"channels": shape[0], "height": shape[1], "width": shape[2], "patch": shape[1] // 2}
         sizes = {"layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
         return self.build(SimpleNamespace(**picture, **sizes, text_dim=16, pooled_dim=16), seed=seed)
 
-    def write_tiny(self, spec: Any, folder: Path) -> None:
-        self.save(self.tiny(0), folder)
+    def full_size(self, spec: Any) -> nn.Module:
+        with torch.device("meta"):
+            if spec.new is not None:
+                return self.build(spec.new).net
+            place = Path(spec.path) / "transformer"
+            if not place.exists():  # an earlier stage will make it
+                return self.tiny(0).net
+            return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(place))
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+        self.save(self.tiny(0, picture or (1, 8, 16)), folder)
 
     def save(self, parts: Components, folder: Path) -> None:
         parts.net.save_pretrained(folder / "transformer")

@@ -19,5 +19,12 @@ def get_family(name: str, where: str = "model.family") -> Family:
     return getattr(import_module(module), cls)()
 
 
+def text_length(family: Family, asked: int | None, where: str = "model.text_length") -> int:
+    """Tokens a caption is padded or cut to. Raises UserError for more than the family's text encoder takes."""
+    if asked is not None and asked > family.max_text_length:
+        raise UserError(f"{where}: {asked} tokens; {family.name} takes at most {family.max_text_length}", exit_code=2)
+    return asked or family.text_length
+
+
 def family_names() -> list[str]:
     return list(_FAMILIES)

@@ -31,6 +31,9 @@ class WordEncoder:
         angle = place / 100.0 ** (2 * torch.arange((self.dim + 1) // 2)[None] / self.dim)
         return torch.cat([angle.sin(), angle.cos()], 1)[:, : self.dim]
 
+    def unload(self) -> None:
+        """There is nothing to free."""
+
     def config(self) -> dict[str, int]:
         return {"dim": self.dim, "pooled_dim": self.pooled_dim, "max_length": self.max_length}
 

@@ -143,6 +143,7 @@ class Data(Table):
     split_lines: Literal["auto", "always", "never"] | None = Field(
         None, description="pictures: whether each line of a text file is a caption of its own. Default auto."
     )
+    limit: Positive | None = Field(None, description="pictures: only the first so many of each set, for trials.")
     held_out: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="pictures: share kept for validation, at least one picture. Default 0.02; 0 for none."
     )
@@ -312,6 +313,7 @@ _PICTURE_KEYS = (
     "max_upscale",
     "missing_captions",
     "split_lines",
+    "limit",
     "held_out",
 )
 

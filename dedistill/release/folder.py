@@ -30,22 +30,24 @@ class Denoiser:
     def __init__(self, folder: Path):
         self.folder = folder
         place = folder / "transformer"
-        self.config = _read_json(place / "config.json")
-        self._files: dict[str, Path] = {}
+        self.config = network_config(folder)
+        self._files: dict[str, Any] = {}  # kept open: opening one again for each tensor costs milliseconds
         self.layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for file in sorted(place.glob("*.safetensors")):
-            with _opened(file) as f:
-                for name in f.keys():  # noqa: SIM118
-                    part = f.get_slice(name)
-                    if part.get_dtype() not in _DTYPE:
-                        raise UserError(f"'{file}': tensor '{name}' is stored as {part.get_dtype()}, which is not supported")
-                    self._files[name], self.layout[name] = file, (tuple(part.get_shape()), _DTYPE[part.get_dtype()])
-        if missing := sorted({n for n, _ in self.skeleton().named_parameters()} - self.layout.keys()):
-            raise UserError(f"'{place}' lacks {len(missing)} tensors of its network, e.g. '{missing[0]}'")
+        for path in sorted(place.glob("*.safetensors")):
+            file = _opened(path)
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                if part.get_dtype() not in _DTYPE:
+                    raise UserError(f"'{path}': tensor '{name}' is stored as {part.get_dtype()}, which is not supported")
+                self._files[name], self.layout[name] = file, (tuple(part.get_shape()), _DTYPE[part.get_dtype()])
+        own = set(self.skeleton().state_dict())
+        scales = {n for n in self.layout if n.endswith(".weight_scale") and n.removesuffix("_scale") in own}
+        for names, what in ((own - self.layout.keys(), "misses"), (self.layout.keys() - own - scales, "does not know")):
+            if names:
+                raise UserError(f"'{place}': its network {what} {len(names)} tensors, e.g. '{min(names)}'")
 
     def __getitem__(self, name: str) -> Tensor:
-        with _opened(self._files[name]) as f:
-            return f.get_tensor(name)
+        return self._files[name].get_tensor(name)
 
     def items(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         for name in names if names is not None else self.layout:
@@ -54,6 +56,11 @@ class Denoiser:
     def skeleton(self) -> nn.Module:
         """The network without weights (meta device), of the diffusers class that config.json names."""
         return skeleton(self.config)
+
+
+def network_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder's denoiser."""
+    return _read_json(folder / "transformer" / "config.json")
 
 
 def skeleton(config: dict[str, Any]) -> nn.Module:
@@ -149,10 +156,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"'{path}' cannot be read: {e}") from e
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path) -> Any:
     try:
-        with safe_open(file, framework="pt") as f:
-            yield f
+        return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as e:
         raise UserError(f"'{file}' cannot be read as safetensors: {e}") from e

@@ -43,7 +43,7 @@ def merge_adapter(
     dtype: str = "bf16",
     rounding: str = "stochastic",
     shard_bytes: int = SHARD_BYTES,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str, Kept], None] = lambda linear, kept: None,
 ) -> Merged:
     """Write base + adapter to ``out``: the recipe's ``model.path``, unquantized, plus the delta of ``weights`` (a snapshot).
 
@@ -52,7 +52,8 @@ def merge_adapter(
     base's own in the new dtype. Beside the denoiser the folder gets what the family writes, ``dedistill.json`` with the
     provenance (a chain where the base was merged before), and ``merge.json`` with the losses per layer.
 
-    Raises UserError when the file does not fit the network whole, or ``out`` exists; then nothing is written.
+    ``say`` is told each layer as it is merged. Raises UserError when the file does not fit the network whole, or ``out``
+    exists; then nothing is written.
     """
     if recipe.model.path is None:
         raise UserError(f"{recipe.where('model')}: a merge needs trained weights to go into: set model.path", 2)
@@ -87,7 +88,7 @@ def _merged_tensors(
     seed: int,
     merged: Merged,
     digest: Any,
-    say: Callable[[str], None],
+    say: Callable[[str, Kept], None],
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the new network one after the other, filling ``merged`` and the hash of the base on the way."""
     for name in list(state):
@@ -104,7 +105,7 @@ def _merged_tensors(
             raise UserError(f"the merged weight of '{linear}' is not finite: the adapter or its base is damaged")
         new = round_stochastic(total, seed, name) if (dtype, rounding) == (torch.bfloat16, "stochastic") else total.to(dtype)
         merged.layers[linear] = Kept.measure(base.to(dtype), new, delta)
-        say(linear)
+        say(linear, merged.layers[linear])
         yield name, new
 
 

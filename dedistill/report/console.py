@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -88,6 +87,11 @@ def progress(rows: Iterable[dict], start: int, plan: Plan) -> Iterator[dict]:
         yield row
 
 
+def say(line: str) -> None:
+    """A line about work that goes on, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def _live(rows: Iterable[dict], start: int, plan: Plan) -> Iterator[dict]:
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -108,12 +112,3 @@ def _numbers(row: dict) -> str:
 def _line(row: dict, plan: Plan) -> str:
     held_out = f" held-out {row['val_loss']:.4f} +- {row['val_loss_se']:.4f}" if "val_loss" in row else ""
     return f"step {row['step']}/{plan.steps} {_numbers(row)}{held_out}"
-
-
-def resume_command(argv: list[str]) -> str:
-    return shlex.join(["python", "-m", "dedistill.train", *argv])
-
-
-def say(line: str) -> None:
-    """One line for the user, at once."""
-    print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,5 @@
 """The three stages side by side: does guidance leave the student and come back? Numbers, checks, one page."""
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +12,10 @@ from dedistill.data.captions import digits_in
 from dedistill.data.registry import open_source
 from dedistill.engine.objective import Objective
 from dedistill.engine.validate import Validator
+from dedistill.files import replace_json
 from dedistill.finished import open_finished
 from dedistill.recipe import Recipe
+from dedistill.report.console import say
 from dedistill.report.story_page import write_story_page
 from dedistill.report.sweep_page import write_sweep_page
 from dedistill.sampling.grid import contact_sheet
@@ -46,17 +46,18 @@ SHOWN = 8
 SHEET_CFGS, SHEET_PROMPTS = (1, 2, 4, 8), 10
 
 
-def tell(recipes: dict[str, Recipe], out: Path, *, cfgs: list[float], prompts: int, steps: int, commands: list[str]) -> dict:
+def tell(
+    recipes: dict[str, Recipe], out: Path, *, cfgs: list[float], prompts: int, steps: int, commands: list[str]
+) -> list[dict]:
     """Sweep the finished runs of the three ``recipes`` into ``out``/sweep, write ``out``/summary.json and the page.
 
     All stages are sampled with the same number of steps, prompts and noise, so that only the model differs; the
-    student also with its own few steps. Returns the summary.
+    student also with its own few steps. Returns what the story claims, as :func:`story_checks` does.
     """
     source = open_source(recipes["dedistilled"].data)
     candidates = [_candidate(name, recipes[name], steps) for name in STAGES]
     candidates.insert(2, _candidate("student_native", recipes["student"], recipes["student"].sample.steps))
-    grid = Grid(tuple(cfgs), (0,), read_prompts(str(prompts), source), (0,))
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    grid = Grid(tuple(cfgs), (0,), read_prompts(str(prompts), lambda: source), (0,))
     scores = sweep(candidates, grid, out / "sweep", title="Teacher, student, de-distilled", judge=judge_for(source), say=say)
     write_sweep_page(out / "sweep")
     losses = _held_out_losses(recipes, source)
@@ -67,11 +68,11 @@ def tell(recipes: dict[str, Recipe], out: Path, *, cfgs: list[float], prompts: i
         }
         summary[cell["candidate"]]["cfg"][f"{cell['cfg']:g}"] = numbers
     checks = story_checks(summary, MARGINS.get(source.name, Margins()))
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    replace_json(out / "summary.json", summary)
     _write_page(out, recipes, summary, checks, grid, commands)
     _write_sheet(out, summary, grid)
     print_table(summary, checks)
-    return summary
+    return checks
 
 
 def _candidate(name: str, recipe: Recipe, steps: int) -> Candidate:
@@ -91,7 +92,7 @@ def _held_out_losses(recipes: dict[str, Recipe], source) -> dict[str, dict[str, 
 
 
 def story_checks(summary: dict, margins: Margins) -> list[dict]:
-    """What the story claims, with margins far beyond the noise of the evaluation."""
+    """What the story claims, with margins far beyond the noise of the evaluation: text, value, bound, ok of each."""
     scale, cfg = f"{margins.scale:g}", f"at CFG {margins.scale:g}"
     student, restored = summary["student"], summary["dedistilled"]
     accuracy = {name: summary[name]["cfg"]["1"]["accuracy"] for name in STAGES}

@@ -90,7 +90,9 @@ def sweep(
             folder = out / "pictures" / candidate.name / f"cfg{cfg:g}_skip{skip}"
             key = _cell_key(candidate, grid, cfg, skip) | {"judge": judge.identity if judge else None}
             if (known := _reusable(folder, key, out)) is None:
-                model = model or candidate.open()
+                if model is None:
+                    model = candidate.open()
+                    model.remember([*grid.prompts, model.negative])
                 known = _make_cell(model, candidate, grid, cfg, skip, folder, out, judge)
                 replace_json(folder / "cell.json", {"key": key, **known})
                 say(f"{candidate.name} cfg {cfg:g} skip {skip}: " + _short(known["cell"]))

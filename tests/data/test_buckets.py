@@ -84,11 +84,9 @@ def test_modes():
 
 
 def test_random_positions_cover_the_picture_evenly():
-    lefts = [c.box[0] for p in PICTURES if p.width > 1.3 * p.height for c in crops(p, modes=["square"], per_picture=20)]
-    room = [
-        p.width - p.height for p in PICTURES if p.width > 1.3 * p.height for _ in crops(p, modes=["square"], per_picture=20)
-    ]
-    shares = np.array(lefts) / np.array(room)
+    wide = [p for p in PICTURES if p.width > 1.3 * p.height]
+    lefts = [c.box[0] / (p.width - p.height) for p in wide for c in crops(p, modes=["square"], per_picture=20)]
+    shares = np.array(lefts)
     assert len(shares) > 1000 and abs(shares.mean() - 0.5) < 0.03 and abs(shares.std() - 12**-0.5) < 0.02
 
 
@@ -130,11 +128,9 @@ def test_a_crop_depends_on_its_key_alone():
     backward = {p.name: crops(p, **settings) for p in reversed(PICTURES)}
     assert forward == backward
     big = Picture("x", 2000, 1500)
-    assert (
-        crops(big, **settings)
-        == crops(big, **settings | {"per_picture": 6})[:4] + crops(big, **settings | {"per_picture": 6})[6:10]
-    )
-    assert crops(big, **settings) != crops(big, **settings, seed=1)
+    more = crops(big, **settings | {"per_picture": 6})
+    assert crops(big, **settings) == more[:4] + more[6:10]
+    assert crops(big, **settings) != crops(big, **settings | {"seed": 1})
     assert crops(big, **settings) != crops(Picture("y", 2000, 1500), **settings)
 
 
@@ -145,7 +141,8 @@ def test_the_pixels_of_a_crop():
     assert same.dtype == np.uint8 and np.array_equal(same, np.asarray(china)[20:276, 10:266])
     half = apply_crop(china, Crop(128, 128, 192, (0.0, 0.0, 384.0, 256.0)))
     direct = np.asarray(china.crop((0, 0, 384, 256)).resize((192, 128), Image.Resampling.LANCZOS))
-    assert half.shape == (128, 192, 3) and np.array_equal(half, direct)
+    assert half.shape == (128, 192, 3)
+    assert np.array_equal(half[:-3, :-3], direct[:-3, :-3])  # at the cut edges ours still sees the pixels beyond
     picture = Picture("china", *china.size)
     for crop in crops(picture, modes=list(MODES), per_picture=8, resolutions=[256, 384]):
         assert apply_crop(china, crop).shape == (crop.height, crop.width, 3)

@@ -16,7 +16,7 @@ from dedistill.errors import UserError
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_digits(None, 0.2)
+    return load_digits(0.2)
 
 
 def named_labels(source, names: list[str]) -> list[list[int]]:
@@ -42,7 +42,7 @@ def test_split_is_a_partition(digits):
 
 
 def test_split_is_the_same_whatever_the_recipe(digits):
-    other = load_digits(None, 0.0)
+    other = load_digits(0.0)
     assert np.array_equal(other.held_out[0], digits.held_out[0]) and np.array_equal(other.train[1], digits.train[1])
 
 
@@ -98,7 +98,7 @@ def test_seed_and_step_change_the_samples(digits):
 @pytest.mark.parametrize(("noise", "purity"), [(0.0, 1.0), (0.2, 0.82), (1.0, 0.1)])
 def test_caption_noise(noise, purity):
     """LAB 1: each word is replaced with p = .2 by one of all ten, so 82 % are right."""
-    source = load_digits(None, noise)
+    source = load_digits(noise)
     batch = source.draw(0, 0, np.arange(3000), 3000)
     truth = np.array(named_labels(source, batch.names))
     said = np.array([captions.digits_in(c) for c in batch.captions])
@@ -156,7 +156,7 @@ def test_prompts_name_digits_without_noise(digits):
     prompts = digits.prompts(0, 400)
     named = np.array([captions.digits_in(p) for p in prompts])
     assert named.shape == (400, 2) and set(named.ravel()) == set(range(10))
-    assert prompts == load_digits(None, 1.0).prompts(0, 400) and prompts != digits.prompts(1, 400)
+    assert prompts == load_digits(1.0).prompts(0, 400) and prompts != digits.prompts(1, 400)
 
 
 def test_mnist_from_the_package():

@@ -212,6 +212,26 @@ def test_save_and_load(folder, tmp_path):
     assert loaded.read(0) == index.read(0)
 
 
+def test_a_full_disk_leaves_the_old_index(folder, tmp_path, monkeypatch):
+    file = tmp_path / "index.jsonl"
+    old = build_index([PictureSet(str(folder))], file=file)
+    (folder / "a.jpg").unlink()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        build_index([PictureSet(str(folder))], file=file)
+    assert Index.load(file).samples == old.samples and [p.name for p in tmp_path.glob("*index*")] == ["index.jsonl"]
+
+
+def test_names_of_sources(folder, tmp_path):
+    (tmp_path / "set.v2").mkdir()
+    assert PictureSet(str(tmp_path / "set.v2")).title == "set.v2" and PictureSet(str(tmp_path / "a.tar")).title == "a"
+    assert PictureSet(f"{folder}/", name="x").title == "x" and PictureSet(f"{folder}/").title == "photos"
+
+
 @pytest.mark.parametrize(
     "damage", [lambda t: t[:-40], lambda t: "{}\n" + t, lambda t: "", lambda t: t.replace("index 1", "index 0")]
 )

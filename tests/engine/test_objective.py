@@ -31,7 +31,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 class Pairs(OneSize):
     """Endless pairs in memory: picture = SLOPE * noise + offset of its index, with two points on the way, not on the line."""
 
-    name, picture, caption_noise = "pairs", (1, 8, 16), 0.0
+    name, picture = "pairs", (1, 8, 16)
     permuted = False
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
@@ -51,7 +51,7 @@ def offset(places: np.ndarray) -> Tensor:
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_digits(None, 0.2)
+    return load_digits(0.2)
 
 
 def recipe(kind: str = "flow", batch: int = 16, seed: int = 0, **tables) -> Recipe:

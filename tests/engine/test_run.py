@@ -79,13 +79,13 @@ def _stop_after(monkeypatch, step: int) -> None:
 
     original = Trainer._train_step
 
-    def with_signal(self, index):
+    def with_signal(self, index, tasks):
         if index + 1 == step:
             import os
             import signal
 
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, index)
+        return original(self, index, tasks)
 
     monkeypatch.setattr(Trainer, "_train_step", with_signal)
 

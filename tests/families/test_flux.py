@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from dedistill.errors import UserError
 from dedistill.families.flux import Flux
 from dedistill.families.flux_common import attention_mask
+from dedistill.families.flux_keys import to_bfl
 from dedistill.families.flux_models import PUBLISHED, shape_of
 from dedistill.families.flux_tiny import write_tiny_flux
 from dedistill.flow import keyed
@@ -25,7 +26,15 @@ NOISY = keyed.noise(0, "test", 0, range(2), (16, 4, 6))
 
 
 def spec(path, **changes) -> SimpleNamespace:
-    plain = {"path": str(path), "revision": None, "components": None, "mask": "bool", "t5_mask": True, "guidance": None}
+    plain = {
+        "path": str(path),
+        "revision": None,
+        "components": None,
+        "mask": "bool",
+        "t5_mask": True,
+        "guidance": None,
+        "text_length": None,
+    }
     return SimpleNamespace(**(plain | changes))
 
 
@@ -167,10 +176,41 @@ def test_nothing_is_loaded_by_halves(copy, damage, message):
 
 
 def test_hub_id_needs_its_revision():
-    with pytest.raises(UserError, match=r"pin its commit with model\.revision"):
-        load("black-forest-labs/FLUX.1-schnell")
+    for revision in (None, "main", "741f7c3"):
+        with pytest.raises(UserError, match=r"pin its commit, 40 hexadecimal digits, with model\.revision"):
+            load("black-forest-labs/FLUX.1-schnell", revision=revision)
     with pytest.raises(UserError, match="does not exist"):
         load("/no/such/folder")
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+@pytest.mark.parametrize("spelling", ["bfl", "diffusers", "comfy"])
+def test_single_file_is_the_same_network(schnell, dev, tmp_path, spelling, guidance):
+    """A2, A8: BFL's names, diffusers' names, and either behind ComfyUI's prefix; sizes are read from the tensors."""
+    folder = dev if guidance else schnell
+    parts = load(folder)
+    tensors = parts.net.state_dict()
+    if spelling != "diffusers":
+        tensors = to_bfl(tensors)
+    if spelling == "comfy":
+        tensors = {f"model.diffusion_model.{name}": t for name, t in tensors.items()}
+    file = tmp_path / "flux.safetensors"
+    save_file({name: t.contiguous() for name, t in tensors.items()}, file)
+    again = load(file, components=str(folder))
+    text = parts.text(CAPTIONS, 32)
+    assert torch.equal(velocity(again, text), velocity(parts, text)) and again.guidance == parts.guidance
+    save_file({name: t.contiguous() for name, t in list(tensors.items())[:-1]}, file)
+    with pytest.raises(UserError, match=r"1 tensors are missing|no tensor"):
+        load(file, components=str(folder))
+
+
+def test_single_file_needs_its_components(schnell, tmp_path):
+    file = tmp_path / "flux.safetensors"
+    save_file({"x": torch.ones(1)}, file)
+    with pytest.raises(UserError, match=r"^model\.components: a single file holds the denoiser alone"):
+        load(file)
+    with pytest.raises(UserError, match="is no FLUX denoiser"):
+        load(file, components=str(schnell))
 
 
 # --- guidance ---

@@ -12,6 +12,7 @@ from scipy.special import expit, logit
 from dedistill.data.digits import load_digits
 from dedistill.engine.objective import Objective
 from dedistill.flow import timesteps as ts
+from dedistill.recipe.schema import Timesteps
 
 P = np.arange(1, 20_000) / 20_000
 
@@ -243,11 +244,9 @@ def objective(batch: int, seed: int = 0) -> Objective:
         run=SimpleNamespace(seed=seed),
         train=SimpleNamespace(objective="flow", batch=batch),
         data=SimpleNamespace(caption_dropout=0.1),
-        timesteps=SimpleNamespace(
-            density="beta", alpha=None, beta=None, mean=None, std=None, scale=None, shift=1.0, stratify=True
-        ),
+        timesteps=Timesteps(density="beta"),
     )
-    return Objective(recipe, load_digits(None, 0.0), lambda shape: 1.0)
+    return Objective(recipe, load_digits(0.0), lambda shape: 1.0)
 
 
 @pytest.mark.parametrize("cuts", [[], [12], [6, 12, 18], [5, 10, 15, 20], [1, 23], list(range(1, 24))], ids=len)

@@ -131,6 +131,7 @@ crops_per_picture = 2
 max_upscale = 1.5
 missing_captions = "quarantine"
 split_lines = "never"
+limit = 100
 held_out = 0.05
 caption_dropout = 0.1
 

@@ -140,8 +140,8 @@ def test_no_contradiction_is_made_up_for_a_key_that_was_not_understood(errors_of
     """Without the unknown key the model has neither path nor new; that is no second mistake."""
     text = SMALL.replace("path = ", "zzz = ")
     assert errors_of(text) == [
-        "x.toml:6: model.zzz: unknown key, "
-        "known here: family, path, revision, components, mask, t5_mask, guidance, text_length, new"
+        "x.toml:6: model.zzz: unknown key, known here: family, path, revision, components, "
+        "mask, t5_mask, guidance, text_length, new"
     ]
 
 

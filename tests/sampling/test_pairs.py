@@ -44,7 +44,7 @@ def teacher() -> Model:
 
 @pytest.fixture(scope="module")
 def digits() -> DigitSource:
-    return load_digits(None, 0.2)
+    return load_digits(0.2)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def masked() -> Model:
 
 @pytest.fixture(scope="module")
 def judge() -> DigitJudge:
-    return DigitJudge(load_digits(None, 0.0))
+    return DigitJudge(load_digits(0.0))
 
 
 def count_calls(net: torch.nn.Module) -> list[int]:
@@ -125,7 +125,7 @@ def test_pictures_are_made_on_the_shifted_sigmas_of_the_recipe(tmp_path):
     """S6: the grid of a sweep follows timesteps.shift, a number or the family's own."""
     own = model(timesteps={"shift": 3.0})
     auto = model(timesteps={"shift": "auto"})
-    assert own.grid_shift == 3.0 and auto.grid_shift == auto.family.shift(auto.parts.tokens) != 1.0 == model().grid_shift
+    assert own.grid_shift == 3.0 and auto.grid_shift == auto.shift(auto.parts.picture) != 1.0 == model().grid_shift
     grid = Grid(cfgs=(1.0,), skips=(0,), prompts=tuple(PROMPTS), seeds=(0,))
     sweep([Candidate("a", "w", 3, lambda: own)], grid, tmp_path, title="t", judge=None, say=lambda line: None)
     noise = start_noise(0, 3, PICTURE)
@@ -221,7 +221,7 @@ def test_precision_and_recall():
 
 def test_the_judge_reads_digits(judge):
     """C1: better than 97 % on digits it never saw; real canvases agree with true captions, and with no others."""
-    source = load_digits(None, 0.0)
+    source = load_digits(0.0)
     assert judge.held_out_accuracy > 0.97
     batch = source.draw(0, 0, np.arange(200), 200)
     assert judge.correct(batch.pixels, batch.captions).tolist() == [1.0] * 200
@@ -234,7 +234,7 @@ def test_the_judge_reads_digits(judge):
 
 def test_prompts_without_digits_have_no_accuracy(judge, tmp_path):
     """M6: they are left out of the mean, and a sweep of only such prompts has none."""
-    source = load_digits(None, 0.0)
+    source = load_digits(0.0)
     batch = source.draw(0, 0, np.arange(2), 2)
     assert np.isnan(judge.correct(batch.pixels, [batch.captions[0], "a cat"])).tolist() == [False, True]
     mixed = Grid(cfgs=(1.0,), skips=(0,), prompts=("two, then three!", "a cat"), seeds=(0,))
@@ -249,7 +249,7 @@ def test_prompts_without_digits_have_no_accuracy(judge, tmp_path):
 
 def test_another_judge_judges_again(tmp_path, judge):
     """N1: cells are reused only with the scores of a judge made from the same pictures."""
-    source = load_digits(None, 0.0)
+    source = load_digits(0.0)
     source.train = tuple(part[:-1] for part in source.train)
     other = DigitJudge(source)
     run([Opened().candidate("a")], tmp_path, judge=judge)
@@ -262,7 +262,7 @@ def test_another_judge_judges_again(tmp_path, judge):
 
 def test_the_judge_measures_distance_to_real_digits(judge):
     """C1: real digits are near and lie among real ones; noise, black and broken pictures do not."""
-    real = load_digits(None, 0.0).draw(1, 0, np.arange(300), 300, held_out=True).pixels
+    real = load_digits(0.0).draw(1, 0, np.arange(300), 300, held_out=True).pixels
     near = judge.numbers(real)
     assert near["precision"] > 0.8 and near["recall"] > 0.6
     noise, black, lost = keyed.noise(0, "bad", 0, range(300), PICTURE), -torch.ones_like(real), torch.full_like(real, torch.nan)

@@ -1,0 +1,80 @@
+"""The README.md of a release: a Hugging Face model card with the right licence."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from dedistill.errors import UserError
+from dedistill.families.licences import base_of, licence_for
+from dedistill.files import replace_file
+from dedistill.release.headers import guidance_of, source_of
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_TAGS = ["text-to-image", "de-distilled", "classifier-free-guidance"]
+
+
+def write_card(
+    folder: Path,
+    title: str,
+    form: str,
+    config: dict[str, Any],
+    facts: dict[str, Any],
+    source: str,
+    *,
+    base: str | None = None,
+    licence: str | None = None,
+) -> None:
+    """Write ``folder/README.md``. base, licence: what the user says of both.
+
+    Raises UserError when network or provenance contradict the base, or the licence is not the user's to choose.
+    """
+    recorded = base_of(source_of(facts) or source, config)
+    claimed = base_of(base, config) if base else None
+    if claimed and recorded and claimed != recorded:
+        raise UserError(f"--base {base}: this model goes back to {recorded.id}", exit_code=2)
+    known, name = recorded or claimed, base or (recorded.id if recorded else None)
+    terms = licence_for(known, licence)
+    merges = facts.get("merges", [])
+    data = ModelCardData(
+        license=terms.id,
+        license_name=terms.name or None,
+        license_link=terms.link or None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=name,
+        base_model_relation=("quantized" if form == "int8" else "finetune") if name else None,
+        tags=[*_TAGS, *sorted({_kind(m) for m in merges})],
+    )
+    template = Environment(
+        loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    ).get_template("card.md.j2")
+    recipes = [tomllib.loads(m["recipe"]) for m in merges]
+    body = template.render(
+        title=title,
+        form=form,
+        base=name or source_of(facts),
+        licence=terms,
+        masked=facts.get("mask") == "bool",
+        guidance=guidance_of(config, recipes[-1] if recipes else {}),
+        merges=[{**m, "training": _training(r)} for m, r in zip(merges, recipes)],
+    )
+    replace_file(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")).encode())
+
+
+def _kind(merge: dict[str, Any]) -> str:
+    return tomllib.loads(merge["recipe"]).get("adapter", {}).get("kind", "adapter")
+
+
+def _training(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings a reader of the card asks for, in words of the recipe."""
+    names = {
+        "train": ("objective", "steps", "batch", "lr", "schedule", "optimizer"),
+        "timesteps": ("density", "alpha", "beta", "shift"),
+        "data": ("source", "caption_dropout"),
+        "adapter": ("kind", "init"),
+        "model": ("mask", "text_length"),
+    }
+    return {f"{t}.{k}": recipe[t][k] for t, keys in names.items() for k in keys if k in recipe.get(t, {})}

@@ -1,0 +1,131 @@
+"""Headers of released safetensors files: strings only, one level deep, under the names that other programs look for.
+
+``modelspec.*`` is SAI ModelSpec 1.0.1, ``ss_*`` are kohya's, ``lycoris_config`` is what LyCORIS and SimpleTuner build the
+same network from, ``dedistill.*`` is what a sampler must know to use the weights.
+"""
+
+import datetime
+import json
+import tomllib
+from typing import Any
+
+from lycoris.functional import factorization
+
+from dedistill.adapters.delta import rank
+from dedistill.adapters.formats import Layers, factor_shapes, is_lora
+from dedistill.errors import UserError
+from dedistill.families.licences import DEFAULT_ARCHITECTURE, base_of, licence_for
+from dedistill.families.naming import naming_of
+
+_SPEC = "1.0.1"
+
+
+def model_header(title: str, config: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
+    """Of a whole denoiser in one file."""
+    merges = facts.get("merges", [])
+    source = source_of(facts)
+    return {
+        "format": "pt",
+        **_modelspec(title, source, config, ""),
+        "dedistill.base": json.dumps(facts.get("base", {})),
+        "dedistill.masked_attention": str(facts.get("mask", "none")),
+        "dedistill.guidance": guidance_of(config, tomllib.loads(merges[-1]["recipe"]) if merges else {}),
+        "dedistill.recipe": merges[-1]["recipe"] if merges else "",
+    }
+
+
+def adapter_header(title: str, spelling: str, header: dict[str, str], layers: Layers, config: dict[str, Any]) -> dict[str, str]:
+    """Of an adapter file; ``header`` is that of the snapshot it was made from, whose ``dedistill.*`` are kept."""
+    recipe = recipe_in(header)
+    train, ranks = recipe.get("train", {}), sorted({rank(f) or 0 for f in layers.values()})
+    own = {
+        "format": "pt",
+        **_modelspec(title, recipe.get("model", {}).get("path") or "", config, "/lora"),
+        "ss_base_model_version": _architecture(recipe.get("model", {}).get("path") or "", config),
+        "ss_network_module": naming_of(config["_class_name"]).KOHYA_MODULE if spelling == "kohya" else "lycoris.kohya",
+        "ss_network_dim": str(ranks[-1]),
+        "ss_network_alpha": str(ranks[-1]),
+        "ss_network_args": json.dumps({"algo": "lora" if is_lora(layers) else "lokr"}),
+        "ss_steps": header.get("dedistill.step", ""),
+        "ss_learning_rate": str(train.get("lr", "")),
+        "ss_seed": str(recipe.get("run", {}).get("seed", "")),
+        "dedistill.guidance": guidance_of(config, recipe),
+    }
+    if spelling == "lycoris":
+        own["lycoris_config"] = json.dumps(lycoris_config(layers))
+    if spelling == "peft":
+        own["lora_adapter_metadata"] = json.dumps({f"transformer.{k}": v for k, v in peft_config(layers).items()})
+    return {k: v for k, v in header.items() if k.startswith("dedistill.")} | {k: v for k, v in own.items() if v}
+
+
+def lycoris_config(layers: Layers) -> dict[str, Any]:
+    """The arguments with which LyCORIS' ``create_lycoris`` makes these layers and no others."""
+    algo = "locon" if is_lora(layers) else "lokr"
+    per_layer = {}
+    for name, factors in layers.items():
+        inner = rank(factors)
+        per_layer[name] = {"algo": algo, "dim": inner or 1, "alpha": inner or 1}
+        if algo == "lokr":
+            per_layer[name] |= {"factor": _factor(*factor_shapes(factors)), "full_matrix": inner is None}
+    preset = {"enable_conv": False, "target_module": [], "target_name": list(layers), "name_algo_map": per_layer}
+    return {"algo": algo, "multiplier": 1.0, "linear_dim": 1, "linear_alpha": 1, "bypass_mode": True, "apply_preset": preset}
+
+
+def _factor(w1: tuple[int, int], w2: tuple[int, int]) -> int:
+    """The ``factor`` from which LyCORIS makes factors of these shapes. Raises UserError when there is none."""
+    for factor in (-1, *range(1, max(w1) + 1)):
+        if all(factorization(a * b, factor) == (a, b) for a, b in zip(w1, w2)):
+            return factor
+    raise UserError(f"no LyCORIS factor gives Kronecker factors {w1} and {w2}: write this LoKr as 'transformer'")
+
+
+def peft_config(layers: Layers) -> dict[str, Any]:
+    """PEFT's LoraConfig of a LoRA whose scale is in the weights: alpha = rank everywhere."""
+    ranks = {name: rank(factors) for name, factors in layers.items()}
+    most = max(ranks.values())
+    # ^: whole names, else PEFT would also take what ends alike
+    others = {f"^{name}": inner for name, inner in ranks.items() if inner != most}
+    return {"r": most, "lora_alpha": most, "rank_pattern": others, "alpha_pattern": others, "target_modules": sorted(ranks)}
+
+
+def guidance_of(config: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """What the distilled guidance embedding was fed in training: "none" without one, "bypassed", or the value."""
+    if not config.get("guidance_embeds"):
+        return "none"
+    value = recipe.get("model", {}).get("guidance", 1.0)
+    return "bypassed" if value == "bypass" else str(value)
+
+
+def source_of(facts: dict[str, Any]) -> str:
+    """Hub id or path of what a model folder goes back to; empty when it does not say."""
+    return str(facts.get("base", {}).get("path", ""))
+
+
+def _modelspec(title: str, source: str, config: dict[str, Any], kind: str) -> dict[str, str]:
+    base = base_of(source, config)
+    licence = licence_for(base, None)
+    found = {
+        "sai_model_spec": _SPEC,
+        "architecture": _architecture(source, config) + kind,
+        "implementation": "diffusers",
+        "title": title,
+        "resolution": "1024x1024",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "license": licence.name or licence.id,
+        "prediction_type": "flow",
+        "merged_from": base.id if base else source,
+    }
+    return {f"modelspec.{key}": value for key, value in found.items() if value}
+
+
+def _architecture(source: str, config: dict[str, Any]) -> str:
+    base = base_of(source, config)
+    return base.architecture if base else DEFAULT_ARCHITECTURE
+
+
+def recipe_in(header: dict[str, str]) -> dict[str, Any]:
+    """The recipe that a file's header carries, as plain data; empty without one."""
+    try:
+        return tomllib.loads(header.get("dedistill.recipe", ""))
+    except tomllib.TOMLDecodeError as e:
+        raise UserError(f"the recipe in the file's header cannot be read: {e}") from e

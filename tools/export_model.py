@@ -1,0 +1,57 @@
+r"""Write a model folder, or an adapter file, in a form that other programs load.
+
+python tools/export_model.py runs/digits/merged --format diffusers --out exports/digits
+python tools/export_model.py runs/digits/dedistill/posthoc/alpha_linear_0.9.safetensors --format transformer \
+    --out exports/digits-lokr.safetensors
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dedistill.arguments import positive
+from dedistill.train import guarded
+
+MODELS = ("diffusers", "single", "bfl", "int8")
+ADAPTERS = ("lycoris", "transformer", "peft", "kohya")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="model folder, or adapter file (safetensors)")
+    parser.add_argument("--format", required=True, choices=[*MODELS, *ADAPTERS], help="the first four are for folders")
+    parser.add_argument("--out", type=Path, required=True, help="new folder; for an adapter, new file")
+    parser.add_argument("--base", help="hub id of the published model behind a folder, where it does not say")
+    parser.add_argument("--license", help="another licence than the base's, where the base allows that")
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="int8: linears that stay unquantized")
+    parser.add_argument("--shard-gb", type=positive, default=10, help="folders: largest weight file in GB")
+    parser.add_argument("--model", type=Path, help="adapters: folder of the base, where the file does not say")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args()
+    return guarded(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dedistill.errors import UserError
+    from dedistill.report.console import quiet_dependencies
+
+    quiet_dependencies()
+    from dedistill.release.adapter import export_adapter
+    from dedistill.release.export import export_model
+
+    if not args.source.exists():
+        raise UserError(f"'{args.source}' does not exist", exit_code=2)
+    if args.source.is_dir() != (args.format in MODELS):
+        kind, forms = ("a model folder", MODELS) if args.source.is_dir() else ("an adapter file", ADAPTERS)
+        raise UserError(f"'{args.source}' is {kind}: --format is one of {', '.join(forms)}", exit_code=2)
+    if args.format in ADAPTERS:
+        export_adapter(args.source, args.out, args.format, args.model)
+    else:
+        terms = {"base": args.base, "licence": args.license, "exclude": args.exclude}
+        export_model(args.source, args.out, args.format, shard_bytes=args.shard_gb * 1000**3, **terms)
+    print(f"done: {args.out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
