@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from picture_files import write_pictures
 
 torch.set_num_threads(1)
 
@@ -68,6 +69,61 @@ every = 2
 [snapshot]
 every = 2
 """
+
+PICTURES = """
+[run]
+name = "tiny-pictures"
+out = "{out}/run"
+[model]
+family = "flux"
+path = "{base}"
+text_length = 64
+[adapter]
+kind = "lora"
+[[adapter.targets]]
+preset = "attention"
+rank = 2
+[data]
+source = "pictures"
+cache = "{cache}"
+resolutions = [64]
+[[data.sets]]
+path = "{pictures}"
+[train]
+steps = 2
+batch = 4
+lr = 1e-2
+[checkpoint]
+every = 1
+[sample]
+steps = 2
+height = 64
+width = 64
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory) -> Path:
+    """Folder of a complete FLUX pipeline, shaped like schnell, with small random weights."""
+    from dedistill.families.flux_tiny import write_tiny_flux
+
+    folder = tmp_path_factory.mktemp("flux")
+    write_tiny_flux(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Twelve captioned pictures that no test may change."""
+    return write_pictures(tmp_path_factory.mktemp("photos") / "photos", 12)
+
+
+@pytest.fixture
+def picture_recipe(tmp_path, tiny_flux, photos) -> Path:
+    """Recipe file of a tiny FLUX on ``photos``, with a cache of its own in ``tmp_path/cache``."""
+    file = tmp_path / "pictures.toml"
+    file.write_text(PICTURES.format(out=tmp_path, base=tiny_flux, pictures=photos, cache=tmp_path / "cache"))
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,11 @@ A store is a folder of safetensors shards, each named by its own hash, and ``inp
 entries depend on beside their key. Nothing is ever changed in place, so a killed preparation goes on where it was.
 """
 
+import fcntl
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,29 +17,37 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.files import file_sha256, replace_file, replace_json
+from dedistill.files import file_sha256, refused, replace_file, replace_json
 
 OPEN_SHARDS = 256
+NAME_LENGTH = 16
 
 
 class Store:
-    """Entries {key: {part: tensor}} in ``folder``. Raises UserError when the folder was made from other ``inputs``."""
+    """Entries {key: {part: tensor}} in ``folder``. Raises UserError when its shards were made from other ``inputs``.
+
+    Any number of processes and threads may read; only a holder of ``sole_writer`` may write.
+    """
 
     def __init__(self, folder: Path, inputs: dict[str, object]):
         self.folder, self.inputs = folder, inputs
-        self._check_inputs()
-        self._shard_of: dict[str, Path] = {}
-        for shard in sorted(folder.glob("*.safetensors")):
-            self._shard_of |= dict.fromkeys(_keys(shard), shard)
+        shards = self._shards()
+        if shards:
+            self._check_inputs()
+        self._shard_of = {key: shard for shard in shards for key in _open_shard(shard)[0]}
         self._open = lru_cache(maxsize=OPEN_SHARDS)(_open_shard)
+
+    def _shards(self) -> list[Path]:
+        return sorted(self.folder.glob("*.safetensors"))
 
     def _check_inputs(self) -> None:
         file = self.folder / "inputs.json"
         try:
-            before = json.loads(file.read_text()) if file.exists() else self.inputs
-        except ValueError as e:
-            raise UserError(f"data.cache: '{file}' is damaged; delete '{self.folder}' to encode again") from e
-        if differing := [k for k in sorted({*before, *self.inputs}) if before.get(k) != self.inputs.get(k)]:
+            before = json.loads(file.read_text())
+            differing = [k for k in sorted({*before, *self.inputs}) if before.get(k) != self.inputs.get(k)]
+        except (OSError, ValueError, TypeError, AttributeError) as e:
+            raise UserError(f"data.cache: '{file}' cannot be read ({e}); delete '{self.folder}' to encode again") from e
+        if differing:
             listed = "; ".join(f"{k}: {before.get(k)!r} there, {self.inputs.get(k)!r} here" for k in differing)
             raise UserError(
                 f"data.cache: '{self.folder}' is stale, it was made with other inputs ({listed}). "
@@ -51,11 +62,12 @@ class Store:
 
     def write(self, entries: dict[str, dict[str, Tensor]]) -> None:
         """Add one shard of new entries; it appears whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        replace_json(self.folder / "inputs.json", self.inputs)
+        if not self._shard_of:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_json(self.folder / "inputs.json", self.inputs)
         flat = {f"{key}.{part}": t.contiguous() for key, parts in entries.items() for part, t in parts.items()}
         data = save(flat, metadata={"format": "pt"})
-        shard = self.folder / f"{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+        shard = self.folder / f"{hashlib.sha256(data).hexdigest()[:NAME_LENGTH]}.safetensors"
         replace_file(shard, data)
         self._shard_of |= dict.fromkeys(entries, shard)
 
@@ -66,24 +78,46 @@ class Store:
 
     def damaged(self) -> list[Path]:
         """Shards whose bytes are not those that were written. Reads everything."""
-        shards = sorted(self.folder.glob("*.safetensors"))
-        return [shard for shard in shards if not file_sha256(shard).startswith(shard.stem)]
+        return [shard for shard in self._shards() if file_sha256(shard)[:NAME_LENGTH] != shard.stem]
 
     def bytes(self) -> int:
-        return sum(shard.stat().st_size for shard in self.folder.glob("*.safetensors"))
+        return sum(shard.stat().st_size for shard in self._shards())
 
 
-def _open_shard(shard: Path):
-    opened = safe_open(shard, framework="pt")
+def _open_shard(shard: Path) -> tuple[dict[str, list[str]], safe_open]:
+    """({key: names of its tensors}, the open file)."""
     names: dict[str, list[str]] = {}
+    try:
+        opened = safe_open(shard, framework="pt")
+    except SafetensorError as e:
+        raise UserError(f"data.cache: shard '{shard}' is damaged ({e}); delete this file, it is encoded again") from e
+    except OSError as e:
+        raise UserError(f"data.cache: shard '{shard}' cannot be read: {e}") from e
     for name in opened.keys():  # noqa: SIM118
         names.setdefault(name.partition(".")[0], []).append(name)
     return names, opened
 
 
-def _keys(shard: Path) -> set[str]:
+@contextmanager
+def sole_writer(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the stores below ``cache`` for writing; waits while another process does.
+
+    What killed writers left unfinished is removed: nobody else can be writing now.
+    """
     try:
-        with safe_open(shard, framework="pt") as f:
-            return {name.partition(".")[0] for name in f.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"data.cache: shard '{shard}' is damaged ({e}); delete this file, it is encoded again") from e
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = open(cache / ".lock", "w")  # noqa: SIM115 - closed below
+    except OSError as e:
+        raise refused(cache / ".lock", e) from e
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process is encoding into '{cache}'; waiting until it is done")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            for unfinished in cache.glob("*/*.tmp-*"):
+                unfinished.unlink()
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a process forked meanwhile holds the file open too

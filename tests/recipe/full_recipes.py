@@ -17,7 +17,7 @@ batch = 8
 lr = 1e-3
 """
 
-# Between them the three say every key of the schema (tested below).
+# Between them the four say every key of the schema (tested below).
 NEW = """\
 [run]
 name = "full"
@@ -106,8 +106,50 @@ wandb = true
 
 [sample]
 steps = 4
+negative = "blurry"
+
+[preview]
+every = 5
+prompts = ["a cat"]
+cfgs = [1.0, 3.5]
+skip = 1
+seed = 2
 """
 TRAINED = re.sub(r"\[model\.new\].*?\n\n", 'path = "w"\n\n', NEW, flags=re.DOTALL).replace(
     'density = "beta"\nalpha = 2.0\nbeta = 2\n', 'density = "logit_normal"\nmean = 0.5\nstd = 1.0\n'
 )
 MODE = NEW.replace('density = "beta"\nalpha = 2.0\nbeta = 2\n', 'density = "mode"\nscale = -0.5\n')
+PICTURES = re.sub(
+    r"\[data\].*?\n\n",
+    """\
+[data]
+source = "pictures"
+cache = "cache"
+resolutions = [512, 1024]
+crops = ["aspect", "square"]
+crops_per_picture = 2
+max_upscale = 1.5
+missing_captions = "quarantine"
+split_lines = "never"
+limit = 100
+held_out = 0.05
+caption_dropout = 0.1
+
+[[data.sets]]
+path = "photos"
+[[data.sets]]
+path = "drawings.parquet"
+name = "drawn"
+weight = 0.5
+captions = ["caption", "long_caption"]
+
+""",
+    TRAINED,
+    flags=re.DOTALL,
+)
+for old, new in (
+    ('path = "w"\n', 'path = "w/w"\nrevision = "0a1b"\ncomponents = "c/c"\nt5_mask = false\nguidance = 1.0\n'),
+    ('"reflow"', '"flow"'),
+    ("[sample]\nsteps = 4\n", "[sample]\nsteps = 4\nheight = 512\nwidth = 768\nguidance = 3.5\n"),
+):
+    PICTURES = PICTURES.replace(old, new)

@@ -7,10 +7,11 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from full_recipes import MODE, NEW, SMALL, TRAINED
+from full_recipes import MODE, NEW, PICTURES, SMALL, TRAINED
 
 from dedistill.recipe import Recipe, RecipeError, load_recipe, to_toml
 from dedistill.recipe.emit import fields_of, table_in
@@ -20,7 +21,7 @@ from dedistill.recipe.schema import Table, contradictions
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "recipes" / "schema.json"
 SHIPPED = sorted((ROOT / "recipes").rglob("*.toml"))
-FULL = {"new": NEW, "trained": TRAINED, "mode": MODE}
+FULL = {"new": NEW, "trained": TRAINED, "mode": MODE, "pictures": PICTURES}
 
 
 def leaves(model: type[Table] = Recipe, path: str = "") -> dict[str, str | None]:
@@ -34,11 +35,12 @@ def leaves(model: type[Table] = Recipe, path: str = "") -> dict[str, str | None]
 
 def lines_of(text: str) -> list[tuple[int, str, str]]:
     """Line number, table and key of every key that stands on a line of its own."""
-    found, table, rows = [], "", -1
+    found, table, rows = [], "", Counter()
     for number, line in enumerate(text.split("\n"), 1):
         if line.startswith("[["):
-            rows += 1
-            table = f"{line.strip('[]')}.{rows}"
+            name = line.strip("[]")
+            table = f"{name}.{rows[name]}"
+            rows[name] += 1
         elif line.startswith("["):
             table = line.strip("[]")
         elif line:
@@ -83,6 +85,7 @@ def test_any_misspelt_table_gives_one_line(errors_of, text):
 
 NEW_TABLE = "model.new={height = 8, width = 16, patch = 4, layers = 1, single_layers = 1, heads = 1, head_dim = 16, "
 LORA = "adapter={kind = 'lora', targets = [{preset = 'mlp'%s}]%s}"
+PICTURES_OF = ["data.source=pictures", "data.sets=[{path='x'}]", "data.cache=c"]
 CONTRADICTIONS = [
     (
         [NEW_TABLE + "rope_axes = [4, 6, 6]}"],
@@ -111,6 +114,23 @@ CONTRADICTIONS = [
     (["base.quant=int8"], "base.quant: a quantized base is frozen: add an [adapter] table or set quant = 'none'"),
     (["base.exclude=['*']"], "base.exclude: has no effect with quant = 'none'"),
     (["validate.samples=8"], "validate.samples: has no effect while validate.every is 0"),
+    (["sample.height=64"], "sample: set both height and width, or neither"),
+    (["preview.every=2"], "preview.prompts: previews need at least one prompt"),
+    (["preview.seed=2"], "preview: has no effect while preview.every is 0"),
+    (["data.cache=c"], "data.cache: has no effect with source = 'digits'; it belongs to 'pictures'"),
+    (["data.held_out=0"], "data.held_out: has no effect with source = 'digits'; it belongs to 'pictures'"),
+    (["data.sets=[{path='x'}]"], "data.sets: has no effect with source = 'digits'; it belongs to 'pictures'"),
+    (
+        ["data.source=pictures", "data.cache=c"],
+        "data.sets: required with source = 'pictures': [[data.sets]] with a path",
+    ),
+    (PICTURES_OF[:2], "data.cache: required with source = 'pictures': a folder for what is encoded once"),
+    ([*PICTURES_OF, "data.path=x"], "data.path: has no effect with source = 'pictures'; name places in [[data.sets]]"),
+    ([*PICTURES_OF, "data.caption_noise=0.1"], "data.caption_noise: has no effect with source = 'pictures'"),
+    (
+        [*PICTURES_OF, "data.held_out=0", "validate.every=1"],
+        "data.held_out: 0 leaves nothing to validate on; raise it or set validate.every = 0",
+    ),
     ([LORA % (", pattern = '*'", "")], "adapter.targets.0: set exactly one of pattern and preset"),
     ([LORA % (", factor = 4", "")], "adapter.targets.0.factor: belongs to kind = 'lokr'; LoRA has only a rank"),
     ([LORA % (", rank = 'full'", "")], "adapter.targets.0.rank: 'full' belongs to kind = 'lokr'; give LoRA a number"),
@@ -122,7 +142,7 @@ CONTRADICTIONS = [
 
 @pytest.mark.parametrize(("overrides", "message"), CONTRADICTIONS, ids=lambda v: v if isinstance(v, str) else "")
 def test_keys_that_exclude_each_other(errors_of, overrides, message):
-    place = "x.toml:4" if message.startswith("model:") else "--set"
+    place = "x.toml:4" if message.startswith("model:") else "x.toml:7" if ": required with" in message else "--set"
     assert errors_of(SMALL, *overrides) == [f"{place}: {message}"]
 
 
