@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 from dedistill.train import main
 
 ROOT = Path(__file__).parents[1]
-FLUX = sorted(p.stem for p in (ROOT / "recipes").glob("fl*.toml")) + ["openflux"]
+FLUX = [*sorted(p.stem for p in (ROOT / "recipes").glob("fl*.toml")), "openflux"]
 DIGITS = ["digits/teacher", "digits/dedistill", "mnist/teacher", "mnist/dedistill", "mnist_flux"]
 
 
