@@ -50,12 +50,23 @@ def write_synced(path: Path, data: bytes) -> str:
 
 
 def sync(path: Path) -> None:
-    """fsync a file, or the names in a directory."""
-    fd = os.open(path, os.O_RDONLY)
+    """fsync a file, or the names in a directory. Raises UserError naming it when the disk refuses."""
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise refused(path, e) from e
+
+
+def make_folder(path: Path) -> None:
+    """Make ``path`` and what is missing above it. Both survive a loss of power, and so what is synced inside does."""
+    missing = [p for p in path.parents if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in (path, *missing):
+        sync(folder.parent)
 
 
 class WholeFile:
@@ -106,19 +117,30 @@ class WholeFile:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary sibling to fill, which then takes the place of ``path``; when the block fails nothing changes."""
+    """Yields a temporary sibling to fill, which then takes the place of ``path``; when the block fails nothing changes.
+
+    Killed at the wrong moment it leaves neither, but never a part of a folder.
+    """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    aside = path.with_name(f"{temporary.name}-old")
+    for left in (temporary, aside):
+        shutil.rmtree(left, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        make_folder(temporary)
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             sync(file)
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            os.rename(path, aside)
         os.rename(temporary, path)
+        sync(path.parent)
+    except BaseException:
+        if aside.exists() and not path.exists():
+            os.rename(aside, path)
+        raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync(path.parent)
+        for left in (temporary, aside):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def replace_file(path: Path, data: bytes) -> None:

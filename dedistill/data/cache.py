@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.files import file_sha256, refused, replace_file, replace_json
+from dedistill.files import file_sha256, make_folder, refused, replace_file, replace_json
 
 OPEN_SHARDS = 256
 NAME_LENGTH = 16
@@ -63,7 +63,7 @@ class Store:
     def write(self, entries: dict[str, dict[str, Tensor]]) -> None:
         """Add one shard of new entries; it appears whole or not at all."""
         if not self._shard_of:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             replace_json(self.folder / "inputs.json", self.inputs)
         flat = {f"{key}.{part}": t.contiguous() for key, parts in entries.items() for part, t in parts.items()}
         data = save(flat, metadata={"format": "pt"})

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.files import file_sha256, step_name, step_of, sync, write_synced
+from dedistill.files import file_sha256, make_folder, step_name, step_of, sync, write_synced
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -26,9 +26,12 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
     """Write ``folder/step-XXXXXXXX`` with one safetensors file per entry of ``tensors``; prune to ``keep`` good ones.
 
     Older checkpoints go only after the new one has been read back and verified. A failed write leaves nothing behind.
+    A good one of this step is kept as it is: a step of a run has one result, and there is never a moment without it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     final = folder / step_name(step)
+    if final.exists() and not damage(final):
+        return final
     temporary = folder / f"{final.name}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -40,7 +43,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
         manifest = {"schema": SCHEMA, "step": step, **facts, "files": files}
         write_synced(temporary / MANIFEST, _sealed(manifest))
         sync(temporary)
-        if final.exists():  # the same step saved again, e.g. after a damaged one was set aside
+        if final.exists():  # damaged
             shutil.rmtree(final)
         os.rename(temporary, final)
     except BaseException:

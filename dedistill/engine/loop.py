@@ -22,7 +22,7 @@ from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.stop import StopRequest
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
 from dedistill.errors import UserError
-from dedistill.files import replace_file, step_name
+from dedistill.files import make_folder, replace_file, step_name
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.plan import Plan
 
@@ -102,6 +102,7 @@ class Trainer:
                     trackers.log(row, self.step)
                 stopping = stop.asked()  # asked once: a signal after this line waits for the next step
                 if last or stopping or _due(self.recipe.checkpoint.every, self.step, last):
+                    journal.sync()
                     self._checkpoint()
                 yield row
                 if stopping:
@@ -174,7 +175,7 @@ class Trainer:
         return tensors
 
     def _snapshot(self) -> None:
-        self.run.snapshots.mkdir(exist_ok=True)
+        make_folder(self.run.snapshots)
         header = snapshot_header(self.recipe, self.step)
         replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(self._weights(), metadata=header))
 

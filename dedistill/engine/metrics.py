@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dedistill.files import refused, replace_file
+from dedistill.files import refused, replace_file, sync
 
 WANDB_HOST = "api.wandb.ai"
 
@@ -32,6 +32,10 @@ class Journal:
         except OSError as e:
             raise refused(self.path, e) from e
 
+    def sync(self) -> None:
+        """Before a checkpoint: a run that goes on from there must find every row up to it, also after a loss of power."""
+        sync(self.path)
+
     def close(self) -> None:
         with suppress(OSError):  # every line went out when it was written; a full disk was reported then
             self._file.close()
@@ -41,15 +45,16 @@ def _lines(path: Path) -> list[str]:
     """Whole lines of a journal; a torn one (a killed write) is left out, and what is no row."""
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and _is_row(line)]
+    text = path.read_text(errors="replace")
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n") and _is_row(line)]
 
 
 def _is_row(line: str) -> bool:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and "step" in row
+    return isinstance(row, dict) and isinstance(row.get("step"), int)
 
 
 def _has_key() -> bool:

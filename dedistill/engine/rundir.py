@@ -8,7 +8,7 @@ from typing import Any
 from dedistill.engine.checkpoint import sweep_temporaries
 from dedistill.engine.inputs import changed_files, fingerprint
 from dedistill.errors import UserError
-from dedistill.files import replace_file, replace_json
+from dedistill.files import make_folder, replace_file, replace_json
 from dedistill.recipe import Recipe, to_toml
 
 FREE_TO_CHANGE = (
@@ -34,7 +34,7 @@ class RunDirectory:
 
     def __enter__(self) -> "RunDirectory":
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             self._lock = open(self.path / ".lock", "w")
         except OSError as e:
             raise UserError(f"{self.recipe.where('run.out')}: '{self.path}' cannot be written: {e.strerror}") from e

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.files import step_of
+from dedistill.files import make_folder, step_of
 from dedistill.tensorfile import DTYPES, TensorFile
 
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
@@ -70,7 +70,7 @@ def lerp_snapshots(snapshots: list[Snapshot], alphas: Sequence[float], out: Path
     Raises UserError when snapshots differ in names, shapes or dtypes, naming file and tensor; then nothing is written.
     """
     weights = np.stack([chain_weights(a, len(snapshots)) for a in alphas])
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with ExitStack() as stack:
         files = [stack.enter_context(_open(s.path)) for s in snapshots]
         names = _agreed_names(snapshots, files)

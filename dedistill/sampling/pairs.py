@@ -18,7 +18,7 @@ from dedistill.assemble import Model
 from dedistill.data.pairs import FACTS
 from dedistill.data.source import Source
 from dedistill.errors import UserError
-from dedistill.files import WholeFile, file_sha256, replace_json
+from dedistill.files import WholeFile, file_sha256, make_folder, replace_json
 from dedistill.flow import keyed
 from dedistill.flow.solvers import sigma_grid
 from dedistill.sampling.sampler import trajectories
@@ -61,7 +61,7 @@ def make_pairs(
         "picture": list(model.parts.picture),
         "source": source.name,
     }
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     shards = _finished_shards(out, facts)
     prompts = source.prompts(seed, count)
     assert len(prompts) == count, f"source '{source.name}' gave {len(prompts)} prompts, {count} were asked for"
