@@ -2,67 +2,46 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
-import torch
+from flows import FLOWS, MAY_BE_MADE_AGAIN, loaded, put
 from harness import Recorder, lay_out
-from safetensors.torch import save
 
-from dedistill.data.cache import Store
-from dedistill.engine.checkpoint import list_checkpoints, newest_valid, read_checkpoint, save_checkpoint
+from dedistill.engine.checkpoint import list_checkpoints
 from dedistill.engine.metrics import Journal
-from dedistill.files import replace_json, whole_folder, write_synced
-from dedistill.posthoc.lerp import find_snapshots, lerp_snapshots
+from dedistill.files import write_synced
 
 
-def group(value: float) -> dict[str, dict[str, torch.Tensor]]:
-    return {"trainable": {"w": torch.full((8,), value)}, "optimizer": {"w/exp_avg": torch.full((8,), -value)}}
+@pytest.fixture
+def disk(tmp_path):
+    (tmp_path / "disk").mkdir()
+    return tmp_path / "disk"
 
 
-def put(folder: Path, step: int) -> None:
-    save_checkpoint(folder / "run" / "checkpoints", step, group(step), {"skipped": 0}, keep=2)
-
-
-def loaded(folder: Path) -> int | None:
-    """The step that would be continued from, after checking that all of it is of that step."""
-    newest, _ = newest_valid(folder / "run" / "checkpoints")
-    if newest is None:
-        return None
-    groups, manifest = read_checkpoint(newest)
-    assert torch.equal(groups["trainable"]["w"], torch.full((8,), float(manifest["step"])))
-    assert torch.equal(groups["optimizer"]["w/exp_avg"], torch.full((8,), -float(manifest["step"])))
-    return manifest["step"]
-
-
-@pytest.mark.parametrize("before", [[], [10], [10, 20]])
-def test_a_checkpoint_is_the_old_one_or_the_new_one(tmp_path, before):
-    """T3; RELIABILITY promises 1 and 6. Also the very first, whose folders are new themselves."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    for step in before:
-        put(disk, step)
+@pytest.mark.parametrize("name", FLOWS)
+def test_old_or_new_and_safe_once_it_is_said_to_be(disk, tmp_path, name):
+    """T3; RELIABILITY promises 1 and 6."""
+    flow = FLOWS[name]
+    flow.prepare(disk)
+    assert flow.read(disk) == flow.old
     with Recorder(disk) as power:
-        put(disk, 30)
-    found = {loaded(lay_out(state, tmp_path / "after")) for _, state in power.states}
-    assert found == {before[-1] if before else None, 30}
-    assert {loaded(lay_out(state, tmp_path / "after")) for state in power.done} == {30}, "said to be saved, but not safe"
-    assert len(power.states) > 10
+        flow.save(disk)
+    read = lambda state: flow.read(lay_out(state, tmp_path / "after"))  # noqa: E731
+    found = [read(state) for _, state in power.states]
+    allowed = [flow.old, flow.new] + [None] * (name in MAY_BE_MADE_AGAIN)
+    assert all(value in allowed for value in found) and flow.old in found and flow.new in found
+    assert all(read(state) == flow.new for state in power.done), "said to be saved, but not safe"
 
 
-def test_one_step_saved_twice_is_never_without_it(tmp_path):
+def test_one_step_saved_twice_is_never_without_it(disk, tmp_path):
     """A run that stops at bad steps saves the step it is at, which may have been saved before."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
     put(disk, 10)
     with Recorder(disk) as power:
         put(disk, 10)
     assert {loaded(lay_out(state, tmp_path / "after")) for _, state in power.states} == {10}
 
 
-def test_a_damaged_one_set_aside_leaves_the_good_one(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
+def test_a_damaged_one_set_aside_leaves_the_good_one(disk, tmp_path):
     for step in (10, 20):
         put(disk, step)
     newest = list_checkpoints(disk / "run" / "checkpoints")[-1]
@@ -72,76 +51,8 @@ def test_a_damaged_one_set_aside_leaves_the_good_one(tmp_path):
     assert {loaded(lay_out(state, tmp_path / "after")) for _, state in power.states} == {10}
 
 
-def test_plan_recipe_and_inputs_are_old_or_new(tmp_path):
-    """plan.json, recipe.json and inputs.json are written by the same function."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    replace_json(disk / "plan.json", {"steps": 1})
-    with Recorder(disk) as power:
-        replace_json(disk / "plan.json", {"steps": 2})
-    read = lambda state: json.loads((lay_out(state, tmp_path / "after") / "plan.json").read_text())["steps"]  # noqa: E731
-    assert {read(state) for _, state in power.states} == {1, 2} and {read(state) for state in power.done} == {2}
-
-
-def test_a_model_folder_is_old_or_new_or_to_be_written_again(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def export(step: int) -> None:
-        with whole_folder(disk / "model") as folder:
-            for name in ("weights", "config"):
-                write_synced(folder / name, f"{name} {step}".encode())
-
-    def read(folder: Path) -> int | None:
-        if not (folder / "model").exists():
-            return None
-        texts = {p.name: p.read_text().split() for p in (folder / "model").iterdir()}
-        assert texts.keys() == {"weights", "config"}, "a part of a folder"
-        (step,) = {step for _, step in texts.values()}
-        return int(step)
-
-    export(1)
-    with Recorder(disk) as power:
-        export(2)
-    assert {read(lay_out(state, tmp_path / "after")) for _, state in power.states} <= {None, 1, 2}
-    assert {read(lay_out(state, tmp_path / "after")) for state in power.done} == {2}
-
-
-def test_a_cache_shard_is_there_or_not(tmp_path):
-    disk, inputs = tmp_path / "disk", {"vae": "x"}
-    disk.mkdir()
-    entry = lambda v: {f"k{v}": {"latent": torch.full((4,), float(v))}}  # noqa: E731
-    with Recorder(disk) as power:
-        store = Store(disk / "cache" / "latents", inputs)
-        store.write(entry(1))
-        first = len(power.states)
-        store.write(entry(2))
-    for i, (_, state) in enumerate(power.states):
-        store = Store(lay_out(state, tmp_path / "after") / "cache" / "latents", inputs)
-        assert store.damaged() == []
-        assert i <= first or "k1" in store, "an entry of an earlier shard was lost"
-        for v in (1, 2):
-            assert f"k{v}" not in store or store.read(f"k{v}")["latent"].tolist() == [v] * 4
-
-
-def test_averages_are_whole_or_not_there(tmp_path):
-    disk = tmp_path / "disk"
-    (disk / "snapshots").mkdir(parents=True)
-    for step in (1, 2):
-        (disk / "snapshots" / f"step-{step:08d}.safetensors").write_bytes(save({"w": torch.full((4,), float(step))}))
-    with Recorder(disk) as power:
-        (file,) = lerp_snapshots(find_snapshots(disk / "snapshots"), [0.5], disk / "posthoc")
-    whole = file.read_bytes()
-    for _, state in power.states:
-        made = list((lay_out(state, tmp_path / "after") / "posthoc").glob("*.safetensors"))
-        assert [p.read_bytes() for p in made] in ([], [whole])
-    assert all(state["posthoc/" + file.name] == whole for state in power.done)
-
-
-def test_the_journal_has_every_row_up_to_the_checkpoint(tmp_path):
+def test_the_journal_has_every_row_up_to_the_checkpoint(disk, tmp_path):
     """A run that goes on from step 3 must find the rows of steps 1 to 3, or metrics.jsonl would have a hole in it."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
     with Recorder(disk) as power:
         journal = Journal(disk / "metrics.jsonl", 0)
         for step in range(1, 4):
@@ -159,10 +70,8 @@ def test_the_journal_has_every_row_up_to_the_checkpoint(tmp_path):
         assert rows[: min(step, 3)] == list(range(1, min(step, 3) + 1))
 
 
-def test_the_recorder_notices_what_is_not_synced(tmp_path):
+def test_the_recorder_notices_what_is_not_synced(disk):
     """The harness itself: a careless save must be caught in all three ways."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
     (disk / "a").write_bytes(b"old!")
     with Recorder(disk) as power:
         (disk / "a.tmp").write_bytes(b"new!")

@@ -1,0 +1,135 @@
+"""Tiny runs to interrupt, and the oracle that tells whether an interruption changed anything."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from dedistill.engine.checkpoint import list_checkpoints, newest_valid, read_checkpoint, save_checkpoint
+from dedistill.files import step_of
+from dedistill.train import main
+
+
+def arguments(recipe: Path, out: Path, *settings: str) -> list[str]:
+    return [str(recipe), *(a for s in (f"run.out={out}", *settings) for a in ("--set", s))]
+
+
+def train(recipe: Path, out: Path, *settings: str) -> Path:
+    assert main(arguments(recipe, out, *settings)) == 0
+    return out
+
+
+def quietly(action: Callable[[], object]) -> Callable[[], None]:
+    """``action`` for a child process: what it prints goes nowhere."""
+
+    def run() -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        action()
+
+    return run
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """In what the results of two runs differ, bit for bit: journal, snapshots, weights, optimizer, facts of the last save."""
+    found = []
+    if (a / "metrics.jsonl").read_bytes() != (b / "metrics.jsonl").read_bytes():
+        found.append("metrics.jsonl")
+    snapshots = [sorted((folder / "snapshots").glob("*.safetensors")) for folder in (a, b)]
+    if [p.name for p in snapshots[0]] != [p.name for p in snapshots[1]]:
+        found.append("which snapshots there are")
+    found += [f"snapshot {x.name}" for x, y in zip(*snapshots) if not _same(load_file(x), load_file(y))]
+    last = [list_checkpoints(folder / "checkpoints")[-1] for folder in (a, b)]
+    (groups, facts), (others, other_facts) = map(read_checkpoint, last)
+    found += [key for key in ("step", "skipped", "skipped_in_a_row") if facts[key] != other_facts[key]]
+    names = sorted(groups.keys() | others.keys())
+    return found + [name for name in names if not _same(groups.get(name, {}), others.get(name, {}))]
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    bits = lambda t: t.contiguous().reshape(-1).view(torch.uint8)  # noqa: E731 - NaN equals itself, -0 is not 0
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(bits(a[k]), bits(b[k])) for k in a)
+
+
+def rewrite(run: Path, change: Callable[[dict, dict], None]) -> None:
+    """Put a changed, well-formed checkpoint in place of the newest; ``change`` gets (tensors by group, facts)."""
+    checkpoint = list_checkpoints(run / "checkpoints")[-1]
+    groups, manifest = read_checkpoint(checkpoint)
+    facts = {key: manifest[key] for key in ("skipped", "skipped_in_a_row")} | {"step": manifest["step"]}
+    change(groups, facts)
+    shutil.rmtree(checkpoint.parent)
+    step = facts.pop("step")
+    save_checkpoint(checkpoint.parent, step, {name: group for name, group in groups.items() if group}, facts, keep=2)
+
+
+def last_row(run: Path) -> int:
+    """Step of the last whole row of the journal; 0 without one."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return 0
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+def start(recipe: Path, out: Path, *settings: str) -> int:
+    """Train in a child process; returns its id. Its exit status is that of ``main``."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        quietly(lambda: None)()
+        code = main(arguments(recipe, out, *settings))
+    finally:
+        os._exit(code)
+
+
+class Killing:
+    """Kill runs at random times, as often as wanted, each time going on with the same directory until a run is done."""
+
+    def __init__(self, recipe: Path, folder: Path, reference: Path, settings: tuple[str, ...], every: int, seed: int):
+        self.recipe, self.folder, self.reference, self.settings, self.every = recipe, folder, reference, settings, every
+        self.random = random.Random(seed)
+        self.kills = self.after_first_save = self.corrupt = self.finished = self.different = self.most_lost = 0
+
+    def run(self, kills: int, longest: float) -> None:
+        """``kills`` kills, each after at most ``longest`` seconds; then one run to its end without any."""
+        number = 0
+        out = self.folder / "run0"
+        while self.kills < kills:
+            if self._killed(out, longest):
+                self._look(out)
+            else:
+                self._compare(out)
+                number += 1
+                out = self.folder / f"run{number}"
+        train(self.recipe, out, *self.settings)
+        self._compare(out)
+
+    def _killed(self, out: Path, longest: float) -> bool:
+        child = start(self.recipe, out, *self.settings)
+        time.sleep(self.random.uniform(0, longest))
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"the run failed by itself: {status}"
+        self.kills += os.WIFSIGNALED(status)
+        return os.WIFSIGNALED(status)
+
+    def _look(self, out: Path) -> None:
+        newest, notes = newest_valid(out / "checkpoints")
+        self.corrupt += len(notes)
+        self.after_first_save += newest is not None
+        saved = step_of(newest) if newest else 0
+        self.most_lost = max(self.most_lost, last_row(out) - saved)
+
+    def _compare(self, out: Path) -> None:
+        self.finished += 1
+        self.different += bool(differences(self.reference, out))
+        shutil.rmtree(out)
