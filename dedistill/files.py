@@ -62,10 +62,10 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make ``path`` and what is missing above it. Both survive a loss of power, and so what is synced inside does."""
-    missing = [p for p in path.parents if not p.exists()]
+    """Make ``path`` and what is missing above it, so that they and what is synced inside survive a loss of power."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for folder in (path, *missing):
+    for folder in missing:
         sync(folder.parent)
 
 
@@ -152,3 +152,22 @@ def replace_file(path: Path, data: bytes) -> None:
 def replace_json(path: Path, value: Any) -> None:
     """Put ``value`` at ``path`` as indented JSON, whole or not at all."""
     replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def sealed(table: dict) -> bytes:
+    """``table`` as JSON with a hash of itself, in one canonical spelling, so that no bit of it can change unnoticed."""
+    seal = hashlib.sha256(json.dumps(table).encode()).hexdigest()
+    return (json.dumps({**table, "seal": seal}, indent=1) + "\n").encode()
+
+
+def read_sealed(path: Path) -> dict:
+    """What was given to :func:`sealed`. Raises ValueError, not naming the file, when a byte has changed since."""
+    raw = path.read_bytes()
+    try:
+        table = json.loads(raw)
+        table.pop("seal")
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as e:
+        raise ValueError(f"is unreadable ({type(e).__name__})") from e
+    if raw != sealed(table):
+        raise ValueError("differs from what was written")
+    return table

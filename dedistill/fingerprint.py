@@ -1,17 +1,16 @@
 """Hashes of large files, remembered by size and time of change."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from dedistill.files import file_sha256, replace_json
+from dedistill.files import file_sha256, make_folder, read_sealed, replace_file, sealed
 
 
 def fingerprint(files: Iterable[Path], memo: Path) -> str:
     """One SHA-256 over names and bytes of ``files``; ``memo`` keeps each file's hash until its size or mtime changes."""
     try:
-        known = json.loads(memo.read_text())
+        known = read_sealed(memo)
     except (OSError, ValueError):
         known = {}
     digest, before = hashlib.sha256(), dict(known)
@@ -23,6 +22,6 @@ def fingerprint(files: Iterable[Path], memo: Path) -> str:
             known[place] = [*stamp, file_sha256(file)]
         digest.update(f"{file.parent.name}/{file.name} {known[place][-1]}\n".encode())
     if known != before:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        replace_json(memo, known)
+        make_folder(memo.parent)
+        replace_file(memo, sealed(known))
     return digest.hexdigest()

@@ -18,8 +18,9 @@ from dedistill.data.caption_files import BadCaption
 from dedistill.data.listing import pictures_of
 from dedistill.data.picture_set import NOWHERE, Found, PictureSet, Place
 from dedistill.errors import UserError
+from dedistill.files import WholeFile, make_folder
 
-FORMAT = "dedistill index 1"
+FORMAT = "dedistill index 2"
 CHUNK = 1024
 SAVE_EVERY = 60.0
 """Seconds between saves of an unfinished index, so that a killed one goes on where it was."""
@@ -93,37 +94,38 @@ class Index:
         return pictures.decode(self.read(i), **asdict(self.limits))
 
     def save(self, path: Path) -> None:
-        """Write JSON lines: a header, then one entry per line. The old file is replaced at once or not at all."""
+        """Write JSON lines: a header, one entry per line, and a hash of all that. Old or new, never a part of either."""
         header = {"format": FORMAT, "complete": self.complete, "limits": asdict(self.limits)}
         header["sources"] = [asdict(source) for source in self.sources]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(unfinished, "w", encoding="utf-8") as f:
-                f.write(json.dumps(header) + "\n")
-                for entry in self.entries:
-                    s = entry.sample
-                    row = [s.name, s.captions, s.width, s.height, s.sha256, s.source, s.place, entry.sidecars, entry.reason]
-                    f.write(json.dumps(row) + "\n")
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        make_folder(path.parent)
+        digest = hashlib.sha256()
+        with WholeFile(path) as file:
+            for row in (header, *map(_row, self.entries)):
+                line = json.dumps(row).encode() + b"\n"
+                digest.update(line)
+                file.write(line)
+            file.write(json.dumps({"sha256": digest.hexdigest()}).encode() + b"\n")
 
     @classmethod
     def load(cls, path: Path) -> "Index":
-        """Read a saved index. Raises ``UserError`` when there is none or it is damaged."""
+        """Read a saved index. Raises ``UserError`` when there is none, or any byte of it has changed since."""
         try:
-            with open(path, encoding="utf-8") as f:
-                header = json.loads(f.readline())
-                if header["format"] != FORMAT:
-                    raise ValueError(f"format {header['format']!r}, expected {FORMAT!r}")
-                sources = [PictureSet(**source | {"fields": tuple(source["fields"])}) for source in header["sources"]]
-                entries = [_entry(*json.loads(line)) for line in f]
-                return cls(sources, Limits(**header["limits"]), entries, complete=header["complete"])
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+            lines = path.read_bytes().splitlines(keepends=True)
+            header = json.loads(lines[0])
+            if header["format"] != FORMAT:
+                raise ValueError(f"format {header['format']!r}, expected {FORMAT!r}")
+            if json.loads(lines.pop()) != {"sha256": hashlib.sha256(b"".join(lines)).hexdigest()}:
+                raise ValueError("it differs from what was written")
+            sources = [PictureSet(**source | {"fields": tuple(source["fields"])}) for source in header["sources"]]
+            entries = [_entry(*json.loads(line)) for line in lines[1:]]
+            return cls(sources, Limits(**header["limits"]), entries, complete=header["complete"])
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as e:
             raise UserError(f"data: the index '{path}' cannot be read ({e}); delete it to have it made anew") from e
+
+
+def _row(entry: Entry) -> list:
+    s = entry.sample
+    return [s.name, s.captions, s.width, s.height, s.sha256, s.source, s.place, entry.sidecars, entry.reason]
 
 
 def _entry(name, captions, width, height, sha256, source, place, sidecars, reason) -> Entry:

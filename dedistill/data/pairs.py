@@ -5,7 +5,6 @@ A folder of pairs holds ``pairs.json`` (how they were made, and each shard's SHA
 """
 
 import io
-import json
 import mmap
 import tarfile
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from dedistill.data.order import sample_indices
 from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
-from dedistill.files import file_sha256
+from dedistill.files import file_sha256, read_sealed
 from dedistill.flow import keyed
 
 FACTS = "pairs.json"
@@ -71,9 +70,11 @@ class PairSource(OneSize):
 def read_facts(folder: Path) -> dict:
     """``pairs.json`` of a finished folder."""
     try:
-        facts = json.loads((folder / FACTS).read_text())
-    except (OSError, ValueError) as e:
+        facts = read_sealed(folder / FACTS)
+    except OSError as e:
         raise UserError(f"data.path: no pairs in '{folder}' (make them with tools/make_pairs.py): {e}") from e
+    except ValueError as e:
+        raise UserError(f"data.path: '{folder / FACTS}' {e}; delete it and run tools/make_pairs.py again") from e
     if not facts.get("complete"):
         raise UserError(f"data.path: '{folder}' is unfinished ({len(facts['shards'])} shards); run tools/make_pairs.py again")
     return facts

@@ -5,8 +5,6 @@ parent synced. Valid means: the manifest parses and every size and SHA-256 agree
 the newest valid one wins.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.files import file_sha256, make_folder, step_name, step_of, sync, write_synced
+from dedistill.files import file_sha256, make_folder, read_sealed, sealed, step_name, step_of, sync, write_synced
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -41,7 +39,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
             data = save(group, metadata={"format": "pt", "step": str(step)})
             files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": write_synced(temporary / f"{name}.safetensors", data)}
         manifest = {"schema": SCHEMA, "step": step, **facts, "files": files}
-        write_synced(temporary / MANIFEST, _sealed(manifest))
+        write_synced(temporary / MANIFEST, sealed(manifest))
         sync(temporary)
         if final.exists():  # damaged
             shutil.rmtree(final)
@@ -66,12 +64,6 @@ def _prune(folder: Path, keep: int) -> None:
             good += 1
 
 
-def _sealed(manifest: dict) -> bytes:
-    """The manifest with a hash of itself, in one canonical spelling, so that no bit of it can change unnoticed."""
-    seal = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    return json.dumps({**manifest, "seal": seal}, indent=1).encode()
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Published checkpoint directories, oldest first, damaged or not."""
     if not folder.is_dir():
@@ -82,18 +74,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, naming the file; empty when every byte agrees with the manifest."""
     try:
-        raw = (checkpoint / MANIFEST).read_bytes()
-        manifest = json.loads(raw)
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        manifest.pop("seal")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        return f"{MANIFEST} is unreadable ({type(e).__name__})"
-    if raw != _sealed(manifest):
-        return f"{MANIFEST} differs from what was written"
+        manifest = read_sealed(checkpoint / MANIFEST)
+    except OSError as e:
+        return f"{MANIFEST} is unreadable ({e.strerror})"
+    except ValueError as e:
+        return f"{MANIFEST} {e}"
     if manifest.get("schema") != SCHEMA or manifest.get("step") != step_of(checkpoint):
         return f"{MANIFEST} is of another schema or step"
-    for name, (size, digest) in files.items():
-        path = checkpoint / name
+    for name, entry in manifest["files"].items():
+        path, size, digest = checkpoint / name, entry["bytes"], entry["sha256"]
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -126,7 +115,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
 def read_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """({file stem: tensors}, manifest) of a checkpoint that :func:`damage` found good."""
-    manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+    manifest = read_sealed(checkpoint / MANIFEST)
     groups = {}
     for name in manifest["files"]:
         with safe_open(checkpoint / name, framework="pt") as f:

@@ -84,8 +84,10 @@ class RunDirectory:
 
     def _read(self, file: Path) -> dict:
         try:
-            return json.loads(file.read_text())
-        except ValueError as e:
+            if isinstance(table := json.loads(file.read_text()), dict):
+                return table
+            raise ValueError(f"a {type(table).__name__}")
+        except (ValueError, RecursionError) as e:
             raise UserError(f"'{file}' is damaged; restore it, or move '{self.path}' away to start over") from e
 
     def bind(self, inputs: dict[str, list[Path]], pictures: str | None = None) -> None:

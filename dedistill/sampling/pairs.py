@@ -5,7 +5,6 @@ caption, and chosen points of the trajectory. Shards are whole or absent, so an 
 """
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from dedistill.assemble import Model
 from dedistill.data.pairs import FACTS
 from dedistill.data.source import Source
 from dedistill.errors import UserError
-from dedistill.files import WholeFile, file_sha256, make_folder, replace_json
+from dedistill.files import WholeFile, file_sha256, make_folder, read_sealed, replace_file, sealed
 from dedistill.flow import keyed
 from dedistill.flow.solvers import sigma_grid
 from dedistill.sampling.sampler import trajectories
@@ -71,10 +70,10 @@ def make_pairs(
         captions = prompts[ids.start : ids.stop]
         states = [torch.stack([c[k] for k in kept], 1) for c in trajectories(model, captions, noise, sigmas, cfg=cfg)]
         shards.append(_write_shard(out, number, ids, captions, noise, torch.cat(states)))
-        replace_json(out / FACTS, {**facts, "shards": shards, "complete": False})
+        replace_file(out / FACTS, sealed({**facts, "shards": shards, "complete": False}))
         progress(ids.stop, count)
     facts = {**facts, "shards": shards, "complete": True}
-    replace_json(out / FACTS, facts)
+    replace_file(out / FACTS, sealed(facts))
     return facts
 
 
@@ -95,8 +94,8 @@ def teacher_hash(model: Model) -> str:
 def _finished_shards(out: Path, facts: dict) -> list[dict]:
     """Shards of an earlier run with the same settings whose bytes still agree."""
     try:
-        before = json.loads((out / FACTS).read_text())
-    except (OSError, ValueError):  # nothing yet, or a torn file: shards are made again, byte for byte the same
+        before = read_sealed(out / FACTS)
+    except (OSError, ValueError):  # nothing yet, or damaged: shards are made again, byte for byte the same
         return []
     if differing := [k for k in facts if before.get(k) != facts[k]]:
         listed = "; ".join(f"{k}: {before.get(k)!r} there, {facts[k]!r} here" for k in differing)

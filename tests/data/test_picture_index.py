@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_the_old_index(folder, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="cannot write .*No space left"):
         build_index([PictureSet(str(folder))], file=file)
     assert Index.load(file).samples == old.samples and [p.name for p in tmp_path.glob("*index*")] == ["index.jsonl"]
 
@@ -233,7 +233,14 @@ def test_names_of_sources(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda t: t[:-40], lambda t: "{}\n" + t, lambda t: "", lambda t: t.replace("index 1", "index 0")]
+    "damage",
+    [
+        lambda t: t[:-40],
+        lambda t: "{}\n" + t,
+        lambda t: "",
+        lambda t: t.replace("index 2", "index 0"),
+        lambda t: t.replace("a", "b", 9),
+    ],
 )
 def test_a_damaged_index_is_made_anew(folder, tmp_path, damage):
     file = tmp_path / "index.jsonl"

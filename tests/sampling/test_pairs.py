@@ -1,6 +1,5 @@
 """Stored pairs: what is kept with them, whether they can be made again, and what is refused."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from dedistill.assemble import Model, build_model
 from dedistill.data.digits import DigitSource, load_digits
 from dedistill.data.pairs import PairSource
 from dedistill.errors import UserError
-from dedistill.files import file_sha256
+from dedistill.files import file_sha256, read_sealed, sealed
 from dedistill.flow.solvers import sigma_grid
 from dedistill.recipe.schema import Recipe
 from dedistill.sampling.pairs import make_pairs, teacher_hash
@@ -72,7 +71,7 @@ def everything(source: PairSource) -> list[tuple[np.ndarray, np.ndarray, str]]:
 
 def test_the_facts_are_stored(made):
     """R3, trap 22: scale, solver, steps, negative prompt and teacher, beside the hash of every shard."""
-    facts = json.loads((made.folder / "pairs.json").read_text())
+    facts = read_sealed(made.folder / "pairs.json")
     assert facts == made.facts and facts["complete"] is True
     assert {k: facts[k] for k in ("teacher", "cfg", "steps", "seed", "count", "shard_size")} == {
         k: v for k, v in SETTINGS.items() if k != "points"
@@ -134,9 +133,8 @@ def _cut_middle(folder: Path) -> None:
 
 def _interrupt(folder: Path) -> None:
     """As it is when the second shard was being written: the facts know the first one."""
-    facts = json.loads((folder / "pairs.json").read_text())
-    facts |= {"shards": facts["shards"][:1], "complete": False}
-    (folder / "pairs.json").write_text(json.dumps(facts))
+    facts = read_sealed(folder / "pairs.json")
+    (folder / "pairs.json").write_bytes(sealed(facts | {"shards": facts["shards"][:1], "complete": False}))
     (folder / SHARDS[1]).rename(folder / f"{SHARDS[1]}.tmp-999999")
     (folder / SHARDS[2]).unlink()
 
