@@ -57,8 +57,10 @@ def as_captions(value: object, field: str) -> list[str]:
 def cleaned(captions: list[str]) -> tuple[str, ...]:
     """Captions without surrounding blanks, without empty ones and repetitions. Raises ``BadCaption`` for what is no text."""
     captions = [caption.strip() for caption in captions]
+    if (longest := max(map(len, captions), default=0)) > MAX_BYTES:
+        raise BadCaption(f"{longest:,} characters; the limit is {MAX_BYTES:,}")
     if any("\0" in caption for caption in captions):
         raise BadCaption("a NUL character in the text (saved as UTF-16?)")
     if any("\ud800" <= character <= "\udfff" for caption in captions for character in caption):
-        raise BadCaption("half a surrogate pair in the text, which no encoding can hold")
+        raise BadCaption("not UTF-8, or half a surrogate pair in the text, which no encoding can hold")
     return tuple(dict.fromkeys(caption for caption in captions if caption))

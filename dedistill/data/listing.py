@@ -1,9 +1,12 @@
 """What a source holds, before any picture is read: folders, tar shards, and lists in tables."""
 
+import errno
 import os
+import stat
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from dedistill.data import caption_files, pictures
 from dedistill.data.picture_set import Found, PictureSet, Place
@@ -61,7 +64,7 @@ def _of_files(root: Path, folder: str, above: set[tuple[int, int]]) -> Iterator[
     by_name = {e.name: e for e in entries}
     for entry in entries:
         name = f"{folder}{entry.name}"
-        if entry.is_dir():
+        if _is_folder(entry):
             if entry.name != "__MACOSX":
                 yield from _of_files(root, f"{name}/", above | {identity})
         elif _extension(entry.name) in pictures.EXTENSIONS:
@@ -74,14 +77,27 @@ def _of_files(root: Path, folder: str, above: set[tuple[int, int]]) -> Iterator[
                 yield Found(name, problem=f"cannot be read: {e.strerror}")
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def whole(file: str, status: os.stat_result) -> Place:
-    """The place of a whole file."""
+    """The place of a whole file. Raises OSError for a pipe, a device or a folder: reading it might never end."""
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
     return Place(file, 0, status.st_size, status.st_size, status.st_mtime_ns)
 
 
 def _of_shards(root: Path, shards: list[str], known: Known) -> Iterator[Found]:
     for shard in shards:
-        place = whole(shard, os.stat(root / shard))
+        try:
+            place = whole(shard, os.stat(root / shard))
+        except OSError as e:
+            yield Found(shard, problem=f"cannot be read: {e.strerror}")
+            continue
         yield from known(place) or _of_shard(root, place)
 
 
@@ -99,19 +115,30 @@ def _of_shard(root: Path, shard: Place) -> Iterator[Found]:
                 place = shard._replace(offset=member.offset_data, size=member.size)
                 if key and place.offset + place.size <= shard.size:
                     samples.setdefault(f"{folder}/{key}" if folder else key, []).append((extension.lower(), place))
-            # tarfile takes a header it cannot read for the end, so the rest would be lost without a word
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            # tarfile takes a header that it cannot read, or that is zeroed, for the end: the rest would be lost without a word
+            if not _only_zeros_from(tar.fileobj, tar.offset):
                 raise tarfile.ReadError(f"no end mark at offset {tar.offset:,}")
     except OSError as e:
         yield Found(shard.file, problem=f"cannot be read: {e.strerror or e}")
         return
     except (tarfile.TarError, ValueError) as e:
         problem = f"damaged, or not a plain tar file; {len(samples)} samples stand before that: {e}"
+    problem = problem or ("" if samples else "it holds no files")
     for key, members in samples.items():
         yield _of_members(f"{shard.file}::{key}", members, shard)
     if problem:
         yield Found(shard.file, shard._replace(size=0), problem=problem)
+
+
+def _only_zeros_from(file: BinaryIO, offset: int) -> bool:
+    """Whether a file goes on to its end in zeros, a block of them at least."""
+    file.seek(offset)
+    found = False
+    while block := file.read(1 << 20):
+        if block.count(0) != len(block):
+            return False
+        found = found or len(block) >= tarfile.BLOCKSIZE
+    return found
 
 
 def _of_members(name: str, members: list[tuple[str, Place]], shard: Place) -> Found:

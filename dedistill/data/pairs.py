@@ -71,6 +71,7 @@ def read_facts(folder: Path) -> dict:
     """``pairs.json`` of a finished folder."""
     try:
         facts = read_sealed(folder / FACTS)
+        _check_facts(facts)
     except OSError as e:
         raise UserError(f"data.path: no pairs in '{folder}' (make them with tools/make_pairs.py): {e}") from e
     except ValueError as e:
@@ -78,6 +79,17 @@ def read_facts(folder: Path) -> dict:
     if not facts.get("complete"):
         raise UserError(f"data.path: '{folder}' is unfinished ({len(facts['shards'])} shards); run tools/make_pairs.py again")
     return facts
+
+
+def _check_facts(facts: dict) -> None:
+    """Raises ValueError, which does not name the file, unless ``facts`` could be ours; shards lie in the folder itself."""
+    try:
+        plain = all(Path(s["file"]).name == s["file"] and isinstance(s["sha256"], str) for s in facts["shards"])
+        numbers = np.array([*facts["sigmas"], *facts["picture"]])
+        if not plain or numbers.dtype.kind not in "if" or len(facts["picture"]) != 3 or len(facts["sigmas"]) < 2:
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError("is not a list of pairs") from e
 
 
 def _index_shard(folder: Path, shard: dict) -> list[tuple[mmap.mmap, dict[str, tuple[int, int]]]]:

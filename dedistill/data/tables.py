@@ -11,6 +11,8 @@ from dedistill.data.picture_set import PictureSet
 from dedistill.errors import UserError
 
 CAPTION_COLUMN = re.compile(r"(\w+_)?captions?(_(short|long|\d+))?|text|prompt")
+BAD_BYTES = "surrogateescape"
+"""What is not UTF-8 costs the row it stands in: captions with surrogates are refused."""
 Row = dict[str, object]
 
 
@@ -43,6 +45,8 @@ def read_table(source: PictureSet, path: Path) -> list[tuple[str, tuple[str, ...
 def _caption_columns(source: PictureSet, path: Path, rows: list[Row]) -> list[str]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     where = f"data: source '{source.title}': '{path}'"
+    if not columns:
+        raise UserError(f"{where} cannot be read: no line of it is a row in UTF-8")
     if source.file_column not in columns:
         raise UserError(f"{where} has no column {source.file_column!r} that names the picture (columns: {', '.join(columns)})")
     if missing := [field for field in source.fields if field not in columns]:
@@ -61,7 +65,7 @@ def _jsonl(path: Path) -> list[tuple[str, Row | str]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
-    with open(path, encoding="utf-8-sig") as f:
+    with open(path, encoding="utf-8-sig", errors=BAD_BYTES) as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
@@ -73,7 +77,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
 
 
 def _csv(path: Path) -> list[tuple[str, Row | str]]:
-    with open(path, encoding="utf-8-sig", newline="") as f:
+    csv.field_size_limit(1 << 30)  # beyond its own limit it would give up the whole table
+    with open(path, encoding="utf-8-sig", errors=BAD_BYTES, newline="") as f:
         reader = csv.DictReader(f, restkey="")
         rows = []
         for row in reader:

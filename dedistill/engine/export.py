@@ -26,6 +26,7 @@ def export_model(model: Model, folder: Path, step: int) -> None:
 def exported_step(folder: Path) -> int | None:
     """The step that ``folder`` was exported at; None when there is no whole export."""
     try:
-        return json.loads((folder / MARK).read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        step = json.loads((folder / MARK).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return step if isinstance(step, int) else None

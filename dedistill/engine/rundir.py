@@ -8,7 +8,7 @@ from typing import Any
 from dedistill.engine.checkpoint import sweep_temporaries
 from dedistill.engine.inputs import changed_files, fingerprint
 from dedistill.errors import UserError
-from dedistill.files import make_folder, replace_file, replace_json
+from dedistill.files import make_folder, read_sealed, replace_file, sealed
 from dedistill.recipe import Recipe, to_toml
 
 FREE_TO_CHANGE = (
@@ -97,7 +97,7 @@ class RunDirectory:
         version, without inputs.json, is bound to what is there now.
         """
         file = self.path / "inputs.json"
-        before = self._read(file) if file.exists() else {}
+        before = self._inputs(file) if file.exists() else {}
         now = {key: fingerprint(files, before.get(key)) for key, files in inputs.items()}
         if pictures:
             now["data.sets"] = {"sha256": pictures, "files": {}}
@@ -112,7 +112,14 @@ class RunDirectory:
                     f"{key}: {len(changed)} files differ from those that the run in '{self.path}' was started with, "
                     f"e.g. '{changed[0]}'. Put them back, or set another run.out."
                 )
-        replace_json(file, now)
+        replace_file(file, sealed(now))
+
+    def _inputs(self, file: Path) -> dict:
+        try:
+            return read_sealed(file)
+        except ValueError as e:
+            way_out = "restore it, or delete it to bind the run to the files that are there now"
+            raise UserError(f"'{file}' {e}; {way_out}") from e
 
 
 def _flat(table: Any, prefix: str = "") -> dict[str, Any]:

@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_the_old_index(folder, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot write .*No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*No space left"):
         build_index([PictureSet(str(folder))], file=file)
     assert Index.load(file).samples == old.samples and [p.name for p in tmp_path.glob("*index*")] == ["index.jsonl"]
 

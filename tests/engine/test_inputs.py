@@ -1,6 +1,5 @@
 """A run belongs to its recipe and to the bytes of its base and data, from its first step on and not before."""
 
-import json
 import os
 import shutil
 
@@ -11,6 +10,7 @@ from dedistill.engine import inputs
 from dedistill.engine.checkpoint import list_checkpoints
 from dedistill.engine.export import exported_step
 from dedistill.errors import UserError
+from dedistill.files import read_sealed
 from dedistill.finished import last_weights
 from dedistill.train import main
 
@@ -55,7 +55,7 @@ def test_the_base_is_read_once_per_run_and_again_only_when_touched(adapter_recip
     os.utime(next(own_base.rglob("*.safetensors")), (1, 1))
     assert main([str(adapter_recipe)]) == 0, "the same bytes at another time are the same base"
     assert read[3:] == ["diffusion_pytorch_model.safetensors"]
-    recorded = json.loads((tmp_path / "dedistill" / "inputs.json").read_text())
+    recorded = read_sealed(tmp_path / "dedistill" / "inputs.json")
     assert recorded.keys() == {"model.path"} and len(recorded["model.path"]["files"]) == 3
 
 
