@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from dedistill.fingerprint import fingerprint
 from dedistill.flow import keyed
 from dedistill.recipe import Recipe
 from dedistill.text import Text
+from dedistill.world import World
 
 RESOLUTION = 1024
 PICTURES_PER_SHARD = 32
@@ -44,13 +46,16 @@ class Prepared:
     """Hash of pictures and captions; None for sources whose files are hashed instead."""
 
 
-def open_data(recipe: Recipe, device: torch.device | str, say: Say) -> Prepared:
-    """The data that ``recipe`` trains on. Pictures of the user's own are encoded first, as far as they are not yet."""
+def open_data(recipe: Recipe, device: torch.device | str, say: Say, world: World | None = None) -> Prepared:
+    """The data that ``recipe`` trains on. Pictures of the user's own are encoded first, as far as they are not yet.
+
+    The processes of ``world`` share that work; all must come here.
+    """
     if recipe.data.source != "pictures":
         return Prepared(open_source(recipe.data))
     family, parts = _encoders(recipe)
     parts.device = device
-    return prepare(recipe, family, parts, say=say)
+    return prepare(recipe, family, parts, say=say, world=world or World())
 
 
 def _encoders(recipe: Recipe) -> tuple[Family, Components]:
@@ -58,22 +63,33 @@ def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     return family, family.load(recipe.model, seed=recipe.run.seed, net=False)
 
 
-def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say) -> Prepared:
+def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, world: World | None = None) -> Prepared:
     """Encode what the cache lacks, then open it.
 
     Raises UserError when nothing usable is found, or when the cache was made with other encoders or settings.
     """
-    cache, index, pictures = look(recipe, say)
-    latents, texts = open_stores(recipe, family, parts, cache)
+    world = world or World()
+    say = say if world.main else _silence
+    for rank in range(2):  # rank 0 looks first, and leaves the others an index to read
+        if min(world.rank, 1) == rank:
+            cache, index, pictures = look(recipe, say)
+            latents, texts = open_stores(recipe, family, parts, cache)
+        world.wait()
     asked = _asked(recipe)
     captions = list(dict.fromkeys([*asked, *(c for p in pictures for c in p.sample.captions)]))
-    if _missing_captions(captions, texts) or _missing_pictures(pictures, latents):
-        with sole_writer(cache, say):
-            latents, texts = open_stores(recipe, family, parts, cache)  # another process may have written meanwhile
-            _encode_captions(captions, texts, family, parts, _length(recipe, family), say)
+    if any(world.gather(bool(_missing_captions(captions, texts) or _missing_pictures(pictures, latents)))):
+        with sole_writer(cache, say) if world.main else nullcontext():
+            world.wait()
+            latents, texts = open_stores(recipe, family, parts, cache)  # another run may have written meanwhile
+            mine = slice(world.rank, None, world.size)
+            captions_left, pictures_left = _missing_captions(captions, texts)[mine], _missing_pictures(pictures, latents)[mine]
+            world.wait()
+            _encode_captions(captions_left, texts, family, parts, _length(recipe, family), say)
             parts.text.unload()
-            _encode_pictures(pictures, index, latents, family, parts, say)
+            _encode_pictures(pictures_left, index, latents, family, parts, say)
             parts.vae.unload()
+            world.wait()
+        latents, texts = open_stores(recipe, family, parts, cache)
     share = HELD_OUT if recipe.data.held_out is None else recipe.data.held_out
     source = EncodedPictures(pictures, [s.weight for s in recipe.data.sets], latents, texts, share)
     facts = {
@@ -84,6 +100,10 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say) -> P
         "cache_bytes": latents.bytes() + texts.bytes(),
     }
     return Prepared(source, {caption: read_text(texts, caption) for caption in asked}, facts, source.digest)
+
+
+def _silence(line: str) -> None:
+    """What ranks other than the first say."""
 
 
 def _asked(recipe: Recipe) -> list[str]:
@@ -208,8 +228,7 @@ def _missing_pictures(pictures: list[Picture], store: Store) -> list[Picture]:
 
 
 def _encode_captions(captions: list[str], store: Store, family: Family, parts: Components, length: int, say: Say) -> None:
-    missing = _missing_captions(captions, store)
-    for chunk in _told(missing, CAPTIONS_PER_SHARD, "captions", say):
+    for chunk in _told(captions, CAPTIONS_PER_SHARD, "captions", say):
         text = family.encode_text(parts, chunk, length)
         store.write({text_key(c): _stored(text.rows(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)})
 
@@ -222,7 +241,7 @@ def _stored(text: Text, mask: str) -> dict[str, Tensor]:
 
 def _encode_pictures(pictures: list[Picture], index: Index, store: Store, family: Family, parts: Components, say: Say) -> None:
     place = {id(sample): i for i, sample in enumerate(index.samples)}
-    for chunk in _told(_missing_pictures(pictures, store), PICTURES_PER_SHARD, "pictures", say):
+    for chunk in _told(pictures, PICTURES_PER_SHARD, "pictures", say):
         entries = {}
         for picture in chunk:
             image = index.picture(place[id(picture.sample)])

@@ -116,6 +116,10 @@ class EncodedPictures:
             groups.setdefault((crop.height, crop.width), []).append(int(position))
         return [np.array(group) for group in groups.values()]
 
+    def work(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> int:
+        crops = [self._slots(seed, step, batch, held_out)[p].crop for p in positions]
+        return sum(crop.height * crop.width for crop in crops)
+
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         slots = [self._slots(seed, step, batch, held_out)[p] for p in positions]
         latents = [self._latents.read(latent_key(s.picture.sample, s.crop))["latent"] for s in slots]
