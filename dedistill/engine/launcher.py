@@ -42,7 +42,7 @@ def start(*, cpu: bool, **options: Any) -> "tuple[Accelerator, World]":
     for variable, engine in ENGINES.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise UserError(
-                f"the launcher asks for {engine}, which is not supported: only gradients are shared between processes, "
+                f"the launcher asks for {engine}, which is refused: only gradients are shared between processes, "
                 "each holds the whole base (docs/engines.md). Use launch/ddp.yaml.",
                 exit_code=2,
             )
@@ -81,11 +81,11 @@ def promised(launcher: int) -> int:
 
 
 def _option(words: list[str], name: str) -> str | None:
-    for i, word in enumerate(words):
-        if word == name and i + 1 < len(words):
-            return words[i + 1]
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
+    """The value of an option, spelled with underscores or hyphens, apart or after an equals sign."""
+    for word, after in zip(words, [*words[1:], None]):
+        key, equals, value = word.partition("=")
+        if key.replace("-", "_") == name.replace("-", "_"):
+            return value if equals else after
     return None
 
 
