@@ -405,14 +405,14 @@ def test_processes_with_different_weights_stop(adapter_recipe, tmp_path, fault):
     assert not list_checkpoints(out / "checkpoints")
 
 
-def _other_base(arguments: list[str]) -> int:
+def _other_seed(arguments: list[str]) -> int:
     """``main`` with another recipe on rank 1."""
     return main([*arguments, "--set", f"run.seed={os.environ['RANK']}"])
 
 
 def test_processes_with_different_recipes_do_not_start(adapter_recipe, tmp_path):
     out = tmp_path / "run"
-    assert run_ranks(2, _other_base, arguments(adapter_recipe, out), said=tmp_path / "said") == [1, 1]
+    assert run_ranks(2, _other_seed, arguments(adapter_recipe, out), said=tmp_path / "said") == [1, 1]
     assert "rank 1 has another run than rank 0" in (tmp_path / "said/0").read_text()
 
 
@@ -443,3 +443,10 @@ def test_encoding_is_shared(picture_recipe, tmp_path):
     a = train(1, picture_recipe, tmp_path / "a", *exact)
     b = train(3, picture_recipe, tmp_path / "b", *exact)
     assert same(saved(a), saved(b)) and (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+
+
+def test_work_for_one_process_is_done_by_the_first(picture_recipe, tmp_path):
+    """--check-cache and --rehearse under a launcher of several: the others end at once, and nobody waits for them."""
+    codes = run_ranks(2, main, [str(picture_recipe), "--check-cache"], said=tmp_path / "said")
+    assert codes == [1, 0] and (tmp_path / "said/1").read_text() == ""
+    assert "crops are not encoded yet" in (tmp_path / "said/0").read_text()
