@@ -4,6 +4,7 @@ The library writes only whole dictionaries. The format: 8 bytes of header length
 data in the header's order (https://huggingface.co/docs/safetensors).
 """
 
+import hashlib
 import json
 import math
 import struct
@@ -82,3 +83,12 @@ class TensorFile:
             raise
         finally:
             self._file.__exit__(kind, *rest)
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash over names and bytes of ``tensors``, whatever their order and device."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}\0".encode())
+        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

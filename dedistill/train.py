@@ -4,10 +4,15 @@ import argparse
 import os
 import sys
 import traceback
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from dedistill.errors import UserError
 from dedistill.recipe import Recipe, load_recipe, to_toml
-from dedistill.recipe.plan import make_plan
+from dedistill.recipe.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from dedistill.engine.loop import Trainer
 
 INTERNAL_ERROR = 70
 
@@ -26,12 +31,12 @@ def guarded(action, *, debug: bool) -> int:
     except UserError as e:
         if debug:
             traceback.print_exc()
-        print(f"error: {e}", file=sys.stderr)
+        print(f"{_speaker()}error: {e}", file=sys.stderr)
         return e.exit_code
     except OSError as e:
         if debug:
             traceback.print_exc()
-        print(f"error: {e.filename or 'input/output'}: {e.strerror or e}", file=sys.stderr)
+        print(f"{_speaker()}error: {e.filename or 'input/output'}: {e.strerror or e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; what was complete is kept", file=sys.stderr)
@@ -39,8 +44,15 @@ def guarded(action, *, debug: bool) -> int:
     except Exception as e:
         if debug:
             traceback.print_exc()
-        print(f"internal error: {type(e).__name__}: {e}\nRun again with --debug for the traceback.", file=sys.stderr)
+        print(
+            f"{_speaker()}internal error: {type(e).__name__}: {e}\nRun again with --debug for the traceback.", file=sys.stderr
+        )
         return INTERNAL_ERROR
+
+
+def _speaker() -> str:
+    """Who speaks, where several processes do."""
+    return "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"rank {os.environ.get('RANK', '?')}: "
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,11 +77,13 @@ def _main(args: argparse.Namespace, argv: list[str]) -> int:
         print("\n".join(f"{key:12} {value:,}" for key, value in make_plan(recipe).as_dict().items()))
         return 0
     try:
-        if args.rehearse:
-            return _rehearse(recipe)
-        if args.check_cache:
-            return _check_cache(recipe)
-        return train(recipe, argv, cache_only=args.cache_only)
+        if args.rehearse or args.check_cache:
+            from dedistill.engine.launcher import only_first
+
+            if not only_first():
+                return 0
+            return _rehearse(recipe) if args.rehearse else _check_cache(recipe)
+        return _encode(recipe) if args.cache_only else train(recipe, argv)
     except UserError as e:
         raise UserError(recipe.placed(str(e)), e.exit_code) from e
 
@@ -97,17 +111,35 @@ def _check_cache(recipe: Recipe) -> int:
     return 1 if problems else 0
 
 
-def train(recipe: Recipe, argv: list[str], *, cache_only: bool = False) -> int:
-    """Train ``recipe`` to its end or to a stop request; returns the exit code. cache_only: stop when data is encoded."""
+def _encode(recipe: Recipe) -> int:
+    from dedistill.report.console import quiet_dependencies, say
+
+    quiet_dependencies()
+    import torch
+
+    from dedistill.engine.launcher import start
+    from dedistill.prepare import check_cached, open_data
+
+    check_cached(recipe)
+    accelerator, world = start(cpu=not torch.cuda.is_available())
+    facts = open_data(recipe, accelerator.device, say, world).facts
+    if world.main:
+        say(", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in facts.items()))
+    world.leave()
+    return 0
+
+
+def train(recipe: Recipe, argv: list[str]) -> int:
+    """Train ``recipe`` to its end or to a stop request; returns the exit code."""
     from dedistill.report.console import header, progress, quiet_dependencies, say
 
     quiet_dependencies()
     import torch
-    from accelerate import Accelerator
 
     from dedistill.assemble import build_model
+    from dedistill.base.quantize import sample_sha256
     from dedistill.engine.inputs import input_files
-    from dedistill.engine.launcher import resume_command
+    from dedistill.engine.launcher import resume_command, start
     from dedistill.engine.loop import Trainer
     from dedistill.engine.metrics import Trackers
     from dedistill.engine.rundir import RunDirectory
@@ -115,36 +147,49 @@ def train(recipe: Recipe, argv: list[str], *, cache_only: bool = False) -> int:
     from dedistill.files import replace_json
     from dedistill.prepare import open_data
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this version trains on one process; start it without several ranks")
     again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
-    plan = make_plan(recipe)
-    with RunDirectory(recipe) as run, StopRequest() as stop:
-        data = open_data(recipe, accelerator.device, say)
-        if cache_only:
-            return 0
+    accelerator, world = start(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
+    plan, run = make_plan(recipe), RunDirectory(recipe)
+    with ExitStack() as held, ExitStack() as training:
+        if world.main:
+            held.enter_context(run)
+        world.same(recipe.resolved())
+        data = open_data(recipe, accelerator.device, say, world)  # stopped at once when asked: what is encoded is kept
+        stop = training.enter_context(StopRequest())
         model = build_model(recipe, accelerator.device)
         model.known |= data.known
         _check_pictures(recipe, data.source.picture, model.parts.picture)
-        run.bind(input_files(recipe), data.digest)
-        trainer = Trainer(recipe, plan, model, data.source, run)
+        world.same({"hash of the data": data.digest, "hash of a sample of the base": sample_sha256(model.parts.net)})
+        if world.main:
+            run.bind(input_files(recipe), data.digest)
+        trainer = Trainer(recipe, plan, model, data.source, run, world)
         trainer.resume()
-        replace_json(run.path / "plan.json", {"plan": plan.as_dict(), "effects": model.facts | data.facts | trainer.facts()})
-        header(recipe, plan, model, trainer.step, str(accelerator.device), trainer.notes)
-        trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb)
-        for _ in progress(trainer.fit(stop, trackers), trainer.step, plan):
+        if world.main:
+            effects = model.facts | data.facts | trainer.facts()
+            replace_json(run.path / "plan.json", {"plan": plan.as_dict(), "effects": effects})
+            devices = f"{world.size} x {model.device.type}" if world.size > 1 else str(model.device)
+            header(recipe, plan, model, trainer.step, devices, trainer.notes)
+        trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
+        rows = trainer.fit(stop, trackers)
+        for _ in progress(rows, trainer.step, plan) if world.main else rows:
             pass
         trackers.close()
-        if not trainer.trained_now:
-            print(f"already finished at step {trainer.step}; nothing to train", file=sys.stderr)
-        if trainer.step < plan.steps:
-            print(f"stopped and saved at step {trainer.step}; continue with:\n  {again}", file=sys.stderr)
-            return 128 + (stop.signal or 0)
-        exported = trainer.export()
-        where = f"{run.path}/" + (f", model in {exported}/" if exported else "")
-        print(f"done: {plan.steps:,} steps; results in {where}", file=sys.stderr)
-    return 0
+        if world.main:
+            _conclude(trainer, plan, again)
+        world.leave()
+    return 128 + trainer.stopping if trainer.step < plan.steps else 0
+
+
+def _conclude(trainer: "Trainer", plan: Plan, again: str) -> None:
+    """Say how a run ended, and write the whole network at its end."""
+    if not trainer.trained_now:
+        print(f"already finished at step {trainer.step}; nothing to train", file=sys.stderr)
+    if trainer.step < plan.steps:
+        print(f"stopped and saved at step {trainer.step}; continue with:\n  {again}", file=sys.stderr)
+        return
+    exported = trainer.export()
+    where = f"{trainer.run.path}/" + (f", model in {exported}/" if exported else "")
+    print(f"done: {plan.steps:,} steps; results in {where}", file=sys.stderr)
 
 
 def _check_pictures(recipe: Recipe, data: tuple[int, ...] | None, network: tuple[int, ...]) -> None:

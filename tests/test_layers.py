@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dedistill"
 LEVELS = [
     {"errors"},
     {"files", "patterns", "arguments"},
-    {"fingerprint", "tensorfile"},
+    {"fingerprint", "tensorfile", "world"},
     {"flow", "recipe", "text"},
     {"data", "families", "base", "adapters", "posthoc"},
     {"assemble", "prepare"},

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dedistill.base.int8 import Int8Linear
 from dedistill.errors import UserError
 from dedistill.patterns import matching
+from dedistill.tensorfile import tensors_sha256
 
 
 def linear_names(net: nn.Module) -> list[str]:
@@ -75,11 +76,25 @@ def _quantize_quanto(net: nn.Module, chosen: list[str]) -> None:
 
 def storage_bytes(net: nn.Module) -> int:
     """Bytes that parameters and buffers really occupy (quanto reports the size its weights would have in float)."""
-    total = 0
-    for tensor in [*net.parameters(), *net.buffers()]:
-        parts = [tensor._data, tensor._scale] if hasattr(tensor, "_data") and hasattr(tensor, "_scale") else [tensor]
-        total += sum(p.numel() * p.element_size() for p in parts)
-    return total
+    return sum(part.numel() * part.element_size() for part in _stored(net).values())
+
+
+def sample_sha256(net: nn.Module, tensors: int = 64, elements: int = 1024) -> str:
+    """Hash of the first ``elements`` of ``tensors`` of the stored tensors, evenly chosen: tells two bases apart at once."""
+    stored = sorted(_stored(net).items())
+    chosen = stored[:: max(1, len(stored) // tensors)]
+    return tensors_sha256({name: part.reshape(-1)[:elements] for name, part in chosen})
+
+
+def _stored(net: nn.Module) -> dict[str, Tensor]:
+    """The tensors that hold a network's numbers, as they are stored."""
+    parts = {}
+    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+        if hasattr(tensor, "_data") and hasattr(tensor, "_scale"):
+            parts |= {f"{name}.data": tensor._data, f"{name}.scale": tensor._scale}
+        else:
+            parts[name] = tensor
+    return parts
 
 
 def cast_float(net: nn.Module, dtype: torch.dtype) -> None:

@@ -32,6 +32,9 @@ class OneSize:
     def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
         return [np.asarray(positions)]
 
+    def work(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> int:
+        return len(positions)
+
 
 class Source(Protocol):
     name: str
@@ -43,6 +46,9 @@ class Source(Protocol):
 
     def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
         """``positions`` parted by the shape of their samples, in the order of their first."""
+
+    def work(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> int:
+        """How much work a group is, in any unit: what processes are to share evenly."""
 
     def prompts(self, seed: int, count: int) -> list[str]:
         """Captions to make pictures from, without noise."""

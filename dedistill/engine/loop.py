@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -13,10 +14,11 @@ from dedistill.data.source import Source
 from dedistill.engine.ahead import ahead
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
 from dedistill.engine.export import export_model, exported_step
+from dedistill.engine.gradients import gradients_for
 from dedistill.engine.guards import FiniteGuard, NotFinite
-from dedistill.engine.metrics import Clock, Journal, Trackers
+from dedistill.engine.metrics import Record, Trackers
 from dedistill.engine.objective import Objective, Task, task_loss
-from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors
 from dedistill.engine.preview import Preview
 from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.stop import StopRequest
@@ -25,26 +27,34 @@ from dedistill.errors import UserError
 from dedistill.files import make_folder, replace_file, step_name
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.plan import Plan
+from dedistill.tensorfile import tensors_sha256
+from dedistill.world import World, even_share
 
 
 class Trainer:
     """Everything a run consists of. ``fit`` reads as the run goes."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, model: Model, source: Source, run: RunDirectory):
-        self.recipe, self.plan, self.model, self.run = recipe, plan, model, run
+    def __init__(self, recipe: Recipe, plan: Plan, model: Model, source: Source, run: RunDirectory, world: World):
+        """Every process of ``world`` has a trainer and trains; rank 0 alone writes into ``run``."""
+        self.recipe, self.plan, self.model, self.run, self.world = recipe, plan, model, run, world
         self.objective = Objective(recipe, source, model.shift)
         self.trainable = model.trainable()
         self.optimizer = make_optimizer(recipe, self.trainable.values())
+        self.gradients = gradients_for(list(self.trainable.values()), world, plan.batch, recipe.train.exact)
         self.guard = FiniteGuard()
         self.step = 0
         self.skipped = 0
         self.trained_now = False
+        self.stopping = 0
+        """The signal by which some process was asked to stop."""
         self.waited = 0.0
         """Seconds since the last line of timings.jsonl in which training stood still for data."""
         self.notes: list[str] = []
         every, samples = recipe.validate_.every, recipe.validate_.samples or SAMPLES
-        self.validate = Validator(self.objective, samples, model.chunk) if every else None
-        self.preview = Preview(recipe, model, run.previews) if recipe.preview.every else None
+        self.micro_batch = min(plan.micro_batch, even_share(plan.batch, world.size))
+        at_once = 1 if recipe.train.exact else min(model.chunk, even_share(samples, world.size))
+        self.validate = Validator(self.objective, samples, at_once, world) if every else None
+        self.preview = Preview(recipe, model, run.previews) if recipe.preview.every and world.main else None
 
     def facts(self) -> dict:
         """What the run's settings came to, for plan.json."""
@@ -57,13 +67,21 @@ class Trainer:
             "parameter_dtype": str(next(iter(self.trainable.values())).dtype),
             "bf16": self.model.bf16,
             "samples_held_out": self.validate.samples if self.validate else 0,
+            "processes": self.world.size,
+            "samples_at_once": self.micro_batch,
         }
 
     def resume(self) -> None:
-        """Continue from the newest good checkpoint, if there is one."""
-        checkpoint, self.notes = newest_valid(self.run.checkpoints)
-        if checkpoint is None:
-            return
+        """Continue from the newest good checkpoint, if there is one. Every process ends up with the same state."""
+        if self.world.main:
+            found, self.notes = newest_valid(self.run.checkpoints)
+        name = self.world.from_main(found.name if self.world.main and found else None)
+        if name is not None:
+            self._read(self.run.checkpoints / name)
+        state = self.model.tensors() | optimizer_tensors(self.optimizer, self.trainable)
+        self.world.same({"step": self.step, "hash of weights and optimizer": tensors_sha256(state)})
+
+    def _read(self, checkpoint: Path) -> None:
         groups, manifest = read_checkpoint(checkpoint)
         self.model.load_tensors(groups["trainable"], str(checkpoint))
         load_optimizer_tensors(self.optimizer, self.trainable, groups.get("optimizer", {}), str(checkpoint))
@@ -72,17 +90,20 @@ class Trainer:
             raise UserError(f"'{checkpoint}' is at step {self.step}, train.steps is {self.plan.steps}: nothing is left to do")
 
     def fit(self, stop: StopRequest, trackers: Trackers) -> Iterator[dict]:
-        """Train to the last step, yielding one row per step; returns early, saved, when a stop is asked for."""
-        journal, timings, clock = Journal(self.run.metrics, self.step), Journal(self.run.timings, self.step), Clock()
+        """Train to the last step, yielding one row per step; returns early, saved, when a stop is asked for.
+
+        Every process yields the same rows.
+        """
+        record = Record(self.run, self.step) if self.world.main else None
         before = {}
         if self.step == 0 and self.validate:
             before = {f"{key}_start": value for key, value in self.validate(self.model).items()}
-            clock.lap()
         if self.step == 0 and self.preview:
             self.preview(0)
-            clock.lap()
+        if record:
+            record.clock.lap()
         self.model.root.train()
-        tasks = ahead(self._tasks(self.step))
+        self.stop, tasks = stop, ahead(self._tasks(self.step))
         try:
             for step in range(self.step, self.plan.steps):
                 row = self._guarded_step(step, tasks) | before
@@ -91,32 +112,35 @@ class Trainer:
                 last = self.step == self.plan.steps
                 if self.validate and (last or self.step % self.recipe.validate_.every == 0):
                     row |= self.validate(self.model)
-                if _due(self.recipe.snapshot.every, self.step, last):
+                if self.world.main and _due(self.recipe.snapshot.every, self.step, last):
                     self._snapshot()
                 if self.preview and _due(self.recipe.preview.every, self.step, last):
                     self.preview(self.step)
-                if step == 0 or "val_loss" in row or not row["applied"] or last or self.step % self.recipe.log.every == 0:
-                    journal.write(row)
-                    timings.write({"step": self.step, "seconds": round(clock.lap(), 4), "waited": round(self.waited, 4)})
+                if record and (step == 0 or "val_loss" in row or not row["applied"] or last or self._logged()):
+                    record.write(row, self.waited)
                     self.waited = 0.0
                     trackers.log(row, self.step)
-                stopping = stop.asked()  # asked once: a signal after this line waits for the next step
-                if last or stopping or _due(self.recipe.checkpoint.every, self.step, last):
-                    journal.sync()
+                if last or self.stopping or _due(self.recipe.checkpoint.every, self.step, last):
+                    if record:
+                        record.sync()
                     self._checkpoint()
                 yield row
-                if stopping:
+                if self.stopping:
                     return
         finally:
             tasks.close()
-            journal.close()
-            timings.close()
+            if record:
+                record.close()
 
-    def _tasks(self, start: int) -> Iterator[Task]:
-        """Every micro-batch of the run from step ``start`` on."""
+    def _logged(self) -> bool:
+        return self.step % self.recipe.log.every == 0
+
+    def _tasks(self, start: int) -> Iterator[tuple[np.ndarray, Task] | None]:
+        """Positions and task of every micro-batch of this process, from step ``start`` on; None where a step ends."""
         for step in range(start, self.plan.steps):
-            for positions in self.objective.micro_batches(step, self.plan.micro_batch):
-                yield self.objective.task(step, positions)
+            for positions in self.objective.share(step, self.micro_batch, self.world):
+                yield positions, self.objective.task(step, positions)
+            yield None
 
     def _guarded_step(self, step: int, tasks: Iterator[Task]) -> dict:
         try:
@@ -126,23 +150,15 @@ class Trainer:
                 self._checkpoint()
             raise
 
-    def _train_step(self, step: int, tasks: Iterator[Task]) -> dict:
+    def _train_step(self, step: int, tasks: Iterator[tuple[np.ndarray, Task] | None]) -> dict:
         """One optimizer step over all slots of the global batch; every sample weighs the same."""
-        losses, sigmas, names = [], [], []
-        for _ in self.objective.micro_batches(step, self.plan.micro_batch):
-            task = self._next(tasks)
-            loss = task_loss(self.model, task)  # one number per sample
-            (loss.sum() / self.plan.batch).backward()
-            losses.append(loss.detach().cpu())
-            sigmas.append(task.sigma)
-            names += task.names
-        loss, sigma = torch.cat(losses), torch.cat(sigmas)
+        loss, sigma, bad = self._gradients(tasks)
         grad_norm = float(self._clip())
         lr = learning_rate(self.recipe, step)
         mean = float(loss.mean())
-        bad = [{"sample": names[i], "sigma": float(sigma[i])} for i in torch.nonzero(~loss.isfinite()).flatten().tolist()]
         applied = self.guard.allows(step, mean, grad_norm, bad)
         if applied:
+            self._check_optimizer(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
@@ -154,22 +170,54 @@ class Trainer:
             return {**row, "loss": str(mean), "grad_norm": str(grad_norm), "not_finite": bad}
         return row | {"sigma_mean": float(sigma.mean()), "sigma_loss": sigma_bins(loss, sigma, self.recipe.log.sigma_bins)}
 
-    def _next(self, tasks: Iterator[Task]) -> Task:
+    def _gradients(self, tasks: Iterator[tuple[np.ndarray, Task] | None]) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
+        """Leave the gradient of the whole batch in place; (losses [B], sigmas [B], samples whose loss is not finite).
+
+        What comes back is of all processes, in the order of positions, so that it does not depend on who did what.
+        """
+        slots, bad = [], []
+        while (item := self._next(tasks)) is not None:
+            positions, task = item
+            loss = task_loss(self.model, task)  # one number per sample
+            (loss.sum() / self.plan.batch).backward()
+            self.gradients.add()
+            done = list(zip(positions.tolist(), loss.tolist(), task.sigma.tolist()))
+            slots += done
+            bad += [(p, {"sample": n, "sigma": s}) for (p, value, s), n in zip(done, task.names) if not math.isfinite(value)]
+        heard = self.world.gather({"slots": slots, "bad": bad, "stop": self.stop.asked()})
+        self.stopping = max(h["stop"] for h in heard)
+        self.gradients.finish()
+        _, losses, sigmas = zip(*sorted(slot for h in heard for slot in h["slots"]))
+        bad = [culprit for _, culprit in sorted((b for h in heard for b in h["bad"]), key=lambda b: b[0])]
+        return torch.tensor(losses), torch.tensor(sigmas), bad
+
+    def _next(self, tasks: Iterator[tuple[np.ndarray, Task] | None]) -> tuple[np.ndarray, Task] | None:
         start = time.monotonic()
-        task = next(tasks)
+        item = next(tasks)
         self.waited += time.monotonic() - start
-        return task
+        return item
 
     def _clip(self) -> torch.Tensor:
         limit = self.recipe.train.max_grad_norm or math.inf
         return torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit, foreach=True)
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """Private copies of what is trained; refuses to hand out weights that a finite step has blown up."""
-        tensors = self.model.tensors()
-        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+    def _check_optimizer(self, step: int) -> None:
+        """Raises UserError for a state that would spoil every weight it touches, however good the gradient."""
+        if bad := not_finite(optimizer_tensors(self.optimizer, self.trainable, copy=False)):
             raise UserError(
-                f"after step {self.step} {len(bad)} trained tensors are not finite, e.g. {bad[0]}; not saved. "
+                f"before step {step + 1} the optimizer state holds {len(bad)} tensors that are not finite, e.g. {bad[0]}. "
+                "The step was not applied; start again to go on from the last checkpoint."
+            )
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Private copies of what is trained."""
+        return self._good(self.model.tensors())
+
+    def _good(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``tensors`` to be saved. Raises UserError for those that a finite step has blown up."""
+        if bad := not_finite(tensors):
+            raise UserError(
+                f"after step {self.step} {len(bad)} tensors are not finite, e.g. {bad[0]}; not saved. "
                 "Lower train.lr or train.weight_decay; what was saved before is intact."
             )
         return tensors
@@ -180,7 +228,15 @@ class Trainer:
         replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(self._weights(), metadata=header))
 
     def _checkpoint(self) -> None:
-        groups = {"trainable": self._weights(), "optimizer": optimizer_tensors(self.optimizer, self.trainable)}
+        """Rank 0 saves, after all have agreed on what; nobody goes on, or ends, before that is done."""
+        weights = self._weights()
+        self.world.same({f"hash of the weights of step {self.step}": tensors_sha256(weights)})
+        if self.world.main:
+            self._save(weights)
+        self.world.wait()
+
+    def _save(self, weights: dict[str, torch.Tensor]) -> None:
+        groups = {"trainable": weights, "optimizer": self._good(optimizer_tensors(self.optimizer, self.trainable))}
         facts = {"skipped": self.skipped, "skipped_in_a_row": self.guard.in_a_row}
         facts |= {"recipe": self.recipe.resolved(), "saved_at": time.time()}
         save_checkpoint(self.run.checkpoints, self.step, groups, facts, self.recipe.checkpoint.keep)

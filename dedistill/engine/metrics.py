@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dedistill.engine.rundir import RunDirectory
 from dedistill.files import refused, replace_file, sync
 
 WANDB_HOST = "api.wandb.ai"
@@ -39,6 +40,25 @@ class Journal:
     def close(self) -> None:
         with suppress(OSError):  # every line went out when it was written; a full disk was reported then
             self._file.close()
+
+
+class Record:
+    """Both journals of a run, opened together."""
+
+    def __init__(self, run: RunDirectory, step: int):
+        self.metrics, self.timings, self.clock = Journal(run.metrics, step), Journal(run.timings, step), Clock()
+
+    def write(self, row: dict[str, Any], waited: float) -> None:
+        """waited: seconds since the last row in which training stood still for data."""
+        self.metrics.write(row)
+        self.timings.write({"step": row["step"], "seconds": round(self.clock.lap(), 4), "waited": round(waited, 4)})
+
+    def sync(self) -> None:
+        self.metrics.sync()
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.timings.close()
 
 
 def _lines(path: Path) -> list[str]:

@@ -18,6 +18,7 @@ from dedistill.flow.loss import flow_loss
 from dedistill.flow.path import interpolate, velocity
 from dedistill.recipe import Recipe
 from dedistill.text import Text
+from dedistill.world import World, deal
 
 CAPTION_DROPOUT = 0.1
 
@@ -56,8 +57,13 @@ class Objective:
 
     def micro_batches(self, step: int, size: int) -> list[np.ndarray]:
         """All positions of a step in parts of at most ``size`` that share a shape."""
-        groups = self.source.groups(self.seed, step, np.arange(self.batch), self.batch)
-        return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+        return _cut(self.source.groups(self.seed, step, np.arange(self.batch), self.batch), size)
+
+    def share(self, step: int, size: int, world: World) -> list[np.ndarray]:
+        """Those of the step's micro-batches that are this process's; all of them, and none twice, over all processes."""
+        parts = self.micro_batches(step, size)
+        work = [self.source.work(self.seed, step, part, self.batch) for part in parts]
+        return [parts[i] for i in deal(work, world.size)[world.rank]]
 
     def task(self, step: int, positions: np.ndarray) -> Task:
         """The training task of ``positions`` in ``step``."""
@@ -71,15 +77,18 @@ class Objective:
         sigma = timesteps.draw(self.seed, step, self.batch, shift=shift, **self.sampling)[positions]
         return _flow_task(batch, noise, sigma, torch.from_numpy(dropped))
 
-    def held_out(self, count: int, size: int) -> list[Task]:
+    def held_out(self, count: int, size: int, world: World | None = None) -> list[Task]:
         """Fixed tasks on ``count`` held-out samples, at most ``size`` in each, in all the same whatever the size.
 
-        Their sigmas stand in the middle of equal intervals, whatever the training density.
+        Their sigmas stand in the middle of equal intervals, whatever the training density. Of several processes each
+        gets its share of the tasks.
         """
-        groups = self.source.groups(self.seed, 0, np.arange(count), count, held_out=True)
+        world = world or World()
+        parts = _cut(self.source.groups(self.seed, 0, np.arange(count), count, held_out=True), size)
+        work = [self.source.work(self.seed, 0, part, count, held_out=True) for part in parts]
         p = timesteps.midpoints(self.seed, count)
-        chunks = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
-        return [self._held_out(chunk, p[chunk], count) for chunk in chunks]
+        own = [parts[i] for i in deal(work, world.size)[world.rank]]
+        return [self._held_out(part, p[part], count) for part in own]
 
     def _held_out(self, positions: np.ndarray, p: np.ndarray, count: int) -> Task:
         batch = self.source.draw(self.seed, 0, positions, count, held_out=True)
@@ -92,6 +101,10 @@ class Objective:
         if self.kind == "reflow":  # the picture belongs to this very noise; another one would teach nothing
             return batch.noise
         return keyed.noise(self.seed, purpose, step, positions, tuple(batch.pixels.shape[1:]))
+
+
+def _cut(groups: list[np.ndarray], size: int) -> list[np.ndarray]:
+    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
 
 
 def _flow_task(batch: Batch, noise: Tensor, sigma: np.ndarray, dropped: Tensor) -> Task:

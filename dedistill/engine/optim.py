@@ -64,18 +64,22 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return t.lr * (share if t.schedule == "constant" else floor + (1 - floor) * share)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], *, copy: bool = True
+) -> dict[str, Tensor]:
     """The optimizer's state as ``<parameter name>/<key>`` -> private copy; works for any optimizer with tensor states."""
-    found = {}
-    for name, parameter in names.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                found[f"{name}/{key}"] = value.detach().clone().contiguous()
-    for i, group in enumerate(optimizer.param_groups):  # optimi counts its steps here
-        for key, value in group.items():
-            if isinstance(value, Tensor):
-                found[f"group/{i}/{key}"] = value.detach().clone().contiguous()
-    return found
+    states = [(name, optimizer.state.get(parameter, {})) for name, parameter in names.items()]
+    states += [(f"group/{i}", group) for i, group in enumerate(optimizer.param_groups)]  # optimi counts its steps there
+    found = {f"{name}/{k}": v.detach() for name, state in states for k, v in state.items() if isinstance(v, Tensor)}
+    return {name: value.clone().contiguous() for name, value in found.items()} if copy else found
+
+
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of ``tensors`` that hold a NaN or an infinity. Without any, the device is waited for once."""
+    numbers = [t for t in tensors.values() if t.dim()]
+    if not numbers or torch.nn.utils.get_total_norm(numbers, math.inf, foreach=True).isfinite():
+        return []
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
 def load_optimizer_tensors(

@@ -2,9 +2,13 @@
 
 import os
 import signal
+import time
 from types import FrameType
 
-from dedistill.engine.launcher import launched
+from dedistill.engine.launcher import launched, ranks
+
+ECHO = 5.0
+"""Seconds in which a launcher of several processes passes on the Ctrl-C that they have had already."""
 
 
 class StopRequest:
@@ -12,6 +16,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal: int | None = None
+        self._first = 0.0
 
     def __enter__(self) -> "StopRequest":
         self._launcher = os.getppid() if launched() else None
@@ -22,13 +27,18 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def asked(self) -> bool:
-        """Whether to stop after this step. A launcher that is gone counts as SIGTERM: it does not pass its own on."""
+    def asked(self) -> int:
+        """The signal by which to stop after this step, 0 to go on.
+
+        A launcher that is gone counts as SIGTERM: it does not pass its own on.
+        """
         if self.signal is None and self._launcher not in (None, os.getppid()):
             self.signal = signal.SIGTERM
-        return self.signal is not None
+        return int(self.signal or 0)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._first = number, now
+        elif now - self._first > (ECHO if ranks() > 1 else 0):
             raise KeyboardInterrupt
-        self.signal = number

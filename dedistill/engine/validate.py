@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dedistill.assemble import Model
 from dedistill.engine.objective import Objective, task_loss
+from dedistill.world import World
 
 SAMPLES = 256
 
@@ -15,20 +16,20 @@ SAMPLES = 256
 class Validator:
     """Held-out loss with its standard error. Draws nothing from the training's keys."""
 
-    def __init__(self, objective: Objective, samples: int, size: int):
-        """samples: held-out samples asked each time, ``size`` of them at once."""
-        self.samples = samples
-        self.tasks = objective.held_out(samples, size)
+    def __init__(self, objective: Objective, samples: int, size: int, world: World | None = None):
+        """samples: held-out samples asked each time, at most ``size`` of them at once, shared by the processes of ``world``."""
+        self.samples, self.world = samples, world or World()
+        self.tasks = objective.held_out(samples, size, self.world)
 
     @torch.no_grad()
     def __call__(self, model: Model) -> dict[str, float]:
-        """{"val_loss", "val_loss_se"} in evaluation mode."""
+        """{"val_loss", "val_loss_se"} in evaluation mode, the same on every process."""
         training = model.root.training
         model.root.eval()
-        losses = torch.cat([task_loss(model, task).cpu() for task in self.tasks]).double()
+        own = [pair for task in self.tasks for pair in zip(task.sigma.tolist(), task_loss(model, task).tolist())]
         model.root.train(training)
-        by_sigma = losses[torch.argsort(torch.cat([task.sigma for task in self.tasks]))]
-        return {"val_loss": float(losses.mean()), "val_loss_se": stratified_error(by_sigma.numpy())}
+        by_sigma = np.array([loss for _, loss in sorted(pair for pairs in self.world.gather(own) for pair in pairs)])
+        return {"val_loss": float(by_sigma.mean()), "val_loss_se": stratified_error(by_sigma)}
 
 
 def stratified_error(losses: np.ndarray) -> float:

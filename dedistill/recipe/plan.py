@@ -23,7 +23,7 @@ class Plan:
 def make_plan(recipe: Recipe) -> Plan:
     """What ``recipe`` amounts to on one process."""
     t = recipe.train
-    micro = t.micro_batch or t.batch
+    micro = 1 if t.exact else t.micro_batch or t.batch
 
     def times(every: int) -> int:
         return -(-t.steps // every) if every else 0

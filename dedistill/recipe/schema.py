@@ -182,7 +182,9 @@ class Train(Table):
     )
     steps: Positive = Field(description="Optimizer steps in all.")
     batch: Positive = Field(description="Global batch: samples per optimizer step, on any number of devices.")
-    micro_batch: Positive | None = Field(None, description="Samples per forward pass; default the whole batch.")
+    micro_batch: Positive | None = Field(
+        None, description="Most samples per forward pass; default the whole batch, or a process's share of it."
+    )
     lr: Annotated[float, Field(gt=0)] = Field(description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay of the rate after the warm-up.")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warm-up.")
@@ -196,6 +198,11 @@ class Train(Table):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="Clip the gradient norm to this.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of the network; bf16 uses autocast.")
+    exact: bool = Field(
+        False,
+        description="Bit-equal weights on any number of processes: samples go through one by one and their gradients are "
+        "added as integers. Slower.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute blocks in backward: less memory, more time.")
 
 
@@ -365,6 +372,8 @@ def _training_rules(r: Recipe) -> list[tuple[str, str]]:
     t = r.train
     if t.micro_batch is not None and t.batch % t.micro_batch:
         found.append(("train.micro_batch", f"{t.micro_batch} does not divide batch = {t.batch}"))
+    if t.exact and t.micro_batch is not None:
+        found.append(("train.micro_batch", "has no effect with exact = true: samples go through one by one"))
     if t.warmup >= t.steps:
         found.append(("train.warmup", f"{t.warmup} leaves no step of the {t.steps} at the full rate"))
     if t.lr_floor is not None and t.schedule == "constant":

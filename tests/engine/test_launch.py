@@ -1,6 +1,8 @@
 """Stops of a run that a launcher started: whoever gets the signal, the step is finished and saved, and all of it ends."""
 
+import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -10,9 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from accelerate.commands.config import load_config_from_file
 
 from dedistill.engine.checkpoint import damage, list_checkpoints
-from dedistill.engine.launcher import resume_command
+from dedistill.engine.launcher import ENGINES, promised, resume_command
 from dedistill.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -20,9 +24,9 @@ PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": PATH}
 
 
-def launch(recipe: Path, *arguments: str, out: Path) -> subprocess.Popen:
+def launch(config: str, recipe: Path, *arguments: str, out: Path) -> subprocess.Popen:
     """``accelerate launch`` in a process group of its own, as a terminal starts it; its messages go to ``out``."""
-    options = ["--quiet", "--config_file", str(ROOT / "launch" / "cpu.yaml"), "--num_cpu_threads_per_process", "1"]
+    options = ["--quiet", "--config_file", str(ROOT / "launch" / config), "--num_cpu_threads_per_process", "1"]
     command = ["accelerate", "launch", *options, "-m", "dedistill.train", str(recipe), *arguments]
     with open(out, "w") as said:
         return subprocess.Popen(command, stderr=said, stdout=said, env=ENVIRONMENT, start_new_session=True)
@@ -44,17 +48,25 @@ def alive(group: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("number", "whole_group"), [(signal.SIGINT, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow)]
+    ("config", "number", "whole_group"),
+    [
+        pytest.param("cpu.yaml", signal.SIGINT, True, marks=pytest.mark.slow),
+        pytest.param("cpu.yaml", signal.SIGTERM, False, marks=pytest.mark.slow),
+        ("cpu_2.yaml", signal.SIGINT, True),
+        pytest.param("cpu_2.yaml", signal.SIGTERM, False, marks=pytest.mark.slow),
+    ],
 )
-def test_a_signal_to_the_launcher_saves_and_ends_everything(adapter_recipe, tmp_path, number, whole_group):
-    """T4: Ctrl-C reaches the group; a SIGTERM to the launcher alone leaves training without a parent, which it notices."""
+def test_a_signal_to_the_launcher_saves_and_ends_everything(adapter_recipe, tmp_path, config, number, whole_group):
+    """T4: Ctrl-C reaches the group, and with several processes a second time through their launcher. A SIGTERM to the
+    launcher of one process alone leaves training without a parent, which it notices; that of several passes it on."""
     said, run = tmp_path / "said", tmp_path / "dedistill"
-    process = launch(adapter_recipe, "--set", "train.steps=100000", "--set", "checkpoint.every=0", out=said)
+    process = launch(config, adapter_recipe, "--set", "train.steps=100000", "--set", "checkpoint.every=0", out=said)
     journal = run / "metrics.jsonl"
     wait_for(lambda: journal.exists() and journal.stat().st_size > 1000)
     (os.killpg if whole_group else os.kill)(process.pid, number)
     assert process.wait(timeout=60) != 0
     wait_for(lambda: not alive(process.pid))
+    assert ("on 2 x cpu" in said.read_text()) == (config == "cpu_2.yaml")
     (saved,) = list_checkpoints(run / "checkpoints")
     assert damage(saved) == "" and f"stopped and saved at step {int(saved.name[5:])}" in said.read_text()
     again = next(line.strip() for line in said.read_text().splitlines() if line.startswith("  accelerate launch"))
@@ -67,6 +79,93 @@ def test_without_a_launcher_the_command_has_none(monkeypatch):
     assert resume_command(["a b.toml"]) == "python -m dedistill.train 'a b.toml'"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as another launcher than the parent process would have it
     assert resume_command(["a.toml"]) == "accelerate launch -m dedistill.train a.toml"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (["--num_processes", "3"], 3),
+        (["--num-processes=4", "--config_file", str(ROOT / "launch/cpu_2.yaml")], 4),
+        (["--config-file", str(ROOT / "launch/cpu_2.yaml")], 2),
+        (["--config_file", str(ROOT / "launch/gpu_1.yaml")], 1),
+    ],
+)
+def test_what_the_launcher_was_to_start_is_known(monkeypatch, options, count):
+    """COMPAT 5: several ways of launching two processes start one, silently."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    words = ["accelerate", "launch", *options, "-m", "dedistill.train", "a.toml", "--num_processes", "9"]
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *words])
+    try:
+        wait_for(lambda: b"launch" in Path(f"/proc/{launcher.pid}/cmdline").read_bytes())
+        assert promised(launcher.pid) == count
+    finally:
+        launcher.kill()
+        launcher.wait()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert promised(os.getppid()) == 0
+
+
+def test_fewer_processes_than_the_launcher_was_to_start_is_an_error(adapter_recipe, monkeypatch, capsys):
+    monkeypatch.setattr("dedistill.engine.launcher.promised", lambda launcher: 2)
+    assert main([str(adapter_recipe)]) == 2
+    assert "the launcher was to start 2 processes, but this one is of 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--cpu", "--num_processes", "2"], ["--config_file", "MULTI_CPU"]])
+def test_launchers_that_start_one_process_for_two_are_found_out(adapter_recipe, tmp_path, options):
+    """COMPAT 5, for real."""
+    file = tmp_path / "multi_cpu.yaml"
+    file.write_text((ROOT / "launch/cpu_2.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU").replace("false", "true"))
+    options = [str(file) if o == "MULTI_CPU" else o for o in options]
+    command = ["accelerate", "launch", "--quiet", *options, "-m", "dedistill.train", str(adapter_recipe)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode and "the launcher was to start 2 processes, but this one is of 1" in done.stderr
+
+
+@pytest.mark.parametrize("variable", list(ENGINES))
+def test_engines_that_are_not_supported_are_refused(adapter_recipe, monkeypatch, capsys, variable):
+    """docs/engines.md."""
+    monkeypatch.setenv(variable, "true")
+    assert main([str(adapter_recipe)]) == 2
+    assert f"the launcher asks for {ENGINES[variable]}, which is refused" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "count"), [("cpu", "NO", 1), ("gpu_1", "NO", 1), ("cpu_2", "MULTI_GPU", 2), ("ddp", "MULTI_GPU", -1)]
+)
+def test_configs_of_accelerate_load(file, kind, count):
+    """-1: accelerate asks for --num_processes."""
+    config = load_config_from_file(str(ROOT / "launch" / f"{file}.yaml"))
+    assert (config.distributed_type, config.num_processes, config.mixed_precision) == (kind, count, "no")
+    assert config.use_cpu == (file == "cpu")
+
+
+@pytest.mark.slow
+def test_torchrun_sh_starts_two_processes(adapter_recipe, tmp_path):
+    command = ["bash", str(ROOT / "launch/torchrun.sh"), str(adapter_recipe), "--set", "train.steps=2"]
+    environment = ENVIRONMENT | {"PORT": "0", "PER_NODE": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "dedistill/plan.json").read_text())["effects"]["processes"] == 2
+
+
+def test_the_other_launch_files_parse():
+    """As far as can be seen without Slurm, SkyPilot and Docker: scripts parse, what they name exists."""
+    for script in [*ROOT.glob("launch/*.sh"), ROOT / "launch/slurm.sbatch"]:
+        assert subprocess.run(["bash", "-n", script]).returncode == 0, script
+    assert subprocess.run(["bash", ROOT / "launch/torchrun.sh"], capture_output=True).returncode == 2
+    sky = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
+    assert (ROOT / sky["envs"]["RECIPE"]).is_file() and sky["workdir"] == "."
+    for part in (sky["setup"], sky["run"]):
+        assert subprocess.run(["bash", "-n"], input=part, text=True).returncode == 0
+    for line in (ROOT / "launch/Dockerfile").read_text().splitlines():
+        if line.startswith("COPY"):
+            assert all((ROOT / name).exists() for name in line.split()[1:-1])
+    for file in ROOT.glob("launch/*"):
+        named = re.findall(r"\b(?:launch|recipes)/[\w/]+\.\w+", file.read_text())
+        assert all((ROOT / name).is_file() for name in named), file
 
 
 @pytest.mark.slow

@@ -1,0 +1,107 @@
+"""A NaN wherever it may come from: no step is trained on it, and what is saved is free of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import arguments, last_row
+from safetensors.torch import load_file
+
+from dedistill.engine import loop
+from dedistill.engine.checkpoint import list_checkpoints, read_checkpoint
+from dedistill.engine.loop import Trainer
+from dedistill.train import main
+
+AT = 2
+"""The step, from 0, before which everything is as it should be."""
+
+
+def in_latent(task, trainer):
+    noisy = task.noisy.clone()
+    noisy[1, 0, 0, 0] = torch.nan
+    return replace(task, noisy=noisy)
+
+
+def in_caption(task, trainer):
+    text = trainer.model.encode(task.captions)
+    embeds = text.embeds.clone()
+    embeds[1, 0, 0] = torch.nan
+    return replace(task, text=replace(text, embeds=embeds), dropped=torch.zeros_like(task.dropped))
+
+
+def in_gradient(task, trainer):
+    parameter = next(iter(trainer.trainable.values()))
+    handle = parameter.register_hook(lambda grad: handle.remove() or grad * torch.inf)
+    return task
+
+
+def in_optimizer(task, trainer):
+    next(s for s in trainer.optimizer.state.values() if s)["exp_avg"].view(-1)[0] = torch.nan
+    return task
+
+
+PLACES = {"latent": in_latent, "caption embedding": in_caption, "loss": None, "gradient": in_gradient}
+
+
+def poison(monkeypatch, place, *, steps) -> list:
+    """Inject at ``steps``; returns the weights before and after each of them, as the steps come."""
+    real_loss, real_step, seen, now = loop.task_loss, Trainer._train_step, [], {}
+
+    def step(self, number, tasks):
+        now.update(step=number, trainer=self)
+        before = {n: p.detach().clone() for n, p in self.trainable.items()} if number in steps else None
+        try:
+            return real_step(self, number, tasks)
+        finally:
+            if before is not None:
+                seen.append(all(torch.equal(before[n], p) for n, p in self.trainable.items()))
+
+    def loss(model, task):
+        if now["step"] not in steps:
+            return real_loss(model, task)
+        if place is None:
+            return real_loss(model, task) * torch.nan
+        return real_loss(model, place(task, now["trainer"]))
+
+    monkeypatch.setattr(loop, "task_loss", loss)
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    return seen
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_step_with_a_nan_changes_nothing_and_training_goes_on(adapter_recipe, tmp_path, monkeypatch, place):
+    """T10, RELIABILITY promise 8."""
+    unchanged = poison(monkeypatch, PLACES[place], steps=(AT,))
+    assert main(arguments(adapter_recipe, tmp_path / "run", "snapshot.every=1")) == 0
+    assert unchanged == [True], "0 steps trained on it"
+    last = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    groups, manifest = read_checkpoint(last)
+    assert manifest["skipped"] == 1 and manifest["step"] == 6
+    assert all(t.isfinite().all() for group in groups.values() for t in group.values())
+    before, after = (load_file(tmp_path / f"run/snapshots/step-{s:08d}.safetensors") for s in (AT + 1, AT + 2))
+    assert any(not torch.equal(before[n], after[n]) for n in before), "and then it learns again"
+
+
+def test_a_spoilt_optimizer_state_stops_before_the_step(adapter_recipe, tmp_path, monkeypatch, capsys):
+    """T10: loss and gradient are fine, the update would not be. Started again, the run goes on from the last good save."""
+    unchanged = poison(monkeypatch, in_optimizer, steps=(AT,))
+    assert main(arguments(adapter_recipe, tmp_path / "run", "checkpoint.every=1")) == 1
+    assert unchanged == [True] and "exp_avg" in capsys.readouterr().err and last_row(tmp_path / "run") == AT
+    monkeypatch.undo()
+    assert main(arguments(adapter_recipe, tmp_path / "run", "checkpoint.every=1")) == 0
+
+
+def test_a_spoilt_optimizer_state_is_never_saved(adapter_recipe, tmp_path, monkeypatch, capsys):
+    """Or every start again would fail."""
+    real = Trainer._train_step
+
+    def step(self, number, tasks):
+        row = real(self, number, tasks)
+        if number == AT:
+            in_optimizer(None, self)
+        return row
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    assert main(arguments(adapter_recipe, tmp_path / "run", "checkpoint.every=1")) == 1
+    assert "not saved" in capsys.readouterr().err
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step-{AT:08d}"

@@ -1,0 +1,47 @@
+"""Several processes of one run, forked: the imports are there already, so that a run of three takes a second or two."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, PartialState
+
+_fork = multiprocessing.get_context("fork")
+
+
+def run_ranks(size: int, work: Callable[..., int | None], *arguments: object, said: Path) -> list[int]:
+    """Exit codes of ``work(*arguments)`` in each of ``size`` processes that a launcher would have started on this machine.
+
+    What rank r prints goes to ``said``/r.
+    """
+    said.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = [_fork.Process(target=_rank, args=(rank, size, port, said / str(rank), work, arguments)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=90)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in ranks]
+
+
+def _rank(rank: int, size: int, port: int, said: Path, work: Callable[..., int | None], arguments: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    AcceleratorState._reset_state(True)  # what the parent found out about itself
+    PartialState._reset_state()
+    sys.stdout = sys.stderr = open(said, "w", buffering=1)  # noqa: SIM115 - open as long as the process
+    try:
+        code = work(*arguments) or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    os._exit(code)
