@@ -6,6 +6,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, PartialState
@@ -14,7 +15,18 @@ _fork = multiprocessing.get_context("fork")
 
 
 def run_ranks(size: int, work: Callable[..., int | None], *arguments: object, said: Path) -> list[int]:
-    """Exit codes of ``work(*arguments)`` in each of ``size`` processes that a launcher would have started on this machine.
+    """Exit codes of ``work(*arguments)`` in each of the processes of :func:`start_ranks`, after 90 seconds at the latest."""
+    ranks = start_ranks(size, work, *arguments, said=said)
+    for process in ranks:
+        process.join(timeout=90)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in ranks]
+
+
+def start_ranks(size: int, work: Callable[..., int | None], *arguments: object, said: Path) -> list[BaseProcess]:
+    """``work(*arguments)`` in each of ``size`` processes that a launcher would have started on this machine.
 
     What rank r prints goes to ``said``/r.
     """
@@ -25,12 +37,7 @@ def run_ranks(size: int, work: Callable[..., int | None], *arguments: object, sa
     ranks = [_fork.Process(target=_rank, args=(rank, size, port, said / str(rank), work, arguments)) for rank in range(size)]
     for process in ranks:
         process.start()
-    for process in ranks:
-        process.join(timeout=90)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return [process.exitcode for process in ranks]
+    return ranks
 
 
 def _rank(rank: int, size: int, port: int, said: Path, work: Callable[..., int | None], arguments: tuple) -> None:

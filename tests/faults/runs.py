@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from ranks import start_ranks
 from safetensors.torch import load_file
 
 from dedistill.engine.checkpoint import list_checkpoints, newest_valid, read_checkpoint, save_checkpoint
@@ -79,25 +80,16 @@ def last_row(run: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
-def start(recipe: Path, out: Path, *settings: str) -> int:
-    """Train in a child process; returns its id. Its exit status is that of ``main``."""
-    if child := os.fork():
-        return child
-    code = 1
-    try:
-        quietly(lambda: None)()
-        code = main(arguments(recipe, out, *settings))
-    finally:
-        os._exit(code)
-
-
 class Killing:
-    """Kill runs at random times, as often as wanted, each time going on with the same directory until a run is done."""
+    """Kill runs at random times, as often as wanted, each time going on with the same directory until a run is done.
 
-    def __init__(self, recipe: Path, folder: Path, reference: Path, settings: tuple[str, ...], every: int, seed: int):
-        self.recipe, self.folder, self.reference, self.settings, self.every = recipe, folder, reference, settings, every
+    Of several processes one is killed, or all at once; the others must end by themselves.
+    """
+
+    def __init__(self, recipe: Path, folder: Path, reference: Path, settings: tuple[str, ...], *, size: int = 1, seed: int = 0):
+        self.recipe, self.folder, self.reference, self.settings, self.size = recipe, folder, reference, settings, size
         self.random = random.Random(seed)
-        self.kills = self.after_first_save = self.corrupt = self.finished = self.different = self.most_lost = 0
+        self.kills = self.after_first_save = self.corrupt = self.finished = self.different = self.most_lost = self.hung = 0
 
     def run(self, kills: int, longest: float) -> None:
         """``kills`` kills, each after at most ``longest`` seconds; then one run to its end without any."""
@@ -114,13 +106,21 @@ class Killing:
         self._compare(out)
 
     def _killed(self, out: Path, longest: float) -> bool:
-        child = start(self.recipe, out, *self.settings)
+        ranks = start_ranks(self.size, main, arguments(self.recipe, out, *self.settings), said=self.folder / "said")
         time.sleep(self.random.uniform(0, longest))
-        os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"the run failed by itself: {status}"
-        self.kills += os.WIFSIGNALED(status)
-        return os.WIFSIGNALED(status)
+        chosen = ranks if self.random.random() < 0.5 else [self.random.choice(ranks)]
+        for process in chosen:
+            process.kill()
+        for process in ranks:
+            process.join(timeout=60)
+            self.hung += process.is_alive()
+            process.kill()
+            process.join()
+        codes = [process.exitcode for process in ranks]
+        killed = -signal.SIGKILL in codes
+        assert killed or codes == [0] * self.size, f"the run failed by itself: {codes}"
+        self.kills += killed
+        return killed
 
     def _look(self, out: Path) -> None:
         newest, notes = newest_valid(out / "checkpoints")
