@@ -39,8 +39,8 @@ def write(rows: list[Row], command: str, seconds: float, file: Path) -> None:
     lines += [
         f"on {os.cpu_count()} CPU cores, torch {torch.__version__}, in {seconds / 60:.0f} minutes, with a tiny network: what",
         "is tested is the way of saving, loading and looking, which is the same for any size. `tests/faults` does the same",
-        "in small with every run of the tests. A power loss is replayed from the record of all operations on files: what was not",
-        "synced may be missing, zeroed or cut, and any un-synced rename or removal undone.",
+        "in small with every run of the tests. A power loss is replayed from the record of all operations on files: what was",
+        "not synced may be missing, zeroed or cut, and any un-synced rename or removal undone.",
         "",
         "| Fault | Injected | Result |",
         "| --- | --- | --- |",

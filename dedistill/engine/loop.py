@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors
 from dedistill.engine.preview import Preview
 from dedistill.engine.rundir import RunDirectory
+from dedistill.engine.saver import Saver
 from dedistill.engine.stop import StopRequest
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
 from dedistill.errors import UserError
@@ -41,7 +43,7 @@ class Trainer:
         self.trainable = model.trainable()
         self.optimizer = make_optimizer(recipe, self.trainable.values())
         self.gradients = gradients_for(list(self.trainable.values()), world, plan.batch, recipe.train.exact)
-        self.guard = FiniteGuard()
+        self.guard, self.saver = FiniteGuard(), Saver()
         self.step = 0
         self.skipped = 0
         self.trained_now = False
@@ -106,6 +108,7 @@ class Trainer:
         self.stop, tasks = stop, ahead(self._tasks(self.step))
         try:
             for step in range(self.step, self.plan.steps):
+                self.saver.check()
                 row = self._guarded_step(step, tasks) | before
                 before = {}
                 self.step, self.trained_now = step + 1, True
@@ -123,12 +126,13 @@ class Trainer:
                 if last or self.stopping or _due(self.recipe.checkpoint.every, self.step, last):
                     if record:
                         record.sync()
-                    self._checkpoint()
+                    self._checkpoint(wait=last or self.stopping)
                 yield row
                 if self.stopping:
                     return
         finally:
             tasks.close()
+            self.saver.close()
             if record:
                 record.close()
 
@@ -147,7 +151,7 @@ class Trainer:
             return self._train_step(step, tasks)
         except NotFinite:
             if self.trained_now:  # the weights are good: bad steps were not applied
-                self._checkpoint()
+                self._checkpoint(wait=True)
             raise
 
     def _train_step(self, step: int, tasks: Iterator[tuple[np.ndarray, Task] | None]) -> dict:
@@ -227,19 +231,24 @@ class Trainer:
         header = snapshot_header(self.recipe, self.step)
         replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(self._weights(), metadata=header))
 
-    def _checkpoint(self) -> None:
-        """Rank 0 saves, after all have agreed on what; nobody goes on, or ends, before that is done."""
+    def _checkpoint(self, *, wait: bool) -> None:
+        """Rank 0 saves beside training, after all have agreed on what. wait: until it is safe; nobody ends before that."""
         weights = self._weights()
         self.world.same({f"hash of the weights of step {self.step}": tensors_sha256(weights)})
         if self.world.main:
-            self._save(weights)
-        self.world.wait()
+            self.saver.start(self._save(weights))
+        if wait:
+            self.saver.wait()
+            self.world.wait()
 
-    def _save(self, weights: dict[str, torch.Tensor]) -> None:
-        groups = {"trainable": weights, "optimizer": self._good(optimizer_tensors(self.optimizer, self.trainable))}
+    def _save(self, weights: dict[str, torch.Tensor]) -> Callable[[], object]:
+        """The save of this step, with copies of its own in the memory of the CPU."""
+        state = self._good(optimizer_tensors(self.optimizer, self.trainable, copy=False))
+        groups = {"trainable": {name: tensor.cpu() for name, tensor in weights.items()}}
+        groups["optimizer"] = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.items()}
         facts = {"skipped": self.skipped, "skipped_in_a_row": self.guard.in_a_row}
         facts |= {"recipe": self.recipe.resolved(), "saved_at": time.time()}
-        save_checkpoint(self.run.checkpoints, self.step, groups, facts, self.recipe.checkpoint.keep)
+        return partial(save_checkpoint, self.run.checkpoints, self.step, groups, facts, self.recipe.checkpoint.keep)
 
     def export(self) -> Path | None:
         """The finished network as a model folder, when the whole network was trained; whole or not at all."""

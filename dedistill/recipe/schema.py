@@ -19,7 +19,10 @@ class Table(BaseModel):
 
 class Run(Table):
     name: str = Field(
-        min_length=1, pattern=SAFE_NAME, description="Name of the run, for logs, trackers and folders of pictures."
+        min_length=1,
+        max_length=100,
+        pattern=SAFE_NAME,
+        description="Name of the run, for logs, trackers and folders of pictures.",
     )
     out: str = Field(min_length=1, description="Run directory: metrics, checkpoints, snapshots, pictures.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Key of every random draw of the run.")

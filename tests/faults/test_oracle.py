@@ -95,7 +95,11 @@ def test_killed_at_random_times(recipe, uninterrupted, tmp_path):
     """T1, a few; ``python -m benchmarks.faults`` does hundreds."""
     killing = Killing(recipe, tmp_path / "killed", uninterrupted, SETTINGS)
     killing.run(4, longest=1.0)
-    assert (killing.kills, killing.corrupt, killing.different) == (4, 0, 0) and killing.most_lost <= 1
+    assert (killing.kills, killing.corrupt, killing.different) == (
+        4,
+        0,
+        0,
+    ) and killing.most_lost <= 2  # a save in flight counts as none
 
 
 def test_killed_at_operations_of_a_whole_run(recipe, uninterrupted, tmp_path):
