@@ -78,11 +78,11 @@ class Trainer:
         name = self.world.from_main(found.name if self.world.main and found else None)
         if name is not None:
             self._read(self.run.checkpoints / name)
-        state = self.model.tensors() | optimizer_tensors(self.optimizer, self.trainable)
-        self.world.same({"step": self.step, "hash of weights and optimizer": tensors_sha256(state)})
+        self._compare("weights", self.trainable)
 
     def _read(self, checkpoint: Path) -> None:
         groups, manifest = read_checkpoint(checkpoint)
+        self._compare("optimizer state", groups.get("optimizer", {}))
         self.model.load_tensors(groups["trainable"], str(checkpoint))
         load_optimizer_tensors(self.optimizer, self.trainable, groups.get("optimizer", {}), str(checkpoint))
         self.step, self.skipped, self.guard.in_a_row = manifest["step"], manifest["skipped"], manifest["skipped_in_a_row"]
@@ -215,14 +215,18 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Rank 0 saves, after all have agreed on what; nobody goes on, or ends, before that is done."""
-        weights = self._weights()
-        self.world.same({f"hash of the weights of step {self.step}": tensors_sha256(weights)})
+        self._compare("weights", self.trainable)
         if self.world.main:
-            self._save(weights)
+            self._save()
         self.world.wait()
 
-    def _save(self, weights: dict[str, torch.Tensor]) -> None:
-        groups = {"trainable": weights, "optimizer": optimizer_tensors(self.optimizer, self.trainable)}
+    def _compare(self, what: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Raises UserError unless all processes hold the same bytes."""
+        if self.world.size > 1:
+            self.world.same({f"hash of the {what} at step {self.step}": tensors_sha256(tensors)})
+
+    def _save(self) -> None:
+        groups = {"trainable": self._weights(), "optimizer": optimizer_tensors(self.optimizer, self.trainable)}
         facts = {"skipped": self.skipped, "skipped_in_a_row": self.guard.in_a_row}
         facts |= {"recipe": self.recipe.resolved(), "saved_at": time.time()}
         save_checkpoint(self.run.checkpoints, self.step, groups, facts, self.recipe.checkpoint.keep)
