@@ -30,6 +30,9 @@ from dedistill.recipe.plan import Plan
 from dedistill.tensorfile import tensors_sha256
 from dedistill.world import World, even_share
 
+Tasks = Iterator[tuple[np.ndarray, Task] | None]
+"""Positions and task of one micro-batch after the other; None where a step ends."""
+
 
 class Trainer:
     """Everything a run consists of. ``fit`` reads as the run goes."""
@@ -133,14 +136,14 @@ class Trainer:
     def _logged(self) -> bool:
         return self.step % self.recipe.log.every == 0
 
-    def _tasks(self, start: int) -> Iterator[tuple[np.ndarray, Task] | None]:
-        """Positions and task of every micro-batch of this process, from step ``start`` on; None where a step ends."""
+    def _tasks(self, start: int) -> Tasks:
+        """Every micro-batch of this process, from step ``start`` on."""
         for step in range(start, self.plan.steps):
             for positions in self.objective.share(step, self.micro_batch, self.world):
                 yield positions, self.objective.task(step, positions)
             yield None
 
-    def _guarded_step(self, step: int, tasks: Iterator[Task]) -> dict:
+    def _guarded_step(self, step: int, tasks: Tasks) -> dict:
         try:
             return self._train_step(step, tasks)
         except NotFinite:
@@ -148,7 +151,7 @@ class Trainer:
                 self._checkpoint()
             raise
 
-    def _train_step(self, step: int, tasks: Iterator[tuple[np.ndarray, Task] | None]) -> dict:
+    def _train_step(self, step: int, tasks: Tasks) -> dict:
         """One optimizer step over all slots of the global batch; every sample weighs the same."""
         loss, sigma, bad = self._gradients(tasks)
         grad_norm = float(self._clip())
@@ -167,7 +170,7 @@ class Trainer:
             return {**row, "loss": str(mean), "grad_norm": str(grad_norm), "not_finite": bad}
         return row | {"sigma_mean": float(sigma.mean()), "sigma_loss": sigma_bins(loss, sigma, self.recipe.log.sigma_bins)}
 
-    def _gradients(self, tasks: Iterator[tuple[np.ndarray, Task] | None]) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
+    def _gradients(self, tasks: Tasks) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
         """Leave the gradient of the whole batch in place; (losses [B], sigmas [B], samples whose loss is not finite).
 
         What comes back is of all processes, in the order of positions, so that it does not depend on who did what.
@@ -188,7 +191,7 @@ class Trainer:
         bad = [culprit for _, culprit in sorted((b for h in heard for b in h["bad"]), key=lambda b: b[0])]
         return torch.tensor(losses), torch.tensor(sigmas), bad
 
-    def _next(self, tasks: Iterator[tuple[np.ndarray, Task] | None]) -> tuple[np.ndarray, Task] | None:
+    def _next(self, tasks: Tasks) -> tuple[np.ndarray, Task] | None:
         start = time.monotonic()
         item = next(tasks)
         self.waited += time.monotonic() - start
