@@ -60,7 +60,9 @@ def start(*, cpu: bool, **options: Any) -> "tuple[Accelerator, World]":
 
 def only_first() -> bool:
     """For work of one process: whether this is the one to do it. That one is then alone, whatever started it."""
-    first = os.environ.get("RANK", "0") == "0"
+    if ranks() == 1:
+        return True
+    first = os.environ["RANK"] == "0"
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)
     return first

@@ -32,6 +32,9 @@ from dedistill.recipe.plan import Plan
 from dedistill.tensorfile import tensors_sha256
 from dedistill.world import World, even_share
 
+Tasks = Iterator[tuple[np.ndarray, Task] | None]
+"""Positions and task of one micro-batch after the other; None where a step ends."""
+
 
 class Trainer:
     """Everything a run consists of. ``fit`` reads as the run goes."""
@@ -80,11 +83,11 @@ class Trainer:
         name = self.world.from_main(found.name if self.world.main and found else None)
         if name is not None:
             self._read(self.run.checkpoints / name)
-        state = self.model.tensors() | optimizer_tensors(self.optimizer, self.trainable)
-        self.world.same({"step": self.step, "hash of weights and optimizer": tensors_sha256(state)})
+        self._compare("weights", self.trainable)
 
     def _read(self, checkpoint: Path) -> None:
         groups, manifest = read_checkpoint(checkpoint)
+        self._compare("optimizer state", groups.get("optimizer", {}))
         self.model.load_tensors(groups["trainable"], str(checkpoint))
         load_optimizer_tensors(self.optimizer, self.trainable, groups.get("optimizer", {}), str(checkpoint))
         self.step, self.skipped, self.guard.in_a_row = manifest["step"], manifest["skipped"], manifest["skipped_in_a_row"]
@@ -139,14 +142,14 @@ class Trainer:
     def _logged(self) -> bool:
         return self.step % self.recipe.log.every == 0
 
-    def _tasks(self, start: int) -> Iterator[tuple[np.ndarray, Task] | None]:
-        """Positions and task of every micro-batch of this process, from step ``start`` on; None where a step ends."""
+    def _tasks(self, start: int) -> Tasks:
+        """Every micro-batch of this process, from step ``start`` on."""
         for step in range(start, self.plan.steps):
             for positions in self.objective.share(step, self.micro_batch, self.world):
                 yield positions, self.objective.task(step, positions)
             yield None
 
-    def _guarded_step(self, step: int, tasks: Iterator[Task]) -> dict:
+    def _guarded_step(self, step: int, tasks: Tasks) -> dict:
         try:
             return self._train_step(step, tasks)
         except NotFinite:
@@ -154,7 +157,7 @@ class Trainer:
                 self._checkpoint(wait=True)
             raise
 
-    def _train_step(self, step: int, tasks: Iterator[tuple[np.ndarray, Task] | None]) -> dict:
+    def _train_step(self, step: int, tasks: Tasks) -> dict:
         """One optimizer step over all slots of the global batch; every sample weighs the same."""
         loss, sigma, bad = self._gradients(tasks)
         grad_norm = float(self._clip())
@@ -174,7 +177,7 @@ class Trainer:
             return {**row, "loss": str(mean), "grad_norm": str(grad_norm), "not_finite": bad}
         return row | {"sigma_mean": float(sigma.mean()), "sigma_loss": sigma_bins(loss, sigma, self.recipe.log.sigma_bins)}
 
-    def _gradients(self, tasks: Iterator[tuple[np.ndarray, Task] | None]) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
+    def _gradients(self, tasks: Tasks) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
         """Leave the gradient of the whole batch in place; (losses [B], sigmas [B], samples whose loss is not finite).
 
         What comes back is of all processes, in the order of positions, so that it does not depend on who did what.
@@ -195,7 +198,7 @@ class Trainer:
         bad = [culprit for _, culprit in sorted((b for h in heard for b in h["bad"]), key=lambda b: b[0])]
         return torch.tensor(losses), torch.tensor(sigmas), bad
 
-    def _next(self, tasks: Iterator[tuple[np.ndarray, Task] | None]) -> tuple[np.ndarray, Task] | None:
+    def _next(self, tasks: Tasks) -> tuple[np.ndarray, Task] | None:
         start = time.monotonic()
         item = next(tasks)
         self.waited += time.monotonic() - start
@@ -233,18 +236,22 @@ class Trainer:
 
     def _checkpoint(self, *, wait: bool) -> None:
         """Rank 0 saves beside training, after all have agreed on what. wait: until it is safe; nobody ends before that."""
-        weights = self._weights()
-        self.world.same({f"hash of the weights of step {self.step}": tensors_sha256(weights)})
+        self._compare("weights", self.trainable)
         if self.world.main:
-            self.saver.start(self._save(weights))
+            self.saver.start(self._save())
         if wait:
             self.saver.wait()
             self.world.wait()
 
-    def _save(self, weights: dict[str, torch.Tensor]) -> Callable[[], object]:
+    def _compare(self, what: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Raises UserError unless all processes hold the same bytes."""
+        if self.world.size > 1:
+            self.world.same({f"hash of the {what} at step {self.step}": tensors_sha256(tensors)})
+
+    def _save(self) -> Callable[[], object]:
         """The save of this step, with copies of its own in the memory of the CPU."""
         state = self._good(optimizer_tensors(self.optimizer, self.trainable, copy=False))
-        groups = {"trainable": {name: tensor.cpu() for name, tensor in weights.items()}}
+        groups = {"trainable": {name: tensor.cpu() for name, tensor in self._weights().items()}}
         groups["optimizer"] = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.items()}
         facts = {"skipped": self.skipped, "skipped_in_a_row": self.guard.in_a_row}
         facts |= {"recipe": self.recipe.resolved(), "saved_at": time.time()}

@@ -100,6 +100,7 @@ CASES = [
     ("train.weight_decay", "0.5", "adapter", []),
     ("train.max_grad_norm", "1e-6", "adapter", ["train.optimizer=adamw"]),
     ("train.precision", "bf16", "adapter", []),
+    ("train.exact", "true", "adapter", []),
     ("train.gradient_checkpointing", "true", "adapter", []),
     ("validate.every", "2", "adapter", []),
     ("validate.samples", "8", "adapter", []),

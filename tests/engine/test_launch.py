@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from accelerate.commands.config import load_config_from_file
 
 from dedistill.engine.checkpoint import damage, list_checkpoints
 from dedistill.engine.launcher import ENGINES, promised, resume_command
+from dedistill.engine.stop import ECHO, StopRequest
 from dedistill.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +106,20 @@ def test_what_the_launcher_was_to_start_is_known(monkeypatch, options, count):
         launcher.wait()
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     assert promised(os.getppid()) == 0
+
+
+@pytest.mark.parametrize(("count", "ends"), [("1", True), ("2", False)])
+def test_a_launcher_of_several_repeats_a_signal(monkeypatch, count, ends):
+    """Its Ctrl-C comes twice within a second: from the terminal and from the launcher. A person's second one comes later."""
+    monkeypatch.setenv("WORLD_SIZE", count)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt) if ends else nullcontext():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked() == signal.SIGINT
+        stop._first -= 2 * ECHO  # as if that long had passed
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_fewer_processes_than_the_launcher_was_to_start_is_an_error(adapter_recipe, monkeypatch, capsys):

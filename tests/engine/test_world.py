@@ -251,10 +251,10 @@ def test_a_process_with_nothing_to_do_takes_part():
 
 
 def test_exact_weights_are_bit_equal_at_every_world_size(adapter_recipe, tmp_path):
-    """T8, promise 3: 3 processes, 2->1->3 and 1->2->1 by resume, against one process: weights, optimizer and metrics."""
+    """T8, promise 3: 3 processes, and 2->1->3 by resume, against one process: weights, optimizer and metrics."""
     settings = (*FEW, "train.exact=true")
     alone = train(1, adapter_recipe, tmp_path / "alone", *settings)
-    for sizes in ((3,), (2, 1, 3), (1, 2, 1)):
+    for sizes in ((3,), (2, 1, 3)):
         out = tmp_path / "-".join(map(str, sizes))
         for i, size in enumerate(sizes):
             train(size, adapter_recipe, out, *settings, f"train.steps={6 * (i + 1) // len(sizes)}")
@@ -274,12 +274,39 @@ def test_fast_weights_agree_to_rounding(adapter_recipe, tmp_path):
     assert json.loads((three / "plan.json").read_text())["effects"]["processes"] == 3
 
 
+LORA = "adapter={kind='lora', targets=[{preset='blocks', rank=2}]}"
+BF16 = ("train.precision=bf16", "train.optimizer=adamw_bf16")
+
+
+@pytest.mark.parametrize(
+    ("which", "settings"),
+    [
+        ("adapter", ["base.quant=none"]),
+        ("adapter", ["base.quant=int8-quanto"]),
+        ("adapter", [LORA]),
+        ("adapter", [*BF16]),
+        ("adapter", ["base.quant=none", LORA, *BF16]),
+        ("adapter", ["base.quant=int8-quanto", LORA]),
+        ("teacher", []),
+    ],
+    ids=["none lokr", "quanto lokr", "int8 lora", "int8 lokr bf16", "none lora bf16", "quanto lora", "whole network"],
+)
+def test_every_kind_of_base_and_adapter(request, tmp_path, which, settings):
+    """docs/engines.md: the cells of the table that say ok."""
+    recipe, settings = request.getfixturevalue(f"{which}_recipe"), [*settings, "train.steps=2", "train.exact=true"]
+    alone, both = (train(size, recipe, tmp_path / str(size), *settings) for size in (1, 2))
+    assert same(saved(alone), saved(both)) and (alone / "metrics.jsonl").read_bytes() == (both / "metrics.jsonl").read_bytes()
+    if which == "teacher":
+        files = [load_file(next((run / "model").rglob("*.safetensors"))) for run in (alone, both)]
+        assert same(*files)
+
+
 @pytest.mark.slow
 def test_any_chain_of_world_sizes(adapter_recipe, tmp_path):
-    """T8: 5->7 and 7->2->5, exact, uneven: 16 slots."""
+    """T8: 1->2->1, 5->7 and 7->2->5, exact, uneven: 16 slots."""
     settings = (*FEW, "train.exact=true", "train.batch=16")
     alone = train(1, adapter_recipe, tmp_path / "alone", *settings)
-    for sizes in ((5, 7), (7, 2, 5)):
+    for sizes in ((1, 2, 1), (5, 7), (7, 2, 5)):
         out = tmp_path / "-".join(map(str, sizes))
         for i, size in enumerate(sizes):
             train(size, adapter_recipe, out, *settings, f"train.steps={(2, 6)[i] if len(sizes) == 2 else 2 * (i + 1)}")
@@ -401,7 +428,7 @@ def test_processes_with_different_weights_stop(adapter_recipe, tmp_path, fault):
     assert run_ranks(2, fault, given, said=tmp_path / "said") == [1, 1]
     for rank in (0, 1):
         said = (tmp_path / "said" / str(rank)).read_text()
-        assert f"rank {rank}: error: rank 1 has another hash of the weights of step 3 than rank 0" in said
+        assert f"rank {rank}: error: rank 1 has another hash of the weights at step 3 than rank 0" in said
     assert not list_checkpoints(out / "checkpoints")
 
 

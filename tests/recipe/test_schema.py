@@ -96,6 +96,10 @@ CONTRADICTIONS = [
     (["timesteps.std=1", "timesteps.density=mode"], "timesteps.std: has no effect with density = 'mode'; needs 'logit_normal'"),
     (["timesteps.scale=1"], "timesteps.scale: has no effect with density = 'uniform'; needs 'mode'"),
     (["train.micro_batch=3"], "train.micro_batch: 3 does not divide batch = 8"),
+    (
+        ["train.micro_batch=4", "train.exact=true"],
+        "train.micro_batch: has no effect with exact = true: samples go through one by one",
+    ),
     (["train.warmup=10"], "train.warmup: 10 leaves no step of the 10 at the full rate"),
     (["train.lr_floor=0.1"], "train.lr_floor: has no effect with schedule = 'constant'"),
     (

@@ -1,0 +1,82 @@
+"""What the number of processes changes, and what train.exact costs.
+
+python -m benchmarks.processes        about 5 minutes on 2 cores; starts up to 7 processes by torchrun
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.interleave import RESULTS, ratio
+from dedistill.assemble import build_model
+from dedistill.engine.loop import Trainer
+from dedistill.engine.rundir import RunDirectory
+from dedistill.engine.stop import StopRequest
+from dedistill.prepare import open_data
+from dedistill.recipe import load_recipe
+from dedistill.recipe.plan import make_plan
+from dedistill.world import World
+
+RECIPE = "recipes/digits/teacher.toml"
+STEPS, BATCH = 20, 16
+
+
+def weights(size: int, exact: str, folder: Path) -> dict[str, torch.Tensor]:
+    """What ``STEPS`` steps on ``size`` processes end at."""
+    out = folder / f"{size}-{exact}"
+    settings = [f"run.out={out}", f"train.steps={STEPS}", f"train.batch={BATCH}", "train.warmup=0", f"train.exact={exact}"]
+    settings += ["checkpoint.every=0", "validate.every=1000", "validate.samples=8", "snapshot.every=0"]
+    command = ["torchrun", "--nproc_per_node", str(size), "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += ["-m", "dedistill.train", RECIPE, *(a for s in settings for a in ("--set", s))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    return load_file(out / "checkpoints" / f"step-{STEPS:08d}" / "trainable.safetensors")
+
+
+def trainer(folder: Path, *settings: str) -> Trainer:
+    recipe = load_recipe(RECIPE, [f"run.out={folder}", f"train.batch={BATCH}", "train.warmup=0", *settings])
+    made = Trainer(
+        recipe, make_plan(recipe), build_model(recipe), open_data(recipe, "cpu", print).source, RunDirectory(recipe), World()
+    )
+    made.stop = StopRequest().__enter__()
+    return made
+
+
+def step_of(made: Trainer):
+    """A function that trains one step."""
+    tasks = made._tasks(0)
+    count = iter(range(10**6))
+    return lambda: made._train_step(next(count), tasks)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        whole, single, exact = (step_of(trainer(folder, *s)) for s in ([], ["train.micro_batch=1"], ["train.exact=true"]))
+        cost = {
+            "exact over fast, whole batch at once": ratio(whole, exact),
+            "exact over fast, one sample at a time": ratio(single, exact),
+        }
+        alone = {mode: weights(1, mode, folder) for mode in ("false", "true")}
+        furthest = {}
+        for mode, sizes in (("false", (2, 3, 5, 7)), ("true", (3, 7))):
+            for size in sizes:
+                other = weights(size, mode, folder)
+                furthest[f"{size} processes, exact = {mode}"] = max(
+                    float((alone[mode][k] - other[k]).abs().max()) for k in alone[mode]
+                )
+    setting = f"{RECIPE}, batch {BATCH}, {STEPS} steps, CPU, one thread each; largest difference of a weight to one process"
+    result = {"setting": setting, "largest_difference": furthest, "seconds_ratio": cost}
+    print(json.dumps(result, indent=1))
+    (RESULTS / "processes.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
