@@ -34,11 +34,12 @@ Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 class TensorFile:
     """A safetensors file of a known layout, complete at ``path`` or not there. Use as a context manager.
 
-    Raises UserError naming the path when the disk refuses, and ValueError when what is written is not the layout.
+    digest: a hash to feed with every byte as it is written. Raises UserError naming the path when the disk refuses, and
+    ValueError when what is written is not the layout.
     """
 
-    def __init__(self, path: Path, layout: Layout, metadata: dict[str, str]):
-        self.path = path
+    def __init__(self, path: Path, layout: Layout, metadata: dict[str, str], digest: Any = None):
+        self.path, self._digest = path, digest
         self._layout, self._names = layout, iter(layout)
         self._name, self._left = "", 0
         header: dict = {"__metadata__": metadata}
@@ -65,12 +66,17 @@ class TensorFile:
             raise ValueError(f"'{name}' {tuple(part.shape)} {part.dtype} is not what the layout has next: '{self._name}'")
         self._left -= part.numel()
         self._begin()
-        self._file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._put(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def _begin(self) -> None:
         if self._head:
-            self._file.write(self._head)
+            self._put(self._head)
             self._head = b""
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        if self._digest:
+            self._digest.update(data)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         try:

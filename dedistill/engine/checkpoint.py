@@ -5,16 +5,17 @@ parent synced. Valid means: the manifest parses and every size and SHA-256 agree
 the newest valid one wins.
 """
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from dedistill.errors import UserError
 from dedistill.files import file_sha256, make_folder, read_sealed, sealed, step_name, step_of, sync, write_synced
+from dedistill.tensorfile import TensorFile
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -36,8 +37,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
     try:
         files = {}
         for name, group in tensors.items():
-            data = save(group, metadata={"format": "pt", "step": str(step)})
-            files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": write_synced(temporary / f"{name}.safetensors", data)}
+            files[f"{name}.safetensors"] = _write(temporary / f"{name}.safetensors", group, step)
         manifest = {"schema": SCHEMA, "step": step, **facts, "files": files}
         write_synced(temporary / MANIFEST, sealed(manifest))
         sync(temporary)
@@ -52,6 +52,15 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
         raise UserError(f"checkpoint '{final}' does not read back as written: {problem}. Older checkpoints are kept.")
     _prune(folder, keep)
     return final
+
+
+def _write(path: Path, group: dict[str, Tensor], step: int) -> dict[str, int | str]:
+    """Tensor by tensor: a whole file in memory would be one more copy, and made while training stands still."""
+    digest, layout = hashlib.sha256(), {name: (tuple(t.shape), t.dtype) for name, t in group.items()}
+    with TensorFile(path, layout, {"format": "pt", "step": str(step)}, digest) as file:
+        for name, tensor in group.items():
+            file.write(name, tensor)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _prune(folder: Path, keep: int) -> None:

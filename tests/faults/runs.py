@@ -89,7 +89,8 @@ class Killing:
     def __init__(self, recipe: Path, folder: Path, reference: Path, settings: tuple[str, ...], *, size: int = 1, seed: int = 0):
         self.recipe, self.folder, self.reference, self.settings, self.size = recipe, folder, reference, settings, size
         self.random = random.Random(seed)
-        self.kills = self.after_first_save = self.corrupt = self.finished = self.different = self.most_lost = self.hung = 0
+        self.kills = self.after_first_save = self.corrupt = self.finished = self.different = 0
+        self.most_lost = self.hung = self.waiting = 0
 
     def run(self, kills: int, longest: float) -> None:
         """``kills`` kills, each after at most ``longest`` seconds; then one run to its end without any."""
@@ -112,8 +113,10 @@ class Killing:
         for process in chosen:
             process.kill()
         for process in ranks:
-            process.join(timeout=60)
-            self.hung += process.is_alive()
+            process.join(timeout=30)
+            if process.is_alive():  # before they have met nobody but a launcher can know that one is missing
+                met = "adapter" in (self.folder / "said" / "0").read_text()
+                self.hung, self.waiting = self.hung + met, self.waiting + (not met)
             process.kill()
             process.join()
         codes = [process.exitcode for process in ranks]
