@@ -23,6 +23,7 @@ DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int8: "I8",
+    torch.int32: "I32",
     torch.int64: "I64",
 }
 """dtype -> its name in the header."""

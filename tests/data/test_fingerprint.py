@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from dedistill.files import read_sealed
 from dedistill.fingerprint import fingerprint
 
 
@@ -45,5 +46,5 @@ def test_a_file_is_read_once_until_its_size_or_time_changes(files, tmp_path):
 def test_a_damaged_memory_is_made_anew(files, tmp_path, text):
     memo = tmp_path / "hashes.json"
     first = fingerprint(files, memo)
-    memo.write_text(text if text != "DAMAGED" else json.dumps(dict.fromkeys(json.loads(memo.read_text()), 3)))
-    assert fingerprint(files, memo) == first and len(json.loads(memo.read_text())) == 2
+    memo.write_text(text if text != "DAMAGED" else json.dumps(dict.fromkeys(read_sealed(memo), 3)))
+    assert fingerprint(files, memo) == first and len(read_sealed(memo)) == 2
