@@ -56,7 +56,10 @@ def open_data(recipe: Recipe, device: torch.device | str, say: Say) -> Prepared:
 
 def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     family = get_family(recipe.model.family, recipe.where("model.family"))
-    return family, family.load(recipe.model, seed=recipe.run.seed, net=False)
+    parts = family.load(recipe.model, seed=recipe.run.seed, net=False)
+    if parts.vae is None:
+        raise UserError(f"{recipe.where('data.source')}: {family.name} has no codec that encodes 'pictures'", 2)
+    return family, parts
 
 
 def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say) -> Prepared:
