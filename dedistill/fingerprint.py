@@ -13,13 +13,15 @@ def fingerprint(files: Iterable[Path], memo: Path) -> str:
     try:
         known = json.loads(memo.read_text())
     except (OSError, ValueError):
-        known = {}
+        known = None
+    known = known if isinstance(known, dict) else {}
     digest, before = hashlib.sha256(), dict(known)
     for file in sorted(files):
         status = file.stat()
         stamp = [status.st_size, status.st_mtime_ns]
         place = str(file.resolve())
-        if known.get(place, [None])[:-1] != stamp:
+        entry = known.get(place)
+        if not isinstance(entry, list) or entry[:-1] != stamp:
             known[place] = [*stamp, file_sha256(file)]
         digest.update(f"{file.parent.name}/{file.name} {known[place][-1]}\n".encode())
     if known != before:

@@ -8,6 +8,7 @@ from dedistill.assemble import Model, build_model
 from dedistill.engine.checkpoint import damage, list_checkpoints
 from dedistill.errors import UserError
 from dedistill.files import step_of
+from dedistill.prepare import known_text
 from dedistill.recipe import Recipe
 
 
@@ -24,17 +25,24 @@ def open_finished(recipe: Recipe, weights: Path | None = None) -> Model:
         if not folder.exists():
             raise UserError(f"'{folder}' does not exist: train this recipe first (python -m dedistill.train ...)")
         trained = recipe.model.model_copy(update={"path": str(folder), "new": None})
-        return build_model(recipe.model_copy(update={"model": trained}), device)
-    model = build_model(recipe, device)
+        return _build(recipe.model_copy(update={"model": trained}), device)
+    model = _build(recipe, device)
     model.load_file(weights or last_weights(out))
     return model
 
 
 def open_base(recipe: Recipe) -> Model:
     """The network of ``recipe`` as training finds it, without the adapter."""
-    model = build_model(recipe, sampling_device())
+    model = _build(recipe, sampling_device())
     if model.adapter:
         model.adapter.detach_from_base()
+    return model
+
+
+def _build(recipe: Recipe, device: str) -> Model:
+    """With the prompts that training had encoded, so that guidance starts from the very empty prompt it was trained on."""
+    model = build_model(recipe, device)
+    model.known |= known_text(recipe, model.family, model.parts)
     return model
 
 

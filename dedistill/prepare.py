@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from dedistill.data.buckets import apply_crop, crops_of, too_small
-from dedistill.data.cache import Store
-from dedistill.data.encoded import HELD_OUT, EncodedPictures, Picture, latent_key, text_key
+from dedistill.data.cache import Store, sole_writer
+from dedistill.data.encoded import HELD_OUT, EncodedPictures, Picture, latent_key, read_text, text_key
 from dedistill.data.index import Index, build_index
 from dedistill.data.listing import PictureSet, pictures_of
 from dedistill.data.mixing import caption_warnings
-from dedistill.data.pictures import decode
 from dedistill.data.registry import open_source
 from dedistill.data.source import Source
 from dedistill.errors import UserError
@@ -69,12 +68,15 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say) -> P
     """
     cache, index, pictures = look(recipe, say)
     latents, texts = open_stores(recipe, family, parts, cache)
-    asked = ["", recipe.sample.negative, *recipe.preview.prompts]
+    asked = _asked(recipe)
     captions = list(dict.fromkeys([*asked, *(c for p in pictures for c in p.sample.captions)]))
-    _encode_captions(captions, texts, family, parts, _length(recipe, family), say)
-    parts.text.unload()
-    _encode_pictures(pictures, index, latents, family, parts, say)
-    parts.vae.unload()
+    if _missing_captions(captions, texts) or _missing_pictures(pictures, latents):
+        with sole_writer(cache, say):
+            latents, texts = open_stores(recipe, family, parts, cache)  # another process may have written meanwhile
+            _encode_captions(captions, texts, family, parts, _length(recipe, family), say)
+            parts.text.unload()
+            _encode_pictures(pictures, index, latents, family, parts, say)
+            parts.vae.unload()
     share = HELD_OUT if recipe.data.held_out is None else recipe.data.held_out
     source = EncodedPictures(pictures, [s.weight for s in recipe.data.sets], latents, texts, share)
     facts = {
@@ -84,19 +86,29 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say) -> P
         "quarantined": len(index.quarantined),
         "cache_bytes": latents.bytes() + texts.bytes(),
     }
-    return Prepared(source, {caption: source.text(caption) for caption in asked}, facts, source.digest)
+    return Prepared(source, {caption: read_text(texts, caption) for caption in asked}, facts, source.digest)
+
+
+def _asked(recipe: Recipe) -> list[str]:
+    """Captions beside those of pictures: the empty one, of dropout and guidance, and what previews are made with."""
+    return ["", recipe.sample.negative, *recipe.preview.prompts]
+
+
+def check_cached(recipe: Recipe) -> None:
+    """Raises UserError for a recipe whose data are not encoded beforehand."""
+    if recipe.data.source != "pictures":
+        raise UserError(f"{recipe.where('data.source')}: '{recipe.data.source}' has no cache; only 'pictures' are encoded", 2)
 
 
 def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
     """What is wrong with the cache of ``recipe``: one line per problem, nothing is encoded. Reads every shard."""
-    if recipe.data.source != "pictures":
-        raise UserError(f"{recipe.where('data.source')}: '{recipe.data.source}' has no cache; only 'pictures' are encoded", 2)
+    check_cached(recipe)
     family, parts = _encoders(recipe)
     cache, _, pictures = look(recipe, say)
     latents, texts = open_stores(recipe, family, parts, cache)
     problems = [f"'{shard}' is damaged: delete it, it is encoded again" for s in (latents, texts) for shard in s.damaged()]
     wanted = {latent_key(p.sample, crop) for p in pictures for crop in p.crops}
-    captions = {text_key(c) for p in pictures for c in p.sample.captions} | {text_key("")}
+    captions = {text_key(c) for c in [*_asked(recipe), *(c for p in pictures for c in p.sample.captions)]}
     for store, keys, what in ((latents, wanted, "crops"), (texts, captions, "captions")):
         missing = sum(key not in store for key in keys)
         unused = len(store) - len(keys) + missing
@@ -108,12 +120,29 @@ def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
 
 def open_stores(recipe: Recipe, family: Family, parts: Components, cache: Path) -> tuple[Store, Store]:
     """(latents, text). Raises UserError, naming what differs, when they were made by other encoders or settings."""
+    inputs = _inputs(recipe, family, parts, cache)
+    return Store(cache / "latents", inputs["latents"]), Store(cache / "text", inputs["text"])
+
+
+def known_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, Text]:
+    """What the cache of ``recipe`` has of the empty prompt, the negative one and those of previews; nothing without a cache.
+
+    A finished model that is given these uses the very tensors it was trained with. Raises as ``open_stores`` does.
+    """
+    if recipe.data.source != "pictures" or not (cache := Path(recipe.data.cache)).is_dir():
+        return {}
+    texts = Store(cache / "text", _inputs(recipe, family, parts, cache)["text"])
+    return {caption: read_text(texts, caption) for caption in _asked(recipe) if text_key(caption) in texts}
+
+
+def _inputs(recipe: Recipe, family: Family, parts: Components, cache: Path) -> dict[str, dict[str, object]]:
+    """What "latents" and "text" were made with; of files their hash."""
     inputs = family.cache_inputs(parts, _length(recipe, family))
     for table in inputs.values():
         for key, value in table.items():
             if isinstance(value, list):
                 table[key] = fingerprint(value, cache / "hashes.json")
-    return Store(cache / "latents", inputs["latents"]), Store(cache / "text", inputs["text"])
+    return inputs
 
 
 def _length(recipe: Recipe, family: Family) -> int:
@@ -173,8 +202,16 @@ def _write_quarantine(cache: Path, index: Index) -> Path:
     return file
 
 
+def _missing_captions(captions: list[str], store: Store) -> list[str]:
+    return [c for c in captions if text_key(c) not in store]
+
+
+def _missing_pictures(pictures: list[Picture], store: Store) -> list[Picture]:
+    return [p for p in pictures if any(latent_key(p.sample, crop) not in store for crop in p.crops)]
+
+
 def _encode_captions(captions: list[str], store: Store, family: Family, parts: Components, length: int, say: Say) -> None:
-    missing = [c for c in captions if text_key(c) not in store]
+    missing = _missing_captions(captions, store)
     for chunk in _told(missing, CAPTIONS_PER_SHARD, "captions", say):
         text = family.encode_text(parts, chunk, length)
         store.write({text_key(c): _stored(text.rows(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)})
@@ -188,19 +225,18 @@ def _stored(text: Text, mask: str) -> dict[str, Tensor]:
 
 def _encode_pictures(pictures: list[Picture], index: Index, store: Store, family: Family, parts: Components, say: Say) -> None:
     place = {id(sample): i for i, sample in enumerate(index.samples)}
-    missing = [p for p in pictures if any(latent_key(p.sample, crop) not in store for crop in p.crops)]
-    for chunk in _told(missing, PICTURES_PER_SHARD, "pictures", say):
+    for chunk in _told(_missing_pictures(pictures, store), PICTURES_PER_SHARD, "pictures", say):
         entries = {}
         for picture in chunk:
-            image = decode(index.read(place[id(picture.sample)]))
+            image = index.picture(place[id(picture.sample)])
             for crop in picture.crops:
                 key = latent_key(picture.sample, crop)
                 pixels = torch.from_numpy(apply_crop(image, crop).astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
                 noise = keyed.noise(0, f"vae/{key}", 0, [0], family.latent_shape(parts, crop.height, crop.width))
-                latent = family.encode_pictures(parts, pixels, noise)[0]
+                latent = family.encode_pictures(parts, pixels, noise)[0].to("cpu", torch.float16)
                 if not latent.isfinite().all():
                     raise UserError(f"data: the latents of '{picture.sample.name}' are not finite; leave this picture out")
-                entries[key] = {"latent": latent.to("cpu", torch.float16)}
+                entries[key] = {"latent": latent}
         store.write(entries)
 
 

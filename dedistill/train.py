@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import traceback
+from contextlib import ExitStack
 
 from dedistill.errors import UserError
 from dedistill.recipe import Recipe, load_recipe, to_toml
@@ -69,7 +70,7 @@ def _main(args: argparse.Namespace, argv: list[str]) -> int:
             return _rehearse(recipe)
         if args.check_cache:
             return _check_cache(recipe)
-        return train(recipe, argv, cache_only=args.cache_only)
+        return _encode(recipe) if args.cache_only else train(recipe, argv)
     except UserError as e:
         raise UserError(recipe.placed(str(e)), e.exit_code) from e
 
@@ -97,8 +98,21 @@ def _check_cache(recipe: Recipe) -> int:
     return 1 if problems else 0
 
 
-def train(recipe: Recipe, argv: list[str], *, cache_only: bool = False) -> int:
-    """Train ``recipe`` to its end or to a stop request; returns the exit code. cache_only: stop when data is encoded."""
+def _encode(recipe: Recipe) -> int:
+    from dedistill.report.console import quiet_dependencies, say
+
+    quiet_dependencies()
+    from dedistill.finished import sampling_device
+    from dedistill.prepare import check_cached, open_data
+
+    check_cached(recipe)
+    facts = open_data(recipe, sampling_device(), say).facts
+    say(", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in facts.items()))
+    return 0
+
+
+def train(recipe: Recipe, argv: list[str]) -> int:
+    """Train ``recipe`` to its end or to a stop request; returns the exit code."""
     from dedistill.report.console import header, progress, quiet_dependencies, say
 
     quiet_dependencies()
@@ -120,10 +134,9 @@ def train(recipe: Recipe, argv: list[str], *, cache_only: bool = False) -> int:
     again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
     plan = make_plan(recipe)
-    with RunDirectory(recipe) as run, StopRequest() as stop:
-        data = open_data(recipe, accelerator.device, say)
-        if cache_only:
-            return 0
+    with RunDirectory(recipe) as run, ExitStack() as training:
+        data = open_data(recipe, accelerator.device, say)  # stopped at once when asked: what is encoded is kept
+        stop = training.enter_context(StopRequest())
         model = build_model(recipe, accelerator.device)
         model.known |= data.known
         _check_pictures(recipe, data.source.picture, model.parts.picture)

@@ -68,7 +68,7 @@ def crops_of(
         choices = {mode: chosen for mode in modes if (chosen := MODES[mode](sample, resolution, divisible, fitting))}
         for k in range(per_picture if choices else 0):
             mode = list(choices)[(turn + k) % len(choices)]
-            which, x, y = keyed.generator(seed, f"crop/{sample.name}", resolution, k).random(3)
+            which, x, y = keyed.generator(seed, f"crop/{sample.name}", resolution, k).random(3).tolist()
             bucket = choices[mode][int(which * len(choices[mode]))]
             x, y = (0.5, 0.5) if mode == "center" else (x, y)
             crops.append(Crop(resolution, *bucket, _window(sample, bucket, x, y)))

@@ -50,39 +50,49 @@ def text_key(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:32]
 
 
+def read_text(texts: Store, caption: str) -> Text:
+    """One caption of the cache, [1, T, D], as long as it was stored."""
+    parts = texts.read(text_key(caption))
+    return Text(parts["embeds"][None], parts["mask"][None], parts["pooled"][None])
+
+
 def split(pictures: Sequence[Picture], share: float) -> tuple[list[Picture], list[Picture]]:
     """(train, held out): the same ones whatever else is in the folder, by the hash of each picture's bytes.
 
-    At least one is held out when ``share`` is above 0. Raises UserError when nothing would be left to train on.
+    At least one is held out when ``share`` is above 0; copies of a picture stay together.
     """
-    order = sorted(pictures, key=lambda p: p.sample.sha256)
-    count = max(1, round(share * len(order))) if share else 0
-    if count >= len(order):
-        raise UserError(f"data: {len(order)} usable pictures, {count} of them held out: nothing is left to train on")
-    held = {p.sample.sha256 for p in order[:count]}
+    order = sorted({p.sample.sha256 for p in pictures})
+    held = set(order[: max(1, round(share * len(order))) if share else 0])
     return [p for p in pictures if p.sample.sha256 not in held], [p for p in pictures if p.sample.sha256 in held]
 
 
 class EncodedPictures:
-    """A source whose samples are latents and text from stores. ``weights``: one per set of the recipe, in its order."""
+    """A source whose samples are latents and text from stores. ``weights``: one per set of the recipe, in its order.
+
+    Raises UserError for a set of which nothing is left to train on.
+    """
 
     name = "pictures"
     picture = None
 
     def __init__(self, pictures: Sequence[Picture], weights: Sequence[float], latents: Store, texts: Store, held_out: float):
         train, self._held = split(pictures, held_out)
-        present = sorted({p.sample.source for p in train})
-        self._sets = [[p for p in train if p.sample.source == i] for i in present]
-        self._weights = [weights[i] for i in present]
+        self._sets = [[p for p in train if p.sample.source == i] for i in range(len(weights))]
+        self._weights = list(weights)
+        for i, own in enumerate(self._sets):
+            if not own:
+                raise UserError(
+                    f"data.sets.{i}: no picture of this set is left to train on: {len(pictures)} of all sets are usable, "
+                    f"{len(self._held)} of these are held out for validation. Add pictures, or lower data.held_out"
+                )
         self._latents, self._texts = latents, texts
         self._slots = lru_cache(maxsize=4)(self._slots_of)
 
     @property
     def digest(self) -> str:
-        """Hash of everything a draw can come from: pictures, crops, captions, sets and weights."""
-        parts = [
-            [self._weights, [[(p.sample.sha256, p.crops, p.sample.captions) for p in s] for s in (*self._sets, self._held)]]
-        ]
+        """Hash of everything a draw can come from: pictures, crops, captions, sets, weights, and how they are encoded."""
+        pictures = [[(p.sample.sha256, p.crops, p.sample.captions) for p in s] for s in (*self._sets, self._held)]
+        parts = [self._weights, pictures, self._latents.inputs, self._texts.inputs]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _slots_of(self, seed: int, step: int, batch: int, held_out: bool) -> list[Slot]:
@@ -110,13 +120,8 @@ class EncodedPictures:
         slots = [self._slots(seed, step, batch, held_out)[p] for p in positions]
         latents = [self._latents.read(latent_key(s.picture.sample, s.crop))["latent"] for s in slots]
         captions = [s.caption for s in slots]
-        text = stack([self.text(c) for c in captions])
+        text = stack([read_text(self._texts, c) for c in captions])
         return Batch(torch.stack(latents).float(), captions, [s.name for s in slots], text=text)
-
-    def text(self, caption: str) -> Text:
-        """One caption of the cache, [1, T, D], as long as it was stored."""
-        parts = self._texts.read(text_key(caption))
-        return Text(parts["embeds"][None], parts["mask"][None], parts["pooled"][None])
 
     def prompts(self, seed: int, count: int) -> list[str]:
         everything = [c for p in (self._held or self._sets[0]) for c in p.sample.captions]

@@ -128,7 +128,7 @@ class Trainer:
     def _train_step(self, step: int, tasks: Iterator[Task]) -> dict:
         """One optimizer step over all slots of the global batch; every sample weighs the same."""
         losses, sigmas, names = [], [], []
-        for _ in self.objective.micro_batches(step, self.plan.micro_batch):
+        while len(names) < self.plan.batch:
             task = self._next(tasks)
             loss = task_loss(self.model, task)  # one number per sample
             (loss.sum() / self.plan.batch).backward()

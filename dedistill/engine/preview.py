@@ -1,5 +1,6 @@
 """Pictures while training: the same prompts, noise and scales at every preview, so that only the weights differ."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ class Preview:
             self._write(step)
         except torch.OutOfMemoryError:
             if not self.out_of_memory:
-                print(f"preview at step {step}: out of memory; training goes on. Lower sample.height and sample.width.")
+                said = "out of memory; training goes on. Lower sample.height and sample.width."
+                print(f"preview at step {step}: {said}", file=sys.stderr)
             self.out_of_memory = True
         finally:
             _release(self.model)

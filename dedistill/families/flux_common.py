@@ -50,8 +50,8 @@ def flux_velocity(
     with exact_timestep(time_text_embed, sigma, guidance):
         out = net(
             hidden_states=patchify(noisy, patch),
-            encoder_hidden_states=text.embeds,
-            pooled_projections=text.pooled,
+            encoder_hidden_states=text.embeds.to(noisy.dtype),  # cached text keeps its encoders' dtype
+            pooled_projections=text.pooled.to(noisy.dtype),
             timestep=sigma.float(),
             guidance=guidance,
             img_ids=picture_ids(height // patch, width // patch, noisy.device),

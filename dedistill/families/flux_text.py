@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -47,7 +48,7 @@ class FluxText:
             kind = {"local_files_only": True, "use_safetensors": True, "dtype": "auto"}
             clip = CLIPTextModel.from_pretrained(self.folder / "text_encoder", **kind)
             t5 = T5EncoderModel.from_pretrained(self.folder / "text_encoder_2", **kind)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, SafetensorError) as e:
             raise UserError(f"model.path: the text encoders in '{self.folder}' cannot be loaded: {e}") from e
         self._loaded = (*tokenizers, clip.to(device).eval(), t5.to(device).eval())
 

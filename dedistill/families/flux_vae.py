@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dedistill.errors import UserError
@@ -36,7 +37,7 @@ class FluxVae:
             vae = AutoencoderKL.from_pretrained(
                 self.folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
             )
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, SafetensorError) as e:
             raise UserError(f"model.path: the VAE in '{self.folder}' cannot be loaded: {e}") from e
         self._loaded = vae.to(device).eval()
 
