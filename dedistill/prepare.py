@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.data.buckets import apply_crop, crops_of, too_small
+from dedistill.data.buckets import Crop, apply_crop, crops_of, too_small
 from dedistill.data.cache import Store, sole_writer
 from dedistill.data.encoded import HELD_OUT, EncodedPictures, Picture, latent_key, read_text, text_key
-from dedistill.data.index import Index, build_index
+from dedistill.data.index import READERS, Index, Sample, build_index
 from dedistill.data.listing import PictureSet, pictures_of
 from dedistill.data.mixing import caption_warnings
 from dedistill.data.registry import open_source
@@ -225,19 +226,31 @@ def _stored(text: Text, mask: str) -> dict[str, Tensor]:
 
 def _encode_pictures(pictures: list[Picture], index: Index, store: Store, family: Family, parts: Components, say: Say) -> None:
     place = {id(sample): i for i, sample in enumerate(index.samples)}
-    for chunk in _told(_missing_pictures(pictures, store), PICTURES_PER_SHARD, "pictures", say):
-        entries = {}
-        for picture in chunk:
-            image = index.picture(place[id(picture.sample)])
-            for crop in picture.crops:
-                key = latent_key(picture.sample, crop)
-                pixels = torch.from_numpy(apply_crop(image, crop).astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-                noise = keyed.noise(0, f"vae/{key}", 0, [0], family.latent_shape(parts, crop.height, crop.width))
-                latent = family.encode_pictures(parts, pixels, noise)[0].to("cpu", torch.float16)
-                if not latent.isfinite().all():
-                    raise UserError(f"data: the latents of '{picture.sample.name}' are not finite; leave this picture out")
-                entries[key] = {"latent": latent}
-        store.write(entries)
+
+    def pixels(picture: Picture) -> list[np.ndarray]:
+        image = index.picture(place[id(picture.sample)])
+        return [apply_crop(image, crop) for crop in picture.crops]
+
+    with ThreadPoolExecutor(READERS) as pool:  # decoding and resizing take as long as encoding does
+        for chunk in _told(_missing_pictures(pictures, store), PICTURES_PER_SHARD, "pictures", say):
+            entries = {}
+            for picture, crops in zip(chunk, pool.map(pixels, chunk)):
+                entries |= {
+                    latent_key(picture.sample, crop): {"latent": _latent(picture.sample, crop, array, family, parts)}
+                    for crop, array in zip(picture.crops, crops)
+                }
+            store.write(entries)
+
+
+def _latent(sample: Sample, crop: Crop, pixels: np.ndarray, family: Family, parts: Components) -> Tensor:
+    """One encoded crop [C, h, w], float16, its posterior sampled with noise that belongs to its key."""
+    x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    shape = family.latent_shape(parts, crop.height, crop.width)
+    noise = keyed.noise(0, f"vae/{latent_key(sample, crop)}", 0, [0], shape)
+    latent = family.encode_pictures(parts, x, noise)[0].to("cpu", torch.float16)
+    if not latent.isfinite().all():
+        raise UserError(f"data: the latents of '{sample.name}' are not finite; leave this picture out")
+    return latent
 
 
 def _told(items: list, size: int, what: str, say: Say) -> Iterator[list]:
