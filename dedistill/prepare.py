@@ -13,7 +13,7 @@ from dedistill.data.buckets import apply_crop, crops_of, too_small
 from dedistill.data.cache import Store, sole_writer
 from dedistill.data.encoded import HELD_OUT, EncodedPictures, Picture, latent_key, read_text, text_key
 from dedistill.data.index import Index, build_index
-from dedistill.data.listing import PictureSet
+from dedistill.data.listing import PictureSet, pictures_of
 from dedistill.data.mixing import caption_warnings
 from dedistill.data.registry import open_source
 from dedistill.data.source import Source
@@ -55,7 +55,10 @@ def open_data(recipe: Recipe, device: torch.device | str, say: Say) -> Prepared:
 
 def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     family = get_family(recipe.model.family, recipe.where("model.family"))
-    return family, family.load(recipe.model, seed=recipe.run.seed, net=False)
+    parts = family.load(recipe.model, seed=recipe.run.seed, net=False)
+    if parts.vae is None:
+        raise UserError(f"{recipe.where('data.source')}: {family.name} has no codec that encodes 'pictures'", 2)
+    return family, parts
 
 
 def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say) -> Prepared:
@@ -146,10 +149,10 @@ def _length(recipe: Recipe, family: Family) -> int:
     return text_length(family, recipe.model.text_length, recipe.where("model.text_length"))
 
 
-def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[Picture]]:
-    """The cache's folder, the index of all sets, and the pictures that crops can be made of."""
-    data, cache = recipe.data, Path(recipe.data.cache)
-    sets = [
+def picture_sets(recipe: Recipe) -> list[PictureSet]:
+    """The recipe's [[data.sets]] with the settings they share."""
+    data = recipe.data
+    return [
         PictureSet(
             s.path,
             name=s.name or "",
@@ -159,7 +162,18 @@ def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[Picture]]:
         )
         for s in data.sets
     ]
-    index = build_index(sets, file=cache / "index.jsonl", say=say, limit=data.limit)
+
+
+def without_captions(recipe: Recipe) -> list[str]:
+    """Names of pictures that have no caption of any kind, in all sets; lists files and reads none of them."""
+    everything = (found for s in picture_sets(recipe) for found in pictures_of(s, lambda *stamp: None))
+    return [found.name for found in everything if not found.problem and not found.captions and not found.sidecars]
+
+
+def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[Picture]]:
+    """The cache's folder, the index of all sets, and the pictures that crops can be made of."""
+    data, cache = recipe.data, Path(recipe.data.cache)
+    index = build_index(picture_sets(recipe), file=cache / "index.jsonl", say=say, limit=data.limit)
     settings = {"resolutions": data.resolutions or [RESOLUTION], "max_upscale": data.max_upscale or 1.0}
     pictures, small = [], []
     for sample in index.samples:

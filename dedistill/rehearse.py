@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from dedistill.adapters.attach import dense_shapes
 from dedistill.adapters.files import read_tensors
@@ -26,7 +27,7 @@ from dedistill.families.family import Family
 from dedistill.families.registry import get_family, text_length
 from dedistill.finished import last_weights
 from dedistill.posthoc.lerp import find_snapshots, lerp_snapshots
-from dedistill.prepare import look
+from dedistill.prepare import look, without_captions
 from dedistill.recipe import Recipe
 from dedistill.release.adapter import export_adapter
 from dedistill.release.export import FORMS, export_model
@@ -65,6 +66,7 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
             pictures = look(real, lambda line: say(f"  {line}"))[2]
             say(f"  {len(pictures)} pictures looked at, {sum(len(p.crops) for p in pictures)} crops")
             shutil.rmtree(out / "cache", ignore_errors=True)
+            _check_captions(recipe)
     with stage("a tiny model of the same classes"):
         small = _small(recipe, family, out)
     with stage("caches, training, validation, saving"):
@@ -105,8 +107,10 @@ def _stages(out: Path, say: Say):
         try:
             with redirect_stderr(heard), redirect_stdout(heard):
                 yield
-        except UserError as e:
-            raise UserError(f"{e}\n(rehearsal, stage '{name}'; see {out}/rehearsal.log)", e.exit_code) from e
+        except (UserError, OSError, SafetensorError) as e:
+            told = e if isinstance(e, UserError) else f"cannot write in '{out}': {e}"
+            place = f"(rehearsal, stage '{name}'; see {out}/rehearsal.log)"
+            raise UserError(f"{told}\n{place}", getattr(e, "exit_code", 1)) from e
         finally:
             with open(out / "rehearsal.log", "a") as log:
                 log.write(f"== {name}\n{heard.getvalue()}")
@@ -123,6 +127,16 @@ def _check_reachable(recipe: Recipe) -> None:
             raise UserError(
                 f"{recipe.where(f'{key}.every')}: {every:,} is never reached, train.steps is {recipe.train.steps:,}", 2
             )
+
+
+def _check_captions(recipe: Recipe) -> None:
+    """Of all pictures, not only of those looked at."""
+    missing = without_captions(recipe)
+    if missing and recipe.data.missing_captions in (None, "error"):
+        raise UserError(
+            f"{recipe.where('data.sets')}: {len(missing):,} pictures have no caption, e.g. {missing[0]}; write them, "
+            "or set data.missing_captions"
+        )
 
 
 def _check_full_size(recipe: Recipe, family: Family) -> str:

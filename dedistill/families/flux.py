@@ -66,9 +66,11 @@ class Flux:
         return DEV_GUIDANCE if wanted is None else float(wanted)
 
     def full_size(self, spec: Any) -> nn.Module:
-        shape = shape_of(spec.path)
-        sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
         with torch.device("meta"):
+            if (config := Path(spec.path) / "transformer" / "config.json").exists():
+                return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(config.parent))
+            shape = shape_of(spec.path)
+            sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
             return FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)
 
     def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:

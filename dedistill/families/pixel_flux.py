@@ -25,6 +25,9 @@ class PixelFlux:
 
     def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """``spec`` is a recipe's [model] table. Raises UserError when the folder is not a model of this family."""
+        for key, plain in (("revision", None), ("components", None), ("guidance", None), ("t5_mask", True)):
+            if getattr(spec, key) != plain:
+                raise UserError(f"model.{key}: has no effect on {self.name}; leave it out", 2)
         if spec.path is not None:
             return self._from_folder(Path(spec.path), spec.mask)
         return self.build(spec.new, mask=spec.mask, seed=seed)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, PLOT_HEIGHT = 380, 190
-LEFT, RIGHT, BOTTOM = 60, 8, 46
+LEFT, RIGHT, BOTTOM = 76, 8, 46
 TEXT = 12  # pixels at the plot's own width
 CHARACTER = 6.4  # average width of one character of that size: there is no font to measure with here
 

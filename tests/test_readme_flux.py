@@ -1,0 +1,127 @@
+"""The README's section on FLUX.1, run as it stands: its recipe, its commands, its snippet, on tiny weights."""
+
+import os
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from dedistill.families.flux_tiny import write_tiny_flux
+from dedistill.train import main
+
+ROOT = Path(__file__).parent.parent
+SECTION = (ROOT / "README.md").read_text().partition("## FLUX.1\n")[2].partition("\n## ")[0]
+# what a test has no time for; everything else is the README's
+SMALL = """
+[data]
+resolutions = [64]
+[train]
+steps = 6
+batch = 4
+micro_batch = 2
+warmup = 1
+[validate]
+every = 3
+samples = 4
+[checkpoint]
+every = 3
+[snapshot]
+every = 2
+[preview]
+every = 6
+[sample]
+steps = 2
+height = 64
+width = 64
+"""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", SECTION, flags=re.S)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A user's directory: the repository's recipes and tools, a model, pictures."""
+    folder = tmp_path_factory.mktemp("home")
+    for name in ("recipes", "tools"):
+        (folder / name).symlink_to(ROOT / name)
+    write_tiny_flux(folder / "models/FLUX.1-schnell")
+    (folder / "data/pictures").mkdir(parents=True)
+    for name, pixels in zip(("china", "flower"), load_sample_images().images):
+        for i in range(2):
+            Image.fromarray(pixels).resize((1100 + 96 * i, 800)).save(folder / f"data/pictures/{name}{i}.jpg")
+            (folder / f"data/pictures/{name}{i}.txt").write_text(f"a {name}\na long caption " + "with many words " * 8)
+    text = blocks("toml")[0]
+    tables = {t.strip("[]") for t in re.findall(r"^\[\w+\]$", text, flags=re.M)}
+    assert not tables & {t.strip("[]") for t in re.findall(r"^\[\w+\]$", SMALL, flags=re.M)}
+    sets, rest = text[text.index("[[data.sets]]") :], text[: text.index("[[data.sets]]")]
+    (folder / "my_flux.toml").write_text(rest + SMALL.replace("[train]", sets + "\n[train]"))
+    return folder
+
+
+def run(command: str) -> int:
+    words = shlex.split(command)
+    if words[:4] == ["accelerate", "launch", "-m", "dedistill.train"]:
+        return main(words[4:])
+    assert words[0] == "python"
+    before, sys.argv = sys.argv, words[1:]
+    try:
+        runpy.run_path(words[1], run_name="__main__")
+    except SystemExit as e:
+        return e.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+def test_the_whole_section(home, monkeypatch, capsys):
+    """Every command in its order, then the snippet."""
+    monkeypatch.chdir(home)
+    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    assert len(commands) == 9
+    for command in commands:
+        code = run(command)
+        assert code == 0, f"{command}\n{capsys.readouterr().err}"
+    assert "dedistill.load_lokr" in capsys.readouterr().out, "check_adapter names the programs"
+    for made in ("runs/scan/index.html", "runs/flux_schnell_24gb/sweep/index.html", "exports/my-model/model_index.json"):
+        assert (home / made).exists(), made
+    code = blocks("python")[0]
+    small = {
+        '"cuda"': '"cpu"',
+        "torch.bfloat16": "torch.float32",
+        "1024": "64",
+        "true_cfg_scale=3.0": "true_cfg_scale=3.0, num_inference_steps=2",
+    }
+    for large, little in small.items():
+        assert large in code
+        code = code.replace(large, little)
+    exec(code, {})
+    with Image.open("fox.png") as picture:
+        assert picture.size == (64, 64)
+    os.remove("fox.png")
+
+
+def test_table_of_recipes():
+    """The sizes it gives are those that a rehearsal counts."""
+    from dedistill.adapters.attach import dense_shapes
+    from dedistill.adapters.targets import count_parameters, resolve_targets
+    from dedistill.base.quantize import linear_names
+    from dedistill.families.registry import get_family
+    from dedistill.recipe import load_recipe
+
+    rows = re.findall(r"^\| `(recipes/\w+\.toml)` \|.*\| (\d+) M \|$", SECTION, flags=re.M)
+    assert {path for path, _ in rows} == {f"recipes/{p.name}" for p in (ROOT / "recipes").glob("*.toml")} - {
+        "recipes/mnist_flux.toml"
+    }
+    for path, size in rows:
+        recipe = load_recipe(ROOT / path)
+        family = get_family(recipe.model.family)
+        net = family.full_size(recipe.model)
+        targets = resolve_targets(recipe.adapter, dense_shapes(net, linear_names(net)), family.presets(net))
+        assert round(count_parameters(targets, recipe.adapter.kind) / 1e6) == int(size), path
