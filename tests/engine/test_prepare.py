@@ -252,8 +252,12 @@ def test_killed_while_encoding_it_goes_on_and_ends_the_same(picture_recipe, tmp_
     encode(picture_recipe, whole)
     took, sizes = time.monotonic() - start, []
     for _ in range(5):
-        process = _forked(picture_recipe)
-        time.sleep(rng.uniform(0.1, 0.5) * took)
+        process, before = _forked(picture_recipe), len(list((tmp_path / "cache").glob("*/*.safetensors")))
+        end = time.monotonic() + 30
+        while process.is_alive() and len(list((tmp_path / "cache").glob("*/*.safetensors"))) <= before:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.2) * took)
         process.kill()
         process.join()
         sizes.append(len(list((tmp_path / "cache").glob("*/*.safetensors"))))
