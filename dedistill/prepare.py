@@ -213,9 +213,13 @@ def _missing_pictures(pictures: list[Picture], store: Store) -> list[Picture]:
 
 def _encode_captions(captions: list[str], store: Store, family: Family, parts: Components, length: int, say: Say) -> None:
     missing = _missing_captions(captions, store)
+    cut = 0
     for chunk in _told(missing, CAPTIONS_PER_SHARD, "captions", say):
+        cut += sum(tokens > length for tokens in parts.text.tokens(chunk))
         text = family.encode_text(parts, chunk, length)
         store.write({text_key(c): _stored(text.rows(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)})
+    if cut:
+        say(f"{cut:,} captions are longer than {length} tokens and were cut")
 
 
 def _stored(text: Text, mask: str) -> dict[str, Tensor]:
