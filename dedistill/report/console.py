@@ -51,7 +51,7 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
     out.print(f"  steps     {start:,} to {plan.steps:,}, batch {plan.batch}{micro}, lr {t.lr:g} {t.schedule}, {t.optimizer}")
     snapshots = f", {plan.snapshots} snapshots" if plan.snapshots else ""
     out.print(f"  results   {recipe.run.out}/ (metrics.jsonl, checkpoints{snapshots})")
-    for note in notes:
+    for note in [*model.parts.notes, *notes]:
         out.print(f"  [yellow]note[/yellow]      {note}", markup=True)
     if start:
         out.print(f"  continued from step {start:,}")
