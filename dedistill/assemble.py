@@ -1,5 +1,6 @@
 """From a recipe to a model that can be called: family, frozen base, adapter, in that order."""
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,8 +68,11 @@ class Model:
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
 
-    def load_file(self, path: Path) -> None:
-        self.load_tensors(read_tensors(path)[0], str(path))
+    def load_file(self, path: Path, recipe: Recipe) -> None:
+        """Copy the weights of a snapshot in, trained as ``recipe`` says."""
+        tensors, header = read_tensors(path)
+        check_origin(header, recipe, path)
+        self.load_tensors(tensors, str(path))
 
     def encode(self, captions: list[str], length: int | None = None) -> Text:
         """One batch of encoded captions on the model's device; ``known`` ones are the very tensors of the cache."""
@@ -99,6 +103,23 @@ class Model:
     @property
     def device(self) -> torch.device:
         return next(self.parts.net.parameters()).device
+
+
+def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
+    """Refuse adapter weights that were trained on another base, or in another form, than ``recipe`` says.
+
+    header: that of the file at ``path``. A base that is no longer where it was may have been moved: then only names of
+    tensors are compared.
+    """
+    made = tomllib.loads(header.get("dedistill.recipe", ""))
+    if not made or recipe.adapter is None:
+        return
+    kind, base, here = made.get("adapter", {}).get("kind"), made.get("model", {}).get("path"), recipe.model.path
+    if kind != recipe.adapter.kind:
+        raise UserError(f"'{path}' is a {kind}, the recipe's adapter a {recipe.adapter.kind}: use the file's own recipe")
+    moved = base is None or here is None or Path(base).exists() != Path(here).exists()
+    if not moved and Path(base).resolve() != Path(here).resolve():
+        raise UserError(f"'{path}' was trained on '{base}', the recipe's model.path is '{here}': use the file's own recipe")
 
 
 def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:

@@ -27,7 +27,7 @@ def open_finished(recipe: Recipe, weights: Path | None = None) -> Model:
         trained = recipe.model.model_copy(update={"path": str(folder), "new": None})
         return _build(recipe.model_copy(update={"model": trained}), device)
     model = _build(recipe, device)
-    model.load_file(weights or last_weights(out))
+    model.load_file(weights or last_weights(out), recipe)
     return model
 
 

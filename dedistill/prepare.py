@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.data.buckets import apply_crop, crops_of, too_small
+from dedistill.data.buckets import Crop, apply_crop, crops_of, too_small
 from dedistill.data.cache import Store, sole_writer
 from dedistill.data.encoded import HELD_OUT, EncodedPictures, Picture, latent_key, read_text, text_key
-from dedistill.data.index import Index, build_index
+from dedistill.data.index import READERS, Index, Sample, build_index
 from dedistill.data.listing import PictureSet, pictures_of
 from dedistill.data.mixing import caption_warnings
 from dedistill.data.registry import open_source
@@ -60,7 +61,10 @@ def open_data(recipe: Recipe, device: torch.device | str, say: Say, world: World
 
 def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     family = get_family(recipe.model.family, recipe.where("model.family"))
-    return family, family.load(recipe.model, seed=recipe.run.seed, net=False)
+    parts = family.load(recipe.model, seed=recipe.run.seed, net=False)
+    if parts.vae is None:
+        raise UserError(f"{recipe.where('data.source')}: {family.name} has no codec that encodes 'pictures'", 2)
+    return family, parts
 
 
 def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, world: World | None = None) -> Prepared:
@@ -84,7 +88,10 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
             mine = slice(world.rank, None, world.size)
             captions_left, pictures_left = _missing_captions(captions, texts)[mine], _missing_pictures(pictures, latents)[mine]
             world.wait()
-            _encode_captions(captions_left, texts, family, parts, _length(recipe, family), say)
+            length = _length(recipe, family)
+            cut = sum(world.gather(_encode_captions(captions_left, texts, family, parts, length, say)))
+            if cut:
+                say(f"{cut:,} captions are longer than {length} tokens and were cut")
             parts.text.unload()
             _encode_pictures(pictures_left, index, latents, family, parts, say)
             parts.vae.unload()
@@ -227,10 +234,14 @@ def _missing_pictures(pictures: list[Picture], store: Store) -> list[Picture]:
     return [p for p in pictures if any(latent_key(p.sample, crop) not in store for crop in p.crops)]
 
 
-def _encode_captions(captions: list[str], store: Store, family: Family, parts: Components, length: int, say: Say) -> None:
+def _encode_captions(captions: list[str], store: Store, family: Family, parts: Components, length: int, say: Say) -> int:
+    """Returns how many ``captions`` are longer than ``length`` tokens, and so were cut."""
+    cut = 0
     for chunk in _told(captions, CAPTIONS_PER_SHARD, "captions", say):
+        cut += sum(tokens > length for tokens in parts.text.tokens(chunk))
         text = family.encode_text(parts, chunk, length)
         store.write({text_key(c): _stored(text.rows(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)})
+    return cut
 
 
 def _stored(text: Text, mask: str) -> dict[str, Tensor]:
@@ -241,19 +252,31 @@ def _stored(text: Text, mask: str) -> dict[str, Tensor]:
 
 def _encode_pictures(pictures: list[Picture], index: Index, store: Store, family: Family, parts: Components, say: Say) -> None:
     place = {id(sample): i for i, sample in enumerate(index.samples)}
-    for chunk in _told(pictures, PICTURES_PER_SHARD, "pictures", say):
-        entries = {}
-        for picture in chunk:
-            image = index.picture(place[id(picture.sample)])
-            for crop in picture.crops:
-                key = latent_key(picture.sample, crop)
-                pixels = torch.from_numpy(apply_crop(image, crop).astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-                noise = keyed.noise(0, f"vae/{key}", 0, [0], family.latent_shape(parts, crop.height, crop.width))
-                latent = family.encode_pictures(parts, pixels, noise)[0].to("cpu", torch.float16)
-                if not latent.isfinite().all():
-                    raise UserError(f"data: the latents of '{picture.sample.name}' are not finite; leave this picture out")
-                entries[key] = {"latent": latent}
-        store.write(entries)
+
+    def pixels(picture: Picture) -> list[np.ndarray]:
+        image = index.picture(place[id(picture.sample)])
+        return [apply_crop(image, crop) for crop in picture.crops]
+
+    with ThreadPoolExecutor(READERS) as pool:  # decoding and resizing take as long as encoding does
+        for chunk in _told(pictures, PICTURES_PER_SHARD, "pictures", say):
+            entries = {}
+            for picture, crops in zip(chunk, pool.map(pixels, chunk)):
+                entries |= {
+                    latent_key(picture.sample, crop): {"latent": _latent(picture.sample, crop, array, family, parts)}
+                    for crop, array in zip(picture.crops, crops)
+                }
+            store.write(entries)
+
+
+def _latent(sample: Sample, crop: Crop, pixels: np.ndarray, family: Family, parts: Components) -> Tensor:
+    """One encoded crop [C, h, w], float16, its posterior sampled with noise that belongs to its key."""
+    x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    shape = family.latent_shape(parts, crop.height, crop.width)
+    noise = keyed.noise(0, f"vae/{latent_key(sample, crop)}", 0, [0], shape)
+    latent = family.encode_pictures(parts, x, noise)[0].to("cpu", torch.float16)
+    if not latent.isfinite().all():
+        raise UserError(f"data: the latents of '{sample.name}' are not finite; leave this picture out")
+    return latent
 
 
 def _told(items: list, size: int, what: str, say: Say) -> Iterator[list]:

@@ -89,7 +89,7 @@ def _main(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _rehearse(recipe: Recipe) -> int:
-    from dedistill.report.console import quiet_dependencies
+    from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
     from dedistill.rehearse import rehearse
@@ -100,10 +100,11 @@ def _rehearse(recipe: Recipe) -> int:
 
 
 def _check_cache(recipe: Recipe) -> int:
-    from dedistill.report.console import quiet_dependencies, say
+    from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
     from dedistill.prepare import check_cache
+    from dedistill.report.console import say
 
     problems = check_cache(recipe, say=say)
     for problem in problems:
@@ -112,13 +113,14 @@ def _check_cache(recipe: Recipe) -> int:
 
 
 def _encode(recipe: Recipe) -> int:
-    from dedistill.report.console import quiet_dependencies, say
+    from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
     import torch
 
     from dedistill.engine.launcher import start
     from dedistill.prepare import check_cached, open_data
+    from dedistill.report.console import say
 
     check_cached(recipe)
     accelerator, world = start(cpu=not torch.cuda.is_available())
@@ -131,7 +133,7 @@ def _encode(recipe: Recipe) -> int:
 
 def train(recipe: Recipe, argv: list[str]) -> int:
     """Train ``recipe`` to its end or to a stop request; returns the exit code."""
-    from dedistill.report.console import header, progress, quiet_dependencies, say
+    from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
     import torch
@@ -146,6 +148,7 @@ def train(recipe: Recipe, argv: list[str]) -> int:
     from dedistill.engine.stop import StopRequest
     from dedistill.files import replace_json
     from dedistill.prepare import open_data
+    from dedistill.report.console import header, progress, say
 
     again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
     accelerator, world = start(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)

@@ -32,13 +32,14 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.report.console import quiet_dependencies, say
+    from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
     from dedistill.candidates import candidates_of, read_prompts
     from dedistill.finished import sampling_device
     from dedistill.prepare import open_data
     from dedistill.recipe import load_recipe
+    from dedistill.report.console import say
     from dedistill.report.sweep_page import write_sweep_page
     from dedistill.sampling.judge import judge_for
     from dedistill.sampling.sweep import Grid, sweep

@@ -20,7 +20,7 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.report.console import quiet_dependencies
+    from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
     from rich.console import Console

@@ -33,7 +33,7 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     from dedistill.errors import UserError
-    from dedistill.report.console import quiet_dependencies
+    from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
     from dedistill.release.adapter import export_adapter

@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.report.console import quiet_dependencies, say
+    from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
     from dedistill.adapters.attach import dense_shapes
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from dedistill.finished import open_base, sampling_device
     from dedistill.prepare import open_data
     from dedistill.recipe import load_recipe
+    from dedistill.report.console import say
     from dedistill.report.influence_page import write_influence
     from dedistill.sampling.influence import measure
 

@@ -28,12 +28,13 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.report.console import quiet_dependencies, say
+    from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
     from dedistill.finished import open_finished, sampling_device
     from dedistill.prepare import open_data
     from dedistill.recipe import load_recipe
+    from dedistill.report.console import say
     from dedistill.sampling.pairs import make_pairs, teacher_hash
 
     recipe = load_recipe(args.recipe, args.set)

@@ -25,7 +25,7 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.report.console import quiet_dependencies
+    from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
     from dedistill.recipe import load_recipe

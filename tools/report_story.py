@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.report.console import quiet_dependencies
+    from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
     from dedistill.errors import UserError

@@ -54,6 +54,8 @@ def check_adapter(tensors: Mapping[str, Tensor], linears: Iterable[str], naming)
 
 def _verdict(program: str, found: set[str] | str, tensors: Mapping[str, Tensor]) -> Verdict:
     why, taken = (found, set()) if isinstance(found, str) else ("", found)
+    if all(key.endswith(".alpha") for key in taken):  # a scale of weights that are not loaded is nothing
+        taken = set()
     return Verdict(program, [k for k in tensors if k in taken], [k for k in tensors if k not in taken], why)
 
 

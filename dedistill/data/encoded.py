@@ -57,7 +57,7 @@ def read_text(texts: Store, caption: str) -> Text:
 
 
 def split(pictures: Sequence[Picture], share: float) -> tuple[list[Picture], list[Picture]]:
-    """(train, held out): the same ones whatever else is in the folder, by the hash of each picture's bytes.
+    """(train, held out), by the hash of each picture's bytes: names and order do not matter.
 
     At least one is held out when ``share`` is above 0; copies of a picture stay together.
     """

@@ -297,8 +297,8 @@ def _judge(index: Index, say: Callable[[str], None]) -> None:
         count, total = len(index.without_caption), len(index.entries)
         raise UserError(
             f"data: {count:,} of {total:,} pictures have no caption: {', '.join(index.without_caption[:3])}"
-            f"{' ...' if count > 3 else ''}. Put a .txt, .caption or .json file of the same name beside each, or set the "
-            f'source\'s missing_captions to "quarantine" (leave them out) or "empty" (train on an empty caption)'
+            f"{' ...' if count > 3 else ''}. Put a .txt, .caption or .json file of the same name beside each, or set "
+            f'data.missing_captions to "quarantine" (leave them out) or "empty" (train on an empty caption)'
         )
     for number, source in enumerate(index.sources):
         usable = [sample for sample in index.samples if sample.source == number]
@@ -314,4 +314,4 @@ def _judge(index: Index, say: Callable[[str], None]) -> None:
         if several and source.split_lines is None:
             shown = " | ".join(caption[:60] for caption in several.captions[:3])
             say(f"data: '{several.name}' has {len(several.captions)} captions: {shown}")
-            say(f"data: if these are the lines of one caption, set split_lines = false for the source '{source.title}'")
+            say("data: if these are the lines of one caption, set data.split_lines = 'never'")

@@ -60,25 +60,6 @@ def choose(seed: int, purpose: str, places: np.ndarray, counts: np.ndarray) -> n
     return (uniform * np.asarray(counts)).astype(np.int64)
 
 
-def choose_caption(seed: int, place: int, captions: Sequence[str]) -> int:
-    """Index of the caption a place uses, uniform."""
-    return int(choose(seed, "caption", np.array([place]), np.array([len(captions)]))[0])
-
-
-def same_shape_batches(shapes: np.ndarray, batch: int) -> np.ndarray:
-    """Places regrouped so that every batch has one shape: [batches, batch], in order of completion.
-
-    shapes [n]: an integer per place 0 ... n-1. A batch is complete once its shape has come ``batch`` times, so more
-    places only append batches and never change earlier ones. No place is used twice; those of incomplete batches wait.
-    """
-    groups = [np.empty((0, batch), dtype=np.int64)]
-    for shape in np.unique(shapes):
-        places = np.flatnonzero(shapes == shape)
-        groups.append(places[: len(places) // batch * batch].reshape(-1, batch))
-    groups = np.concatenate(groups)
-    return groups[np.argsort(groups[:, -1])]
-
-
 def caption_warnings(samples: Iterable[Captioned]) -> list[tuple[str, str]]:
     """Pictures with several captions among which no short one, or no long one, is: (name, what is missing)."""
     warnings = []

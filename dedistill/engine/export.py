@@ -1,6 +1,7 @@
 """A trained network as a model folder that knows its step, whole or not there."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -8,16 +9,18 @@ from safetensors import SafetensorError
 from dedistill.assemble import Model
 from dedistill.errors import UserError
 from dedistill.files import whole_folder, write_synced
+from dedistill.recipe import Recipe, to_toml
 
 MARK = "run.json"
 """Beside the family's own files: which step of the run the folder holds."""
 
 
-def export_model(model: Model, folder: Path, step: int) -> None:
+def export_model(model: Model, folder: Path, step: int, recipe: Recipe) -> None:
     """Write ``model`` as ``folder``, in place of an older one. Raises UserError naming it when the disk refuses."""
     try:
         with whole_folder(folder) as temporary:
-            model.family.save(model.parts, temporary)
+            trained = [*model.parts.facts.get("trained", []), {"step": step, "recipe": to_toml(recipe)}]
+            model.family.save(replace(model.parts, facts=model.parts.facts | {"trained": trained}), temporary)
             write_synced(temporary / MARK, (json.dumps({"step": step}) + "\n").encode())
     except (OSError, SafetensorError) as e:  # safetensors reports a full disk in its own way
         raise UserError(f"cannot write the model folder '{folder}': {e}. The checkpoint of step {step} is intact.") from e

@@ -262,7 +262,7 @@ class Trainer:
         if self.model.adapter is not None:
             return None
         if exported_step(self.run.model) != self.step:
-            export_model(self.model, self.run.model, self.step)
+            export_model(self.model, self.run.model, self.step, self.recipe)
         return self.run.model
 
 

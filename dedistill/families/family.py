@@ -1,12 +1,15 @@
 """What a model family provides. Everything else in the program knows only this."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from dedistill.text import Text
+
+MADE = ("base", "merges", "trained")
+"""What a model folder says of how its weights were made; families write it and read it back."""
 
 
 @dataclass
@@ -28,6 +31,10 @@ class Components:
     """What a distilled guidance embedding is fed in training; None without one."""
     source: Any = None
     """Where the files are and what they say beside weights; the family's own."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the folder or file says of how its weights were made: base, merges, masks."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know before training on it."""
     device: Any = "cpu"
     """Where encoders run when they are used."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.families import flux_layers, flux_loading
-from dedistill.families.family import Components
+from dedistill.families.family import MADE, Components
 from dedistill.families.flux_common import flux_velocity
 from dedistill.families.flux_models import shape_of
 from dedistill.families.flux_text import FluxText
@@ -52,6 +52,8 @@ class Flux:
             text_length=spec.text_length or self.text_length,
             guidance=self._guidance(denoiser, spec.guidance) if net else None,
             source=place,
+            facts={"base": {"path": spec.path, "revision": spec.revision}} | place.facts,
+            notes=_other_use(spec, place.facts),
         )
 
     def _guidance(self, net: nn.Module, wanted: Any) -> float | None:
@@ -87,7 +89,9 @@ class Flux:
         self.save_rest(parts, folder)
 
     def save_rest(self, parts: Components, folder: Path) -> None:
-        facts = {"family": self.name, "mask": parts.mask, "t5_mask": parts.text.t5_mask, "text_length": parts.text_length}
+        kept = {key: parts.facts[key] for key in MADE if key in parts.facts}
+        text = {"mask": parts.mask, "t5_mask": parts.text.t5_mask, "text_length": parts.text_length}
+        facts = kept | {"family": self.name, "guidance": _told(parts), **text}
         facts["components"] = str(parts.source.components.resolve())
         for name in ("model_index.json", "scheduler"):
             there = parts.source.components / name
@@ -164,6 +168,23 @@ class BypassedGuidance(CombinedTimestepGuidanceTextProjEmbeddings):
     def forward(self, timestep: Tensor, guidance: Tensor, pooled_projection: Tensor) -> Tensor:
         time = self.timestep_embedder(self.time_proj(timestep).to(pooled_projection.dtype))
         return time + self.text_embedder(pooled_projection)
+
+
+def _told(parts: Components) -> str:
+    """What the guidance embedding is fed, for those who use the weights: "none" without one, "bypassed", or the value."""
+    if not parts.net.config.guidance_embeds:
+        return "none"
+    return "bypassed" if parts.guidance is None else str(parts.guidance)
+
+
+def _other_use(spec: Any, facts: dict[str, Any]) -> list[str]:
+    """Settings in which a recipe differs from what the weights were trained with: allowed, but never unnoticed."""
+    asked = {"mask": spec.mask, "t5_mask": spec.t5_mask}
+    return [
+        f"model.{key} = {value!r} here; '{spec.path}' was trained with {facts[key]!r}"
+        for key, value in asked.items()
+        if key in facts and facts[key] != value
+    ]
 
 
 def _tokens(shape: tuple[int, ...]) -> int:

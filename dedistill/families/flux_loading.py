@@ -36,7 +36,9 @@ class Place:
 def locate(path: str, revision: str | None, components: str | None) -> Place:
     """Find all parts of a model; downloads a hub id at its pinned revision. Raises UserError naming the missing part."""
     here = _local(path, revision, "model.path")
-    facts = _json(here / "dedistill.json") if (here / "dedistill.json").exists() else {}
+    facts = _facts(here)
+    if quantized := facts.get("quantized"):
+        raise UserError(f"model.path: '{here}' is an {quantized} export; train on the unquantized folder it was made from")
     other = components or facts.get("components")
     if here.is_file() and other is None:
         raise UserError(
@@ -48,6 +50,18 @@ def locate(path: str, revision: str | None, components: str | None) -> Place:
         raise UserError(f"model.path: '{here}' has no folder 'transformer': not a FLUX model in diffusers' layout")
     scheduler = around / "scheduler" / "scheduler_config.json"
     return Place(transformer, around, _json(scheduler) if scheduler.exists() else {}, facts)
+
+
+def _facts(here: Path) -> dict:
+    """What weights of ours say of themselves: dedistill.json of a folder, the header of a single file."""
+    if here.is_dir():
+        return _json(here / "dedistill.json") if (here / "dedistill.json").exists() else {}
+    try:
+        with safe_open(here, framework="pt") as f:
+            header = f.metadata() or {}
+        return json.loads(header.get("dedistill.facts", "{}"))
+    except (OSError, SafetensorError, ValueError) as e:
+        raise UserError(f"model.path: '{here}' cannot be read as safetensors: {e}") from e
 
 
 def _local(path: str, revision: str | None, key: str) -> Path:

@@ -10,16 +10,20 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline, ImagePipelineOutput
 from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
 from diffusers.utils import logging
 from torch import Tensor
 
 from dedistill.errors import UserError
+from dedistill.families.flux import BypassedGuidance
 from dedistill.families.flux_common import MASKING_BACKENDS, MASKS, flux_velocity
 from dedistill.families.flux_text import encode
 from dedistill.flow.guidance import classifier_free, needs_unconditional
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.text import Text
 
+GUIDANCE = 3.5
+"""dev's own default, for models that do not say what they were trained with."""
 logger = logging.get_logger(__name__)
 
 
@@ -47,6 +51,15 @@ class MaskedFluxPipeline(FluxPipeline):
     a loaded FluxPipeline into one. What it saves is a plain FluxPipeline folder.
     """
 
+    @classmethod
+    def from_pretrained(cls, folder: Any, **kwargs: Any) -> "MaskedFluxPipeline":
+        if "transformer" not in kwargs and _folder_facts(str(Path(folder) / "transformer")).get("quantized"):
+            raise UserError(
+                f"'{folder}' is an int8 export, whose codes are no weights: add "
+                "transformer=dedistill.release.export.load_int8(folder)"
+            )
+        return super().from_pretrained(folder, **kwargs)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -55,7 +68,7 @@ class MaskedFluxPipeline(FluxPipeline):
         *,
         true_cfg_scale: float = 1.0,
         skip_cfg_steps: int = 0,
-        guidance_scale: float = 3.5,
+        guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 28,
@@ -73,7 +86,8 @@ class MaskedFluxPipeline(FluxPipeline):
 
         negative_prompt: what guidance leads away from, one for all or one for each. true_cfg_scale: guidance between the
         two; 1 runs the prompt alone, and so do the first ``skip_cfg_steps`` steps. guidance_scale: the distilled
-        guidance, for models that have its embedding; others ignore it.
+        guidance, for models that have its embedding; others ignore it. By default what ``dedistill.json`` says of the
+        training (passed by, where it was passed by), else 3.5.
         mask: "bool" hides padding from the transformer, "none" shows it, as plain FLUX.1 was trained, "libreflux" adds 1
         to the attention scores of the rest, as LibreFLUX was trained. t5_mask: whether T5 ignores padding too.
         max_sequence_length: T5 tokens. These three default to the model folder's ``dedistill.json``, else to "bool",
@@ -98,6 +112,7 @@ class MaskedFluxPipeline(FluxPipeline):
         packed, _ = self.prepare_latents(len(positive), channels, height, width, dtype, device, generator, latents)
         noisy = self._unpack_latents(packed, height, width, self.vae_scale_factor)
         timesteps = self._timesteps(num_inference_steps, sigmas, packed.shape[1])
+        guidance_scale = self._distilled(guidance_scale)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
 
         def velocity(text: Text, t: Tensor) -> Tensor:
@@ -123,7 +138,20 @@ class MaskedFluxPipeline(FluxPipeline):
 
     def _text_use(self, asked: dict[str, Any]) -> TextUse:
         own = {name: value for name, value in asked.items() if value is not None}
-        return TextUse(**(_folder_facts(self.transformer.config.get("_name_or_path")) | own))
+        facts = _folder_facts(self.transformer.config.get("_name_or_path"))
+        return TextUse(**({name: facts[name] for name in asked if name in facts} | own))
+
+    def _distilled(self, asked: float | None) -> float:
+        """What the guidance embedding is fed; lets it be passed by where the model was trained so and nothing is asked."""
+        if not self.transformer.config.guidance_embeds:
+            return 0.0 if asked is None else asked
+        trained = _folder_facts(self.transformer.config.get("_name_or_path")).get("guidance", "unknown")
+        passed = asked is None and trained == "bypassed"
+        embedding = BypassedGuidance if passed else CombinedTimestepGuidanceTextProjEmbeddings
+        self.transformer.time_text_embed.__class__ = embedding
+        if asked is not None or passed:
+            return asked or 0.0
+        return float(trained) if trained.replace(".", "", 1).isdigit() else GUIDANCE
 
     def _encode(self, prompts: list[str], copies: int, use: TextUse) -> Text:
         """Every prompt ``copies`` times in a row, padded to ``use.text_length`` tokens."""
@@ -167,12 +195,12 @@ class MaskedFluxPipeline(FluxPipeline):
 
 
 def _folder_facts(transformer: str | None) -> dict[str, Any]:
-    """What the model folder around the transformer's folder says of its text; empty where it says nothing."""
+    """What the model folder around the transformer's folder says of its use; empty where it says nothing."""
     file = Path(transformer or "").parent / "dedistill.json"
     if not transformer or not file.is_file():
         return {}
     try:
         facts = json.loads(file.read_text())
-        return {name: facts[name] for name in ("mask", "t5_mask", "text_length") if name in facts}
+        return dict(facts)
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"'{file}' cannot be read: {e}") from e

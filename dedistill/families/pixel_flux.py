@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.families import flux_layers
-from dedistill.families.family import Components
+from dedistill.families.family import MADE, Components
 from dedistill.families.flux_common import flux_velocity
 from dedistill.families.words import WordEncoder
 from dedistill.flow.timesteps import dynamic_shift
@@ -25,6 +25,9 @@ class PixelFlux:
 
     def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """``spec`` is a recipe's [model] table. Raises UserError when the folder is not a model of this family."""
+        for key, plain in (("revision", None), ("components", None), ("guidance", None), ("t5_mask", True)):
+            if getattr(spec, key) != plain:
+                raise UserError(f"model.{key}: has no effect on {self.name}; leave it out", 2)
         if spec.path is not None:
             return self._from_folder(Path(spec.path), spec.mask)
         return self.build(spec.new, mask=spec.mask, seed=seed)
@@ -70,7 +73,8 @@ class PixelFlux:
         self.save_rest(parts, folder)
 
     def save_rest(self, parts: Components, folder: Path) -> None:
-        facts = {"family": self.name, "picture": parts.picture, "mask": parts.mask, "text": parts.text.config()}
+        made = {key: parts.facts[key] for key in MADE if key in parts.facts}
+        facts = made | {"family": self.name, "picture": parts.picture, "mask": parts.mask, "text": parts.text.config()}
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def _from_folder(self, folder: Path, mask: str) -> Components:
@@ -82,7 +86,9 @@ class PixelFlux:
             raise UserError(f"model.path: no {self.name} model in '{folder}' (train it first): {e}") from e
         if family != self.name:
             raise UserError(f"model.path: '{folder}' holds a {family} model, not {self.name}")
-        return Components(net, text, picture, _tokens(picture, net), mask)
+        made = {key: facts[key] for key in MADE if key in facts}
+        made = {"base": {"path": str(folder), "revision": None}} | made
+        return Components(net, text, picture, _tokens(picture, net), mask, facts=made)
 
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
         return parts.text(captions, length)

@@ -16,7 +16,8 @@ from dedistill.errors import UserError
 from dedistill.recipe.emit import fields_of, json_schema, table_in, to_toml
 from dedistill.recipe.explain import any_of, entries, explain, quote, shown
 from dedistill.recipe.locate import dotted, locate
-from dedistill.recipe.schema import Recipe, Table, contradictions
+from dedistill.recipe.rules import contradictions
+from dedistill.recipe.schema import Recipe, Table
 
 __all__ = ["RecipeError", "json_schema", "load_recipe", "to_toml"]
 

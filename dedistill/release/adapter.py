@@ -27,7 +27,10 @@ def export_adapter(file: Path, out: Path, spelling: str, model: Path | None = No
     config = config_for(tensors, header, model)
     shapes = linear_shapes(skeleton(config))
     layers = by_layer(tensors, shapes, str(file))
-    check_shapes(layers, shapes, str(file))
+    try:
+        check_shapes(layers, shapes, str(file))
+    except UserError as e:
+        raise UserError(f"{e}; if its base is another network, name the base's folder with --model") from e
     spelt = as_kohya(layers, naming_of(config["_class_name"]), shapes) if spelling == "kohya" else SPELLINGS[spelling](layers)
     metadata = adapter_header(out.stem, spelling, header, layers, config)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +53,9 @@ def config_for(tensors: dict[str, Any], header: dict[str, str], model: Path | No
     """The config of the network that an adapter belongs to."""
     if model is not None:
         return network_config(model)
-    source = recipe_in(header).get("model", {}).get("path") or ""
-    if (Path(source) / "transformer" / "config.json").exists():
-        return network_config(Path(source))
+    table = recipe_in(header).get("model", {})
+    source = table.get("path") or ""
+    for folder in (Path(source), Path(table.get("components") or source)):  # a single file has its shape beside its encoders
+        if (folder / "transformer" / "config.json").exists():
+            return network_config(folder)
     return published_config(source, guidance=any("guidance" in name for name in tensors))

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from dedistill.errors import UserError
 from dedistill.families.licences import base_of, licence_for
 from dedistill.files import replace_file
-from dedistill.release.headers import guidance_of, source_of
+from dedistill.release.headers import source_of, told_guidance
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _TAGS = ["text-to-image", "de-distilled", "classifier-free-guidance"]
@@ -52,16 +52,25 @@ def write_card(
         loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     ).get_template("card.md.j2")
     recipes = [tomllib.loads(m["recipe"]) for m in merges]
+    trained = [{"step": t["step"], "training": _training(tomllib.loads(t["recipe"]))} for t in facts.get("trained", [])]
     body = template.render(
         title=title,
         form=form,
         base=name or source_of(facts),
         licence=terms,
         masked=facts.get("mask") == "bool",
-        guidance=guidance_of(config, recipes[-1] if recipes else {}),
+        guidance=told_guidance(config, facts),
+        trained=trained,
+        call=_call(told_guidance(config, facts)),
         merges=[{**m, "training": _training(r)} for m, r in zip(merges, recipes)],
     )
     replace_file(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")).encode())
+
+
+def _call(guidance: str) -> str:
+    """Arguments of the pipeline's call, in the card's example."""
+    told = f", guidance_scale={guidance}" if guidance.replace(".", "", 1).isdigit() else ""
+    return f'negative_prompt="blurry", true_cfg_scale=3.5{told}, num_inference_steps=28'
 
 
 def _kind(merge: dict[str, Any]) -> str:

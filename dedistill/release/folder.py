@@ -21,6 +21,8 @@ SHARD_BYTES = 10 * 1000**3
 """diffusers' own default: a larger network is written as several files with an index."""
 WEIGHTS = "diffusion_pytorch_model"
 FACTS = "dedistill.json"
+CODES = "dedistill_int8"
+"""How an int8 export calls that file, so that no program takes codes for weights."""
 _DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -79,9 +81,10 @@ def linear_shapes(net: nn.Module) -> dict[str, tuple[int, int]]:
 
 def write_weights(folder: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write ``tensors``, in the order of ``layout``, as diffusers' weight file, or as shards with an index."""
+    stem = CODES if any(dtype == torch.int8 for _, dtype in layout.values()) else WEIGHTS
     shards = _shards(layout, shard_bytes)
     names = [
-        f"{WEIGHTS}.safetensors" if len(shards) == 1 else f"{WEIGHTS}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         for i in range(len(shards))
     ]
     stream = iter(tensors)
@@ -92,7 +95,7 @@ def write_weights(folder: Path, layout: Layout, tensors: Iterable[tuple[str, Ten
     if len(shards) > 1:
         total = sum(map(_bytes, layout.values()))
         where = {name: file for file, shard in zip(names, shards) for name in shard}
-        replace_json(folder / f"{WEIGHTS}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        replace_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 
 @contextmanager

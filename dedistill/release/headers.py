@@ -22,15 +22,15 @@ _SPEC = "1.0.1"
 
 def model_header(title: str, config: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
     """Of a whole denoiser in one file."""
-    merges = facts.get("merges", [])
     source = source_of(facts)
     return {
         "format": "pt",
-        **_modelspec(title, source, config, ""),
+        **_modelspec(title, source, config, "", tomllib.loads(last_recipe(facts))),
         "dedistill.base": json.dumps(facts.get("base", {})),
         "dedistill.masked_attention": str(facts.get("mask", "none")),
-        "dedistill.guidance": guidance_of(config, tomllib.loads(merges[-1]["recipe"]) if merges else {}),
-        "dedistill.recipe": merges[-1]["recipe"] if merges else "",
+        "dedistill.guidance": told_guidance(config, facts),
+        "dedistill.recipe": last_recipe(facts),
+        "dedistill.facts": json.dumps({k: v for k, v in facts.items() if k != "components"}),
     }
 
 
@@ -40,7 +40,7 @@ def adapter_header(title: str, spelling: str, header: dict[str, str], layers: La
     train, ranks = recipe.get("train", {}), sorted({rank(f) or 0 for f in layers.values()})
     own = {
         "format": "pt",
-        **_modelspec(title, recipe.get("model", {}).get("path") or "", config, "/lora"),
+        **_modelspec(title, recipe.get("model", {}).get("path") or "", config, "/lora", recipe),
         "ss_base_model_version": _architecture(recipe.get("model", {}).get("path") or "", config),
         "ss_network_module": naming_of(config["_class_name"]).KOHYA_MODULE if spelling == "kohya" else "lycoris.kohya",
         "ss_network_dim": str(ranks[-1]),
@@ -92,8 +92,21 @@ def guidance_of(config: dict[str, Any], recipe: dict[str, Any]) -> str:
     """What the distilled guidance embedding was fed in training: "none" without one, "bypassed", or the value."""
     if not config.get("guidance_embeds"):
         return "none"
+    if not recipe:
+        return "unknown"
     value = recipe.get("model", {}).get("guidance", 1.0)
     return "bypassed" if value == "bypass" else str(value)
+
+
+def told_guidance(config: dict[str, Any], facts: dict[str, Any]) -> str:
+    """The same of a model folder, by what it says of itself; "unknown" where it does not."""
+    return str(facts.get("guidance", "unknown")) if config.get("guidance_embeds") else "none"
+
+
+def last_recipe(facts: dict[str, Any]) -> str:
+    """The recipe, as TOML, of the last training that made the weights; empty when they do not say."""
+    trainings = [*facts.get("trained", []), *facts.get("merges", [])]
+    return trainings[-1]["recipe"] if trainings else ""
 
 
 def source_of(facts: dict[str, Any]) -> str:
@@ -101,15 +114,16 @@ def source_of(facts: dict[str, Any]) -> str:
     return str(facts.get("base", {}).get("path", ""))
 
 
-def _modelspec(title: str, source: str, config: dict[str, Any], kind: str) -> dict[str, str]:
+def _modelspec(title: str, source: str, config: dict[str, Any], kind: str, recipe: dict[str, Any]) -> dict[str, str]:
     base = base_of(source, config)
+    side = max(recipe.get("data", {}).get("resolutions") or [1024])
     licence = licence_for(base, None)
     found = {
         "sai_model_spec": _SPEC,
         "architecture": _architecture(source, config) + kind,
         "implementation": "diffusers",
         "title": title,
-        "resolution": "1024x1024",
+        "resolution": f"{side}x{side}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "license": licence.name or licence.id,
         "prediction_type": "flow",

@@ -12,6 +12,7 @@ from torch import Tensor
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.formats import Layers, by_layer, check_shapes
+from dedistill.assemble import check_origin
 from dedistill.errors import UserError
 from dedistill.families.registry import get_family
 from dedistill.files import file_sha256, replace_json
@@ -60,6 +61,7 @@ def merge_adapter(
     family = get_family(recipe.model.family, recipe.where("model.family"))
     parts = family.load(recipe.model, seed=recipe.run.seed)
     tensors, header = read_tensors(weights)
+    check_origin(header, recipe, weights)
     shapes = linear_shapes(parts.net)
     layers = by_layer(tensors, shapes, str(weights))
     check_shapes(layers, shapes, str(weights))
@@ -73,7 +75,7 @@ def merge_adapter(
         parts.net.save_config(folder / "transformer")
         family.save_rest(parts, folder)
         merged.base_sha256 = digest.hexdigest()
-        facts = read_facts(folder) | provenance(recipe, weights, header, merged, dtype, rounding)
+        facts = read_facts(folder) | provenance(recipe, parts.facts, weights, header, merged, dtype, rounding)
         replace_json(folder / FACTS, facts)
         per_layer = {name: kept.facts() for name, kept in merged.layers.items()}
         replace_json(folder / REPORT, {"total": merged.total.facts(), "layers": per_layer})
@@ -109,16 +111,22 @@ def _merged_tensors(
         yield name, new
 
 
-def provenance(recipe: Recipe, weights: Path, header: dict[str, str], merged: Merged, dtype: str, rounding: str) -> dict:
-    """``base``: what all this goes back to; ``merges``: every adapter that went in, oldest first."""
-    before = read_facts(Path(recipe.model.path)) if Path(recipe.model.path).is_dir() else {}
-    base = before.get("base") or {"path": recipe.model.path, "revision": recipe.model.revision, "sha256": merged.base_sha256}
+def provenance(
+    recipe: Recipe, before: dict, weights: Path, header: dict[str, str], merged: Merged, dtype: str, rounding: str
+) -> dict:
+    """What a merged folder says of itself: ``base``, what it all goes back to, and ``merges``, oldest first.
+
+    before: what the base says of itself.
+    """
+    base = before.get("base") or {"path": recipe.model.path, "revision": recipe.model.revision}
+    if not before.get("merges"):
+        base = {"sha256": merged.base_sha256} | base
     step = {
         "into_sha256": merged.base_sha256,
         "adapter": str(weights),
         "adapter_sha256": file_sha256(weights),
         "adapter_header": {k: v for k, v in header.items() if k != "dedistill.recipe"},
-        "recipe": to_toml(recipe),
+        "recipe": header.get("dedistill.recipe") or to_toml(recipe),
         "dtype": dtype,
         "rounding": rounding if dtype == "bf16" else "none",
         **merged.total.facts(),

@@ -1,9 +1,6 @@
 """What a run says on the terminal: a header of what will happen, a live line, and where the results are."""
 
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
@@ -16,17 +13,6 @@ from dedistill.recipe.plan import Plan
 
 LINE_EVERY = 100
 """Steps between plain lines where there is no terminal."""
-
-
-def quiet_dependencies() -> None:
-    """Silence messages of libraries that a user can do nothing about. Call before importing them."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 
 
 def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, notes: list[str]) -> None:
@@ -51,7 +37,7 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
     out.print(f"  steps     {start:,} to {plan.steps:,}, batch {plan.batch}{micro}, lr {t.lr:g} {t.schedule}, {t.optimizer}")
     snapshots = f", {plan.snapshots} snapshots" if plan.snapshots else ""
     out.print(f"  results   {recipe.run.out}/ (metrics.jsonl, checkpoints{snapshots})")
-    for note in notes:
+    for note in [*model.parts.notes, *notes]:
         out.print(f"  [yellow]note[/yellow]      {note}", markup=True)
     if start:
         out.print(f"  continued from step {start:,}")

@@ -180,9 +180,11 @@ def until(true) -> None:
 def test_killed_at_any_moment_goes_on_where_it_was(tmp_path, writer):
     """SIGKILL at random moments of writing; what was finished stays, what was not is swept and done again."""
     rng, count, done, cache = random.Random(0), 300, 0, tmp_path / "cache"
-    for _ in range(12):
+    for attempt in range(12):
         process, log = writer(cache, count)
-        time.sleep(rng.uniform(0.0, 0.02))
+        if attempt % 2:
+            until(lambda: "wrote" in log.read_text())  # noqa: B023 - asked at once
+        time.sleep(rng.uniform(0.0, 0.01))
         process.kill()
         process.join()
         found = Store(cache / "latents", INPUTS)

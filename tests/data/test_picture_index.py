@@ -86,7 +86,7 @@ def test_lines_as_captions_are_shown_once(folder):
     said = []
     build_index([PictureSet(str(folder))], say=said.append)
     assert sum("one | two" in line for line in said) == 1 and not any("three" in line for line in said)
-    assert any("split_lines = false" in line for line in said)
+    assert any("data.split_lines = 'never'" in line for line in said)
 
 
 def test_bad_files_are_left_out_with_reasons(folder):

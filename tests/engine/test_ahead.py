@@ -1,11 +1,11 @@
-"""One item ahead: the same items, errors where they belong, and nothing left running."""
+"""Items made ahead: the same items, errors where they belong, and nothing left running."""
 
 import threading
 import time
 
 import pytest
 
-from dedistill.engine.ahead import ahead
+from dedistill.engine.ahead import TOGETHER, ahead
 from dedistill.errors import UserError
 
 
@@ -21,22 +21,22 @@ def made(count: int, seen: list[int], fail_at: int | None = None):
         yield i
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 9])
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 8, 9])
 def test_the_same_items_in_the_same_order(count):
     assert list(ahead(made(count, []))) == list(range(count)) and threads() == []
 
 
-def test_it_is_one_ahead_and_no_further():
+def test_it_is_so_far_ahead_and_no_further():
     seen = []
-    items = ahead(made(9, seen))
-    for i in range(5):
+    items = ahead(made(30, seen))
+    for i in range(20):
         assert next(items) == i
         time.sleep(0.02)
-        assert seen == list(range(i + 2))
+        assert seen == list(range((i // TOGETHER + 2) * TOGETHER)[:30])
     items.close()
 
 
-@pytest.mark.parametrize("at", [0, 1, 4])
+@pytest.mark.parametrize("at", [0, 1, 4, 6])
 def test_an_error_comes_where_its_item_would_have_come(at):
     got, seen = [], []
     items = ahead(made(9, seen, fail_at=at))
@@ -56,7 +56,7 @@ def test_closing_leaves_no_thread_and_makes_nothing_more():
             next(items)
         items.close()
         time.sleep(0.01)
-        assert threads() == [] and len(seen) <= taken + 1
+        assert threads() == [] and len(seen) <= 2 * TOGETHER
 
 
 def test_an_error_of_the_consumer_leaves_no_thread():

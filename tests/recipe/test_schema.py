@@ -16,7 +16,8 @@ from full_recipes import MODE, NEW, PICTURES, SMALL, TRAINED
 from dedistill.recipe import Recipe, RecipeError, load_recipe, to_toml
 from dedistill.recipe.emit import fields_of, table_in
 from dedistill.recipe.load import json_schema
-from dedistill.recipe.schema import Table, contradictions
+from dedistill.recipe.rules import contradictions
+from dedistill.recipe.schema import Table
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "recipes" / "schema.json"

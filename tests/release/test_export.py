@@ -200,10 +200,14 @@ def test_cards(base, tmp_path):
         write_card(tmp_path, "t", "diffusers", config, facts, "somewhere", **terms)
         return card(tmp_path)
 
-    dev = written(DEVELOPED, {})
+    dev = written(DEVELOPED, {"guidance": "1.0"})
     assert dev["license"] == "other" and dev["license_name"] == DEV.name and dev["license_link"] == DEV.link
     assert dev["base_model"] == "black-forest-labs/FLUX.1-dev"
-    assert "guidance_scale = 1.0" in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "use guidance_scale = 1.0" in text and "guidance_scale=1.0, num_inference_steps" in text
+    for told, said in (({}, "does not say what it was fed"), ({"guidance": "bypassed"}, "was bypassed in training")):
+        written(DEVELOPED, told)
+        assert said in (text := (tmp_path / "README.md").read_text()) and "guidance_scale" not in text
     with pytest.raises(UserError, match=r"cannot be released as 'apache-2\.0'"):
         written(SCHNELL, {"base": {"path": "black-forest-labs/FLUX.1-dev"}}, licence="apache-2.0")
     plain = written(SCHNELL, {})

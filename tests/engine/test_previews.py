@@ -1,0 +1,40 @@
+"""Pictures while training: when they come, and that they change nothing."""
+
+import torch
+from test_run import run, same, weights
+
+PREVIEW = ["preview.prompts=['the red sun', 'a dog']", "preview.cfgs=[1.0, 3.0]", "sample.width=48"]
+
+
+def test_previews_come_when_asked_and_disturb_nothing(picture_recipe, tmp_path):
+    """At step 0, every N, and at the end; from the same noise; the run is the same without them."""
+    a = run(picture_recipe, tmp_path / "a", *PREVIEW, "preview.every=2", "train.steps=5")
+    plain = run(picture_recipe, tmp_path / "b", "train.steps=5")
+    assert (a / "metrics.jsonl").read_bytes() == (plain / "metrics.jsonl").read_bytes() and same(weights(a), weights(plain))
+    steps = [f"step-{s:08d}" for s in (0, 2, 4, 5)]
+    assert sorted(p.name for p in (a / "previews").iterdir()) == sorted([*steps, *(f"{s}.png" for s in steps)])
+    names = ["p000_cfg1.png", "p000_cfg3.png", "p001_cfg1.png", "p001_cfg3.png"]
+    assert all(sorted(p.name for p in (a / "previews" / s).iterdir()) == names for s in steps)
+    again = run(picture_recipe, tmp_path / "c", *PREVIEW, "preview.every=5", "train.steps=5")
+    for step in (0, 5):
+        files = [f / "previews" / f"step-{step:08d}.png" for f in (a, again)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    still = run(picture_recipe, tmp_path / "d", *PREVIEW, "preview.every=1", "train.lr=1e-30", "train.steps=2")
+    assert len({(still / "previews" / s / names[0]).read_bytes() for s in ("step-00000000", "step-00000002")}) == 1
+
+
+def test_a_preview_without_memory_never_ends_a_run(picture_recipe, tmp_path, capsys):
+    from diffusers.models.autoencoders.vae import Decoder
+
+    def full(module, _):
+        if isinstance(module, Decoder):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(full)
+    try:
+        out = run(picture_recipe, tmp_path / "a", *PREVIEW, "preview.every=1")
+    finally:
+        hook.remove()
+    assert capsys.readouterr().err.count("out of memory; training goes on") == 1
+    plain = run(picture_recipe, tmp_path / "b")
+    assert same(weights(out), weights(plain)) and list((out / "previews").rglob("*.png")) == []
