@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dedistill.adapters.attach import Adapter, compare_tensors, dense_shapes
+from dedistill.adapters.attach import Adapter, compare_tensors, dense_shapes, detached
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.init import check_started, initialise
 from dedistill.adapters.targets import Resolved, resolve_targets
@@ -51,11 +51,9 @@ class Model:
         """The trained parameters under the names that files use."""
         return self.adapter.trainable() if self.adapter else dict(self.root.named_parameters())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Private copies of what a snapshot holds."""
-        if self.adapter:
-            return self.adapter.tensors()
-        return {name: p.detach().clone().contiguous() for name, p in self.trainable().items()}
+    def tensors(self, *, copy: bool = True) -> dict[str, Tensor]:
+        """What a snapshot holds: private copies on the CPU, or as it stands."""
+        return self.adapter.tensors(copy=copy) if self.adapter else detached(self.trainable(), copy=copy)
 
     def load_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
         """Copy a snapshot in, all of it or nothing."""

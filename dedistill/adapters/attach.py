@@ -1,5 +1,6 @@
 """Put adapters on a frozen network, and take their tensors out and in by name."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,10 +46,10 @@ class Adapter(nn.Module):
         """Parameters under their names in files."""
         return dict(self.named_parameters())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Private copies of everything a file holds: parameters and each module's alpha."""
+    def tensors(self, *, copy: bool = True) -> dict[str, Tensor]:
+        """Everything a file holds: parameters and each module's alpha; private copies on the CPU, or as they stand."""
         alphas = {f"{file_name(n)}.alpha": m.alpha for n, m in self.by_target.items()}
-        return {name: t.detach().clone().contiguous() for name, t in (self.trainable() | alphas).items()}
+        return detached(self.trainable() | alphas, copy=copy)
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
@@ -60,6 +61,13 @@ class Adapter(nn.Module):
             raise UserError(f"'{source}' does not fit this recipe's adapter: {problems}")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def detached(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
+    """``tensors`` as they stand, or private copies. Copies go to the CPU: no device has room for everything twice."""
+    if copy:
+        return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    return {name: t.detach() for name, t in tensors.items()}
 
 
 def compare_tensors(own: dict[str, Tensor], other: dict[str, Tensor]) -> str:

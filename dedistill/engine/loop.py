@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -210,15 +209,11 @@ class Trainer:
 
     def _check_optimizer(self, step: int) -> None:
         """Raises UserError for a state that would spoil every weight it touches, however good the gradient."""
-        if bad := not_finite(optimizer_tensors(self.optimizer, self.trainable, copy=False)):
+        if bad := not_finite(optimizer_tensors(self.optimizer, self.trainable)):
             raise UserError(
                 f"before step {step + 1} the optimizer state holds {len(bad)} tensors that are not finite, e.g. {bad[0]}. "
                 "The step was not applied; start again to go on from the last checkpoint."
             )
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """Private copies of what is trained."""
-        return self._good(self.model.tensors())
 
     def _good(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``tensors`` to be saved. Raises UserError for those that a finite step has blown up."""
@@ -232,13 +227,16 @@ class Trainer:
     def _snapshot(self) -> None:
         make_folder(self.run.snapshots)
         header = snapshot_header(self.recipe, self.step)
-        replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(self._weights(), metadata=header))
+        weights = self._good(self.model.tensors())
+        replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(weights, metadata=header))
 
     def _checkpoint(self, *, wait: bool) -> None:
         """Rank 0 saves beside training, after all have agreed on what. wait: until it is safe; nobody ends before that."""
         self._compare("weights", self.trainable)
         if self.world.main:
-            self.saver.start(self._save())
+            state = {"trainable": self.model.tensors(copy=False)}
+            state["optimizer"] = optimizer_tensors(self.optimizer, self.trainable)
+            self.saver.start({name: self._good(tensors) for name, tensors in state.items()}, self._writer())
         if wait:
             self.saver.wait()
             self.world.wait()
@@ -248,14 +246,12 @@ class Trainer:
         if self.world.size > 1:
             self.world.same({f"hash of the {what} at step {self.step}": tensors_sha256(tensors)})
 
-    def _save(self) -> Callable[[], object]:
-        """The save of this step, with copies of its own in the memory of the CPU."""
-        state = self._good(optimizer_tensors(self.optimizer, self.trainable, copy=False))
-        groups = {"trainable": {name: tensor.cpu() for name, tensor in self._weights().items()}}
-        groups["optimizer"] = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    def _writer(self) -> Callable[[dict[str, dict[str, torch.Tensor]]], object]:
+        """What writes the state of this step, whenever it is called."""
+        folder, step, keep = self.run.checkpoints, self.step, self.recipe.checkpoint.keep
         facts = {"skipped": self.skipped, "skipped_in_a_row": self.guard.in_a_row}
         facts |= {"recipe": self.recipe.resolved(), "saved_at": time.time()}
-        return partial(save_checkpoint, self.run.checkpoints, self.step, groups, facts, self.recipe.checkpoint.keep)
+        return lambda tensors: save_checkpoint(folder, step, tensors, facts, keep)
 
     def export(self) -> Path | None:
         """The finished network as a model folder, when the whole network was trained; whole or not at all."""

@@ -64,14 +64,11 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return t.lr * (share if t.schedule == "constant" else floor + (1 - floor) * share)
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], *, copy: bool = True
-) -> dict[str, Tensor]:
-    """The optimizer's state as ``<parameter name>/<key>`` -> private copy; works for any optimizer with tensor states."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's state as it stands, ``<parameter name>/<key>`` -> tensor; for any optimizer with tensor states."""
     states = [(name, optimizer.state.get(parameter, {})) for name, parameter in names.items()]
     states += [(f"group/{i}", group) for i, group in enumerate(optimizer.param_groups)]  # optimi counts its steps there
-    found = {f"{name}/{k}": v.detach() for name, state in states for k, v in state.items() if isinstance(v, Tensor)}
-    return {name: value.clone().contiguous() for name, value in found.items()} if copy else found
+    return {f"{name}/{k}": v.detach() for name, state in states for k, v in state.items() if isinstance(v, Tensor)}
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:

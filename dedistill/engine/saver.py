@@ -3,18 +3,38 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
+from torch import Tensor
+
+Groups = dict[str, dict[str, Tensor]]
+"""Name of a file -> its tensors by name."""
+
 
 class Saver:
-    """One save at a time. What goes wrong in one is raised by the next call of ``start`` or ``wait``."""
+    """One save at a time. What goes wrong in one is raised by the next call of ``start`` or ``wait``.
+
+    The memory of the copies is kept from save to save: to be given new memory takes longer than to copy into it.
+    """
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._running: Future | None = None
+        self._copies: dict[tuple[str, str], Tensor] = {}
 
-    def start(self, save: Callable[[], object]) -> None:
-        """Run ``save`` beside what follows, after the save before has ended. It must hold copies of its own."""
+    def start(self, groups: Groups, save: Callable[[Groups], object]) -> None:
+        """Copy ``groups`` to the CPU after the save before has ended, and run ``save`` on the copies beside what follows."""
         self.wait()
-        self._running = self._pool.submit(save)
+        copies = {group: {name: self._copy(group, name, t) for name, t in ts.items()} for group, ts in groups.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies into pinned memory do not wait by themselves
+        self._running = self._pool.submit(save, copies)
+
+    def _copy(self, group: str, name: str, tensor: Tensor) -> Tensor:
+        own = self._copies.get((group, name))
+        if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
+            own = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._copies[group, name] = own
+        return own.copy_(tensor, non_blocking=True)
 
     def check(self) -> None:
         """Raise what a save that has ended has raised; waits for none."""

@@ -82,7 +82,7 @@ def teacher_hash(model: Model) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    for tensors in (dict(model.parts.net.state_dict()), model.tensors()):
+    for tensors in (dict(model.parts.net.state_dict()), model.tensors(copy=False)):
         for name in sorted(tensors):
             tensor = tensors[name]
             tensor = tensor.dequantize() if hasattr(tensor, "qtype") else tensor

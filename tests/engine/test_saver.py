@@ -16,22 +16,43 @@ from dedistill.train import main
 
 def test_one_at_a_time_and_errors_surface():
     gate, order, saver = threading.Event(), [], Saver()
-    saver.start(lambda: (gate.wait(), order.append(1)))
+    saver.start({}, lambda _: (gate.wait(), order.append(1)))
     saver.check()  # still running: nothing to say
     gate.set()
-    saver.start(lambda: order.append(2))
+    saver.start({}, lambda _: order.append(2))
     saver.wait()
     assert order == [1, 2]
 
-    def fails():
+    def fails(_):
         raise UserError("cannot write")
 
-    saver.start(fails)
+    saver.start({}, fails)
     with pytest.raises(UserError, match="cannot write"):
-        saver.start(lambda: order.append(3))
+        saver.start({}, lambda _: order.append(3))
     saver.wait()
     saver.close()
     assert order == [1, 2]
+
+
+def test_copies_are_private_and_their_memory_is_used_again():
+    """T26, F9, F10: in the file is what a tensor was when the save began, in each save anew."""
+    weights, seen, memory, saver = torch.zeros(4), [], set(), Saver()
+    for number in range(3):
+        gate = threading.Event()
+
+        def write(groups, gate=gate):
+            gate.wait()
+            seen.append(groups["a"]["w"].tolist())
+            memory.add(groups["a"]["w"].data_ptr())
+
+        weights.fill_(number)
+        saver.start({"a": {"w": weights}}, write)
+        weights.fill_(-1)
+        gate.set()
+    saver.wait()
+    saver.close()
+    assert seen == [[0.0] * 4, [1.0] * 4, [2.0] * 4]
+    assert len(memory) == 1 and weights.data_ptr() not in memory
 
 
 def test_what_is_saved_is_of_its_step(adapter_recipe, tmp_path, monkeypatch):
