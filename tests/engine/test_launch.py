@@ -34,7 +34,7 @@ def launch(config: str, recipe: Path, *arguments: str, out: Path) -> subprocess.
         return subprocess.Popen(command, stderr=said, stdout=said, env=ENVIRONMENT, start_new_session=True)
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 240) -> None:
     for _ in range(int(20 * seconds)):
         if condition():
             return
@@ -66,7 +66,7 @@ def test_a_signal_to_the_launcher_saves_and_ends_everything(adapter_recipe, tmp_
     journal = run / "metrics.jsonl"
     wait_for(lambda: journal.exists() and journal.stat().st_size > 1000)
     (os.killpg if whole_group else os.kill)(process.pid, number)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=240) != 0
     wait_for(lambda: not alive(process.pid))
     assert ("on 2 x cpu" in said.read_text()) == (config == "cpu_2.yaml")
     (saved,) = list_checkpoints(run / "checkpoints")
@@ -201,7 +201,7 @@ def test_a_signal_to_the_demo_stops_its_job_and_waits(tmp_path, number):
     wait_for(lambda: journal.exists() and journal.stat().st_size > 1000)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(number)
-    assert process.wait(timeout=60) == 128 + number
+    assert process.wait(timeout=240) == 128 + number
     assert children and not any(alive(int(child)) for child in children)
     (saved,) = list_checkpoints(tmp_path / "runs/digits/teacher/checkpoints")
     said = (tmp_path / "said").read_text()
