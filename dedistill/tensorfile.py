@@ -99,3 +99,20 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}\0".encode())
         digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Like :func:`tensors_sha256`, but computed where the tensors are, at the speed of memory; no defence against intent.
+
+    From exclusive-or and sum of each tensor's words: the former misses a change of an even number of equal words.
+    """
+    parts = [part for name in sorted(tensors) if tensors[name].numel() for part in _digests(tensors[name].detach())]
+    numbers = torch.stack(parts).tolist() if parts else []
+    shapes = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)]
+    return hashlib.sha256(json.dumps([shapes, numbers]).encode()).hexdigest()
+
+
+def _digests(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    bits = tensor.contiguous().reshape(-1).view(torch.uint8)
+    words = (torch.nn.functional.pad(bits, (0, -len(bits) % 8)) if len(bits) % 8 else bits).view(torch.int64)
+    return torch.hash_tensor(words).view(torch.int64), words.sum()

@@ -28,7 +28,7 @@ from dedistill.errors import UserError
 from dedistill.files import make_folder, replace_file, step_name
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.plan import Plan
-from dedistill.tensorfile import tensors_sha256
+from dedistill.tensorfile import tensors_checksum
 from dedistill.world import World, even_share
 
 Tasks = Iterator[tuple[np.ndarray, Task] | None]
@@ -244,7 +244,7 @@ class Trainer:
     def _compare(self, what: str, tensors: dict[str, torch.Tensor]) -> None:
         """Raises UserError unless all processes hold the same bytes."""
         if self.world.size > 1:
-            self.world.same({f"hash of the {what} at step {self.step}": tensors_sha256(tensors)})
+            self.world.same({f"checksum of the {what} at step {self.step}": tensors_checksum(tensors)})
 
     def _writer(self) -> Callable[[dict[str, dict[str, torch.Tensor]]], object]:
         """What writes the state of this step, whenever it is called."""

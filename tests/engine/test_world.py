@@ -428,7 +428,7 @@ def test_processes_with_different_weights_stop(adapter_recipe, tmp_path, fault):
     assert run_ranks(2, fault, given, said=tmp_path / "said") == [1, 1]
     for rank in (0, 1):
         said = (tmp_path / "said" / str(rank)).read_text()
-        assert f"rank {rank}: error: rank 1 has another hash of the weights at step 3 than rank 0" in said
+        assert f"rank {rank}: error: rank 1 has another checksum of the weights at step 3 than rank 0" in said
     assert not list_checkpoints(out / "checkpoints")
 
 
