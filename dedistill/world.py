@@ -13,6 +13,8 @@ from dedistill.errors import UserError
 
 PATIENCE = timedelta(hours=1)
 """How long ranks wait for one that still works, e.g. rank 0 at pictures. One that is gone is noticed at once."""
+LOCKSTEP = {"fsdp2"}
+"""Engines under which every pass through the network is made by all ranks together, each asking the others for weights."""
 BUCKET = 2**26
 """Elements of gradients that travel in one piece: what summing costs in memory, for an adapter of any size."""
 
@@ -24,6 +26,8 @@ class World:
     def __init__(self):
         """One process alone."""
         self.rank, self.size, self._words = 0, 1, None
+        self.engine = "ddp"
+        """How the work is spread: "ddp", each rank with a whole base, or "fsdp2", the base in parts on all ranks."""
 
     @classmethod
     def joined(cls) -> "World":
@@ -38,6 +42,11 @@ class World:
     def main(self) -> bool:
         """Whether this process is the one that writes and speaks."""
         return self.rank == 0
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether all ranks must run equally many passes through the network, or wait for each other for ever."""
+        return self.engine in LOCKSTEP
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, as JSON keeps it, in the order of ranks; the same list on all."""
