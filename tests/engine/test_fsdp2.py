@@ -66,7 +66,7 @@ def test_exact_weights_are_bit_equal_and_continue_anywhere(adapter_recipe, tmp_p
 
 def test_fast_weights_are_those_of_whole_bases(adapter_recipe, tmp_path):
     """To the bit on equally many processes, and so as near to one process as theirs (test_world)."""
-    settings = (*FEW, "base.quant=none", "train.micro_batch=2", "train.steps=3")
+    settings = (*FEW, "base.quant=none", "train.micro_batch=2", "train.steps=2")
     parts, whole = (start(3, adapter_recipe, tmp_path / start.__name__, *settings) for start in (shard, train))
     assert_same(parts, whole)
     effects = [json.loads((out / "plan.json").read_text())["effects"] for out in (parts, whole)]
@@ -195,7 +195,7 @@ def _noted(arguments: list[str], notes: Path) -> int:
 def test_each_process_holds_its_part_as_it_is_stored(adapter_recipe, tmp_path, quant, size):
     """1 / size of every tensor, int8 as int8; per pass each block travels twice, the last and what is around them once,
     and nothing else but gradients of the adapter, as without sharding."""
-    settings = (*FEW, f"base.quant={quant}", "validate.every=100", "train.batch=8", "train.micro_batch=2", "train.steps=3")
+    settings = (*FEW, f"base.quant={quant}", "validate.every=100", "train.batch=8", "train.micro_batch=2", "train.steps=2")
     out = shard(size, adapter_recipe, tmp_path / "s", *settings, work=_noted, more=(tmp_path / "notes",))
     trained = json.loads((out / "plan.json").read_text())["effects"]["trained_parameters"]
     held = 0
