@@ -145,6 +145,7 @@ def train(recipe: Recipe, argv: list[str]) -> int:
     from dedistill.engine.loop import Trainer
     from dedistill.engine.metrics import Trackers
     from dedistill.engine.rundir import RunDirectory
+    from dedistill.engine.sharding import check_shardable, shard_base
     from dedistill.engine.stop import StopRequest
     from dedistill.files import replace_json
     from dedistill.prepare import open_data
@@ -153,16 +154,21 @@ def train(recipe: Recipe, argv: list[str]) -> int:
     again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
     accelerator, world = start(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
     plan, run = make_plan(recipe), RunDirectory(recipe)
+    sharded = world.engine == "fsdp2"
+    if sharded:
+        check_shardable(recipe)
     with ExitStack() as held, ExitStack() as training:
         if world.main:
             held.enter_context(run)
         world.same(recipe.resolved())
         data = open_data(recipe, accelerator.device, say, world)  # stopped at once when asked: what is encoded is kept
         stop = training.enter_context(StopRequest())
-        model = build_model(recipe, accelerator.device)
+        model = build_model(recipe, "cpu" if sharded else accelerator.device)
         model.known |= data.known
         _check_pictures(recipe, data.source.picture, model.parts.picture)
         world.same({"hash of the data": data.digest, "hash of a sample of the base": sample_sha256(model.parts.net)})
+        if sharded:
+            shard_base(model, world, accelerator.device)
         if world.main:
             run.bind(input_files(recipe), data.digest)
         trainer = Trainer(recipe, plan, model, data.source, run, world)
@@ -171,11 +177,13 @@ def train(recipe: Recipe, argv: list[str]) -> int:
             effects = model.facts | data.facts | trainer.facts()
             replace_json(run.path / "plan.json", {"plan": plan.as_dict(), "effects": effects})
             devices = f"{world.size} x {model.device.type}" if world.size > 1 else str(model.device)
+            devices += ", the base in parts" if sharded else ""
             header(recipe, plan, model, trainer.step, devices, trainer.notes)
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
         rows = trainer.fit(stop, trackers)
-        for _ in progress(rows, trainer.step, plan) if world.main else rows:
-            pass
+        with world.relying():
+            for _ in progress(rows, trainer.step, plan) if world.main else rows:
+                pass
         trackers.close()
         if world.main:
             _conclude(trainer, plan, again)

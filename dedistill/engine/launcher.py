@@ -11,13 +11,18 @@ from dedistill.world import World
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-ENGINES = {
+REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
-"""What accelerate says in the environment -> engines that are asked for by it, none of which is supported."""
+"""What accelerate says in the environment -> engines that are asked for by it and not supported."""
+UNHEEDED = {
+    ("FSDP_OFFLOAD_PARAMS", "true"): "parts stay on the GPU; leave fsdp_offload_params out",
+    ("FSDP_RESHARD_AFTER_FORWARD", "false"): "a base that is kept whole saves nothing; leave fsdp_reshard_after_forward out",
+    ("FSDP_ACTIVATION_CHECKPOINTING", "true"): "the recipe's train.gradient_checkpointing decides",
+}
+"""Settings of FSDP2 that nothing would come of -> what to do about them."""
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
 
@@ -39,13 +44,8 @@ def start(*, cpu: bool, **options: Any) -> "tuple[Accelerator, World]":
     """
     from accelerate import Accelerator
 
-    for variable, engine in ENGINES.items():
-        if os.environ.get(variable, "false").lower() == "true":
-            raise UserError(
-                f"the launcher asks for {engine}, which is refused: only gradients are shared between processes, "
-                "each holds the whole base (docs/engines.md). Use launch/ddp.yaml.",
-                exit_code=2,
-            )
+    engine = engine_asked()
+    _hide_engine()
     accelerator = Accelerator(cpu=cpu, **options)
     world = World.joined()
     asked = max(ranks(), promised(os.getppid()))
@@ -55,7 +55,43 @@ def start(*, cpu: bool, **options: Any) -> "tuple[Accelerator, World]":
             "(accelerate starts one process for distributed_type MULTI_CPU and for --cpu).",
             exit_code=2,
         )
+    if engine != "ddp" and world.size == 1:
+        raise UserError(f"one process alone has nobody to share the work of {engine} with: use launch/gpu_1.yaml", exit_code=2)
+    world.engine = engine
     return accelerator, world
+
+
+def engine_asked() -> str:
+    """What accelerate's environment asks for: "ddp" or "fsdp2". Raises UserError for what is not supported."""
+    for variable, engine in REFUSED.items():
+        if _set(variable, "true"):
+            raise UserError(
+                f"the launcher asks for {engine}, which is refused (docs/engines.md). Use launch/ddp.yaml, "
+                "or launch/fsdp2.yaml to spread the base over the GPUs.",
+                exit_code=2,
+            )
+    if not _set("ACCELERATE_USE_FSDP", "true"):
+        return "ddp"
+    if not _set("FSDP_VERSION", "2"):
+        raise UserError(
+            "the launcher asks for FSDP 1, which is refused: it holds no int8. Set fsdp_version: 2, as launch/fsdp2.yaml does.",
+            exit_code=2,
+        )
+    for (variable, value), advice in UNHEEDED.items():
+        if _set(variable, value):
+            raise UserError(f"the launcher sets {variable}={value}, which is refused: {advice}", exit_code=2)
+    return "fsdp2"
+
+
+def _set(variable: str, value: str) -> bool:
+    return os.environ.get(variable, "").lower() == value
+
+
+def _hide_engine() -> None:
+    """Sharding is done here: accelerate is not to wrap anything, nor transformers to leave text encoders empty on all
+    ranks but the first, as both do where they see these variables."""
+    for name in [n for n in os.environ if n == "ACCELERATE_USE_FSDP" or n.startswith("FSDP_")]:
+        del os.environ[name]
 
 
 def only_first() -> bool:
@@ -65,6 +101,7 @@ def only_first() -> bool:
     first = os.environ["RANK"] == "0"
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)
+    _hide_engine()
     return first
 
 

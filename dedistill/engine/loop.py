@@ -32,7 +32,7 @@ from dedistill.tensorfile import tensors_checksum
 from dedistill.world import World, even_share
 
 Tasks = Iterator[tuple[np.ndarray, Task] | None]
-"""Positions and task of one micro-batch after the other; None where a step ends."""
+"""Positions and task of one micro-batch after the other; None where a step ends. No positions: the task counts for nothing."""
 
 
 class Trainer:
@@ -58,7 +58,8 @@ class Trainer:
         self.micro_batch = min(plan.micro_batch, even_share(plan.batch, world.size))
         at_once = 1 if recipe.train.exact else min(model.chunk, even_share(samples, world.size))
         self.validate = Validator(self.objective, samples, at_once, world) if every else None
-        self.preview = Preview(recipe, model, run.previews) if recipe.preview.every and world.main else None
+        previews = recipe.preview.every and (world.main or world.lockstep)
+        self.preview = Preview(recipe, model, run.previews, world) if previews else None
 
     def facts(self) -> dict:
         """What the run's settings came to, for plan.json."""
@@ -71,6 +72,7 @@ class Trainer:
             "parameter_dtype": str(next(iter(self.trainable.values())).dtype),
             "bf16": self.model.bf16,
             "samples_held_out": self.validate.samples if self.validate else 0,
+            "engine": self.world.engine,
             "processes": self.world.size,
             "samples_at_once": self.micro_batch,
         }
@@ -144,7 +146,10 @@ class Trainer:
     def _tasks(self, start: int) -> Tasks:
         """Every micro-batch of this process, from step ``start`` on."""
         for step in range(start, self.plan.steps):
-            for positions in self.objective.share(step, self.micro_batch, self.world):
+            own, company = self.objective.share(step, self.micro_batch, self.world)
+            for positions in company:  # first, while there are no gradients yet that theirs could get into
+                yield positions[:0], self.objective.task(step, positions)
+            for positions in own:
                 yield positions, self.objective.task(step, positions)
             yield None
 
@@ -186,6 +191,9 @@ class Trainer:
             positions, task = item
             loss = task_loss(self.model, task)  # one number per sample
             (loss.sum() / self.plan.batch).backward()
+            if not len(positions):
+                self.optimizer.zero_grad(set_to_none=True)
+                continue
             self.gradients.add()
             done = list(zip(positions.tolist(), loss.tolist(), task.sigma.tolist()))
             slots += done

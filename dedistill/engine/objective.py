@@ -59,11 +59,18 @@ class Objective:
         """All positions of a step in parts of at most ``size`` that share a shape."""
         return _cut(self.source.groups(self.seed, step, np.arange(self.batch), self.batch), size)
 
-    def share(self, step: int, size: int, world: World) -> list[np.ndarray]:
-        """Those of the step's micro-batches that are this process's; all of them, and none twice, over all processes."""
+    def share(self, step: int, size: int, world: World) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(those of the step's micro-batches that are this process's, those that it only keeps the others company with).
+
+        Over all processes the first are all, and none twice. The second are empty unless all must run equally many
+        passes; then they are the least work of the step, as often as it takes.
+        """
         parts = self.micro_batches(step, size)
         work = [self.source.work(self.seed, step, part, self.batch) for part in parts]
-        return [parts[i] for i in deal(work, world.size)[world.rank]]
+        dealt = deal(work, world.size)
+        own = [parts[i] for i in dealt[world.rank]]
+        missing = max(map(len, dealt)) - len(own) if world.lockstep else 0
+        return own, [parts[work.index(min(work))]] * missing
 
     def task(self, step: int, positions: np.ndarray) -> Task:
         """The training task of ``positions`` in ``step``."""

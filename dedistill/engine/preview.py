@@ -1,30 +1,40 @@
 """Pictures while training: the same prompts, noise and scales at every preview, so that only the weights differ."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dedistill.assemble import Model
+from dedistill.errors import UserError
 from dedistill.flow.solvers import sigma_grid
 from dedistill.recipe import Recipe
 from dedistill.sampling.grid import contact_sheet
-from dedistill.sampling.sampler import sample, start_noise
+from dedistill.sampling.sampler import start_noise, trajectories
 from dedistill.sampling.sweep import save_png
+from dedistill.world import World
 
 
 class Preview:
     """Writes ``folder/step-XXXXXXXX.png``, prompts as rows and scales as columns, and each picture by itself."""
 
-    def __init__(self, recipe: Recipe, model: Model, folder: Path):
+    def __init__(self, recipe: Recipe, model: Model, folder: Path, world: World | None = None):
+        """Rank 0 of ``world`` writes; the others are needed where the network cannot be called without them."""
         self.settings, self.steps, self.model, self.folder = recipe.preview, recipe.sample.steps, model, folder
+        self.world = world or World()
         self.out_of_memory = False
 
     def __call__(self, step: int) -> None:
-        """Never ends a run for lack of memory: says so once, and trains on."""
+        """Never ends a run for lack of memory where one process can go on alone: says so once, and trains on."""
+        latents = self._latents()
         try:
-            self._write(step)
+            if self.world.lockstep:  # all of them, before one that decodes may give up
+                latents = iter(_all(latents))
+            if self.world.main:
+                self._write(step, latents)
         except torch.OutOfMemoryError:
             if not self.out_of_memory:
                 said = "out of memory; training goes on. Lower sample.height and sample.width."
@@ -33,23 +43,41 @@ class Preview:
         finally:
             _release(self.model)
 
-    def _write(self, step: int) -> None:
+    def _latents(self) -> Iterator[Tensor]:
+        """What is to be decoded [1, C, h, w], scale by scale, prompt by prompt."""
         p, prompts = self.settings, list(self.settings.prompts)
-        shape = self.model.parts.picture
-        noise = start_noise(p.seed, len(prompts), shape)
+        noise = start_noise(p.seed, len(prompts), self.model.parts.picture)
         sigmas = sigma_grid(self.steps, self.model.grid_shift)
-        folder = self.folder / f"step-{step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [(prompt, []) for prompt in prompts]
         for cfg in p.cfgs:
             for i, prompt in enumerate(prompts):  # one at a time: memory is what training has left over
-                picture = sample(self.model, [prompt], noise[i : i + 1], sigmas, cfg=cfg, skip=p.skip)[0]
+                (states,) = trajectories(self.model, [prompt], noise[i : i + 1], sigmas, cfg=cfg, skip=p.skip)
+                yield states[-1]
+
+    def _write(self, step: int, latents: Iterator[Tensor]) -> None:
+        p = self.settings
+        folder = self.folder / f"step-{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [(prompt, []) for prompt in p.prompts]
+        for cfg in p.cfgs:
+            for i, (_, row) in enumerate(rows):
+                with torch.no_grad():
+                    picture = self.model.decode(next(latents))[0]
                 file = folder / f"p{i:03d}_cfg{cfg:g}.png"
                 save_png(picture, file)
                 with Image.open(file) as image:
-                    rows[i][1].append(image.copy())
+                    row.append(image.copy())
         sheet = contact_sheet(rows, [f"CFG {cfg:g}" for cfg in p.cfgs], title=f"step {step:,}")
         sheet.save(folder.with_suffix(".png"))
+
+
+def _all(latents: Iterator[Tensor]) -> list[Tensor]:
+    try:
+        return list(latents)
+    except torch.OutOfMemoryError as e:
+        raise UserError(
+            "out of memory in a preview; with a base in parts no process can go on without the others. "
+            "Lower sample.height and sample.width, or set preview.every = 0."
+        ) from e
 
 
 def _release(model: Model) -> None:

@@ -20,12 +20,17 @@ class Validator:
         """samples: held-out samples asked each time, at most ``size`` of them at once, shared by the processes of ``world``."""
         self.samples, self.world = samples, world or World()
         self.tasks = objective.held_out(samples, size, self.world)
+        passes = max(self.world.gather(len(self.tasks))) if self.world.lockstep else 0
+        self.company = objective.held_out(1, 1) * (passes - len(self.tasks))
+        """What is run for nothing, where all processes must run equally many passes."""
 
     @torch.no_grad()
     def __call__(self, model: Model) -> dict[str, float]:
         """{"val_loss", "val_loss_se"} in evaluation mode, the same on every process."""
         training = model.root.training
         model.root.eval()
+        for task in self.company:
+            task_loss(model, task)
         own = [pair for task in self.tasks for pair in zip(task.sigma.tolist(), task_loss(model, task).tolist())]
         model.root.train(training)
         by_sigma = np.array([loss for _, loss in sorted(pair for pairs in self.world.gather(own) for pair in pairs)])

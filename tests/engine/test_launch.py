@@ -17,7 +17,7 @@ import yaml
 from accelerate.commands.config import load_config_from_file
 
 from dedistill.engine.checkpoint import damage, list_checkpoints
-from dedistill.engine.launcher import ENGINES, promised, resume_command
+from dedistill.engine.launcher import REFUSED, promised, resume_command
 from dedistill.engine.stop import ECHO, StopRequest
 from dedistill.train import main
 
@@ -140,16 +140,17 @@ def test_launchers_that_start_one_process_for_two_are_found_out(adapter_recipe, 
     assert done.returncode and "the launcher was to start 2 processes, but this one is of 1" in done.stderr
 
 
-@pytest.mark.parametrize("variable", list(ENGINES))
+@pytest.mark.parametrize("variable", list(REFUSED))
 def test_engines_that_are_not_supported_are_refused(adapter_recipe, monkeypatch, capsys, variable):
     """docs/engines.md."""
     monkeypatch.setenv(variable, "true")
     assert main([str(adapter_recipe)]) == 2
-    assert f"the launcher asks for {ENGINES[variable]}, which is refused" in capsys.readouterr().err
+    assert f"the launcher asks for {REFUSED[variable]}, which is refused" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("file", "kind", "count"), [("cpu", "NO", 1), ("gpu_1", "NO", 1), ("cpu_2", "MULTI_GPU", 2), ("ddp", "MULTI_GPU", -1)]
+    ("file", "kind", "count"),
+    [("cpu", "NO", 1), ("gpu_1", "NO", 1), ("cpu_2", "MULTI_GPU", 2), ("ddp", "MULTI_GPU", -1), ("fsdp2", "FSDP", -1)],
 )
 def test_configs_of_accelerate_load(file, kind, count):
     """-1: accelerate asks for --num_processes."""
@@ -159,12 +160,15 @@ def test_configs_of_accelerate_load(file, kind, count):
 
 
 @pytest.mark.slow
-def test_torchrun_sh_starts_two_processes(adapter_recipe, tmp_path):
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_torchrun_sh_starts_two_processes(adapter_recipe, tmp_path, engine):
     command = ["bash", str(ROOT / "launch/torchrun.sh"), str(adapter_recipe), "--set", "train.steps=2"]
-    environment = ENVIRONMENT | {"PORT": "0", "PER_NODE": "2"}
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if engine == "fsdp2" else {}
+    environment = ENVIRONMENT | asked | {"PORT": "0", "PER_NODE": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "dedistill/plan.json").read_text())["effects"]["processes"] == 2
+    effects = json.loads((tmp_path / "dedistill/plan.json").read_text())["effects"]
+    assert (effects["processes"], effects["engine"]) == (2, engine)
 
 
 def test_the_other_launch_files_parse():
