@@ -147,6 +147,7 @@ def train(recipe: Recipe, argv: list[str]) -> int:
     from dedistill.engine.rundir import RunDirectory
     from dedistill.engine.sharding import check_shardable, shard_base
     from dedistill.engine.stop import StopRequest
+    from dedistill.engine.zero import check_zero
     from dedistill.files import replace_json
     from dedistill.prepare import open_data
     from dedistill.report.console import header, progress, say
@@ -157,13 +158,15 @@ def train(recipe: Recipe, argv: list[str]) -> int:
     sharded = world.engine == "fsdp2"
     if sharded:
         check_shardable(recipe)
+    if world.engine in ("zero2", "zero3"):
+        check_zero(recipe, world.engine)
     with ExitStack() as held, ExitStack() as training:
         if world.main:
             held.enter_context(run)
         world.same(recipe.resolved())
         data = open_data(recipe, accelerator.device, say, world)  # stopped at once when asked: what is encoded is kept
         stop = training.enter_context(StopRequest())
-        model = build_model(recipe, "cpu" if sharded else accelerator.device)
+        model = build_model(recipe, "cpu" if world.engine in ("fsdp2", "zero3") else accelerator.device)
         model.known |= data.known
         _check_pictures(recipe, data.source.picture, model.parts.picture)
         world.same({"hash of the data": data.digest, "hash of a sample of the base": sample_sha256(model.parts.net)})

@@ -35,4 +35,4 @@ def test_exact(adapter_recipe, tmp_path, size):
     out = shard(size, adapter_recipe, tmp_path / "s", *settings)
     assert (out / "metrics.jsonl").read_bytes() == (alone / "metrics.jsonl").read_bytes()
     assert same(saved(out), saved(alone)) and same(saved(out, "optimizer"), saved(alone, "optimizer"))
-    print((out/"plan.json").read_text())
+    print((out / "plan.json").read_text())
