@@ -12,6 +12,8 @@ from dedistill.recipe import Recipe, load_recipe, to_toml
 from dedistill.recipe.plan import Plan, make_plan
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dedistill.engine.loop import Trainer
 
 INTERNAL_ERROR = 70
@@ -186,20 +188,20 @@ def train(recipe: Recipe, argv: list[str]) -> int:
         for _ in progress(rows, trainer.step, plan) if world.main else rows:
             pass
         trackers.close()
+        exported = trainer.export() if trainer.step == plan.steps else None
         if world.main:
-            _conclude(trainer, plan, again)
+            _conclude(trainer, plan, again, exported)
         world.leave()
     return 128 + trainer.stopping if trainer.step < plan.steps else 0
 
 
-def _conclude(trainer: "Trainer", plan: Plan, again: str) -> None:
-    """Say how a run ended, and write the whole network at its end."""
+def _conclude(trainer: "Trainer", plan: Plan, again: str, exported: "Path | None") -> None:
+    """Say how a run ended."""
     if not trainer.trained_now:
         print(f"already finished at step {trainer.step}; nothing to train", file=sys.stderr)
     if trainer.step < plan.steps:
         print(f"stopped and saved at step {trainer.step}; continue with:\n  {again}", file=sys.stderr)
         return
-    exported = trainer.export()
     where = f"{trainer.run.path}/" + (f", model in {exported}/" if exported else "")
     print(f"done: {plan.steps:,} steps; results in {where}", file=sys.stderr)
 

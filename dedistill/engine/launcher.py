@@ -62,7 +62,7 @@ def start(*, cpu: bool, **options: Any) -> "tuple[Accelerator, World]":
 
 
 def engine_asked() -> str:
-    """What accelerate's environment asks for: "ddp", "fsdp2", "zero2" or "zero3". Raises UserError for what is not supported."""
+    """What accelerate's environment asks for: "ddp", "fsdp2", "zero2", "zero3". Raises UserError for what is not supported."""
     for variable, engine in REFUSED.items():
         if _set(variable, "true"):
             raise UserError(

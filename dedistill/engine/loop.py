@@ -255,8 +255,9 @@ class Trainer:
         """The finished network as a model folder, when the whole network was trained; whole or not at all."""
         if self.model.adapter is not None:
             return None
-        if exported_step(self.run.model) != self.step:
-            export_model(self.model, self.run.model, self.step, self.recipe)
+        with self.update.whole():
+            if self.world.main and exported_step(self.run.model) != self.step:
+                export_model(self.model, self.run.model, self.step, self.recipe)
         return self.run.model
 
 

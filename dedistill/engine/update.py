@@ -1,6 +1,7 @@
 """One optimizer step after another, where every process holds all gradients and the whole optimizer."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -40,6 +41,9 @@ class Update(Protocol):
 
     def replicas(self) -> dict[str, nn.Parameter]:
         """Trained parameters of which every process holds all, to be compared between them."""
+
+    def whole(self) -> AbstractContextManager:
+        """While it is open, the model's own parameters are whole and may be read."""
 
     def weights(self) -> dict[str, Tensor]:
         """Private copies of what a snapshot holds, whole, on rank 0; nothing elsewhere."""
@@ -88,6 +92,9 @@ class WholeUpdate:
 
     def replicas(self) -> dict[str, nn.Parameter]:
         return self.trainable
+
+    def whole(self) -> AbstractContextManager:
+        return nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
         return self.model.tensors() if self.world.main else {}

@@ -6,6 +6,9 @@ processes is turned back into a sum. What is saved goes through the names of par
 
 import logging
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,14 +29,14 @@ def check_zero(recipe: Recipe, engine: str) -> None:
     """Raises UserError, before anything is loaded, for what ``engine`` cannot train as the recipe says."""
     if recipe.train.exact:
         raise UserError(
-            f"{recipe.where('train.exact')}: DeepSpeed ({engine}) sums gradients as floats, in an order of its own, so weights "
-            "cannot be bit-equal on any number of processes. Set train.exact = false, or use launch/ddp.yaml or launch/fsdp2.yaml.",
+            f"{recipe.where('train.exact')}: DeepSpeed ({engine}) sums gradients as floats, in an order of its own, so that "
+            "weights differ with the number of processes. Set train.exact = false, or use launch/ddp.yaml or launch/fsdp2.yaml.",
             2,
         )
     if recipe.train.optimizer != "adamw":
         raise UserError(
-            f"{recipe.where('train.optimizer')}: DeepSpeed ({engine}) steps float32 copies of the weights, and "
-            f"'{recipe.train.optimizer}' is made to do without them. Use train.optimizer = 'adamw': its state is in parts here.",
+            f"{recipe.where('train.optimizer')}: DeepSpeed ({engine}) steps float32 copies of the weights, which "
+            f"'{recipe.train.optimizer}' is made to do without. Use train.optimizer = 'adamw': its state is in parts here.",
             2,
         )
     if engine == "zero3" and recipe.base.quant == "int8-quanto" and recipe.adapter:
@@ -125,6 +128,9 @@ class ZeroUpdate:
     def replicas(self) -> dict[str, nn.Parameter]:
         return self.trainable if self.stage == 2 else {}
 
+    def whole(self) -> AbstractContextManager:
+        return self.deepspeed.zero.GatheredParameters(list(self.trainable.values()))
+
     def weights(self) -> dict[str, Tensor]:
         if self.stage == 2:
             return self.model.tensors() if self.world.main else {}
@@ -135,16 +141,15 @@ class ZeroUpdate:
     def state(self) -> dict[str, Tensor]:
         if not self.optimizer.state:
             return {}
-        found = {}
+        found, read = {}, self.deepspeed.utils.safe_get_full_optimizer_state
         for key in MOMENTS:
-            read = self.deepspeed.utils.safe_get_full_optimizer_state
-            found |= {f"{name}/{key}": t for name, t in self._whole(lambda p, k=key: read(p, k)).items()}
+            found |= {f"{name}/{key}": t for name, t in self._whole(partial(read, optim_state_key=key)).items()}
         if self.world.main:
             steps = next(iter(self.optimizer.state.values()))["step"]
             found |= {f"{name}/step": steps.to("cpu", copy=True) for name in self.trainable}
         return found
 
-    def _whole(self, read) -> dict[str, Tensor]:
+    def _whole(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         """What ``read`` puts together of each parameter; one by one, kept by rank 0 alone."""
         found = {}
         for name, parameter in self.trainable.items():
@@ -159,7 +164,7 @@ class ZeroUpdate:
         steps = {int(value) for _, key, value in entries if key == "step"}
         if state and ({key for _, key, _ in entries} != {*MOMENTS, "step"} or len(steps) != 1):
             raise UserError(f"the optimizer state of '{source}' is not that of AdamW after one number of steps")
-        with self.deepspeed.zero.GatheredParameters(list(self.trainable.values()), modifier_rank=0):
+        with self.deepspeed.zero.GatheredParameters(list(self.trainable.values()), modifier_rank=0):  # that cuts them anew
             self.model.load_tensors(weights, source)
         self.zero.refresh_fp32_params()
         self._load_state([entry for entry in entries if entry[1] in MOMENTS], steps)
