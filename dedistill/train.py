@@ -185,8 +185,9 @@ def train(recipe: Recipe, argv: list[str]) -> int:
             header(recipe, plan, model, trainer.step, devices, trainer.notes)
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
         rows = trainer.fit(stop, trackers)
-        for _ in progress(rows, trainer.step, plan) if world.main else rows:
-            pass
+        with world.relying():
+            for _ in progress(rows, trainer.step, plan) if world.main else rows:
+                pass
         trackers.close()
         exported = trainer.export() if trainer.step == plan.steps else None
         if world.main:

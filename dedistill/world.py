@@ -1,7 +1,8 @@
 """The processes of one run, and the few words they exchange. With one process every exchange is the identity."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from dedistill.errors import UserError
 
 PATIENCE = timedelta(hours=1)
 """How long ranks wait for one that still works, e.g. rank 0 at pictures. One that is gone is noticed at once."""
+ENDED = "another process of this run has ended; its own message says why"
 LOCKSTEP = {"fsdp2", "zero2", "zero3"}
 """Engines under which all ranks pass through the network together, each asking the others for weights or sums of gradients."""
 BUCKET = 2**26
@@ -61,12 +63,22 @@ class World:
             heard = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
             dist.all_gather(heard, torch.nn.functional.pad(own, (0, longest - len(own))), group=self._words)
         except RuntimeError as e:
-            raise UserError("another process of this run has ended; its own message says why") from e
+            raise UserError(ENDED) from e
         return [json.loads(bytes(words[: int(size)].numpy())) for words, size in zip(heard, sizes)]
 
     def from_main(self, value: Any) -> Any:
         """The ``value`` of rank 0, on every rank."""
         return self.gather(value if self.main else None)[0]
+
+    @contextmanager
+    def relying(self) -> Iterator[None]:
+        """Around work in which torch exchanges things by itself. Raises UserError where another process has ended."""
+        try:
+            yield
+        except RuntimeError as e:
+            if isinstance(e, dist.DistError) or "gloo" in str(e):
+                raise UserError(ENDED) from e
+            raise
 
     def wait(self) -> None:
         """Go on when every rank has come here."""
@@ -98,7 +110,7 @@ class World:
             try:
                 dist.all_reduce(flat)
             except RuntimeError as e:
-                raise UserError("another process of this run has ended; its own message says why") from e
+                raise UserError(ENDED) from e
             for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket])):
                 tensor.copy_(part.view_as(tensor))
 

@@ -29,8 +29,8 @@ def check_zero(recipe: Recipe, engine: str) -> None:
     """Raises UserError, before anything is loaded, for what ``engine`` cannot train as the recipe says."""
     if recipe.train.exact:
         raise UserError(
-            f"{recipe.where('train.exact')}: DeepSpeed ({engine}) sums gradients as floats, in an order of its own, so that "
-            "weights differ with the number of processes. Set train.exact = false, or use launch/ddp.yaml or launch/fsdp2.yaml.",
+            f"{recipe.where('train.exact')}: DeepSpeed ({engine}) sums gradients as floats, in an order of its own, so "
+            "weights differ with the number of processes. Set train.exact = false, or use ddp.yaml or fsdp2.yaml of launch/.",
             2,
         )
     if recipe.train.optimizer != "adamw":
@@ -54,7 +54,7 @@ class ZeroUpdate:
         """Raises UserError when DeepSpeed does not come up with the stage that was asked for."""
         self.model, self.world, self.trainable = model, world, model.trainable()
         self.stage = int(world.engine.removeprefix("zero"))
-        self.deepspeed = _import_deepspeed(model.device)
+        self.deepspeed = _import_deepspeed()
         config = _config(recipe)
         root = _Root(model, whole=self.stage == 3)
         if self.stage == 3:
@@ -64,7 +64,7 @@ class ZeroUpdate:
         self.zero = self.engine.optimizer
         self.optimizer: torch.optim.Optimizer = self.zero.optimizer
         self.any_spoilt = False
-        model.root = self.engine
+        model.root, model.parts.device = self.engine, self.engine.device
         self._check(root)
         model.facts["storage_bytes_here"] = local_bytes(model.parts.net)
 
@@ -72,6 +72,7 @@ class ZeroUpdate:
         """Leave each process its part of every parameter, one after the other. Adapters work inside the layers they are
         attached to, so their parts are to be gathered together with those of the layer."""
         self.deepspeed.zero.Init(module=root, config_dict_or_path=config, dtype=torch.float32)
+        root.to(self.deepspeed.get_accelerator().current_device_name())  # buffers; of parameters there is nothing left here
         for name, module in self.model.adapter.by_target.items() if self.model.adapter else ():
             layer = self.model.parts.net.get_submodule(name)
             for parameter in module.parameters():
@@ -230,9 +231,9 @@ def _config(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed for ``device``; it takes seconds to import, and prints."""
-    if device.type == "cpu":
+def _import_deepspeed() -> Any:
+    """It takes seconds to import, and prints."""
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 

@@ -17,7 +17,7 @@ import yaml
 from accelerate.commands.config import load_config_from_file
 
 from dedistill.engine.checkpoint import damage, list_checkpoints
-from dedistill.engine.launcher import ENGINES, promised, resume_command
+from dedistill.engine.launcher import REFUSED, promised, resume_command
 from dedistill.engine.stop import ECHO, StopRequest
 from dedistill.train import main
 
@@ -140,16 +140,17 @@ def test_launchers_that_start_one_process_for_two_are_found_out(adapter_recipe, 
     assert done.returncode and "the launcher was to start 2 processes, but this one is of 1" in done.stderr
 
 
-@pytest.mark.parametrize("variable", list(ENGINES))
+@pytest.mark.parametrize("variable", list(REFUSED))
 def test_engines_that_are_not_supported_are_refused(adapter_recipe, monkeypatch, capsys, variable):
     """docs/engines.md."""
     monkeypatch.setenv(variable, "true")
     assert main([str(adapter_recipe)]) == 2
-    assert f"the launcher asks for {ENGINES[variable]}, which is refused" in capsys.readouterr().err
+    assert f"the launcher asks for {REFUSED[variable]}, which is refused" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("file", "kind", "count"), [("cpu", "NO", 1), ("gpu_1", "NO", 1), ("cpu_2", "MULTI_GPU", 2), ("ddp", "MULTI_GPU", -1)]
+    ("file", "kind", "count"),
+    [("cpu", "NO", 1), ("gpu_1", "NO", 1), ("cpu_2", "MULTI_GPU", 2), ("ddp", "MULTI_GPU", -1), ("fsdp2", "FSDP", -1)],
 )
 def test_configs_of_accelerate_load(file, kind, count):
     """-1: accelerate asks for --num_processes."""

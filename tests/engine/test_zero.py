@@ -248,7 +248,7 @@ def asked(monkeypatch, folder: Path, text: str | None) -> str:
 def test_without_a_file_zero_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", raising=False)
-    with pytest.raises(UserError, match="without a deepspeed_config_file: use launch/zero2.yaml"):
+    with pytest.raises(UserError, match=r"without a deepspeed_config_file: use launch/zero2.yaml"):
         engine_asked()
 
 
@@ -269,10 +269,10 @@ def test_one_process_has_nobody_to_share_with(adapter_recipe, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("setting", "engine", "said"),
     [
-        (["train.exact=true"], "zero2", "train.exact: DeepSpeed .zero2. sums gradients as floats"),
-        (["train.exact=true"], "zero3", "train.exact: DeepSpeed .zero3. sums gradients as floats"),
-        (BF16, "zero2", "train.optimizer: DeepSpeed .zero2. steps float32 copies"),
-        (["base.quant=int8-quanto"], "zero3", "base.quant: 'int8-quanto' breaks"),
+        (["train.exact=true"], "zero2", r"train.exact: DeepSpeed .zero2. sums gradients as floats"),
+        (["train.exact=true"], "zero3", r"train.exact: DeepSpeed .zero3. sums gradients as floats"),
+        (BF16, "zero2", r"train.optimizer: DeepSpeed .zero2. steps float32 copies"),
+        (["base.quant=int8-quanto"], "zero3", r"base.quant: 'int8-quanto' breaks"),
     ],
 )
 def test_recipes_that_zero_cannot_train(adapter_recipe, setting, engine, said):
