@@ -29,7 +29,12 @@ NOTHING_KEPT = ("param_persistence_threshold", "max_live_parameters", "max_reuse
 SMALL = {2: {"reduce_bucket_size": 1000}, 3: {"reduce_bucket_size": 1000} | {f"stage3_{key}": 0 for key in NOTHING_KEPT}}
 """Gradients of a tiny adapter travel in several pieces; ZeRO-3 cuts every tensor, and keeps none longer than it is used."""
 TOLERANCE = 1e-5
-BRIEF = ("validate.every=0", "snapshot.every=0", "checkpoint.every=0", "train.steps=3")
+BRIEF = ("validate.every=3", "validate.samples=2", "snapshot.every=0", "checkpoint.every=0", "train.steps=3")
+
+
+def slow(*values: object):
+    """A parameter of tests that only ``-m slow`` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def _launched(stage: int, folder: Path, given: list[str], work) -> int:
@@ -99,7 +104,7 @@ def test_from_two_processes_to_one_to_three(adapter_recipe, tmp_path, stage):
             assert one["live"] == (0 if stage == 3 else one["whole"]) and one["int8"] > 0.5
 
 
-@pytest.mark.parametrize(("stage", "fault"), [(2, "gradient"), (3, "gradient"), (2, "norm"), (3, "norm")])
+@pytest.mark.parametrize(("stage", "fault"), [(2, "gradient"), (3, "gradient"), slow(2, "norm"), (3, "norm")])
 def test_a_step_that_is_not_finite_changes_nothing(adapter_recipe, tmp_path, stage, fault):
     """T10, F18: NaN in the gradient of one process, or a step that the guard refuses: weights, moments and counts keep every
     bit on all processes, and the next step goes on."""
@@ -111,7 +116,7 @@ def test_a_step_that_is_not_finite_changes_nothing(adapter_recipe, tmp_path, sta
         assert same(first, second) and not same(second, third)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [slow(2), 3])
 def test_a_spoilt_optimizer_stops_all(adapter_recipe, tmp_path, stage):
     """T10: NaN in a moment that one process holds; no step is made from it."""
     given = arguments(adapter_recipe, tmp_path / "r", *BRIEF)
@@ -164,9 +169,9 @@ FAULTS = {"gradient": _bad_gradient, "norm": _bad_norm}
 
 KINDS = [
     (2, "adapter", ["base.quant=int8-quanto", LORA]),
-    (2, "adapter", ["base.quant=none", "train.gradient_checkpointing=true"]),
+    slow(2, "adapter", ["base.quant=none", "train.gradient_checkpointing=true"]),
     (2, "teacher", []),
-    (3, "adapter", ["base.quant=none", LORA, "train.gradient_checkpointing=true"]),
+    slow(3, "adapter", ["base.quant=none", LORA, "train.gradient_checkpointing=true"]),
     (3, "adapter", ["train.gradient_checkpointing=true", "snapshot.every=1"]),
     (3, "teacher", []),
 ]
@@ -198,6 +203,7 @@ def test_bf16_is_the_callers(adapter_recipe, tmp_path, stage):
     assert out["grad_norm"] == pytest.approx(ddp["grad_norm"], rel=1e-6 if stage == 2 else 4e-3)
 
 
+@pytest.mark.slow
 def test_pictures_while_training(picture_recipe, tmp_path):
     """All processes make them together, where the network is in parts; rank 0 writes."""
     pictures = ("preview.every=1", "preview.prompts=['a dog']", "preview.cfgs=[1.0, 2.0]", "train.steps=1")
@@ -280,6 +286,7 @@ def test_recipes_that_zero_cannot_train(adapter_recipe, setting, engine, said):
         check_zero(load_recipe(adapter_recipe, list(setting)), engine)
 
 
+@pytest.mark.slow
 def test_deepspeed_is_imported_only_when_asked_for(adapter_recipe):
     """It takes seconds, and prints."""
     code = "import sys; from dedistill.train import main; assert not main(sys.argv[1:]); sys.exit('deepspeed' in sys.modules)"
@@ -288,7 +295,7 @@ def test_deepspeed_is_imported_only_when_asked_for(adapter_recipe):
     assert done.returncode == 0, done.stderr[-800:]
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [2, slow(3)])
 def test_a_real_launch(adapter_recipe, tmp_path, stage):
     """``accelerate launch`` with the file of launch/ starts two processes under that engine, and says what it is."""
     options = ["--config_file", f"launch/zero{stage}.yaml", "--num_processes", "2", "--num_cpu_threads_per_process", "1"]
