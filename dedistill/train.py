@@ -182,6 +182,7 @@ def train(recipe: Recipe, argv: list[str]) -> int:
             effects = model.facts | data.facts | trainer.facts()
             replace_json(run.path / "plan.json", {"plan": plan.as_dict(), "effects": effects})
             devices = f"{world.size} x {model.device.type}" if world.size > 1 else str(model.device)
+            devices += ", the base in parts" if sharded else ""
             header(recipe, plan, model, trainer.step, devices, trainer.notes)
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
         rows = trainer.fit(stop, trackers)

@@ -3,6 +3,8 @@
 The adapter is no part of the network, so it stays whole everywhere, and its gradients are summed as without sharding.
 """
 
+import warnings
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,6 +38,8 @@ def shard_base(model: Model, world: World, device: torch.device | str) -> None:
     Its forward then gathers a block, uses it and gives it back; backward does so again. All ranks must run equally many
     passes. What reads the weights themselves must have done so before.
     """
+    # it warns of writing into what a block returns, which would lose its hooks; no family does
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     net, device = model.parts.net, torch.device(device)
     mesh = init_device_mesh(device.type, (world.size,))
     blocks = model.family.blocks(net)

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.autoencoders.vae import Decoder
 from ranks import run_ranks
 from test_world import FEW, LORA, arguments, one_of, same, saved, train
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,7 +66,7 @@ def test_exact_weights_are_bit_equal_and_continue_anywhere(adapter_recipe, tmp_p
 
 def test_fast_weights_are_those_of_whole_bases(adapter_recipe, tmp_path):
     """To the bit on equally many processes, and so as near to one process as theirs (test_world)."""
-    settings = (*FEW, "base.quant=none", "train.micro_batch=2", "train.steps=3")
+    settings = (*FEW, "base.quant=none", "train.micro_batch=2", "train.steps=2")
     parts, whole = (start(3, adapter_recipe, tmp_path / start.__name__, *settings) for start in (shard, train))
     assert_same(parts, whole)
     effects = [json.loads((out / "plan.json").read_text())["effects"] for out in (parts, whole)]
@@ -193,7 +195,7 @@ def _noted(arguments: list[str], notes: Path) -> int:
 def test_each_process_holds_its_part_as_it_is_stored(adapter_recipe, tmp_path, quant, size):
     """1 / size of every tensor, int8 as int8; per pass each block travels twice, the last and what is around them once,
     and nothing else but gradients of the adapter, as without sharding."""
-    settings = (*FEW, f"base.quant={quant}", "validate.every=100", "train.batch=8", "train.micro_batch=2", "train.steps=3")
+    settings = (*FEW, f"base.quant={quant}", "validate.every=100", "train.batch=8", "train.micro_batch=2", "train.steps=2")
     out = shard(size, adapter_recipe, tmp_path / "s", *settings, work=_noted, more=(tmp_path / "notes",))
     trained = json.loads((out / "plan.json").read_text())["effects"]["trained_parameters"]
     held = 0
@@ -248,6 +250,31 @@ def test_a_process_that_ends_takes_the_others_along(adapter_recipe, tmp_path):
     assert "another process of this run has ended" in (tmp_path / "said/0").read_text()
     (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert damage(checkpoint) == "" and checkpoint.name == "step-00000001"
+
+
+def _full(arguments: list[str], codec: bool) -> int:
+    """``main`` out of memory in a preview: in the codec, or in the network on rank 1 alone."""
+
+    def full(module, _):
+        if isinstance(module, Decoder if codec else FluxTransformer2DModel) and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if codec or os.environ["RANK"] == "1":
+        torch.nn.modules.module.register_module_forward_pre_hook(full)
+    return main(arguments)
+
+
+@pytest.mark.parametrize("codec", [True, False])
+def test_a_preview_without_memory_leaves_nobody_waiting(picture_recipe, tmp_path, codec):
+    settings = ["preview.every=1", "preview.prompts=['the red sun', 'a dog']", "train.steps=1"]
+    given = arguments(picture_recipe, tmp_path / "run", *settings)
+    codes = run_ranks(2, _sharded, _full, given, codec, said=tmp_path / "said")
+    said = [(tmp_path / "said" / str(r)).read_text() for r in range(2)]
+    if codec:
+        assert codes == [0, 0] and said[0].count("out of memory; training goes on") == 1, said
+    else:
+        assert codes == [1, 1] and "another process of this run has ended" in said[0], said
+        assert "rank 1: error: out of memory in a preview" in said[1]
 
 
 # -- what is asked for -----------------------------------------------------------------------------------------------
