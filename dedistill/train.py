@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from dedistill.engine.loop import Trainer
 
 INTERNAL_ERROR = 70
+IN_PARTS = {
+    "fsdp2": ", the base in parts",
+    "zero2": ", the optimizer in parts (ZeRO-2)",
+    "zero3": ", base, adapter and optimizer in parts (ZeRO-3)",
+}
+"""What an engine spreads over the processes."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,15 +188,15 @@ def train(recipe: Recipe, argv: list[str]) -> int:
             effects = model.facts | data.facts | trainer.facts()
             replace_json(run.path / "plan.json", {"plan": plan.as_dict(), "effects": effects})
             devices = f"{world.size} x {model.device.type}" if world.size > 1 else str(model.device)
-            devices += ", the base in parts" if sharded else ""
+            devices += IN_PARTS.get(world.engine, "")
             header(recipe, plan, model, trainer.step, devices, trainer.notes)
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
         rows = trainer.fit(stop, trackers)
         with world.relying():
             for _ in progress(rows, trainer.step, plan) if world.main else rows:
                 pass
+            exported = trainer.export() if trainer.step == plan.steps else None
         trackers.close()
-        exported = trainer.export() if trainer.step == plan.steps else None
         if world.main:
             _conclude(trainer, plan, again, exported)
         world.leave()

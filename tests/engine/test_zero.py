@@ -83,12 +83,15 @@ def _noting(given: list[str]) -> int:
 def test_from_two_processes_to_one_to_three(adapter_recipe, tmp_path, stage):
     """T8, promise 3: ZeRO on 2, plain on 1, ZeRO on 3, by resume, against one process: questions and learning rates to the
     bit, weights and moments to TOLERANCE; each process held its share alone, int8 as int8."""
-    alone = train(1, adapter_recipe, tmp_path / "alone", *FEW)
-    out = zero(stage, 2, adapter_recipe, tmp_path / "chain", *FEW, "train.steps=2", work=_noting)
+    settings = (*FEW, "train.max_grad_norm=0.2")  # some steps are clipped, some are not
+    alone = train(1, adapter_recipe, tmp_path / "alone", *settings)
+    out = zero(stage, 2, adapter_recipe, tmp_path / "chain", *settings, "train.steps=2", work=_noting)
     two = [json.loads((out / f"held.{r}").read_text()) for r in range(2)]
-    train(1, adapter_recipe, out, *FEW, "train.steps=4")
-    zero(stage, 3, adapter_recipe, out, *FEW, "train.steps=6", work=_noting)
+    train(1, adapter_recipe, out, *settings, "train.steps=4")
+    zero(stage, 3, adapter_recipe, out, *settings, "train.steps=6", work=_noting)
     three = [json.loads((out / f"held.{r}").read_text()) for r in range(3)]
+    norms = [row["grad_norm"] for row in rows(alone)]
+    assert min(norms) < 0.2 < max(norms)
     for a, b in zip(rows(alone), rows(out), strict=True):
         assert (a["step"], a["lr"], a["sigma_mean"]) == (b["step"], b["lr"], b["sigma_mean"])
         assert abs(a["loss"] - b["loss"]) < TOLERANCE and abs(a["grad_norm"] - b["grad_norm"]) < 1e-4
@@ -203,6 +206,27 @@ def test_bf16_is_the_callers(adapter_recipe, tmp_path, stage):
     assert out["grad_norm"] == pytest.approx(ddp["grad_norm"], rel=1e-6 if stage == 2 else 4e-3)
 
 
+def _dying(given: list[str]) -> int:
+    original = ZeroUpdate.finish
+
+    def finish(self):
+        original(self)
+        if self.world.rank == 1:
+            os._exit(5)
+
+    ZeroUpdate.finish = finish
+    return main(given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_process_that_dies_ends_the_others(adapter_recipe, tmp_path, stage):
+    given = arguments(adapter_recipe, tmp_path / "r", *BRIEF)
+    assert run_ranks(3, _launched, stage, tmp_path, given, _dying, said=tmp_path / "said") == [1, 5, 1]
+    for rank in (0, 2):
+        assert f"rank {rank}: error: another process of this run has ended" in (tmp_path / f"said/{rank}").read_text()
+
+
 @pytest.mark.slow
 def test_pictures_while_training(picture_recipe, tmp_path):
     """All processes make them together, where the network is in parts; rank 0 writes."""
@@ -304,4 +328,4 @@ def test_a_real_launch(adapter_recipe, tmp_path, stage):
     assert done.returncode == 0, done.stderr[-2000:]
     effects = json.loads((tmp_path / "dedistill/plan.json").read_text())["effects"]
     assert (effects["engine"], effects["processes"]) == (f"zero{stage}", 2)
-    print(done.stderr, done.stdout)
+    assert f"in parts (ZeRO-{stage})" in done.stderr and "DeepSpeed" not in done.stderr
