@@ -58,24 +58,29 @@ def rows(out: Path) -> list[dict]:
 
 
 def _noting(given: list[str]) -> int:
-    """``main``, noting what each process held at its end."""
-    original = Trainer.export
+    """``main``, noting what each process held at its end, and at most of the base while it was used."""
+    original, peak = Trainer.fit, [0]
 
     def fit(self, *arguments):
-        yield from ended(self, *arguments)
+        net = self.model.parts.net
+        live = lambda: sum(p.nbytes for p in net.parameters())  # noqa: E731
+        for module in net.modules():
+            module.register_forward_pre_hook(lambda *_: peak.append(max(peak.pop(), live())))
+        yield from original(self, *arguments)
         state = self.update.optimizer.state.values()
-        held = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in self.model.parts.net.parameters()]
+        held = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in net.parameters()]
         note = {
             "moments": sum(s["exp_avg"].numel() for s in state),
             "base": sum(t.nbytes for t in held),
             "whole": self.model.facts["storage_bytes"],
             "int8": sum(t.nbytes for t in held if t.dtype == torch.int8) / sum(t.nbytes for t in held),
             "trained": self.model.facts["trained_parameters"],
-            "live": sum(p.nbytes for p in self.model.parts.net.parameters()),
+            "live": live(),
+            "peak": peak[0],
         }
         (self.run.path / f"held.{self.world.rank}").write_text(json.dumps(note))
 
-    ended, Trainer.fit, Trainer.export = Trainer.fit, fit, original
+    Trainer.fit = fit
     return main(given)
 
 
@@ -105,6 +110,7 @@ def test_from_two_processes_to_one_to_three(adapter_recipe, tmp_path, stage):
             assert one["trained"] / size <= one["moments"] <= one["trained"] / size + 200
             assert one["base"] < one["whole"] / size * 1.05 if stage == 3 else one["base"] == one["whole"]
             assert one["live"] == (0 if stage == 3 else one["whole"]) and one["int8"] > 0.5
+            assert 0 < one["peak"] < one["whole"] / 4 if stage == 3 else one["peak"] == one["whole"]
 
 
 @pytest.mark.parametrize(("stage", "fault"), [(2, "gradient"), (3, "gradient"), slow(2, "norm"), (3, "norm")])
