@@ -49,7 +49,7 @@ class Model:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters under the names that files use."""
-        return self.adapter.trainable() if self.adapter else dict(self.root.named_parameters())
+        return self.adapter.trainable() if self.adapter else dict(self.parts.net.named_parameters())
 
     def tensors(self, *, copy: bool = True) -> dict[str, Tensor]:
         """What a snapshot holds: private copies on the CPU, or as it stands."""

@@ -12,9 +12,17 @@ from dedistill.recipe import Recipe, load_recipe, to_toml
 from dedistill.recipe.plan import Plan, make_plan
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dedistill.engine.loop import Trainer
 
 INTERNAL_ERROR = 70
+IN_PARTS = {
+    "fsdp2": ", the base in parts",
+    "zero2": ", the optimizer in parts (ZeRO-2)",
+    "zero3": ", base, adapter and optimizer in parts (ZeRO-3)",
+}
+"""What an engine spreads over the processes."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,6 +155,7 @@ def train(recipe: Recipe, argv: list[str]) -> int:
     from dedistill.engine.rundir import RunDirectory
     from dedistill.engine.sharding import check_shardable, shard_base
     from dedistill.engine.stop import StopRequest
+    from dedistill.engine.zero import check_zero
     from dedistill.files import replace_json
     from dedistill.prepare import open_data
     from dedistill.report.console import header, progress, say
@@ -157,13 +166,15 @@ def train(recipe: Recipe, argv: list[str]) -> int:
     sharded = world.engine == "fsdp2"
     if sharded:
         check_shardable(recipe)
+    if world.engine in ("zero2", "zero3"):
+        check_zero(recipe, world.engine)
     with ExitStack() as held, ExitStack() as training:
         if world.main:
             held.enter_context(run)
         world.same(recipe.resolved())
         data = open_data(recipe, accelerator.device, say, world)  # stopped at once when asked: what is encoded is kept
         stop = training.enter_context(StopRequest())
-        model = build_model(recipe, "cpu" if sharded else accelerator.device)
+        model = build_model(recipe, "cpu" if world.engine in ("fsdp2", "zero3") else accelerator.device)
         model.known |= data.known
         _check_pictures(recipe, data.source.picture, model.parts.picture)
         world.same({"hash of the data": data.digest, "hash of a sample of the base": sample_sha256(model.parts.net)})
@@ -177,28 +188,28 @@ def train(recipe: Recipe, argv: list[str]) -> int:
             effects = model.facts | data.facts | trainer.facts()
             replace_json(run.path / "plan.json", {"plan": plan.as_dict(), "effects": effects})
             devices = f"{world.size} x {model.device.type}" if world.size > 1 else str(model.device)
-            devices += ", the base in parts" if sharded else ""
+            devices += IN_PARTS.get(world.engine, "")
             header(recipe, plan, model, trainer.step, devices, trainer.notes)
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
         rows = trainer.fit(stop, trackers)
         with world.relying():
             for _ in progress(rows, trainer.step, plan) if world.main else rows:
                 pass
+            exported = trainer.export() if trainer.step == plan.steps else None
         trackers.close()
         if world.main:
-            _conclude(trainer, plan, again)
+            _conclude(trainer, plan, again, exported)
         world.leave()
     return 128 + trainer.stopping if trainer.step < plan.steps else 0
 
 
-def _conclude(trainer: "Trainer", plan: Plan, again: str) -> None:
-    """Say how a run ended, and write the whole network at its end."""
+def _conclude(trainer: "Trainer", plan: Plan, again: str, exported: "Path | None") -> None:
+    """Say how a run ended."""
     if not trainer.trained_now:
         print(f"already finished at step {trainer.step}; nothing to train", file=sys.stderr)
     if trainer.step < plan.steps:
         print(f"stopped and saved at step {trainer.step}; continue with:\n  {again}", file=sys.stderr)
         return
-    exported = trainer.export()
     where = f"{trainer.run.path}/" + (f", model in {exported}/" if exported else "")
     print(f"done: {plan.steps:,} steps; results in {where}", file=sys.stderr)
 

@@ -15,8 +15,8 @@ from dedistill.errors import UserError
 PATIENCE = timedelta(hours=1)
 """How long ranks wait for one that still works, e.g. rank 0 at pictures. One that is gone is noticed at once."""
 ENDED = "another process of this run has ended; its own message says why"
-LOCKSTEP = {"fsdp2"}
-"""Engines under which every pass through the network is made by all ranks together, each asking the others for weights."""
+LOCKSTEP = {"fsdp2", "zero2", "zero3"}
+"""Engines under which all ranks pass through the network together, each asking the others for weights or sums of gradients."""
 BUCKET = 2**26
 """Elements of gradients that travel in one piece: what summing costs in memory, for an adapter of any size."""
 
@@ -29,7 +29,8 @@ class World:
         """One process alone."""
         self.rank, self.size, self._words = 0, 1, None
         self.engine = "ddp"
-        """How the work is spread: "ddp", each rank with a whole base, or "fsdp2", the base in parts on all ranks."""
+        """How the work is spread: "ddp", each rank with everything; "zero2", the optimizer in parts on all ranks; "fsdp2", the
+        base in parts; "zero3", both."""
 
     @classmethod
     def joined(cls) -> "World":

@@ -6,6 +6,7 @@
 # NODES: machines (1). HEAD: address of one of them (localhost). PORT: a free port there (29500). PER_NODE: processes on each
 # (its GPUs; 2 without any). JOB: a name shared by the machines of one run (dedistill).
 # ACCELERATE_USE_FSDP=true FSDP_VERSION=2: the base in parts on all processes, as with launch/fsdp2.yaml.
+# ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_CONFIG_FILE=launch/zero2.json (or zero3): as with launch/zero2.yaml.
 set -euo pipefail
 [ $# -ge 1 ] || { echo "usage: [NODES=n HEAD=address] bash launch/torchrun.sh RECIPE [options]" >&2; exit 2; }
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || :)

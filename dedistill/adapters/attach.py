@@ -28,11 +28,14 @@ class Adapter(nn.Module):
         super().__init__()
         self._net = [net]
         self.by_target: dict[str, nn.Module] = {}
+        self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        """Of each target's parameters. An engine may cut the parameters themselves."""
         for target in targets:
             module = _build(kind, target, net.get_submodule(target.name))
             module.apply_to()
             self.add_module(file_name(target.name), module)
             self.by_target[target.name] = module
+            self.shapes[target.name] = {name: tuple(p.shape) for name, p in module.named_parameters()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._net[0](*args, **kwargs)
@@ -46,15 +49,18 @@ class Adapter(nn.Module):
         """Parameters under their names in files."""
         return dict(self.named_parameters())
 
+    def alphas(self) -> dict[str, Tensor]:
+        """Each module's alpha under its name in files."""
+        return {f"{file_name(n)}.alpha": m.alpha for n, m in self.by_target.items()}
+
     def tensors(self, *, copy: bool = True) -> dict[str, Tensor]:
         """Everything a file holds: parameters and each module's alpha; private copies on the CPU, or as they stand."""
-        alphas = {f"{file_name(n)}.alpha": m.alpha for n, m in self.by_target.items()}
-        return detached(self.trainable() | alphas, copy=copy)
+        return detached(self.trainable() | self.alphas(), copy=copy)
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
         """Copy a whole file in. Raises UserError, changing nothing, unless names, shapes and alphas agree exactly."""
-        alphas = {f"{file_name(n)}.alpha": m.alpha for n, m in self.by_target.items()}
+        alphas = self.alphas()
         own = self.trainable()
         problems = compare_tensors(own | alphas, tensors) or _other_alphas(alphas, tensors)
         if problems:

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dedistill.engine.zero_settings import zero_settings
 from dedistill.errors import UserError
 from dedistill.world import World
 
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
@@ -62,7 +62,7 @@ def start(*, cpu: bool, **options: Any) -> "tuple[Accelerator, World]":
 
 
 def engine_asked() -> str:
-    """What accelerate's environment asks for: "ddp" or "fsdp2". Raises UserError for what is not supported."""
+    """What accelerate's environment asks for: "ddp", "fsdp2", "zero2", "zero3". Raises UserError for what is not supported."""
     for variable, engine in REFUSED.items():
         if _set(variable, "true"):
             raise UserError(
@@ -70,6 +70,8 @@ def engine_asked() -> str:
                 "or launch/fsdp2.yaml to spread the base over the GPUs.",
                 exit_code=2,
             )
+    if _set("ACCELERATE_USE_DEEPSPEED", "true"):
+        return f"zero{zero_settings()['stage']}"
     if not _set("ACCELERATE_USE_FSDP", "true"):
         return "ddp"
     if not _set("FSDP_VERSION", "2"):
@@ -88,9 +90,10 @@ def _set(variable: str, value: str) -> bool:
 
 
 def _hide_engine() -> None:
-    """Sharding is done here: accelerate is not to wrap anything, nor transformers to leave text encoders empty on all
-    ranks but the first, as both do where they see these variables."""
-    for name in [n for n in os.environ if n == "ACCELERATE_USE_FSDP" or n.startswith("FSDP_")]:
+    """Sharding is done here: accelerate is not to wrap anything, nor transformers to shard text encoders or leave them
+    empty on all ranks but the first, as both do where they see these variables."""
+    ours = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    for name in [n for n in os.environ if n in ours or n.startswith("FSDP_")]:
         del os.environ[name]
 
 

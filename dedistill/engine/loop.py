@@ -14,15 +14,15 @@ from dedistill.data.source import Source
 from dedistill.engine.ahead import ahead
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
 from dedistill.engine.export import export_model, exported_step
-from dedistill.engine.gradients import gradients_for
 from dedistill.engine.guards import FiniteGuard, NotFinite
 from dedistill.engine.metrics import Record, Trackers
 from dedistill.engine.objective import Objective, Task, task_loss
-from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors
+from dedistill.engine.optim import learning_rate, not_finite
 from dedistill.engine.preview import Preview
 from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.saver import Saver
 from dedistill.engine.stop import StopRequest
+from dedistill.engine.update import update_for
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
 from dedistill.errors import UserError
 from dedistill.files import make_folder, replace_file, step_name
@@ -43,8 +43,7 @@ class Trainer:
         self.recipe, self.plan, self.model, self.run, self.world = recipe, plan, model, run, world
         self.objective = Objective(recipe, source, model.shift)
         self.trainable = model.trainable()
-        self.optimizer = make_optimizer(recipe, self.trainable.values())
-        self.gradients = gradients_for(list(self.trainable.values()), world, plan.batch, recipe.train.exact)
+        self.update = update_for(recipe, plan, model, world)
         self.guard, self.saver = FiniteGuard(), Saver()
         self.step = 0
         self.skipped = 0
@@ -67,7 +66,7 @@ class Trainer:
             "objective": self.objective.kind,
             "sigma": self.objective.sampling | {"shift": self.objective.shift_of(self.model.parts.picture)},
             "caption_dropout": self.objective.dropout,
-            "optimizer": type(self.optimizer).__module__.split(".")[0] + "." + type(self.optimizer).__name__,
+            "optimizer": type(self.update.optimizer).__module__.split(".")[0] + "." + type(self.update.optimizer).__name__,
             "betas": list(self.recipe.train.betas),
             "parameter_dtype": str(next(iter(self.trainable.values())).dtype),
             "bf16": self.model.bf16,
@@ -84,13 +83,12 @@ class Trainer:
         name = self.world.from_main(found.name if self.world.main and found else None)
         if name is not None:
             self._read(self.run.checkpoints / name)
-        self._compare("weights", self.trainable)
+        self._compare("weights", self.update.replicas())
 
     def _read(self, checkpoint: Path) -> None:
         groups, manifest = read_checkpoint(checkpoint)
         self._compare("optimizer state", groups.get("optimizer", {}))
-        self.model.load_tensors(groups["trainable"], str(checkpoint))
-        load_optimizer_tensors(self.optimizer, self.trainable, groups.get("optimizer", {}), str(checkpoint))
+        self.update.load(groups["trainable"], groups.get("optimizer", {}), str(checkpoint))
         self.step, self.skipped, self.guard.in_a_row = manifest["step"], manifest["skipped"], manifest["skipped_in_a_row"]
         if self.step > self.plan.steps:
             raise UserError(f"'{checkpoint}' is at step {self.step}, train.steps is {self.plan.steps}: nothing is left to do")
@@ -119,7 +117,7 @@ class Trainer:
                 last = self.step == self.plan.steps
                 if self.validate and (last or self.step % self.recipe.validate_.every == 0):
                     row |= self.validate(self.model)
-                if self.world.main and _due(self.recipe.snapshot.every, self.step, last):
+                if _due(self.recipe.snapshot.every, self.step, last):
                     self._snapshot()
                 if self.preview and _due(self.recipe.preview.every, self.step, last):
                     self.preview(self.step)
@@ -164,18 +162,16 @@ class Trainer:
     def _train_step(self, step: int, tasks: Tasks) -> dict:
         """One optimizer step over all slots of the global batch; every sample weighs the same."""
         loss, sigma, bad = self._gradients(tasks)
-        grad_norm = float(self._clip())
+        grad_norm = self.update.norm()
         lr = learning_rate(self.recipe, step)
         mean = float(loss.mean())
         applied = self.guard.allows(step, mean, grad_norm, bad)
         if applied:
             self._check_optimizer(step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+            self.update.apply(lr)
         else:
+            self.update.drop()
             self.skipped += 1
-        self.optimizer.zero_grad(set_to_none=True)
         row = {"step": step + 1, "loss": mean, "lr": lr, "grad_norm": grad_norm, "applied": applied}
         if not applied:
             return {**row, "loss": str(mean), "grad_norm": str(grad_norm), "not_finite": bad}
@@ -190,17 +186,13 @@ class Trainer:
         while (item := self._next(tasks)) is not None:
             positions, task = item
             loss = task_loss(self.model, task)  # one number per sample
-            (loss.sum() / self.plan.batch).backward()
-            if not len(positions):
-                self.optimizer.zero_grad(set_to_none=True)
-                continue
-            self.gradients.add()
+            self.update.backward(loss.sum() / self.plan.batch, counts=len(positions) > 0)
             done = list(zip(positions.tolist(), loss.tolist(), task.sigma.tolist()))
             slots += done
             bad += [(p, {"sample": n, "sigma": s}) for (p, value, s), n in zip(done, task.names) if not math.isfinite(value)]
         heard = self.world.gather({"slots": slots, "bad": bad, "stop": self.stop.asked()})
         self.stopping = max(h["stop"] for h in heard)
-        self.gradients.finish()
+        self.update.finish()
         _, losses, sigmas = zip(*sorted(slot for h in heard for slot in h["slots"]))
         bad = [culprit for _, culprit in sorted((b for h in heard for b in h["bad"]), key=lambda b: b[0])]
         return torch.tensor(losses), torch.tensor(sigmas), bad
@@ -211,21 +203,17 @@ class Trainer:
         self.waited += time.monotonic() - start
         return item
 
-    def _clip(self) -> torch.Tensor:
-        limit = self.recipe.train.max_grad_norm or math.inf
-        return torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit, foreach=True)
-
     def _check_optimizer(self, step: int) -> None:
         """Raises UserError for a state that would spoil every weight it touches, however good the gradient."""
-        if bad := not_finite(optimizer_tensors(self.optimizer, self.trainable)):
+        if bad := self.update.spoilt():
             raise UserError(
                 f"before step {step + 1} the optimizer state holds {len(bad)} tensors that are not finite, e.g. {bad[0]}. "
                 "The step was not applied; start again to go on from the last checkpoint."
             )
 
     def _good(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``tensors`` to be saved. Raises UserError for those that a finite step has blown up."""
-        if bad := not_finite(tensors):
+        """``tensors`` to be saved. Raises UserError, on every process, for those that a finite step has blown up."""
+        if bad := self.world.from_main(not_finite(tensors)):
             raise UserError(
                 f"after step {self.step} {len(bad)} tensors are not finite, e.g. {bad[0]}; not saved. "
                 "Lower train.lr or train.weight_decay; what was saved before is intact."
@@ -233,18 +221,18 @@ class Trainer:
         return tensors
 
     def _snapshot(self) -> None:
-        make_folder(self.run.snapshots)
-        header = snapshot_header(self.recipe, self.step)
-        weights = self._good(self.model.tensors())
-        replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(weights, metadata=header))
+        weights = self._good(self.update.weights())
+        if self.world.main:
+            make_folder(self.run.snapshots)
+            header = snapshot_header(self.recipe, self.step)
+            replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(weights, metadata=header))
 
     def _checkpoint(self, *, wait: bool) -> None:
         """Rank 0 saves beside training, after all have agreed on what. wait: until it is safe; nobody ends before that."""
-        self._compare("weights", self.trainable)
+        self._compare("weights", self.update.replicas())
+        groups = {"trainable": self._good(self.update.weights()), "optimizer": self._good(self.update.state())}
         if self.world.main:
-            state = {"trainable": self.model.tensors(copy=False)}
-            state["optimizer"] = optimizer_tensors(self.optimizer, self.trainable)
-            self.saver.start({name: self._good(tensors) for name, tensors in state.items()}, self._writer())
+            self.saver.start(groups, self._writer(), copy=not self.update.gathers)
         if wait:
             self.saver.wait()
             self.world.wait()
@@ -265,8 +253,9 @@ class Trainer:
         """The finished network as a model folder, when the whole network was trained; whole or not at all."""
         if self.model.adapter is not None:
             return None
-        if exported_step(self.run.model) != self.step:
-            export_model(self.model, self.run.model, self.step, self.recipe)
+        with self.update.whole():
+            if self.world.main and exported_step(self.run.model) != self.step:
+                export_model(self.model, self.run.model, self.step, self.recipe)
         return self.run.model
 
 

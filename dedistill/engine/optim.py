@@ -84,10 +84,7 @@ def load_optimizer_tensors(
 ) -> None:
     """The inverse of :func:`optimizer_tensors`. Raises UserError naming ``source``, changing nothing, unless names and
     shapes fit; without any tensors the optimizer starts anew."""
-    entries = [(*full.rpartition("/")[::2], value) for full, value in tensors.items()]
-    if tensors and (problem := _misfit(optimizer, names, entries)):
-        raise UserError(f"the optimizer state of '{source}' does not fit this recipe: {problem}")
-    for name, key, value in entries:
+    for name, key, value in state_entries(optimizer, names, tensors, source):
         if name.startswith("group/"):
             group = optimizer.param_groups[int(name.removeprefix("group/"))]
             group[key] = value.clone()
@@ -96,7 +93,18 @@ def load_optimizer_tensors(
             optimizer.state[names[name]][key] = value.to(names[name].device).clone()
 
 
-def _misfit(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], entries: list[tuple[str, str, Tensor]]) -> str:
+def state_entries(
+    optimizer: torch.optim.Optimizer, names: dict[str, Tensor], tensors: dict[str, Tensor], source: str
+) -> list[tuple[str, str, Tensor]]:
+    """(name of a parameter or group, key, value) of each of ``tensors``. Raises UserError naming ``source`` unless they are
+    the whole state of parameters of these names and shapes, or none at all."""
+    entries = [(*full.rpartition("/")[::2], value) for full, value in tensors.items()]
+    if tensors and (problem := _misfit(optimizer, names, entries)):
+        raise UserError(f"the optimizer state of '{source}' does not fit this recipe: {problem}")
+    return entries
+
+
+def _misfit(optimizer: torch.optim.Optimizer, names: dict[str, Tensor], entries: list[tuple[str, str, Tensor]]) -> str:
     """What keeps (name, key, value) ``entries`` from being loaded; empty when nothing does."""
     groups = {f"group/{i}" for i in range(len(optimizer.param_groups))}
     states = [(name, key, value) for name, key, value in entries if name not in groups]

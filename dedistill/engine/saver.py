@@ -21,13 +21,17 @@ class Saver:
         self._running: Future | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}
 
-    def start(self, groups: Groups, save: Callable[[Groups], object]) -> None:
-        """Copy ``groups`` to the CPU after the save before has ended, and run ``save`` on the copies beside what follows."""
+    def start(self, groups: Groups, save: Callable[[Groups], object], *, copy: bool = True) -> None:
+        """Run ``save`` on ``groups`` beside what follows, after the save before has ended.
+
+        copy: on copies of them on the CPU; without, they must be nobody else's.
+        """
         self.wait()
-        copies = {group: {name: self._copy(group, name, t) for name, t in ts.items()} for group, ts in groups.items()}
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies into pinned memory do not wait by themselves
-        self._running = self._pool.submit(save, copies)
+        if copy:
+            groups = {group: {name: self._copy(group, name, t) for name, t in ts.items()} for group, ts in groups.items()}
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # copies into pinned memory do not wait by themselves
+        self._running = self._pool.submit(save, groups)
 
     def _copy(self, group: str, name: str, tensor: Tensor) -> Tensor:
         own = self._copies.get((group, name))

@@ -1,5 +1,6 @@
 """What a run says on the terminal: a header of what will happen, a live line, and where the results are."""
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -52,9 +53,9 @@ def _targets_table(model: Model) -> str:
     lines = [f"            {'target':24} layers      weight  factor (real)  rank   parameters  e.g."]
     for (pattern, shape, factor, rank), group in groupby(sorted(model.targets, key=lambda t: str(form(t))), key=form):
         names = [t.name for t in group]
-        count = sum(p.numel() for n in names for p in model.adapter.by_target[n].parameters())
-        w1 = getattr(model.adapter.by_target[names[0]], "lokr_w1", None)
-        side = f"{factor} ({w1.shape[0]}x{w1.shape[1]})" if w1 is not None else "-"
+        count = sum(math.prod(shape) for n in names for shape in model.adapter.shapes[n].values())
+        w1 = model.adapter.shapes[names[0]].get("lokr_w1")
+        side = f"{factor} ({w1[0]}x{w1[1]})" if w1 is not None else "-"
         size = f"{shape[0]}x{shape[1]}"
         lines.append(
             f"            {pattern:24} {len(names):6} {size:>11} {side:>14} {rank or 'full':>5} {count:12,}  {names[0]}"

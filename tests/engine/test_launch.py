@@ -150,12 +150,16 @@ def test_engines_that_are_not_supported_are_refused(adapter_recipe, monkeypatch,
 
 @pytest.mark.parametrize(
     ("file", "kind", "count"),
-    [("cpu", "NO", 1), ("gpu_1", "NO", 1), ("cpu_2", "MULTI_GPU", 2), ("ddp", "MULTI_GPU", -1), ("fsdp2", "FSDP", -1)],
+    [
+        *[("cpu", "NO", 1), ("gpu_1", "NO", 1), ("cpu_2", "MULTI_GPU", 2), ("ddp", "MULTI_GPU", -1), ("fsdp2", "FSDP", -1)],
+        *[("zero2", "DEEPSPEED", -1), ("zero3", "DEEPSPEED", -1)],
+    ],
 )
 def test_configs_of_accelerate_load(file, kind, count):
     """-1: accelerate asks for --num_processes."""
     config = load_config_from_file(str(ROOT / "launch" / f"{file}.yaml"))
-    assert (config.distributed_type, config.num_processes, config.mixed_precision) == (kind, count, "no")
+    precision = None if kind == "DEEPSPEED" else "no"  # accelerate wants it left out beside a DeepSpeed file
+    assert (config.distributed_type, config.num_processes, config.mixed_precision) == (kind, count, precision)
     assert config.use_cpu == (file == "cpu")
 
 

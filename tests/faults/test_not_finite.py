@@ -36,7 +36,7 @@ def in_gradient(task, trainer):
 
 
 def in_optimizer(task, trainer):
-    next(s for s in trainer.optimizer.state.values() if s)["exp_avg"].view(-1)[0] = torch.nan
+    next(s for s in trainer.update.optimizer.state.values() if s)["exp_avg"].view(-1)[0] = torch.nan
     return task
 
 
