@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dedistill.errors import UserError
+from dedistill.errors import RUN_AGAIN, UserError
 
 PATIENCE = timedelta(hours=1)
 """How long ranks wait for one that still works, e.g. rank 0 at pictures. One that is gone is noticed at once."""
+GONE = "another process of this run has ended; its own message says why"
 BUCKET = 2**26
 """Elements of gradients that travel in one piece: what summing costs in memory, for an adapter of any size."""
 
@@ -51,7 +52,7 @@ class World:
             heard = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
             dist.all_gather(heard, torch.nn.functional.pad(own, (0, longest - len(own))), group=self._words)
         except RuntimeError as e:
-            raise UserError("another process of this run has ended; its own message says why") from e
+            raise UserError(GONE, RUN_AGAIN) from e
         return [json.loads(bytes(words[: int(size)].numpy())) for words, size in zip(heard, sizes)]
 
     def from_main(self, value: Any) -> Any:
@@ -88,7 +89,7 @@ class World:
             try:
                 dist.all_reduce(flat)
             except RuntimeError as e:
-                raise UserError("another process of this run has ended; its own message says why") from e
+                raise UserError(GONE, RUN_AGAIN) from e
             for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket])):
                 tensor.copy_(part.view_as(tensor))
 

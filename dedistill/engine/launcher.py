@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dedistill.errors import UserError
-from dedistill.world import World
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from dedistill.world import World
 
 ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -38,6 +39,8 @@ def start(*, cpu: bool, **options: Any) -> "tuple[Accelerator, World]":
     there: several ways of launching start one process, or many that know nothing of each other, without saying so.
     """
     from accelerate import Accelerator
+
+    from dedistill.world import World
 
     for variable, engine in ENGINES.items():
         if os.environ.get(variable, "false").lower() == "true":

@@ -1,6 +1,7 @@
 """The training loop: slots of the global batch, one update per step, whatever model, adapter or objective."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,9 +22,9 @@ from dedistill.engine.metrics import Record, Trackers
 from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors
 from dedistill.engine.preview import Preview
+from dedistill.engine.requests import BY_SIGNAL, Requests
 from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.saver import Saver
-from dedistill.engine.stop import StopRequest
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
 from dedistill.errors import UserError
 from dedistill.files import make_folder, replace_file, step_name
@@ -50,8 +51,11 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.trained_now = False
-        self.stopping = 0
-        """The signal by which some process was asked to stop."""
+        self.stopping = ""
+        """How some process was asked to stop, as Requests.asked says it."""
+        self.asked = {"save": False, "sample": False}
+        self.unfinished: dict | None = None
+        """The row of the last step, where a stop came before its validation."""
         self.waited = 0.0
         """Seconds since the last line of timings.jsonl in which training stood still for data."""
         self.notes: list[str] = []
@@ -91,15 +95,16 @@ class Trainer:
         self.model.load_tensors(groups["trainable"], str(checkpoint))
         load_optimizer_tensors(self.optimizer, self.trainable, groups.get("optimizer", {}), str(checkpoint))
         self.step, self.skipped, self.guard.in_a_row = manifest["step"], manifest["skipped"], manifest["skipped_in_a_row"]
+        self.unfinished = manifest.get("unfinished")
         if self.step > self.plan.steps:
             raise UserError(f"'{checkpoint}' is at step {self.step}, train.steps is {self.plan.steps}: nothing is left to do")
 
-    def fit(self, stop: StopRequest, trackers: Trackers) -> Iterator[dict]:
+    def fit(self, stop: Requests, trackers: Trackers) -> Iterator[dict]:
         """Train to the last step, yielding one row per step; returns early, saved, when a stop is asked for.
 
         Every process yields the same rows.
         """
-        record = Record(self.run, self.step) if self.world.main else None
+        record = Record(self.run, self.step - bool(self.unfinished)) if self.world.main else None
         before = {}
         if self.step == 0 and self.validate:
             before = {f"{key}_start": value for key, value in self.validate(self.model).items()}
@@ -110,34 +115,51 @@ class Trainer:
         self.model.root.train()
         self.stop, tasks = stop, ahead(self._tasks(self.step))
         try:
-            for step in range(self.step, self.plan.steps):
+            if self.unfinished:
+                self.trained_now = True
+                yield self._concluded(self.unfinished, record, trackers)
+            while self.step < self.plan.steps and not self.stopping:
                 self.saver.check()
-                row = self._guarded_step(step, tasks) | before
+                row = self._guarded_step(self.step, tasks) | before
                 before = {}
-                self.step, self.trained_now = step + 1, True
-                last = self.step == self.plan.steps
-                if self.validate and (last or self.step % self.recipe.validate_.every == 0):
-                    row |= self.validate(self.model)
-                if self.world.main and _due(self.recipe.snapshot.every, self.step, last):
-                    self._snapshot()
-                if self.preview and _due(self.recipe.preview.every, self.step, last):
-                    self.preview(self.step)
-                if record and (step == 0 or "val_loss" in row or not row["applied"] or last or self._logged()):
-                    record.write(row, self.waited)
-                    self.waited = 0.0
-                    trackers.log(row, self.step)
-                if last or self.stopping or _due(self.recipe.checkpoint.every, self.step, last):
-                    if record:
-                        record.sync()
-                    self._checkpoint(wait=last or self.stopping)
-                yield row
-                if self.stopping:
-                    return
+                self.step, self.trained_now = self.step + 1, True
+                stop.deferred = True
+                yield self._concluded(row, record, trackers)
         finally:
+            stop.deferred = False
             tasks.close()
             self.saver.close()
             if record:
                 record.close()
+
+    def _concluded(self, row: dict, record: Record | None, trackers: Trackers) -> dict:
+        """What belongs to the end of a step: validation, files, logs. Returns the whole row."""
+        last = self.step == self.plan.steps
+        if self.validate and (last or self.step % self.recipe.validate_.every == 0):
+            found = self.validate(self.model, self.stop.interrupted)
+            if found is None:  # the next start validates, and writes the row
+                self.stopping, self.unfinished = BY_SIGNAL, row
+            else:
+                row, self.unfinished = row | found, None
+        if not self.unfinished:
+            self._write(row, last, record, trackers)
+        if last or self.stopping or self.asked["save"] or _due(self.recipe.checkpoint.every, self.step, last):
+            if record:
+                record.sync()
+            self._checkpoint(wait=last or bool(self.stopping))
+        return row
+
+    def _write(self, row: dict, last: bool, record: Record | None, trackers: Trackers) -> None:
+        if self.world.main and _due(self.recipe.snapshot.every, self.step, last):
+            self._snapshot()
+        if self.preview and (_due(self.recipe.preview.every, self.step, last) or self.asked["sample"]):
+            self.preview(self.step, self.stop.interrupted)
+        elif self.world.main and self.asked["sample"]:
+            print("asked for previews, but the recipe has no [preview] table", file=sys.stderr)
+        if record and (row["step"] == 1 or "val_loss" in row or not row["applied"] or last or self._logged()):
+            record.write(row, self.waited)
+            self.waited = 0.0
+            trackers.log(row, self.step)
 
     def _logged(self) -> bool:
         return self.step % self.recipe.log.every == 0
@@ -191,8 +213,9 @@ class Trainer:
             done = list(zip(positions.tolist(), loss.tolist(), task.sigma.tolist()))
             slots += done
             bad += [(p, {"sample": n, "sigma": s}) for (p, value, s), n in zip(done, task.names) if not math.isfinite(value)]
-        heard = self.world.gather({"slots": slots, "bad": bad, "stop": self.stop.asked()})
+        heard = self.world.gather({"slots": slots, "bad": bad, **self.stop.asked()})
         self.stopping = max(h["stop"] for h in heard)
+        self.asked = {what: any(h[what] for h in heard) for what in self.asked}
         self.gradients.finish()
         _, losses, sigmas = zip(*sorted(slot for h in heard for slot in h["slots"]))
         bad = [culprit for _, culprit in sorted((b for h in heard for b in h["bad"]), key=lambda b: b[0])]
@@ -254,7 +277,7 @@ class Trainer:
         groups = {"trainable": {name: tensor.cpu() for name, tensor in self._weights().items()}}
         groups["optimizer"] = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.items()}
         facts = {"skipped": self.skipped, "skipped_in_a_row": self.guard.in_a_row}
-        facts |= {"recipe": self.recipe.resolved(), "saved_at": time.time()}
+        facts |= {"unfinished": self.unfinished, "recipe": self.recipe.resolved(), "saved_at": time.time()}
         return partial(save_checkpoint, self.run.checkpoints, self.step, groups, facts, self.recipe.checkpoint.keep)
 
     def export(self) -> Path | None:

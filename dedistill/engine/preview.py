@@ -1,6 +1,7 @@
 """Pictures while training: the same prompts, noise and scales at every preview, so that only the weights differ."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,10 +22,10 @@ class Preview:
         self.settings, self.steps, self.model, self.folder = recipe.preview, recipe.sample.steps, model, folder
         self.out_of_memory = False
 
-    def __call__(self, step: int) -> None:
-        """Never ends a run for lack of memory: says so once, and trains on."""
+    def __call__(self, step: int, interrupted: Callable[[], bool] = lambda: False) -> None:
+        """Never ends a run for lack of memory: says so once, and trains on. Left unfinished once ``interrupted``."""
         try:
-            self._write(step)
+            self._write(step, interrupted)
         except torch.OutOfMemoryError:
             if not self.out_of_memory:
                 said = "out of memory; training goes on. Lower sample.height and sample.width."
@@ -33,7 +34,7 @@ class Preview:
         finally:
             _release(self.model)
 
-    def _write(self, step: int) -> None:
+    def _write(self, step: int, interrupted: Callable[[], bool]) -> None:
         p, prompts = self.settings, list(self.settings.prompts)
         shape = self.model.parts.picture
         noise = start_noise(p.seed, len(prompts), shape)
@@ -43,6 +44,8 @@ class Preview:
         rows = [(prompt, []) for prompt in prompts]
         for cfg in p.cfgs:
             for i, prompt in enumerate(prompts):  # one at a time: memory is what training has left over
+                if interrupted():
+                    return
                 picture = sample(self.model, [prompt], noise[i : i + 1], sigmas, cfg=cfg, skip=p.skip)[0]
                 file = folder / f"p{i:03d}_cfg{cfg:g}.png"
                 save_png(picture, file)

@@ -41,7 +41,7 @@ def stopped(recipe):
 
     Trainer._train_step = asked
     try:
-        assert main(arguments(recipe, recipe.parent / "b", *SETTINGS)) == 130
+        assert main(arguments(recipe, recipe.parent / "b", *SETTINGS)) == 75
     finally:
         Trainer._train_step = real
     assert list_checkpoints(recipe.parent / "b" / "checkpoints")[-1].name == "step-00000003"
