@@ -13,11 +13,12 @@ from safetensors.torch import save
 
 from dedistill.assemble import Model
 from dedistill.data.source import Source
+from dedistill.data.substitutes import Substitutes
 from dedistill.engine.ahead import ahead
-from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
-from dedistill.engine.export import export_model, exported_step
+from dedistill.engine.checkpoint import drop_after, newest_until, newest_valid, read_checkpoint, save_checkpoint
+from dedistill.engine.export import export_model, exported_step, snapshot_header
 from dedistill.engine.gradients import gradients_for
-from dedistill.engine.guards import FiniteGuard, NotFinite
+from dedistill.engine.guards import BadSteps, GoBack, Guard
 from dedistill.engine.metrics import Record, Trackers
 from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors
@@ -28,7 +29,7 @@ from dedistill.engine.saver import Saver
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
 from dedistill.errors import UserError
 from dedistill.files import make_folder, replace_file, step_name
-from dedistill.recipe import Recipe, to_toml
+from dedistill.recipe import Recipe
 from dedistill.recipe.plan import Plan
 from dedistill.tensorfile import tensors_sha256
 from dedistill.world import World, even_share
@@ -43,11 +44,12 @@ class Trainer:
     def __init__(self, recipe: Recipe, plan: Plan, model: Model, source: Source, run: RunDirectory, world: World):
         """Every process of ``world`` has a trainer and trains; rank 0 alone writes into ``run``."""
         self.recipe, self.plan, self.model, self.run, self.world = recipe, plan, model, run, world
-        self.objective = Objective(recipe, source, model.shift)
+        self.guard, self.saver = Guard(recipe.train.spike), Saver()
+        self.source = Substitutes(source, self.guard.since())
+        self.objective = Objective(recipe, self.source, model.shift)
         self.trainable = model.trainable()
         self.optimizer = make_optimizer(recipe, self.trainable.values())
         self.gradients = gradients_for(list(self.trainable.values()), world, plan.batch, recipe.train.exact)
-        self.guard, self.saver = FiniteGuard(), Saver()
         self.step = 0
         self.skipped = 0
         self.trained_now = False
@@ -94,10 +96,38 @@ class Trainer:
         self._compare("optimizer state", groups.get("optimizer", {}))
         self.model.load_tensors(groups["trainable"], str(checkpoint))
         load_optimizer_tensors(self.optimizer, self.trainable, groups.get("optimizer", {}), str(checkpoint))
-        self.step, self.skipped, self.guard.in_a_row = manifest["step"], manifest["skipped"], manifest["skipped_in_a_row"]
-        self.unfinished = manifest.get("unfinished")
+        self.step, self.skipped, self.unfinished = manifest["step"], manifest["skipped"], manifest["unfinished"]
+        self.guard.load(manifest["guard"])
+        self.source.since = self.guard.since()
         if self.step > self.plan.steps:
             raise UserError(f"'{checkpoint}' is at step {self.step}, train.steps is {self.plan.steps}: nothing is left to do")
+
+    def _go_back(self, since: int) -> None:
+        """To the newest good checkpoint of at most ``since`` steps, without those after it, and with today's quarantine.
+
+        Without such a one: to ``since`` itself, which is saved; its weights are the present ones, since nothing was applied
+        after it. Either way the same steps come of it: no sample is left out before ``since``.
+        """
+        folder, judged = self.run.checkpoints, self.guard.state()
+        self.saver.wait()
+        found = newest_until(folder, since) if self.world.main else None
+        name = self.world.from_main(found.name if found else None)
+        if self.world.main:
+            drop_after(folder, since, keep=0 if name else 1)  # at any instant there is one to go on from
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.skipped = since, self.skipped - (self.step - since)
+        if name is not None:
+            self._read(folder / name)
+        self.guard.load({key: judged[key] for key in ("quarantine", "returned")})
+        self.source.since = self.guard.since()
+        self.unfinished = None  # its row was written since
+        if name is None:
+            self._checkpoint(wait=True)
+        if self.world.main:
+            drop_after(folder, since)
+            left_out = [name for name, entry in self.guard.quarantine.items() if entry["since"] == since]
+            said = f"step {since + 1} and those after it: {len(left_out)} samples stand out and are left out from there on"
+            print(f"{said}, e.g. {left_out[0]}; trained again from step {self.step + 1} on", file=sys.stderr)
 
     def fit(self, stop: Requests, trackers: Trackers) -> Iterator[dict]:
         """Train to the last step, yielding one row per step; returns early, saved, when a stop is asked for.
@@ -120,8 +150,14 @@ class Trainer:
                 yield self._concluded(self.unfinished, record, trackers)
             while self.step < self.plan.steps and not self.stopping:
                 self.saver.check()
-                row = self._guarded_step(self.step, tasks) | before
-                before = {}
+                try:
+                    row = self._guarded_step(self.step, tasks) | (before if self.step == 0 else {})
+                except GoBack as back:
+                    tasks.close()
+                    self._go_back(back.since)
+                    record = record and record.reopened(self.run, self.step)
+                    tasks = ahead(self._tasks(self.step))
+                    continue
                 self.step, self.trained_now = self.step + 1, True
                 stop.deferred = True
                 yield self._concluded(row, record, trackers)
@@ -136,7 +172,7 @@ class Trainer:
         """What belongs to the end of a step: validation, files, logs. Returns the whole row."""
         last = self.step == self.plan.steps
         if self.validate and (last or self.step % self.recipe.validate_.every == 0):
-            found = self.validate(self.model, self.stop.interrupted)
+            found = self.validate(self.model, self._interrupted)
             if found is None:  # the next start validates, and writes the row
                 self.stopping, self.unfinished = BY_SIGNAL, row
             else:
@@ -153,13 +189,17 @@ class Trainer:
         if self.world.main and _due(self.recipe.snapshot.every, self.step, last):
             self._snapshot()
         if self.preview and (_due(self.recipe.preview.every, self.step, last) or self.asked["sample"]):
-            self.preview(self.step, self.stop.interrupted)
+            self.preview(self.step, self._interrupted)
         elif self.world.main and self.asked["sample"]:
             print("asked for previews, but the recipe has no [preview] table", file=sys.stderr)
         if record and (row["step"] == 1 or "val_loss" in row or not row["applied"] or last or self._logged()):
             record.write(row, self.waited)
             self.waited = 0.0
             trackers.log(row, self.step)
+
+    def _interrupted(self) -> bool:
+        """Whether this process may leave a validation or previews unfinished."""
+        return self.stop.interrupted()
 
     def _logged(self) -> bool:
         return self.step % self.recipe.log.every == 0
@@ -174,19 +214,20 @@ class Trainer:
     def _guarded_step(self, step: int, tasks: Tasks) -> dict:
         try:
             return self._train_step(step, tasks)
-        except NotFinite:
+        except BadSteps:
             if self.trained_now:  # the weights are good: bad steps were not applied
                 self._checkpoint(wait=True)
             raise
 
     def _train_step(self, step: int, tasks: Tasks) -> dict:
         """One optimizer step over all slots of the global batch; every sample weighs the same."""
-        loss, sigma, bad = self._gradients(tasks)
+        loss, sigma = self._gradients(tasks)
         grad_norm = float(self._clip())
         lr = learning_rate(self.recipe, step)
         mean = float(loss.mean())
-        applied = self.guard.allows(step, mean, grad_norm, bad)
-        if applied:
+        names = partial(self.source.names, self.recipe.run.seed, step, batch=self.plan.batch)
+        wrong = self.guard.judge(step, loss, sigma, grad_norm, names)
+        if not wrong:
             self._check_optimizer(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -194,32 +235,31 @@ class Trainer:
         else:
             self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
-        row = {"step": step + 1, "loss": mean, "lr": lr, "grad_norm": grad_norm, "applied": applied}
-        if not applied:
-            return {**row, "loss": str(mean), "grad_norm": str(grad_norm), "not_finite": bad}
+        row = {"step": step + 1, "loss": mean, "lr": lr, "grad_norm": grad_norm, "applied": not wrong}
+        if left_out := [{"sample": n, **entry} for n, entry in self.guard.quarantine.items() if entry["since"] == step]:
+            row["quarantined"] = left_out
+        if wrong:
+            return {**row, "loss": str(mean), "grad_norm": str(grad_norm), **wrong}
         return row | {"sigma_mean": float(sigma.mean()), "sigma_loss": sigma_bins(loss, sigma, self.recipe.log.sigma_bins)}
 
-    def _gradients(self, tasks: Tasks) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
-        """Leave the gradient of the whole batch in place; (losses [B], sigmas [B], samples whose loss is not finite).
+    def _gradients(self, tasks: Tasks) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leave the gradient of the whole batch in place; (losses [B], sigmas [B]).
 
         What comes back is of all processes, in the order of positions, so that it does not depend on who did what.
         """
-        slots, bad = [], []
+        slots = []
         while (item := self._next(tasks)) is not None:
             positions, task = item
             loss = task_loss(self.model, task)  # one number per sample
             (loss.sum() / self.plan.batch).backward()
             self.gradients.add()
-            done = list(zip(positions.tolist(), loss.tolist(), task.sigma.tolist()))
-            slots += done
-            bad += [(p, {"sample": n, "sigma": s}) for (p, value, s), n in zip(done, task.names) if not math.isfinite(value)]
-        heard = self.world.gather({"slots": slots, "bad": bad, **self.stop.asked()})
+            slots += zip(positions.tolist(), loss.tolist(), task.sigma.tolist())
+        heard = self.world.gather({"slots": slots, **self.stop.asked()})
         self.stopping = max(h["stop"] for h in heard)
         self.asked = {what: any(h[what] for h in heard) for what in self.asked}
         self.gradients.finish()
         _, losses, sigmas = zip(*sorted(slot for h in heard for slot in h["slots"]))
-        bad = [culprit for _, culprit in sorted((b for h in heard for b in h["bad"]), key=lambda b: b[0])]
-        return torch.tensor(losses), torch.tensor(sigmas), bad
+        return torch.tensor(losses), torch.tensor(sigmas)
 
     def _next(self, tasks: Tasks) -> tuple[np.ndarray, Task] | None:
         start = time.monotonic()
@@ -276,8 +316,8 @@ class Trainer:
         state = self._good(optimizer_tensors(self.optimizer, self.trainable, copy=False))
         groups = {"trainable": {name: tensor.cpu() for name, tensor in self._weights().items()}}
         groups["optimizer"] = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-        facts = {"skipped": self.skipped, "skipped_in_a_row": self.guard.in_a_row}
-        facts |= {"unfinished": self.unfinished, "recipe": self.recipe.resolved(), "saved_at": time.time()}
+        facts = {"skipped": self.skipped, "guard": self.guard.state(), "unfinished": self.unfinished}
+        facts |= {"recipe": self.recipe.resolved(), "saved_at": time.time()}
         return partial(save_checkpoint, self.run.checkpoints, self.step, groups, facts, self.recipe.checkpoint.keep)
 
     def export(self) -> Path | None:
@@ -291,16 +331,3 @@ class Trainer:
 
 def _due(every: int, step: int, last: bool) -> bool:
     return bool(every) and (last or step % every == 0)
-
-
-def snapshot_header(recipe: Recipe, step: int) -> dict[str, str]:
-    """What a sampler must know to use the weights; safetensors headers hold strings only."""
-    return {
-        "format": "pt",
-        "dedistill.step": str(step),
-        "dedistill.run": recipe.run.name,
-        "dedistill.family": recipe.model.family,
-        "dedistill.masked_attention": recipe.model.mask,
-        "dedistill.sigma_density": recipe.timesteps.density,
-        "dedistill.recipe": to_toml(recipe),
-    }

@@ -53,6 +53,11 @@ class Record:
         self.metrics.write(row)
         self.timings.write({"step": row["step"], "seconds": round(self.clock.lap(), 4), "waited": round(waited, 4)})
 
+    def reopened(self, run: RunDirectory, step: int) -> "Record":
+        """The record of a run that goes back to ``step``."""
+        self.close()
+        return Record(run, step)
+
     def sync(self) -> None:
         self.metrics.sync()
 

@@ -200,6 +200,10 @@ class Train(Table):
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="Clip the gradient norm to this.")
+    spike: Annotated[float, Field(ge=0)] = Field(
+        20.0,
+        description="No step is applied whose gradient norm is more than so many times the median of the last 64. 0: no limit.",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of the network; bf16 uses autocast.")
     exact: bool = Field(
         False,

@@ -95,7 +95,7 @@ def _forget_optimizer(folder: Path) -> None:
     checkpoint = list_checkpoints(folder / "checkpoints")[-1]
     groups, manifest = read_checkpoint(checkpoint)
     shutil.rmtree(checkpoint)
-    facts = {"skipped": 0, "skipped_in_a_row": 0}
+    facts = {key: manifest[key] for key in ("skipped", "guard", "unfinished")}
     save_checkpoint(checkpoint.parent, manifest["step"], {"trainable": groups["trainable"]}, facts, keep=2)
 
 

@@ -75,6 +75,7 @@ BROKEN = {
     "one bit of one weight": one_bit,
     "a step repeated": lambda groups, facts: facts.update(step=2),
     "a step left out": lambda groups, facts: facts.update(step=4),
+    "the guard's history forgotten": lambda groups, facts: facts["guard"]["norms"].clear(),
     "skipped steps forgotten": lambda groups, facts: facts.update(skipped=facts["skipped"] + 1),
 }
 

@@ -85,6 +85,7 @@ optimizer = "adamw_bf16"
 betas = [0.9, 0.99]
 weight_decay = 0.01
 max_grad_norm = 1
+spike = 30.0
 precision = "bf16"
 gradient_checkpointing = true
 
