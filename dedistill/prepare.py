@@ -24,6 +24,7 @@ from dedistill.families.family import Components, Family
 from dedistill.families.registry import get_family, text_length
 from dedistill.fingerprint import fingerprint
 from dedistill.flow import keyed
+from dedistill.pulse import pulse
 from dedistill.recipe import Recipe
 from dedistill.text import Text
 from dedistill.world import World
@@ -238,6 +239,7 @@ def _encode_captions(captions: list[str], store: Store, family: Family, parts: C
     """Returns how many ``captions`` are longer than ``length`` tokens, and so were cut."""
     cut = 0
     for chunk in _told(captions, CAPTIONS_PER_SHARD, "captions", say):
+        pulse.beat("encoding captions", patient=True)
         cut += sum(tokens > length for tokens in parts.text.tokens(chunk))
         text = family.encode_text(parts, chunk, length)
         store.write({text_key(c): _stored(text.rows(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)})
@@ -260,11 +262,14 @@ def _encode_pictures(pictures: list[Picture], index: Index, store: Store, family
     with ThreadPoolExecutor(READERS) as pool:  # decoding and resizing take as long as encoding does
         for chunk in _told(pictures, PICTURES_PER_SHARD, "pictures", say):
             entries = {}
+            pulse.beat("decoding pictures")
             for picture, crops in zip(chunk, pool.map(pixels, chunk)):
+                pulse.beat("encoding pictures", patient=True)
                 entries |= {
                     latent_key(picture.sample, crop): {"latent": _latent(picture.sample, crop, array, family, parts)}
                     for crop, array in zip(picture.crops, crops)
                 }
+                pulse.beat("decoding pictures")
             store.write(entries)
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dedistill.errors import RUN_AGAIN, UserError
@@ -120,8 +121,9 @@ def _check_cache(recipe: Recipe) -> int:
 
 def _encode(recipe: Recipe) -> int:
     from dedistill.engine.requests import Requests
+    from dedistill.engine.watchdog import Watchdog
 
-    with Requests():
+    with Requests(), Watchdog(recipe.run.stuck_after, Path(recipe.data.cache or recipe.run.out)):
         return _encode_all(recipe)
 
 
@@ -148,9 +150,11 @@ def train(recipe: Recipe, argv: list[str]) -> int:
     """Train ``recipe`` to its end or to a stop request; returns the exit code."""
     from dedistill.engine.launcher import resume_command
     from dedistill.engine.requests import Requests
+    from dedistill.engine.watchdog import Watchdog
 
     again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
-    with Requests() as stop:  # before libraries are loaded, which takes seconds
+    # before libraries are loaded, which takes seconds
+    with Requests() as stop, Watchdog(recipe.run.stuck_after, Path(recipe.run.out)):
         return _train(recipe, again, stop)
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dedistill.errors import RUN_AGAIN, UserError
+from dedistill.pulse import pulse
 
 PATIENCE = timedelta(hours=1)
 """How long ranks wait for one that still works, e.g. rank 0 at pictures. One that is gone is noticed at once."""
@@ -46,11 +47,12 @@ class World:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         try:
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            dist.all_gather(sizes, torch.tensor([len(own)]), group=self._words)
-            longest = int(max(sizes))
-            heard = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(heard, torch.nn.functional.pad(own, (0, longest - len(own))), group=self._words)
+            with pulse.during("waiting for other processes"):
+                sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+                dist.all_gather(sizes, torch.tensor([len(own)]), group=self._words)
+                longest = int(max(sizes))
+                heard = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+                dist.all_gather(heard, torch.nn.functional.pad(own, (0, longest - len(own))), group=self._words)
         except RuntimeError as e:
             raise UserError(GONE, RUN_AGAIN) from e
         return [json.loads(bytes(words[: int(size)].numpy())) for words, size in zip(heard, sizes)]

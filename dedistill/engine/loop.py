@@ -29,6 +29,7 @@ from dedistill.engine.saver import Saver
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
 from dedistill.errors import UserError
 from dedistill.files import make_folder, replace_file, step_name
+from dedistill.pulse import pulse
 from dedistill.recipe import Recipe
 from dedistill.recipe.plan import Plan
 from dedistill.tensorfile import tensors_sha256
@@ -177,6 +178,7 @@ class Trainer:
                 self.stopping, self.unfinished = BY_SIGNAL, row
             else:
                 row, self.unfinished = row | found, None
+        pulse.beat("writing and saving", patient=True)
         if not self.unfinished:
             self._write(row, last, record, trackers)
         if last or self.stopping or self.asked["save"] or _due(self.recipe.checkpoint.every, self.step, last):
@@ -263,7 +265,10 @@ class Trainer:
 
     def _next(self, tasks: Tasks) -> tuple[np.ndarray, Task] | None:
         start = time.monotonic()
+        pulse.step = self.step
+        pulse.beat("waiting for data")
         item = next(tasks)
+        pulse.beat("training")
         self.waited += time.monotonic() - start
         return item
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dedistill.assemble import Model
 from dedistill.flow.solvers import sigma_grid
+from dedistill.pulse import pulse
 from dedistill.recipe import Recipe
 from dedistill.sampling.grid import contact_sheet
 from dedistill.sampling.sampler import sample, start_noise
@@ -46,6 +47,7 @@ class Preview:
             for i, prompt in enumerate(prompts):  # one at a time: memory is what training has left over
                 if interrupted():
                     return
+                pulse.beat("making previews")
                 picture = sample(self.model, [prompt], noise[i : i + 1], sigmas, cfg=cfg, skip=p.skip)[0]
                 file = folder / f"p{i:03d}_cfg{cfg:g}.png"
                 save_png(picture, file)

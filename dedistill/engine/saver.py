@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from dedistill.pulse import pulse
+
 
 class Saver:
     """One save at a time. What goes wrong in one is raised by the next call of ``start`` or ``wait``."""
@@ -25,7 +27,8 @@ class Saver:
         """Until what was started is safe on disk."""
         running, self._running = self._running, None
         if running:
-            running.result()
+            with pulse.during("saving"):
+                running.result()
 
     def close(self) -> None:
         """Wait, and raise nothing: for the end of a run that has failed already."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dedistill.assemble import Model
 from dedistill.engine.objective import Objective, task_loss
+from dedistill.pulse import pulse
 from dedistill.world import World
 
 SAMPLES = 256
@@ -34,6 +35,7 @@ class Validator:
         for task in self.tasks:
             if interrupted():
                 break
+            pulse.beat("validating")
             own += zip(task.sigma.tolist(), task_loss(model, task).tolist())
         model.root.train(training)
         heard = self.world.gather({"losses": own, "interrupted": interrupted()})

@@ -29,6 +29,11 @@ class Run(Table):
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue from the newest good checkpoint; never: refuse a directory that holds a run."
     )
+    stuck_after: Annotated[float, Field(ge=0)] = Field(
+        600.0,
+        description="Seconds without a sign of life after which a process writes its stacks and ends with code 75; 0: never. "
+        "Six times that while loading or waiting for other processes.",
+    )
 
 
 class Architecture(Table):

@@ -24,6 +24,7 @@ name = "full"
 out = "runs/full"
 seed = 3
 resume = "never"
+stuck_after = 60
 
 [model]
 family = "any"
