@@ -51,6 +51,13 @@ class Model:
         """The trained parameters under the names that files use."""
         return self.adapter.trainable() if self.adapter else dict(self.root.named_parameters())
 
+    def modules(self) -> list[list[str]]:
+        """Names of the trained parameters that work only together: those of each adapted layer; all, without an adapter."""
+        names = {id(parameter): name for name, parameter in self.trainable().items()}
+        if self.adapter is None:
+            return [list(names.values())]
+        return [[names[id(p)] for p in module.parameters()] for module in self.adapter.by_target.values()]
+
     def tensors(self) -> dict[str, Tensor]:
         """Private copies of what a snapshot holds."""
         if self.adapter:

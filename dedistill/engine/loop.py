@@ -19,6 +19,7 @@ from dedistill.engine.checkpoint import drop_after, newest_until, newest_valid, 
 from dedistill.engine.export import export_model, exported_step, snapshot_header
 from dedistill.engine.gradients import gradients_for
 from dedistill.engine.guards import BadSteps, GoBack, Guard
+from dedistill.engine.ledger import EVERY, Ledger
 from dedistill.engine.metrics import Record, Trackers
 from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors
@@ -51,6 +52,7 @@ class Trainer:
         self.trainable = model.trainable()
         self.optimizer = make_optimizer(recipe, self.trainable.values())
         self.gradients = gradients_for(list(self.trainable.values()), world, plan.batch, recipe.train.exact)
+        self.ledger = Ledger(self.trainable, self.optimizer, model.modules())
         self.step = 0
         self.skipped = 0
         self.trained_now = False
@@ -99,6 +101,7 @@ class Trainer:
         load_optimizer_tensors(self.optimizer, self.trainable, groups.get("optimizer", {}), str(checkpoint))
         self.step, self.skipped, self.unfinished = manifest["step"], manifest["skipped"], manifest["unfinished"]
         self.guard.load(manifest["guard"])
+        self.ledger.start()
         self.source.since = self.guard.since()
         if self.step > self.plan.steps:
             raise UserError(f"'{checkpoint}' is at step {self.step}, train.steps is {self.plan.steps}: nothing is left to do")
@@ -172,7 +175,11 @@ class Trainer:
     def _concluded(self, row: dict, record: Record | None, trackers: Trackers) -> dict:
         """What belongs to the end of a step: validation, files, logs. Returns the whole row."""
         last = self.step == self.plan.steps
-        if self.validate and (last or self.step % self.recipe.validate_.every == 0):
+        validating = self.validate and (last or self.step % self.recipe.validate_.every == 0)
+        saving = last or self.asked["save"] or _due(self.recipe.checkpoint.every, self.step, last)
+        if validating or saving or self.step % EVERY == 0:
+            self.ledger.check(self.step)
+        if validating:
             found = self.validate(self.model, self._interrupted)
             if found is None:  # the next start validates, and writes the row
                 self.stopping, self.unfinished = BY_SIGNAL, row
@@ -181,7 +188,7 @@ class Trainer:
         pulse.beat("writing and saving", patient=True)
         if not self.unfinished:
             self._write(row, last, record, trackers)
-        if last or self.stopping or self.asked["save"] or _due(self.recipe.checkpoint.every, self.step, last):
+        if saving or self.stopping:
             if record:
                 record.sync()
             self._checkpoint(wait=last or bool(self.stopping))
@@ -234,6 +241,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self.ledger.applied += 1
         else:
             self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
