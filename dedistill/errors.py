@@ -1,5 +1,8 @@
 """The one exception that carries a message for the user rather than for the programmer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 RUN_AGAIN = 75
 """Exit code of a run that is not finished: the same command goes on with it (EX_TEMPFAIL of sysexits.h)."""
 
@@ -14,3 +17,12 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextmanager
+def enough_memory(doing: str) -> Iterator[None]:
+    """Names what was going on when memory ran out. That may be for another process: the same command may well succeed."""
+    try:
+        yield
+    except MemoryError as e:
+        raise UserError(f"out of memory while {doing}; what was complete is kept", RUN_AGAIN) from e

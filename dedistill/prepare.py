@@ -19,7 +19,7 @@ from dedistill.data.listing import PictureSet, pictures_of
 from dedistill.data.mixing import caption_warnings
 from dedistill.data.registry import open_source
 from dedistill.data.source import Source
-from dedistill.errors import UserError
+from dedistill.errors import UserError, enough_memory
 from dedistill.families.family import Components, Family
 from dedistill.families.registry import get_family, text_length
 from dedistill.fingerprint import fingerprint
@@ -256,8 +256,9 @@ def _encode_pictures(pictures: list[Picture], index: Index, store: Store, family
     place = {id(sample): i for i, sample in enumerate(index.samples)}
 
     def pixels(picture: Picture) -> list[np.ndarray]:
-        image = index.picture(place[id(picture.sample)])
-        return [apply_crop(image, crop) for crop in picture.crops]
+        with enough_memory(f"decoding '{picture.sample.name}'"):
+            image = index.picture(place[id(picture.sample)])
+            return [apply_crop(image, crop) for crop in picture.crops]
 
     with ThreadPoolExecutor(READERS) as pool:  # decoding and resizing take as long as encoding does
         for chunk in _told(pictures, PICTURES_PER_SHARD, "pictures", say):

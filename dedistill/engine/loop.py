@@ -28,7 +28,7 @@ from dedistill.engine.requests import BY_SIGNAL, Requests
 from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.saver import Saver
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
-from dedistill.errors import UserError
+from dedistill.errors import UserError, enough_memory
 from dedistill.files import make_folder, replace_file, step_name
 from dedistill.pulse import pulse
 from dedistill.recipe import Recipe
@@ -217,7 +217,9 @@ class Trainer:
         """Every micro-batch of this process, from step ``start`` on."""
         for step in range(start, self.plan.steps):
             for positions in self.objective.share(step, self.micro_batch, self.world):
-                yield positions, self.objective.task(step, positions)
+                with enough_memory(f"loading positions {positions.tolist()} of step {step + 1}"):
+                    task = self.objective.task(step, positions)
+                yield positions, task
             yield None
 
     def _guarded_step(self, step: int, tasks: Tasks) -> dict:
