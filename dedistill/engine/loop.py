@@ -15,7 +15,7 @@ from dedistill.assemble import Model
 from dedistill.data.source import Source
 from dedistill.data.substitutes import Substitutes
 from dedistill.engine.ahead import ahead
-from dedistill.engine.checkpoint import drop_after, newest_until, newest_valid, read_checkpoint, save_checkpoint
+from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
 from dedistill.engine.export import export_model, exported_step, snapshot_header
 from dedistill.engine.gradients import gradients_for
 from dedistill.engine.guards import BadSteps, GoBack, Guard
@@ -25,6 +25,7 @@ from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors
 from dedistill.engine.preview import Preview
 from dedistill.engine.requests import BY_SIGNAL, Requests
+from dedistill.engine.rollback import go_back
 from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.saver import Saver
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
@@ -91,10 +92,10 @@ class Trainer:
             found, self.notes = newest_valid(self.run.checkpoints)
         name = self.world.from_main(found.name if self.world.main and found else None)
         if name is not None:
-            self._read(self.run.checkpoints / name)
+            self.read(self.run.checkpoints / name)
         self._compare("weights", self.trainable)
 
-    def _read(self, checkpoint: Path) -> None:
+    def read(self, checkpoint: Path) -> None:
         groups, manifest = read_checkpoint(checkpoint)
         self._compare("optimizer state", groups.get("optimizer", {}))
         self.model.load_tensors(groups["trainable"], str(checkpoint))
@@ -105,33 +106,6 @@ class Trainer:
         self.source.since = self.guard.since()
         if self.step > self.plan.steps:
             raise UserError(f"'{checkpoint}' is at step {self.step}, train.steps is {self.plan.steps}: nothing is left to do")
-
-    def _go_back(self, since: int) -> None:
-        """To the newest good checkpoint of at most ``since`` steps, without those after it, and with today's quarantine.
-
-        Without such a one: to ``since`` itself, which is saved; its weights are the present ones, since nothing was applied
-        after it. Either way the same steps come of it: no sample is left out before ``since``.
-        """
-        folder, judged = self.run.checkpoints, self.guard.state()
-        self.saver.wait()
-        found = newest_until(folder, since) if self.world.main else None
-        name = self.world.from_main(found.name if found else None)
-        if self.world.main:
-            drop_after(folder, since, keep=0 if name else 1)  # at any instant there is one to go on from
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step, self.skipped = since, self.skipped - (self.step - since)
-        if name is not None:
-            self._read(folder / name)
-        self.guard.load({key: judged[key] for key in ("quarantine", "returned")})
-        self.source.since = self.guard.since()
-        self.unfinished = None  # its row was written since
-        if name is None:
-            self._checkpoint(wait=True)
-        if self.world.main:
-            drop_after(folder, since)
-            left_out = [name for name, entry in self.guard.quarantine.items() if entry["since"] == since]
-            said = f"step {since + 1} and those after it: {len(left_out)} samples stand out and are left out from there on"
-            print(f"{said}, e.g. {left_out[0]}; trained again from step {self.step + 1} on", file=sys.stderr)
 
     def fit(self, stop: Requests, trackers: Trackers) -> Iterator[dict]:
         """Train to the last step, yielding one row per step; returns early, saved, when a stop is asked for.
@@ -158,7 +132,7 @@ class Trainer:
                     row = self._guarded_step(self.step, tasks) | (before if self.step == 0 else {})
                 except GoBack as back:
                     tasks.close()
-                    self._go_back(back.since)
+                    go_back(self, back.since)
                     record = record and record.reopened(self.run, self.step)
                     tasks = ahead(self._tasks(self.step))
                     continue
@@ -191,7 +165,7 @@ class Trainer:
         if saving or self.stopping:
             if record:
                 record.sync()
-            self._checkpoint(wait=last or bool(self.stopping))
+            self.checkpoint(wait=last or bool(self.stopping))
         return row
 
     def _write(self, row: dict, last: bool, record: Record | None, trackers: Trackers) -> None:
@@ -227,7 +201,7 @@ class Trainer:
             return self._train_step(step, tasks)
         except BadSteps:
             if self.trained_now:  # the weights are good: bad steps were not applied
-                self._checkpoint(wait=True)
+                self.checkpoint(wait=True)
             raise
 
     def _train_step(self, step: int, tasks: Tasks) -> dict:
@@ -312,7 +286,7 @@ class Trainer:
         header = snapshot_header(self.recipe, self.step)
         replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(self._weights(), metadata=header))
 
-    def _checkpoint(self, *, wait: bool) -> None:
+    def checkpoint(self, *, wait: bool) -> None:
         """Rank 0 saves beside training, after all have agreed on what. wait: until it is safe; nobody ends before that."""
         self._compare("weights", self.trainable)
         if self.world.main:
