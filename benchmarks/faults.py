@@ -2,7 +2,7 @@
 """Faults on purpose, by the hundred: what ``tests/faults`` does in small. Writes docs/reliability.md from what it saw.
 
 python -m benchmarks.faults [--kills 200] [--kills-of-two 40] [--states 100] [--flips 500] [--damages 200] [--shards 400]
-[--recipes 2000]
+[--recipes 2000] [--signals 60] [--stuck 30]
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import fault_kinds as kinds
+from benchmarks import fault_kinds_running as running
 from benchmarks.fault_kinds import ROOT, Row
 from tiny_recipes import ADAPTER, TEACHER
 from dedistill.train import main as train
@@ -29,6 +30,8 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--shards", type=int, default=400)
     parser.add_argument("--recipes", type=int, default=2000)
+    parser.add_argument("--signals", type=int, default=60)
+    parser.add_argument("--stuck", type=int, default=30)
     parser.add_argument("--only", nargs="*", default=None, help="parts to run, by the names of their functions; prints only")
     return parser
 
@@ -62,6 +65,11 @@ def main() -> int:
         ("flips", lambda r, f: kinds.flips(r, f, args.flips)),
         ("damages", lambda r, f: kinds.damages(r, f, args.damages)),
         ("not_finite", kinds.not_finite),
+        ("bad_steps", running.bad_steps),
+        ("no_effect", running.no_effect),
+        ("signals", lambda r, f: running.signals(r, f, args.signals)),
+        ("stuck", lambda r, f: running.stuck(r, f, args.stuck)),
+        ("logging", running.logging),
         ("samples", kinds.samples),
         ("shards", lambda r, f: kinds.shards(r, f, args.shards)),
         ("recipes", lambda r, f: kinds.recipes(r, f, args.recipes)),

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from benchmarks.interleave import RESULTS, ratio
 from dedistill.assemble import build_model
 from dedistill.engine.loop import Trainer
+from dedistill.engine.requests import Requests
 from dedistill.engine.rundir import RunDirectory
-from dedistill.engine.stop import StopRequest
 from dedistill.prepare import open_data
 from dedistill.recipe import load_recipe
 from dedistill.recipe.plan import make_plan
@@ -44,7 +44,7 @@ def trainer(folder: Path, *settings: str) -> Trainer:
     made = Trainer(
         recipe, make_plan(recipe), build_model(recipe), open_data(recipe, "cpu", print).source, RunDirectory(recipe), World()
     )
-    made.stop = StopRequest().__enter__()
+    made.stop = Requests().__enter__()
     return made
 
 

@@ -51,6 +51,13 @@ class Model:
         """The trained parameters under the names that files use."""
         return self.adapter.trainable() if self.adapter else dict(self.parts.net.named_parameters())
 
+    def modules(self) -> list[list[str]]:
+        """Names of the trained parameters that work only together: those of each adapted layer; all, without an adapter."""
+        names = {id(parameter): name for name, parameter in self.trainable().items()}
+        if self.adapter is None:
+            return [list(names.values())]
+        return [[names[id(p)] for p in module.parameters()] for module in self.adapter.by_target.values()]
+
     def tensors(self, *, copy: bool = True) -> dict[str, Tensor]:
         """What a snapshot holds: private copies on the CPU, or as it stands."""
         return self.adapter.tensors(copy=copy) if self.adapter else detached(self.trainable(), copy=copy)

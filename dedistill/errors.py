@@ -1,13 +1,28 @@
 """The one exception that carries a message for the user rather than for the programmer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+RUN_AGAIN = 75
+"""Exit code of a run that is not finished: the same command goes on with it (EX_TEMPFAIL of sysexits.h)."""
+
 
 class UserError(Exception):
     """Something the user can mend: the message says what is wrong, where, and the way out.
 
     The command line prints the message alone (the traceback only with ``--debug``) and exits with ``exit_code``:
-    2 for a recipe or an argument, 1 for everything else.
+    2 for a recipe or an argument, RUN_AGAIN where the same command may well succeed, 1 for everything else.
     """
 
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextmanager
+def enough_memory(doing: str) -> Iterator[None]:
+    """Names what was going on when memory ran out. That may be for another process: the same command may well succeed."""
+    try:
+        yield
+    except MemoryError as e:
+        raise UserError(f"out of memory while {doing}; what was complete is kept", RUN_AGAIN) from e

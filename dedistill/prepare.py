@@ -19,11 +19,12 @@ from dedistill.data.listing import PictureSet, pictures_of
 from dedistill.data.mixing import caption_warnings
 from dedistill.data.registry import open_source
 from dedistill.data.source import Source
-from dedistill.errors import UserError
+from dedistill.errors import UserError, enough_memory
 from dedistill.families.family import Components, Family
 from dedistill.families.registry import get_family, text_length
 from dedistill.fingerprint import fingerprint
 from dedistill.flow import keyed
+from dedistill.pulse import pulse
 from dedistill.recipe import Recipe
 from dedistill.text import Text
 from dedistill.world import World
@@ -238,6 +239,7 @@ def _encode_captions(captions: list[str], store: Store, family: Family, parts: C
     """Returns how many ``captions`` are longer than ``length`` tokens, and so were cut."""
     cut = 0
     for chunk in _told(captions, CAPTIONS_PER_SHARD, "captions", say):
+        pulse.beat("encoding captions", patient=True)
         cut += sum(tokens > length for tokens in parts.text.tokens(chunk))
         text = family.encode_text(parts, chunk, length)
         store.write({text_key(c): _stored(text.rows(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)})
@@ -254,17 +256,21 @@ def _encode_pictures(pictures: list[Picture], index: Index, store: Store, family
     place = {id(sample): i for i, sample in enumerate(index.samples)}
 
     def pixels(picture: Picture) -> list[np.ndarray]:
-        image = index.picture(place[id(picture.sample)])
-        return [apply_crop(image, crop) for crop in picture.crops]
+        with enough_memory(f"decoding '{picture.sample.name}'"):
+            image = index.picture(place[id(picture.sample)])
+            return [apply_crop(image, crop) for crop in picture.crops]
 
     with ThreadPoolExecutor(READERS) as pool:  # decoding and resizing take as long as encoding does
         for chunk in _told(pictures, PICTURES_PER_SHARD, "pictures", say):
             entries = {}
+            pulse.beat("decoding pictures")
             for picture, crops in zip(chunk, pool.map(pixels, chunk)):
+                pulse.beat("encoding pictures", patient=True)
                 entries |= {
                     latent_key(picture.sample, crop): {"latent": _latent(picture.sample, crop, array, family, parts)}
                     for crop, array in zip(picture.crops, crops)
                 }
+                pulse.beat("decoding pictures")
             store.write(entries)
 
 

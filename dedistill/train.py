@@ -5,9 +5,10 @@ import os
 import sys
 import traceback
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dedistill.errors import UserError
+from dedistill.errors import RUN_AGAIN, UserError
 from dedistill.recipe import Recipe, load_recipe, to_toml
 from dedistill.recipe.plan import Plan, make_plan
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dedistill.engine.loop import Trainer
+    from dedistill.engine.requests import Requests
 
 INTERNAL_ERROR = 70
 IN_PARTS = {
@@ -26,7 +28,8 @@ IN_PARTS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 2 a wrong recipe, 1 anything else, 128 + n stopped by signal n."""
+    """Run the command line; returns the exit code: 0 done, or ended by ``touch RUN/stop``; 75 stopped, run the same command
+    again; 2 a wrong recipe; 1 anything else."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     return guarded(lambda: _main(args, argv), debug=args.debug)
@@ -48,7 +51,7 @@ def guarded(action, *, debug: bool) -> int:
         return 1
     except KeyboardInterrupt:
         print("stopped; what was complete is kept", file=sys.stderr)
-        return 130
+        return RUN_AGAIN
     except Exception as e:
         if debug:
             traceback.print_exc()
@@ -102,8 +105,12 @@ def _rehearse(recipe: Recipe) -> int:
     quiet_dependencies()
     from dedistill.rehearse import rehearse
 
+    def stage(small: Recipe) -> None:
+        if train(small, []):
+            raise KeyboardInterrupt
+
     terminal = sys.stderr  # each stage's own output goes to a file
-    rehearse(recipe, lambda small: train(small, []), lambda line: print(line, file=terminal, flush=True))
+    rehearse(recipe, stage, lambda line: print(line, file=terminal, flush=True))
     return 0
 
 
@@ -121,6 +128,14 @@ def _check_cache(recipe: Recipe) -> int:
 
 
 def _encode(recipe: Recipe) -> int:
+    from dedistill.engine.requests import Requests
+    from dedistill.engine.watchdog import Watchdog
+
+    with Requests(), Watchdog(recipe.run.stuck_after, Path(recipe.data.cache or recipe.run.out)):
+        return _encode_all(recipe)
+
+
+def _encode_all(recipe: Recipe) -> int:
     from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
@@ -141,6 +156,17 @@ def _encode(recipe: Recipe) -> int:
 
 def train(recipe: Recipe, argv: list[str]) -> int:
     """Train ``recipe`` to its end or to a stop request; returns the exit code."""
+    from dedistill.engine.launcher import resume_command
+    from dedistill.engine.requests import Requests
+    from dedistill.engine.watchdog import Watchdog
+
+    again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
+    # before libraries are loaded, which takes seconds
+    with Requests() as stop, Watchdog(recipe.run.stuck_after, Path(recipe.run.out)):
+        return _train(recipe, again, stop)
+
+
+def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
     from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
@@ -149,18 +175,17 @@ def train(recipe: Recipe, argv: list[str]) -> int:
     from dedistill.assemble import build_model
     from dedistill.base.quantize import sample_sha256
     from dedistill.engine.inputs import input_files
-    from dedistill.engine.launcher import resume_command, start
+    from dedistill.engine.launcher import start
     from dedistill.engine.loop import Trainer
     from dedistill.engine.metrics import Trackers
+    from dedistill.engine.requests import BY_FILE
     from dedistill.engine.rundir import RunDirectory
     from dedistill.engine.sharding import check_shardable, shard_base
-    from dedistill.engine.stop import StopRequest
     from dedistill.engine.zero import check_zero
     from dedistill.files import replace_json
     from dedistill.prepare import open_data
     from dedistill.report.console import header, progress, say
 
-    again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
     accelerator, world = start(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
     plan, run = make_plan(recipe), RunDirectory(recipe)
     sharded = world.engine == "fsdp2"
@@ -168,12 +193,13 @@ def train(recipe: Recipe, argv: list[str]) -> int:
         check_shardable(recipe)
     if world.engine in ("zero2", "zero3"):
         check_zero(recipe, world.engine)
-    with ExitStack() as held, ExitStack() as training:
+    with ExitStack() as held:
+        notes = []
         if world.main:
             held.enter_context(run)
+            notes = stop.watch(run.path)
         world.same(recipe.resolved())
-        data = open_data(recipe, accelerator.device, say, world)  # stopped at once when asked: what is encoded is kept
-        stop = training.enter_context(StopRequest())
+        data = open_data(recipe, accelerator.device, say, world)
         model = build_model(recipe, "cpu" if world.engine in ("fsdp2", "zero3") else accelerator.device)
         model.known |= data.known
         _check_pictures(recipe, data.source.picture, model.parts.picture)
@@ -184,6 +210,7 @@ def train(recipe: Recipe, argv: list[str]) -> int:
             run.bind(input_files(recipe), data.digest)
         trainer = Trainer(recipe, plan, model, data.source, run, world)
         trainer.resume()
+        trainer.notes += notes
         if world.main:
             effects = model.facts | data.facts | trainer.facts()
             replace_json(run.path / "plan.json", {"plan": plan.as_dict(), "effects": effects})
@@ -200,14 +227,15 @@ def train(recipe: Recipe, argv: list[str]) -> int:
         if world.main:
             _conclude(trainer, plan, again, exported)
         world.leave()
-    return 128 + trainer.stopping if trainer.step < plan.steps else 0
+    finished = trainer.step == plan.steps and not trainer.unfinished
+    return 0 if finished or trainer.stopping == BY_FILE else RUN_AGAIN
 
 
 def _conclude(trainer: "Trainer", plan: Plan, again: str, exported: "Path | None") -> None:
     """Say how a run ended."""
     if not trainer.trained_now:
         print(f"already finished at step {trainer.step}; nothing to train", file=sys.stderr)
-    if trainer.step < plan.steps:
+    if trainer.step < plan.steps or trainer.unfinished:
         print(f"stopped and saved at step {trainer.step}; continue with:\n  {again}", file=sys.stderr)
         return
     where = f"{trainer.run.path}/" + (f", model in {exported}/" if exported else "")

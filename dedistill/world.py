@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dedistill.errors import UserError
+from dedistill.errors import RUN_AGAIN, UserError
+from dedistill.pulse import pulse
 
 PATIENCE = timedelta(hours=1)
 """How long ranks wait for one that still works, e.g. rank 0 at pictures. One that is gone is noticed at once."""
-ENDED = "another process of this run has ended; its own message says why"
+GONE = "another process of this run has ended; its own message says why"
 LOCKSTEP = {"fsdp2", "zero2", "zero3"}
 """Engines under which all ranks pass through the network together, each asking the others for weights or sums of gradients."""
 BUCKET = 2**26
@@ -57,13 +58,14 @@ class World:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         try:
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            dist.all_gather(sizes, torch.tensor([len(own)]), group=self._words)
-            longest = int(max(sizes))
-            heard = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(heard, torch.nn.functional.pad(own, (0, longest - len(own))), group=self._words)
+            with pulse.during("waiting for other processes"):
+                sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+                dist.all_gather(sizes, torch.tensor([len(own)]), group=self._words)
+                longest = int(max(sizes))
+                heard = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+                dist.all_gather(heard, torch.nn.functional.pad(own, (0, longest - len(own))), group=self._words)
         except RuntimeError as e:
-            raise UserError(ENDED) from e
+            raise UserError(GONE, RUN_AGAIN) from e
         return [json.loads(bytes(words[: int(size)].numpy())) for words, size in zip(heard, sizes)]
 
     def from_main(self, value: Any) -> Any:
@@ -77,7 +79,7 @@ class World:
             yield
         except RuntimeError as e:
             if isinstance(e, dist.DistError) or "gloo" in str(e):
-                raise UserError(ENDED) from e
+                raise UserError(GONE, RUN_AGAIN) from e
             raise
 
     def wait(self) -> None:
@@ -110,7 +112,7 @@ class World:
             try:
                 dist.all_reduce(flat)
             except RuntimeError as e:
-                raise UserError(ENDED) from e
+                raise UserError(GONE, RUN_AGAIN) from e
             for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket])):
                 tensor.copy_(part.view_as(tensor))
 

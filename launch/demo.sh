@@ -39,10 +39,9 @@ stop() {
   end "$job"
   end "$sweep"
   echo "stopped; continue with: bash launch/demo.sh $story" >&2
-  exit "$1"
+  exit 75
 }
-trap 'stop 130' INT
-trap 'stop 143' TERM
+trap stop INT TERM
 trap 'end "$sweep"' EXIT
 
 train() {

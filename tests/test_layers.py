@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dedistill"
 LEVELS = [
-    {"errors", "quiet"},
+    {"errors", "quiet", "pulse"},
     {"files", "patterns", "arguments"},
     {"fingerprint", "tensorfile", "world"},
     {"flow", "recipe", "text"},

@@ -7,10 +7,12 @@ entries depend on beside their key. Nothing is ever changed in place, so a kille
 import fcntl
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from dedistill.errors import UserError
 from dedistill.files import file_sha256, make_folder, refused, replace_file, replace_json
+from dedistill.pulse import pulse
 
 OPEN_SHARDS = 256
 NAME_LENGTH = 16
@@ -98,6 +101,14 @@ def _open_shard(shard: Path) -> tuple[dict[str, list[str]], safe_open]:
     return names, opened
 
 
+def _locked(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
 def sole_writer(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the stores below ``cache`` for writing; waits while another process does.
@@ -110,11 +121,13 @@ def sole_writer(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
     except OSError as e:
         raise refused(cache / ".lock", e) from e
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process is encoding into '{cache}'; waiting until it is done")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        told = False
+        while not _locked(lock):
+            if not told:
+                say(f"another process is encoding into '{cache}'; waiting until it is done")
+            told = True
+            pulse.beat("waiting for another run")
+            time.sleep(0.5)
         try:
             for unfinished in cache.glob("*/*.tmp-*"):
                 unfinished.unlink()

@@ -30,15 +30,24 @@ class DigitSource(OneSize):
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         pictures, labels = self.held_out if held_out else self.train
         purpose = "held-out" if held_out else "train"
-        places = step * batch + np.asarray(positions)
-        picks = np.stack(
-            [sample_indices(seed, f"{purpose}/digit{k}", places, len(labels)) for k in range(self.per_picture)], axis=1
-        )
+        picks = self._picks(seed, step, positions, batch, purpose, len(labels))
         pixels = np.concatenate([pictures[picks[:, k]] for k in range(self.per_picture)], axis=2)[:, None]
         u = keyed.uniforms(seed, f"{purpose}/caption", step, (batch, captions.uniforms_needed(self.per_picture)))
         texts = [captions.caption(labels[pick], u[p], self.caption_noise) for pick, p in zip(picks, positions)]
-        names = [f"{self.name}/{purpose}/" + "+".join(map(str, pick)) for pick in picks]
-        return Batch(torch.from_numpy(pixels), texts, names)
+        return Batch(torch.from_numpy(pixels), texts, self._names(purpose, picks))
+
+    def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
+        count, purpose = (len(self.held_out[1]), "held-out") if held_out else (len(self.train[1]), "train")
+        return self._names(purpose, self._picks(seed, step, positions, batch, purpose, count))
+
+    def _picks(self, seed: int, step: int, positions: np.ndarray, batch: int, purpose: str, count: int) -> np.ndarray:
+        """The digits [B, per_picture] at each position."""
+        places = step * batch + np.asarray(positions)
+        picks = [sample_indices(seed, f"{purpose}/digit{k}", places, count) for k in range(self.per_picture)]
+        return np.stack(picks, axis=1)
+
+    def _names(self, purpose: str, picks: np.ndarray) -> list[str]:
+        return [f"{self.name}/{purpose}/" + "+".join(map(str, pick)) for pick in picks]
 
     def prompts(self, seed: int, count: int) -> list[str]:
         rng = keyed.generator(seed, "prompts")

@@ -127,6 +127,10 @@ class EncodedPictures:
         text = stack([read_text(self._texts, c) for c in captions])
         return Batch(torch.stack(latents).float(), captions, [s.name for s in slots], text=text)
 
+    def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
+        slots = self._slots(seed, step, batch, held_out)
+        return [slots[p].name for p in positions]
+
     def prompts(self, seed: int, count: int) -> list[str]:
         everything = [c for p in (self._held or self._sets[0]) for c in p.sample.captions]
         picks = keyed.generator(seed, "prompts").integers(len(everything), size=count)

@@ -19,6 +19,7 @@ from dedistill.data.listing import pictures_of
 from dedistill.data.picture_set import NOWHERE, Found, PictureSet, Place
 from dedistill.errors import UserError
 from dedistill.files import WholeFile, make_folder
+from dedistill.pulse import pulse
 
 FORMAT = "dedistill index 2"
 CHUNK = 1024
@@ -162,7 +163,9 @@ def build_index(
     with ThreadPoolExecutor(READERS) as pool:
         for chunk in _chunks(found):
             jobs = [known.reuse(*pair) or pool.submit(_look, sources, *pair, known, limits) for pair in chunk]
-            entries += [job if isinstance(job, Entry) else job.result() for job in jobs]
+            for job in jobs:
+                pulse.beat("looking at pictures")
+                entries.append(job if isinstance(job, Entry) else job.result())
             now = time.monotonic()
             if keep and now - saved > SAVE_EVERY:
                 Index(sources, limits, known.entries + entries, complete=False).save(keep)

@@ -41,13 +41,20 @@ class PairSource(OneSize):
             raise UserError(f"data.path: '{folder}' holds {len(everything)} pairs; at least 2 are needed")
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
-        ids = self.held_out_ids if held_out else self.train_ids
-        purpose = "held-out" if held_out else "train"
-        picks = ids[sample_indices(seed, f"pairs/{purpose}", step * batch + np.asarray(positions), len(ids))]
+        picks = self._picks(seed, step, positions, batch, held_out)
         noise, trajectory, captions = zip(*(self._read(i) for i in picks))
         trajectory = torch.from_numpy(np.stack(trajectory))
-        names = [f"pairs/{i}" for i in picks]
+        names = _names(picks)
         return Batch(trajectory[:, -1], list(captions), names, torch.from_numpy(np.stack(noise)), trajectory, self.sigmas)
+
+    def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
+        return _names(self._picks(seed, step, positions, batch, held_out))
+
+    def _picks(self, seed: int, step: int, positions: np.ndarray, batch: int, held_out: bool) -> np.ndarray:
+        """The pair at each position."""
+        ids = self.held_out_ids if held_out else self.train_ids
+        purpose = "held-out" if held_out else "train"
+        return ids[sample_indices(seed, f"pairs/{purpose}", step * batch + np.asarray(positions), len(ids))]
 
     def prompts(self, seed: int, count: int) -> list[str]:
         """Stored captions, drawn with repetition from all pairs: as many as are asked for, prompt i whatever their number."""
@@ -65,6 +72,10 @@ class PairSource(OneSize):
         shard, member = self._members[index]
         start, size = member[ext]
         return bytes(shard[start : start + size])
+
+
+def _names(picks: np.ndarray) -> list[str]:
+    return [f"pairs/{i}" for i in picks]
 
 
 def read_facts(folder: Path) -> dict:

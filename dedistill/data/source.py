@@ -50,5 +50,8 @@ class Source(Protocol):
     def work(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> int:
         """How much work a group is, in any unit: what processes are to share evenly."""
 
+    def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
+        """The names that ``draw`` gives, without reading any sample."""
+
     def prompts(self, seed: int, count: int) -> list[str]:
         """Captions to make pictures from, without noise."""

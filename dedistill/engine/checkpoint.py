@@ -122,6 +122,18 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
+def newest_until(folder: Path, step: int) -> Path | None:
+    """The newest good checkpoint of at most ``step``."""
+    return next((c for c in reversed(list_checkpoints(folder)) if step_of(c) <= step and not damage(c)), None)
+
+
+def drop_after(folder: Path, step: int, keep: int = 0) -> None:
+    """Remove checkpoints of later steps than ``step``, all but the ``keep`` newest: the run takes another course from there."""
+    later = [c for c in list_checkpoints(folder) if step_of(c) > step]
+    for checkpoint in reversed(later[: len(later) - keep]):
+        shutil.rmtree(checkpoint)
+
+
 def read_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """({file stem: tensors}, manifest) of a checkpoint that :func:`damage` found good."""
     manifest = read_sealed(checkpoint / MANIFEST)

@@ -1,4 +1,4 @@
-"""A trained network as a model folder that knows its step, whole or not there."""
+"""What a run leaves for others: a trained network as a model folder, whole or not there, and the header of snapshots."""
 
 import json
 from dataclasses import replace
@@ -33,3 +33,16 @@ def exported_step(folder: Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if isinstance(step, int) else None
+
+
+def snapshot_header(recipe: Recipe, step: int) -> dict[str, str]:
+    """What a sampler must know to use the weights; safetensors headers hold strings only."""
+    return {
+        "format": "pt",
+        "dedistill.step": str(step),
+        "dedistill.run": recipe.run.name,
+        "dedistill.family": recipe.model.family,
+        "dedistill.masked_attention": recipe.model.mask,
+        "dedistill.sigma_density": recipe.timesteps.density,
+        "dedistill.recipe": to_toml(recipe),
+    }

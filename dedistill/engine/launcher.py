@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from dedistill.engine.zero_settings import zero_settings
 from dedistill.errors import UserError
-from dedistill.world import World
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from dedistill.world import World
 
 REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -43,6 +44,8 @@ def start(*, cpu: bool, **options: Any) -> "tuple[Accelerator, World]":
     there: several ways of launching start one process, or many that know nothing of each other, without saying so.
     """
     from accelerate import Accelerator
+
+    from dedistill.world import World
 
     engine = engine_asked()
     _hide_engine()

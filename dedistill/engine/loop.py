@@ -1,8 +1,9 @@
 """The training loop: slots of the global batch, one update per step, whatever model, adapter or objective."""
 
-import math
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +12,26 @@ from safetensors.torch import save
 
 from dedistill.assemble import Model
 from dedistill.data.source import Source
+from dedistill.data.substitutes import Substitutes
 from dedistill.engine.ahead import ahead
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
-from dedistill.engine.export import export_model, exported_step
-from dedistill.engine.guards import FiniteGuard, NotFinite
+from dedistill.engine.export import export_model, exported_step, snapshot_header
+from dedistill.engine.guards import BadSteps, GoBack, Guard
+from dedistill.engine.ledger import EVERY, Ledger
 from dedistill.engine.metrics import Record, Trackers
 from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.engine.optim import learning_rate, not_finite
 from dedistill.engine.preview import Preview
+from dedistill.engine.requests import BY_SIGNAL, Requests
+from dedistill.engine.rollback import go_back
 from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.saver import Saver
-from dedistill.engine.stop import StopRequest
 from dedistill.engine.update import update_for
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
-from dedistill.errors import UserError
+from dedistill.errors import UserError, enough_memory
 from dedistill.files import make_folder, replace_file, step_name
-from dedistill.recipe import Recipe, to_toml
+from dedistill.pulse import pulse
+from dedistill.recipe import Recipe
 from dedistill.recipe.plan import Plan
 from dedistill.tensorfile import tensors_checksum
 from dedistill.world import World, even_share
@@ -41,15 +46,20 @@ class Trainer:
     def __init__(self, recipe: Recipe, plan: Plan, model: Model, source: Source, run: RunDirectory, world: World):
         """Every process of ``world`` has a trainer and trains; rank 0 alone writes into ``run``."""
         self.recipe, self.plan, self.model, self.run, self.world = recipe, plan, model, run, world
-        self.objective = Objective(recipe, source, model.shift)
+        self.guard, self.saver = Guard(recipe.train.spike), Saver()
+        self.source = Substitutes(source, self.guard.since())
+        self.objective = Objective(recipe, self.source, model.shift)
         self.trainable = model.trainable()
         self.update = update_for(recipe, plan, model, world)
-        self.guard, self.saver = FiniteGuard(), Saver()
+        self.ledger = Ledger(self.update, model.modules())
         self.step = 0
         self.skipped = 0
         self.trained_now = False
-        self.stopping = 0
-        """The signal by which some process was asked to stop."""
+        self.stopping = ""
+        """How some process was asked to stop, as Requests.asked says it."""
+        self.asked = {"save": False, "sample": False}
+        self.unfinished: dict | None = None
+        """The row of the last step, where a stop came before its validation."""
         self.waited = 0.0
         """Seconds since the last line of timings.jsonl in which training stood still for data."""
         self.notes: list[str] = []
@@ -82,23 +92,26 @@ class Trainer:
             found, self.notes = newest_valid(self.run.checkpoints)
         name = self.world.from_main(found.name if self.world.main and found else None)
         if name is not None:
-            self._read(self.run.checkpoints / name)
+            self.read(self.run.checkpoints / name)
         self._compare("weights", self.update.replicas())
 
-    def _read(self, checkpoint: Path) -> None:
+    def read(self, checkpoint: Path) -> None:
         groups, manifest = read_checkpoint(checkpoint)
         self._compare("optimizer state", groups.get("optimizer", {}))
         self.update.load(groups["trainable"], groups.get("optimizer", {}), str(checkpoint))
-        self.step, self.skipped, self.guard.in_a_row = manifest["step"], manifest["skipped"], manifest["skipped_in_a_row"]
+        self.step, self.skipped, self.unfinished = manifest["step"], manifest["skipped"], manifest["unfinished"]
+        self.guard.load(manifest["guard"])
+        self.ledger.start()
+        self.source.since = self.guard.since()
         if self.step > self.plan.steps:
             raise UserError(f"'{checkpoint}' is at step {self.step}, train.steps is {self.plan.steps}: nothing is left to do")
 
-    def fit(self, stop: StopRequest, trackers: Trackers) -> Iterator[dict]:
+    def fit(self, stop: Requests, trackers: Trackers) -> Iterator[dict]:
         """Train to the last step, yielding one row per step; returns early, saved, when a stop is asked for.
 
         Every process yields the same rows.
         """
-        record = Record(self.run, self.step) if self.world.main else None
+        record = Record(self.run, self.step - bool(self.unfinished)) if self.world.main else None
         before = {}
         if self.step == 0 and self.validate:
             before = {f"{key}_start": value for key, value in self.validate(self.model).items()}
@@ -109,34 +122,66 @@ class Trainer:
         self.model.root.train()
         self.stop, tasks = stop, ahead(self._tasks(self.step))
         try:
-            for step in range(self.step, self.plan.steps):
+            if self.unfinished:
+                self.trained_now = True
+                yield self._concluded(self.unfinished, record, trackers)
+            while self.step < self.plan.steps and not self.stopping:
                 self.saver.check()
-                row = self._guarded_step(step, tasks) | before
-                before = {}
-                self.step, self.trained_now = step + 1, True
-                last = self.step == self.plan.steps
-                if self.validate and (last or self.step % self.recipe.validate_.every == 0):
-                    row |= self.validate(self.model)
-                if _due(self.recipe.snapshot.every, self.step, last):
-                    self._snapshot()
-                if self.preview and _due(self.recipe.preview.every, self.step, last):
-                    self.preview(self.step)
-                if record and (step == 0 or "val_loss" in row or not row["applied"] or last or self._logged()):
-                    record.write(row, self.waited)
-                    self.waited = 0.0
-                    trackers.log(row, self.step)
-                if last or self.stopping or _due(self.recipe.checkpoint.every, self.step, last):
-                    if record:
-                        record.sync()
-                    self._checkpoint(wait=last or self.stopping)
-                yield row
-                if self.stopping:
-                    return
+                try:
+                    row = self._guarded_step(self.step, tasks) | (before if self.step == 0 else {})
+                except GoBack as back:
+                    tasks.close()
+                    go_back(self, back.since)
+                    record = record and record.reopened(self.run, self.step)
+                    tasks = ahead(self._tasks(self.step))
+                    continue
+                self.step, self.trained_now = self.step + 1, True
+                stop.deferred = True
+                yield self._concluded(row, record, trackers)
         finally:
+            stop.deferred = False
             tasks.close()
             self.saver.close()
             if record:
                 record.close()
+
+    def _concluded(self, row: dict, record: Record | None, trackers: Trackers) -> dict:
+        """What belongs to the end of a step: validation, files, logs. Returns the whole row."""
+        last = self.step == self.plan.steps
+        validating = self.validate and (last or self.step % self.recipe.validate_.every == 0)
+        saving = last or self.asked["save"] or _due(self.recipe.checkpoint.every, self.step, last)
+        if validating or saving or self.step % EVERY == 0:
+            self.ledger.check(self.step)
+        if validating:
+            found = self.validate(self.model, self._interrupted)
+            if found is None:  # the next start validates, and writes the row
+                self.stopping, self.unfinished = BY_SIGNAL, row
+            else:
+                row, self.unfinished = row | found, None
+        pulse.beat("writing and saving", patient=True)
+        if not self.unfinished:
+            self._write(row, last, record, trackers)
+        if saving or self.stopping:
+            if record:
+                record.sync()
+            self.checkpoint(wait=last or bool(self.stopping))
+        return row
+
+    def _write(self, row: dict, last: bool, record: Record | None, trackers: Trackers) -> None:
+        if _due(self.recipe.snapshot.every, self.step, last):
+            self._snapshot()
+        if self.preview and (_due(self.recipe.preview.every, self.step, last) or self.asked["sample"]):
+            self.preview(self.step, self._interrupted)
+        elif self.world.main and self.asked["sample"]:
+            print("asked for previews, but the recipe has no [preview] table", file=sys.stderr)
+        if record and (row["step"] == 1 or "val_loss" in row or not row["applied"] or last or self._logged()):
+            record.write(row, self.waited)
+            self.waited = 0.0
+            trackers.log(row, self.step)
+
+    def _interrupted(self) -> bool:
+        """Whether this process may leave a validation or previews unfinished."""
+        return self.stop.interrupted() and not self.world.lockstep
 
     def _logged(self) -> bool:
         return self.step % self.recipe.log.every == 0
@@ -145,61 +190,67 @@ class Trainer:
         """Every micro-batch of this process, from step ``start`` on."""
         for step in range(start, self.plan.steps):
             own, company = self.objective.share(step, self.micro_batch, self.world)
-            for positions in company:  # first, while there are no gradients yet that theirs could get into
-                yield positions[:0], self.objective.task(step, positions)
-            for positions in own:
-                yield positions, self.objective.task(step, positions)
+            # company first, while there are no gradients yet that theirs could get into
+            for positions, counted in [*((c, c[:0]) for c in company), *((o, o) for o in own)]:
+                with enough_memory(f"loading positions {positions.tolist()} of step {step + 1}"):
+                    task = self.objective.task(step, positions)
+                yield counted, task
             yield None
 
     def _guarded_step(self, step: int, tasks: Tasks) -> dict:
         try:
             return self._train_step(step, tasks)
-        except NotFinite:
+        except BadSteps:
             if self.trained_now:  # the weights are good: bad steps were not applied
-                self._checkpoint(wait=True)
+                self.checkpoint(wait=True)
             raise
 
     def _train_step(self, step: int, tasks: Tasks) -> dict:
         """One optimizer step over all slots of the global batch; every sample weighs the same."""
-        loss, sigma, bad = self._gradients(tasks)
+        loss, sigma = self._gradients(tasks)
         grad_norm = self.update.norm()
         lr = learning_rate(self.recipe, step)
         mean = float(loss.mean())
-        applied = self.guard.allows(step, mean, grad_norm, bad)
-        if applied:
+        names = partial(self.source.names, self.recipe.run.seed, step, batch=self.plan.batch)
+        wrong = self.guard.judge(step, loss, sigma, grad_norm, names)
+        if not wrong:
             self._check_optimizer(step)
             self.update.apply(lr)
+            self.ledger.applied += 1
         else:
             self.update.drop()
             self.skipped += 1
-        row = {"step": step + 1, "loss": mean, "lr": lr, "grad_norm": grad_norm, "applied": applied}
-        if not applied:
-            return {**row, "loss": str(mean), "grad_norm": str(grad_norm), "not_finite": bad}
+        row = {"step": step + 1, "loss": mean, "lr": lr, "grad_norm": grad_norm, "applied": not wrong}
+        if left_out := [{"sample": n, **entry} for n, entry in self.guard.quarantine.items() if entry["since"] == step]:
+            row["quarantined"] = left_out
+        if wrong:
+            return {**row, "loss": str(mean), "grad_norm": str(grad_norm), **wrong}
         return row | {"sigma_mean": float(sigma.mean()), "sigma_loss": sigma_bins(loss, sigma, self.recipe.log.sigma_bins)}
 
-    def _gradients(self, tasks: Tasks) -> tuple[torch.Tensor, torch.Tensor, list[dict]]:
-        """Leave the gradient of the whole batch in place; (losses [B], sigmas [B], samples whose loss is not finite).
+    def _gradients(self, tasks: Tasks) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leave the gradient of the whole batch in place; (losses [B], sigmas [B]).
 
         What comes back is of all processes, in the order of positions, so that it does not depend on who did what.
         """
-        slots, bad = [], []
+        slots = []
         while (item := self._next(tasks)) is not None:
             positions, task = item
             loss = task_loss(self.model, task)  # one number per sample
             self.update.backward(loss.sum() / self.plan.batch, counts=len(positions) > 0)
-            done = list(zip(positions.tolist(), loss.tolist(), task.sigma.tolist()))
-            slots += done
-            bad += [(p, {"sample": n, "sigma": s}) for (p, value, s), n in zip(done, task.names) if not math.isfinite(value)]
-        heard = self.world.gather({"slots": slots, "bad": bad, "stop": self.stop.asked()})
+            slots += zip(positions.tolist(), loss.tolist(), task.sigma.tolist())
+        heard = self.world.gather({"slots": slots, **self.stop.asked()})
         self.stopping = max(h["stop"] for h in heard)
+        self.asked = {what: any(h[what] for h in heard) for what in self.asked}
         self.update.finish()
         _, losses, sigmas = zip(*sorted(slot for h in heard for slot in h["slots"]))
-        bad = [culprit for _, culprit in sorted((b for h in heard for b in h["bad"]), key=lambda b: b[0])]
-        return torch.tensor(losses), torch.tensor(sigmas), bad
+        return torch.tensor(losses), torch.tensor(sigmas)
 
     def _next(self, tasks: Tasks) -> tuple[np.ndarray, Task] | None:
         start = time.monotonic()
+        pulse.step = self.step
+        pulse.beat("waiting for data")
         item = next(tasks)
+        pulse.beat("training")
         self.waited += time.monotonic() - start
         return item
 
@@ -227,7 +278,7 @@ class Trainer:
             header = snapshot_header(self.recipe, self.step)
             replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(weights, metadata=header))
 
-    def _checkpoint(self, *, wait: bool) -> None:
+    def checkpoint(self, *, wait: bool) -> None:
         """Rank 0 saves beside training, after all have agreed on what. wait: until it is safe; nobody ends before that."""
         self._compare("weights", self.update.replicas())
         groups = {"trainable": self._good(self.update.weights()), "optimizer": self._good(self.update.state())}
@@ -245,7 +296,7 @@ class Trainer:
     def _writer(self) -> Callable[[dict[str, dict[str, torch.Tensor]]], object]:
         """What writes the state of this step, whenever it is called."""
         folder, step, keep = self.run.checkpoints, self.step, self.recipe.checkpoint.keep
-        facts = {"skipped": self.skipped, "skipped_in_a_row": self.guard.in_a_row}
+        facts = {"skipped": self.skipped, "guard": self.guard.state(), "unfinished": self.unfinished}
         facts |= {"recipe": self.recipe.resolved(), "saved_at": time.time()}
         return lambda tensors: save_checkpoint(folder, step, tensors, facts, keep)
 
@@ -261,16 +312,3 @@ class Trainer:
 
 def _due(every: int, step: int, last: bool) -> bool:
     return bool(every) and (last or step % every == 0)
-
-
-def snapshot_header(recipe: Recipe, step: int) -> dict[str, str]:
-    """What a sampler must know to use the weights; safetensors headers hold strings only."""
-    return {
-        "format": "pt",
-        "dedistill.step": str(step),
-        "dedistill.run": recipe.run.name,
-        "dedistill.family": recipe.model.family,
-        "dedistill.masked_attention": recipe.model.mask,
-        "dedistill.sigma_density": recipe.timesteps.density,
-        "dedistill.recipe": to_toml(recipe),
-    }

@@ -10,12 +10,18 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
 from typing import Any
 
 from dedistill.engine.rundir import RunDirectory
 from dedistill.files import refused, replace_file, sync
 
 WANDB_HOST = "api.wandb.ai"
+WAITING = 1000
+"""Rows that may wait for W&B."""
+LAST_WORDS = 30.0
+"""Seconds that W&B gets at the end of a run."""
 
 
 class Journal:
@@ -53,6 +59,11 @@ class Record:
         self.metrics.write(row)
         self.timings.write({"step": row["step"], "seconds": round(self.clock.lap(), 4), "waited": round(waited, 4)})
 
+    def reopened(self, run: RunDirectory, step: int) -> "Record":
+        """The record of a run that goes back to ``step``."""
+        self.close()
+        return Record(run, step)
+
     def sync(self) -> None:
         self.metrics.sync()
 
@@ -89,38 +100,55 @@ def _has_key() -> bool:
 
 
 class Trackers:
-    """Weights & Biases through accelerate. Offline without a key; an outage never stops a run."""
+    """Weights & Biases through accelerate, in a thread of its own: it may refuse, fail or hang, and a run does not notice.
+
+    Offline without a key. Rows wait in a queue; those that find it full are left out, and counted.
+    """
 
     def __init__(self, accelerator: Any, name: str, config: dict, folder: Path, wanted: bool):
-        self.accelerator, self.alive = accelerator, False
+        self.rows: Queue[tuple[dict[str, Any], int] | None] = Queue(WAITING)
+        self.left_out, self.thread = 0, None
         if not wanted:
             return
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         os.environ.setdefault("WANDB_SILENT", "true")
-        try:
-            settings = {"wandb": {"name": name, "mode": mode, "dir": str(folder)}}
-            accelerator.init_trackers("dedistill", config=config, init_kwargs=settings)
-            self.alive = True
-            if mode == "offline":
-                print(f"W&B: no key, logging offline; later: wandb sync {folder}/wandb/offline-run-*", file=sys.stderr)
-        except Exception as e:  # any failure of a logging service is survivable
-            print(f"W&B is not available ({e}); metrics.jsonl has everything", file=sys.stderr)
+        settings = {"wandb": {"name": name, "mode": mode, "dir": str(folder)}}
+        work = (accelerator, config, settings)
+        self.thread = Thread(target=self._work, args=work, name="wandb", daemon=True)
+        self.thread.start()
+        if mode == "offline":
+            print(f"W&B: no key, logging offline; later: wandb sync {folder}/wandb/offline-run-*", file=sys.stderr)
 
     def log(self, row: dict[str, Any], step: int) -> None:
-        if not self.alive:
+        """Never waits."""
+        if not self.thread or not self.thread.is_alive():
             return
         try:
-            self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
-        except Exception as e:
-            self.alive = False
-            print(f"W&B failed ({e}) and is switched off; metrics.jsonl has everything", file=sys.stderr)
+            self.rows.put_nowait((row, step))
+        except Full:
+            self.left_out += 1
 
     def close(self) -> None:
-        if self.alive:
-            try:
-                self.accelerator.end_training()
-            except Exception as e:
-                print(f"W&B did not close cleanly ({e})", file=sys.stderr)
+        """Wait for what is under way, but not for long."""
+        if not self.thread:
+            return
+        with suppress(Full):
+            self.rows.put(None, timeout=LAST_WORDS)
+        self.thread.join(LAST_WORDS)
+        if self.thread.is_alive():
+            print(f"W&B does not answer and is left alone after {LAST_WORDS} s; metrics.jsonl has everything", file=sys.stderr)
+        if self.left_out:
+            print(f"W&B was too slow for {self.left_out:,} rows; metrics.jsonl has them", file=sys.stderr)
+
+    def _work(self, accelerator: Any, config: dict, settings: dict) -> None:
+        try:
+            accelerator.init_trackers("dedistill", config=config, init_kwargs=settings)
+            while item := self.rows.get():
+                row, step = item
+                accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
+            accelerator.end_training()
+        except Exception as e:  # any failure of a logging service is survivable
+            print(f"W&B failed ({e}) and is switched off; metrics.jsonl has everything", file=sys.stderr)
 
 
 class Clock:

@@ -1,7 +1,7 @@
 """Pictures while training: the same prompts, noise and scales at every preview, so that only the weights differ."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from dedistill.assemble import Model
 from dedistill.errors import UserError
 from dedistill.flow.solvers import sigma_grid
+from dedistill.pulse import pulse
 from dedistill.recipe import Recipe
 from dedistill.sampling.grid import contact_sheet
 from dedistill.sampling.sampler import start_noise, trajectories
@@ -27,14 +28,17 @@ class Preview:
         self.world = world or World()
         self.out_of_memory = False
 
-    def __call__(self, step: int) -> None:
-        """Never ends a run for lack of memory where one process can go on alone: says so once, and trains on."""
+    def __call__(self, step: int, interrupted: Callable[[], bool] = lambda: False) -> None:
+        """Never ends a run for lack of memory where one process can go on alone: says so once, and trains on.
+
+        Left unfinished once ``interrupted``.
+        """
         latents = self._latents()
         try:
             if self.world.lockstep:  # all of them, before one that decodes may give up
                 latents = iter(_all(latents))
             if self.world.main:
-                self._write(step, latents)
+                self._write(step, latents, interrupted)
         except torch.OutOfMemoryError:
             if not self.out_of_memory:
                 said = "out of memory; training goes on. Lower sample.height and sample.width."
@@ -50,16 +54,19 @@ class Preview:
         sigmas = sigma_grid(self.steps, self.model.grid_shift)
         for cfg in p.cfgs:
             for i, prompt in enumerate(prompts):  # one at a time: memory is what training has left over
+                pulse.beat("making previews")
                 (states,) = trajectories(self.model, [prompt], noise[i : i + 1], sigmas, cfg=cfg, skip=p.skip)
                 yield states[-1]
 
-    def _write(self, step: int, latents: Iterator[Tensor]) -> None:
+    def _write(self, step: int, latents: Iterator[Tensor], interrupted: Callable[[], bool]) -> None:
         p = self.settings
         folder = self.folder / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         rows = [(prompt, []) for prompt in p.prompts]
         for cfg in p.cfgs:
             for i, (_, row) in enumerate(rows):
+                if interrupted():
+                    return
                 with torch.no_grad():
                     picture = self.model.decode(next(latents))[0]
                 file = folder / f"p{i:03d}_cfg{cfg:g}.png"

@@ -6,6 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from dedistill.pulse import pulse
+
 Groups = dict[str, dict[str, Tensor]]
 """Name of a file -> its tensors by name."""
 
@@ -49,7 +51,8 @@ class Saver:
         """Until what was started is safe on disk."""
         running, self._running = self._running, None
         if running:
-            running.result()
+            with pulse.during("saving"):
+                running.result()
 
     def close(self) -> None:
         """Wait, and raise nothing: for the end of a run that has failed already."""

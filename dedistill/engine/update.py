@@ -14,6 +14,9 @@ from dedistill.recipe import Recipe
 from dedistill.recipe.plan import Plan
 from dedistill.world import World
 
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a number -> the integers that have its bits."""
+
 
 class Update(Protocol):
     """What the loop asks of an engine. Every method must be called by all processes."""
@@ -41,6 +44,9 @@ class Update(Protocol):
 
     def replicas(self) -> dict[str, nn.Parameter]:
         """Trained parameters of which every process holds all, to be compared between them."""
+
+    def bit_sums(self) -> dict[str, int]:
+        """A number of each trained parameter that changes with its bits; the same on every process."""
 
     def whole(self) -> AbstractContextManager:
         """While it is open, the model's own parameters are whole and may be read."""
@@ -97,6 +103,12 @@ class WholeUpdate:
     def replicas(self) -> dict[str, nn.Parameter]:
         return self.trainable
 
+    def bit_sums(self) -> dict[str, int]:
+        """What rounding keeps from a bf16 weight for a while (KahanAdamW) counts, too."""
+        rests = {n: self.optimizer.state.get(p, {}).get("kahan_comp") for n, p in self.trainable.items()}
+        sums = [bits(p) + (bits(rests[n]) if rests[n] is not None else 0) for n, p in self.trainable.items()]
+        return dict(zip(self.trainable, torch.stack(sums).tolist()))
+
     def whole(self) -> AbstractContextManager:
         return nullcontext()
 
@@ -109,6 +121,11 @@ class WholeUpdate:
     def load(self, weights: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
         self.model.load_tensors(weights, source)
         load_optimizer_tensors(self.optimizer, self.trainable, state, source)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The sum of the bits of ``tensor``, read as integers: exact, and made where the tensor is."""
+    return tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 def update_for(recipe: Recipe, plan: Plan, model: Model, world: World) -> Update:

@@ -1,6 +1,7 @@
 """Loss on held-out samples, on fixed noise and fixed sigmas: the same question at every step of every run."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from dedistill.assemble import Model
 from dedistill.engine.objective import Objective, task_loss
+from dedistill.pulse import pulse
 from dedistill.world import World
 
 SAMPLES = 256
@@ -25,15 +27,26 @@ class Validator:
         """What is run for nothing, where all processes must run equally many passes."""
 
     @torch.no_grad()
-    def __call__(self, model: Model) -> dict[str, float]:
-        """{"val_loss", "val_loss_se"} in evaluation mode, the same on every process."""
+    def __call__(self, model: Model, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """{"val_loss", "val_loss_se"} in evaluation mode, the same on every process.
+
+        None as soon as any process was ``interrupted``: a validation may take longer than a stop may.
+        """
         training = model.root.training
         model.root.eval()
         for task in self.company:
             task_loss(model, task)
-        own = [pair for task in self.tasks for pair in zip(task.sigma.tolist(), task_loss(model, task).tolist())]
+        own = []
+        for task in self.tasks:
+            if interrupted():
+                break
+            pulse.beat("validating")
+            own += zip(task.sigma.tolist(), task_loss(model, task).tolist())
         model.root.train(training)
-        by_sigma = np.array([loss for _, loss in sorted(pair for pairs in self.world.gather(own) for pair in pairs)])
+        heard = self.world.gather({"losses": own, "interrupted": interrupted()})
+        if any(h["interrupted"] for h in heard):
+            return None
+        by_sigma = np.array([loss for _, loss in sorted(pair for h in heard for pair in h["losses"])])
         return {"val_loss": float(by_sigma.mean()), "val_loss_se": stratified_error(by_sigma)}
 
 

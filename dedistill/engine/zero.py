@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dedistill.assemble import Model
 from dedistill.engine.optim import make_optimizer, not_finite, state_entries
+from dedistill.engine.update import bits
 from dedistill.engine.zero_settings import FIXED, zero_settings
 from dedistill.errors import UserError
 from dedistill.recipe import Recipe
@@ -130,6 +131,12 @@ class ZeroUpdate:
 
     def replicas(self) -> dict[str, nn.Parameter]:
         return self.trainable if self.stage == 2 else {}
+
+    def bit_sums(self) -> dict[str, int]:
+        if self.stage == 2:
+            return dict(zip(self.trainable, torch.stack([bits(p) for p in self.trainable.values()]).tolist()))
+        here = torch.stack([bits(p.ds_tensor) for p in self.trainable.values()]).tolist()
+        return dict(zip(self.trainable, map(sum, zip(*self.world.gather(here)))))
 
     def whole(self) -> AbstractContextManager:
         return self.deepspeed.zero.GatheredParameters(list(self.trainable.values()))

@@ -29,6 +29,11 @@ class Run(Table):
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue from the newest good checkpoint; never: refuse a directory that holds a run."
     )
+    stuck_after: Annotated[float, Field(ge=0)] = Field(
+        600.0,
+        description="Seconds without a sign of life after which a process writes its stacks and ends with code 75; 0: never. "
+        "Six times that while loading or waiting for other processes.",
+    )
 
 
 class Architecture(Table):
@@ -200,6 +205,10 @@ class Train(Table):
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="Clip the gradient norm to this.")
+    spike: Annotated[float, Field(ge=0)] = Field(
+        20.0,
+        description="No step is applied whose gradient norm is more than so many times the median of the last 64. 0: no limit.",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of the network; bf16 uses autocast.")
     exact: bool = Field(
         False,

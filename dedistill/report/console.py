@@ -92,7 +92,8 @@ def _live(rows: Iterable[dict], start: int, plan: Plan) -> Iterator[dict]:
 
 def _numbers(row: dict) -> str:
     if not row["applied"]:
-        return f"loss {row['loss']}: NOT FINITE, step not applied"
+        what = "NOT FINITE" if "not_finite" in row else f"gradient norm {row['grad_norm']}: A SPIKE"
+        return f"loss {row['loss']}: {what}, step not applied"
     return f"loss {row['loss']:.4f} grad {row['grad_norm']:.3f} lr {row['lr']:.2e}"
 
 

@@ -124,6 +124,8 @@ ELSEWHERE = {
     "model.revision": "test_flux.py: a hub id needs it; recipe rules: without effect on a new network",
     "model.components": "test below: where a folder holds the denoiser alone",
     "data.cache": "test_prepare.py: what is encoded lies there",
+    "run.stuck_after": "test_stuck.py: when a stuck process ends",
+    "train.spike": "test_quarantine.py: steps above it are not applied",
     "sample.steps": "test below: steps of a sweep",
 }
 

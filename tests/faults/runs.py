@@ -50,7 +50,7 @@ def differences(a: Path, b: Path) -> list[str]:
     found += [f"snapshot {x.name}" for x, y in zip(*snapshots) if not _same(load_file(x), load_file(y))]
     last = [list_checkpoints(folder / "checkpoints")[-1] for folder in (a, b)]
     (groups, facts), (others, other_facts) = map(read_checkpoint, last)
-    found += [key for key in ("step", "skipped", "skipped_in_a_row") if facts[key] != other_facts[key]]
+    found += [key for key in ("step", "skipped", "guard") if facts[key] != other_facts[key]]
     names = sorted(groups.keys() | others.keys())
     return found + [name for name in names if not _same(groups.get(name, {}), others.get(name, {}))]
 
@@ -64,7 +64,7 @@ def rewrite(run: Path, change: Callable[[dict, dict], None]) -> None:
     """Put a changed, well-formed checkpoint in place of the newest; ``change`` gets (tensors by group, facts)."""
     checkpoint = list_checkpoints(run / "checkpoints")[-1]
     groups, manifest = read_checkpoint(checkpoint)
-    facts = {key: manifest[key] for key in ("skipped", "skipped_in_a_row")} | {"step": manifest["step"]}
+    facts = {key: manifest[key] for key in ("skipped", "guard", "unfinished")} | {"step": manifest["step"]}
     change(groups, facts)
     shutil.rmtree(checkpoint.parent)
     step = facts.pop("step")

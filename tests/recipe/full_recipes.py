@@ -24,6 +24,7 @@ name = "full"
 out = "runs/full"
 seed = 3
 resume = "never"
+stuck_after = 60
 
 [model]
 family = "any"
@@ -85,6 +86,7 @@ optimizer = "adamw_bf16"
 betas = [0.9, 0.99]
 weight_decay = 0.01
 max_grad_norm = 1
+spike = 30.0
 precision = "bf16"
 gradient_checkpointing = true
 

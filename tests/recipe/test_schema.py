@@ -104,6 +104,10 @@ CONTRADICTIONS = [
     (["train.warmup=10"], "train.warmup: 10 leaves no step of the 10 at the full rate"),
     (["train.lr_floor=0.1"], "train.lr_floor: has no effect with schedule = 'constant'"),
     (
+        ["train.spike=0.5"],
+        "train.spike: 0.5 times the usual gradient norm is no spike; use more than 1, or 0 for no limit",
+    ),
+    (
         ["train.optimizer=adamw_bf16", "train.precision=bf16"],
         "train.optimizer: adamw_bf16 is for adapters; a whole network is trained in fp32 with 'adamw'",
     ),

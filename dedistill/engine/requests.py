@@ -1,0 +1,90 @@
+"""What a run can be asked for while it goes on: by signals to a process, or by files in the run directory."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dedistill.engine.launcher import launched, ranks
+from dedistill.errors import RUN_AGAIN
+
+ECHO = 5.0
+"""Seconds in which a launcher of several processes passes on the Ctrl-C that they have had already."""
+FILES = ("stop", "save", "sample")
+"""``touch RUN/stop``: save and end for good; ``RUN/save``: save and go on; ``RUN/sample``: previews now."""
+BY_SIGNAL, BY_FILE = "signal", "file"
+
+
+class Requests:
+    """Context manager around a whole run. Needs no torch, so that signals are heard before that is loaded.
+
+    SIGINT and SIGTERM end the process at once as long as there is nothing to save, and else after the step; a second one
+    ends it now, whatever it does. SIGUSR1 asks for a save.
+    """
+
+    def __init__(self):
+        self.signalled = self.saves = False
+        self.deferred = False
+        """Whether there is something to save, so that a stop waits for the end of the step."""
+        self._first, self._folder = 0.0, None
+
+    def __enter__(self) -> "Requests":
+        self._launcher = os.getppid() if launched() else None
+        self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._save)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def watch(self, folder: Path) -> list[str]:
+        """Look for files in ``folder``, too. Those that are there already are of before: removed, with a note on each."""
+        self._folder = folder
+        return [f"'{folder / name}' was there before the start and is removed" for name in self._taken()]
+
+    def asked(self) -> dict[str, Any]:
+        """What was asked of this process since the last call. To be called once a step.
+
+        "stop": BY_SIGNAL (which is the larger word, and wins), BY_FILE or "". "save", "sample": bool.
+        """
+        files = self._taken()
+        stop = BY_SIGNAL if self.interrupted() else BY_FILE if "stop" in files else ""
+        save, self.saves = self.saves or "save" in files, False
+        return {"stop": stop, "save": save, "sample": "sample" in files}
+
+    def interrupted(self) -> bool:
+        """Whether a signal has asked for a stop.
+
+        A launcher that is gone counts as one: it does not pass its own on.
+        """
+        self.signalled = self.signalled or self._launcher not in (None, os.getppid())
+        return self.signalled
+
+    def _taken(self) -> list[str]:
+        """Names of the files that were there. Each is removed, so that it counts once."""
+        taken = []
+        for name in FILES if self._folder else ():
+            try:
+                os.unlink(self._folder / name)
+                taken.append(name)
+            except OSError:  # not there, or not to be removed: then it would count again and again
+                continue
+        return taken
+
+    def _save(self, number: int, frame: FrameType | None) -> None:
+        self.saves = True
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signalled and now - self._first > (ECHO if ranks() > 1 else 0):
+            print("stopped now; what was saved is intact", file=sys.stderr, flush=True)
+            os._exit(RUN_AGAIN)  # threads that save or load may never end: nobody waits for them
+        if self.signalled:
+            return
+        self.signalled, self._first = True, now
+        if not self.deferred:
+            raise KeyboardInterrupt

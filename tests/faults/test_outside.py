@@ -1,0 +1,171 @@
+"""What goes wrong beside training: the logging service, memory, the clock, a second run in the same directory."""
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks, start_ranks
+from runs import arguments, differences, last_row, train
+from tiny_recipes import ADAPTER
+
+from dedistill import prepare
+from dedistill.engine import metrics
+from dedistill.engine.checkpoint import list_checkpoints
+from dedistill.engine.metrics import Trackers
+from dedistill.engine.objective import Objective
+from dedistill.errors import RUN_AGAIN
+from dedistill.train import main
+
+SETTINGS = ("checkpoint.every=2", "validate.every=99")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, base_model):
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "recipe.toml").write_text(ADAPTER.format(out=folder, base=base_model))
+    return folder / "recipe.toml"
+
+
+@pytest.fixture(scope="module")
+def plain(recipe):
+    return train(recipe, recipe.parent / "plain", *SETTINGS)
+
+
+class Service:
+    """What accelerate is to ``Trackers``, with a fault."""
+
+    def __init__(self, fault: str):
+        self.fault, self.logged = fault, 0
+
+    def init_trackers(self, *_, **__):
+        if self.fault == "refuses":
+            raise ConnectionError("refused")
+        if self.fault == "hangs at the start":
+            time.sleep(600)
+
+    def log(self, values, step):
+        self.logged += 1
+        if self.fault == "dies" and step == 3:
+            raise BrokenPipeError("gone")
+        if self.fault == "hangs" and step == 3:
+            time.sleep(600)
+
+    def end_training(self):
+        if self.fault == "hangs at the end":
+            time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("fault", "logged"),
+    [("", 2000), ("refuses", 0), ("dies", 3), ("hangs at the start", 0), ("hangs", 3), ("hangs at the end", 2000)],
+)
+def test_no_call_of_the_logging_waits(monkeypatch, capsys, tmp_path, fault, logged):
+    """T17: whatever the service does, a row costs next to nothing, and the end of a run little."""
+    monkeypatch.setattr(metrics, "LAST_WORDS", 1.0)
+    service, slowest = Service(fault), 0.0
+    trackers = Trackers(service, "run", {}, tmp_path, True)
+    start = time.monotonic()
+    for step in range(1, 2001):
+        before = time.thread_time()
+        trackers.log({"loss": 1.0, "sigma_loss": [1.0]}, step)
+        slowest = max(slowest, time.thread_time() - before)
+        if not fault or fault.endswith("end"):
+            while trackers.rows.qsize() > 500:
+                time.sleep(0.001)
+    trackers.close()
+    assert slowest < 0.05 and time.monotonic() - start < 10 and service.logged == logged
+    said = capsys.readouterr().err
+    assert ("is left alone" in said) == fault.startswith("hangs") and ("switched off" in said) == (fault in ("refuses", "dies"))
+    assert ("too slow for" in said) == (fault in ("hangs at the start", "hangs"))
+
+
+def _online(given: list[str], port: int) -> int:
+    os.environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+    metrics.LAST_WORDS = 1.0
+    return main(given)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_run_with_a_dead_service_is_the_same(recipe, plain, tmp_path, answers):
+    """T17 with wandb itself: a server that refuses, and one that takes the connection and never says a word."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if answers:
+            server.listen()
+        given = arguments(recipe, tmp_path / "run", *SETTINGS, "log.wandb=true")
+        assert run_ranks(1, _online, given, server.getsockname()[1], said=tmp_path / "said") == [0]
+    assert differences(plain, tmp_path / "run") == []
+
+
+def test_a_loader_that_fails_ends_the_run_with_the_place_named(recipe, plain, tmp_path, monkeypatch, capsys):
+    """T13: out of memory in the thread that loads; what was saved is gone on with."""
+    real = Objective.task
+
+    def task(self, step, positions):
+        if step == 4:
+            raise MemoryError
+        return real(self, step, positions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "task", task)
+        assert main(arguments(recipe, tmp_path / "run", *SETTINGS)) == RUN_AGAIN
+    assert "out of memory while loading positions [0, 1, 2, 3, 4, 5, 6, 7] of step 5" in capsys.readouterr().err
+    assert [c.name for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002", "step-00000004"]
+    assert differences(plain, train(recipe, tmp_path / "run", *SETTINGS)) == []
+
+
+def test_memory_that_runs_out_at_a_picture_costs_no_picture(picture_recipe, tmp_path, monkeypatch, capsys):
+    """It is named, and encoded by the next start."""
+    real, calls = prepare.apply_crop, []
+
+    def crop(image, where):
+        calls.append(0)
+        if len(calls) == 5:
+            raise MemoryError
+        return real(image, where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "apply_crop", crop)
+        assert main(arguments(picture_recipe, tmp_path / "run")) == RUN_AGAIN
+    assert "out of memory while decoding 'photos/p" in capsys.readouterr().err
+    assert main(arguments(picture_recipe, tmp_path / "run")) == 0
+    effects = json.loads((tmp_path / "run" / "plan.json").read_text())["effects"]
+    assert (effects["pictures"], effects["quarantined"]) == (12, 0)
+
+
+@pytest.mark.parametrize("clock", ["a day back", "ten years on", "stands still"])
+def test_the_wall_clock_does_not_matter(recipe, plain, tmp_path, monkeypatch, clock):
+    """T19: in the middle of a run."""
+    real, start = time.time, time.time()
+    calls = []
+
+    def now() -> float:
+        calls.append(0)
+        return (
+            start
+            if clock == "stands still"
+            else real() + {"a day back": -86400, "ten years on": 3.2e8}[clock] * (len(calls) > 3)
+        )
+
+    monkeypatch.setattr(time, "time", now)
+    assert differences(plain, train(recipe, tmp_path / "run", *SETTINGS, "run.stuck_after=20")) == [] and calls
+
+
+def test_two_runs_in_one_directory(recipe, tmp_path, capsys):
+    """T20: the second refuses; when the first is killed, its lock is gone with it, whatever it has started."""
+    given = arguments(recipe, tmp_path / "run", *SETTINGS)
+    for _ in range(2):
+        (holder,) = start_ranks(1, main, [*given, "--set", "train.steps=100000"], said=tmp_path / "said")
+        at = last_row(tmp_path / "run")
+        while last_row(tmp_path / "run") <= at + 2:
+            time.sleep(0.02)
+        assert main(given) == 1 and "another process is running in" in capsys.readouterr().err
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.join()
+    steps = int(list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name[5:]) + 2
+    assert main([*given, "--set", f"train.steps={steps}"]) == 0 and last_row(tmp_path / "run") == steps
+    assert Path(tmp_path / "run" / ".lock").exists()
