@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "faults"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "tests" / "faults"), str(ROOT / "tests" / "engine"), str(ROOT / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest

@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import fault_kinds as kinds
 from benchmarks import fault_kinds_running as running
+from benchmarks import fault_kinds_worlds as worlds
 from benchmarks.fault_kinds import ROOT, Row
 from tiny_recipes import ADAPTER, TEACHER
 from dedistill.train import main as train
@@ -64,6 +65,10 @@ def main() -> int:
         ("full_disk", kinds.full_disk),
         ("flips", lambda r, f: kinds.flips(r, f, args.flips)),
         ("damages", lambda r, f: kinds.damages(r, f, args.damages)),
+        ("worlds", worlds.worlds),
+        ("splits", worlds.splits),
+        ("traffic", worlds.traffic),
+        ("beside", worlds.beside),
         ("not_finite", kinds.not_finite),
         ("bad_steps", running.bad_steps),
         ("no_effect", running.no_effect),
