@@ -1,6 +1,7 @@
 """Whether training has an effect: weights that were to change have changed since the last look."""
 
-from dedistill.engine.update import Update
+from collections.abc import Callable
+
 from dedistill.errors import UserError
 
 EVERY = 100
@@ -16,21 +17,22 @@ class Ledger:
     LoRA one factor has no gradient. A whole network is one module.
     """
 
-    def __init__(self, update: Update, modules: list[list[str]]):
-        self.update, self.modules = update, modules
+    def __init__(self, bit_sums: Callable[[], dict[str, int]], modules: list[list[str]]):
+        """bit_sums: gives a number of each trained weight that changes with its bits."""
+        self.bit_sums, self.modules = bit_sums, modules
         self.start()
 
     def start(self) -> None:
         """Begin anew with the weights as they are."""
         self.applied = 0
         """Steps applied since the last look."""
-        self.last = self.update.bit_sums()
+        self.last = self.bit_sums()
 
     def check(self, step: int) -> None:
         """Raises UserError, naming weights, if a module is bit for bit as it was at the last look, ENOUGH applied steps ago."""
         if self.applied < ENOUGH:
             return
-        now = self.update.bit_sums()
+        now = self.bit_sums()
         still = {name for name, total in now.items() if total == self.last[name]}
         dead = [names for names in self.modules if still.issuperset(names)]
         if dead:

@@ -51,7 +51,7 @@ class Trainer:
         self.objective = Objective(recipe, self.source, model.shift)
         self.trainable = model.trainable()
         self.update = update_for(recipe, plan, model, world)
-        self.ledger = Ledger(self.update, model.modules())
+        self.ledger = Ledger(self.update.bit_sums, model.modules())
         self.step = 0
         self.skipped = 0
         self.trained_now = False

@@ -104,10 +104,7 @@ class WholeUpdate:
         return self.trainable
 
     def bit_sums(self) -> dict[str, int]:
-        """What rounding keeps from a bf16 weight for a while (KahanAdamW) counts, too."""
-        rests = {n: self.optimizer.state.get(p, {}).get("kahan_comp") for n, p in self.trainable.items()}
-        sums = [bits(p) + (bits(rests[n]) if rests[n] is not None else 0) for n, p in self.trainable.items()]
-        return dict(zip(self.trainable, torch.stack(sums).tolist()))
+        return bit_sums(self.trainable, self.optimizer)
 
     def whole(self) -> AbstractContextManager:
         return nullcontext()
@@ -121,6 +118,13 @@ class WholeUpdate:
     def load(self, weights: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
         self.model.load_tensors(weights, source)
         load_optimizer_tensors(self.optimizer, self.trainable, state, source)
+
+
+def bit_sums(trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Of each parameter together with what rounding keeps from a bf16 weight for a while (KahanAdamW)."""
+    rests = {name: optimizer.state.get(p, {}).get("kahan_comp") for name, p in trainable.items()}
+    sums = [bits(p) + (bits(rests[name]) if rests[name] is not None else 0) for name, p in trainable.items()]
+    return dict(zip(trainable, torch.stack(sums).tolist()))
 
 
 def bits(tensor: Tensor) -> Tensor:

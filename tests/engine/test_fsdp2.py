@@ -22,6 +22,7 @@ from dedistill.engine.checkpoint import damage, list_checkpoints
 from dedistill.engine.launcher import UNHEEDED, engine_asked
 from dedistill.engine.loop import Trainer
 from dedistill.engine.objective import Objective
+from dedistill.errors import RUN_AGAIN
 from dedistill.prepare import open_data
 from dedistill.recipe import load_recipe
 from dedistill.train import main
@@ -239,14 +240,14 @@ def test_a_signal_to_any_process_stops_all_after_one_save(adapter_recipe, tmp_pa
     """T4: nobody is left waiting for weights."""
     given = arguments(adapter_recipe, tmp_path / "run", *FEW, "checkpoint.every=0")
     codes = run_ranks(2, _sharded, _signalled, given, False, said=tmp_path / "said")
-    assert codes == [128 + signal.SIGTERM] * 2, (tmp_path / "said/0").read_text()
+    assert codes == [RUN_AGAIN] * 2, (tmp_path / "said/0").read_text()
     (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert damage(checkpoint) == "" and checkpoint.name == "step-00000002"
 
 
 def test_a_process_that_ends_takes_the_others_along(adapter_recipe, tmp_path):
     given = arguments(adapter_recipe, tmp_path / "run", *FEW, "checkpoint.every=1")
-    assert run_ranks(2, _sharded, _signalled, given, True, said=tmp_path / "said") == [1, 7]
+    assert run_ranks(2, _sharded, _signalled, given, True, said=tmp_path / "said") == [RUN_AGAIN, 7]
     assert "another process of this run has ended" in (tmp_path / "said/0").read_text()
     (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert damage(checkpoint) == "" and checkpoint.name == "step-00000001"
@@ -273,7 +274,7 @@ def test_a_preview_without_memory_leaves_nobody_waiting(picture_recipe, tmp_path
     if codec:
         assert codes == [0, 0] and said[0].count("out of memory; training goes on") == 1, said
     else:
-        assert codes == [1, 1] and "another process of this run has ended" in said[0], said
+        assert codes == [RUN_AGAIN, 1] and "another process of this run has ended" in said[0], said
         assert "rank 1: error: out of memory in a preview" in said[1]
 
 

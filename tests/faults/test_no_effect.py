@@ -11,6 +11,7 @@ from dedistill.engine.checkpoint import list_checkpoints
 from dedistill.engine.gradients import SummedGradients
 from dedistill.engine.ledger import ENOUGH, EVERY, Ledger
 from dedistill.engine.optim import KahanAdamW
+from dedistill.engine.update import bit_sums
 from dedistill.train import main
 
 SETTINGS = ("train.steps=9", "checkpoint.every=3", "validate.every=99")
@@ -108,7 +109,7 @@ def test_steps_below_the_rounding_of_bf16_count(lr):
     optimizer = KahanAdamW([weight], lr=lr or 1.0, betas=(0.9, 0.99), decay=0.0)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    ledger = Ledger({"w": weight}, optimizer, [["w"]])
+    ledger = Ledger(lambda: bit_sums({"w": weight}, optimizer), [["w"]])
     for _ in range(ENOUGH):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
@@ -122,7 +123,8 @@ def test_steps_below_the_rounding_of_bf16_count(lr):
 
 def test_one_bit_is_a_change():
     weight = torch.nn.Parameter(torch.full((1000,), 0.1))
-    ledger = Ledger({"w": weight}, torch.optim.AdamW([weight]), [["w"]])
+    optimizer = torch.optim.AdamW([weight])
+    ledger = Ledger(lambda: bit_sums({"w": weight}, optimizer), [["w"]])
     ledger.applied = ENOUGH
     weight.data.view(torch.int32)[77] ^= 1
     ledger.check(3)

@@ -67,7 +67,7 @@ PHASES = {
     "loading": (Objective, "task", 3, None),
     "validation": (Validator, "__call__", 2, 2),
     "inside a validation": ("dedistill.engine.validate", "task_loss", 2, 2),
-    "preview": (preview, "sample", 2, 3),
+    "preview": (preview, "trajectories", 2, 3),
     "save": (saver.Saver, "start", 1, None),
     "writing": (loop, "save_checkpoint", 1, None),
 }
@@ -90,7 +90,7 @@ def test_a_stop_in_any_phase_saves_and_the_next_run_is_exact(recipe, uninterrupt
     assert differences(uninterrupted, train(recipe, tmp_path / "run", *SETTINGS, *PREVIEW)) == []
 
 
-@pytest.mark.parametrize("where", [(Validator, "__call__", 1), (loop, "task_loss", 1), (preview, "sample", 1)])
+@pytest.mark.parametrize("where", [(Validator, "__call__", 1), (loop, "task_loss", 1), (preview, "trajectories", 1)])
 def test_a_stop_before_anything_was_trained_ends_at_once(recipe, uninterrupted, tmp_path, monkeypatch, where, capsys):
     """The first validation, the first preview, the first batch: nothing is lost by ending there."""
     with monkeypatch.context() as patch:
