@@ -5,11 +5,13 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
 import deepspeed.runtime.zero.muon.original_muon
 import deepspeed.runtime.zero.stage3  # noqa: F401 - these here, so that forked processes need not import them
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -17,9 +19,11 @@ from safetensors.torch import load_file
 from test_launch import ENVIRONMENT, ROOT
 from test_world import BF16, FEW, LORA, arguments, furthest, same, saved, train
 
+from dedistill.data.digits import load_digits
 from dedistill.engine.checkpoint import list_checkpoints
 from dedistill.engine.launcher import engine_asked
 from dedistill.engine.loop import Trainer
+from dedistill.engine.objective import Objective
 from dedistill.engine.zero import ZeroUpdate, check_zero
 from dedistill.errors import UserError
 from dedistill.recipe import load_recipe
@@ -335,3 +339,30 @@ def test_a_real_launch(adapter_recipe, tmp_path, stage):
     effects = json.loads((tmp_path / "dedistill/plan.json").read_text())["effects"]
     assert (effects["engine"], effects["processes"]) == (f"zero{stage}", 2)
     assert f"in parts (ZeRO-{stage})" in done.stderr and "DeepSpeed" not in done.stderr
+
+
+def _spoilt(given: list[str]) -> int:
+    """``main``, where the first sample of steps 3, 4 and 5 is not finite wherever it is drawn."""
+    real, bad = Objective.task, {load_digits(0.2).names(0, step, np.array([0]), 8)[0] for step in (2, 3, 4)}
+
+    def task(self, step, positions):
+        found = real(self, step, positions)
+        target = found.target.clone()
+        target[[name in bad for name in found.names]] = torch.nan
+        return replace(found, target=target)
+
+    Objective.task = task
+    return main(given)
+
+
+@pytest.mark.parametrize("stage", [2, slow(3)])
+def test_a_run_goes_back_in_process(adapter_recipe, tmp_path, stage):
+    """Promise 8: with the checkpoint's weights and moments in DeepSpeed's parts, as one process does."""
+    settings = ("validate.every=99", "validate.samples=2", "snapshot.every=0", "checkpoint.every=2", "train.steps=6")
+    said = tmp_path / "said"
+    assert run_ranks(1, _spoilt, arguments(adapter_recipe, tmp_path / "alone", *settings), said=said) == [0]
+    alone, both = tmp_path / "alone", zero(stage, 2, adapter_recipe, tmp_path / "both", *settings, work=_spoilt)
+    assert rows(alone)[2]["quarantined"] == rows(both)[2]["quarantined"]
+    assert [r["applied"] for r in rows(both)] == [True] * 6
+    assert furthest(saved(alone), saved(both)) < TOLERANCE
+    assert furthest(saved(alone, "optimizer"), saved(both, "optimizer")) < TOLERANCE
