@@ -26,7 +26,8 @@ from dedistill.errors import UserError
 from dedistill.families.family import Family
 from dedistill.families.registry import get_family, text_length
 from dedistill.finished import last_weights
-from dedistill.posthoc.lerp import find_snapshots, lerp_snapshots
+from dedistill.posthoc.lerp import lerp_snapshots
+from dedistill.posthoc.snapshots import find_snapshots
 from dedistill.prepare import look, without_captions
 from dedistill.recipe import Recipe
 from dedistill.release.adapter import export_adapter

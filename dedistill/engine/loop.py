@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
 from dedistill.assemble import Model
 from dedistill.data.source import Source
 from dedistill.engine.ahead import ahead
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
+from dedistill.engine.ema import Averages
 from dedistill.engine.export import export_model, exported_step
 from dedistill.engine.gradients import gradients_for
 from dedistill.engine.guards import FiniteGuard, NotFinite
@@ -25,7 +25,7 @@ from dedistill.engine.saver import Saver
 from dedistill.engine.stop import StopRequest
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
 from dedistill.errors import UserError
-from dedistill.files import make_folder, replace_file, step_name
+from dedistill.posthoc.snapshots import write_snapshot
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.plan import Plan
 from dedistill.tensorfile import tensors_sha256
@@ -46,6 +46,7 @@ class Trainer:
         self.optimizer = make_optimizer(recipe, self.trainable.values())
         self.gradients = gradients_for(list(self.trainable.values()), world, plan.batch, recipe.train.exact)
         self.guard, self.saver = FiniteGuard(), Saver()
+        self.averages = Averages(recipe.snapshot.ema or [], self.trainable)
         self.step = 0
         self.skipped = 0
         self.trained_now = False
@@ -89,6 +90,7 @@ class Trainer:
         self._compare("optimizer state", groups.get("optimizer", {}))
         self.model.load_tensors(groups["trainable"], str(checkpoint))
         load_optimizer_tensors(self.optimizer, self.trainable, groups.get("optimizer", {}), str(checkpoint))
+        self.averages.load(groups, manifest["step"], str(checkpoint))
         self.step, self.skipped, self.guard.in_a_row = manifest["step"], manifest["skipped"], manifest["skipped_in_a_row"]
         if self.step > self.plan.steps:
             raise UserError(f"'{checkpoint}' is at step {self.step}, train.steps is {self.plan.steps}: nothing is left to do")
@@ -114,6 +116,7 @@ class Trainer:
                 row = self._guarded_step(step, tasks) | before
                 before = {}
                 self.step, self.trained_now = step + 1, True
+                self.averages.update(self.step)
                 last = self.step == self.plan.steps
                 if self.validate and (last or self.step % self.recipe.validate_.every == 0):
                     row |= self.validate(self.model)
@@ -225,10 +228,9 @@ class Trainer:
         return tensors
 
     def _snapshot(self) -> None:
-        make_folder(self.run.snapshots)
-        header = snapshot_header(self.recipe, self.step)
-        weights = self._good(self.model.tensors())
-        replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(weights, metadata=header))
+        header, weights = snapshot_header(self.recipe, self.step), self._good(self.model.tensors(copy=False))
+        write_snapshot(self.run.snapshots, self.step, weights, header)
+        self.averages.write(self.run.snapshots, self.step, weights, header)
 
     def _checkpoint(self, *, wait: bool) -> None:
         """Rank 0 saves beside training, after all have agreed on what. wait: until it is safe; nobody ends before that."""
@@ -236,6 +238,7 @@ class Trainer:
         if self.world.main:
             state = {"trainable": self.model.tensors(copy=False)}
             state["optimizer"] = optimizer_tensors(self.optimizer, self.trainable)
+            state |= self.averages.state()
             self.saver.start({name: self._good(tensors) for name, tensors in state.items()}, self._writer())
         if wait:
             self.saver.wait()

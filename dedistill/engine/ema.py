@@ -1,0 +1,57 @@
+"""Power-law averages of the trained weights, tracked while training, from which any other is made afterwards."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dedistill.adapters.attach import compare_tensors
+from dedistill.errors import UserError
+from dedistill.posthoc.power import exponent, share_of_new
+from dedistill.posthoc.reconstruct import profile_folder
+from dedistill.posthoc.snapshots import write_snapshot
+
+
+class Averages:
+    """One running mean of every trained tensor for each of ``widths`` (sigma_rel): float32, where the tensor is.
+
+    Updates are a function of the weights and the step alone, so every process that holds the same weights holds the same
+    means. A step that was not applied counts as time that has passed.
+    """
+
+    def __init__(self, widths: Sequence[float], trained: Mapping[str, Tensor]):
+        self._trained, self._time = trained, 0
+        self._means = {w: {n: torch.zeros_like(t, dtype=torch.float32).detach() for n, t in trained.items()} for w in widths}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take the weights in as they are after ``step``, with the weight of all the steps since the last update."""
+        for sigma, means in self._means.items():
+            share = share_of_new(exponent(sigma), self._time, step)
+            for name, mean in means.items():
+                mean.lerp_(self._trained[name].float(), share)
+        self._time = step
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint keeps, by file; nothing when nothing is tracked."""
+        return {"ema": dict(self._named())} if self._means else {}
+
+    def load(self, groups: Mapping[str, dict[str, Tensor]], step: int, source: str) -> None:
+        """The inverse of :meth:`state`, saved after ``step``. Raises UserError naming ``source``, changing nothing, unless
+        it holds these very means."""
+        own, saved = dict(self._named()), groups.get("ema", {})
+        if problems := compare_tensors(own, saved):
+            raise UserError(f"the averages in '{source}' do not fit snapshot.ema: {problems}")
+        for name, mean in own.items():
+            mean.copy_(saved[name])
+        self._time = step
+
+    def write(self, snapshots: Path, step: int, whole: Mapping[str, Tensor], header: dict[str, str]) -> None:
+        """Write each average beside the snapshot of ``whole``, of which the trained tensors are replaced."""
+        for sigma, means in self._means.items():
+            made_by = {"dedistill.ema": f"power sigma_rel={sigma:g}"}
+            write_snapshot(snapshots / profile_folder(sigma), step, {**whole, **means}, header | made_by)
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return [(f"{sigma:g}/{name}", mean) for sigma, means in self._means.items() for name, mean in means.items()]
