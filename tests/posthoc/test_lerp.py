@@ -202,19 +202,19 @@ status = lambda key: int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/sta
 torch.ones(8, 8) @ torch.ones(8, 8)
 found, before = find_snapshots(Path("snapshots")), status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-lerp_snapshots(found, ALPHAS, Path("out"))
+lerp_snapshots(found, ALPHAS[:5], Path("out"))
 print(status("VmHWM") - before)
 """
 
 
 def test_memory_stays_below_one_snapshot(tmp_path, monkeypatch):
-    """E1: ten averages of ten snapshots of 24 MB, in a process of its own, whose memory grows by less than one of them."""
+    """E1: five averages of five snapshots of 64 MB, in a process of its own, whose memory grows by less than one of them."""
     monkeypatch.setattr("os.fsync", lambda file: None)  # only to be quick
-    big = {f"t{i}": torch.full((1 << 20,), float(i)) for i in range(6)}
-    for step in range(1, 11):
+    big = {f"t{i}": torch.full((1 << 20,), float(i)) for i in range(16)}
+    for step in range(1, 6):
         write_snapshot(tmp_path / "snapshots", step, big, {"format": "pt"})
     said = subprocess.run([sys.executable, "-c", MEASURED], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert 0 < int(said) < 6 * 4 << 20
+    assert 0 < int(said) < 64 << 20
 
 
 def test_header_tells_where_it_came_from(tmp_path):
