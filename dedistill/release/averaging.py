@@ -59,10 +59,10 @@ def average_run(
     *,
     alphas: Sequence[float] | None,
     widths: Sequence[float] | None,
-    step: int | None,
-    skip: Collection[int],
-    space: str,
-    out: Path | None,
+    step: int | None = None,
+    skip: Collection[int] = (),
+    space: str = "factors",
+    out: Path | None = None,
     say: Callable[[str], None],
 ) -> list[Path]:
     """Average the snapshots in ``run``: a LERP chain per alpha, and a power-law average per width (sigma_rel).
