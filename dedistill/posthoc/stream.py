@@ -1,7 +1,9 @@
 """Weighted sums of snapshots: any number of them in one pass, in which every input is read once, front to back."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,28 +54,27 @@ def write_averages(snapshots: Sequence[Snapshot], averages: Sequence[Average]) -
         for average in averages:
             header = average.header(readers[-1].metadata, snapshots)
             writers.append(stack.enter_context(TensorFile(average.path, layout, header, seal=True)))
-        for name, rows in _sums(readers, layout, np.stack([a.weights for a in averages])):
-            for writer, row in zip(writers, rows):
-                writer.write(name, row)
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))  # reading, hashing and writing are most of the work
+        for name, rows in _sums(readers, layout, np.stack([a.weights for a in averages]), pool):
+            list(pool.map(lambda writer, row, name=name: writer.write(name, row), writers, rows))
         for reader in readers:
             reader.finish()
     return [a.path for a in averages]
 
 
-def _sums(readers: list[SealedReader], layout: Layout, weights: np.ndarray) -> Iterator[tuple[str, Tensor]]:
+def _sums(
+    readers: list[SealedReader], layout: Layout, weights: np.ndarray, pool: ThreadPoolExecutor
+) -> Iterator[tuple[str, Tensor]]:
     """(name, weighted sums [outputs, up to CHUNK]) through all tensors in the order of the files."""
     for name, (shape, dtype) in layout.items():
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         mix, left = torch.from_numpy(weights).to(wide), torch.Size(shape).numel()
         while left:
             size = min(left, CHUNK)
-            rows, raw = torch.empty(len(readers), size, dtype=wide), torch.empty(size, dtype=dtype)
-            for reader, row in zip(readers, rows):
-                reader.read_into(row if dtype == wide else raw)
-                if dtype != wide:
-                    row.copy_(raw)
+            rows = torch.empty(len(readers), size, dtype=dtype)
+            list(pool.map(SealedReader.read_into, readers, rows))
             # alpha is a constant of the format, not a weight
-            yield name, rows[-1:].expand(len(weights), -1).to(dtype) if is_constant(name) else (mix @ rows).to(dtype)
+            yield name, rows[-1:].expand(len(weights), -1) if is_constant(name) else (mix @ rows.to(wide)).to(dtype)
             left -= size
 
 
