@@ -22,13 +22,14 @@ class Averages:
 
     def __init__(self, widths: Sequence[float], trained: Mapping[str, Tensor]):
         self._trained, self._time = trained, 0
-        self._means = {w: {n: torch.zeros_like(t, dtype=torch.float32).detach() for n, t in trained.items()} for w in widths}
+        self._gammas = {sigma: exponent(sigma) for sigma in widths}
+        self._means = {s: {n: torch.zeros_like(t, dtype=torch.float32).detach() for n, t in trained.items()} for s in widths}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take the weights in as they are after ``step``, with the weight of all the steps since the last update."""
         for sigma, means in self._means.items():
-            share = share_of_new(exponent(sigma), self._time, step)
+            share = share_of_new(self._gammas[sigma], self._time, step)
             for name, mean in means.items():
                 mean.lerp_(self._trained[name].float(), share)
         self._time = step

@@ -130,4 +130,4 @@ def _lost_title(written: Written) -> str:
 
 
 def _lost(written: Written, i: int) -> str:
-    return f" {written.lost[i].error:16.2%}" if written.lost else ""
+    return f" {written.lost[i].error:16.1e}" if written.lost else ""
