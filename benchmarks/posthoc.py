@@ -20,12 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.interleave import RESULTS, ratio
-from dedistill.files import sync
 from dedistill.posthoc.lerp import ALPHAS, lerp_snapshots, output_name
 from dedistill.posthoc.snapshots import Snapshot, find_snapshots, write_snapshot
 
 SNAPSHOTS, TENSORS, SIZE = 20, 8, 1 << 20
-PAIRS = 7
+PAIRS = 5
 
 
 def script(snapshots: list[Snapshot], out: Path, before_chain: Callable[[], object] = lambda: None) -> None:
@@ -86,11 +85,6 @@ def compared(folder: Path, dtype: torch.dtype) -> dict:
     def theirs_cold() -> None:
         script(snapshots, folder / "script", lambda: forget(snapshots))
 
-    def theirs_cold_and_safe() -> None:
-        theirs_cold()
-        for path in (folder / "script").iterdir():
-            sync(path)
-
     found = {
         "megabytes_of_a_snapshot": megabytes,
         "ours": costs(ours),
@@ -99,9 +93,6 @@ def compared(folder: Path, dtype: torch.dtype) -> dict:
         "seconds_ratio": {
             "files in the page cache": ratio(ours, theirs, pairs=PAIRS, warmup=0),
             "files read from the disk": ratio(ours_cold, theirs_cold, pairs=PAIRS, warmup=0),
-            "read from the disk, the script waits for its outputs, too": ratio(
-                ours_cold, theirs_cold_and_safe, pairs=PAIRS, warmup=0
-            ),
         },
     }
     print(json.dumps(found, indent=1), flush=True)

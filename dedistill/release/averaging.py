@@ -109,9 +109,9 @@ def _power(run: Path, widths, step: int | None, skip: Collection[int], space: st
         say(f"{sigma:9g} {error:15.2%}{_lost(written, i)}  {abs(average.weights).sum():.2f}")
         if error > TRUSTED:
             say(
-                f"warning: sigma_rel {sigma:g} is outside what these snapshots can tell: were the weights a random walk, it "
-                f"would be off by {error:.0%} of its distance to the last weights. Take a width nearer to {tracked}, or keep "
-                "more snapshots (snapshot.every)"
+                f"warning: sigma_rel {sigma:g} is more than these snapshots can tell: were the weights a random walk, it would "
+                f"be off by {error:.1%} of its distance to the last weights, and real weights miss by several times that. Take "
+                f"a width nearer to {tracked}, or keep more snapshots (snapshot.every)"
             )
     return written.paths
 
