@@ -95,6 +95,15 @@ class WholeFile:
         except OSError as e:
             raise refused(self.path, e, self._size) from e
 
+    def overwrite(self, at: int, data: bytes) -> None:
+        """Put ``data`` in the place of what was written from byte ``at`` on; the next ``write`` goes to the end again."""
+        try:
+            self._file.seek(at)
+            self._file.write(data)
+            self._file.seek(0, os.SEEK_END)
+        except OSError as e:
+            raise refused(self.path, e, self._size) from e
+
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
             if kind is None:

@@ -26,10 +26,10 @@ from dedistill.errors import UserError
 from dedistill.families.family import Family
 from dedistill.families.registry import get_family, text_length
 from dedistill.finished import last_weights
-from dedistill.posthoc.lerp import find_snapshots, lerp_snapshots
 from dedistill.prepare import look, without_captions
 from dedistill.recipe import Recipe
 from dedistill.release.adapter import export_adapter
+from dedistill.release.averaging import average_run
 from dedistill.release.export import FORMS, export_model
 from dedistill.release.merge import merge_adapter
 from dedistill.report.sweep_page import write_sweep_page
@@ -80,7 +80,8 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
 
 def _after_training(recipe: Recipe, small: Recipe, out: Path, stage) -> None:
     with stage("post-hoc averages"):
-        lerp_snapshots(find_snapshots(out / "run" / "snapshots"), [0.5, 0.9], out / "run" / "posthoc")
+        widths = [0.075] if recipe.snapshot.ema else None
+        average_run(out / "run", alphas=[0.5, 0.9], widths=widths, say=lambda line: None)
     with stage("CFG sweep"):
         grid = Grid((1.0, 3.0), (0,), PROMPTS, (0,))
         sweep(candidates_of(small, None), grid, out / "sweep", title="rehearsal", judge=None, say=lambda line: None)
@@ -153,7 +154,9 @@ def _check_full_size(recipe: Recipe, family: Family) -> str:
     snapshots = -(-recipe.train.steps // recipe.snapshot.every) if recipe.snapshot.every else 0
     # a checkpoint holds the weights and two moments (and the compensation of bf16); one more is written before one goes
     checkpoints = (recipe.checkpoint.keep + 1) * (4 if number == 2 else 3)
-    need = count * number * (snapshots + checkpoints)
+    # each tracked average is in every snapshot and checkpoint, in float32
+    averages = 4 * len(recipe.snapshot.ema or []) * (snapshots + recipe.checkpoint.keep + 1)
+    need = count * (number * (snapshots + checkpoints) + averages)
     place = next(p for p in (Path(recipe.run.out).resolve(), *Path(recipe.run.out).resolve().parents) if p.exists())
     free, kept = shutil.disk_usage(place).free, recipe.checkpoint.keep
     room = f"{need / 1e9:.1f} GB for {snapshots} snapshots and {kept} checkpoints, {free / 1e9:.0f} GB are free"

@@ -1,6 +1,7 @@
-"""Average the snapshots of a run: one LERP chain per alpha, all in one pass over the files.
+"""Average the snapshots of a run: LERP chains, or power-law averages of any width; all of them in one pass over the files.
 
 python tools/posthoc_ema.py runs/digits/dedistill
+python tools/posthoc_ema.py runs/digits/dedistill --sigma-rel 0.075 0.15        # needs snapshot.ema in the recipe
 """
 
 import argparse
@@ -10,32 +11,41 @@ from pathlib import Path
 from dedistill.arguments import finite
 from dedistill.train import guarded
 
+SPACES = ("factors", "refactored", "delta", "merged")
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="run directory (its snapshots/ are read, posthoc/ is written)")
     parser.add_argument("--alpha", type=finite, nargs="+", help="weights of the newer checkpoint; default the ten of LibreFLUX")
-    parser.add_argument("--out", type=Path, help="output folder; default RUN/posthoc")
+    parser.add_argument("--sigma-rel", type=finite, nargs="+", help="widths of power-law averages, from the tracked ones")
+    parser.add_argument("--step", type=int, help="as of this step, without the snapshots after it; default the last")
+    parser.add_argument("--skip", type=int, nargs="+", default=[], metavar="STEP", help="snapshots to leave out")
+    parser.add_argument(
+        "--space", choices=SPACES, default="factors", help="what is averaged (docs/posthoc.md); default factors"
+    )
+    parser.add_argument("--out", type=Path, help="output folder; default RUN/posthoc, RUN/posthoc_SPACE for delta and merged")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args()
     return guarded(lambda: run(args), debug=args.debug)
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.posthoc.lerp import ALPHAS, chain_weights, describe, find_snapshots, lerp_snapshots, output_name
+    from dedistill.quiet import quiet_dependencies
 
-    snapshots = find_snapshots(args.run / "snapshots")
-    steps = [s.step for s in snapshots]
-    alphas = list({output_name(alpha): alpha for alpha in args.alpha or ALPHAS}.values())  # one average per file
-    files = lerp_snapshots(snapshots, alphas, args.out or args.run / "posthoc")
-    print(f"{len(snapshots)} snapshots, steps {steps[0]} to {steps[-1]}")
-    print(f"{'alpha':>6} {'effective':>10} {'mean age':>9}  weights, newest first")
-    for alpha in alphas:
-        weights = chain_weights(alpha, len(steps))
-        size, age = describe(weights, steps)
-        shown = "  ".join(f"{s}:{w:.3f}" for s, w in zip(steps[::-1], weights[::-1]) if w >= 0.0005)
-        print(f"{alpha:6g} {size:10.2f} {age:9.1f}  {shown}")
-    print(f"{len(files)} averages in {files[0].parent}/")
+    quiet_dependencies()
+    from dedistill.release.averaging import average_run
+
+    average_run(
+        args.run,
+        alphas=args.alpha,
+        widths=args.sigma_rel,
+        step=args.step,
+        skip=args.skip,
+        space=args.space,
+        out=args.out,
+        say=lambda line: print(line, flush=True),
+    )
     return 0
 
 

@@ -14,11 +14,13 @@ def delta(module: nn.Module) -> Tensor:
 def weight_change(factors: Mapping[str, Tensor]) -> Tensor:
     """The change of weight [out, in], float32, that one layer's ``factors`` stand for, named as LyCORIS names them.
 
-    LoKr: lokr_w1 (x) lokr_w2, each alone or as a product _a _b; LoRA: lora_up.weight lora_down.weight. What is a product
-    is scaled by alpha / rank, once; a LoKr of two full factors has no rank, so its alpha means nothing. LyCORIS' own
-    ``get_diff_weight`` applies that scale twice (4.1.3), hence not used.
+    LoKr: lokr_w1 (x) lokr_w2, each alone or as a product _a _b; LoRA: lora_up.weight lora_down.weight; diff: the change
+    itself. What is a product is scaled by alpha / rank, once; a LoKr of two full factors has no rank, so its alpha means
+    nothing. LyCORIS' own ``get_diff_weight`` applies that scale twice (4.1.3), hence not used.
     """
     f = {name: tensor.float() for name, tensor in factors.items()}
+    if "diff" in f:
+        return f["diff"]
     if "lora_up.weight" in f:
         product = f["lora_up.weight"] @ f["lora_down.weight"]
     else:

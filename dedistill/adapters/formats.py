@@ -17,6 +17,7 @@ from dedistill.errors import UserError
 
 LOKR = ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")
 LORA = ("lora_up.weight", "lora_down.weight")
+DENSE = "diff"
 PEFT = {"lora_B.weight": "lora_up.weight", "lora_A.weight": "lora_down.weight"}
 _WHOLE = (
     {"lora_up.weight", "lora_down.weight"},
@@ -27,9 +28,10 @@ Layers = dict[str, dict[str, Tensor]]
 """Linear -> its factors under LyCORIS' names, alpha included where there is one."""
 
 
-def by_layer(tensors: Mapping[str, Tensor], linears: Iterable[str], source: str) -> Layers:
+def by_layer(tensors: Mapping[str, Tensor], linears: Iterable[str], source: str, *, dense: bool = False) -> Layers:
     """A file in the ``lycoris_``, ``transformer.`` or PEFT spelling, taken apart by the ``linears`` it belongs to.
 
+    dense: a layer may also be a whole change of weight, ``diff``, as averages of deltas are.
     Raises UserError naming file and tensor for a name that fits no linear, a kind of tensor this program cannot apply
     (DoRA, LoHa, Tucker), and a layer of which a factor is missing: an adapter is read whole or not at all.
     """
@@ -40,14 +42,14 @@ def by_layer(tensors: Mapping[str, Tensor], linears: Iterable[str], source: str)
         factor = PEFT.get(factor, factor)
         if linear is None:
             raise UserError(f"'{source}': tensor '{key}' belongs to no linear of this network")
-        if factor not in (*LOKR, *LORA, "alpha"):
+        if factor not in (*LOKR, *LORA, "alpha", *([DENSE] if dense else [])):
             raise UserError(f"'{source}': tensor '{key}' is of a kind that is not supported; known: LoKr and LoRA of linears")
         if layers.setdefault(linear, {}).setdefault(factor, tensor) is not tensor:
             raise UserError(f"'{source}': '{linear}' has two tensors {factor}, in two spellings")
     if not layers:
         raise UserError(f"'{source}' holds no tensors")
     for linear, factors in layers.items():
-        if set(factors) - {"alpha"} not in _WHOLE:
+        if set(factors) - {"alpha"} not in (*_WHOLE, {DENSE}):
             raise UserError(f"'{source}': '{linear}' is incomplete, it has only {', '.join(sorted(factors))}")
     return layers
 
@@ -60,7 +62,9 @@ def layer_of(key: str) -> str:
 def check_shapes(layers: Layers, shapes: Mapping[str, tuple[int, int]], source: str) -> None:
     """Raise UserError, naming file and layer, where the factors do not make up the weight [out, in] of their linear."""
     for linear, f in layers.items():
-        if "lora_up.weight" in f:
+        if DENSE in f:
+            fits, found = True, tuple(f[DENSE].shape)
+        elif "lora_up.weight" in f:
             up, down = f["lora_up.weight"].shape, f["lora_down.weight"].shape
             fits, found = len(up) == len(down) == 2 and up[1] == down[0], (up[0], down[-1])
         else:

@@ -149,6 +149,7 @@ def sweep_temporaries(folder: Path) -> None:
     ours = (
         "checkpoints/step-*.tmp-*",
         "snapshots/step-*.tmp-*",
+        "snapshots/ema_*/step-*.tmp-*",
         "recipe.*.tmp-*",
         "plan.json.tmp-*",
         "inputs.json.tmp-*",

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
 from dedistill.assemble import Model
 from dedistill.data.source import Source
 from dedistill.data.substitutes import Substitutes
 from dedistill.engine.ahead import ahead
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
+from dedistill.engine.ema import Averages
 from dedistill.engine.export import export_model, exported_step, snapshot_header
 from dedistill.engine.guards import BadSteps, GoBack, Guard
 from dedistill.engine.ledger import EVERY, Ledger
@@ -29,7 +29,7 @@ from dedistill.engine.saver import Saver
 from dedistill.engine.update import update_for
 from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
 from dedistill.errors import UserError, enough_memory
-from dedistill.files import make_folder, replace_file, step_name
+from dedistill.posthoc.snapshots import write_snapshot
 from dedistill.pulse import pulse
 from dedistill.recipe import Recipe
 from dedistill.recipe.plan import Plan
@@ -52,6 +52,7 @@ class Trainer:
         self.trainable = model.trainable()
         self.update = update_for(recipe, plan, model, world)
         self.ledger = Ledger(self.update.bit_sums, model.modules())
+        self.averages = Averages(recipe.snapshot.ema or [], self.trainable)
         self.step = 0
         self.skipped = 0
         self.trained_now = False
@@ -99,6 +100,7 @@ class Trainer:
         groups, manifest = read_checkpoint(checkpoint)
         self._compare("optimizer state", groups.get("optimizer", {}))
         self.update.load(groups["trainable"], groups.get("optimizer", {}), str(checkpoint))
+        self.averages.load(groups, str(checkpoint))
         self.step, self.skipped, self.unfinished = manifest["step"], manifest["skipped"], manifest["unfinished"]
         self.guard.load(manifest["guard"])
         self.ledger.start()
@@ -217,6 +219,7 @@ class Trainer:
             self._check_optimizer(step)
             self.update.apply(lr)
             self.ledger.applied += 1
+            self.averages.update(step + 1)
         else:
             self.update.drop()
             self.skipped += 1
@@ -274,16 +277,17 @@ class Trainer:
     def _snapshot(self) -> None:
         weights = self._good(self.update.weights())
         if self.world.main:
-            make_folder(self.run.snapshots)
             header = snapshot_header(self.recipe, self.step)
-            replace_file(self.run.snapshots / f"{step_name(self.step)}.safetensors", save(weights, metadata=header))
+            write_snapshot(self.run.snapshots, self.step, weights, header)
+            self.averages.write(self.run.snapshots, self.step, weights, header)
 
     def checkpoint(self, *, wait: bool) -> None:
         """Rank 0 saves beside training, after all have agreed on what. wait: until it is safe; nobody ends before that."""
         self._compare("weights", self.update.replicas())
-        groups = {"trainable": self._good(self.update.weights()), "optimizer": self._good(self.update.state())}
+        groups = {"trainable": self.update.weights(), "optimizer": self.update.state(), **self.averages.state()}
+        groups = {name: self._good(tensors) for name, tensors in groups.items()}
         if self.world.main:
-            self.saver.start(groups, self._writer(), copy=not self.update.gathers)
+            self.saver.start(groups, self._writer(), private=("trainable", "optimizer") if self.update.gathers else ())
         if wait:
             self.saver.wait()
             self.world.wait()

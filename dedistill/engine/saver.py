@@ -1,6 +1,6 @@
 """Saving beside training: what is to be saved is copied first, a thread writes the copies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -23,17 +23,16 @@ class Saver:
         self._running: Future | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}
 
-    def start(self, groups: Groups, save: Callable[[Groups], object], *, copy: bool = True) -> None:
-        """Run ``save`` on ``groups`` beside what follows, after the save before has ended.
+    def start(self, groups: Groups, save: Callable[[Groups], object], *, private: Collection[str] = ()) -> None:
+        """Run ``save`` on copies of ``groups`` on the CPU, beside what follows, after the save before has ended.
 
-        copy: on copies of them on the CPU; without, they must be nobody else's.
+        private: names of groups that need no copy, because they are nobody else's.
         """
         self.wait()
-        if copy:
-            groups = {group: {name: self._copy(group, name, t) for name, t in ts.items()} for group, ts in groups.items()}
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # copies into pinned memory do not wait by themselves
-        self._running = self._pool.submit(save, groups)
+        copies = {g: ts if g in private else {n: self._copy(g, n, t) for n, t in ts.items()} for g, ts in groups.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies into pinned memory do not wait by themselves
+        self._running = self._pool.submit(save, copies)
 
     def _copy(self, group: str, name: str, tensor: Tensor) -> Tensor:
         own = self._copies.get((group, name))

@@ -40,6 +40,12 @@ def check_zero(recipe: Recipe, engine: str) -> None:
             f"'{recipe.train.optimizer}' is made to do without. Use train.optimizer = 'adamw': its state is in parts here.",
             2,
         )
+    if engine == "zero3" and recipe.snapshot.ema:
+        raise UserError(
+            f"{recipe.where('snapshot.ema')}: ZeRO-3 leaves no process whole weights to average; use launch/zero2.yaml, or "
+            "average the snapshots after training",
+            2,
+        )
     if engine == "zero3" and recipe.base.quant == "int8-quanto" and recipe.adapter:
         raise UserError(
             f"{recipe.where('base.quant')}: 'int8-quanto' breaks when ZeRO-3 cuts it; use 'int8' (the same codes), "

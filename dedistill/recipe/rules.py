@@ -114,6 +114,10 @@ def _training_rules(r: Recipe) -> list[tuple[str, str]]:
         found.append(("base.quant", "a quantized base is frozen: add an [adapter] table or set quant = 'none'"))
     if r.base.quant == "none" and r.base.exclude:
         found.append(("base.exclude", "has no effect with quant = 'none'"))
+    if r.snapshot.ema and not r.snapshot.every:
+        found.append(("snapshot.ema", "has no effect while snapshot.every is 0"))
+    if r.snapshot.ema and r.snapshot.ema[0] == r.snapshot.ema[1]:
+        found.append(("snapshot.ema", "the two widths are the same"))
     if r.validate_.samples is not None and not r.validate_.every:
         found.append(("validate.samples", "has no effect while validate.every is 0"))
     return found

@@ -230,6 +230,13 @@ class Checkpoint(Table):
 
 class Snapshot(Table):
     every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between kept copies of the trained weights; 0 never.")
+    ema: list[Annotated[float, Field(ge=0.01, le=0.28)]] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="Widths (sigma_rel) of two power-law averages of the weights, tracked and kept beside every copy, from "
+        "which tools/posthoc_ema.py makes those of other widths; usually [0.05, 0.10]. Default none.",
+    )
 
 
 class Log(Table):

@@ -107,6 +107,7 @@ CASES = [
     ("checkpoint.every", "3", "adapter", []),
     ("checkpoint.keep", "3", "adapter", []),
     ("snapshot.every", "3", "adapter", []),
+    ("snapshot.ema", "[0.05, 0.10]", "adapter", []),
     ("log.every", "2", "adapter", []),
     ("log.sigma_bins", "4", "adapter", []),
     ("log.wandb", "true", "adapter", ["run.name=w"]),

@@ -312,6 +312,7 @@ def test_one_process_has_nobody_to_share_with(adapter_recipe, monkeypatch, capsy
         (["train.exact=true"], "zero2", r"train.exact: DeepSpeed .zero2. sums gradients as floats"),
         (["train.exact=true"], "zero3", r"train.exact: DeepSpeed .zero3. sums gradients as floats"),
         (BF16, "zero2", r"train.optimizer: DeepSpeed .zero2. steps float32 copies"),
+        (["snapshot.every=1", "snapshot.ema=[0.05, 0.1]"], "zero3", r"snapshot.ema: ZeRO-3 leaves no process whole weights"),
         (["base.quant=int8-quanto"], "zero3", r"base.quant: 'int8-quanto' breaks"),
     ],
 )

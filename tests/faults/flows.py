@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from dedistill.data.cache import Store
 from dedistill.data.index import Entry, Index, Limits, Sample
 from dedistill.data.picture_set import NOWHERE, PictureSet
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
 from dedistill.engine.metrics import Journal
-from dedistill.files import replace_file, replace_json, whole_folder, write_synced
-from dedistill.posthoc.lerp import find_snapshots, lerp_snapshots
+from dedistill.files import replace_json, whole_folder, write_synced
+from dedistill.posthoc.lerp import lerp_snapshots
+from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ def _checkpoints(*before: int) -> Flow:
 
 
 def _snapshot(disk: Path, step: int) -> None:
-    (disk / "snapshots").mkdir(exist_ok=True)
-    replace_file(disk / "snapshots" / f"step-{step:08d}.safetensors", save({"w": torch.full((4,), float(step))}))
+    write_snapshot(disk / "snapshots", step, {"w": torch.full((4,), float(step))}, {"format": "pt"})
 
 
 def _average(disk: Path, alpha: float) -> None:

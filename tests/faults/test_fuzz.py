@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from recipe_mutations import hostile_recipe
-from safetensors.torch import save
 
 from dedistill.adapters.files import read_tensors
 from dedistill.data.cache import Store
@@ -21,7 +20,8 @@ from dedistill.engine.metrics import Journal
 from dedistill.engine.rundir import RunDirectory
 from dedistill.errors import UserError
 from dedistill.files import sealed
-from dedistill.posthoc.lerp import find_snapshots, lerp_snapshots
+from dedistill.posthoc.lerp import lerp_snapshots
+from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
 from dedistill.recipe import load_recipe
 from dedistill.recipe.load import RecipeError
 
@@ -235,12 +235,11 @@ def test_headers_of_tensors(tmp_path):
     """T22: snapshots, adapters and shards of the cache."""
     rng = random.Random(0)
     tensors = {"a.w": torch.arange(8.0), "b.w": torch.ones(2, 3)}
-    good = save(tensors, metadata={"format": "pt", "dedistill.step": "1", "dedistill.recipe": "[run]"})
-    (tmp_path / "snapshots").mkdir()
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "inputs.json").write_text("{}")
-    (tmp_path / "snapshots" / "step-00000002.safetensors").write_bytes(good)
-    file, shard = tmp_path / "snapshots" / "step-00000001.safetensors", tmp_path / "store" / "0.safetensors"
+    header = {"format": "pt", "dedistill.recipe": "[run]"}
+    file, _ = (write_snapshot(tmp_path / "snapshots", step, tensors, header) for step in (1, 2))
+    good, shard = file.read_bytes(), tmp_path / "store" / "0.safetensors"
     for _ in range(400):
         raw = headers(rng, good)
         file.write_bytes(raw)

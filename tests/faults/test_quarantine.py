@@ -97,10 +97,11 @@ def test_train_spike_says_what_a_spike_is(recipe, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("every", [0, 1, 4])
 def test_the_way_back_makes_no_difference(recipe, tmp_path, monkeypatch, every):
-    """From a checkpoint just before, long before, within, or without any: the same bits."""
+    """From a checkpoint just before, long before, within, or without any: the same bits, averages included."""
     spoil(monkeypatch, "nan")
-    usual = train(recipe, tmp_path / "usual", *SETTINGS)
-    run = train(recipe, tmp_path / "run", *SETTINGS, f"checkpoint.every={every}", "checkpoint.keep=2")
+    tracked = (*SETTINGS, "snapshot.every=4", "snapshot.ema=[0.05, 0.1]")
+    usual = train(recipe, tmp_path / "usual", *tracked)
+    run = train(recipe, tmp_path / "run", *tracked, f"checkpoint.every={every}", "checkpoint.keep=2")
     assert differences(usual, run) == []
 
 

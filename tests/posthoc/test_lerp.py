@@ -1,18 +1,22 @@
 """The LERP chain of snapshots: its weights, its arithmetic, what it reads, writes and refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import dedistill.posthoc.lerp as lerp
+import dedistill.posthoc.stream as stream
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.posthoc.lerp import ALPHAS, chain_weights, describe, find_snapshots, lerp_snapshots, output_name
+from dedistill.posthoc.lerp import ALPHAS, chain_weights, describe, lerp_snapshots, output_name
+from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
+from dedistill.tensorfile import SealedReader
 
 SHAPES = {"lycoris_a.lokr_w1": (4, 4), "lycoris_a.lokr_w2": (24, 8), "lycoris_b.lokr_w1": (2, 4), "lycoris_b.lokr_w2": (48, 16)}
 STEPS = [30, 60, 90, 120, 150, 160]
@@ -28,10 +32,8 @@ def tensors(step: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Te
 
 
 def write(folder: Path, steps: list[int], dtype: torch.dtype = torch.float32) -> Path:
-    folder.mkdir(exist_ok=True)
     for step in steps:
-        header = {"format": "pt", "dedistill.step": str(step)}
-        save_file(tensors(step, dtype), folder / f"step-{step:08d}.safetensors", metadata=header)
+        write_snapshot(folder, step, tensors(step, dtype), {"format": "pt"})
     return folder
 
 
@@ -62,12 +64,21 @@ def test_what_an_alpha_amounts_to():
     """E2: alpha .9 is 90 % last, 9 % previous, .9 % before: 1.22 effective samples; .999 is the last snapshot."""
     weights = chain_weights(0.9, 20)
     assert weights[-3:] == pytest.approx([0.009, 0.09, 0.9])
-    effective, age = describe(weights, [100 * k for k in range(1, 21)])
-    assert effective == pytest.approx(1.22, abs=0.005) and age == pytest.approx(100 / 9, rel=1e-6)
-    effective, age = describe(chain_weights(0.999, 20), [100 * k for k in range(1, 21)])
-    assert effective == pytest.approx(1, abs=3e-3) and age < 0.2
-    assert describe(np.full(4, 0.25), [10, 20, 30, 50])[0] == pytest.approx(4)
-    assert describe(np.full(4, 0.25), [10, 20, 30, 50])[1] == pytest.approx((40 + 30 + 20) / 4)
+    steps = [100 * k for k in range(1, 21)]
+    spread = describe(weights, steps)
+    assert spread.effective == pytest.approx(1.22, abs=0.005) and spread.age == pytest.approx(100 / 9, rel=1e-6)
+    spread = describe(chain_weights(0.999, 20), steps)
+    assert spread.effective == pytest.approx(1, abs=3e-3) and spread.age < 0.2
+    spread = describe(np.full(4, 0.25), [10, 20, 30, 50])
+    assert spread.effective == pytest.approx(4) and spread.age == pytest.approx((40 + 30 + 20) / 4)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sigma"), [(0.2, 0.308), (0.4, 0.186), (0.6, 0.105), (0.8, 0.056), (0.9, 0.035), (0.999, 0.0032)]
+)
+def test_width_of_a_chain(alpha, sigma):
+    """E2: what ten evenly spaced checkpoints come to, comparable with the sigma_rel of a power-law average."""
+    assert describe(chain_weights(alpha, 10), [50 * k for k in range(1, 11)]).sigma_rel == pytest.approx(sigma, rel=0.02)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -0.1, 1.0001, float("nan")])
@@ -82,8 +93,7 @@ def test_alpha_out_of_range(alpha, tmp_path):
 def test_steps_are_ordered_as_numbers(tmp_path):
     """E8, trap 20: the order of files, of their creation and of their letters does not matter."""
     steps = [99999999, 100000000, 7, 20, 1000000000]
-    for step in steps:
-        save_file(tensors(step), tmp_path / f"step-{step:08d}.safetensors")
+    write(tmp_path, sorted(steps))
     for other in ("step-last.safetensors", "step-00000005.safetensors.tmp", "alpha_linear_0.9.safetensors"):
         (tmp_path / other).write_bytes(b"not a snapshot")
     found = find_snapshots(tmp_path)
@@ -151,7 +161,7 @@ def test_bf16_snapshots_lose_a_third_of_what_a_bf16_chain_loses(tmp_path):
     for step in range(1, 41):
         value = value + 0.003 * keyed.noise(0, "walk", step, [0], (64, 64))[0]
         values.append(value.bfloat16())
-        save_file({"w": values[-1]}, tmp_path / f"step-{step:08d}.safetensors")
+        write_snapshot(tmp_path, step, {"w": values[-1]}, {"format": "pt"})
     (file,) = lerp_snapshots(find_snapshots(tmp_path), [0.2], tmp_path / "out")
     exact, fused = chain([v.double() for v in values], 0.2), values[0]
     for v in values[1:]:
@@ -165,36 +175,46 @@ def test_bf16_snapshots_lose_a_third_of_what_a_bf16_chain_loses(tmp_path):
 
 
 @pytest.mark.parametrize("alphas", [ALPHAS[:1], ALPHAS])
-def test_every_tensor_is_read_once(alphas, tmp_path, monkeypatch):
-    """E1: one streaming pass, however many averages are asked for."""
-    reads: list[tuple[str, str]] = []
-
-    class Counting:
-        """safe_open with a record of the tensors it was asked for."""
-
-        def __init__(self, path, framework):
-            self.name, self.file = path.name, safe_open(path, framework=framework)
-
-        def __enter__(self):
-            self.file.__enter__()
-            return self
-
-        def __exit__(self, *error):
-            return self.file.__exit__(*error)
-
-        def get_tensor(self, name):
-            reads.append((self.name, name))
-            return self.file.get_tensor(name)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
+def test_every_byte_is_read_once(alphas, tmp_path, monkeypatch):
+    """E1: one streaming pass, front to back, however many averages are asked for; the hash is taken on the way."""
     folder = write(tmp_path / "snapshots", STEPS)
-    monkeypatch.setattr(lerp, "safe_open", Counting)
-    lerp_snapshots(find_snapshots(folder), alphas, tmp_path / "out")
-    weights = [(f"step-{s:08d}.safetensors", n) for s in STEPS for n in SHAPES]
-    assert sorted(r for r in reads if not r[1].endswith(".alpha")) == sorted(weights)
-    assert len(reads) <= len(weights) + 2 * len(STEPS)
+    found, read = find_snapshots(folder), {}
+
+    class Counting(SealedReader):
+        def _take(self, buffer):
+            read[self.path] = read.get(self.path, 0) + len(buffer)
+            return super()._take(buffer)
+
+    monkeypatch.setattr(stream, "SealedReader", Counting)
+    lerp_snapshots(found, alphas, tmp_path / "out")
+    assert read == {s.path: s.path.stat().st_size for s in found}
+
+
+MEASURED = """
+import os, re
+from pathlib import Path
+import torch
+from dedistill.posthoc.lerp import ALPHAS, lerp_snapshots
+from dedistill.posthoc.snapshots import find_snapshots
+
+os.fsync = lambda file: None
+status = lambda key: int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+torch.ones(8, 8) @ torch.ones(8, 8)
+found, before = find_snapshots(Path("snapshots")), status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+lerp_snapshots(found, ALPHAS[:5], Path("out"))
+print(status("VmHWM") - before)
+"""
+
+
+def test_memory_stays_below_one_snapshot(tmp_path, monkeypatch):
+    """E1: five averages of five snapshots of 64 MB, in a process of its own, whose memory grows by less than one of them."""
+    monkeypatch.setattr("os.fsync", lambda file: None)  # only to be quick
+    big = {f"t{i}": torch.full((1 << 20,), float(i)) for i in range(16)}
+    for step in range(1, 6):
+        write_snapshot(tmp_path / "snapshots", step, big, {"format": "pt"})
+    said = subprocess.run([sys.executable, "-c", MEASURED], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert 0 < int(said) < 64 << 20
 
 
 def test_header_tells_where_it_came_from(tmp_path):
@@ -205,7 +225,9 @@ def test_header_tells_where_it_came_from(tmp_path):
         header = f.metadata()
     assert header["format"] == "pt" and header["dedistill.step"] == "160" and "0.9" in header["dedistill.ema"]
     inputs = json.loads(header["dedistill.ema_inputs"])
-    assert [i["file"] for i in inputs] == [f"step-{s:08d}.safetensors" for s in STEPS]
+    assert [i["file"] for i in inputs] == [f"snapshots/step-{s:08d}.safetensors" for s in STEPS]
+    assert [i["sha256"] for i in inputs] == [s.seal for s in find_snapshots(folder)]
+    assert not any("previous" in key for key in header)
     assert [i["weight"] for i in inputs] == pytest.approx(list(chain_weights(0.9, len(STEPS))), rel=1e-12)
 
 
@@ -230,9 +252,10 @@ def test_a_foreign_snapshot_is_refused_by_name(kind, step, tmp_path):
     (earlier,) = lerp_snapshots(find_snapshots(folder), [0.9], out)
     before = earlier.read_bytes()
     change, tensor = FOREIGN[kind]
-    save_file(change(tensors(step)), folder / f"step-{step:08d}.safetensors")
+    found = find_snapshots(folder)
+    write_snapshot(folder, step, change(tensors(step)), {"format": "pt"})
     with pytest.raises(UserError) as caught:
-        lerp_snapshots(find_snapshots(folder), [0.9, 0.2], out)
+        lerp_snapshots(found, [0.9, 0.2], out)
     assert f"step-{step:08d}.safetensors" in str(caught.value) and tensor in str(caught.value)
     assert contents(out) == [earlier.name] and earlier.read_bytes() == before
 
@@ -254,18 +277,18 @@ def test_a_damaged_snapshot_is_refused_by_name(damage, tmp_path):
 def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
     """E8: no half-written average under its name, and no temporary file, when reading fails after writing began."""
     folder, out = write(tmp_path / "snapshots", STEPS), tmp_path / "out"
-    original, calls = lerp._averages, []
+    found, original, calls = find_snapshots(folder), SealedReader.read_into, []
 
-    def failing(name, files, weights):
-        calls.append(name)
-        if len(calls) == 4:
+    def failing(self, part):
+        calls.append(self.path)
+        if len(calls) == 4 * len(STEPS):
             assert any(".tmp-" in p.name for p in out.iterdir())
             raise OSError(5, "Input/output error")
-        return original(name, files, weights)
+        return original(self, part)
 
-    monkeypatch.setattr(lerp, "_averages", failing)
+    monkeypatch.setattr(SealedReader, "read_into", failing)
     with pytest.raises(OSError, match="Input/output"):
-        lerp_snapshots(find_snapshots(folder), ALPHAS, out)
+        lerp_snapshots(found, ALPHAS, out)
     assert contents(out) == []
 
 

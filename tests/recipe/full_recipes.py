@@ -100,6 +100,7 @@ keep = 3
 
 [snapshot]
 every = 5
+ema = [0.05, 0.1]
 
 [log]
 every = 2
