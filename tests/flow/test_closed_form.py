@@ -167,7 +167,7 @@ def test_floor_falls_with_the_label(sigma):
     given = [PLANE.given(k) for k in (0, 1)]
     gap = [g.expect(sigma, lambda x, g=g: (g.velocity(x, sigma) - PLANE.velocity(x, sigma)).square().mean(1)) for g in given]
     known = sum(float(w) * g.floor(sigma) for w, g in zip(PLANE.weights, given))
-    assert PLANE.floor(sigma) - known == pytest.approx(float(PLANE.weights @ torch.tensor(gap).double()), abs=1e-9)
+    assert PLANE.floor(sigma) - known == pytest.approx(float(PLANE.weights @ torch.tensor(gap, dtype=torch.float64)), abs=1e-9)
 
 
 def test_in_float32_the_loss_is_the_same_floor():
