@@ -22,7 +22,7 @@ def held_out_meters(model: Model, tasks: list[Task], bins: int) -> dict[str, Rea
         numbers = np.concatenate([held_out_numbers(model, task) for task in tasks])
     finally:
         model.root.train(training)
-    sigma, *columns = numbers.T
+    sigma, *columns = numbers[numbers[:, 0].argsort()].T  # every model's samples in one order, however they were batched
     place = np.minimum((sigma * bins).astype(int), bins - 1)
     member = np.eye(bins)[place]
     found = {}
