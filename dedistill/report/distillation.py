@@ -84,8 +84,8 @@ class Questions:
         return places | {key: list(self.cfgs) for key in RESPONSES}
 
 
-def ask(model: Model, questions: Questions) -> dict[str, Reading]:
-    """Every meter of one candidate. Raises UserError for a model that does not fit the data, or gives no finite answer."""
+def ask(candidate: str, model: Model, questions: Questions) -> dict[str, Reading]:
+    """Every meter of one ``candidate``. Raises UserError for a model that does not fit the data, or gives no finite answer."""
     q, tasks = questions, questions.tasks(model)
     if tasks[0].noisy.shape[1] != model.parts.picture[0]:
         there, here = tasks[0].noisy.shape[1], model.parts.picture[0]
@@ -96,8 +96,8 @@ def ask(model: Model, questions: Questions) -> dict[str, Reading]:
     found |= path_meters(model, q.prompts, noise, steps=q.steps, few=q.few)
     found |= guidance_meters(model, q.prompts, noise, steps=q.steps, cfgs=q.cfgs, judge=q.judge)
     for key, reading in found.items():
-        if not (np.isfinite(reading.top).all() and np.isfinite(reading.bottom).all()):
-            raise UserError(f"{key}: not every sample has a finite number; the weights or the pictures are broken")
+        if not np.isfinite(reading.top).all():
+            raise UserError(f"{candidate}: {key}: not every sample has a finite number; the weights are broken")
     return found | {f"response_{key}": response(found[key]) for key in RESPONSES if key in found}
 
 
@@ -121,7 +121,7 @@ def measure(
         pictures[tuple(model.parts.picture)] = candidate.name
         if len(pictures) > 1:
             raise UserError(f"{' and '.join(pictures.values())} make pictures of different shapes: measure them apart")
-        readings[candidate.name], places = ask(model, questions), questions.places(model)
+        readings[candidate.name], places = ask(candidate.name, model, questions), questions.places(model)
         say(f"{candidate.name}: " + _short(readings[candidate.name]))
     against = readings[reference]
     q = questions
