@@ -139,6 +139,23 @@ def test_influence_folder_is_a_recipe(story, monkeypatch, capsys):
     assert facts["trained_parameters"] == numbers["parameters"]
 
 
+def test_distillation_is_measured(story, monkeypatch, capsys):
+    """The base and the last weights of a run, with the judge's numbers; held-out data from another recipe if need be."""
+    monkeypatch.chdir(story)
+    few = ["--prompts", "6", "--samples", "32", "--steps", "4", "--few", "1", "2", "--cfg", "3", "1"]
+    assert tool("measure_distillation", "small/dedistill.toml", "--candidates", "base", "last", *few) == 0
+    folder = story / "runs/digits/dedistill/distillation"
+    found = json.loads((folder / "distillation.json").read_text())
+    assert [*found["candidates"]] == ["base", "last"] and found["reference"] == "base"
+    numbers = found["candidates"]["last"]
+    assert {"loss", "guidance", "straightness", "correct", "realistic", "response_saturated"} <= numbers.keys()
+    assert [r["at"] for r in numbers["correct"]] == [1.0, 3.0] and numbers["loss"][0]["verdict"]
+    assert "base: held-out loss" in capsys.readouterr().out and (folder / "index.html").exists()
+    with_data = ["--data", "small/dedistill.toml", "--out", "measured", *few]
+    assert tool("measure_distillation", "small/student.toml", *with_data) == 0
+    assert "digits-student" in json.loads((story / "measured/distillation.json").read_text())["candidates"]
+
+
 def test_identity_follows_what_a_picture_depends_on(story, tmp_path, monkeypatch):
     """N1: pictures of another base, arithmetic or grid are not taken for those of this one."""
     import shutil
@@ -196,6 +213,8 @@ def test_report(story, monkeypatch, capsys):
         (("cfg_sweep", "small/dedistill.toml", "--cfg", "nan"), "--cfg: expects a finite number, got 'nan'"),
         (("cfg_sweep", "small/dedistill.toml", "--skip", "-1"), "--skip: expects a whole number of at least 0"),
         (("cfg_sweep", "small/dedistill.toml", "--prompts", "0"), "neither a number nor a readable text file"),
+        (("measure_distillation", "small/student.toml"), "name one that trains on data with --data"),
+        (("measure_distillation", "small/dedistill.toml", "--reference", "x"), "no candidate 'x'; there are base"),
         (("posthoc_ema", "runs/digits/dedistill", "--alpha", "1.5"), "alpha = 1.5"),
         (("layer_influence", "small/dedistill.toml", "--prompts", "2", "--sigmas", "1", "--budget", "9"), "--budget: 9 is too"),
         (

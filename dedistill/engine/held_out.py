@@ -7,6 +7,7 @@ from dedistill.assemble import Model
 from dedistill.engine.objective import Task
 from dedistill.flow.loss import flow_loss
 from dedistill.sampling.meters import Reading
+from dedistill.text import Text
 
 
 @torch.no_grad()
@@ -34,9 +35,14 @@ def held_out_meters(model: Model, tasks: list[Task], bins: int) -> dict[str, Rea
 
 def held_out_numbers(model: Model, task: Task) -> np.ndarray:
     """sigma, loss and squared difference between the two branches of each sample [B, 3]."""
-    text = model.encode(task.captions) if task.text is None else task.text.to(model.device)
+    text = text_of(model, task)
     noisy, sigma = task.noisy.to(model.device), task.sigma.to(model.device)
     own = model.velocity(noisy, sigma, text)
     other = model.velocity(noisy, sigma, model.encode([model.negative]).expand(len(text)))
     columns = (sigma, flow_loss(own, task.target.to(model.device)), flow_loss(own, other))
     return torch.stack(columns, 1).double().cpu().numpy()
+
+
+def text_of(model: Model, task: Task) -> Text:
+    """The captions of ``task``, none of them dropped."""
+    return model.encode(task.captions) if task.text is None else task.text.to(model.device)

@@ -13,6 +13,7 @@ from dedistill.assemble import Model
 from dedistill.data.source import Source
 from dedistill.engine.ahead import ahead
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
+from dedistill.engine.distillation import Meters
 from dedistill.engine.export import export_model, exported_step
 from dedistill.engine.gradients import gradients_for
 from dedistill.engine.guards import FiniteGuard, NotFinite
@@ -58,6 +59,8 @@ class Trainer:
         self.micro_batch = min(plan.micro_batch, even_share(plan.batch, world.size))
         at_once = 1 if recipe.train.exact else min(model.chunk, even_share(samples, world.size))
         self.validate = Validator(self.objective, samples, at_once, world) if every else None
+        m, at_once = recipe.meters, 1 if recipe.train.exact else min(model.chunk, even_share(recipe.meters.samples, world.size))
+        self.meters = Meters(self.objective, m.samples, m.steps, at_once, world) if m.every else None
         previews = recipe.preview.every and (world.main or world.lockstep)
         self.preview = Preview(recipe, model, run.previews, world) if previews else None
 
@@ -104,6 +107,8 @@ class Trainer:
         before = {}
         if self.step == 0 and self.validate:
             before = {f"{key}_start": value for key, value in self.validate(self.model).items()}
+        if self.step == 0 and self.meters:
+            before |= {f"{key}_start": value for key, value in self.meters(self.model).items()}
         if self.step == 0 and self.preview:
             self.preview(0)
         if record:
@@ -119,11 +124,14 @@ class Trainer:
                 last = self.step == self.plan.steps
                 if self.validate and (last or self.step % self.recipe.validate_.every == 0):
                     row |= self.validate(self.model)
+                if self.meters and _due(self.recipe.meters.every, self.step, last):
+                    row |= self.meters(self.model)
                 if self.world.main and _due(self.recipe.snapshot.every, self.step, last):
                     self._snapshot()
                 if self.preview and _due(self.recipe.preview.every, self.step, last):
                     self.preview(self.step)
-                if record and (step == 0 or "val_loss" in row or not row["applied"] or last or self._logged()):
+                measured = not row.keys().isdisjoint(("val_loss", "guidance_gap"))
+                if record and (step == 0 or measured or not row["applied"] or last or self._logged()):
                     record.write(row, self.waited)
                     self.waited = 0.0
                     trackers.log(row, self.step)

@@ -12,7 +12,7 @@ from dedistill.files import make_folder, read_sealed, replace_file, sealed
 from dedistill.recipe import Recipe, to_toml
 
 FREE_TO_CHANGE = (
-    *("run.name", "run.out", "run.resume", "checkpoint.", "snapshot.", "validate.", "log.", "sample."),
+    *("run.name", "run.out", "run.resume", "checkpoint.", "snapshot.", "validate.", "meters.", "log.", "sample."),
     *("preview.", "data.cache", "train.micro_batch", "train.gradient_checkpointing"),
 )
 """Keys and tables that alter what is written, or how much memory a step takes, but not what is trained (to rounding);

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dedistill.assemble import Model
-from dedistill.engine.objective import Objective, task_loss
+from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.world import World
 
 SAMPLES = 256
@@ -19,10 +19,7 @@ class Validator:
     def __init__(self, objective: Objective, samples: int, size: int, world: World | None = None):
         """samples: held-out samples asked each time, at most ``size`` of them at once, shared by the processes of ``world``."""
         self.samples, self.world = samples, world or World()
-        self.tasks = objective.held_out(samples, size, self.world)
-        passes = max(self.world.gather(len(self.tasks))) if self.world.lockstep else 0
-        self.company = objective.held_out(1, 1) * (passes - len(self.tasks))
-        """What is run for nothing, where all processes must run equally many passes."""
+        self.tasks, self.company = fixed_share(objective, samples, size, self.world)
 
     @torch.no_grad()
     def __call__(self, model: Model) -> dict[str, float]:
@@ -35,6 +32,13 @@ class Validator:
         model.root.train(training)
         by_sigma = np.array([loss for _, loss in sorted(pair for pairs in self.world.gather(own) for pair in pairs)])
         return {"val_loss": float(by_sigma.mean()), "val_loss_se": stratified_error(by_sigma)}
+
+
+def fixed_share(objective: Objective, samples: int, size: int, world: World) -> tuple[list[Task], list[Task]]:
+    """Held-out tasks of this process, and what it runs for nothing where all must run equally many passes."""
+    tasks = objective.held_out(samples, size, world)
+    passes = max(world.gather(len(tasks))) if world.lockstep else 0
+    return tasks, objective.held_out(1, 1) * (passes - len(tasks))
 
 
 def stratified_error(losses: np.ndarray) -> float:

@@ -42,6 +42,8 @@ METERS = [
         "straightness", "straightness", "Distance of velocities from the chord of their path, as a share of it; 0 is straight."
     ),
     Meter("turning", "turning", "Degrees by which the velocity turns between noise and picture; 0 is straight."),
+    Meter("loss_by_sigma", "held-out loss by sigma", "1 is noise.", "sigma"),
+    Meter("guidance_by_sigma", "guidance gap by sigma", "1 is noise.", "sigma"),
     Meter(
         "few_steps",
         "few-step gap",
@@ -49,8 +51,6 @@ METERS = [
         "Distilling to few steps narrows it.",
         "Euler steps",
     ),
-    Meter("loss_by_sigma", "held-out loss by sigma", "1 is noise.", "sigma"),
-    Meter("guidance_by_sigma", "guidance gap by sigma", "1 is noise.", "sigma"),
     Meter("bend", "bend along the path", "What straightness adds up, step by step; 1 is noise.", "sigma"),
     Meter("saturated", "saturated", "Share of pixels burnt beyond the range of the data.", "CFG scale"),
     Meter("contrast", "contrast", "Standard deviation of the pixels.", "CFG scale"),
