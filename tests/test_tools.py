@@ -150,7 +150,7 @@ def test_distillation_is_measured(story, monkeypatch, capsys):
     numbers = found["candidates"]["last"]
     assert {"loss", "guidance", "straightness", "correct", "realistic", "response_saturated"} <= numbers.keys()
     assert [r["at"] for r in numbers["correct"]] == [1.0, 3.0] and numbers["loss"][0]["verdict"]
-    assert "base: held-out loss" in capsys.readouterr().out and (folder / "index.html").exists()
+    assert "base: held-out loss" in capsys.readouterr().err and (folder / "index.html").exists()
     with_data = ["--data", "small/dedistill.toml", "--out", "measured", *few]
     assert tool("measure_distillation", "small/student.toml", *with_data) == 0
     assert "digits-student" in json.loads((story / "measured/distillation.json").read_text())["candidates"]
@@ -228,6 +228,26 @@ def test_tools_say_what_is_wrong(story, monkeypatch, capsys, arguments, message)
     assert tool(*arguments) in (1, 2)
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
+
+
+def _measured() -> dict:
+    return json.loads((ROOT / "benchmarks/results/digits_distillation.json").read_text())["candidates"]
+
+
+@pytest.mark.parametrize("meter", ["loss", "guidance", "few_steps", "response_saturated", "response_contrast"])
+def test_committed_meters_order_the_stages(meter):
+    """R1, O19: teacher < de-distilled < student by paired differences to the teacher; of few-step gaps, that of one step."""
+    restored, student = (_measured()[name][meter][0] for name in ("dedistill", "student"))
+    assert restored["difference_low"] > 0 and restored["difference_high"] < student["difference_low"]
+
+
+@pytest.mark.parametrize("meter", ["loss", "guidance", "response_saturated"])
+def test_committed_meters_are_no_better_after_more_distillation(meter):
+    """Distilled again, the de-distilled model is far worse; the student distilled further is nowhere below itself."""
+    found = _measured()
+    again = [found[name][meter][0] for name in ("dedistill", "redistilled-20", "redistilled-100")]
+    assert again[0]["high"] < min(again[1]["low"], again[2]["low"])
+    assert found["student-longer"][meter][0]["value"] >= found["student"][meter][0]["value"]
 
 
 @pytest.mark.parametrize("story_name", ["digits", "mnist"])
