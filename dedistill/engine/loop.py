@@ -57,12 +57,15 @@ class Trainer:
         self.notes: list[str] = []
         every, samples = recipe.validate_.every, recipe.validate_.samples or SAMPLES
         self.micro_batch = min(plan.micro_batch, even_share(plan.batch, world.size))
-        at_once = 1 if recipe.train.exact else min(model.chunk, even_share(samples, world.size))
-        self.validate = Validator(self.objective, samples, at_once, world) if every else None
-        m, at_once = recipe.meters, 1 if recipe.train.exact else min(model.chunk, even_share(recipe.meters.samples, world.size))
-        self.meters = Meters(self.objective, m.samples, m.steps, at_once, world) if m.every else None
+        self.validate = Validator(self.objective, samples, self._at_once(samples), world) if every else None
+        m = recipe.meters
+        self.meters = Meters(self.objective, m.samples, m.steps, self._at_once(m.samples), world) if m.every else None
         previews = recipe.preview.every and (world.main or world.lockstep)
         self.preview = Preview(recipe, model, run.previews, world) if previews else None
+
+    def _at_once(self, samples: int) -> int:
+        """How many of ``samples`` held-out ones go through in one pass."""
+        return 1 if self.recipe.train.exact else min(self.model.chunk, even_share(samples, self.world.size))
 
     def facts(self) -> dict:
         """What the run's settings came to, for plan.json."""

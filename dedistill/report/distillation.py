@@ -95,10 +95,17 @@ def ask(candidate: str, model: Model, questions: Questions) -> dict[str, Reading
     found = held_out_meters(model, tasks, BINS)
     found |= path_meters(model, q.prompts, noise, steps=q.steps, few=q.few)
     found |= guidance_meters(model, q.prompts, noise, steps=q.steps, cfgs=q.cfgs, judge=q.judge)
+    _check(candidate, found)
+    found = {key: reading for key, reading in found.items() if reading.bottom.any()}  # no accuracy without digits
+    return found | {f"response_{key}": response(found[key]) for key in RESPONSES if key in found}
+
+
+def _check(candidate: str, found: dict[str, Reading]) -> None:
     for key, reading in found.items():
         if not np.isfinite(reading.top).all():
             raise UserError(f"{candidate}: {key}: not every sample has a finite number; the weights are broken")
-    return found | {f"response_{key}": response(found[key]) for key in RESPONSES if key in found}
+        if key not in RESPONSES and not reading.bottom.sum(0).all():
+            raise UserError(f"{candidate}: {key}: paths have no length; the model predicts velocities of 0. Is it trained?")
 
 
 def measure(
@@ -108,21 +115,19 @@ def measure(
 
     Returns title, settings, reference, meters, and by candidate and meter a list of {"at", "value", "low", "high"} with
     "difference", "difference_low", "difference_high" and a "verdict" beside the reference: what distillation.json holds.
+    Raises UserError for what cannot be compared.
     """
     names = [c.name for c in candidates]
     reference = reference or names[0]
-    if len(set(names)) != len(names):
-        raise UserError(f"two candidates share a name: {', '.join(names)}", exit_code=2)
-    if reference not in names:
-        raise UserError(f"--reference: no candidate '{reference}'; there are {', '.join(names)}", exit_code=2)
+    _check_comparable(names, reference, questions)
     readings, places, pictures = {}, {}, {}
     for candidate in sorted(candidates, key=lambda c: c.name != reference):
-        model = candidate.open()
-        pictures[tuple(model.parts.picture)] = candidate.name
+        name, model = candidate.name, candidate.open()
+        pictures[tuple(model.parts.picture)] = name
         if len(pictures) > 1:
             raise UserError(f"{' and '.join(pictures.values())} make pictures of different shapes: measure them apart")
-        readings[candidate.name], places = ask(candidate.name, model, questions), questions.places(model)
-        say(f"{candidate.name}: " + _short(readings[candidate.name]))
+        readings[name], places[name] = ask(name, model, questions), questions.places(model)
+        say(f"{name}: " + _short(readings[name]))
     against = readings[reference]
     q = questions
     return {
@@ -137,9 +142,19 @@ def measure(
         "reference": reference,
         "meters": [vars(m) for m in _all_meters(q.cfgs) if m.key in against],
         "candidates": {
-            n: {k: _rows(r, against[k], places.get(k), n == reference) for k, r in readings[n].items()} for n in names
+            n: {k: _rows(r, against[k], places[n].get(k), n == reference) for k, r in readings[n].items()} for n in names
         },
     }
+
+
+def _check_comparable(names: list[str], reference: str, questions: Questions) -> None:
+    if len(set(names)) != len(names):
+        raise UserError(f"two candidates share a name: {', '.join(names)}", exit_code=2)
+    if reference not in names:
+        raise UserError(f"--reference: no candidate '{reference}'; there are {', '.join(names)}", exit_code=2)
+    for flag, count, least in (("samples", questions.samples, 2 * BINS), ("prompts", len(questions.prompts), 2)):
+        if count < least:
+            raise UserError(f"--{flag}: {count} {'is' if count == 1 else 'are'} too few for intervals; at least {least}", 2)
 
 
 def _all_meters(cfgs: tuple[float, ...]) -> list[Meter]:

@@ -37,9 +37,9 @@ class Reading:
     def value(self) -> np.ndarray:
         return ratio(np.ones((1, len(self.top))), self)[0]
 
-    def resampled(self, seed: int = 0) -> np.ndarray:
+    def resampled(self) -> np.ndarray:
         """[1000, M] values of bootstrap samples; the same samples for every reading of as many."""
-        return ratio(resamples(len(self.top), self.strata, seed), self)
+        return ratio(resamples(len(self.top), self.strata), self)
 
 
 def ratio(weights: np.ndarray, reading: Reading) -> np.ndarray:
@@ -48,13 +48,13 @@ def ratio(weights: np.ndarray, reading: Reading) -> np.ndarray:
     return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom != 0)
 
 
-def resamples(count: int, strata: np.ndarray | None, seed: int) -> np.ndarray:
+def resamples(count: int, strata: np.ndarray | None = None) -> np.ndarray:
     """How often each sample is drawn [1000, count] when as many are drawn with replacement, stratum by stratum."""
     strata = np.zeros(count, dtype=int) if strata is None else strata
     weights = np.zeros((RESAMPLES, count))
     for stratum in np.unique(strata):
         members = np.flatnonzero(strata == stratum)
-        rng = keyed.generator(seed, "bootstrap", int(stratum))
+        rng = keyed.generator(0, "bootstrap", int(stratum))
         weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), RESAMPLES)
     return weights
 

@@ -1,5 +1,6 @@
 """Meters of distillation on models whose every velocity is known: each equals its analytic value."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -171,7 +172,7 @@ def test_the_interval_of_a_mean_is_the_textbook_one():
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
     """95 % of intervals of a ratio of sums hold the true ratio: 300 sets of 60 skewed samples."""
-    weights, held = resamples(60, None, 0), 0
+    weights, held = resamples(60), 0
     for i in range(300):
         rng = keyed.generator(i, "coverage")
         bottom = rng.gamma(4, 1, (60, 1))
@@ -184,7 +185,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 def test_strata_are_resampled_apart():
     """Each stratum keeps its size, so what differs between strata is no uncertainty."""
     strata = np.repeat([0, 1, 2], [5, 10, 15])
-    weights = resamples(30, strata, 0)
+    weights = resamples(30, strata)
     for k, size in enumerate((5, 10, 15)):
         assert (weights[:, strata == k].sum(1) == size).all()
     top = np.random.default_rng(0).standard_normal((30, 1)) * 0.01 + strata[:, None]
@@ -223,7 +224,7 @@ def test_the_mean_fidelity_is_the_precision():
 def questions(**changes) -> Questions:
     source = ClosedFormData()
     asked = {"samples": 64, "steps": 4, "few": (1, 2), "cfgs": (1.0, 3.0), **changes}
-    return Questions(recipe=RECIPE, source=source, prompts=source.prompts(0, 12), judge=None, **asked)
+    return Questions(recipe=RECIPE, source=source, judge=None, **({"prompts": source.prompts(0, 12)} | asked))
 
 
 def candidates(**baked: float) -> list[Candidate]:
@@ -256,6 +257,47 @@ def test_candidates_are_compared_with_the_reference():
 def test_what_cannot_be_compared_is_refused(candidates, reference, message):
     with pytest.raises(UserError, match=message):
         measure(candidates, questions(), reference=reference, title="t", say=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 15}, "--samples: 15 are too few for intervals; at least 16"),
+        ({"prompts": ["0"]}, "--prompts: 1 is too few for intervals; at least 2"),
+    ],
+)
+def test_too_few_samples_have_no_interval(changes, message):
+    with pytest.raises(UserError, match=message):
+        measure(candidates(a=1.0), questions(**changes), reference=None, title="t", say=lambda line: None)
+
+
+def test_a_model_that_predicts_nothing_is_refused():
+    """A fresh network leaves the noise as it is: there is no path to measure."""
+
+    def nothing():
+        model = closed_form()
+        model.family.velocity = lambda parts, net, noisy, *_: torch.zeros_like(noisy)
+        return model
+
+    with pytest.raises(UserError, match="a: straightness: paths have no length; the model predicts velocities of 0"):
+        measure([Candidate("a", "a", 4, nothing)], questions(), reference=None, title="t", say=lambda line: None)
+
+
+def test_a_number_that_no_sample_has_is_left_out():
+    """Prompts without digits: the page goes without accuracy, and keeps the others."""
+
+    class Judge:
+        def correct(self, pictures, prompts):
+            return np.full(len(pictures), np.nan)
+
+        def realistic(self, pictures):
+            return np.ones(len(pictures))
+
+    q = replace(questions(), judge=Judge())
+    found = measure(candidates(a=1.0), q, reference=None, title="t", say=lambda line: None)
+    numbers = found["candidates"]["a"]
+    assert numbers["realistic"][0]["value"] == 1 and not {"correct", "response_correct"} & numbers.keys()
+    assert "correct" not in {m["key"] for m in found["meters"]}
 
 
 def test_pictures_of_another_shape_are_refused():
