@@ -156,6 +156,19 @@ def test_distillation_is_measured(story, monkeypatch, capsys):
     assert "digits-student" in json.loads((story / "measured/distillation.json").read_text())["candidates"]
 
 
+def test_distillation_of_another_family_is_measured(picture_recipe, tmp_path):
+    """Latents, cached captions, pictures of several sizes, no judge; during training and after it."""
+    settings = ["data.resolutions=[48, 64]", "data.max_upscale=2", "data.held_out=0.5", "meters.every=2", "meters.samples=4"]
+    settings = [a for s in (*settings, "meters.steps=2") for a in ("--set", s)]
+    assert main([str(picture_recipe), "--debug", *settings]) == 0
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["guidance_gap"] > 0 and last["straightness"] > 0
+    few = ["--prompts", "3", "--samples", "16", "--steps", "3", "--few", "1", "2", "--cfg", "1", "2"]
+    assert tool("measure_distillation", picture_recipe, "--candidates", "base", "last", *few, *settings) == 0
+    numbers = json.loads((tmp_path / "run/distillation/distillation.json").read_text())["candidates"]["last"]
+    assert numbers["loss"][0]["value"] > 0 and len(numbers["contrast"]) == 2 and "correct" not in numbers
+
+
 def test_identity_follows_what_a_picture_depends_on(story, tmp_path, monkeypatch):
     """N1: pictures of another base, arithmetic or grid are not taken for those of this one."""
     import shutil

@@ -62,7 +62,7 @@ def _summary(meter: dict, found: dict) -> list[dict]:
 
 def _plot(meter: dict, found: dict) -> Markup:
     series = {
-        name: [(row["at"], row["value"], row["low"], row["high"]) for row in rows[meter["key"]]]
+        name: [(round(row["at"], 3), row["value"], row["low"], row["high"]) for row in rows[meter["key"]]]
         for name, rows in found["candidates"].items()
     }
     log = meter["key"] in LOG
