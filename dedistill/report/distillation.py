@@ -36,7 +36,7 @@ METERS = [
         "guidance",
         "guidance gap",
         "Squared difference between the velocities with and without a caption, mean of all pixels, on held-out samples. "
-        "Guidance that was baked in widens it by up to the square of its scale.",
+        "Guidance that was baked in widens it, by about the square of its scale.",
     ),
     Meter(
         "straightness", "straightness", "Distance of velocities from the chord of their path, as a share of it; 0 is straight."
@@ -48,7 +48,7 @@ METERS = [
         "few_steps",
         "few-step gap",
         "Squared distance between the ends of few and of many Euler steps, as a share of the path's squared length. "
-        "Distilling to few steps narrows it.",
+        "Distilling to n steps narrows it at n steps and more.",
         "Euler steps",
     ),
     Meter("bend", "bend along the path", "What straightness adds up, step by step; 1 is noise.", "sigma"),

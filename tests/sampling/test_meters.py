@@ -19,7 +19,7 @@ from dedistill.recipe.schema import Recipe
 from dedistill.report.distillation import Questions, measure
 from dedistill.sampling.judge import DigitJudge, precision_recall
 from dedistill.sampling.meters import Reading, guidance_meters, interval, path_meters, resamples, response
-from dedistill.sampling.sampler import start_noise
+from dedistill.sampling.sampler import sample, start_noise
 from dedistill.sampling.sweep import Candidate
 
 RECIPE = Recipe.model_validate(
@@ -151,6 +151,19 @@ def test_the_response_to_cfg_is_that_of_the_exact_pictures():
         assert found["saturated"].value[i] == pytest.approx(float((exact.abs() > 1.1).double().mean()), abs=1e-9)
     moved = response(found["contrast"])
     assert moved.value[0] == pytest.approx(found["contrast"].value[2] - found["contrast"].value[0], abs=1e-12)
+
+
+@pytest.mark.parametrize(("cfg", "skip"), [(1.0, 0), (3.0, 0), (3.0, 4), (0.0, 0), (3.0, 16)])
+def test_the_sampler_follows_the_exact_cfg_field(cfg, skip):
+    """O19, N2: pictures of a whole model, mixed labels, guidance off for the first steps, against float64."""
+    labels, noise, grid = [0, 1] * 10, start_noise(0, 20, PICTURE), sigma_grid(16)
+    found = sample(closed_form(chunk=7), [str(k) for k in labels], noise, grid, cfg=cfg, skip=skip).flatten(1)
+    for label in (0, 1):
+        rows = torch.tensor(labels) == label
+        x = noise.flatten(1)[rows].double()
+        for i, (here, there) in enumerate(pairwise(grid)):
+            x = x + (there - here) * PLANE.guided(x, float(here), label, cfg if i >= skip else 1.0)
+        torch.testing.assert_close(found[rows].double(), x, rtol=1e-4, atol=1e-4)
 
 
 def test_batches_do_not_matter():
