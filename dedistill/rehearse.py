@@ -122,7 +122,7 @@ def _stages(out: Path, say: Say):
 
 def _check_reachable(recipe: Recipe) -> None:
     """Settings that no step of the run would ever come to."""
-    for key in ("validate", "snapshot", "preview", "checkpoint"):
+    for key in ("validate", "meters", "snapshot", "preview", "checkpoint"):
         every = getattr(recipe, "validate_" if key == "validate" else key).every
         if every > recipe.train.steps:
             raise UserError(
@@ -181,6 +181,7 @@ def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
         "model": model,
         "train": train,
         "validate_": every | {"samples": 4} if recipe.validate_.every else {},
+        "meters": every | {"samples": 2, "steps": 2} if recipe.meters.every else {},
         "checkpoint": every,
         "snapshot": {"every": 1},
         "log": {"every": 1, "wandb": False},

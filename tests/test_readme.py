@@ -61,3 +61,14 @@ def test_table_is_the_measured_one():
         cells = [summary[name]["cfg"][cfg] for name in ("teacher", "student", "student_native", "dedistilled")]
         wanted = [f"{c['accuracy']:.3f} {c['frechet']:.2f} {c['saturated']:.3f} {c['precision']:.2f}".split() for c in cells]
         assert numbers.split() == [n for cell in wanted for n in cell]
+
+
+def test_meters_are_the_measured_ones():
+    """Every number of the README's second table stands in the committed result."""
+    found = json.loads((ROOT / "benchmarks/results/digits_distillation.json").read_text())
+    keys = {m["label"]: m["key"] for m in found["meters"]} | {"few-step gap, 1 step": "few_steps"}
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, flags=re.M)
+    assert len(rows) == 4
+    for label, *values in rows:
+        measured = [found["candidates"][name][keys[label]][0]["value"] for name in ("teacher", "dedistill", "student")]
+        assert values == [f"{value:.3f}" for value in measured], label

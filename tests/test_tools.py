@@ -139,6 +139,36 @@ def test_influence_folder_is_a_recipe(story, monkeypatch, capsys):
     assert facts["trained_parameters"] == numbers["parameters"]
 
 
+def test_distillation_is_measured(story, monkeypatch, capsys):
+    """The base and the last weights of a run, with the judge's numbers; held-out data from another recipe if need be."""
+    monkeypatch.chdir(story)
+    few = ["--prompts", "6", "--samples", "32", "--steps", "4", "--few", "1", "2", "--cfg", "3", "1"]
+    assert tool("measure_distillation", "small/dedistill.toml", "--candidates", "base", "last", *few) == 0
+    folder = story / "runs/digits/dedistill/distillation"
+    found = json.loads((folder / "distillation.json").read_text())
+    assert [*found["candidates"]] == ["base", "last"] and found["reference"] == "base"
+    numbers = found["candidates"]["last"]
+    assert {"loss", "guidance", "straightness", "correct", "realistic", "response_saturated"} <= numbers.keys()
+    assert [r["at"] for r in numbers["correct"]] == [1.0, 3.0] and numbers["loss"][0]["verdict"]
+    assert "base: held-out loss" in capsys.readouterr().err and (folder / "index.html").exists()
+    with_data = ["--data", "small/dedistill.toml", "--out", "measured", *few]
+    assert tool("measure_distillation", "small/student.toml", *with_data) == 0
+    assert "digits-student" in json.loads((story / "measured/distillation.json").read_text())["candidates"]
+
+
+def test_distillation_of_another_family_is_measured(picture_recipe, tmp_path):
+    """Latents, cached captions, pictures of several sizes, no judge; during training and after it."""
+    settings = ["data.resolutions=[48, 64]", "data.max_upscale=2", "data.held_out=0.5", "meters.every=2", "meters.samples=4"]
+    settings = [a for s in (*settings, "meters.steps=2") for a in ("--set", s)]
+    assert main([str(picture_recipe), "--debug", *settings]) == 0
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["guidance_gap"] > 0 and last["straightness"] > 0
+    few = ["--prompts", "3", "--samples", "16", "--steps", "3", "--few", "1", "2", "--cfg", "1", "2"]
+    assert tool("measure_distillation", picture_recipe, "--candidates", "base", "last", *few, *settings) == 0
+    numbers = json.loads((tmp_path / "run/distillation/distillation.json").read_text())["candidates"]["last"]
+    assert numbers["loss"][0]["value"] > 0 and len(numbers["contrast"]) == 2 and "correct" not in numbers
+
+
 def test_identity_follows_what_a_picture_depends_on(story, tmp_path, monkeypatch):
     """N1: pictures of another base, arithmetic or grid are not taken for those of this one."""
     import shutil
@@ -196,6 +226,8 @@ def test_report(story, monkeypatch, capsys):
         (("cfg_sweep", "small/dedistill.toml", "--cfg", "nan"), "--cfg: expects a finite number, got 'nan'"),
         (("cfg_sweep", "small/dedistill.toml", "--skip", "-1"), "--skip: expects a whole number of at least 0"),
         (("cfg_sweep", "small/dedistill.toml", "--prompts", "0"), "neither a number nor a readable text file"),
+        (("measure_distillation", "small/student.toml"), "name one that trains on data with --data"),
+        (("measure_distillation", "small/dedistill.toml", "--reference", "x"), "no candidate 'x'; there are base"),
         (("posthoc_ema", "runs/digits/dedistill", "--alpha", "1.5"), "alpha = 1.5"),
         (("layer_influence", "small/dedistill.toml", "--prompts", "2", "--sigmas", "1", "--budget", "9"), "--budget: 9 is too"),
         (
@@ -209,6 +241,26 @@ def test_tools_say_what_is_wrong(story, monkeypatch, capsys, arguments, message)
     assert tool(*arguments) in (1, 2)
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
+
+
+def _measured() -> dict:
+    return json.loads((ROOT / "benchmarks/results/digits_distillation.json").read_text())["candidates"]
+
+
+@pytest.mark.parametrize("meter", ["loss", "guidance", "few_steps", "response_saturated", "response_contrast"])
+def test_committed_meters_order_the_stages(meter):
+    """R1, O19: teacher < de-distilled < student by paired differences to the teacher; of few-step gaps, that of one step."""
+    restored, student = (_measured()[name][meter][0] for name in ("dedistill", "student"))
+    assert restored["difference_low"] > 0 and restored["difference_high"] < student["difference_low"]
+
+
+@pytest.mark.parametrize("meter", ["loss", "guidance", "response_saturated"])
+def test_committed_meters_are_no_better_after_more_distillation(meter):
+    """Distilled again, the de-distilled model is far worse; the student distilled further is nowhere below itself."""
+    found = _measured()
+    again = [found[name][meter][0] for name in ("dedistill", "redistilled-20", "redistilled-100")]
+    assert again[0]["high"] < min(again[1]["low"], again[2]["low"])
+    assert found["student-longer"][meter][0]["value"] >= found["student"][meter][0]["value"]
 
 
 @pytest.mark.parametrize("story_name", ["digits", "mnist"])

@@ -14,6 +14,7 @@ from dedistill.data.source import Source
 from dedistill.data.substitutes import Substitutes
 from dedistill.engine.ahead import ahead
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
+from dedistill.engine.distillation import Meters
 from dedistill.engine.ema import Averages
 from dedistill.engine.export import export_model, exported_step, snapshot_header
 from dedistill.engine.guards import BadSteps, GoBack, Guard
@@ -66,10 +67,15 @@ class Trainer:
         self.notes: list[str] = []
         every, samples = recipe.validate_.every, recipe.validate_.samples or SAMPLES
         self.micro_batch = min(plan.micro_batch, even_share(plan.batch, world.size))
-        at_once = 1 if recipe.train.exact else min(model.chunk, even_share(samples, world.size))
-        self.validate = Validator(self.objective, samples, at_once, world) if every else None
+        self.validate = Validator(self.objective, samples, self._at_once(samples), world) if every else None
+        m = recipe.meters
+        self.meters = Meters(self.objective, m.samples, m.steps, self._at_once(m.samples), world) if m.every else None
         previews = recipe.preview.every and (world.main or world.lockstep)
         self.preview = Preview(recipe, model, run.previews, world) if previews else None
+
+    def _at_once(self, samples: int) -> int:
+        """How many of ``samples`` held-out ones go through in one pass."""
+        return 1 if self.recipe.train.exact else min(self.model.chunk, even_share(samples, self.world.size))
 
     def facts(self) -> dict:
         """What the run's settings came to, for plan.json."""
@@ -117,6 +123,8 @@ class Trainer:
         before = {}
         if self.step == 0 and self.validate:
             before = {f"{key}_start": value for key, value in self.validate(self.model).items()}
+        if self.step == 0 and self.meters:
+            before |= {f"{key}_start": value for key, value in self.meters(self.model).items()}
         if self.step == 0 and self.preview:
             self.preview(0)
         if record:
@@ -160,6 +168,8 @@ class Trainer:
                 self.stopping, self.unfinished = BY_SIGNAL, row
             else:
                 row, self.unfinished = row | found, None
+        if self.meters and not self.unfinished and _due(self.recipe.meters.every, self.step, last):
+            row |= self.meters(self.model)
         pulse.beat("writing and saving", patient=True)
         if not self.unfinished:
             self._write(row, last, record, trackers)
@@ -176,7 +186,8 @@ class Trainer:
             self.preview(self.step, self._interrupted)
         elif self.world.main and self.asked["sample"]:
             print("asked for previews, but the recipe has no [preview] table", file=sys.stderr)
-        if record and (row["step"] == 1 or "val_loss" in row or not row["applied"] or last or self._logged()):
+        measured = not row.keys().isdisjoint(("val_loss", "guidance_gap"))
+        if record and (row["step"] == 1 or measured or not row["applied"] or last or self._logged()):
             record.write(row, self.waited)
             self.waited = 0.0
             trackers.log(row, self.step)

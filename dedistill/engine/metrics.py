@@ -107,7 +107,7 @@ class Trackers:
 
     def __init__(self, accelerator: Any, name: str, config: dict, folder: Path, wanted: bool):
         self.rows: Queue[tuple[dict[str, Any], int] | None] = Queue(WAITING)
-        self.left_out, self.thread = 0, None
+        self.left_out, self.thread, self.failed = 0, None, False
         if not wanted:
             return
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
@@ -137,7 +137,7 @@ class Trackers:
         self.thread.join(LAST_WORDS)
         if self.thread.is_alive():
             print(f"W&B does not answer and is left alone after {LAST_WORDS} s; metrics.jsonl has everything", file=sys.stderr)
-        if self.left_out:
+        if self.left_out and not self.failed:
             print(f"W&B was too slow for {self.left_out:,} rows; metrics.jsonl has them", file=sys.stderr)
 
     def _work(self, accelerator: Any, config: dict, settings: dict) -> None:
@@ -148,6 +148,7 @@ class Trackers:
                 accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
             accelerator.end_training()
         except Exception as e:  # any failure of a logging service is survivable
+            self.failed = True
             print(f"W&B failed ({e}) and is switched off; metrics.jsonl has everything", file=sys.stderr)
 
 

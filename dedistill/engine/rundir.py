@@ -12,8 +12,8 @@ from dedistill.files import make_folder, read_sealed, replace_file, sealed
 from dedistill.recipe import Recipe, to_toml
 
 FREE_TO_CHANGE = (
-    *("run.name", "run.out", "run.resume", "run.stuck_after", "checkpoint.", "snapshot.every", "validate.", "log.", "sample."),
-    *("preview.", "data.cache", "train.micro_batch", "train.gradient_checkpointing"),
+    *("run.name", "run.out", "run.resume", "run.stuck_after", "checkpoint.", "snapshot.every", "validate.", "meters.", "log."),
+    *("sample.", "preview.", "data.cache", "train.micro_batch", "train.gradient_checkpointing"),
 )
 """Keys and tables that alter what is written, or how much memory a step takes, but not what is trained (to rounding);
 a continued run may change them."""

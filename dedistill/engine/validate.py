@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dedistill.assemble import Model
-from dedistill.engine.objective import Objective, task_loss
+from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.pulse import pulse
 from dedistill.world import World
 
@@ -21,10 +21,7 @@ class Validator:
     def __init__(self, objective: Objective, samples: int, size: int, world: World | None = None):
         """samples: held-out samples asked each time, at most ``size`` of them at once, shared by the processes of ``world``."""
         self.samples, self.world = samples, world or World()
-        self.tasks = objective.held_out(samples, size, self.world)
-        passes = max(self.world.gather(len(self.tasks))) if self.world.lockstep else 0
-        self.company = objective.held_out(1, 1) * (passes - len(self.tasks))
-        """What is run for nothing, where all processes must run equally many passes."""
+        self.tasks, self.company = fixed_share(objective, samples, size, self.world)
 
     @torch.no_grad()
     def __call__(self, model: Model, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
@@ -48,6 +45,13 @@ class Validator:
             return None
         by_sigma = np.array([loss for _, loss in sorted(pair for h in heard for pair in h["losses"])])
         return {"val_loss": float(by_sigma.mean()), "val_loss_se": stratified_error(by_sigma)}
+
+
+def fixed_share(objective: Objective, samples: int, size: int, world: World) -> tuple[list[Task], list[Task]]:
+    """Held-out tasks of this process, and what it runs for nothing where all must run equally many passes."""
+    tasks = objective.held_out(samples, size, world)
+    passes = max(world.gather(len(tasks))) if world.lockstep else 0
+    return tasks, objective.held_out(1, 1) * (passes - len(tasks))
 
 
 def stratified_error(losses: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """Keys that are well formed alone but make no sense together."""
 
-from dedistill.recipe.schema import Adapter, Preview, Recipe, Timesteps
+from dedistill.recipe.schema import Adapter, Meters, Preview, Recipe, Timesteps
 
 
 def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
@@ -29,6 +29,10 @@ def _model_rules(r: Recipe) -> list[tuple[str, str]]:
         found.append(("preview.prompts", "previews need at least one prompt"))
     if not r.preview.every and r.preview != Preview():
         found.append(("preview", "has no effect while preview.every is 0"))
+    if not r.meters.every and r.meters != Meters():
+        found.append(("meters", "has no effect while meters.every is 0"))
+    if r.meters.every and r.train.objective == "distill":
+        found.append(("meters.every", "has no meaning with objective = 'distill', which knows the path at a few points only"))
     return found
 
 
@@ -56,8 +60,9 @@ def _data_rules(r: Recipe) -> list[tuple[str, str]]:
             found.append(("data.path", "has no effect with source = 'pictures'; name places in [[data.sets]]"))
         if r.data.caption_noise:
             found.append(("data.caption_noise", "has no effect with source = 'pictures'"))
-        if r.data.held_out == 0 and r.validate_.every:
-            found.append(("data.held_out", "0 leaves nothing to validate on; raise it or set validate.every = 0"))
+        if r.data.held_out == 0 and (r.validate_.every or r.meters.every):
+            key = "validate" if r.validate_.every else "meters"
+            found.append(("data.held_out", f"0 leaves nothing to validate on; raise it or set {key}.every = 0"))
     else:
         for key in ("sets", *_PICTURE_KEYS):
             if getattr(r.data, key) not in (None, []):

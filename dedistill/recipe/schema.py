@@ -223,6 +223,14 @@ class Validate(Table):
     samples: Positive | None = Field(None, description="Held-out samples, on fixed noise and fixed sigmas. Default 256.")
 
 
+class Meters(Table):
+    every: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps between meters of distillation; 0 never. Also before the first step and at the end."
+    )
+    samples: Positive = Field(16, description="Held-out captions, on fixed noise.")
+    steps: Positive = Field(16, description="Euler steps of their paths.")
+
+
 class Checkpoint(Table):
     every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between checkpoints; 0: only the last step.")
     keep: Annotated[int, Field(ge=2)] = Field(2, description="Good checkpoints kept.")
@@ -272,6 +280,7 @@ class Recipe(Table):
     timesteps: Timesteps = Timesteps()
     train: Train
     validate_: Validate = Field(Validate(), alias="validate")
+    meters: Meters = Meters()
     checkpoint: Checkpoint = Checkpoint()
     snapshot: Snapshot = Snapshot()
     log: Log = Log()

@@ -26,7 +26,8 @@ MARKERS = (
     "M-1.4-4.2h2.8v2.8h2.8v2.8h-2.8v2.8h-2.8v-2.8h-2.8v-2.8h2.8z",
 )
 
-Points = Sequence[tuple[float, float]]
+Points = Sequence[tuple[float, ...]]
+"""(x, y) each, or (x, y, low, high) with an interval around y."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ def line_plot(
 ) -> str:
     """One line per series as an ``<svg>`` string; hovering over a point tells its value.
 
-    Points whose value is missing, not finite, or (with ``log_y``) not positive are left out. A series without points
-    draws nothing but keeps its colour, so several plots of the same candidates agree. ``y_range`` widens the vertical
-    axis to cover at least this range, which makes plots comparable.
+    Points whose value or interval is missing, not finite, or (with ``log_y``) not positive are left out. A series
+    without points draws nothing but keeps its colour, so several plots of the same candidates agree. ``y_range`` widens
+    the vertical axis to cover at least this range, which makes plots comparable.
     """
     clean = {name: _drawable(points, log_y) for name, points in series.items()}
-    values = [y for points in clean.values() for _, y in points]
+    values = [y for points in clean.values() for _, *numbers in points for y in numbers]
     values += [edge for edge in y_range or () if edge > 0 or not log_y]
-    scales = sorted({x for points in clean.values() for x, _ in points})
+    scales = sorted({x for points in clean.values() for x, *_ in points})
     legend = _legend_places([name for name in clean if clean[name]])
     top = 34 + 20 * (1 + max((row for _, row in legend.values()), default=0)) if legend else 34
     height = top + PLOT_HEIGHT + BOTTOM
@@ -88,10 +89,13 @@ def line_plot(
     return "\n".join(parts)
 
 
-def _drawable(points: Points, log_y: bool) -> list[tuple[float, float]]:
+def _drawable(points: Points, log_y: bool) -> list[tuple[float, ...]]:
     """The points that have a place on the axes, from left to right."""
-    kept = [(x, y) for x, y in points if y is not None and math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y)]
-    return sorted(kept)
+
+    def fits(x: float, *ys: float | None) -> bool:
+        return math.isfinite(x) and all(y is not None and math.isfinite(y) and (y > 0 or not log_y) for y in ys)
+
+    return sorted(point for point in points if fits(*point))
 
 
 def _legend_places(names: list[str]) -> dict[str, tuple[float, int]]:
@@ -140,7 +144,8 @@ def _series(i: int, name: str, points: Points, x: _Axis, y: _Axis, place: tuple[
     marker = f'<path class="marker" d="{MARKERS[(i + shift) % len(MARKERS)]}" stroke="none"/>'
     dashes = f' stroke-dasharray="{dash}"' if dash else ""
     line = f'fill="none" stroke-width="2" stroke-linejoin="round"{dashes}'
-    at = [(x(px), y(py), px, py) for px, py in points]
+    at = [(x(px), y(py), px, py) for px, py, *_ in points]
+    spans = [(x(px), *map(y, span)) for px, _, *span in points if span]
     path = " ".join(f"{ax:.1f},{ay:.1f}" for ax, ay, _, _ in at)
     left, row = place
     baseline = 37 + 20 * row
@@ -151,6 +156,8 @@ def _series(i: int, name: str, points: Points, x: _Axis, y: _Axis, place: tuple[
         f'<text x="{left + 35:.0f}" y="{baseline}" fill="currentColor" stroke="none">{escape(name)}</text></g>',
         f'<polyline points="{path}" {line}/>',
     ]
+    for ax, low, high in spans:
+        parts.append(f'<path class="span" d="M{ax:.1f} {low:.1f}V{high:.1f}" fill="none" stroke-opacity=".5"/>')
     for ax, ay, px, py in at:
         parts.append(
             f'<g class="point" transform="translate({ax:.1f} {ay:.1f})">'

@@ -13,6 +13,8 @@ from dedistill.data.digits import DigitSource
 
 COMPONENTS = 20
 NEIGHBOURS = 3
+REAL = 800
+"""Pictures whose neighbours are looked at."""
 
 
 class DigitJudge:
@@ -40,10 +42,15 @@ class DigitJudge:
         asked = [digits_in(p) for p in prompts]
         return np.array([np.mean([r == w for r, w in zip(row, a)]) if a else np.nan for row, a in zip(read, asked)])
 
+    def realistic(self, pictures: Tensor) -> np.ndarray:
+        """Share of each picture's digits [B] that lie among real ones; their mean is the precision of the set."""
+        features = self.pca.transform(self._digits(pictures))
+        return among(features, self.real[:REAL]).reshape(len(pictures), -1).mean(1)
+
     def numbers(self, pictures: Tensor) -> dict[str, float]:
         """frechet, precision and recall of a set of pictures against all real digits."""
         features = self.pca.transform(self._digits(pictures))
-        precision, recall = precision_recall(features[:800], self.real[:800])
+        precision, recall = precision_recall(features[:REAL], self.real[:REAL])
         return {"frechet": frechet_distance(features, self.real), "precision": precision, "recall": recall}
 
     def _digits(self, pictures: Tensor) -> np.ndarray:
@@ -71,17 +78,19 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * roots)
 
 
-def precision_recall(made: np.ndarray, real: np.ndarray, k: int = NEIGHBOURS) -> tuple[float, float]:
+def precision_recall(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     """Share of ``made`` inside the k-neighbour balls of ``real``, and the reverse (arXiv 1904.06991)."""
+    return float(among(made, real).mean()), float(among(real, made).mean())
 
-    def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.square(x[:, None] - y[None]).sum(-1)
 
-    def radius(x: np.ndarray) -> np.ndarray:
-        return np.sort(distances(x, x), axis=1)[:, min(k, len(x) - 1)]
+def among(points: np.ndarray, others: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
+    """Whether each of ``points`` lies in the ball of some of ``others`` around it that reaches its k-th neighbour."""
+    radius = np.sort(_distances(others, others), axis=1)[:, min(k, len(others) - 1)]
+    return (_distances(points, others) <= radius).any(1)
 
-    between = distances(made, real)
-    return float((between <= radius(real)).any(1).mean()), float((between <= radius(made)[:, None]).any(0).mean())
+
+def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.square(x[:, None] - y[None]).sum(-1)
 
 
 def judge_for(source: object) -> DigitJudge | None:

@@ -104,6 +104,9 @@ CASES = [
     ("train.gradient_checkpointing", "true", "adapter", []),
     ("validate.every", "2", "adapter", []),
     ("validate.samples", "8", "adapter", []),
+    ("meters.every", "2", "adapter", ["meters.every=3"]),
+    ("meters.samples", "4", "adapter", ["meters.every=3"]),
+    ("meters.steps", "3", "adapter", ["meters.every=3"]),
     ("checkpoint.every", "3", "adapter", []),
     ("checkpoint.keep", "3", "adapter", []),
     ("snapshot.every", "3", "adapter", []),
@@ -154,7 +157,8 @@ def evidence(recipe: Path, out: Path, settings: list[str], capsys) -> dict:
     previews = {p.name: p.read_bytes() for p in (out / "previews").rglob("*.png")}
     files = sorted(str(p.relative_to(out)) for p in out.rglob("*") if "wandb/" not in str(p.relative_to(out)))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    losses = [(r["step"], r["loss"], r["lr"], r["grad_norm"], r.get("val_loss"), r["sigma_loss"]) for r in rows]
+    kept = ("step", "loss", "lr", "grad_norm", "val_loss", "straightness", "sigma_loss")
+    losses = [tuple(r.get(key) for key in kept) for r in rows]
     return {"said": said, "plan": plan, "files": files, "losses": losses, "weights": _weights(out), "previews": previews}
 
 

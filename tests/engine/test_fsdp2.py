@@ -97,6 +97,7 @@ def test_flux_with_buckets_masks_and_previews(picture_recipe, tmp_path):
     settings = ["train.exact=true", "base.quant=int8", "data.resolutions=[48, 64]", "data.max_upscale=2", "train.steps=2"]
     settings += ["preview.every=2", "preview.prompts=['the red sun']", "preview.cfgs=[1.0, 3.0]"]
     settings += ["train.gradient_checkpointing=true", "validate.every=2", "validate.samples=2"]
+    settings += ["meters.every=2", "meters.samples=2", "meters.steps=2"]
     alone = train(1, picture_recipe, tmp_path / "alone", *settings)
     out = shard(3, picture_recipe, tmp_path / "s", *settings)
     assert_same(out, alone)

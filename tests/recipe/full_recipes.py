@@ -94,6 +94,11 @@ gradient_checkpointing = true
 every = 10
 samples = 64
 
+[meters]
+every = 10
+samples = 8
+steps = 8
+
 [checkpoint]
 every = 10
 keep = 3

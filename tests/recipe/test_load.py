@@ -79,7 +79,11 @@ ONE_LINE_ERRORS = [  # what is added to SMALL, the line of the mistake below it,
     ("[log]\nlr = 2", 2, "log.lr: unknown key, did you mean 'train.lr'?"),
     ("seed = 1", 1, "train.seed: unknown key, did you mean 'run.seed' or 'preview.seed'?"),
     ("[sample]\nheight = 100\nwidth = 64", 2, "sample.height: must be a multiple of 16, got 100"),
-    ("[checkpoint]\nsteps = 1", 2, "checkpoint.steps: unknown key, did you mean 'train.steps' or 'sample.steps'?"),
+    (
+        "[checkpoint]\nsteps = 1",
+        2,
+        "checkpoint.steps: unknown key, did you mean 'train.steps', 'meters.steps' or 'sample.steps'?",
+    ),
     ("[snapshot]\nzzz = 1", 2, "snapshot.zzz: unknown key, known here: every, ema"),
     (
         '"a.b\\n" = 1',

@@ -125,6 +125,7 @@ CONTRADICTIONS = [
     (["validate.samples=8"], "validate.samples: has no effect while validate.every is 0"),
     (["sample.height=64"], "sample: set both height and width, or neither"),
     (["preview.every=2"], "preview.prompts: previews need at least one prompt"),
+    (["meters.steps=2"], "meters: has no effect while meters.every is 0"),
     (["preview.seed=2"], "preview: has no effect while preview.every is 0"),
     (["data.cache=c"], "data.cache: has no effect with source = 'digits'; it belongs to 'pictures'"),
     (["data.held_out=0"], "data.held_out: has no effect with source = 'digits'; it belongs to 'pictures'"),

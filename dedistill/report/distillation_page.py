@@ -1,0 +1,85 @@
+"""The page of what tools/measure_distillation.py found: one table of verdicts, curves with intervals, every number."""
+
+from pathlib import Path
+
+from markupsafe import Markup
+
+from dedistill.files import replace_json
+from dedistill.report.plots import line_plot, tick_label
+from dedistill.report.sweep_page import decimals, render
+
+LOG = ("few_steps",)
+"""Meters whose values span powers of ten."""
+
+
+def write_distillation_page(folder: Path, found: dict) -> Path:
+    """Write ``distillation.json`` and ``index.html`` into ``folder`` and return the page's path.
+
+    found: what ``dedistill.report.distillation.measure`` returns.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_json(folder / "distillation.json", found)
+    names = [*found["candidates"]]
+    page = folder / "index.html"
+    html = render(
+        "distillation.html.j2",
+        title=found["title"],
+        settings=found["settings"],
+        reference=found["reference"],
+        names=names,
+        summary=[row for meter in found["meters"] if _in_summary(meter) for row in _summary(meter, found)],
+        plots=[{"svg": _plot(meter, found), "help": meter["help"]} for meter in found["meters"] if meter["axis"]],
+        numbers=[row for meter in found["meters"] for row in _numbers(meter, found)],
+    )
+    page.write_text(html, encoding="utf-8")
+    return page
+
+
+def _in_summary(meter: dict) -> bool:
+    return meter["axis"] is None or meter["key"] == "few_steps"
+
+
+def _summary(meter: dict, found: dict) -> list[dict]:
+    """A line per place of a meter, with a cell per candidate."""
+    by_name = {name: rows[meter["key"]] for name, rows in found["candidates"].items()}
+    lines = []
+    for cells in zip(*by_name.values()):
+        places = decimals(cell["value"] for cell in cells)
+        at = cells[0].get("at")
+        unit = f", {at} step{'' if at == 1 else 's'}" if at is not None else ""
+        texts = [
+            {
+                "value": f"{cell['value']:.{places}f}",
+                "interval": f"{cell['low']:.{places}f} to {cell['high']:.{places}f}",
+                "verdict": cell.get("verdict"),
+            }
+            for cell in cells
+        ]
+        lines.append({"label": meter["label"] + unit, "help": meter["help"], "cells": texts})
+    return lines
+
+
+def _plot(meter: dict, found: dict) -> Markup:
+    series = {
+        name: [(round(row["at"], 3), row["value"], row["low"], row["high"]) for row in rows[meter["key"]]]
+        for name, rows in found["candidates"].items()
+    }
+    log = meter["key"] in LOG
+    return Markup(line_plot(series, title=meter["label"], xlabel=meter["axis"], ylabel=meter["label"], log_y=log))
+
+
+def _numbers(meter: dict, found: dict) -> list[list[dict]]:
+    """Every value as fields of a sortable table: candidate, meter, place, value and interval, difference and interval."""
+    lines = []
+    keys = ("value", "low", "high", "difference", "difference_low", "difference_high")
+    for name, rows in found["candidates"].items():
+        for row in rows[meter["key"]]:
+            at = f"{meter['axis']} {tick_label(row['at'])}" if "at" in row else ""
+            texts = [{"text": text, "sort": text} for text in (meter["label"], at, name)]
+            lines.append(texts + [_field(row.get(key)) for key in keys])
+    return lines
+
+
+def _field(value: float | None) -> dict[str, str]:
+    return {"text": "", "sort": ""} if value is None else {"text": f"{value:.4g}", "sort": repr(value)}

@@ -1,0 +1,82 @@
+"""A model family whose velocities are known in closed form: labels are captions, distillation is a number."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+
+from dedistill.assemble import Model
+from dedistill.data.source import Batch, OneSize
+from dedistill.families.family import Components
+from dedistill.flow import keyed
+from dedistill.flow.closed_form import Mixture
+from dedistill.text import Text
+
+PLANE = Mixture.of([0.4, 0.6], [[-1.0, 0.5], [1.2, -0.3]], [[0.4, 0.7], [0.5, 0.3]], [0, 1])
+ONE = Mixture.of([1.0], [[0.8, -0.5]], [[0.4, 0.4]], [0])
+PICTURE = (1, 1, 2)
+
+
+class ClosedForm:
+    """The exact flow of a mixture; its network holds the guidance that was baked in, 1 for an honest model.
+
+    straight: one step is enough, for mixtures of one component (what reflow of the exact pairs would give).
+    """
+
+    name = "closed_form"
+
+    def __init__(self, mixture: Mixture, straight: bool = False):
+        self.mixture, self.straight = mixture, straight
+
+    def encode_text(self, parts, captions, length):
+        labels = torch.tensor([[float(c) if c else -1.0] for c in captions])
+        return Text(torch.zeros(len(captions), 1, 1), torch.ones(len(captions), 1, dtype=torch.bool), labels)
+
+    def velocity(self, parts, net, noisy, sigma, text, guidance=None):
+        x, s, out = noisy.flatten(1).double(), sigma.double(), torch.zeros(noisy.flatten(1).shape, dtype=torch.float64)
+        for label in text.pooled[:, 0].unique().tolist():
+            rows = text.pooled[:, 0] == label
+            out[rows] = self._velocity(x[rows], s[rows], int(label), float(net.weight))
+        return out.reshape(noisy.shape)
+
+    def _velocity(self, x, s, label, baked):
+        if self.straight:
+            column = s[:, None]
+            noise = (x - (1 - column) * self.mixture.means) / (column + (1 - column) * self.mixture.stds)
+            return noise - self.mixture.transport(noise)
+        return self.mixture.velocity(x, s) if label < 0 else self.mixture.guided(x, s, label, baked)
+
+    def decode(self, parts, latents):
+        return latents
+
+    def shift(self, parts, tokens):
+        return 1.0
+
+    def tokens(self, parts, shape):
+        return 1
+
+
+def closed_form(mixture: Mixture = PLANE, *, baked: float = 1.0, straight: bool = False, chunk: int = 256) -> Model:
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(net.weight, baked)
+    parts = Components(net, SimpleNamespace(unload=lambda: None), PICTURE, 1)
+    return Model(ClosedForm(mixture, straight), parts, net, text_length=1, chunk=chunk)
+
+
+class ClosedFormData(OneSize):
+    """Held-out samples of a mixture; the caption is the label."""
+
+    name, picture = "closed form", PICTURE
+
+    def __init__(self, mixture: Mixture = PLANE):
+        self.mixture = mixture
+
+    def draw(self, seed, step, positions, batch, *, held_out=False):
+        data, labels = self.mixture.draw(seed, batch)
+        rows = torch.from_numpy(np.asarray(positions))
+        pixels = data[rows].float().reshape(-1, *PICTURE)
+        return Batch(pixels, [str(int(k)) for k in labels[rows]], [f"closed/{p}" for p in positions])
+
+    def prompts(self, seed, count):
+        return [str(int(k)) for k in keyed.generator(seed, "prompts").random(count) < float(self.mixture.weights[-1])]
