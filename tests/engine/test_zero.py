@@ -17,7 +17,7 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
 from test_launch import ENVIRONMENT, ROOT
-from test_world import BF16, FEW, LORA, arguments, furthest, same, saved, train
+from test_world import BF16, LORA, arguments, furthest, same, saved, train
 
 from dedistill.data.digits import load_digits
 from dedistill.engine.checkpoint import list_checkpoints
@@ -92,7 +92,9 @@ def _noting(given: list[str]) -> int:
 def test_from_two_processes_to_one_to_three(adapter_recipe, tmp_path, stage):
     """T8, promise 3: ZeRO on 2, plain on 1, ZeRO on 3, by resume, against one process: questions and learning rates to the
     bit, weights and moments to TOLERANCE; each process held its share alone, int8 as int8."""
-    settings = (*FEW, "train.max_grad_norm=0.2")  # some steps are clipped, some are not
+    # some steps are clipped, some are not; four micro-batches are two each on two processes, and two, one and one on three
+    settings = ("log.every=1", "validate.every=6", "validate.samples=2", "snapshot.every=0")
+    settings += ("train.max_grad_norm=0.2", "train.micro_batch=2")
     alone = train(1, adapter_recipe, tmp_path / "alone", *settings)
     out = zero(stage, 2, adapter_recipe, tmp_path / "chain", *settings, "train.steps=2", work=_noting)
     two = [json.loads((out / f"held.{r}").read_text()) for r in range(2)]
@@ -117,7 +119,7 @@ def test_from_two_processes_to_one_to_three(adapter_recipe, tmp_path, stage):
             assert 0 < one["peak"] < one["whole"] / 4 if stage == 3 else one["peak"] == one["whole"]
 
 
-@pytest.mark.parametrize(("stage", "fault"), [(2, "gradient"), (3, "gradient"), slow(2, "norm"), (3, "norm")])
+@pytest.mark.parametrize(("stage", "fault"), [(2, "gradient"), (3, "gradient"), (2, "norm"), slow(3, "norm")])
 def test_a_step_that_is_not_finite_changes_nothing(adapter_recipe, tmp_path, stage, fault):
     """T10, F18: NaN in the gradient of one process, or a step that the guard refuses: weights, moments and counts keep every
     bit on all processes, and the next step goes on."""
@@ -129,7 +131,7 @@ def test_a_step_that_is_not_finite_changes_nothing(adapter_recipe, tmp_path, sta
         assert same(first, second) and not same(second, third)
 
 
-@pytest.mark.parametrize("stage", [slow(2), 3])
+@pytest.mark.parametrize("stage", [2, slow(3)])
 def test_a_spoilt_optimizer_stops_all(adapter_recipe, tmp_path, stage):
     """T10: NaN in a moment that one process holds; no step is made from it."""
     given = arguments(adapter_recipe, tmp_path / "r", *BRIEF)
@@ -335,7 +337,7 @@ def test_a_real_launch(adapter_recipe, tmp_path, stage):
     """``accelerate launch`` with the file of launch/ starts two processes under that engine, and says what it is."""
     options = ["--config_file", f"launch/zero{stage}.yaml", "--num_processes", "2", "--num_cpu_threads_per_process", "1"]
     command = ["accelerate", "launch", *options, "-m", "dedistill.train", str(adapter_recipe), "--set", "train.steps=2"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     effects = json.loads((tmp_path / "dedistill/plan.json").read_text())["effects"]
     assert (effects["engine"], effects["processes"]) == (f"zero{stage}", 2)
