@@ -328,6 +328,7 @@ def _hidden() -> int:
     accelerator, world = start(cpu=True)
     assert not is_fsdp_enabled() and accelerator.distributed_type == DistributedType.MULTI_CPU
     assert world.engine == "fsdp2" and world.lockstep
+    world.leave()
     return 0
 
 
@@ -338,7 +339,7 @@ def test_accelerate_launch_with_fsdp2_yaml(adapter_recipe, tmp_path):
     command = ["accelerate", "launch", *options, "-m", "dedistill.train", str(adapter_recipe), "--set", "train.steps=1"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     effects = json.loads((tmp_path / "dedistill/plan.json").read_text())["effects"]
     assert (effects["engine"], effects["processes"]) == ("fsdp2", 2)
