@@ -111,7 +111,9 @@ def power_loss_of_a_run(recipe: Path, folder: Path, count: int) -> Row:
     disk = folder / "disk"
     disk.mkdir()
     with pytest.MonkeyPatch.context() as patch, Recorder(disk) as power:
-        patch.setattr(Saver, "start", lambda self, groups, save, **_: save(groups))  # the recorder needs one operation after the other
+        patch.setattr(
+            Saver, "start", lambda self, groups, save, **_: save(groups)
+        )  # the recorder needs one operation after the other
         train(recipe, disk / "run", *SETTINGS)
     reference, different, unloadable = train(recipe, folder / "reference", *SETTINGS), 0, 0
     for _, state in power.states:

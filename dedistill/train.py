@@ -13,8 +13,6 @@ from dedistill.recipe import Recipe, load_recipe, to_toml
 from dedistill.recipe.plan import Plan, make_plan
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from dedistill.engine.loop import Trainer
     from dedistill.engine.requests import Requests
 
@@ -32,7 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     again; 2 a wrong recipe; 1 anything else."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    return guarded(lambda: _main(args, argv), debug=args.debug)
+    from dedistill.quiet import lasting_output
+
+    with lasting_output():
+        return guarded(lambda: _main(args, argv), debug=args.debug)
 
 
 def guarded(action, *, debug: bool) -> int:
@@ -179,7 +180,7 @@ def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
     from dedistill.engine.loop import Trainer
     from dedistill.engine.metrics import Trackers
     from dedistill.engine.requests import BY_FILE
-    from dedistill.engine.rundir import RunDirectory
+    from dedistill.engine.rundir import RunDirectory, flat
     from dedistill.engine.sharding import check_shardable, shard_base
     from dedistill.engine.zero import check_zero
     from dedistill.files import replace_json
@@ -198,7 +199,7 @@ def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
         if world.main:
             held.enter_context(run)
             notes = stop.watch(run.path)
-        world.same(recipe.resolved())
+        world.same(flat(recipe.resolved()))
         data = open_data(recipe, accelerator.device, say, world)
         model = build_model(recipe, "cpu" if world.engine in ("fsdp2", "zero3") else accelerator.device)
         model.known |= data.known

@@ -18,7 +18,8 @@ from dedistill.files import file_sha256, make_folder, read_sealed, sealed, step_
 from dedistill.tensorfile import TensorFile
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2
+"""2: with the state of the guard, and a validation that is still to be made."""
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], facts: dict, keep: int) -> Path:
@@ -108,6 +109,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """
     notes = []
     for checkpoint in reversed(list_checkpoints(folder)):
+        _refuse_other_version(checkpoint)
         problem = damage(checkpoint)
         if not problem:
             return checkpoint, notes
@@ -120,6 +122,19 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
         notes.append(f"no good checkpoint is left in '{folder}'. Restore one, or move the run directory away to start over.")
         raise UserError("\n".join(notes))
     return None, notes
+
+
+def _refuse_other_version(checkpoint: Path) -> None:
+    """Raises UserError for a whole manifest of another version of dedistill: it is not damaged, and not to be set aside."""
+    try:
+        schema = read_sealed(checkpoint / MANIFEST).get("schema")
+    except (OSError, ValueError):
+        return
+    if schema != SCHEMA:
+        raise UserError(
+            f"checkpoint '{checkpoint}' is of another version of dedistill (schema {schema}, here {SCHEMA}). Go on with that "
+            "version, or set another run.out."
+        )
 
 
 def newest_until(folder: Path, step: int) -> Path | None:

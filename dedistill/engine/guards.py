@@ -1,7 +1,8 @@
 """No optimizer step on a gradient that is not finite or far above its history; samples that cause three in a row are left out.
 
-A step that is not applied changes nothing. After ``PATIENCE`` of them in a row the samples that stand out are quarantined and
-the run goes back to before the first of them; where none stands out, or going back did not help, it stops. Everything
+A step that is not applied changes nothing. After ``PATIENCE`` of them in a row, or when a sample stands out for the
+``PATIENCE``-th time, the samples that stand out are quarantined and the run goes back to before the first of these steps; where
+none stands out, or going back did not help, it stops, as it does when more than half of its steps are bad. Everything
 here is a function of losses, sigmas and gradient norms, which are the same on every process.
 """
 
@@ -53,6 +54,10 @@ class Guard:
         self.usual: list[list[float]] = [[0.0, 0] for _ in range(BINS)]
         """[mean loss, losses seen] of applied steps, per bin of sigma."""
         self.in_a_row = 0
+        self.refused: list[int] = []
+        """Steps among the last WINDOW that were not applied."""
+        self.hits: dict[str, list[int]] = {}
+        """Sample -> steps in which it stood out; of those that are not quarantined."""
         self.suspects: dict[str, dict[str, Any]] = {}
         """Samples that stood out in the steps that were not applied, since the last one that was."""
         self.quarantine: dict[str, dict[str, Any]] = {}
@@ -93,8 +98,12 @@ class Guard:
         ]
         if len(stand_out) <= len(losses) / 2:  # where most of a batch is off, it is not for the samples
             self.suspects |= {entry["sample"]: entry for entry in found}
+            for entry in found:
+                self.hits.setdefault(entry["sample"], []).append(step)
         self.in_a_row += 1
-        if self.in_a_row >= PATIENCE:
+        self.refused = [s for s in self.refused if step - WINDOW < s < step] + [step]
+        again = any(len(self.hits.get(entry["sample"], [])) >= PATIENCE for entry in found)
+        if self.in_a_row >= PATIENCE or again or len(self.refused) > WINDOW / 2:
             self._lose_patience(step, float(losses.mean()), norm, "a spike" if finite else "not finite", found)
         return {"spike" if finite else "not_finite": found}
 
@@ -122,11 +131,21 @@ class Guard:
             self.quarantine |= {name: {"since": since, "sigma": e["sigma"], "loss": e["loss"]} for name, e in new.items()}
             self.returned = [max(since, self.returned[0]), times]
             self.in_a_row, self.suspects = 0, {}
+            self.refused = [step for step in self.refused if step < since]
+            earlier = {
+                name: [s for s in steps if s < since] for name, steps in self.hits.items() if name not in self.quarantine
+            }
+            self.hits = {name: steps for name, steps in earlier.items() if steps}
             raise GoBack(since)
         why = f"; samples: {found[:4]}" if found else " in the gradient"
         tried = f" {len(self.quarantine)} samples were quarantined before." if self.quarantine else ""
+        if self.in_a_row < PATIENCE and len(self.refused) <= WINDOW / 2:
+            return
+        often = f"{self.in_a_row} times in a row"
+        if self.in_a_row < PATIENCE:
+            often = f"one of {len(self.refused)} bad steps among the last {WINDOW}"
         raise BadSteps(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}: {what} {self.in_a_row} times in a row{why}.{tried} "
+            f"step {step + 1}: loss {loss}, gradient norm {norm}: {what}, {often}{why}.{tried} "
             f"No such step was applied; the weights of step {step} are saved. Lower train.lr or set train.max_grad_norm."
         )
 

@@ -19,7 +19,7 @@ from dedistill.engine.ema import Averages
 from dedistill.engine.export import export_model, exported_step, snapshot_header
 from dedistill.engine.guards import BadSteps, GoBack, Guard
 from dedistill.engine.ledger import EVERY, Ledger
-from dedistill.engine.metrics import Record, Trackers
+from dedistill.engine.metrics import Record, Trackers, last_step
 from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.engine.optim import learning_rate, not_finite
 from dedistill.engine.preview import Preview
@@ -97,6 +97,12 @@ class Trainer:
         """Continue from the newest good checkpoint, if there is one. Every process ends up with the same state."""
         if self.world.main:
             found, self.notes = newest_valid(self.run.checkpoints)
+            every, reached = self.recipe.checkpoint.every, last_step(self.run.metrics)
+            if found is None and every and reached > 2 * every:  # the second save waits for the first
+                raise UserError(
+                    f"'{self.run.metrics}' goes up to step {reached}, but there is no checkpoint in '{self.run.checkpoints}'. "
+                    "Restore one, or move the run directory away to start over."
+                )
         name = self.world.from_main(found.name if self.world.main and found else None)
         if name is not None:
             self.read(self.run.checkpoints / name)
@@ -160,7 +166,7 @@ class Trainer:
         last = self.step == self.plan.steps
         validating = self.validate and (last or self.step % self.recipe.validate_.every == 0)
         saving = last or self.asked["save"] or _due(self.recipe.checkpoint.every, self.step, last)
-        if validating or saving or self.step % EVERY == 0:
+        if (validating or saving or self.step % EVERY == 0) and not self._fading():
             self.ledger.check(self.step)
         if validating:
             found = self.validate(self.model, self._interrupted)
@@ -186,8 +192,9 @@ class Trainer:
             self.preview(self.step, self._interrupted)
         elif self.world.main and self.asked["sample"]:
             print("asked for previews, but the recipe has no [preview] table", file=sys.stderr)
-        measured = not row.keys().isdisjoint(("val_loss", "guidance_gap"))
-        if record and (row["step"] == 1 or measured or not row["applied"] or last or self._logged()):
+        special = row["step"] == 1 or last or not row["applied"]
+        special |= not row.keys().isdisjoint(("val_loss", "guidance_gap", "quarantined"))
+        if record and (special or self._logged()):
             record.write(row, self.waited)
             self.waited = 0.0
             trackers.log(row, self.step)
@@ -195,6 +202,10 @@ class Trainer:
     def _interrupted(self) -> bool:
         """Whether this process may leave a validation or previews unfinished."""
         return self.stop.interrupted() and not self.world.lockstep
+
+    def _fading(self) -> bool:
+        """Whether the learning rate goes to its end, where steps may be below what weights can hold."""
+        return self.recipe.train.schedule != "constant" and self.step > 0.95 * self.plan.steps
 
     def _logged(self) -> bool:
         return self.step % self.recipe.log.every == 0

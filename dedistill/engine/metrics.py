@@ -48,6 +48,12 @@ class Journal:
             self._file.close()
 
 
+def last_step(path: Path) -> int:
+    """The step of a journal's last row; 0 without one."""
+    lines = _lines(path)
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
 class Record:
     """Both journals of a run, opened together."""
 

@@ -84,7 +84,14 @@ def load_optimizer_tensors(
 ) -> None:
     """The inverse of :func:`optimizer_tensors`. Raises UserError naming ``source``, changing nothing, unless names and
     shapes fit; without any tensors the optimizer starts anew."""
-    for name, key, value in state_entries(optimizer, names, tensors, source):
+    entries = state_entries(optimizer, names, tensors, source)
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        for key in [key for key, value in group.items() if isinstance(value, Tensor)]:
+            del group[key]
+        if "setup" in group:  # optimi's word for having counted steps
+            group["setup"] = False
+    for name, key, value in entries:
         if name.startswith("group/"):
             group = optimizer.param_groups[int(name.removeprefix("group/"))]
             group[key] = value.clone()

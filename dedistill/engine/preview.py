@@ -44,6 +44,8 @@ class Preview:
                 said = "out of memory; training goes on. Lower sample.height and sample.width."
                 print(f"preview at step {step}: {said}", file=sys.stderr)
             self.out_of_memory = True
+        except OSError as e:
+            print(f"preview at step {step}: cannot write '{self.folder}': {e.strerror or e}; training goes on", file=sys.stderr)
         finally:
             _release(self.model)
 

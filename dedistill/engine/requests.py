@@ -8,11 +8,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dedistill.engine.launcher import launched, ranks
+from dedistill.engine.launcher import launched
 from dedistill.errors import RUN_AGAIN
 
-ECHO = 5.0
-"""Seconds in which a launcher of several processes passes on the Ctrl-C that they have had already."""
+ECHO, REPEAT = 5.0, 0.5
+"""Seconds in which a launcher passes on the signal that its processes have had already, and in which other programs send one
+twice; a person's second Ctrl-C comes later."""
 FILES = ("stop", "save", "sample")
 """``touch RUN/stop``: save and end for good; ``RUN/save``: save and go on; ``RUN/sample``: previews now."""
 BY_SIGNAL, BY_FILE = "signal", "file"
@@ -21,7 +22,7 @@ BY_SIGNAL, BY_FILE = "signal", "file"
 class Requests:
     """Context manager around a whole run. Needs no torch, so that signals are heard before that is loaded.
 
-    SIGINT and SIGTERM end the process at once as long as there is nothing to save, and else after the step; a second one
+    SIGINT, SIGTERM and SIGHUP (a terminal that is gone) end the process at once as long as there is nothing to save, and else after the step; a second one
     ends it now, whatever it does. SIGUSR1 asks for a save.
     """
 
@@ -34,6 +35,8 @@ class Requests:
     def __enter__(self) -> "Requests":
         self._launcher = os.getppid() if launched() else None
         self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._stop)
         self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._save)
         return self
 
@@ -80,7 +83,7 @@ class Requests:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.signalled and now - self._first > (ECHO if ranks() > 1 else 0):
+        if self.signalled and now - self._first > (ECHO if launched() else REPEAT):
             print("stopped now; what was saved is intact", file=sys.stderr, flush=True)
             os._exit(RUN_AGAIN)  # threads that save or load may never end: nobody waits for them
         if self.signalled:

@@ -79,7 +79,8 @@ class RunDirectory:
             raise UserError(
                 f"'{self.path}' holds a run of another recipe. It differs in:\n"
                 + "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in differing)
-                + "\nChange it back, or set another run.out."
+                + "\nChange it back, or set another run.out. A key that is None there may be newer than that run: then go on with "
+                "the version of dedistill that it was started with."
             )
 
     def _read(self, file: Path) -> dict:
@@ -122,14 +123,14 @@ class RunDirectory:
             raise UserError(f"'{file}' {e}; {way_out}") from e
 
 
-def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
+def flat(table: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(table, dict):
-        return {k: v for name, value in table.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
+        return {k: v for name, value in table.items() for k, v in flat(value, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): table}
 
 
 def _differences(before: dict, now: dict) -> list[tuple[str, Any, Any]]:
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     free = FREE_TO_CHANGE
     if now["train"]["schedule"] == "constant":
         free += ("train.steps",)  # a longer constant run is the same run; a decay would be another one

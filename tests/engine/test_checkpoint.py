@@ -153,6 +153,6 @@ def test_killed_at_any_point_of_a_save_the_newest_whole_one_loads(folder):
 def test_manifest_says_what_is_inside(folder):
     manifest = json.loads((folder / "step-00000030" / "manifest.json").read_text())
     assert len(manifest["seal"]) == 64
-    assert manifest["schema"] == 1 and manifest["skipped"] == 0
+    assert manifest["schema"] == 2 and manifest["skipped"] == 0
     assert set(manifest["files"]) == {"trainable.safetensors", "optimizer.safetensors"}
     assert all({"bytes", "sha256"} == set(entry) for entry in manifest["files"].values())

@@ -128,3 +128,24 @@ def test_a_guard_goes_on_from_its_state():
                 said.append(back.since)
         assert said[0] == said[1] and one.state() == two.state()
     assert one.quarantine, "it was put to the test"
+
+
+def test_a_sample_that_stands_out_now_and_then_is_left_out():
+    """Once per epoch it would cost a step for ever; found for the third time it is quarantined from that step on."""
+    guard = warm()
+    same = lambda positions: ["bad"] * len(positions)  # noqa: E731
+    for step in (40, 60):
+        assert guard.judge(step, with_loss(2, math.nan), SIGMAS, math.nan, same)
+        assert judge(guard, step + 1) == {}
+    with pytest.raises(GoBack) as back:
+        guard.judge(80, with_loss(2, math.nan), SIGMAS, math.nan, same)
+    assert back.value.since == 80 and guard.since() == {"bad": 80} and guard.hits == {} and guard.refused == [40, 60]
+
+
+def test_more_bad_steps_than_good_ones_stop_the_run():
+    """Two of three, which never makes three in a row, and no sample to blame."""
+    guard = Guard(0.0)
+    with pytest.raises(BadSteps, match=r"not finite, one of 33 bad steps among the last 64"):
+        for step in range(200):
+            judge(guard, step, norm=1.0 if step % 3 == 0 else math.nan)
+    assert step == 49

@@ -18,7 +18,7 @@ from accelerate.commands.config import load_config_from_file
 
 from dedistill.engine.checkpoint import damage, list_checkpoints
 from dedistill.engine.launcher import REFUSED, promised, resume_command
-from dedistill.engine.requests import BY_SIGNAL, ECHO, Requests
+from dedistill.engine.requests import BY_SIGNAL, ECHO, REPEAT, Requests
 from dedistill.errors import RUN_AGAIN
 from dedistill.train import main
 
@@ -109,15 +109,18 @@ def test_what_the_launcher_was_to_start_is_known(monkeypatch, options, count):
     assert promised(os.getppid()) == 0
 
 
-@pytest.mark.parametrize(("count", "ends"), [("1", True), ("2", False)])
-def test_a_launcher_of_several_repeats_a_signal(monkeypatch, count, ends):
-    """Its Ctrl-C comes twice within a second: from the terminal and from the launcher. A person's second one comes later."""
-    monkeypatch.setenv("WORLD_SIZE", count)
+@pytest.mark.parametrize(("launcher", "waited", "ends"), [(False, 0, False), (False, 2 * REPEAT, True), (True, 1.0, False)])
+def test_a_signal_that_comes_twice_counts_once(monkeypatch, launcher, waited, ends):
+    """Ctrl-C comes from the terminal and from the launcher, a SIGTERM of Slurm from it and from torchrun, of one process,
+    too. A person's second one comes later."""
+    if launcher:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(os, "_exit", sys.exit)
     with Requests() as stop:
         stop.deferred = True
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked()["stop"] == BY_SIGNAL
+        stop._first -= waited  # as if that long had passed
         with pytest.raises(SystemExit) if ends else nullcontext():
             os.kill(os.getpid(), signal.SIGTERM)
         stop._first -= 2 * ECHO  # as if that long had passed

@@ -280,3 +280,19 @@ def test_learning_rate_is_a_function_of_the_step(schedule):
     assert forward[:10] == sorted(forward[:10]) and forward[9] == 1e-3
     assert forward[10:] == sorted(forward[10:], reverse=True)
     assert min(forward[10:]) >= 0.05e-3 and max(forward) == 1e-3 and min(forward) > 0
+
+
+@both
+def test_no_state_is_a_fresh_start(optimizer):
+    """C4: going back to before the first step forgets moments and counts."""
+    used, fresh = _parameters(OPTIMIZERS[optimizer]), _parameters(OPTIMIZERS[optimizer])
+    start = {n: p.detach().clone() for n, p in used.items()}
+    made = make_optimizer(recipe(optimizer), used.values())
+    _train(made, used, range(3))
+    load_optimizer_tensors(made, used, {}, "x")
+    with torch.no_grad():
+        for name, parameter in used.items():
+            parameter.copy_(start[name])
+    _train(made, used, range(3))
+    _train(make_optimizer(recipe(optimizer), fresh.values()), fresh, range(3))
+    assert all(torch.equal(used[n], fresh[n]) for n in used)

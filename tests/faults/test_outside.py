@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from dedistill.engine.checkpoint import list_checkpoints
 from dedistill.engine.metrics import Trackers
 from dedistill.engine.objective import Objective
 from dedistill.errors import RUN_AGAIN
+from dedistill.files import read_sealed, sealed
 from dedistill.train import main
 
 SETTINGS = ("checkpoint.every=2", "validate.every=99")
@@ -169,3 +172,55 @@ def test_two_runs_in_one_directory(recipe, tmp_path, capsys):
     steps = int(list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name[5:]) + 2
     assert main([*given, "--set", f"train.steps={steps}"]) == 0 and last_row(tmp_path / "run") == steps
     assert Path(tmp_path / "run" / ".lock").exists()
+
+
+class Gone:
+    """A terminal that was closed, or a log on a full disk."""
+
+    encoding, errors = "utf-8", "strict"
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def isatty(self):
+        return False
+
+
+def test_a_terminal_that_is_gone_ends_nothing(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Gone())
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert main(arguments(recipe, tmp_path / "run", *SETTINGS)) == 0
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+def test_previews_that_cannot_be_written_end_nothing(recipe, tmp_path, capsys):
+    """A file stands where their folder is to be."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "previews").write_text("")
+    preview = ("preview.every=2", "preview.prompts=['one two']", "preview.cfgs=[1]", "sample.steps=2")
+    assert main(arguments(recipe, tmp_path / "run", *SETTINGS, *preview)) == 0
+    assert f"cannot write '{tmp_path / 'run' / 'previews'}'" in capsys.readouterr().err
+
+
+def test_lost_checkpoints_are_not_started_over(recipe, plain, tmp_path, capsys):
+    """F11: a run that was far has saved; without its checkpoints it is not begun anew in silence."""
+    run = shutil.copytree(plain, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    rows = (run / "metrics.jsonl").read_bytes()
+    assert main(arguments(recipe, run, *SETTINGS)) == 1
+    assert "goes up to step 6, but there is no checkpoint" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == rows
+
+
+def test_checkpoints_of_another_version_are_left_alone(recipe, plain, tmp_path, capsys):
+    run = shutil.copytree(plain, tmp_path / "run")
+    manifests = [c / "manifest.json" for c in list_checkpoints(run / "checkpoints")]
+    for manifest in manifests:
+        manifest.write_bytes(sealed(read_sealed(manifest) | {"schema": 1}))
+    assert main(arguments(recipe, run, *SETTINGS)) == 1
+    assert "of another version of dedistill (schema 1, here 2)" in capsys.readouterr().err
+    assert all(m.is_file() for m in manifests)

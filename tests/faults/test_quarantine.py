@@ -79,6 +79,27 @@ def test_bad_samples_are_left_out_and_the_run_goes_on(recipe, tmp_path, monkeypa
     assert [a["loss"] == b["loss"] for a, b in zip(whole, found)][6:9] == [False] * 3
 
 
+def test_what_is_left_out_is_logged_between_logged_steps(recipe, tmp_path, monkeypatch):
+    spoil(monkeypatch, "nan")
+    found = rows(train(recipe, tmp_path / "run", *SETTINGS, "log.every=5"))
+    assert [len(r["quarantined"]) for r in found if "quarantined" in r] == [3]
+
+
+def test_back_to_before_anything_was_applied(recipe, tmp_path, monkeypatch):
+    """A first step that is not applied leaves a checkpoint without moments: going back to it is going back to none."""
+    real = Objective.task
+
+    def task(self, step, positions):
+        found = real(self, step, positions)
+        return replace(found, target=found.target * torch.nan) if step == 0 else found
+
+    monkeypatch.setattr(Objective, "task", task)
+    spoil(monkeypatch, "nan")
+    early, late = (train(recipe, tmp_path / e, *SETTINGS, f"checkpoint.every={e}") for e in ("1", "100"))
+    monkeypatch.undo()
+    assert differences(early, late) == []
+
+
 def test_one_bad_step_is_skipped_and_named(recipe, tmp_path, monkeypatch):
     """Nothing is left out for a single one."""
     monkeypatch.setattr("test_quarantine.HITS", (6,))
