@@ -132,20 +132,18 @@ class Guard:
             self.returned = [max(since, self.returned[0]), times]
             self.in_a_row, self.suspects = 0, {}
             self.refused = [step for step in self.refused if step < since]
-            earlier = {
-                name: [s for s in steps if s < since] for name, steps in self.hits.items() if name not in self.quarantine
-            }
-            self.hits = {name: steps for name, steps in earlier.items() if steps}
+            left = {name: [s for s in steps if s < since] for name, steps in self.hits.items()}
+            self.hits = {name: steps for name, steps in left.items() if steps and name not in self.quarantine}
             raise GoBack(since)
         why = f"; samples: {found[:4]}" if found else " in the gradient"
         tried = f" {len(self.quarantine)} samples were quarantined before." if self.quarantine else ""
         if self.in_a_row < PATIENCE and len(self.refused) <= WINDOW / 2:
             return
-        often = f"{self.in_a_row} times in a row"
+        often = f" {self.in_a_row} times in a row"
         if self.in_a_row < PATIENCE:
-            often = f"one of {len(self.refused)} bad steps among the last {WINDOW}"
+            often = f", one of {len(self.refused)} bad steps among the last {WINDOW}"
         raise BadSteps(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}: {what}, {often}{why}.{tried} "
+            f"step {step + 1}: loss {loss}, gradient norm {norm}: {what}{often}{why}.{tried} "
             f"No such step was applied; the weights of step {step} are saved. Lower train.lr or set train.max_grad_norm."
         )
 

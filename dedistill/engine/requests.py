@@ -22,8 +22,8 @@ BY_SIGNAL, BY_FILE = "signal", "file"
 class Requests:
     """Context manager around a whole run. Needs no torch, so that signals are heard before that is loaded.
 
-    SIGINT, SIGTERM and SIGHUP (a terminal that is gone) end the process at once as long as there is nothing to save, and else after the step; a second one
-    ends it now, whatever it does. SIGUSR1 asks for a save.
+    SIGINT, SIGTERM and SIGHUP (a terminal that is gone) end the process at once as long as there is nothing to save, and else
+    after the step; a second one ends it now, whatever it does. SIGUSR1 asks for a save.
     """
 
     def __init__(self):

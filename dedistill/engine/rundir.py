@@ -79,8 +79,8 @@ class RunDirectory:
             raise UserError(
                 f"'{self.path}' holds a run of another recipe. It differs in:\n"
                 + "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in differing)
-                + "\nChange it back, or set another run.out. A key that is None there may be newer than that run: then go on with "
-                "the version of dedistill that it was started with."
+                + "\nChange it back, or set another run.out. A key that is None there may be newer than that run: then go on "
+                "with the version of dedistill that it was started with."
             )
 
     def _read(self, file: Path) -> dict:
