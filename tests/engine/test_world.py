@@ -442,7 +442,7 @@ def _other_seed(arguments: list[str]) -> int:
 def test_processes_with_different_recipes_do_not_start(adapter_recipe, tmp_path):
     out = tmp_path / "run"
     assert run_ranks(2, _other_seed, arguments(adapter_recipe, out), said=tmp_path / "said") == [1, 1]
-    assert "rank 1 has another run than rank 0" in (tmp_path / "said/0").read_text()
+    assert "rank 1 has another run.seed than rank 0" in (tmp_path / "said/0").read_text()
 
 
 def test_a_fault_of_rank_0_ends_all(adapter_recipe, tmp_path):

@@ -1,6 +1,7 @@
 """What a run writes holds no secret of its environment, and no name leads out of its directory."""
 
 import subprocess
+import time
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -52,7 +53,11 @@ def test_no_secret_of_the_environment_is_written(adapter_recipe, tmp_path, monke
     monkeypatch.setenv("WANDB_MODE", "offline")
     out = tmp_path / "run"
     assert main(arguments(adapter_recipe, out, "log.wandb=true", "checkpoint.every=1")) == 0
-    assert list((out / "wandb").rglob("*.wandb")), "or W&B was not there at all"
+    for _ in range(300):  # another process writes it
+        if written := list((out / "wandb").rglob("*.wandb")):
+            break
+        time.sleep(0.1)
+    assert written, "or W&B was not there at all"
     marks = [*MARKS.values(), "gitMARKmarkMARK"]
     assert found_in(out, marks) == []
     said = capfd.readouterr()
