@@ -45,6 +45,8 @@ def write(rows: list[Row], command: str, seconds: float, file: Path) -> None:
         "is tested is the way of saving, loading and looking, which is the same for any size. `tests/faults` does the same",
         "in small with every run of the tests. A power loss is replayed from the record of all operations on files: what was",
         "not synced may be missing, zeroed or cut, and any un-synced rename or removal undone.",
+        "Runs are compared bit for bit: journal, snapshots, weights, optimizer. That this comparison fails for a run continued",
+        "from its weights alone, and for each saved field that is left out, is tested, too (`tests/faults/test_oracle.py`).",
         "",
         "| Fault | Injected | Result |",
         "| --- | --- | --- |",
