@@ -1,0 +1,110 @@
+"""What is each trick of the method worth? Trains every variant over several seeds and writes docs/lab.md.
+
+python -m benchmarks.lab --quick        # 10 minutes, 2 seeds, fewer steps: writes runs/lab/quick/lab.md only
+python -m benchmarks.lab                # an hour on 2 cores, 4 seeds: writes docs/lab.md, its picture and its figures
+
+Stop it when you like; run again, it goes on. Each process takes one core.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.lab_tricks import FULL, QUICK, RUNS, Scale
+from dedistill.errors import RUN_AGAIN
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer steps and seeds: which way do things point?")
+    parser.add_argument("--seeds", type=int, help="how many chains; default 4, quick 2")
+    parser.add_argument("--processes", type=int, default=2, help="jobs at a time; default 2")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the report of the committed figures again")
+    args = parser.parse_args()
+    from benchmarks.lab_report import write_report
+
+    if args.report:
+        write_report(json.loads((ROOT / "benchmarks/results/lab.json").read_text()), ROOT / "docs")
+        return 0
+    seeds, scale = args.seeds or (2 if args.quick else 4), QUICK if args.quick else FULL
+    if seeds < 2:
+        parser.error("--seeds: an interval needs at least 2")
+    root = Path("runs/lab") / ("quick" if args.quick else "full")
+    try:
+        found = run_all(root, scale, seeds, args.processes)
+    except KeyboardInterrupt:
+        print("stopped; run again to go on", file=sys.stderr)
+        return RUN_AGAIN
+    if args.quick:
+        print(f"done: {write_report(found, root)}")
+        return 0
+    (ROOT / "benchmarks/results/lab.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"done: {write_report(found, ROOT / 'docs')}")
+    return 0
+
+
+def run_all(root: Path, scale: Scale, seeds: int, processes: int) -> dict:
+    """Every job that has no result yet, phase by phase; returns settings, seconds, and the scores of every seed."""
+    from benchmarks.lab_runs import PHASES
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
+    results: list[dict[str, dict]] = [{} for _ in range(seeds)]
+    total, done = seeds * sum(map(len, PHASES)), 0
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for phase in PHASES:
+            jobs = {pool.submit(job, root, seed, scale, name): seed for name in phase for seed in range(seeds)}
+            for future in as_completed(jobs):
+                try:
+                    name, result = future.result()
+                except BaseException:  # a stopped job is saved; what has not begun need not begin
+                    pool.shutdown(cancel_futures=True)
+                    raise
+                results[jobs[future]][name] = result
+                done += 1
+                print(f"{done}/{total} seed {jobs[future]} {name}: {result['wall']:.0f} s", file=sys.stderr, flush=True)
+    return {
+        "scale": asdict(scale),
+        "seeds": seeds,
+        "cpu_seconds": round(sum(r["cpu"] for found in results for r in found.values())),
+        "wall_seconds": round(sum(r["wall"] for found in results for r in found.values()) / processes),
+        "scores": [_by_model(found) for found in results],
+    }
+
+
+def _by_model(results: dict[str, dict]) -> dict[str, dict]:
+    """Scores of all jobs of a seed; a model that several jobs judged has all its scores."""
+    found: dict[str, dict] = {}
+    for _, result in sorted(results.items()):
+        for model, scores in result["scores"].items():
+            found.setdefault(model, {}).update(scores)
+    return found
+
+
+def job(root: Path, seed: int, scale: Scale, name: str) -> tuple[str, dict]:
+    """Scores and seconds of one job; what is there from the same settings is not made again."""
+    from benchmarks.lab_runs import Seed, run_job
+
+    file = root / f"seed{seed}" / "results" / f"{name}.json"
+    key = json.dumps([asdict(scale), repr(RUNS.get(name))])
+    if file.exists() and (known := json.loads(file.read_text()))["key"] == key:
+        return name, known
+    wall, cpu = time.perf_counter(), time.process_time()
+    scores = run_job(Seed(root, seed, scale), name)
+    seconds = {"wall": round(time.perf_counter() - wall, 1), "cpu": round(time.process_time() - cpu, 1)}
+    from dedistill.files import make_folder, replace_json
+
+    make_folder(file.parent)
+    replace_json(file, found := {"key": key, **seconds, "scores": scores})
+    return name, found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""What is measured of every model of the laboratory: the same held-out samples, prompts and noise for all."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dedistill.assemble import Model
+from dedistill.data.source import Source
+from dedistill.engine.held_out import held_out_meters
+from dedistill.engine.objective import Objective
+from dedistill.flow.solvers import sigma_grid
+from dedistill.recipe import Recipe
+from dedistill.sampling.judge import DigitJudge
+from dedistill.sampling.meters import path_meters
+from dedistill.sampling.sampler import sample, start_noise
+from dedistill.sampling.scores import picture_numbers
+
+STEPS = 16
+SCALES = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """recipe: of the data that held-out samples come from, whatever a model was trained on."""
+
+    recipe: Recipe
+    source: Source
+    judge: DigitJudge
+    prompts: list[str]
+    held_out: int
+
+    def losses(self, model: Model) -> dict[str, float]:
+        """loss and guidance gap on held-out samples."""
+        tasks = Objective(self.recipe, self.source, model.shift).held_out(self.held_out, model.chunk)
+        found = held_out_meters(model, tasks, 8)
+        return {key: float(found[key].value[0]) for key in ("loss", "guidance")}
+
+    def pictures(self, model: Model, cfg: float, *, steps: int = STEPS, length: int | None = None) -> dict[str, float]:
+        """accuracy, frechet, precision, recall, saturated of pictures at one scale."""
+        noise = start_noise(0, len(self.prompts), model.parts.picture)
+        made = sample(model, self.prompts, noise, sigma_grid(steps, model.grid_shift), cfg=cfg, length=length)
+        numbers = {"accuracy": float(np.mean(self.judge.correct(made, self.prompts)))} | self.judge.numbers(made)
+        return numbers | {"saturated": float(picture_numbers(made)["saturated"].mean())}
+
+    def all(self, model: Model, scales: tuple[int, ...] = SCALES) -> dict[str, float]:
+        """losses, and pictures with the scale behind each name: ``frechet_2``."""
+        found = self.losses(model)
+        for cfg in scales:
+            found |= {f"{key}_{cfg}": value for key, value in self.pictures(model, cfg).items()}
+        return found
+
+    def paths(self, model: Model) -> dict[str, float]:
+        """straightness at CFG 1, and Frechet distances in one step and in 16."""
+        noise = start_noise(0, len(self.prompts), model.parts.picture)
+        bend = path_meters(model, self.prompts, noise, steps=32, few=(1,))["straightness"]
+        one, many = (self.pictures(model, 1, steps=steps) for steps in (1, STEPS))
+        return {"straightness": float(bend.value[0]), "frechet_one": one["frechet"], "frechet_16": many["frechet"]}
