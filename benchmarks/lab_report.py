@@ -24,10 +24,10 @@ means that the interval holds zero, not that there is none: its width says how l
 three would stand out by chance. A small network on small pictures shows mechanisms, not budgets; what follows for a model of
 12 B is a guess.
 
-Held-out loss: flow matching, {held_out} held-out samples, all sigmas alike. Pictures: {prompts} prompts, 16 Euler steps. Accuracy:
-an independent classifier reads the digits as asked; at CFG 1 it has no better end, as an honest model of these noisy captions
-has the teacher's. Frechet distance and precision: against real digits, in 20 components. Saturated: share of pixels beyond
-the range of the data.
+Held-out loss: flow matching, {held_out} held-out samples, all sigmas alike. Pictures: {prompts} prompts, 16 Euler steps.
+Accuracy: an independent classifier reads the digits as asked; at CFG 1 it has no better end, as an honest model of these
+noisy captions has the teacher's. Frechet distance and precision: against real digits, in 20 components. Saturated: share of
+pixels beyond the range of the data.
 """
 
 
@@ -125,10 +125,11 @@ def variance_table(scores: list[dict]) -> tuple[list[str], list[list[str]]]:
 def variance_sentence(scores: list[dict]) -> str:
     parts = []
     for key, name in KINDS.items():
-        spans = [_ratios(scores, f"variance {density}", key) for density in ("beta", "uniform")]
-        lowered = ["lower" if low > 1 else "higher" if high < 1 else "not seen to differ" for _, low, high in spans]
-        parts.append(f"{name} it is {lowered[0]} under Beta(2,2) and {lowered[1]} under uniform")
-    return f"With stratified timesteps, the variance {'; '.join(parts)}."
+        for density, label in (("beta", "Beta(2,2)"), ("uniform", "uniform")):
+            mean, low, high = _ratios(scores, f"variance {density}", key)
+            what = "falls" if low > 1 else "rises" if high < 1 else "shows no difference"
+            parts.append(f"that {name} {what} under {label} (ratio {mean:.2f} [{low:.2f}, {high:.2f}])")
+    return f"Of the variances, {'; '.join(parts)}."
 
 
 PADDING = (
