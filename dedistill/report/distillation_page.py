@@ -5,8 +5,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from dedistill.files import replace_json
+from dedistill.report.pages import decimals, render
 from dedistill.report.plots import line_plot, tick_label
-from dedistill.report.sweep_page import decimals, render
 
 LOG = ("few_steps",)
 """Meters whose values span powers of ten."""

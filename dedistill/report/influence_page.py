@@ -7,8 +7,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from dedistill.adapters.influence import recipe_fragment
+from dedistill.report.pages import render
 from dedistill.report.plots import line_plot
-from dedistill.report.sweep_page import render
 from dedistill.sampling.influence import STREAMS, Influence
 
 
