@@ -20,7 +20,7 @@ from dedistill.report.plots import tick_label
 
 TINY = 96  # pictures with a shorter side than this are shown with hard pixel edges
 PHONE_SIDE = 80  # side of a thumbnail on a phone
-THUMB_SIDE, THUMB_QUALITY = 320, 70  # of the small copies: sharp at 220 CSS pixels, about 15 kB for a photograph
+THUMB_SIDE, THUMB_QUALITY = 320, 75  # of the small copies: 15 kB for a photograph
 
 
 @dataclass(frozen=True)
