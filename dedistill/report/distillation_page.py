@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from markupsafe import Markup
-
 from dedistill.files import replace_json
-from dedistill.report.pages import decimals, render
-from dedistill.report.plots import line_plot, tick_label
+from dedistill.report.pages import decimals, figure, render
+from dedistill.report.plots import tick_label
 
 LOG = ("few_steps",)
 """Meters whose values span powers of ten."""
@@ -29,7 +27,7 @@ def write_distillation_page(folder: Path, found: dict) -> Path:
         reference=found["reference"],
         names=names,
         summary=[row for meter in found["meters"] if _in_summary(meter) for row in _summary(meter, found)],
-        plots=[{"svg": _plot(meter, found), "help": meter["help"]} for meter in found["meters"] if meter["axis"]],
+        plots=[_plot(meter, found) for meter in found["meters"] if meter["axis"]],
         numbers=[row for meter in found["meters"] for row in _numbers(meter, found)],
     )
     page.write_text(html, encoding="utf-8")
@@ -60,13 +58,13 @@ def _summary(meter: dict, found: dict) -> list[dict]:
     return lines
 
 
-def _plot(meter: dict, found: dict) -> Markup:
+def _plot(meter: dict, found: dict) -> dict:
     series = {
         name: [(round(row["at"], 3), row["value"], row["low"], row["high"]) for row in rows[meter["key"]]]
         for name, rows in found["candidates"].items()
     }
-    log = meter["key"] in LOG
-    return Markup(line_plot(series, title=meter["label"], xlabel=meter["axis"], ylabel=meter["label"], log_y=log))
+    label, log = meter["label"], meter["key"] in LOG
+    return figure(series, title=label, xlabel=meter["axis"], ylabel=label, help=meter["help"], log_y=log)
 
 
 def _numbers(meter: dict, found: dict) -> list[list[dict]]:

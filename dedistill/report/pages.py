@@ -13,10 +13,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
 from dedistill.errors import UserError
-from dedistill.report.plots import tick_label
+from dedistill.report.plots import Points, line_plot, tick_label
 
 TINY = 96  # pictures with a shorter side than this are shown with hard pixel edges
 PHONE_SIDE = 80  # side of a thumbnail on a phone
@@ -119,6 +120,21 @@ def display_width(size: tuple[int, int], columns: int, most: int = 220) -> int:
 def is_number(value: object) -> bool:
     """Whether a value read from JSON can be shown as a number: neither missing, nor NaN, nor true or false."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def figure(series: dict[str, Points], *, title: str, xlabel: str, ylabel: str, help: str = "", **options) -> dict[str, object]:
+    """A plot and its numbers, as the macro ``figure`` of parts.html.j2 takes them; options: those of ``line_plot``."""
+    svg = line_plot(series, title=title, xlabel=xlabel, ylabel=ylabel, **options)
+    rows = [
+        (name, *map(number, point)) for name, points in series.items() for point in sorted(points, key=lambda point: point[0])
+    ]
+    heads = ["line", xlabel, title, "from", "to"]
+    return {"svg": Markup(svg), "title": title, "help": help, "heads": heads[: max(map(len, rows), default=3)], "rows": rows}
+
+
+def number(value: float | None) -> str:
+    """A number to be copied: six significant digits."""
+    return f"{value:.6g}" if is_number(value) else ""
 
 
 def decimals(values: Iterable[float | None]) -> int:

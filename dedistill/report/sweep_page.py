@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from markupsafe import Markup
-
-from dedistill.report.pages import decimals, drop_old_thumbnails, is_number, render
-from dedistill.report.plots import line_plot, tick_label
+from dedistill.report.pages import decimals, drop_old_thumbnails, figure, is_number, render
+from dedistill.report.plots import tick_label
 from dedistill.report.sweep_files import read_index, read_scores
 from dedistill.report.sweep_gallery import group, make_gallery, sheet_names, write_sheet
 
@@ -73,15 +71,16 @@ def _plots(scores: dict, names: list[str], skip: int, skips: list[int]) -> list[
             for name in names
         }
         low, high = min(values), max(values)
-        svg = line_plot(
+        plot = figure(
             series,
             title=number["label"],
             xlabel="CFG scale",
             ylabel={"high": "higher is better →", "low": "← lower is better"}.get(number["better"], number["label"]),
             log_y=number["better"] == "low" and low > 0 and high > LOG_RATIO * low,
             y_range=(low, high) if len(skips) > 1 else None,
+            help=number["help"],
         )
-        plots.append({"skip": skip, "svg": Markup(svg), "help": number["help"]})
+        plots.append({"skip": skip, **plot})
     return plots
 
 
