@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dedistill.files import replace_json
-from dedistill.report.pages import decimals, figure, render
+from dedistill.report.pages import decimals, field, figure, render
 from dedistill.report.plots import tick_label
 
 LOG = ("few_steps",)
@@ -28,7 +28,7 @@ def write_distillation_page(folder: Path, found: dict) -> Path:
         names=names,
         summary=[row for meter in found["meters"] if _in_summary(meter) for row in _summary(meter, found)],
         plots=[_plot(meter, found) for meter in found["meters"] if meter["axis"]],
-        numbers=[row for meter in found["meters"] for row in _numbers(meter, found)],
+        numbers=_numbers(found),
     )
     page.write_text(html, encoding="utf-8")
     return page
@@ -67,17 +67,14 @@ def _plot(meter: dict, found: dict) -> dict:
     return figure(series, title=label, xlabel=meter["axis"], ylabel=label, help=meter["help"], log_y=log)
 
 
-def _numbers(meter: dict, found: dict) -> list[list[dict]]:
-    """Every value as fields of a sortable table: candidate, meter, place, value and interval, difference and interval."""
+def _numbers(found: dict) -> dict:
+    """Every value as a sortable table: meter, place, candidate, value and interval, difference and interval."""
     lines = []
     keys = ("value", "low", "high", "difference", "difference_low", "difference_high")
-    for name, rows in found["candidates"].items():
-        for row in rows[meter["key"]]:
-            at = f"{meter['axis']} {tick_label(row['at'])}" if "at" in row else ""
-            texts = [{"text": text, "sort": text} for text in (meter["label"], at, name)]
-            lines.append(texts + [_field(row.get(key)) for key in keys])
-    return lines
-
-
-def _field(value: float | None) -> dict[str, str]:
-    return {"text": "", "sort": ""} if value is None else {"text": f"{value:.4g}", "sort": repr(value)}
+    for meter in found["meters"]:
+        for name, rows in found["candidates"].items():
+            for row in rows[meter["key"]]:
+                at = f"{meter['axis']} {tick_label(row['at'])}" if "at" in row else ""
+                lines.append([*map(field, (meter["label"], at, name)), *(field(row.get(k), "{:.4g}".format) for k in keys)])
+    heads = ["meter", "at", "candidate", "value", "from", "to", "difference", "from", "to"]
+    return {"heads": [{"label": h, "help": "", "numeric": i > 2} for i, h in enumerate(heads)], "rows": lines}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -141,3 +141,12 @@ def decimals(values: Iterable[float | None]) -> int:
     """How many decimals a column of such numbers needs."""
     largest = max((abs(value) for value in values if is_number(value)), default=0)
     return next(count for limit, count in ((100, 1), (10, 2), (0.1, 3), (0, 4)) if largest >= limit)
+
+
+def field(value: object, text: Callable[[float], str] = str, best: float | None = None) -> dict:
+    """One field of a sortable table; ``text`` writes a number. What is neither text nor a number is a gap."""
+    if isinstance(value, str):
+        return {"text": value, "sort": value, "best": False}
+    if not is_number(value):
+        return {"text": "–", "sort": "", "best": False}
+    return {"text": text(value), "sort": repr(value), "best": value == best}

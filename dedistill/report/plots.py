@@ -80,12 +80,12 @@ def line_plot(
         parts.append(f'<text x="{WIDTH / 2}" y="{height / 2}" text-anchor="middle" fill="currentColor">no values</text></svg>')
         return "\n".join(parts)
 
-    low, high, ticks = _log_ticks(min(values), max(values)) if log_y else _ticks(min(values), max(values))
+    low, high, ticks = _log_ticks(min(values), max(values)) if log_y else round_ticks(min(values), max(values))
     y = _Axis(low, high, top + PLOT_HEIGHT, top, log_y)
     first, last = min([*scales, *(at for at, _ in marks)]), max([*scales, *(at for at, _ in marks)])
     x_pad = (last - first) * 0.03 or 0.5
     x = _Axis(first - x_pad, last + x_pad, LEFT, WIDTH - RIGHT)
-    places = [tick for tick in _ticks(first, last)[2] if first - x_pad <= tick <= last + x_pad] if crowded else scales
+    places = [tick for tick in round_ticks(first, last)[2] if first - x_pad <= tick <= last + x_pad] if crowded else scales
     parts += _frame(x, y, places, ticks, xlabel, f"{ylabel} (log scale)" if log_y else ylabel)
     for at, what in marks:
         parts.append(
@@ -205,7 +205,7 @@ def value_label(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _ticks(low: float, high: float, wanted: int = 4) -> tuple[float, float, list[float]]:
+def round_ticks(low: float, high: float, wanted: int = 4) -> tuple[float, float, list[float]]:
     """Round tick values around ``low`` .. ``high``; the axis starts at zero when the values reach near it."""
     if 0 <= low < 0.35 * high:
         low = 0.0

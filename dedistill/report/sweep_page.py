@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from dedistill.report.pages import decimals, drop_old_thumbnails, figure, is_number, render
+from dedistill.report.pages import decimals, drop_old_thumbnails, field, figure, is_number, render
 from dedistill.report.plots import tick_label
 from dedistill.report.sweep_files import read_index, read_scores
 from dedistill.report.sweep_gallery import group, make_gallery, sheet_names, write_sheet
@@ -91,19 +90,11 @@ def _table(scores: dict) -> dict:
     fixed = [(key, label) for key, label in fixed if any(cell.get(key) for cell in cells)]  # no column of zero skips
     heads = [{"label": label, "help": "", "numeric": key != "candidate"} for key, label in fixed]
     heads += [{"label": number["label"], "help": number["help"], "numeric": True} for number in numbers]
-    columns = [[_field(cell.get(key), tick_label) for cell in cells] for key, _ in fixed]
+    columns = [[field(cell.get(key), tick_label) for cell in cells] for key, _ in fixed]
     for number in numbers:
         values = [cell.get(number["key"]) for cell in cells]
         finite = [value for value in values if is_number(value)]
         places = decimals(finite)
         best = {"high": max, "low": min}[number["better"]](finite) if number["better"] and finite else None
-        columns.append([_field(value, lambda v, n=places: f"{v:.{n}f}", best) for value in values])
+        columns.append([field(value, lambda v, n=places: f"{v:.{n}f}", best) for value in values])
     return {"heads": heads, "rows": list(zip(*columns))}
-
-
-def _field(value: object, text: Callable[[float], str], best: float | None = None) -> dict:
-    if isinstance(value, str):
-        return {"text": value, "sort": value, "best": False}
-    if not is_number(value):
-        return {"text": "–", "sort": "", "best": False}
-    return {"text": text(value), "sort": repr(value), "best": value == best}
