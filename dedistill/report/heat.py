@@ -1,5 +1,6 @@
 """Heat maps as inline SVG, in one hue: fuller is more, in a light and in a dark page."""
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -15,10 +16,11 @@ def heat_map(
 ) -> str:
     """One line of cells per row as an ``<svg>`` string, a cell per place of ``at``; hovering over a cell tells its value.
 
-    at: rising, evenly spread. rows: label -> values, the first at the bottom; None leaves a gap. unit: what the values are.
+    at: rising, evenly spread. rows: label -> values, the first at the bottom; None leaves a gap. unit: what the values
+    are, all above 0; equal ratios are equal steps in fullness.
     """
     known = [value for values in rows.values() for value in values if value is not None]
-    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    low, high = min(known), max(known)
     left = 22 + max(len(label) for label in rows) * CHARACTER + 8
     cell, bottom = (WIDTH - left) / len(at), TOP + ROW * len(rows)
     parts = [
@@ -41,9 +43,10 @@ def heat_map(
     parts += ["</g>", '<g class="frame" fill="currentColor">']
     for r, label in enumerate(rows):
         parts.append(f'<text x="{left - 8:.1f}" y="{bottom - ROW * r - 8}" text-anchor="end">{escape(label)}</text>')
+    per_cell = (at[-1] - at[0]) / (len(at) - 1) if len(at) > 1 else 1.0
     for tick in round_ticks(at[0], at[-1])[2] if len(at) > 1 else at:
-        if at[0] <= tick <= at[-1]:
-            x = left + cell / 2 + (tick - at[0]) / (at[-1] - at[0] or 1) * (WIDTH - left - cell)
+        x = left + (0.5 + (tick - at[0]) / per_cell) * cell
+        if left <= x <= WIDTH:
             parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{tick_label(tick)}</text>')
     middle = (TOP + bottom) / 2
     parts += [
@@ -55,7 +58,7 @@ def heat_map(
 
 
 def _opacity(value: float, low: float, high: float) -> str:
-    share = (value - low) / (high - low) if high > low else 0.5
+    share = math.log(value / low) / math.log(high / low) if high > low else 0.5
     return f"{FAINTEST + (1 - FAINTEST) * share:.2f}"
 
 
@@ -65,7 +68,7 @@ def _shades(low: float, high: float) -> list[str]:
     start = WIDTH - len(most) * CHARACTER - 6 - 7 * SHADES
     parts = [f'<g class="heat s0" fill="{COLOURS[0]}" style="stroke: none">']
     for i in range(SHADES):
-        opacity = _opacity(i / (SHADES - 1), 0, 1)
+        opacity = f"{FAINTEST + (1 - FAINTEST) * i / (SHADES - 1):.2f}"
         parts.append(f'<rect x="{start + 7 * i:.1f}" y="4" width="7.2" height="13" fill-opacity="{opacity}"/>')
     parts += ["</g>", '<g class="frame" fill="currentColor">']
     parts.append(f'<text x="{start - 6:.1f}" y="15" text-anchor="end">{value_label(low)}</text>')

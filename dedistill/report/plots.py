@@ -60,15 +60,16 @@ def line_plot(
     """One line per series as an ``<svg>`` string; hovering over a point tells its value.
 
     Points whose value or interval is missing, not finite, or (with ``log_y``) not positive are left out. A series
-    without points draws nothing but keeps its colour, so several plots of the same candidates agree. ``y_range`` widens
-    the vertical axis to cover at least this range, which makes plots comparable. ``marks`` are (x, what happened there).
+    without points draws nothing but keeps its colour, so several plots of the same candidates agree; a single one of the
+    plot's own name needs no legend. ``y_range`` widens the vertical axis to cover at least this range, which makes plots
+    comparable. ``marks`` are (x, what happened there).
     """
     clean = {name: _drawable(points, log_y) for name, points in series.items()}
     values = [y for points in clean.values() for _, *numbers in points for y in numbers]
     values += [edge for edge in y_range or () if edge > 0 or not log_y]
     scales = sorted({x for points in clean.values() for x, *_ in points})
     crowded = len(scales) > CROWDED
-    legend = _legend_places([name for name in clean if clean[name]])
+    legend = _legend_places([name for name in clean if clean[name] and [*clean] != [title]])
     top = 34 + 20 * (1 + max((row for _, row in legend.values()), default=0)) if legend else 34
     height = top + PLOT_HEIGHT + BOTTOM
     parts = [
@@ -94,7 +95,7 @@ def line_plot(
         )
     for i, (name, points) in enumerate(clean.items()):
         if points:
-            parts += _series(i, name, points, x, y, legend[name], xlabel, crowded)
+            parts += _series(i, name, points, x, y, legend.get(name), xlabel, crowded)
     parts.append("</svg>")
     return "\n".join(parts)
 
@@ -154,9 +155,9 @@ def _frame(x: _Axis, y: _Axis, scales: list[float], ticks: list[float], xlabel: 
 
 
 def _series(
-    i: int, name: str, points: Points, x: _Axis, y: _Axis, place: tuple[float, int], xlabel: str, crowded: bool
+    i: int, name: str, points: Points, x: _Axis, y: _Axis, place: tuple[float, int] | None, xlabel: str, crowded: bool
 ) -> list[str]:
-    """The line, its points with their values as tooltips, and its legend entry (together: hovering finds all)."""
+    """The line, its points with their values as tooltips, and its legend entry at ``place`` (together: hovering finds all)."""
     shift = i // len(COLOURS)  # a seventh line has the first one's colour, but not its dashes and marker
     colour, dash = COLOURS[i % len(COLOURS)], DASHES[(i + shift) % len(DASHES)]
     marker = f'<path class="marker" d="{MARKERS[(i + shift) % len(MARKERS)]}" stroke="none"/>'
@@ -165,15 +166,14 @@ def _series(
     at = [(x(px), y(py), px, py) for px, py, *_ in points]
     spans = [(x(px), *map(y, span)) for px, _, *span in points if span]
     path = " ".join(f"{ax:.1f},{ay:.1f}" for ax, ay, _, _ in at)
-    left, row = place
-    baseline = 37 + 20 * row
-    parts = [
-        f'<g class="series s{i % len(COLOURS)}" fill="{colour}" stroke="{colour}">',
-        f'<g class="legend"><path d="M{left:.0f} {baseline - 4}h28" {line}/>'
-        f'<g transform="translate({left + 14:.0f} {baseline - 4})">{marker}</g>'
-        f'<text x="{left + 35:.0f}" y="{baseline}" fill="currentColor" stroke="none">{escape(_shortened(name))}</text></g>',
-        f'<polyline points="{path}" {line}/>',
-    ]
+    parts = [f'<g class="series s{i % len(COLOURS)}" fill="{colour}" stroke="{colour}">', f'<polyline points="{path}" {line}/>']
+    if place:
+        left, baseline = place[0], 37 + 20 * place[1]
+        parts.append(
+            f'<g class="legend"><path d="M{left:.0f} {baseline - 4}h28" {line}/>'
+            f'<g transform="translate({left + 14:.0f} {baseline - 4})">{marker}</g>'
+            f'<text x="{left + 35:.0f}" y="{baseline}" fill="currentColor" stroke="none">{escape(_shortened(name))}</text></g>'
+        )
     for ax, low, high in spans:
         parts.append(f'<path class="span" d="M{ax:.1f} {low:.1f}V{high:.1f}" fill="none" stroke-opacity=".5"/>')
     for ax, ay, px, py in at:

@@ -142,8 +142,7 @@ def _bins(rows: list[dict]) -> list[dict]:
         return []
     lines = {"σ " + label: [(s, v) for s, v in zip(steps, values) if v is not None] for label, values in zip(labels, means)}
     parts = {
-        label: [None if v is None else v / (np.mean(known[label]) or 1.0) for v in values]
-        for label, values in zip(labels, means)
+        label: [None if not v else v / float(np.mean(known[label])) for v in values] for label, values in zip(labels, means)
     }
     title = "loss over its mean in the run"
     svg = heat_map(steps, parts, title="change by sigma", xlabel="step", ylabel="sigma", unit=title)
