@@ -146,7 +146,7 @@ def _bins(rows: list[dict]) -> list[dict]:
     }
     title = "loss over its mean in the run"
     svg = heat_map(steps, parts, title="change by sigma", xlabel="step", ylabel="sigma", unit=title)
-    cells = [(label, number(step), number(v)) for label, values in parts.items() for step, v in zip(steps, values)]
+    cells = [(label, number(s), number(v)) for label, values in parts.items() for s, v in zip(steps, values) if v]
     heat = {"svg": Markup(svg), "title": title, "heads": ["sigma", "step", title], "rows": cells}
     heat["help"] = "Each bin's loss over its own mean in the run; fuller is higher. A bin that learns fades from left to right."
     help = "1 is noise. Noise levels differ in how much can be known, so a bin is to be compared with itself."
