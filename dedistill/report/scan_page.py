@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from urllib.parse import quote
 
 from dedistill.data.index import Index
-from dedistill.report.sweep_page import Shot, render
+from dedistill.report.pages import Shot, render, save_small
 
 SIDE = 384
 PER_SOURCE = 24
@@ -75,10 +74,8 @@ def _rows(folder: Path, index: Index, shown: list[int], unit: str) -> list[list[
 def _shot(folder: Path, index: Index, i: int) -> Shot:
     """A small copy of sample i, named by its hash: no name of the user's becomes a path."""
     sample = index.samples[i]
-    file = f"pictures/{sample.sha256[:24]}.jpg"
-    picture = index.picture(i)
-    picture.thumbnail((SIDE, SIDE), reducing_gap=2)
-    picture.save(folder / file, quality=85)
+    file = f"pictures/{sample.sha256[:24]}.webp"
+    width, height = save_small(index.picture(i), folder / file, SIDE)
     where = f"{sample.name}, {sample.width} x {sample.height}"
     captions = " | ".join(sample.captions)
-    return Shot(file, quote(file), captions or sample.name, captions, where, "", picture.width, picture.height)
+    return Shot(file, file, file, captions or sample.name, captions, where, "", width, height)

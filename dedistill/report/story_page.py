@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from markupsafe import Markup
-
 from dedistill.errors import UserError
-from dedistill.report.plots import line_plot, tick_label, value_label
-from dedistill.report.sweep_page import PHONE_SIDE, TINY, Shot, decimals, display_width, is_number, picture_link, render
+from dedistill.report.pages import (
+    PHONE_SIDE,
+    TINY,
+    Shot,
+    decimals,
+    display_width,
+    drop_old_thumbnails,
+    figure,
+    is_number,
+    picture_link,
+    render,
+    thumbnail,
+)
+from dedistill.report.plots import tick_label, value_label
 
 NEEDED = {"title": str, "lead": str, "models": list, "cfgs": list, "summary": dict, "pictures": dict, "prompts": list}
 # key, label, axis label, what it says; a summary without one of these simply lacks its row and its curve
@@ -21,7 +31,7 @@ MEASURES = (
 
 
 def write_story_page(folder: Path, story: dict) -> Path:
-    """Write ``index.html`` for a story into ``folder`` and return its path.
+    """Write ``index.html`` and ``thumbs`` for a story into ``folder`` and return the page's path.
 
     ``story`` holds title, lead, models, labels, cfgs, summary, checks, pictures (files relative to ``folder``),
     prompts, sweep_link and commands; checks, labels, sweep_link and commands may be left out. Raises ``UserError``
@@ -37,6 +47,7 @@ def write_story_page(folder: Path, story: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)  # first: "../sweep/x.png" cannot be found from a folder that is not there
     gallery = _gallery(folder, story)
     shots = [shot for model in gallery for row in model["rows"] for shot in row["shots"] if shot]
+    drop_old_thumbnails(folder, shots)
     size = max(((shot.width, shot.height) for shot in shots), default=(TINY, TINY))
     html = render(
         "story.html.j2",
@@ -125,7 +136,8 @@ def _shots(folder: Path, story: dict, model: str, cfg: float, files: list[str]) 
             shots.append(None)
             continue
         src, (width, height) = picture_link(folder, file)
-        shots.append(Shot(file, src, f"{prompt}: {where}", prompt, where, numbers, width, height))
+        small = thumbnail(folder, file, (width, height))
+        shots.append(Shot(file, src, small, f"{prompt}: {where}", prompt, where, numbers, width, height))
     return shots
 
 
@@ -139,6 +151,5 @@ def _plots(story: dict) -> list[dict]:
             for model in story["models"]
         }
         if any(series.values()):
-            svg = line_plot(series, title=label, xlabel="CFG scale", ylabel=axis)
-            plots.append({"svg": Markup(svg), "help": explanation})
+            plots.append(figure(series, title=label, xlabel="CFG scale", ylabel=axis, help=explanation))
     return plots
