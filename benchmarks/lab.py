@@ -1,7 +1,7 @@
 """What is each trick of the method worth? Trains every variant over several seeds and writes docs/lab.md.
 
-python -m benchmarks.lab --quick        # 10 minutes, 2 seeds, fewer steps: writes runs/lab/quick/lab.md only
-python -m benchmarks.lab                # an hour on 2 cores, 4 seeds: writes docs/lab.md, its picture and its figures
+python -m benchmarks.lab --quick        # about 10 minutes on 2 cores, 2 seeds: runs/lab/quick/{index.html,lab.md}
+python -m benchmarks.lab                # under an hour on 2 cores, 3 seeds: docs/lab.md, its figures, runs/lab/full/index.html
 
 Stop it when you like; run again, it goes on. Each process takes one core.
 """
@@ -25,16 +25,19 @@ ROOT = Path(__file__).parent.parent
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps and seeds: which way do things point?")
-    parser.add_argument("--seeds", type=int, help="how many chains; default 4, quick 2")
+    parser.add_argument("--seeds", type=int, help="how many chains; default 3, quick 2")
     parser.add_argument("--processes", type=int, default=2, help="jobs at a time; default 2")
     parser.add_argument("--report", action="store_true", help="train nothing, write the report of the committed figures again")
     args = parser.parse_args()
-    from benchmarks.lab_report import write_report
+    from benchmarks.lab_page import write_page
+    from benchmarks.lab_report import main_table, write_report
 
     if args.report:
-        write_report(json.loads((ROOT / "benchmarks/results/lab.json").read_text()), ROOT / "docs")
+        found = json.loads((ROOT / "benchmarks/results/lab.json").read_text())
+        print("\n".join(main_table(found["scores"])))
+        print(f"done: {write_report(found, ROOT / 'docs')}, {write_page(found, Path('runs/lab/full'))}", file=sys.stderr)
         return 0
-    seeds, scale = args.seeds or (2 if args.quick else 4), QUICK if args.quick else FULL
+    seeds, scale = args.seeds or (2 if args.quick else 3), QUICK if args.quick else FULL
     if seeds < 2:
         parser.error("--seeds: an interval needs at least 2")
     root = Path("runs/lab") / ("quick" if args.quick else "full")
@@ -43,11 +46,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped; run again to go on", file=sys.stderr)
         return RUN_AGAIN
-    if args.quick:
-        print(f"done: {write_report(found, root)}")
-        return 0
-    (ROOT / "benchmarks/results/lab.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"done: {write_report(found, ROOT / 'docs')}")
+    if not args.quick:
+        (ROOT / "benchmarks/results/lab.json").write_text(json.dumps(found, indent=1) + "\n")
+    print("\n".join(main_table(found["scores"])))
+    report = write_report(found, root if args.quick else ROOT / "docs")
+    print(f"done: {report}, {write_page(found, root)}", file=sys.stderr)
     return 0
 
 

@@ -71,15 +71,29 @@ def _document(found: dict) -> list[str]:
     for key, file in PICTURES.items():
         lines += ["", f"![Differences of the {SCORES[key].label}, with intervals](images/{file})"]
     lines += ["", "## Verdicts", ""]
-    lines += [f"- **{trick.title}.** {sentence(trick, scores)}" for trick in TRICKS]
-    lines += [f"- **Variance under stratified timesteps.** {variance_sentence(scores)}"]
-    lines += [f"- **Padding.** {padding_sentence(scores)}", ""]
+    lines += [*(f"- **{title}.** {text}" for title, text in verdicts(scores)), ""]
     for trick in TRICKS:
         lines += [f"## {trick.title}", "", trick.asked, "", *_table(*trick_table(trick, scores)), ""]
     lines += ["## Variance under stratified timesteps", "", VARIANCE, "", *_table(*variance_table(scores)), ""]
     lines += ["## Padding", "", PADDING, "", *_table(*padding_table(scores)), ""]
     lines += ["## All models", "", "Means over seeds, and their standard deviations.", "", *_table(*models_table(scores))]
     return [*lines, ""]
+
+
+def verdicts(scores: list[dict]) -> list[tuple[str, str]]:
+    """A title and a sentence for every trick."""
+    told = [(trick.title, sentence(trick, scores)) for trick in TRICKS]
+    return [*told, ("Variance under stratified timesteps", variance_sentence(scores)), ("Padding", padding_sentence(scores))]
+
+
+def main_table(scores: list[dict]) -> list[str]:
+    """What README shows: the main comparisons, each by its own score."""
+    rows = []
+    for trick in TRICKS:
+        for c in (c for c in trick.comparisons if c.main):
+            found = effect(scores, c.run, c.control, trick.primary)
+            rows.append([trick.title, _short(c), SCORES[trick.primary].label, change(found), word(found, trick.primary)])
+    return _table(["trick", "variant", "by", "change [95 %]", "verdict"], rows)
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:

@@ -193,8 +193,8 @@ TRICKS = (
         "loss",
         PICTURES[2:],
         (
-            Comparison("stratifying under Beta(2,2)", "base", "beta_independent", main=True),
-            Comparison("stratifying under uniform", "uniform", "uniform_independent", main=True),
+            Comparison("stratifying under Beta(2,2), against independent draws,", "base", "beta_independent", main=True),
+            Comparison("stratifying under uniform, against independent draws,", "uniform", "uniform_independent", main=True),
         ),
     ),
     Trick(
@@ -203,9 +203,9 @@ TRICKS = (
         "frechet_2",
         ("loss", "accuracy_1", "accuracy_2", *PICTURES[3:]),
         (
-            Comparison("Beta(2,2)", "base", "uniform", main=True),
-            Comparison("logit-normal", "logit_normal", "uniform"),
-            Comparison("mode (s = 1.29)", "mode", "uniform"),
+            Comparison("Beta(2,2), against uniform,", "base", "uniform", main=True),
+            Comparison("logit-normal, against uniform,", "logit_normal", "uniform"),
+            Comparison("mode (s = 1.29), against uniform,", "mode", "uniform"),
         ),
     ),
     Trick(
@@ -224,11 +224,11 @@ TRICKS = (
         "loss",
         PICTURES,
         (
-            Comparison("LoKr, factor 2 (105 k parameters)", "lokr_2", "base", main=True),
-            Comparison("LoKr, factor 8 (9 k)", "lokr_8", "base"),
-            Comparison("LoRA, rank 2 (18 k)", "lora_2", "base", main=True),
-            Comparison("LoRA, rank 8 (73 k)", "lora_8", "base"),
-            Comparison("all weights (463 k)", "full", "base", main=True),
+            Comparison("LoKr of factor 2 (105 k), against factor 4 (27 k),", "lokr_2", "base", main=True),
+            Comparison("LoKr of factor 8 (9 k), against factor 4,", "lokr_8", "base"),
+            Comparison("LoRA of rank 2 (18 k), against LoKr of factor 4,", "lora_2", "base", main=True),
+            Comparison("LoRA of rank 8 (73 k), against LoKr of factor 4,", "lora_8", "base"),
+            Comparison("training all weights (463 k), against LoKr of factor 4,", "full", "base", main=True),
         ),
     ),
     Trick(
@@ -237,9 +237,12 @@ TRICKS = (
         "loss",
         ("accuracy_2", "frechet_2"),
         (
-            *(Comparison(f"LERP at alpha {a:g}", f"alpha_{a:g}", "last", main=a in (0.2, 0.9)) for a in (0.2, 0.4, 0.6, 0.9)),
             *(
-                Comparison(f"a power law of sigma_rel {s:g}", f"power_{s:g}", "last", main=s == 0.1)
+                Comparison(f"LERP at alpha {a:g}, against the last snapshot,", f"alpha_{a:g}", "last", main=a in (0.2, 0.9))
+                for a in (0.2, 0.4, 0.6, 0.9)
+            ),
+            *(
+                Comparison(f"a power law of sigma_rel {s:g}, against the last snapshot,", f"power_{s:g}", "last", main=s == 0.1)
                 for s in (0.05, 0.1, 0.15, 0.2)
             ),
         ),
