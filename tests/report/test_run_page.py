@@ -2,7 +2,7 @@
 
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from test_pages import Page
 from dedistill.errors import UserError
 from dedistill.report.heat import heat_map
 from dedistill.report.run_page import averaged, bins_over_time, write_run_page
+from dedistill.train import main
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = {"run": {"name": "a <b>run</b>"}, "train": {"steps": 100, "objective": "flow"}}
@@ -138,21 +139,25 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, file, content, message):
     assert not (run / "report").exists()
 
 
-def test_the_tool_takes_a_run_or_its_recipe(tmp_path):
-    """The page of a real run of eight steps, by folder and by recipe."""
-    recipe, out = ROOT / "recipes/digits/teacher.toml", tmp_path / "run"
-    changes = (f"run.out={out}", "train.steps=8", "train.warmup=0", "train.batch=4", "validate.samples=8")
-    sets = [word for change in changes for word in ("--set", change)]
-    tool = [sys.executable, "tools/report_run.py"]
+def tool(*arguments: object) -> int:
+    before, sys.argv = sys.argv, ["report_run.py", *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / "tools/report_run.py"), run_name="__main__")
+    except SystemExit as e:
+        return e.code or 0
+    finally:
+        sys.argv = before
+    return 0
 
-    def call(*command: object) -> subprocess.CompletedProcess:
-        return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
 
-    assert call(sys.executable, "-m", "dedistill.train", recipe, *sets).returncode == 0
-    by_folder = call(*tool, out)
-    assert by_folder.returncode == 0 and by_folder.stderr == f"done: {out / 'report' / 'index.html'}\n"
+def test_the_tool_takes_a_run_or_its_recipe(teacher_recipe, tmp_path, capsys):
+    """The page of a real run, by its folder and by its recipe."""
+    out = tmp_path / "run"
+    assert main([str(teacher_recipe), "--set", f"run.out={out}", "--set", "validate.samples=8"]) == 0
+    capsys.readouterr()
+    assert tool(out) == 0
+    assert capsys.readouterr().err == f"done: {out / 'report' / 'index.html'}\n"
     page = (out / "report" / "index.html").read_bytes()
-    assert b"8 of 8, finished" in page and b"held-out loss" in page
-    assert call(*tool, recipe, *sets).returncode == 0 and (out / "report" / "index.html").read_bytes() == page
-    nowhere = call(*tool, tmp_path / "none.toml")
-    assert nowhere.returncode == 2 and "none.toml" in nowhere.stderr and "Traceback" not in nowhere.stderr
+    assert b"4 of 4, finished" in page and b"held-out loss" in page and b"change by sigma" in page
+    assert tool(teacher_recipe, "--set", f"run.out={out}") == 0 and (out / "report" / "index.html").read_bytes() == page
+    assert tool(tmp_path / "none.toml") == 2 and "none.toml" in capsys.readouterr().err
