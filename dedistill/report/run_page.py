@@ -180,7 +180,7 @@ def _what(row: dict) -> str:
     if not row["applied"]:
         reasons.append("not finite, not applied" if "not_finite" in row else "a spike, not applied")
     if left_out := row.get("quarantined"):
-        reasons.append(f"trained again from here without {len(left_out)} samples")
+        reasons.append(f"trained again from here without {len(left_out)} sample{'' if len(left_out) == 1 else 's'}")
     return f"step {row['step']:,}: " + "; ".join(reasons)
 
 

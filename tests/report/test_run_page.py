@@ -94,7 +94,7 @@ def test_the_page_shows_what_was_logged_and_what_went_wrong(tmp_path):
     names = [svg["aria-label"] for svg in page.all("svg")]
     assert [name.partition(":")[0] for name in names] == [*labels, "loss by sigma", "change by sigma"]
     assert text.count("not finite, not applied") == 3  # in the table, and on the plots of loss and gradient norm
-    assert "step 9: trained again from here without 1 samples" in text and "set/<b>odd</b> name.png" in text
+    assert "step 9: trained again from here without 1 sample" in text and "set/<b>odd</b> name.png" in text
     assert len(page.all("g", class_="mark")) == 2 * 3
     assert page.source.count('class="span"') == 6  # intervals of the held-out loss alone
     assert page.all("a", href="../metrics.jsonl")
@@ -153,7 +153,7 @@ def tool(*arguments: object) -> int:
 def test_the_tool_takes_a_run_or_its_recipe(teacher_recipe, tmp_path, capsys):
     """The page of a real run, by its folder and by its recipe."""
     out = tmp_path / "run"
-    assert main([str(teacher_recipe), "--set", f"run.out={out}", "--set", "validate.samples=8"]) == 0
+    assert main([str(teacher_recipe), "--set", f"run.out={out}", "--set", "validate.every=2"]) == 0
     capsys.readouterr()
     assert tool(out) == 0
     assert capsys.readouterr().err == f"done: {out / 'report' / 'index.html'}\n"
