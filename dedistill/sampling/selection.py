@@ -69,7 +69,7 @@ def _chance(weights: np.ndarray, pulls: np.ndarray) -> np.ndarray:
 
     Each resample's errors are measured in its own standard error (bootstrap-t: Efron & Tibshirani 1993, ch. 12.5), as few
     samples that differ make mean and spread err together; at least half the data's own, as a resample may hold none of them.
-    Where every pull is zero so far, the next one may not be: the error is that of one sample among N (nearly the rule of three).
+    Where every pull is zero so far, the next may not be: the error is that of one sample among N (nearly the rule of three).
     """
     count = len(pulls)
     error = pulls.std(0, ddof=1) / np.sqrt(count)

@@ -23,13 +23,12 @@ def simulate(rng, prompts: int, means: np.ndarray) -> Reading:
 
 def right_or_wrong(rng, prompts: int, chances: np.ndarray) -> Reading:
     """Readings of 0 and 1: a cell is right where a shared difficulty of the prompt is below its chance."""
-    difficulty = np.where(
-        rng.random((prompts, len(chances))) < 0.7, rng.random((prompts, 1)), rng.random((prompts, len(chances)))
-    )
-    return Reading((difficulty < chances).astype(float), np.ones((prompts, len(chances))))
+    shape = prompts, len(chances)
+    difficulty = np.where(rng.random(shape) < 0.7, rng.random((prompts, 1)), rng.random(shape))
+    return Reading((difficulty < chances).astype(float), np.ones(shape))
 
 
-def coverage(draw, prompts: int, means: np.ndarray, better: str = "high", sweeps: int = 150) -> tuple[float, float, float]:
+def coverage(draw, prompts: int, means: np.ndarray, better: str = "high", sweeps: int = 100) -> tuple[float, float, float]:
     """How often the best is among the possibly best, how often all true differences lie in their bounds, size of the set."""
     rng, hits, bounds, size = np.random.default_rng(0), 0, 0, 0.0
     ahead = means if better == "high" else -means
@@ -45,31 +44,31 @@ def coverage(draw, prompts: int, means: np.ndarray, better: str = "high", sweeps
 @pytest.mark.parametrize("draw", [simulate, right_or_wrong])
 @pytest.mark.parametrize("means", [np.full(8, 0.9), np.linspace(0.6, 0.95, 8)], ids=["equal", "unequal"])
 def test_the_truly_best_is_missed_once_in_twenty(draw, means):
-    """Hsu 1984: of 150 sweeps the least that .95 gives, three standard errors down, is .897; equal means are the worst case."""
+    """Hsu 1984: of 100 sweeps, .95 less three standard errors is .885; equal means are the worst case."""
     for prompts in (16, 64):
         hits, bounds, _ = coverage(draw, prompts, means)
-        assert hits >= 0.897 and bounds >= 0.897
+        assert hits >= 0.885 and bounds >= 0.885
 
 
 def test_the_lowest_is_best_where_low_is_better():
-    hits, bounds, size = coverage(simulate, 64, np.array([1.0, 0.0, 1.0]), "low", sweeps=40)
+    hits, bounds, size = coverage(simulate, 64, np.array([1.0, 0.0, 1.0]), "low", sweeps=20)
     assert hits == 1 and bounds >= 0.8 and size == pytest.approx(1 / 3, abs=0.02)
 
 
 def test_more_prompts_tell_more_cells_apart():
-    sizes = [coverage(simulate, prompts, np.linspace(0, 1, 8), sweeps=40)[2] for prompts in (16, 64, 256)]
-    assert sizes[0] > sizes[1] + 0.1 > sizes[2] + 0.15
+    sizes = [coverage(simulate, prompts, np.linspace(0, 1, 8), sweeps=20)[2] for prompts in (16, 128)]
+    assert sizes[0] > sizes[1] + 0.2
 
 
-def test_a_set_of_several_is_not_a_row_of_single_comparisons():
-    """30 equal cells: comparing each with the winner alone, at 5 %, would drop a given cell far more often."""
+def test_many_cells_are_compared_at_once():
+    """15 equal cells: comparing each with the winner alone, at 5 %, would drop a given cell far more often."""
     rng, alone, together = np.random.default_rng(1), 0, 0
-    for _ in range(60):
-        reading = simulate(rng, 64, np.zeros(30))
-        gap = reading.top.max(1, initial=-np.inf) * 0 + reading.top[:, reading.value.argmax()] - reading.top[:, 0]
-        alone += gap.mean() > 1.645 * gap.std(ddof=1) / 8
+    for _ in range(40):
+        reading = simulate(rng, 32, np.zeros(15))
+        gap = reading.top[:, reading.value.argmax()] - reading.top[:, 0]
+        alone += gap.mean() > 1.645 * gap.std(ddof=1) / np.sqrt(32)
         together += not compare_with_best(reading, "high").may_be_best[0]
-    assert alone / 60 > 0.3 and together / 60 <= 0.15
+    assert alone >= 12 and together <= 6
 
 
 def test_equal_and_single_cells():
