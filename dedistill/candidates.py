@@ -35,7 +35,7 @@ def candidates_of(
     for name in _chosen(["base", *averages, "last"], [*averages], wanted, out):
         path = None if name == "base" else averages.get(name) or last_weights(out)
         parts = [p for p in (recipe.model.path, path) if p is not None]
-        found.append(Candidate(f"{label}{name}", _identity(recipe, *parts), steps, _opener(recipe, path)))
+        found.append(Candidate(f"{label}{name}", _identity(recipe, *parts), steps, _opener(recipe, path), name in averages))
     return found
 
 

@@ -74,12 +74,16 @@ picture shows what was asked. tolerance: how much worse than the reference selec
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to sample from. ``weights`` identifies its bytes; ``open`` loads it when its cells are not there yet."""
+    """Something to sample from. ``weights`` identifies its bytes; ``open`` loads it when its cells are not there yet.
+
+    average: it is one of the averages of its run.
+    """
 
     name: str
     weights: str
     steps: int
     open: Callable[[], Model]
+    average: bool = False
 
 
 @dataclass(frozen=True)
