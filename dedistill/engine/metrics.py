@@ -48,6 +48,11 @@ class Journal:
             self._file.close()
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Every whole row of a journal, also of one that is being written or whose last write was cut off."""
+    return [json.loads(line) for line in _lines(path)]
+
+
 def last_step(path: Path) -> int:
     """The step of a journal's last row; 0 without one."""
     lines = _lines(path)

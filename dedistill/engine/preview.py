@@ -66,13 +66,14 @@ class Preview:
         folder.mkdir(parents=True, exist_ok=True)
         rows = [(prompt, []) for prompt in p.prompts]
         for cfg in p.cfgs:
-            for i, (_, row) in enumerate(rows):
+            for i, (prompt, row) in enumerate(rows):
                 if interrupted():
                     return
                 with torch.no_grad():
                     picture = self.model.decode(next(latents))[0]
                 file = folder / f"p{i:03d}_cfg{cfg:g}.png"
-                save_png(picture, file)
+                how = {"cfg": cfg, "skip": p.skip, "steps": self.steps, "prompt": prompt, "seed": p.seed}
+                save_png(picture, file, {"step": step, **how})
                 with Image.open(file) as image:
                     row.append(image.copy())
         sheet = contact_sheet(rows, [f"CFG {cfg:g}" for cfg in p.cfgs], title=f"step {step:,}")

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from markupsafe import Markup
-
 from dedistill.files import replace_json
-from dedistill.report.pages import decimals, render
-from dedistill.report.plots import line_plot, tick_label
+from dedistill.report.pages import decimals, field, figure, render
+from dedistill.report.plots import tick_label
 
 LOG = ("few_steps",)
 """Meters whose values span powers of ten."""
@@ -29,8 +27,8 @@ def write_distillation_page(folder: Path, found: dict) -> Path:
         reference=found["reference"],
         names=names,
         summary=[row for meter in found["meters"] if _in_summary(meter) for row in _summary(meter, found)],
-        plots=[{"svg": _plot(meter, found), "help": meter["help"]} for meter in found["meters"] if meter["axis"]],
-        numbers=[row for meter in found["meters"] for row in _numbers(meter, found)],
+        plots=[_plot(meter, found) for meter in found["meters"] if meter["axis"]],
+        numbers=_numbers(found),
     )
     page.write_text(html, encoding="utf-8")
     return page
@@ -60,26 +58,23 @@ def _summary(meter: dict, found: dict) -> list[dict]:
     return lines
 
 
-def _plot(meter: dict, found: dict) -> Markup:
+def _plot(meter: dict, found: dict) -> dict:
     series = {
         name: [(round(row["at"], 3), row["value"], row["low"], row["high"]) for row in rows[meter["key"]]]
         for name, rows in found["candidates"].items()
     }
-    log = meter["key"] in LOG
-    return Markup(line_plot(series, title=meter["label"], xlabel=meter["axis"], ylabel=meter["label"], log_y=log))
+    label, log = meter["label"], meter["key"] in LOG
+    return figure(series, title=label, xlabel=meter["axis"], ylabel=label, help=meter["help"], log_y=log)
 
 
-def _numbers(meter: dict, found: dict) -> list[list[dict]]:
-    """Every value as fields of a sortable table: candidate, meter, place, value and interval, difference and interval."""
+def _numbers(found: dict) -> dict:
+    """Every value as a sortable table: meter, place, candidate, value and interval, difference and interval."""
     lines = []
     keys = ("value", "low", "high", "difference", "difference_low", "difference_high")
-    for name, rows in found["candidates"].items():
-        for row in rows[meter["key"]]:
-            at = f"{meter['axis']} {tick_label(row['at'])}" if "at" in row else ""
-            texts = [{"text": text, "sort": text} for text in (meter["label"], at, name)]
-            lines.append(texts + [_field(row.get(key)) for key in keys])
-    return lines
-
-
-def _field(value: float | None) -> dict[str, str]:
-    return {"text": "", "sort": ""} if value is None else {"text": f"{value:.4g}", "sort": repr(value)}
+    for meter in found["meters"]:
+        for name, rows in found["candidates"].items():
+            for row in rows[meter["key"]]:
+                at = f"{meter['axis']} {tick_label(row['at'])}" if "at" in row else ""
+                lines.append([*map(field, (meter["label"], at, name)), *(field(row.get(k), "{:.4g}".format) for k in keys)])
+    heads = ["meter", "at", "candidate", "value", "from", "to", "difference", "from", "to"]
+    return {"heads": [{"label": h, "help": "", "numeric": i > 2} for i, h in enumerate(heads)], "rows": lines}

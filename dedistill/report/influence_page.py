@@ -4,11 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from markupsafe import Markup
-
 from dedistill.adapters.influence import recipe_fragment
-from dedistill.report.pages import render
-from dedistill.report.plots import line_plot
+from dedistill.report.pages import figure, render
 from dedistill.sampling.influence import STREAMS, Influence
 
 
@@ -47,5 +44,11 @@ def _values(numbers: dict, found: Influence, recipe: Path) -> dict:
         "numbers": numbers,
         "streams": STREAMS,
         "most": float(found.distance.max()) or 1.0,
-        "plot": Markup(line_plot(curves, title="Influence by block", xlabel="block", ylabel="angular distance")),
+        "plot": figure(
+            curves,
+            title="Influence by block",
+            xlabel="block",
+            ylabel="angular distance",
+            help="Mean over noise levels; blocks in the order of the network.",
+        ),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -13,14 +13,15 @@ from pathlib import Path
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
 from dedistill.errors import UserError
-from dedistill.report.plots import tick_label
+from dedistill.report.plots import Points, line_plot, tick_label
 
 TINY = 96  # pictures with a shorter side than this are shown with hard pixel edges
 PHONE_SIDE = 80  # side of a thumbnail on a phone
-THUMB_SIDE, THUMB_QUALITY = 320, 70  # of the small copies: sharp at 220 CSS pixels, about 15 kB for a photograph
+THUMB_SIDE, THUMB_QUALITY = 320, 75  # of the small copies: 15 kB for a photograph
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,31 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def figure(series: dict[str, Points], *, title: str, xlabel: str, ylabel: str, help: str = "", **options) -> dict[str, object]:
+    """A plot and its numbers, as the macro ``figure`` of parts.html.j2 takes them; options: those of ``line_plot``."""
+    svg = line_plot(series, title=title, xlabel=xlabel, ylabel=ylabel, **options)
+    rows = [
+        (name, *map(number, point)) for name, points in series.items() for point in sorted(points, key=lambda point: point[0])
+    ]
+    heads = ["line", xlabel, title, "from", "to"]
+    return {"svg": Markup(svg), "title": title, "help": help, "heads": heads[: max(map(len, rows), default=3)], "rows": rows}
+
+
+def number(value: float | None) -> str:
+    """A number to be copied: six significant digits."""
+    return f"{value:.6g}" if is_number(value) else ""
+
+
 def decimals(values: Iterable[float | None]) -> int:
     """How many decimals a column of such numbers needs."""
     largest = max((abs(value) for value in values if is_number(value)), default=0)
     return next(count for limit, count in ((100, 1), (10, 2), (0.1, 3), (0, 4)) if largest >= limit)
+
+
+def field(value: object, text: Callable[[float], str] = str, best: float | None = None) -> dict:
+    """One field of a sortable table; ``text`` writes a number. What is neither text nor a number is a gap."""
+    if isinstance(value, str):
+        return {"text": value, "sort": value, "best": False}
+    if not is_number(value):
+        return {"text": "–", "sort": "", "best": False}
+    return {"text": text(value), "sort": repr(value), "best": value == best}

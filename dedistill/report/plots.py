@@ -10,6 +10,7 @@ from html import escape
 WIDTH, PLOT_HEIGHT = 380, 190
 LEFT, RIGHT, BOTTOM = 76, 8, 46
 TEXT = 12  # pixels at the plot's own width
+CROWDED = 40  # places on the horizontal axis beyond which lines have no markers, and round numbers below
 CHARACTER = 6.4  # average width of one character of that size: there is no font to measure with here
 
 # Darkened Okabe-Ito colours: distinct under the common colour blindnesses and at least 3:1 on white. The page's
@@ -54,18 +55,21 @@ def line_plot(
     ylabel: str,
     log_y: bool = False,
     y_range: tuple[float, float] | None = None,
+    marks: Sequence[tuple[float, str]] = (),
 ) -> str:
     """One line per series as an ``<svg>`` string; hovering over a point tells its value.
 
     Points whose value or interval is missing, not finite, or (with ``log_y``) not positive are left out. A series
-    without points draws nothing but keeps its colour, so several plots of the same candidates agree. ``y_range`` widens
-    the vertical axis to cover at least this range, which makes plots comparable.
+    without points draws nothing but keeps its colour, so several plots of the same candidates agree; a single one of the
+    plot's own name needs no legend. ``y_range`` widens the vertical axis to cover at least this range, which makes plots
+    comparable. ``marks`` are (x, what happened there).
     """
     clean = {name: _drawable(points, log_y) for name, points in series.items()}
     values = [y for points in clean.values() for _, *numbers in points for y in numbers]
     values += [edge for edge in y_range or () if edge > 0 or not log_y]
     scales = sorted({x for points in clean.values() for x, *_ in points})
-    legend = _legend_places([name for name in clean if clean[name]])
+    crowded = len(scales) > CROWDED
+    legend = _legend_places([name for name in clean if clean[name] and [*clean] != [title]])
     top = 34 + 20 * (1 + max((row for _, row in legend.values()), default=0)) if legend else 34
     height = top + PLOT_HEIGHT + BOTTOM
     parts = [
@@ -77,14 +81,21 @@ def line_plot(
         parts.append(f'<text x="{WIDTH / 2}" y="{height / 2}" text-anchor="middle" fill="currentColor">no values</text></svg>')
         return "\n".join(parts)
 
-    low, high, ticks = _log_ticks(min(values), max(values)) if log_y else _ticks(min(values), max(values))
+    low, high, ticks = _log_ticks(min(values), max(values)) if log_y else round_ticks(min(values), max(values))
     y = _Axis(low, high, top + PLOT_HEIGHT, top, log_y)
-    x_pad = (scales[-1] - scales[0]) * 0.03 or 0.5
-    x = _Axis(scales[0] - x_pad, scales[-1] + x_pad, LEFT, WIDTH - RIGHT)
-    parts += _frame(x, y, scales, ticks, xlabel, f"{ylabel} (log scale)" if log_y else ylabel)
+    first, last = min([*scales, *(at for at, _ in marks)]), max([*scales, *(at for at, _ in marks)])
+    x_pad = (last - first) * 0.03 or 0.5
+    x = _Axis(first - x_pad, last + x_pad, LEFT, WIDTH - RIGHT)
+    places = [tick for tick in round_ticks(first, last)[2] if first - x_pad <= tick <= last + x_pad] if crowded else scales
+    parts += _frame(x, y, places, ticks, xlabel, f"{ylabel} (log scale)" if log_y else ylabel)
+    for at, what in marks:
+        parts.append(
+            f'<g class="mark" stroke="#b3420a"><title>{escape(what)}</title>'
+            f'<path d="M{x(at):.1f} {y.end}V{y.start}" stroke-dasharray="2 3"/></g>'
+        )
     for i, (name, points) in enumerate(clean.items()):
         if points:
-            parts += _series(i, name, points, x, y, legend[name], xlabel)
+            parts += _series(i, name, points, x, y, legend.get(name), xlabel, crowded)
     parts.append("</svg>")
     return "\n".join(parts)
 
@@ -103,12 +114,18 @@ def _legend_places(names: list[str]) -> dict[str, tuple[float, int]]:
     places: dict[str, tuple[float, int]] = {}
     left, row = 0.0, 0
     for name in names:
-        width = 34 + len(name) * CHARACTER
+        width = 34 + len(_shortened(name)) * CHARACTER
         if left and left + width > WIDTH:
             left, row = 0.0, row + 1
         places[name] = left, row
         left += width + 16
     return places
+
+
+def _shortened(name: str) -> str:
+    """A name that fits into one row of the legend."""
+    most = int((WIDTH - 34) / CHARACTER)
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _frame(x: _Axis, y: _Axis, scales: list[float], ticks: list[float], xlabel: str, ylabel: str) -> list[str]:
@@ -137,8 +154,10 @@ def _frame(x: _Axis, y: _Axis, scales: list[float], ticks: list[float], xlabel: 
     return parts
 
 
-def _series(i: int, name: str, points: Points, x: _Axis, y: _Axis, place: tuple[float, int], xlabel: str) -> list[str]:
-    """The line, its points with their values as tooltips, and its legend entry (together: hovering finds all)."""
+def _series(
+    i: int, name: str, points: Points, x: _Axis, y: _Axis, place: tuple[float, int] | None, xlabel: str, crowded: bool
+) -> list[str]:
+    """The line, its points with their values as tooltips, and its legend entry at ``place`` (together: hovering finds all)."""
     shift = i // len(COLOURS)  # a seventh line has the first one's colour, but not its dashes and marker
     colour, dash = COLOURS[i % len(COLOURS)], DASHES[(i + shift) % len(DASHES)]
     marker = f'<path class="marker" d="{MARKERS[(i + shift) % len(MARKERS)]}" stroke="none"/>'
@@ -147,22 +166,21 @@ def _series(i: int, name: str, points: Points, x: _Axis, y: _Axis, place: tuple[
     at = [(x(px), y(py), px, py) for px, py, *_ in points]
     spans = [(x(px), *map(y, span)) for px, _, *span in points if span]
     path = " ".join(f"{ax:.1f},{ay:.1f}" for ax, ay, _, _ in at)
-    left, row = place
-    baseline = 37 + 20 * row
-    parts = [
-        f'<g class="series s{i % len(COLOURS)}" fill="{colour}" stroke="{colour}">',
-        f'<g class="legend"><path d="M{left:.0f} {baseline - 4}h28" {line}/>'
-        f'<g transform="translate({left + 14:.0f} {baseline - 4})">{marker}</g>'
-        f'<text x="{left + 35:.0f}" y="{baseline}" fill="currentColor" stroke="none">{escape(name)}</text></g>',
-        f'<polyline points="{path}" {line}/>',
-    ]
+    parts = [f'<g class="series s{i % len(COLOURS)}" fill="{colour}" stroke="{colour}">', f'<polyline points="{path}" {line}/>']
+    if place:
+        left, baseline = place[0], 37 + 20 * place[1]
+        parts.append(
+            f'<g class="legend"><path d="M{left:.0f} {baseline - 4}h28" {line}/>'
+            f'<g transform="translate({left + 14:.0f} {baseline - 4})">{marker}</g>'
+            f'<text x="{left + 35:.0f}" y="{baseline}" fill="currentColor" stroke="none">{escape(_shortened(name))}</text></g>'
+        )
     for ax, low, high in spans:
         parts.append(f'<path class="span" d="M{ax:.1f} {low:.1f}V{high:.1f}" fill="none" stroke-opacity=".5"/>')
     for ax, ay, px, py in at:
         parts.append(
             f'<g class="point" transform="translate({ax:.1f} {ay:.1f})">'
             f"<title>{escape(name)}, {escape(xlabel)} {tick_label(px)}: {value_label(py)}</title>"
-            f'<circle class="hit" r="9" fill="transparent" stroke="none"/>{marker}</g>'
+            f'<circle class="hit" r="9" fill="transparent" stroke="none"/>{"" if crowded else marker}</g>'
         )
     parts.append("</g>")
     return parts
@@ -187,7 +205,7 @@ def value_label(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _ticks(low: float, high: float, wanted: int = 4) -> tuple[float, float, list[float]]:
+def round_ticks(low: float, high: float, wanted: int = 4) -> tuple[float, float, list[float]]:
     """Round tick values around ``low`` .. ``high``; the axis starts at zero when the values reach near it."""
     if 0 <= low < 0.35 * high:
         low = 0.0

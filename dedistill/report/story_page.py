@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from markupsafe import Markup
-
 from dedistill.errors import UserError
 from dedistill.report.pages import (
     PHONE_SIDE,
@@ -14,12 +12,13 @@ from dedistill.report.pages import (
     decimals,
     display_width,
     drop_old_thumbnails,
+    figure,
     is_number,
     picture_link,
     render,
     thumbnail,
 )
-from dedistill.report.plots import line_plot, tick_label, value_label
+from dedistill.report.plots import tick_label, value_label
 
 NEEDED = {"title": str, "lead": str, "models": list, "cfgs": list, "summary": dict, "pictures": dict, "prompts": list}
 # key, label, axis label, what it says; a summary without one of these simply lacks its row and its curve
@@ -152,6 +151,5 @@ def _plots(story: dict) -> list[dict]:
             for model in story["models"]
         }
         if any(series.values()):
-            svg = line_plot(series, title=label, xlabel="CFG scale", ylabel=axis)
-            plots.append({"svg": Markup(svg), "help": explanation})
+            plots.append(figure(series, title=label, xlabel="CFG scale", ylabel=axis, help=explanation))
     return plots

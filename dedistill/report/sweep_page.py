@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from markupsafe import Markup
-
-from dedistill.report.pages import decimals, drop_old_thumbnails, is_number, render
-from dedistill.report.plots import line_plot, tick_label
+from dedistill.report.pages import decimals, drop_old_thumbnails, field, figure, is_number, render
+from dedistill.report.plots import tick_label
 from dedistill.report.sweep_files import read_index, read_scores
 from dedistill.report.sweep_gallery import Place, group, make_gallery, places_of, sheet_names, write_sheet
 
@@ -77,15 +75,16 @@ def _plots(scores: dict, names: list[str], place: Place, place_of: Callable[[dic
             for name in names
         }
         low, high = min(values), max(values)
-        svg = line_plot(
+        plot = figure(
             series,
             title=number["label"],
             xlabel="CFG scale",
             ylabel={"high": "higher is better →", "low": "← lower is better"}.get(number["better"], number["label"]),
             log_y=number["better"] == "low" and low > 0 and high > LOG_RATIO * low,
             y_range=None if alone else (low, high),
+            help=number["help"],
         )
-        plots.append({"svg": Markup(svg), "help": number["help"]})
+        plots.append(plot)
     return plots
 
 
@@ -96,19 +95,11 @@ def _table(scores: dict) -> dict:
     fixed = [(key, label) for key, label in fixed if any(cell.get(key) for cell in cells)]  # no column of zero skips
     heads = [{"label": label, "help": "", "numeric": key != "candidate"} for key, label in fixed]
     heads += [{"label": number["label"], "help": number["help"], "numeric": True} for number in numbers]
-    columns = [[_field(cell.get(key), tick_label) for cell in cells] for key, _ in fixed]
+    columns = [[field(cell.get(key), tick_label) for cell in cells] for key, _ in fixed]
     for number in numbers:
         values = [cell.get(number["key"]) for cell in cells]
         finite = [value for value in values if is_number(value)]
         places = decimals(finite)
         best = {"high": max, "low": min}[number["better"]](finite) if number["better"] and finite else None
-        columns.append([_field(value, lambda v, n=places: f"{v:.{n}f}", best) for value in values])
+        columns.append([field(value, lambda v, n=places: f"{v:.{n}f}", best) for value in values])
     return {"heads": heads, "rows": list(zip(*columns))}
-
-
-def _field(value: object, text: Callable[[float], str], best: float | None = None) -> dict:
-    if isinstance(value, str):
-        return {"text": value, "sort": value, "best": False}
-    if not is_number(value):
-        return {"text": "–", "sort": "", "best": False}
-    return {"text": text(value), "sort": repr(value), "best": value == best}

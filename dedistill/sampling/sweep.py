@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from dedistill.assemble import Model
@@ -189,8 +190,9 @@ def _make_cell(model: Model, place: dict, grid: Grid, folder: Path, out: Path, j
             numbers["realistic"] = judge.realistic(pictures)
         for i, prompt in enumerate(grid.prompts):
             file = folder / f"p{i:03d}_s{seed}.png"
-            save_png(pictures[i], file)
-            row = {"file": file.relative_to(out).as_posix(), **place, "prompt": prompt, "seed": seed}
+            facts = {**place, "prompt": prompt, "seed": seed}
+            save_png(pictures[i], file, facts)
+            row = {"file": file.relative_to(out).as_posix(), **facts}
             rows.append(row | {k: round(float(v[i]), 6) for k, v in numbers.items() if not np.isnan(v[i])})
         everything.append(pictures)
     cell = {**place, "pictures": len(rows)}
@@ -203,10 +205,16 @@ def _make_cell(model: Model, place: dict, grid: Grid, folder: Path, out: Path, j
     return {"rows": rows, "cell": cell}
 
 
-def save_png(picture: Tensor, path: Path) -> None:
-    """One picture [C, H, W] in [-1, 1], clamped, at its own resolution; grey for one channel, RGB for three."""
+def save_png(picture: Tensor, path: Path, facts: dict[str, object] | None = None) -> None:
+    """One picture [C, H, W] in [-1, 1], clamped, at its own resolution; grey for one channel, RGB for three.
+
+    facts: how it was made, kept in the file as text chunks.
+    """
+    text = PngInfo()
+    for key, value in (facts or {}).items():
+        text.add_text(key, str(value))
     x = ((torch.nan_to_num(picture).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
-    Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0)).save(path)
+    Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0)).save(path, pnginfo=text)
 
 
 def _short(cell: dict) -> str:

@@ -52,6 +52,11 @@ def judge() -> DigitJudge:
     return DigitJudge(load_digits(0.0))
 
 
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
 def count_calls(net: torch.nn.Module) -> list[int]:
     """A list that grows by the batch size at every evaluation of ``net``."""
     calls: list[int] = []
@@ -131,8 +136,8 @@ def test_pictures_are_made_on_the_shifted_sigmas_of_the_recipe(tmp_path):
     noise = start_noise(0, 3, PICTURE)
     wanted, plain = (sample(own, PROMPTS, noise, sigma_grid(3, shift))[0] for shift in (3.0, 1.0))
     save_png(wanted, tmp_path / "wanted.png"), save_png(plain, tmp_path / "plain.png")
-    made = (tmp_path / "pictures/a/cfg1_skip0/p000_s0.png").read_bytes()
-    assert made == (tmp_path / "wanted.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+    made = pixels(tmp_path / "pictures/a/cfg1_skip0/p000_s0.png")
+    assert made == pixels(tmp_path / "wanted.png") != pixels(tmp_path / "plain.png")
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
@@ -326,7 +331,9 @@ def test_a_sweep_is_complete(tmp_path, judge):
     )
     again = sample(model(seed=1), PROMPTS, start_noise(7, 3, PICTURE), sigma_grid(3), cfg=3, skip=2)
     save_png(again[1], tmp_path / "again.png")
-    assert (tmp_path / "again.png").read_bytes() == (tmp_path / row["file"]).read_bytes()
+    assert pixels(tmp_path / "again.png") == pixels(tmp_path / row["file"])
+    with Image.open(tmp_path / row["file"]) as image:  # the file tells how it was made
+        assert image.text == {k: str(row[k]) for k in ("candidate", "cfg", "skip", "steps", "prompt", "seed")}
 
 
 def test_a_sweep_makes_only_what_is_missing(tmp_path):
@@ -382,6 +389,14 @@ def test_two_candidates_of_one_name_are_refused(tmp_path):
     with pytest.raises(UserError, match="share a name") as caught:
         run([Opened().candidate("last"), Opened().candidate("last", weights="other")], tmp_path)
     assert caught.value.exit_code == 2 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("prompt", ["a 7", "ein rotes Haus, Größe 3", "赤い太陽 \U0001f305", "two\nlines", ""])
+def test_a_png_tells_how_it_was_made(tmp_path, prompt):
+    """UX: the parameters are in the picture's own text chunks, whatever the script of the prompt."""
+    save_png(torch.zeros(3, 4, 4), tmp_path / "a.png", {"prompt": prompt, "seed": 3, "cfg": 2.5})
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.text == {"prompt": prompt, "seed": "3", "cfg": "2.5"}
 
 
 def test_values_of_a_png(tmp_path):

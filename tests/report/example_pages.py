@@ -1,0 +1,89 @@
+"""One small example of every page, for the tests in a browser. A new page is one more function in ``PAGES``."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from test_distillation_page import METERS, row
+from test_pages import story_of, write_sweep
+
+from dedistill.data.index import build_index
+from dedistill.data.picture_set import PictureSet
+from dedistill.data.scan import scan
+from dedistill.report.distillation_page import write_distillation_page
+from dedistill.report.influence_page import write_influence
+from dedistill.report.run_page import write_run_page
+from dedistill.report.scan_page import write_scan_page
+from dedistill.report.story_page import write_story_page
+from dedistill.report.sweep_page import write_sweep_page
+from dedistill.sampling.influence import Influence
+
+
+def sweep(folder: Path) -> Path:
+    """Large enough for small copies."""
+    write_sweep(folder, skips=(0, 2), size=(128, 128), mode="RGB")
+    return write_sweep_page(folder)
+
+
+def story(folder: Path) -> Path:
+    return write_story_page(folder / "story", story_of(folder))
+
+
+def distillation(folder: Path) -> Path:
+    few = [row(0.145, 1), row(0.0123, 4)]
+    names = ["teacher", "<b>student</b> & co", "dedistilled"]
+    candidates = {name: {"loss": [row(0.4 + i / 7)], "few_steps": few} for i, name in enumerate(names)}
+    found = {"title": "How distilled", "settings": {"prompts": 8}, "reference": "teacher", "meters": METERS}
+    return write_distillation_page(folder, found | {"candidates": candidates})
+
+
+def influence(folder: Path) -> Path:
+    distance = torch.rand(3, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = Influence([f"transformer_blocks.{i}" for i in range(3)], [1 - i / 8 for i in range(8)], distance, 5)
+    return write_influence(folder, found, dict.fromkeys(found.blocks, 4), 90, 100, folder / "recipe.toml")
+
+
+def scanned(folder: Path) -> Path:
+    """Six pictures, two of them the same, and one without a caption."""
+    data = folder / "data"
+    data.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(7):
+        noise = Image.fromarray(generator.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((160, 120))
+        noise.save(data / f"picture {i}.png")
+        if i < 6:
+            (data / f"picture {i}.txt").write_text(f"caption {i}\na longer caption of the {i}th picture <b>with markup</b>")
+    (data / "picture 5.png").write_bytes((data / "picture 4.png").read_bytes())
+    index = build_index([PictureSet(str(data), missing_captions="quarantine")])
+    return write_scan_page(folder / "page", index, scan(index, resolutions=[128]))
+
+
+def run_rows(steps: int) -> list[dict]:
+    """Rows as a run logs them, among them two bad steps, a return and a torn one left out by the reader."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for step in range(1, steps + 1):
+        loss = 0.4 + 1 / (step + 1) + 0.05 * generator.standard_normal()
+        bins = [None if generator.random() < 0.1 else float(loss * (2 - b / 8)) for b in range(8)]
+        made = {"step": step, "loss": loss, "lr": 1e-4 * min(1, step / 10), "grad_norm": 2 * loss, "applied": True}
+        made |= {"sigma_mean": 0.5, "sigma_loss": bins}
+        if step % 10 == 0:
+            made |= {"val_loss": loss, "val_loss_se": 0.01, "guidance_gap": 0.1, "straightness": 0.2, "few_step_gap": 0.03}
+        rows.append(made)
+    found = [{"sample": "set/<b>odd</b> name.png", "sigma": 0.4, "loss": "nan"}]
+    rows[6] = {"step": 7, "loss": "nan", "lr": 1e-4, "grad_norm": "nan", "applied": False, "not_finite": found}
+    rows[7] = {"step": 8, "loss": "0.51", "lr": 1e-4, "grad_norm": "912.0", "applied": False, "spike": []}
+    rows[8]["quarantined"] = found
+    return rows
+
+
+def run(folder: Path) -> Path:
+    lines = [json.dumps(row) for row in run_rows(60)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 61, "lo')  # the last write was cut off
+    (folder / "recipe.json").write_text(json.dumps({"run": {"name": "a <run>"}, "train": {"steps": 100, "objective": "flow"}}))
+    return write_run_page(folder)
+
+
+PAGES = {"sweep": sweep, "story": story, "distillation": distillation, "influence": influence, "scan": scanned, "run": run}
