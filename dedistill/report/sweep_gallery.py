@@ -69,7 +69,7 @@ def make_gallery(folder: Path, scores: dict, cells: dict[float, dict], rows: lis
     lines, sizes = [], []
     for i, row in enumerate(rows):
         entries = [shots[cfg].get(row) for cfg in scales]
-        line = [_shot(folder, entry, labels) if entry else None for entry in entries]
+        line = [shot(folder, entry, labels) if entry else None for entry in entries]
         sizes += [(shot.width, shot.height) for shot in line if shot]
         (prompt, _), seed = row
         lines.append({"label": f"{prompt} (seed {seed})" if several else prompt, "key": i, "shots": line})
@@ -85,7 +85,8 @@ def make_gallery(folder: Path, scores: dict, cells: dict[float, dict], rows: lis
     }
 
 
-def _shot(folder: Path, entry: dict, labels: dict[str, str]) -> Shot:
+def shot(folder: Path, entry: dict, labels: dict[str, str]) -> Shot:
+    """The picture of a row of index.json, whose file is relative to ``folder``; labels: what numbers are called."""
     src, (width, height) = picture_link(folder, entry["file"])
     numbers = [(labels.get(key, key), value) for key, value in entry.items() if key not in IDENTITY]
     correct = entry.get("correct")
