@@ -50,9 +50,8 @@ def run(args: argparse.Namespace) -> int:
         cfgs=tuple(sorted({min(cfgs), max(cfgs)})),
     )
     grid = Grid(cfgs, skips, asked.prompts, seeds, steps)
-    title = f"Evaluation: {asked.names}"
-    found = evaluate(asked.runs, questions, grid, asked.out, title=title, by=args.by, reference=args.reference, say=say)
-    answers, page = write_evaluation(asked.out, found, title)
+    found = evaluate(asked.runs, questions, grid, asked.out, names=asked.names, by=args.by, reference=args.reference, say=say)
+    answers, page = write_evaluation(asked.out, found, asked.names)
     print("\n".join(f"\n{item['question']} {item['answer']}" for item in answers))
     print(f"\ndone: {page}", file=sys.stderr)
     return 0

@@ -163,7 +163,7 @@ def measure(
     """
     names = [c.name for c in candidates]
     reference = reference or names[0]
-    _check_comparable(names, reference, questions)
+    check_comparable(names, reference, questions)
     readings, places, shapes = {}, {}, {}
     for candidate in sorted(candidates, key=lambda c: c.name != reference):
         name, answer = candidate.name, ask(_of_one_shape(candidate, shapes), questions, kept)
@@ -206,7 +206,8 @@ def _check_shape(name: str, picture: tuple[int, ...], shapes: dict[tuple[int, ..
         raise UserError(f"{' and '.join(shapes.values())} make pictures of different shapes: measure them apart")
 
 
-def _check_comparable(names: list[str], reference: str, questions: Questions) -> None:
+def check_comparable(names: list[str], reference: str, questions: Questions) -> None:
+    """Raise UserError for names that are not each one candidate's, and for too few samples or prompts."""
     if len(set(names)) != len(names):
         raise UserError(f"two candidates share a name: {', '.join(names)}", exit_code=2)
     if reference not in names:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dedistill.errors import UserError
-from dedistill.report.distillation import Questions, ask, measure
+from dedistill.report.distillation import Questions, ask, check_comparable, measure
 from dedistill.report.sweep_files import read_index
 from dedistill.sampling.meters import Reading
 from dedistill.sampling.selection import Comparison, compare_with_best, select
@@ -26,47 +25,46 @@ def evaluate(
     grid: Grid,
     out: Path,
     *,
-    title: str,
+    names: str,
     by: str | None = None,
     reference: str | None = None,
     say: Callable[[str], None] = print,
 ) -> dict:
     """Measure, sweep and select the candidates of ``runs``, with intermediate results in ``out`` to continue from.
 
-    reference: candidate that the others are compared with, default the first. Returns {"losses", "distillation", "scores",
+    names: of the runs. reference: candidate that the others are compared with, default the first. Returns {"losses", "distillation", "scores",
     "selection"}: a row per candidate, what ``measure``, ``sweep`` and ``select`` return. Raises UserError as they do.
     """
     candidates = [c for run in runs for c in run]
-    names = [c.name for c in candidates]
-    if len(set(names)) != len(names):
-        raise UserError(f"two candidates share a name: {', '.join(names)}", exit_code=2)
-    reference = reference or names[0]
-    if reference not in names:
-        raise UserError(f"--reference: no candidate '{reference}'; there are {', '.join(names)}", exit_code=2)
+    known = [c.name for c in candidates]
+    reference = reference or known[0]
+    check_comparable(known, reference, questions)
     kept = out / "distillation" / "answers"
     losses = {}
     for c in candidates:
         losses[c.name] = ask(c, questions, kept, held_out_only=True).readings["loss"]
         say(f"{c.name}: held-out loss {losses[c.name].value[0]:.4g}")
-    looked_at = [c for run in runs for c in shortlist(run, losses)]
-    looked_at = [c for c in candidates if c in looked_at or c.name == reference]
-    distillation = measure(looked_at, questions, reference=reference, title=title, kept=kept, say=say)
-    scores = sweep(looked_at, grid, out / "sweep", title=title, judge=questions.judge, say=say)
+    chosen = {c.name for run in runs for c in shortlist(run, losses)} | {reference}
+    looked_at = [c for c in candidates if c.name in chosen]
+    distillation = measure(looked_at, questions, reference=reference, title=f"How distilled still: {names}", kept=kept, say=say)
+    scores = sweep(looked_at, grid, out / "sweep", title=f"CFG sweep: {names}", judge=questions.judge, say=say)
     selection = select(scores, read_index(out / "sweep" / "index.json"), by=by, reference=reference)
-    rows = _loss_rows(compare_with_best(_together(losses, names), "low"), names, {c.name for c in looked_at})
+    rows = _loss_rows(compare_with_best(_together(losses, known), "low"), known, chosen)
     return {"losses": rows, "distillation": distillation, "scores": scores, "selection": selection}
 
 
 def shortlist(run: list[Candidate], losses: dict[str, Reading]) -> list[Candidate]:
     """The candidates of a run whose pictures are made: its base and last weights, and the best averages.
 
-    Those of its averages that may be the best of them by held-out loss, at most three, the lowest losses first.
+    Of its averages that may be the best of them by held-out loss, at most three, spread from the lowest loss to the highest:
+    neighbours among ten averages differ too little to be worth pictures of their own.
     """
     averages = [c for c in run if c.average]
     if not averages:
         return run
     found = compare_with_best(_together(losses, [c.name for c in averages]), "low")
-    best = [averages[i] for i in np.argsort(found.value, kind="stable") if found.may_be_best[i]][:MOST_AVERAGES]
+    best = [averages[i] for i in np.argsort(found.value, kind="stable") if found.may_be_best[i]]
+    best = [best[i] for i in np.linspace(0, len(best) - 1, min(MOST_AVERAGES, len(best))).round().astype(int)]
     return [c for c in run if not c.average or c in best]
 
 

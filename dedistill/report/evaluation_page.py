@@ -22,15 +22,15 @@ from dedistill.sampling.selection import CELL
 SHOWN = 8
 
 
-def write_evaluation(out: Path, found: dict, title: str) -> tuple[list[dict[str, str]], Path]:
+def write_evaluation(out: Path, found: dict, names: str) -> tuple[list[dict[str, str]], Path]:
     """Write all pages of what ``dedistill.report.evaluation.evaluate`` found; its sweep is in ``out`` already.
 
-    Returns the three answers, and the path of the first page; evaluation.json stands beside it.
+    names: of the runs. Returns the three answers, and the path of the first page; evaluation.json stands beside it.
     """
     write_sweep_page(out / "sweep")
     write_distillation_page(out / "distillation", found["distillation"])
-    write_selection_page(out / "selection", found["selection"], title.replace("Evaluation", "Selection"))
-    answers = three_answers(found)
+    write_selection_page(out / "selection", found["selection"], f"Selection: {names}")
+    answers, title = three_answers(found), f"Evaluation: {names}"
     summary = {"title": title, "answers": answers, "losses": found["losses"], "chosen": _chosen(found["selection"])}
     replace_json(out / "evaluation.json", summary)
     columns, rows = _pictures(out, found)
