@@ -32,8 +32,8 @@ def evaluate(
 ) -> dict:
     """Measure, sweep and select the candidates of ``runs``, with intermediate results in ``out`` to continue from.
 
-    names: of the runs. reference: candidate that the others are compared with, default the first. Returns {"losses", "distillation", "scores",
-    "selection"}: a row per candidate, what ``measure``, ``sweep`` and ``select`` return. Raises UserError as they do.
+    names: of the runs. reference: candidate that the others are compared with, default the first. Returns {"losses",
+    "distillation", "selection"}: a row per candidate, and what ``measure`` and ``select`` return. Raises UserError as they do.
     """
     candidates = [c for run in runs for c in run]
     known = [c.name for c in candidates]
@@ -50,7 +50,7 @@ def evaluate(
     scores = sweep(looked_at, grid, out / "sweep", title=f"CFG sweep: {names}", judge=questions.judge, say=say)
     selection = select(scores, read_index(out / "sweep" / "index.json"), by=by, reference=reference)
     rows = _loss_rows(compare_with_best(_together(losses, known), "low"), known, chosen)
-    return {"losses": rows, "distillation": distillation, "scores": scores, "selection": selection}
+    return {"losses": rows, "distillation": distillation, "selection": selection}
 
 
 def shortlist(run: list[Candidate], losses: dict[str, Reading]) -> list[Candidate]:

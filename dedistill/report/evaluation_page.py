@@ -49,6 +49,7 @@ def write_evaluation(out: Path, found: dict, names: str) -> tuple[list[dict[str,
         width=display_width(size, 4),
         small=display_width(size, 4, 120),
         tiny=any(s.src == s.small for s in shots),
+        misread=any(s.wrong for s in shots),
         losses=_loss_table(found["losses"]),
     )
     page.write_text(html, encoding="utf-8")
