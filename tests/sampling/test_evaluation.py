@@ -1,14 +1,11 @@
 """The three answers after a run: what is measured of whom, what is kept, and what the pages say."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "sampling"))
 
 from closed_form_models import ClosedFormData, closed_form
 
