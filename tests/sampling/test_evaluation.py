@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from closed_form_models import ClosedFormData, closed_form
 
 from dedistill.recipe import load_recipe
