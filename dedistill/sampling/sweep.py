@@ -5,7 +5,7 @@ own resolution. Cells whose pictures and rows are there already are not made aga
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from dedistill.sampling.scores import picture_numbers
 NUMBERS = [
     {
         "key": "accuracy",
+        "picture": "correct",
+        "adherence": True,
         "label": "accuracy",
         "better": "high",
         "help": "Share of digits that an independent classifier reads as asked.",
@@ -36,39 +38,69 @@ NUMBERS = [
         "better": "low",
         "help": "Distance of the pictures to real ones, in 20 components.",
     },
-    {"key": "precision", "label": "precision", "better": "high", "help": "Share of pictures that lie among real ones."},
+    {
+        "key": "precision",
+        "picture": "realistic",
+        "label": "precision",
+        "better": "high",
+        "help": "Share of pictures that lie among real ones.",
+    },
     {"key": "recall", "label": "recall", "better": "high", "help": "Share of real pictures that lie among those made."},
-    {"key": "saturated", "label": "saturated", "better": "low", "help": "Share of pixels burnt beyond the range of the data."},
-    {"key": "contrast", "label": "contrast", "better": None, "help": "Standard deviation of the pixels."},
+    {
+        "key": "saturated",
+        "picture": "saturated",
+        "tolerance": 0.02,
+        "label": "saturated",
+        "better": "low",
+        "help": "Share of pixels burnt beyond the range of the data.",
+    },
+    {
+        "key": "contrast",
+        "picture": "contrast",
+        "label": "contrast",
+        "better": None,
+        "help": "Standard deviation of the pixels.",
+    },
     {
         "key": "detail",
+        "picture": "detail",
         "label": "detail",
         "better": None,
         "help": "Share of energy in high frequencies: blur lowers, noise raises it.",
     },
 ]
+"""Numbers of a cell. picture: the number of its pictures (index.json) whose mean it is. adherence: whether it says that a
+picture shows what was asked. tolerance: how much worse than the reference selection lets it be (``selection.py``)."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to sample from. ``weights`` identifies its bytes; ``open`` loads it when its cells are not there yet."""
+    """Something to sample from. ``weights`` identifies its bytes; ``open`` loads it when its cells are not there yet.
+
+    average: it is one of the averages of its run.
+    """
 
     name: str
     weights: str
     steps: int
     open: Callable[[], Model]
+    average: bool = False
 
 
 @dataclass(frozen=True)
 class Grid:
+    """steps: solver steps of every candidate; none: each its own."""
+
     cfgs: tuple[float, ...]
     skips: tuple[int, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
+    steps: tuple[int, ...] = ()
 
-    def cells(self) -> Iterable[tuple[float, int]]:
-        """(cfg, skip); skipping the guidance of CFG 1 changes nothing, so it has one cell."""
-        return [(c, s) for s in self.skips for c in self.cfgs if not (c == 1 and s != self.skips[0])]
+    def cells(self, own: int) -> list[tuple[float, int, int]]:
+        """(cfg, skip, steps) for a candidate of ``own`` steps; skipping the guidance of CFG 1 changes nothing: one cell."""
+        pairs = [(c, s) for s in self.skips for c in self.cfgs if not (c == 1 and s != self.skips[0])]
+        return [(c, s, n) for n in self.steps or (own,) for c, s in pairs]
 
 
 def sweep(
@@ -87,16 +119,18 @@ def sweep(
     rows, cells = [], []
     for candidate in candidates:
         model = None
-        for cfg, skip in grid.cells():
-            folder = out / "pictures" / candidate.name / f"cfg{cfg:g}_skip{skip}"
-            key = _cell_key(candidate, grid, cfg, skip) | {"judge": judge.identity if judge else None}
+        for cfg, skip, steps in grid.cells(candidate.steps):
+            place = {"candidate": candidate.name, "cfg": cfg, "skip": skip, "steps": steps}
+            folder = out / "pictures" / candidate.name / _folder_name(candidate, cfg, skip, steps)
+            key = _cell_key(candidate, grid, cfg, skip, steps) | {"judge": judge.identity if judge else None}
             if (known := _reusable(folder, key, out)) is None:
                 if model is None:
                     model = candidate.open()
                     model.remember([*grid.prompts, model.negative])
-                known = _make_cell(model, candidate, grid, cfg, skip, folder, out, judge)
+                known = _make_cell(model, place, grid, folder, out, judge)
                 replace_json(folder / "cell.json", {"key": key, **known})
-                say(f"{candidate.name} cfg {cfg:g} skip {skip}: " + _short(known["cell"]))
+                own = f" steps {steps}" if len(grid.steps) > 1 else ""
+                say(f"{candidate.name} cfg {cfg:g} skip {skip}{own}: " + _short(known["cell"]))
             rows += known["rows"]
             cells.append(known["cell"])
     scores = {
@@ -115,10 +149,15 @@ def sweep(
     return scores
 
 
-def _cell_key(candidate: Candidate, grid: Grid, cfg: float, skip: int) -> dict:
+def _folder_name(candidate: Candidate, cfg: float, skip: int, steps: int) -> str:
+    return f"cfg{cfg:g}_skip{skip}" + (f"_steps{steps}" if steps != candidate.steps else "")
+
+
+def _cell_key(candidate: Candidate, grid: Grid, cfg: float, skip: int, steps: int) -> dict:
     return {
+        "numbers": [n["picture"] for n in NUMBERS if "picture" in n],  # a cell made before there was one lacks it
         "weights": candidate.weights,
-        "steps": candidate.steps,
+        "steps": steps,
         "cfg": cfg,
         "skip": skip,
         "prompts": list(grid.prompts),
@@ -137,19 +176,18 @@ def _reusable(folder: Path, key: dict, out: Path) -> dict | None:
     return known
 
 
-def _make_cell(
-    model: Model, candidate: Candidate, grid: Grid, cfg: float, skip: int, folder: Path, out: Path, judge: DigitJudge | None
-) -> dict:
+def _make_cell(model: Model, place: dict, grid: Grid, folder: Path, out: Path, judge: DigitJudge | None) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cell.json").unlink(missing_ok=True)  # its pictures are about to be overwritten
-    place = {"candidate": candidate.name, "cfg": cfg, "skip": skip, "steps": candidate.steps}
+    sigmas = sigma_grid(place["steps"], model.grid_shift)
     everything, rows = [], []
     for seed in grid.seeds:
         noise = start_noise(seed, len(grid.prompts), model.parts.picture)
-        pictures = sample(model, list(grid.prompts), noise, sigma_grid(candidate.steps, model.grid_shift), cfg=cfg, skip=skip)
+        pictures = sample(model, list(grid.prompts), noise, sigmas, cfg=place["cfg"], skip=place["skip"])
         numbers = picture_numbers(pictures)
         if judge:
             numbers["correct"] = judge.correct(pictures, list(grid.prompts))
+            numbers["realistic"] = judge.realistic(pictures)
         for i, prompt in enumerate(grid.prompts):
             file = folder / f"p{i:03d}_s{seed}.png"
             facts = {**place, "prompt": prompt, "seed": seed}

@@ -1,6 +1,7 @@
 """Pictures from a model, the numbers that judge them, and the sweep that makes many of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -352,6 +353,23 @@ def test_a_sweep_makes_only_what_is_missing(tmp_path):
     opened = Opened()
     run(opened.pair(weights="other"), tmp_path, Grid((1.0, 3.0), (0, 2), tuple(PROMPTS), (0, 8)))
     assert opened.names == ["base", "last"]
+
+
+def test_several_step_counts_are_cells_of_their_own(tmp_path):
+    """N1: the candidate's own count keeps the plain folder, so that cells made before are found; pictures differ by steps."""
+    once = Grid((1.0, 3.0), (0, 2), tuple(PROMPTS), (0,))
+    before = run([Opened().candidate("last")], tmp_path, once)["cells"]
+    opened = Opened()
+    both = run([opened.candidate("last")], tmp_path, replace(once, steps=(3, 5)))["cells"]
+    assert both[:3] == before and [(c["cfg"], c["skip"], c["steps"]) for c in both[3:]] == [(1, 0, 5), (3, 0, 5), (3, 2, 5)]
+    assert {p.name for p in (tmp_path / "pictures/last").iterdir()} == {
+        f"cfg{c}_skip{s}{end}" for c, s in ((1, 0), (3, 0), (3, 2)) for end in ("", "_steps5")
+    }
+    again = sample(model(), PROMPTS, start_noise(0, 3, PICTURE), sigma_grid(5), cfg=3, skip=2)
+    save_png(again[1], tmp_path / "again.png")
+    assert pixels(tmp_path / "again.png") == pixels(tmp_path / "pictures/last/cfg3_skip2_steps5/p001_s0.png")
+    run([Opened().candidate("last")], tmp_path, replace(once, steps=(3, 5)))
+    assert opened.names == ["last"]
 
 
 def test_an_interrupted_sweep_continues(tmp_path):
