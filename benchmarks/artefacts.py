@@ -46,7 +46,7 @@ def picture_sets() -> dict[str, tuple[Pictures, np.ndarray]]:
 
 
 def above(clean: np.ndarray, faulty: np.ndarray) -> np.ndarray:
-    """How often each faulty value [N] is above each picture's clean takes [T, N], ties counted half: [N, N]; its mean is AUC."""
+    """How often each faulty value [N] is above each picture's clean takes [T, N], ties half: [N, N]; its mean is the AUC."""
     return ((faulty[None, :, None] > clean[:, None]) + 0.5 * (faulty[None, :, None] == clean[:, None])).mean(0)
 
 

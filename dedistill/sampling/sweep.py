@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dedistill.assemble import Model
 from dedistill.errors import UserError
 from dedistill.files import replace_json
 from dedistill.flow.solvers import sigma_grid
+from dedistill.sampling.artefacts import diversity
+from dedistill.sampling.grid import as_image
 from dedistill.sampling.judge import DigitJudge
+from dedistill.sampling.judges import ClipJudge
 from dedistill.sampling.sampler import sample, start_noise
 from dedistill.sampling.scores import picture_numbers
 
@@ -37,6 +39,18 @@ NUMBERS = [
     },
     {"key": "precision", "label": "precision", "better": "high", "help": "Share of pictures that lie among real ones."},
     {"key": "recall", "label": "recall", "better": "high", "help": "Share of real pictures that lie among those made."},
+    {
+        "key": "clip",
+        "label": "CLIP score",
+        "better": "high",
+        "help": "How well CLIP finds that pictures fit their prompts, of 100.",
+    },
+    {
+        "key": "clip_frechet",
+        "label": "CLIP Frechet distance",
+        "better": "low",
+        "help": "Distance of the pictures to real ones in CLIP's eyes; few pictures raise it.",
+    },
     {"key": "saturated", "label": "saturated", "better": "low", "help": "Share of pixels burnt beyond the range of the data."},
     {"key": "contrast", "label": "contrast", "better": None, "help": "Standard deviation of the pixels."},
     {
@@ -44,6 +58,21 @@ NUMBERS = [
         "label": "detail",
         "better": None,
         "help": "Share of energy in high frequencies: blur lowers, noise raises it.",
+    },
+    {"key": "blur", "label": "blur", "better": "low", "help": "Share of steps between pixels that blurring again leaves."},
+    {"key": "shadow", "label": "shadow", "better": "low", "help": "Share of light missing in large soft dark places."},
+    {
+        "key": "clipped",
+        "label": "clipped",
+        "better": "low",
+        "help": "Share of areas at an end of the range, without any drawing.",
+    },
+    {"key": "colour", "label": "colour", "better": None, "help": "Colourfulness: strong guidance raises it. 0 is grey."},
+    {
+        "key": "diversity",
+        "label": "diversity",
+        "better": "high",
+        "help": "How far the seeds of one prompt differ: 1 is unrelated, 0 is copies.",
     },
 ]
 
@@ -77,6 +106,7 @@ def sweep(
     *,
     title: str,
     judge: DigitJudge | None,
+    clip: ClipJudge | None = None,
     say: Callable[[str], None] = print,
 ) -> dict:
     """Make what is missing, write both JSON files, return the scores."""
@@ -88,12 +118,16 @@ def sweep(
         model = None
         for cfg, skip in grid.cells():
             folder = out / "pictures" / candidate.name / f"cfg{cfg:g}_skip{skip}"
-            key = _cell_key(candidate, grid, cfg, skip) | {"judge": judge.identity if judge else None}
+            key = _cell_key(candidate, grid, cfg, skip) | {
+                "judge": judge.identity if judge else None,
+                "clip": clip.identity if clip else None,
+                "numbers": [n["key"] for n in NUMBERS],
+            }
             if (known := _reusable(folder, key, out)) is None:
                 if model is None:
                     model = candidate.open()
                     model.remember([*grid.prompts, model.negative])
-                known = _make_cell(model, candidate, grid, cfg, skip, folder, out, judge)
+                known = _make_cell(model, candidate, grid, cfg, skip, folder, out, judge, clip)
                 replace_json(folder / "cell.json", {"key": key, **known})
                 say(f"{candidate.name} cfg {cfg:g} skip {skip}: " + _short(known["cell"]))
             rows += known["rows"]
@@ -137,18 +171,29 @@ def _reusable(folder: Path, key: dict, out: Path) -> dict | None:
 
 
 def _make_cell(
-    model: Model, candidate: Candidate, grid: Grid, cfg: float, skip: int, folder: Path, out: Path, judge: DigitJudge | None
+    model: Model,
+    candidate: Candidate,
+    grid: Grid,
+    cfg: float,
+    skip: int,
+    folder: Path,
+    out: Path,
+    judge: DigitJudge | None,
+    clip: ClipJudge | None,
 ) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cell.json").unlink(missing_ok=True)  # its pictures are about to be overwritten
     place = {"candidate": candidate.name, "cfg": cfg, "skip": skip, "steps": candidate.steps}
-    everything, rows = [], []
+    everything, vectors, rows = [], [], []
     for seed in grid.seeds:
         noise = start_noise(seed, len(grid.prompts), model.parts.picture)
         pictures = sample(model, list(grid.prompts), noise, sigma_grid(candidate.steps, model.grid_shift), cfg=cfg, skip=skip)
         numbers = picture_numbers(pictures)
         if judge:
             numbers["correct"] = judge.correct(pictures, list(grid.prompts))
+        if clip:
+            vectors.append(clip.embed(pictures))
+            numbers["clip"] = clip.scores(vectors[-1], list(grid.prompts))
         for i, prompt in enumerate(grid.prompts):
             file = folder / f"p{i:03d}_s{seed}.png"
             save_png(pictures[i], file)
@@ -156,19 +201,20 @@ def _make_cell(
             rows.append(row | {k: round(float(v[i]), 6) for k, v in numbers.items() if not np.isnan(v[i])})
         everything.append(pictures)
     cell = {**place, "pictures": len(rows)}
-    cell |= {k: float(np.mean([r[k] for r in rows])) for k in ("saturated", "contrast", "detail")}
-    if judge:
-        if correct := [r["correct"] for r in rows if "correct" in r]:  # a prompt without digits has no accuracy
-            cell["accuracy"] = float(np.mean(correct))
-        if len(rows) > 1:  # one picture has no spread to compare
-            cell |= judge.numbers(torch.cat(everything))
+    cell |= {k: float(np.mean([r[k] for r in rows])) for k in numbers if k != "correct"}
+    if len(grid.seeds) > 1:
+        cell["diversity"] = float(diversity(torch.stack(everything)).mean())
+    if judge and (correct := [r["correct"] for r in rows if "correct" in r]):  # a prompt without digits has no accuracy
+        cell["accuracy"] = float(np.mean(correct))
+    if len(rows) > 1:  # one picture has no spread to compare
+        cell |= judge.numbers(torch.cat(everything)) if judge else {}
+        cell |= {"clip_frechet": clip.distance(np.concatenate(vectors))} if clip and clip.real is not None else {}
     return {"rows": rows, "cell": cell}
 
 
 def save_png(picture: Tensor, path: Path) -> None:
-    """One picture [C, H, W] in [-1, 1], clamped, at its own resolution; grey for one channel, RGB for three."""
-    x = ((torch.nan_to_num(picture).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
-    Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0)).save(path)
+    """One picture [C, H, W] in [-1, 1] as PNG at its own resolution."""
+    as_image(picture).save(path)
 
 
 def _short(cell: dict) -> str:
