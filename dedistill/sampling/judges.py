@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dedistill.data.pictures import PILLOW_READS, BadPicture, decode
@@ -70,12 +71,14 @@ def _load(folder: Path, device: torch.device | str) -> tuple:
         model, told = CLIPModel.from_pretrained(folder, **kind)
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as e:
         raise UserError(f"--clip: '{folder}' cannot be loaded; it must be {NEEDED} ({str(e).splitlines()[0]})") from e
     if lost := sorted(map(str, {*told["missing_keys"], *told["mismatched_keys"]})):
         raise UserError(
             f"--clip: the weights in '{folder}' lack {lost[0]}" + (f" and {len(lost) - 1} more" if lost[1:] else "")
         )
+    if len(tokenizer) != (tokens := model.config.text_config.vocab_size):  # without its files it is empty, and says nothing
+        raise UserError(f"--clip: '{folder}' holds a tokenizer of {len(tokenizer)} tokens for a model of {tokens}")
     return model.eval().requires_grad_(False).to(device), tokenizer, processor
 
 

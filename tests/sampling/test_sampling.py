@@ -312,7 +312,7 @@ def test_a_sweep_is_complete(tmp_path, judge):
     cells = [(c, w, k) for c in ("base", "last") for w, k in ((1, 0), (3, 0), (3, 2))]
     assert places == {(*cell, p, s) for cell in cells for p in PROMPTS for s in (0, 7)} and len(rows) == len(places) == 36
     for row in rows:
-        assert {"file", "steps", "saturated", "contrast", "detail", "correct"} <= row.keys()
+        assert {"file", "steps", "saturated", "contrast", "detail", "blur", "shadow", "clipped", "correct"} <= row.keys()
         assert Image.open(tmp_path / row["file"]).size == (16, 8)
     assert len({r["file"] for r in rows}) == 36 == len(stamps(tmp_path))
     assert strict(tmp_path / "scores.json") == scores
@@ -320,7 +320,8 @@ def test_a_sweep_is_complete(tmp_path, judge):
     for cell in scores["cells"]:
         own = [r for r in rows if all(r[k] == cell[k] for k in ("candidate", "cfg", "skip"))]
         assert cell["pictures"] == 6 and cell["accuracy"] == pytest.approx(np.mean([r["correct"] for r in own]))
-        assert cell.keys() >= {n["key"] for n in scores["numbers"]}
+        assert cell["shadow"] == pytest.approx(np.mean([r["shadow"] for r in own]))
+        assert cell.keys() >= {n["key"] for n in scores["numbers"]} >= {"diversity", "blur"}
     row = next(
         r for r in rows if (r["candidate"], r["cfg"], r["skip"], r["seed"]) == ("last", 3, 2, 7) and r["prompt"] == PROMPTS[1]
     )
