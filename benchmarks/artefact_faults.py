@@ -12,7 +12,7 @@ from dedistill.sampling.scores import detail
 
 
 def photographs(side: int, stride: int) -> np.ndarray:
-    """Crops [N, 3, side, side] of scikit-learn's two photographs."""
+    """Crops [N, 3, side, side] of scikit-learn's two photographs with something in them: a standard deviation of .2 or more."""
     from sklearn.datasets import load_sample_images
 
     found = []
@@ -20,7 +20,7 @@ def photographs(side: int, stride: int) -> np.ndarray:
         x = picture.transpose(2, 0, 1) / 127.5 - 1
         rows, columns = (range(0, n - side + 1, stride) for n in x.shape[1:])
         found += [x[:, i : i + side, j : j + side] for i in rows for j in columns]
-    return np.stack(found)
+    return np.stack([x for x in found if x.std() >= 0.2])
 
 
 def handwritten(source: DigitSource, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -78,10 +78,10 @@ class Fault:
 
 
 FAULTS = {
-    "blur": Fault(blurred, "Gaussian blur, sigma in pixels", (0, 0.5, 1, 1.5, 2, 3, 4), 2),
-    "shadow": Fault(shadowed, "three soft dark blotches, depth", (0, 0.1, 0.2, 0.4, 0.6, 0.8), 0.6),
-    "clipped": Fault(gained, "gain, then clipped", (1, 1.1, 1.25, 1.5, 2, 3), 2),
-    "colour": Fault(coloured, "gain of colour around grey", (1, 1.1, 1.25, 1.5, 2, 3), 2),
+    "blur": Fault(blurred, "Gaussian blur, sigma in pixels", (0, 0.5, 1, 2, 4), 2),
+    "shadow": Fault(shadowed, "three soft dark blotches, depth", (0, 0.2, 0.4, 0.6, 0.8), 0.6),
+    "clipped": Fault(gained, "gain, then clipped", (1, 1.25, 1.5, 2, 3), 2),
+    "colour": Fault(coloured, "gain of colour around grey", (1, 1.25, 1.5, 2, 3), 2),
     "noise": Fault(noisy, "noise", (0, 0.1), 0.1),
 }
 
@@ -158,7 +158,7 @@ def copied(x: np.ndarray, share: float) -> np.ndarray:
     return made
 
 
-COLLAPSES = {"mixed": (mixed, (0, 0.2, 0.4, 0.6, 0.8, 1)), "copied": (copied, (0, 0.2, 0.4, 0.6, 0.8, 1))}
+COLLAPSES = {"mixed": (mixed, (0, 0.25, 0.5, 0.75, 1)), "copied": (copied, (0, 0.25, 0.5, 0.75, 1))}
 
 
 def _plain_distance(x: np.ndarray) -> np.ndarray:

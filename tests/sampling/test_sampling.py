@@ -19,6 +19,7 @@ from dedistill.recipe.schema import Recipe
 from dedistill.report.sweep_page import write_sweep_page
 from dedistill.sampling.judge import DigitJudge, frechet_distance, judge_for, precision_recall
 from dedistill.sampling.sampler import sample, start_noise, trajectories
+from dedistill.sampling.judges import ClipJudge
 from dedistill.sampling.scores import picture_numbers
 from dedistill.sampling.sweep import Candidate, Grid, save_png, sweep
 
@@ -328,6 +329,19 @@ def test_a_sweep_is_complete(tmp_path, judge):
     again = sample(model(seed=1), PROMPTS, start_noise(7, 3, PICTURE), sigma_grid(3), cfg=3, skip=2)
     save_png(again[1], tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / row["file"]).read_bytes()
+
+
+def test_a_sweep_with_clip(tmp_path):
+    """Its score stands in rows and cells, its identity in the key; diversity needs two seeds."""
+    clip = ClipJudge(write_clip(tmp_path / "clip"))
+    grid = Grid((1.0,), (0,), tuple(PROMPTS), (0,))
+    make = partial(sweep, [Opened().candidate("base")], grid, tmp_path / "out", title="t", judge=None, say=lambda line: None)
+    cell = make(clip=clip)["cells"][0]
+    rows = strict(tmp_path / "out/index.json")
+    made = sample(model(), PROMPTS, start_noise(0, 3, PICTURE), sigma_grid(3), cfg=1)
+    assert [r["clip"] for r in rows] == pytest.approx(clip.scores(clip.embed(made), PROMPTS).tolist(), abs=1e-5)
+    assert cell["clip"] == pytest.approx(np.mean([r["clip"] for r in rows])) and "clip_frechet" not in cell
+    assert "diversity" not in cell and "clip" not in make(clip=None)["cells"][0]
 
 
 def test_a_sweep_makes_only_what_is_missing(tmp_path):
