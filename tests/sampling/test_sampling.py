@@ -1,6 +1,7 @@
 """Pictures from a model, the numbers that judge them, and the sweep that makes many of them."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.linalg import sqrtm
+from test_judges import write_clip
 
 from dedistill.assemble import Model, build_model
 from dedistill.data.digits import load_digits
@@ -18,8 +20,8 @@ from dedistill.flow.solvers import sigma_grid
 from dedistill.recipe.schema import Recipe
 from dedistill.report.sweep_page import write_sweep_page
 from dedistill.sampling.judge import DigitJudge, frechet_distance, judge_for, precision_recall
-from dedistill.sampling.sampler import sample, start_noise, trajectories
 from dedistill.sampling.judges import ClipJudge
+from dedistill.sampling.sampler import sample, start_noise, trajectories
 from dedistill.sampling.scores import picture_numbers
 from dedistill.sampling.sweep import Candidate, Grid, save_png, sweep
 
