@@ -158,7 +158,7 @@ def copied(x: np.ndarray, share: float) -> np.ndarray:
     return made
 
 
-COLLAPSES = {"mixed": (mixed, (0, 0.25, 0.5, 0.75, 1)), "copied": (copied, (0, 0.25, 0.5, 0.75, 1))}
+COLLAPSES = {"mixed": (mixed, (0, 0.25, 0.5, 0.75, 1)), "copied": (copied, (0, 0.33, 0.67, 1))}
 
 
 def _plain_distance(x: np.ndarray) -> np.ndarray:
