@@ -44,6 +44,20 @@ def of_candidates(description: str, folder: str) -> argparse.ArgumentParser:
     return parser
 
 
+def of_sweep(description: str, folder: str, cfgs: list[float]) -> argparse.ArgumentParser:
+    """``of_candidates`` for tools that make pictures of them; ``dedistill.candidates.sweep_grid`` and ``clip_judge`` read it."""
+    parser = of_candidates(description, folder)
+    parser.add_argument("--cfg", type=finite, nargs="+", default=cfgs, help="guidance scales")
+    parser.add_argument("--skip", type=whole, nargs="+", default=[0], help="first steps without guidance")
+    parser.add_argument("--steps", type=positive, nargs="+", default=[], help="Euler steps; default each recipe's sample.steps")
+    parser.add_argument("--seeds", type=whole, nargs="+", default=[0], help="seeds of the starting noise")
+    parser.add_argument(
+        "--clip", type=Path, metavar="FOLDER", help="CLIPModel of transformers that scores pictures and prompts"
+    )
+    parser.add_argument("--real", type=Path, metavar="FOLDER", help="real pictures to compare with in CLIP's space")
+    return parser
+
+
 def _number(text: str, kind: type, fits, wanted: str):
     try:
         value = kind(text)

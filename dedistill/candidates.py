@@ -17,7 +17,8 @@ from dedistill.finished import last_weights, open_base, open_finished, sampling_
 from dedistill.prepare import open_data
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.sampling.judge import DigitJudge, judge_for
-from dedistill.sampling.sweep import Candidate
+from dedistill.sampling.judges import ClipJudge
+from dedistill.sampling.sweep import Candidate, Grid
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,19 @@ def compared(args: Namespace, folder: str, say: Callable[[str], None], *, steps:
     source = cache(lambda: open_data(data, sampling_device(), say).source)
     out = args.out or Path(recipes[-1].run.out) / folder
     return Compared(recipes, data, source, runs, read_prompts(args.prompts, source), out)
+
+
+def sweep_grid(args: Namespace, prompts: tuple[str, ...]) -> Grid:
+    """The grid that the arguments of ``dedistill.arguments.of_sweep`` ask for; what is said twice counts once."""
+    cfgs, skips, seeds, steps = (tuple(dict.fromkeys(values)) for values in (args.cfg, args.skip, args.seeds, args.steps))
+    return Grid(cfgs, skips, prompts, seeds, steps)
+
+
+def clip_judge(args: Namespace) -> ClipJudge | None:
+    """The judge in ``--clip``. Raises UserError for ``--real`` without it."""
+    if args.real and not args.clip:
+        raise UserError("--real: CLIP compares with real pictures; name its folder with --clip", exit_code=2)
+    return ClipJudge(args.clip, args.real, device=sampling_device()) if args.clip else None
 
 
 def candidates_of(

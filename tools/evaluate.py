@@ -7,18 +7,14 @@ python tools/evaluate.py recipes/digits/dedistill.toml --cfg 1 1.5 2 3 --steps 8
 import argparse
 import sys
 
-from dedistill.arguments import finite, of_candidates, positive, whole
+from dedistill.arguments import of_sweep, positive
 from dedistill.train import guarded
 
 
 def main() -> int:
-    parser = of_candidates(__doc__.splitlines()[0], "evaluation")
+    parser = of_sweep(__doc__.splitlines()[0], "evaluation", [1, 1.5, 2, 3, 4, 6])
     parser.add_argument("--reference", help="candidate that the others are compared with; default the first")
     parser.add_argument("--by", help="number of scores.json to choose by; default the one that judges prompt adherence")
-    parser.add_argument("--cfg", type=finite, nargs="+", default=[1, 1.5, 2, 3, 4, 6], help="guidance scales")
-    parser.add_argument("--skip", type=whole, nargs="+", default=[0], help="first steps without guidance")
-    parser.add_argument("--steps", type=positive, nargs="+", default=[], help="Euler steps; default each recipe's sample.steps")
-    parser.add_argument("--seeds", type=whole, nargs="+", default=[0], help="seeds of the starting noise")
     parser.add_argument("--samples", type=positive, default=512, help="held-out samples")
     args = parser.parse_args()
     return guarded(lambda: run(args), debug=args.debug)
@@ -28,17 +24,16 @@ def run(args: argparse.Namespace) -> int:
     from dedistill.quiet import quiet_dependencies
 
     quiet_dependencies()
-    from dedistill.candidates import compared
+    from dedistill.candidates import clip_judge, compared, sweep_grid
     from dedistill.report.console import say
     from dedistill.report.distillation import Questions
     from dedistill.report.evaluation import evaluate
     from dedistill.report.evaluation_page import write_evaluation
-    from dedistill.sampling.sweep import Grid
 
     asked = compared(args, "evaluation", say, steps=next(iter(args.steps), None))
     if not any(c.average for c in asked.candidates):
         print("no averages among the candidates; tools/posthoc_ema.py RUN makes them", file=sys.stderr)
-    cfgs, skips, seeds, steps = (tuple(dict.fromkeys(values)) for values in (args.cfg, args.skip, args.seeds, args.steps))
+    grid, clip = sweep_grid(args, asked.prompts), clip_judge(args)
     questions = Questions(
         recipe=asked.data,
         source=asked.held_out(),
@@ -47,10 +42,10 @@ def run(args: argparse.Namespace) -> int:
         samples=args.samples,
         steps=32,
         few=(1, 2, 4, 8),
-        cfgs=tuple(sorted({min(cfgs), max(cfgs)})),
+        cfgs=tuple(sorted({min(grid.cfgs), max(grid.cfgs)})),
     )
-    grid = Grid(cfgs, skips, asked.prompts, seeds, steps)
-    found = evaluate(asked.runs, questions, grid, asked.out, names=asked.names, by=args.by, reference=args.reference, say=say)
+    options = {"names": asked.names, "by": args.by, "reference": args.reference, "clip": clip, "say": say}
+    found = evaluate(asked.runs, questions, grid, asked.out, **options)
     answers, page = write_evaluation(asked.out, found, asked.names)
     print("\n".join(f"\n{item['question']} {item['answer']}" for item in answers))
     print(f"\ndone: {page}", file=sys.stderr)

@@ -18,7 +18,7 @@ from dedistill.flow.solvers import sigma_grid
 from dedistill.recipe import Recipe
 from dedistill.report.answers import Answer, answer_file, remembered
 from dedistill.sampling.judge import DigitJudge
-from dedistill.sampling.meters import Reading, guidance_meters, interval, path_meters, response
+from dedistill.sampling.meters import GUIDED, Reading, guidance_meters, interval, path_meters, response
 from dedistill.sampling.sampler import start_noise
 from dedistill.sampling.sweep import Candidate
 
@@ -59,10 +59,12 @@ METERS = [
     Meter("bend", "bend along the path", "What straightness adds up, step by step; 1 is noise.", "sigma"),
     Meter("saturated", "saturated", "Share of pixels burnt beyond the range of the data.", "CFG scale"),
     Meter("contrast", "contrast", "Standard deviation of the pixels.", "CFG scale"),
+    Meter("blur", "blur", "Share of steps between pixels that blurring again leaves.", "CFG scale"),
+    Meter("shadow", "shadow", "Share of light missing in large soft dark places.", "CFG scale"),
     Meter("correct", "accuracy", "Share of digits that an independent classifier reads as asked.", "CFG scale"),
     Meter("realistic", "fidelity", "Share of digits that lie among real ones.", "CFG scale"),
 ]
-RESPONSES = ("saturated", "contrast", "correct", "realistic")
+RESPONSES = (*GUIDED, "correct", "realistic")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from dedistill.report.distillation import Questions, ask, check_comparable, measure
 from dedistill.report.sweep_files import read_index
+from dedistill.sampling.judges import ClipJudge
 from dedistill.sampling.meters import Reading
 from dedistill.sampling.selection import Comparison, compare_with_best, select
 from dedistill.sampling.sweep import Candidate, Grid, sweep
@@ -28,6 +29,7 @@ def evaluate(
     names: str,
     by: str | None = None,
     reference: str | None = None,
+    clip: ClipJudge | None = None,
     say: Callable[[str], None] = print,
 ) -> dict:
     """Measure, sweep and select the candidates of ``runs``, with intermediate results in ``out`` to continue from.
@@ -47,7 +49,7 @@ def evaluate(
     chosen = {c.name for run in runs for c in shortlist(run, losses)} | {reference}
     looked_at = [c for c in candidates if c.name in chosen]
     distillation = measure(looked_at, questions, reference=reference, title=f"How distilled still: {names}", kept=kept, say=say)
-    scores = sweep(looked_at, grid, out / "sweep", title=f"CFG sweep: {names}", judge=questions.judge, say=say)
+    scores = sweep(looked_at, grid, out / "sweep", title=f"CFG sweep: {names}", judge=questions.judge, clip=clip, say=say)
     selection = select(scores, read_index(out / "sweep" / "index.json"), by=by, reference=reference)
     rows = _loss_rows(compare_with_best(_together(losses, known), "low"), known, chosen)
     return {"losses": rows, "distillation": distillation, "selection": selection}

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -19,58 +18,13 @@ from dedistill.assemble import Model
 from dedistill.errors import UserError
 from dedistill.files import replace_json
 from dedistill.flow.solvers import sigma_grid
+from dedistill.sampling.artefacts import diversity
+from dedistill.sampling.grid import as_image
 from dedistill.sampling.judge import DigitJudge
+from dedistill.sampling.judges import ClipJudge
+from dedistill.sampling.numbers import NUMBERS
 from dedistill.sampling.sampler import sample, start_noise
 from dedistill.sampling.scores import picture_numbers
-
-NUMBERS = [
-    {
-        "key": "accuracy",
-        "picture": "correct",
-        "adherence": True,
-        "label": "accuracy",
-        "better": "high",
-        "help": "Share of digits that an independent classifier reads as asked.",
-    },
-    {
-        "key": "frechet",
-        "label": "Frechet distance",
-        "better": "low",
-        "help": "Distance of the pictures to real ones, in 20 components.",
-    },
-    {
-        "key": "precision",
-        "picture": "realistic",
-        "label": "precision",
-        "better": "high",
-        "help": "Share of pictures that lie among real ones.",
-    },
-    {"key": "recall", "label": "recall", "better": "high", "help": "Share of real pictures that lie among those made."},
-    {
-        "key": "saturated",
-        "picture": "saturated",
-        "tolerance": 0.02,
-        "label": "saturated",
-        "better": "low",
-        "help": "Share of pixels burnt beyond the range of the data.",
-    },
-    {
-        "key": "contrast",
-        "picture": "contrast",
-        "label": "contrast",
-        "better": None,
-        "help": "Standard deviation of the pixels.",
-    },
-    {
-        "key": "detail",
-        "picture": "detail",
-        "label": "detail",
-        "better": None,
-        "help": "Share of energy in high frequencies: blur lowers, noise raises it.",
-    },
-]
-"""Numbers of a cell. picture: the number of its pictures (index.json) whose mean it is. adherence: whether it says that a
-picture shows what was asked. tolerance: how much worse than the reference selection lets it be (``selection.py``)."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +64,7 @@ def sweep(
     *,
     title: str,
     judge: DigitJudge | None,
+    clip: ClipJudge | None = None,
     say: Callable[[str], None] = print,
 ) -> dict:
     """Make what is missing, write both JSON files, return the scores."""
@@ -122,12 +77,13 @@ def sweep(
         for cfg, skip, steps in grid.cells(candidate.steps):
             place = {"candidate": candidate.name, "cfg": cfg, "skip": skip, "steps": steps}
             folder = out / "pictures" / candidate.name / _folder_name(candidate, cfg, skip, steps)
-            key = _cell_key(candidate, grid, cfg, skip, steps) | {"judge": judge.identity if judge else None}
+            key = _cell_key(candidate, grid, cfg, skip, steps)
+            key |= {name: who.identity if who else None for name, who in (("judge", judge), ("clip", clip))}
             if (known := _reusable(folder, key, out)) is None:
                 if model is None:
                     model = candidate.open()
                     model.remember([*grid.prompts, model.negative])
-                known = _make_cell(model, place, grid, folder, out, judge)
+                known = _make_cell(model, place, grid, folder, out, judge, clip)
                 replace_json(folder / "cell.json", {"key": key, **known})
                 own = f" steps {steps}" if len(grid.steps) > 1 else ""
                 say(f"{candidate.name} cfg {cfg:g} skip {skip}{own}: " + _short(known["cell"]))
@@ -176,11 +132,13 @@ def _reusable(folder: Path, key: dict, out: Path) -> dict | None:
     return known
 
 
-def _make_cell(model: Model, place: dict, grid: Grid, folder: Path, out: Path, judge: DigitJudge | None) -> dict:
+def _make_cell(
+    model: Model, place: dict, grid: Grid, folder: Path, out: Path, judge: DigitJudge | None, clip: ClipJudge | None
+) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cell.json").unlink(missing_ok=True)  # its pictures are about to be overwritten
     sigmas = sigma_grid(place["steps"], model.grid_shift)
-    everything, rows = [], []
+    everything, vectors, rows = [], [], []
     for seed in grid.seeds:
         noise = start_noise(seed, len(grid.prompts), model.parts.picture)
         pictures = sample(model, list(grid.prompts), noise, sigmas, cfg=place["cfg"], skip=place["skip"])
@@ -188,6 +146,9 @@ def _make_cell(model: Model, place: dict, grid: Grid, folder: Path, out: Path, j
         if judge:
             numbers["correct"] = judge.correct(pictures, list(grid.prompts))
             numbers["realistic"] = judge.realistic(pictures)
+        if clip:
+            vectors.append(clip.embed(pictures))
+            numbers["clip"] = clip.scores(vectors[-1], list(grid.prompts))
         for i, prompt in enumerate(grid.prompts):
             file = folder / f"p{i:03d}_s{seed}.png"
             facts = {**place, "prompt": prompt, "seed": seed}
@@ -196,25 +157,26 @@ def _make_cell(model: Model, place: dict, grid: Grid, folder: Path, out: Path, j
             rows.append(row | {k: round(float(v[i]), 6) for k, v in numbers.items() if not np.isnan(v[i])})
         everything.append(pictures)
     cell = {**place, "pictures": len(rows)}
-    cell |= {k: float(np.mean([r[k] for r in rows])) for k in ("saturated", "contrast", "detail")}
-    if judge:
-        if correct := [r["correct"] for r in rows if "correct" in r]:  # a prompt without digits has no accuracy
-            cell["accuracy"] = float(np.mean(correct))
-        if len(rows) > 1:  # one picture has no spread to compare
-            cell |= judge.numbers(torch.cat(everything))
+    cell |= {k: float(np.mean([r[k] for r in rows])) for k in numbers if k not in ("correct", "realistic")}
+    if len(grid.seeds) > 1:
+        cell["diversity"] = float(diversity(torch.stack(everything)).mean())
+    if judge and (correct := [r["correct"] for r in rows if "correct" in r]):  # a prompt without digits has no accuracy
+        cell["accuracy"] = float(np.mean(correct))
+    if len(rows) > 1:  # one picture has no spread to compare
+        cell |= judge.numbers(torch.cat(everything)) if judge else {}
+        cell |= {"clip_frechet": clip.distance(np.concatenate(vectors))} if clip and clip.real is not None else {}
     return {"rows": rows, "cell": cell}
 
 
 def save_png(picture: Tensor, path: Path, facts: dict[str, object] | None = None) -> None:
-    """One picture [C, H, W] in [-1, 1], clamped, at its own resolution; grey for one channel, RGB for three.
+    """One picture [C, H, W] in [-1, 1] as PNG at its own resolution.
 
     facts: how it was made, kept in the file as text chunks.
     """
     text = PngInfo()
     for key, value in (facts or {}).items():
         text.add_text(key, str(value))
-    x = ((torch.nan_to_num(picture).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
-    Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0)).save(path, pnginfo=text)
+    as_image(picture).save(path, pnginfo=text)
 
 
 def _short(cell: dict) -> str:
