@@ -45,7 +45,7 @@ def of_candidates(description: str, folder: str) -> argparse.ArgumentParser:
 
 
 def of_sweep(description: str, folder: str, cfgs: list[float]) -> argparse.ArgumentParser:
-    """``of_candidates`` for tools that make pictures of them; ``dedistill.candidates.sweep_grid`` and ``clip_judge`` read it."""
+    """``of_candidates`` for tools that make pictures; ``dedistill.candidates.sweep_grid`` and ``clip_judge`` read it."""
     parser = of_candidates(description, folder)
     parser.add_argument("--cfg", type=finite, nargs="+", default=cfgs, help="guidance scales")
     parser.add_argument("--skip", type=whole, nargs="+", default=[0], help="first steps without guidance")
