@@ -4,7 +4,7 @@ Paired: what a meter says of a faulty take of a picture, less what it says of th
 takes (a pixel's shift, 10 % of gain, a little brightness and noise). Unpaired: its value against those of other clean
 pictures. Both at the threshold that 5 % of the clean ones pass. Diversity is one of groups of four pictures.
 
-python -m benchmarks.artefacts        minutes; writes benchmarks/results/artefacts.json, docs/images/artefacts.png
+python -m benchmarks.artefacts        minutes; writes results/artefacts.json, the sheet and the tables of docs/artefacts.md
 """
 
 import json
@@ -27,7 +27,10 @@ TAKES = 3
 """Harmless takes of each picture."""
 RESAMPLES = 1000
 GROUPS, GROUP = 20, 4
-SHEET = Path(__file__).parent.parent / "docs" / "images" / "artefacts.png"
+PAGE = Path(__file__).parent.parent / "docs" / "artefacts.md"
+SHEET = PAGE.parent / "images" / "artefacts.png"
+START, END = "<!-- tables: python -m benchmarks.artefacts -->\n", "<!-- /tables -->\n"
+"""Between these the page's tables are written."""
 
 Pictures = np.ndarray
 Meters = dict[str, Callable[[Pictures], np.ndarray]]
@@ -179,7 +182,8 @@ def main() -> None:
         results["sets"][name] = of_set(*chosen)
         (RESULTS / "artefacts.json").write_text(json.dumps(results) + "\n")
         print(f"{name}: {len(chosen[0])} pictures", flush=True)
-    print(tables(results))
+    before, told = PAGE.read_text().split(START)
+    PAGE.write_text(before + START + "\n" + tables(results) + END + told.split(END)[1])
 
 
 if __name__ == "__main__":
