@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from dedistill.assemble import Model
@@ -10,9 +13,70 @@ from dedistill.data.source import Source
 from dedistill.engine.inputs import model_files
 from dedistill.errors import UserError
 from dedistill.files import file_sha256
-from dedistill.finished import last_weights, open_base, open_finished
-from dedistill.recipe import Recipe
-from dedistill.sampling.sweep import Candidate
+from dedistill.finished import last_weights, open_base, open_finished, sampling_device
+from dedistill.prepare import open_data
+from dedistill.recipe import Recipe, load_recipe
+from dedistill.sampling.judge import DigitJudge, judge_for
+from dedistill.sampling.judges import ClipJudge
+from dedistill.sampling.sweep import Candidate, Grid
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a tool compares. recipes: of the finished runs; data: the one whose data is asked about; candidates: run by run."""
+
+    recipes: list[Recipe]
+    data: Recipe
+    source: Callable[[], Source]
+    runs: list[list[Candidate]]
+    prompts: tuple[str, ...]
+    out: Path
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        return [candidate for run in self.runs for candidate in run]
+
+    @property
+    def names(self) -> str:
+        return ", ".join(recipe.run.name for recipe in self.recipes)
+
+    def held_out(self) -> Source:
+        """The source of held-out samples. Raises UserError for recipes that have none."""
+        if self.data.data.source == "pairs":
+            raise UserError(
+                "no held-out data: these recipes train on stored pairs; name one that trains on data with --data", 2
+            )
+        return self.source()
+
+    def judge(self) -> DigitJudge | None:
+        return None if self.data.data.source == "pictures" else judge_for(self.source())
+
+
+def compared(args: Namespace, folder: str, say: Callable[[str], None], *, steps: int | None = None) -> Compared:
+    """What the arguments of ``dedistill.arguments.of_candidates`` ask for. steps: of every candidate, default its recipe's.
+
+    folder: where results go in the last run, without ``--out``. The data is opened when its source is first called.
+    """
+    recipes = [load_recipe(path, args.set) for path in args.recipes]
+    own = next((r for r in recipes if r.data.source != "pairs"), recipes[0])
+    data = load_recipe(args.data, args.set) if args.data else own
+    runs = [candidates_of(r, args.candidates, steps=steps, prefix=len(recipes) > 1) for r in recipes]
+    source = cache(lambda: open_data(data, sampling_device(), say).source)
+    out = args.out or Path(recipes[-1].run.out) / folder
+    return Compared(recipes, data, source, runs, read_prompts(args.prompts, source), out)
+
+
+def sweep_grid(args: Namespace, prompts: tuple[str, ...]) -> Grid:
+    """The grid that the arguments of ``dedistill.arguments.of_sweep`` ask for; what is said twice counts once."""
+    cfgs, skips, seeds, steps = (tuple(dict.fromkeys(values)) for values in (args.cfg, args.skip, args.seeds, args.steps))
+    return Grid(cfgs, skips, prompts, seeds, steps)
+
+
+def clip_judge(args: Namespace) -> ClipJudge | None:
+    """The judge in ``--clip``. Raises UserError for ``--real`` without it."""
+    if args.real and not args.clip:
+        raise UserError("--real: CLIP compares with real pictures; name its folder with --clip", exit_code=2)
+    return ClipJudge(args.clip, args.real, device=sampling_device()) if args.clip else None
 
 
 def candidates_of(
@@ -35,7 +99,7 @@ def candidates_of(
     for name in _chosen(["base", *averages, "last"], [*averages], wanted, out):
         path = None if name == "base" else averages.get(name) or last_weights(out)
         parts = [p for p in (recipe.model.path, path) if p is not None]
-        found.append(Candidate(f"{label}{name}", _identity(recipe, *parts), steps, _opener(recipe, path)))
+        found.append(Candidate(f"{label}{name}", _identity(recipe, *parts), steps, _opener(recipe, path), name in averages))
     return found
 
 

@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
 # Set up .venv and run the checks: lint, then the tests. Arguments go to pytest, e.g. bash launch/test.sh -m slow
+# The pages are tested in Debian's chromium, which is installed where it is missing and this runs as root.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  echo "Installing chromium for the tests of the pages ..." >&2
+  # Without it those tests fail and say how to get it; -m "not browser" leaves them out.
+  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >/dev/null || true
+fi
 ruff check .
 ruff format --check .
 export OMP_NUM_THREADS=1  # one test process per core instead

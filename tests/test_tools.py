@@ -123,6 +123,28 @@ def test_sweep_folder(story, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in before}, "pictures that are there were made again"
 
 
+def test_evaluation_answers_after_a_run(story, monkeypatch, capsys):
+    """One command: every page, three answers with intervals, two step counts; run again it makes nothing twice."""
+    monkeypatch.chdir(story)
+    few = ["--prompts", "20", "--samples", "16", "--cfg", "1", "3", "--steps", "2", "3"]
+    chosen = ["--candidates", "base", "alpha_linear_0.9", "last"]
+    assert tool("evaluate", "small/dedistill.toml", *chosen, *few) == 0
+    said = capsys.readouterr()
+    folder = story / "runs/digits/dedistill/evaluation"
+    answers = [a["answer"] for a in json.loads((folder / "evaluation.json").read_text())["answers"]]
+    assert len(answers) == 3 and all(a in said.out for a in answers) and "accuracy" in answers[2]
+    cells = json.loads((folder / "selection/selection.json").read_text())["cells"]
+    assert {(c["cfg"], c["steps"]) for c in cells} == {(1, 2), (3, 2), (1, 3), (3, 3)}
+    assert {*cells[0]["numbers"]} == {"accuracy", "precision", "saturated", "contrast", "detail"}
+    before = {p: p.stat().st_mtime_ns for p in [*folder.rglob("cell.json"), *folder.rglob("answers/*.json")]}
+    assert tool("evaluate", "small/dedistill.toml", *chosen, *few) == 0
+    assert capsys.readouterr().out == said.out and before == {p: p.stat().st_mtime_ns for p in before}
+    assert "tools/posthoc_ema.py RUN makes them" not in said.err
+    html = (folder / "sweep/index.html").read_text()
+    assert 'data-kind="steps" value="3"' in html and (folder / "sweep/sheets/last_steps3.png").is_file()
+    assert (folder / "sweep/pictures/last/cfg3_skip0_steps3/p000_s0.png").is_file()
+
+
 def test_influence_folder_is_a_recipe(story, monkeypatch, capsys):
     """K6: the tool's fragment is a recipe that trains as many numbers as the tool said."""
     monkeypatch.chdir(story)
@@ -226,6 +248,8 @@ def test_report(story, monkeypatch, capsys):
         (("cfg_sweep", "small/dedistill.toml", "--cfg", "nan"), "--cfg: expects a finite number, got 'nan'"),
         (("cfg_sweep", "small/dedistill.toml", "--skip", "-1"), "--skip: expects a whole number of at least 0"),
         (("cfg_sweep", "small/dedistill.toml", "--prompts", "0"), "neither a number nor a readable text file"),
+        (("evaluate", "small/dedistill.toml", "--prompts", "2", "--samples", "9"), "--samples: 9 are too few for intervals"),
+        (("evaluate", "small/student.toml"), "name one that trains on data with --data"),
         (("measure_distillation", "small/student.toml"), "name one that trains on data with --data"),
         (("measure_distillation", "small/dedistill.toml", "--reference", "x"), "no candidate 'x'; there are base"),
         (("posthoc_ema", "runs/digits/dedistill", "--alpha", "1.5"), "alpha = 1.5"),

@@ -1,19 +1,24 @@
 """How distilled candidates still are: every meter on the same prompts, noise and held-out samples, with intervals."""
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
 
 import numpy as np
 
-from dedistill.assemble import Model
+from dedistill.assemble import CHUNK, Model
 from dedistill.data.source import Source
 from dedistill.engine.held_out import held_out_meters
 from dedistill.engine.objective import Objective, Task
 from dedistill.errors import UserError
 from dedistill.flow.solvers import sigma_grid
 from dedistill.recipe import Recipe
+from dedistill.report.answers import Answer, answer_file, remembered
 from dedistill.sampling.judge import DigitJudge
-from dedistill.sampling.meters import Reading, guidance_meters, interval, path_meters, response
+from dedistill.sampling.meters import GUIDED, Reading, guidance_meters, interval, path_meters, response
 from dedistill.sampling.sampler import start_noise
 from dedistill.sampling.sweep import Candidate
 
@@ -54,10 +59,12 @@ METERS = [
     Meter("bend", "bend along the path", "What straightness adds up, step by step; 1 is noise.", "sigma"),
     Meter("saturated", "saturated", "Share of pixels burnt beyond the range of the data.", "CFG scale"),
     Meter("contrast", "contrast", "Standard deviation of the pixels.", "CFG scale"),
+    Meter("blur", "blur", "Share of steps between pixels that blurring again leaves.", "CFG scale"),
+    Meter("shadow", "shadow", "Share of light missing in large soft dark places.", "CFG scale"),
     Meter("correct", "accuracy", "Share of digits that an independent classifier reads as asked.", "CFG scale"),
     Meter("realistic", "fidelity", "Share of digits that lie among real ones.", "CFG scale"),
 ]
-RESPONSES = ("saturated", "contrast", "correct", "realistic")
+RESPONSES = (*GUIDED, "correct", "realistic")
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,17 @@ class Questions:
     def tasks(self, model: Model) -> list[Task]:
         return Objective(self.recipe, self.source, model.shift).held_out(self.samples, model.chunk)
 
+    @cached_property
+    def identity(self) -> str:
+        """Hash of all that is asked: the held-out samples themselves, the prompts and the settings."""
+        asked = [self.prompts, self.steps, self.few, self.cfgs, self.judge.identity if self.judge else None, BINS]
+        digest = hashlib.sha256(json.dumps(asked).encode())
+        for task in Objective(self.recipe, self.source, lambda shape: 1.0).held_out(self.samples, CHUNK):
+            digest.update(json.dumps(task.captions).encode())
+            for tensor in (task.noisy, task.sigma, task.target):
+                digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def places(self, model: Model) -> dict[str, list[float]]:
         """Where each meter with an axis is read."""
         bins = [(b + 0.5) / BINS for b in range(BINS)]
@@ -84,20 +102,42 @@ class Questions:
         return places | {key: list(self.cfgs) for key in RESPONSES}
 
 
-def ask(candidate: str, model: Model, questions: Questions) -> dict[str, Reading]:
-    """Every meter of one ``candidate``. Raises UserError for a model that does not fit the data, or gives no finite answer."""
-    q, tasks = questions, questions.tasks(model)
+def ask(candidate: Candidate, q: Questions, kept: Path | None = None, *, held_out_only: bool = False) -> Answer:
+    """Every meter of one ``candidate``, or those of held-out samples only. kept: folder where answers stay for the next time.
+
+    Raises UserError for a model that does not fit the data, or gives no finite answer.
+    """
+    opened = cache(candidate.open)
+    parts = {"held_out": _ask_held_out} if held_out_only else {"held_out": _ask_held_out, "paths": _ask_paths}
+    answers = []
+    for part, make in parts.items():
+        file = kept and answer_file(kept, candidate.name, part)
+        key = {"weights": candidate.weights, "questions": q.identity} if kept else {}
+        answers.append(remembered(file, key, lambda make=make: make(candidate.name, opened(), q)))
+    readings = {key: reading for answer in answers for key, reading in answer.readings.items()}
+    return Answer(readings, answers[-1].places, answers[-1].picture)
+
+
+def _ask_held_out(candidate: str, model: Model, q: Questions) -> Answer:
+    tasks = q.tasks(model)
     if tasks[0].noisy.shape[1] != model.parts.picture[0]:
         there, here = tasks[0].noisy.shape[1], model.parts.picture[0]
         raise UserError(f"the held-out samples have {there} channels, the model's {here}: choose another recipe with --data")
     model.remember([*q.prompts, model.negative, *(c for t in tasks if t.text is None for c in t.captions)])
-    noise = start_noise(0, len(q.prompts), model.parts.picture)
     found = held_out_meters(model, tasks, BINS)
-    found |= path_meters(model, q.prompts, noise, steps=q.steps, few=q.few)
+    _check(candidate, found)
+    return Answer(found, q.places(model), tuple(model.parts.picture))
+
+
+def _ask_paths(candidate: str, model: Model, q: Questions) -> Answer:
+    model.remember([*q.prompts, model.negative])
+    noise = start_noise(0, len(q.prompts), model.parts.picture)
+    found = path_meters(model, q.prompts, noise, steps=q.steps, few=q.few)
     found |= guidance_meters(model, q.prompts, noise, steps=q.steps, cfgs=q.cfgs, judge=q.judge)
     _check(candidate, found)
     found = {key: reading for key, reading in found.items() if reading.bottom.any()}  # no accuracy without digits
-    return found | {f"response_{key}": response(found[key]) for key in RESPONSES if key in found}
+    found |= {f"response_{key}": response(found[key]) for key in RESPONSES if key in found}
+    return Answer(found, q.places(model), tuple(model.parts.picture))
 
 
 def _check(candidate: str, found: dict[str, Reading]) -> None:
@@ -109,24 +149,28 @@ def _check(candidate: str, found: dict[str, Reading]) -> None:
 
 
 def measure(
-    candidates: list[Candidate], questions: Questions, *, reference: str | None, title: str, say: Callable[[str], None] = print
+    candidates: list[Candidate],
+    questions: Questions,
+    *,
+    reference: str | None,
+    title: str,
+    kept: Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict:
     """All candidates, and how each differs from ``reference`` (default the first), sample by sample.
 
     Returns title, settings, reference, meters, and by candidate and meter a list of {"at", "value", "low", "high"} with
     "difference", "difference_low", "difference_high" and a "verdict" beside the reference: what distillation.json holds.
-    Raises UserError for what cannot be compared.
+    kept: folder where answers stay for the next time. Raises UserError for what cannot be compared.
     """
     names = [c.name for c in candidates]
     reference = reference or names[0]
-    _check_comparable(names, reference, questions)
-    readings, places, pictures = {}, {}, {}
+    check_comparable(names, reference, questions)
+    readings, places, shapes = {}, {}, {}
     for candidate in sorted(candidates, key=lambda c: c.name != reference):
-        name, model = candidate.name, candidate.open()
-        pictures[tuple(model.parts.picture)] = name
-        if len(pictures) > 1:
-            raise UserError(f"{' and '.join(pictures.values())} make pictures of different shapes: measure them apart")
-        readings[name], places[name] = ask(name, model, questions), questions.places(model)
+        name, answer = candidate.name, ask(_of_one_shape(candidate, shapes), questions, kept)
+        _check_shape(name, answer.picture, shapes)
+        readings[name], places[name] = answer.readings, answer.places
         say(f"{name}: " + _short(readings[name]))
     against = readings[reference]
     q = questions
@@ -147,7 +191,25 @@ def measure(
     }
 
 
-def _check_comparable(names: list[str], reference: str, questions: Questions) -> None:
+def _of_one_shape(candidate: Candidate, shapes: dict[tuple[int, ...], str]) -> Candidate:
+    """The candidate, refused as soon as it is open where its pictures have not the one shape in ``shapes``."""
+
+    def opened() -> Model:
+        model = candidate.open()
+        _check_shape(candidate.name, tuple(model.parts.picture), shapes)
+        return model
+
+    return replace(candidate, open=opened)
+
+
+def _check_shape(name: str, picture: tuple[int, ...], shapes: dict[tuple[int, ...], str]) -> None:
+    shapes.setdefault(picture, name)
+    if len(shapes) > 1:
+        raise UserError(f"{' and '.join(shapes.values())} make pictures of different shapes: measure them apart")
+
+
+def check_comparable(names: list[str], reference: str, questions: Questions) -> None:
+    """Raise UserError for names that are not each one candidate's, and for too few samples or prompts."""
     if len(set(names)) != len(names):
         raise UserError(f"two candidates share a name: {', '.join(names)}", exit_code=2)
     if reference not in names:

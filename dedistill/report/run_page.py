@@ -19,6 +19,7 @@ POINTS = 200
 BIN_POINTS = 50
 """The same for the bins of sigma, whose losses scatter more."""
 LOG_RATIO = 40
+NEEDED = {"loss", "lr", "grad_norm", "applied"}
 LISTED = 200
 CURVES = (
     (
@@ -43,6 +44,11 @@ def write_run_page(run: Path) -> Path:
     recipe, rows = _recipe(run / "recipe.json"), read_rows(run / "metrics.jsonl")
     if not rows:
         raise UserError(f"{run / 'metrics.jsonl'}: no row yet; is '{run}' the folder of a run that has made a step?")
+    for row in rows:
+        if missing := NEEDED - row.keys():
+            raise UserError(
+                f"{run / 'metrics.jsonl'}: the row of step {row['step']} has no {min(missing)!r}: not the record of a run"
+            )
     bad = [row for row in rows if not row["applied"] or "quarantined" in row]
     html = render(
         "run.html.j2",
@@ -174,7 +180,7 @@ def _what(row: dict) -> str:
     if not row["applied"]:
         reasons.append("not finite, not applied" if "not_finite" in row else "a spike, not applied")
     if left_out := row.get("quarantined"):
-        reasons.append(f"trained again from here without {len(left_out)} samples")
+        reasons.append(f"trained again from here without {len(left_out)} sample{'' if len(left_out) == 1 else 's'}")
     return f"step {row['step']:,}: " + "; ".join(reasons)
 
 

@@ -1,7 +1,7 @@
 """The pictures of a sweep as grids: prompts as rows, scales as columns, one grid per candidate and skip."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,13 +18,25 @@ PromptKey = tuple[str, int]  # the text, and how many earlier prompts of the swe
 RowKey = tuple[PromptKey, int]  # and the seed
 
 
-def group(pictures: list[dict], shown: int) -> tuple[list[RowKey], dict[tuple[str, float, int], dict[RowKey, dict]]]:
-    """The rows to show, and the pictures by candidate, scale and skip, then by row."""
-    grouped: dict[tuple[str, float, int], dict[RowKey, dict]] = {}
+Place = tuple[int, int | None]  # skip, and the solver's steps where a candidate has several step counts
+
+
+def places_of(entries: list[dict]) -> Callable[[dict], Place]:
+    """Tells the place of a cell or a picture of a sweep; without several step counts of one candidate it has only a skip."""
+    found = {(entry["candidate"], entry.get("steps")) for entry in entries}
+    several = len({name for name, _ in found}) < len(found)
+    return lambda entry: (entry["skip"], entry.get("steps") if several else None)
+
+
+def group(
+    pictures: list[dict], shown: int, place: Callable[[dict], Place]
+) -> tuple[list[RowKey], dict[tuple[str, float, Place], dict[RowKey, dict]]]:
+    """The rows to show, and the pictures by candidate, scale and place, then by row."""
+    grouped: dict[tuple[str, float, Place], dict[RowKey, dict]] = {}
     seen: dict[tuple, int] = {}
     rows: dict[RowKey, None] = {}
     for entry in pictures:
-        cell = entry["candidate"], entry["cfg"], entry["skip"]
+        cell = entry["candidate"], entry["cfg"], place(entry)
         # Two prompts may have the same text ("3 seven" twice among 256): the n-th of one cell is the n-th of another.
         same = (*cell, entry["prompt"], entry["seed"])
         seen[same] = seen.get(same, 0) + 1
@@ -41,10 +53,9 @@ def group(pictures: list[dict], shown: int) -> tuple[list[RowKey], dict[tuple[st
     return kept, grouped
 
 
-def make_gallery(folder: Path, scores: dict, name: str, skip: int, rows: list[RowKey], shots: dict[float, dict]) -> dict:
-    """The grid of one candidate at one skip: prompts as rows, scales as columns."""
+def make_gallery(folder: Path, scores: dict, cells: dict[float, dict], rows: list[RowKey], shots: dict[float, dict]) -> dict:
+    """The grid of one candidate at one place: prompts as rows, scales as columns. cells, shots: by scale."""
     labels = {number["key"]: number["label"] for number in scores["numbers"]}
-    cells = {cell["cfg"]: cell for cell in scores["cells"] if (cell["candidate"], cell["skip"]) == (name, skip)}
     several = len({seed for _, seed in rows}) > 1
     heads = scores["numbers"][:2]  # shown above the pictures, the others only in the viewer
     places = [decimals(cell.get(number["key"]) for cell in scores["cells"]) for number in heads]
@@ -58,7 +69,7 @@ def make_gallery(folder: Path, scores: dict, name: str, skip: int, rows: list[Ro
     lines, sizes = [], []
     for i, row in enumerate(rows):
         entries = [shots[cfg].get(row) for cfg in scales]
-        line = [_shot(folder, entry, labels) if entry else None for entry in entries]
+        line = [shot(folder, entry, labels) if entry else None for entry in entries]
         sizes += [(shot.width, shot.height) for shot in line if shot]
         (prompt, _), seed = row
         lines.append({"label": f"{prompt} (seed {seed})" if several else prompt, "key": i, "shots": line})
@@ -74,7 +85,8 @@ def make_gallery(folder: Path, scores: dict, name: str, skip: int, rows: list[Ro
     }
 
 
-def _shot(folder: Path, entry: dict, labels: dict[str, str]) -> Shot:
+def shot(folder: Path, entry: dict, labels: dict[str, str]) -> Shot:
+    """The picture of a row of index.json, whose file is relative to ``folder``; labels: what numbers are called."""
     src, (width, height) = picture_link(folder, entry["file"])
     numbers = [(labels.get(key, key), value) for key, value in entry.items() if key not in IDENTITY]
     correct = entry.get("correct")
@@ -92,8 +104,8 @@ def _caption(numbers: Iterable[tuple[str, object]]) -> str:
     return ", ".join(f"{label} {value_label(value)}" for label, value in numbers if is_number(value))
 
 
-def sheet_names(names: list[str], skips: list[int]) -> dict[tuple[str, int], str]:
-    """A file name per candidate and skip; candidates that differ only in odd characters get a number."""
+def sheet_names(names: list[str], places: list[Place]) -> dict[tuple[str, Place], str]:
+    """A file name per candidate and place; candidates that differ only in odd characters get a number."""
     plain: dict[str, str] = {}
     for name in names:
         safe = base = re.sub(r"[^\w.-]+", "_", name).strip("._") or "candidate"
@@ -102,7 +114,9 @@ def sheet_names(names: list[str], skips: list[int]) -> dict[tuple[str, int], str
                 break
             safe = f"{base}_{i}"
         plain[name] = safe
-    return {(name, skip): plain[name] + (f"_skip{skip}" if len(skips) > 1 else "") for name in names for skip in skips}
+    skips = {skip for skip, _ in places}
+    ends = {(s, n): (f"_skip{s}" if len(skips) > 1 else "") + (f"_steps{n}" if n else "") for s, n in places}
+    return {(name, place): plain[name] + end for name in names for place, end in ends.items()}
 
 
 def write_sheet(folder: Path, name: str, gallery: dict, title: str) -> str:
@@ -118,6 +132,7 @@ def write_sheet(folder: Path, name: str, gallery: dict, title: str) -> str:
 
     rows = [(row["label"], [load(shot) for shot in row["shots"]]) for row in gallery["rows"]]
     heading = f"{title}: {gallery['name']}" + (f", skip {gallery['skip']}" if gallery["skip"] else "")
+    heading += f", {gallery['steps']} steps" if gallery["steps"] else ""
     sheet = contact_sheet(
         rows, [f"CFG {tick_label(column['cfg'])}" for column in gallery["columns"]], title=heading, scale=None
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from dedistill.report.pages import decimals, drop_old_thumbnails, field, figure, is_number, render
 from dedistill.report.plots import tick_label
 from dedistill.report.sweep_files import read_index, read_scores
-from dedistill.report.sweep_gallery import group, make_gallery, sheet_names, write_sheet
+from dedistill.report.sweep_gallery import Place, group, make_gallery, places_of, sheet_names, write_sheet
 
 LOG_RATIO = 40  # a lower-is-better number that spans more than this factor gets a logarithmic axis
 
@@ -21,17 +22,20 @@ def write_sweep_page(folder: Path, *, shown: int = 8) -> Path:
     folder = Path(folder)
     scores, pictures = read_scores(folder / "scores.json"), read_index(folder / "index.json")
     names = list(dict.fromkeys(entry["candidate"] for entry in [*scores["cells"], *pictures]))
-    skips = sorted({entry["skip"] for entry in [*scores["cells"], *pictures]})
-    rows, grouped = group(pictures, shown)
+    place_of = places_of([*scores["cells"], *pictures])
+    places = sorted({place_of(entry) for entry in [*scores["cells"], *pictures]})
+    rows, grouped = group(pictures, shown, place_of)
     galleries = []
-    sheets = sheet_names(names, skips)
-    for skip in skips:
+    sheets = sheet_names(names, places)
+    for place in places:
         for name in names:
-            shots = {cfg: found for (who, cfg, at), found in grouped.items() if (who, at) == (name, skip)}
-            gallery = {"candidate": names.index(name), "name": name, "skip": skip, "rows": [], "columns": []}
+            shots = {cfg: found for (who, cfg, at), found in grouped.items() if (who, at) == (name, place)}
+            cells = {cell["cfg"]: cell for cell in scores["cells"] if (cell["candidate"], place_of(cell)) == (name, place)}
+            gallery = {"candidate": names.index(name), "name": name, "skip": place[0], "steps": place[1]}
+            gallery |= {"rows": [], "columns": []}
             if shots:
-                gallery |= make_gallery(folder, scores, name, skip, rows, shots)
-                gallery["sheet"] = write_sheet(folder, sheets[name, skip], gallery, scores["title"])
+                gallery |= make_gallery(folder, scores, cells, rows, shots)
+                gallery["sheet"] = write_sheet(folder, sheets[name, place], gallery, scores["title"])
             galleries.append(gallery)
     drop_old_thumbnails(folder, (s for g in galleries for row in g["rows"] for s in row["shots"] if s))
     seeds = list(dict.fromkeys(seed for _, seed in rows))
@@ -40,8 +44,9 @@ def write_sweep_page(folder: Path, *, shown: int = 8) -> Path:
         title=scores["title"],
         settings=scores["settings"],
         names=names,
-        skips=skips,
-        plots=[plot for skip in skips for plot in _plots(scores, names, skip, skips)],
+        skips=sorted({skip for skip, _ in places}),
+        step_counts=sorted({steps for _, steps in places if steps}),
+        plots=[{"skip": p[0], "steps": p[1], "plots": _plots(scores, names, p, place_of, len(places) == 1)} for p in places],
         table=_table(scores),
         marked=any(number["better"] for number in scores["numbers"]),
         judged=any("correct" in entry for entry in pictures),
@@ -56,8 +61,8 @@ def write_sweep_page(folder: Path, *, shown: int = 8) -> Path:
     return page
 
 
-def _plots(scores: dict, names: list[str], skip: int, skips: list[int]) -> list[dict]:
-    """One curve plot per number; the vertical axis is the same at every skip, so that switching shows the change."""
+def _plots(scores: dict, names: list[str], place: Place, place_of: Callable[[dict], Place], alone: bool) -> list[dict]:
+    """One curve plot per number; the vertical axis is the same at every place, so that switching shows the change."""
     plots = []
     for number in scores["numbers"]:
         key = number["key"]
@@ -66,7 +71,7 @@ def _plots(scores: dict, names: list[str], skip: int, skips: list[int]) -> list[
         if not values:
             continue
         series = {
-            name: [(cell["cfg"], cell[key]) for cell in cells if (cell["candidate"], cell["skip"]) == (name, skip)]
+            name: [(cell["cfg"], cell[key]) for cell in cells if (cell["candidate"], place_of(cell)) == (name, place)]
             for name in names
         }
         low, high = min(values), max(values)
@@ -76,10 +81,10 @@ def _plots(scores: dict, names: list[str], skip: int, skips: list[int]) -> list[
             xlabel="CFG scale",
             ylabel={"high": "higher is better →", "low": "← lower is better"}.get(number["better"], number["label"]),
             log_y=number["better"] == "low" and low > 0 and high > LOG_RATIO * low,
-            y_range=(low, high) if len(skips) > 1 else None,
+            y_range=None if alone else (low, high),
             help=number["help"],
         )
-        plots.append({"skip": skip, **plot})
+        plots.append(plot)
     return plots
 
 

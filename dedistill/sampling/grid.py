@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 SHORT_SIDE = 64  # a picture smaller than this is enlarged, or nobody can judge it
 GAP = 4
@@ -18,6 +20,12 @@ PAPER, INK, EMPTY = (255, 255, 255), (32, 33, 36), (238, 238, 236)
 def integer_scale(width: int, height: int, short_side: int = SHORT_SIDE) -> int:
     """The smallest whole factor that brings the shorter side to ``short_side`` pixels, and 1 for larger pictures."""
     return max(1, -(-short_side // max(1, min(width, height))))
+
+
+def as_image(picture: Tensor) -> Image.Image:
+    """One picture [C, H, W] in [-1, 1], clamped, at its own resolution; grey for one channel, RGB for three."""
+    x = ((torch.nan_to_num(picture).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    return Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0))
 
 
 def contact_sheet(

@@ -20,6 +20,8 @@ from dedistill.sampling.scores import picture_numbers
 
 RESAMPLES = 1000
 LEVEL = 0.95
+GUIDED = ("saturated", "contrast", "blur", "shadow")
+"""Numbers of pictures that are followed over CFG."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,11 @@ def path_numbers(states: list[Tensor], sigmas: np.ndarray) -> tuple[np.ndarray, 
 def guidance_meters(
     model: Model, prompts: list[str], noise: Tensor, *, steps: int, cfgs: tuple[float, ...], judge: DigitJudge | None
 ) -> dict[str, Reading]:
-    """Numbers of the pictures at each scale of ``cfgs``: saturated, contrast, and with a judge correct and realistic."""
+    """Numbers of the pictures at each scale of ``cfgs``: those of ``GUIDED``, and with a judge correct and realistic."""
     sigmas, columns = sigma_grid(steps, model.grid_shift), []
     for cfg in cfgs:
         pictures = sample(model, prompts, noise, sigmas, cfg=cfg)
-        numbers = {key: value for key, value in picture_numbers(pictures).items() if key in ("saturated", "contrast")}
+        numbers = {key: value for key, value in picture_numbers(pictures).items() if key in GUIDED}
         if judge:
             numbers |= {"correct": judge.correct(pictures, prompts), "realistic": judge.realistic(pictures)}
         columns.append(numbers)

@@ -5,13 +5,12 @@ own resolution. Cells whose pictures and rows are there already are not made aga
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -19,56 +18,43 @@ from dedistill.assemble import Model
 from dedistill.errors import UserError
 from dedistill.files import replace_json
 from dedistill.flow.solvers import sigma_grid
+from dedistill.sampling.artefacts import diversity
+from dedistill.sampling.grid import as_image
 from dedistill.sampling.judge import DigitJudge
+from dedistill.sampling.judges import ClipJudge
+from dedistill.sampling.numbers import NUMBERS
 from dedistill.sampling.sampler import sample, start_noise
 from dedistill.sampling.scores import picture_numbers
-
-NUMBERS = [
-    {
-        "key": "accuracy",
-        "label": "accuracy",
-        "better": "high",
-        "help": "Share of digits that an independent classifier reads as asked.",
-    },
-    {
-        "key": "frechet",
-        "label": "Frechet distance",
-        "better": "low",
-        "help": "Distance of the pictures to real ones, in 20 components.",
-    },
-    {"key": "precision", "label": "precision", "better": "high", "help": "Share of pictures that lie among real ones."},
-    {"key": "recall", "label": "recall", "better": "high", "help": "Share of real pictures that lie among those made."},
-    {"key": "saturated", "label": "saturated", "better": "low", "help": "Share of pixels burnt beyond the range of the data."},
-    {"key": "contrast", "label": "contrast", "better": None, "help": "Standard deviation of the pixels."},
-    {
-        "key": "detail",
-        "label": "detail",
-        "better": None,
-        "help": "Share of energy in high frequencies: blur lowers, noise raises it.",
-    },
-]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to sample from. ``weights`` identifies its bytes; ``open`` loads it when its cells are not there yet."""
+    """Something to sample from. ``weights`` identifies its bytes; ``open`` loads it when its cells are not there yet.
+
+    average: it is one of the averages of its run.
+    """
 
     name: str
     weights: str
     steps: int
     open: Callable[[], Model]
+    average: bool = False
 
 
 @dataclass(frozen=True)
 class Grid:
+    """steps: solver steps of every candidate; none: each its own."""
+
     cfgs: tuple[float, ...]
     skips: tuple[int, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
+    steps: tuple[int, ...] = ()
 
-    def cells(self) -> Iterable[tuple[float, int]]:
-        """(cfg, skip); skipping the guidance of CFG 1 changes nothing, so it has one cell."""
-        return [(c, s) for s in self.skips for c in self.cfgs if not (c == 1 and s != self.skips[0])]
+    def cells(self, own: int) -> list[tuple[float, int, int]]:
+        """(cfg, skip, steps) for a candidate of ``own`` steps; skipping the guidance of CFG 1 changes nothing: one cell."""
+        pairs = [(c, s) for s in self.skips for c in self.cfgs if not (c == 1 and s != self.skips[0])]
+        return [(c, s, n) for n in self.steps or (own,) for c, s in pairs]
 
 
 def sweep(
@@ -78,6 +64,7 @@ def sweep(
     *,
     title: str,
     judge: DigitJudge | None,
+    clip: ClipJudge | None = None,
     say: Callable[[str], None] = print,
 ) -> dict:
     """Make what is missing, write both JSON files, return the scores."""
@@ -87,16 +74,19 @@ def sweep(
     rows, cells = [], []
     for candidate in candidates:
         model = None
-        for cfg, skip in grid.cells():
-            folder = out / "pictures" / candidate.name / f"cfg{cfg:g}_skip{skip}"
-            key = _cell_key(candidate, grid, cfg, skip) | {"judge": judge.identity if judge else None}
+        for cfg, skip, steps in grid.cells(candidate.steps):
+            place = {"candidate": candidate.name, "cfg": cfg, "skip": skip, "steps": steps}
+            folder = out / "pictures" / candidate.name / _folder_name(candidate, cfg, skip, steps)
+            key = _cell_key(candidate, grid, cfg, skip, steps)
+            key |= {name: who.identity if who else None for name, who in (("judge", judge), ("clip", clip))}
             if (known := _reusable(folder, key, out)) is None:
                 if model is None:
                     model = candidate.open()
                     model.remember([*grid.prompts, model.negative])
-                known = _make_cell(model, candidate, grid, cfg, skip, folder, out, judge)
+                known = _make_cell(model, place, grid, folder, out, judge, clip)
                 replace_json(folder / "cell.json", {"key": key, **known})
-                say(f"{candidate.name} cfg {cfg:g} skip {skip}: " + _short(known["cell"]))
+                own = f" steps {steps}" if len(grid.steps) > 1 else ""
+                say(f"{candidate.name} cfg {cfg:g} skip {skip}{own}: " + _short(known["cell"]))
             rows += known["rows"]
             cells.append(known["cell"])
     scores = {
@@ -115,10 +105,15 @@ def sweep(
     return scores
 
 
-def _cell_key(candidate: Candidate, grid: Grid, cfg: float, skip: int) -> dict:
+def _folder_name(candidate: Candidate, cfg: float, skip: int, steps: int) -> str:
+    return f"cfg{cfg:g}_skip{skip}" + (f"_steps{steps}" if steps != candidate.steps else "")
+
+
+def _cell_key(candidate: Candidate, grid: Grid, cfg: float, skip: int, steps: int) -> dict:
     return {
+        "numbers": [n["picture"] for n in NUMBERS if "picture" in n],  # a cell made before there was one lacks it
         "weights": candidate.weights,
-        "steps": candidate.steps,
+        "steps": steps,
         "cfg": cfg,
         "skip": skip,
         "prompts": list(grid.prompts),
@@ -138,18 +133,22 @@ def _reusable(folder: Path, key: dict, out: Path) -> dict | None:
 
 
 def _make_cell(
-    model: Model, candidate: Candidate, grid: Grid, cfg: float, skip: int, folder: Path, out: Path, judge: DigitJudge | None
+    model: Model, place: dict, grid: Grid, folder: Path, out: Path, judge: DigitJudge | None, clip: ClipJudge | None
 ) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cell.json").unlink(missing_ok=True)  # its pictures are about to be overwritten
-    place = {"candidate": candidate.name, "cfg": cfg, "skip": skip, "steps": candidate.steps}
-    everything, rows = [], []
+    sigmas = sigma_grid(place["steps"], model.grid_shift)
+    everything, vectors, rows = [], [], []
     for seed in grid.seeds:
         noise = start_noise(seed, len(grid.prompts), model.parts.picture)
-        pictures = sample(model, list(grid.prompts), noise, sigma_grid(candidate.steps, model.grid_shift), cfg=cfg, skip=skip)
+        pictures = sample(model, list(grid.prompts), noise, sigmas, cfg=place["cfg"], skip=place["skip"])
         numbers = picture_numbers(pictures)
         if judge:
             numbers["correct"] = judge.correct(pictures, list(grid.prompts))
+            numbers["realistic"] = judge.realistic(pictures)
+        if clip:
+            vectors.append(clip.embed(pictures))
+            numbers["clip"] = clip.scores(vectors[-1], list(grid.prompts))
         for i, prompt in enumerate(grid.prompts):
             file = folder / f"p{i:03d}_s{seed}.png"
             facts = {**place, "prompt": prompt, "seed": seed}
@@ -158,25 +157,26 @@ def _make_cell(
             rows.append(row | {k: round(float(v[i]), 6) for k, v in numbers.items() if not np.isnan(v[i])})
         everything.append(pictures)
     cell = {**place, "pictures": len(rows)}
-    cell |= {k: float(np.mean([r[k] for r in rows])) for k in ("saturated", "contrast", "detail")}
-    if judge:
-        if correct := [r["correct"] for r in rows if "correct" in r]:  # a prompt without digits has no accuracy
-            cell["accuracy"] = float(np.mean(correct))
-        if len(rows) > 1:  # one picture has no spread to compare
-            cell |= judge.numbers(torch.cat(everything))
+    cell |= {k: float(np.mean([r[k] for r in rows])) for k in numbers if k not in ("correct", "realistic")}
+    if len(grid.seeds) > 1:
+        cell["diversity"] = float(diversity(torch.stack(everything)).mean())
+    if judge and (correct := [r["correct"] for r in rows if "correct" in r]):  # a prompt without digits has no accuracy
+        cell["accuracy"] = float(np.mean(correct))
+    if len(rows) > 1:  # one picture has no spread to compare
+        cell |= judge.numbers(torch.cat(everything)) if judge else {}
+        cell |= {"clip_frechet": clip.distance(np.concatenate(vectors))} if clip and clip.real is not None else {}
     return {"rows": rows, "cell": cell}
 
 
 def save_png(picture: Tensor, path: Path, facts: dict[str, object] | None = None) -> None:
-    """One picture [C, H, W] in [-1, 1], clamped, at its own resolution; grey for one channel, RGB for three.
+    """One picture [C, H, W] in [-1, 1] as PNG at its own resolution.
 
     facts: how it was made, kept in the file as text chunks.
     """
     text = PngInfo()
     for key, value in (facts or {}).items():
         text.add_text(key, str(value))
-    x = ((torch.nan_to_num(picture).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
-    Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0)).save(path, pnginfo=text)
+    as_image(picture).save(path, pnginfo=text)
 
 
 def _short(cell: dict) -> str:

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.browser
 WITH_PICTURES = ("sweep", "story", "scan")
 WITH_SORTED_TABLES = ("sweep", "distillation", "run")
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
-INSTALL = "apt-get install chromium (launch/test.sh does so as root), and pip install playwright; or leave them out: -m 'not browser'"
+INSTALL = (
+    "apt-get install chromium (launch/test.sh does so as root), and pip install playwright; or leave them out: -m 'not browser'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,8 @@ CONTRAST = """() => {
     const clear = (e) => /, 0\\)$|transparent/.test(getComputedStyle(e).backgroundColor);
     while (behind !== document.body && clear(behind)) behind = behind.parentElement;
     const style = getComputedStyle(element), back = getComputedStyle(behind).backgroundColor;
-    const [a, b] = [rgb(element.closest("svg") ? style.fill : style.color, back), rgb(back, paper)].map(light).sort((x, y) => y - x);
+    const ink = rgb(element.closest("svg") ? style.fill : style.color, back);
+    const [a, b] = [ink, rgb(back, paper)].map(light).sort((x, y) => y - x);
     found.push([(a + .05) / (b + .05), element.tagName + " " + element.textContent.trim().slice(0, 30)]);
   }
   return found;
@@ -141,7 +144,7 @@ def test_click_and_arrows(open_page, name):
     assert page.get_by_text("pin this picture as A").is_visible()
     page.keyboard.press("Escape")
     assert not page.locator(".viewer").is_visible()
-    assert page.evaluate("document.activeElement.href") == second
+    page.wait_for_function("url => document.activeElement.href === url", arg=second)
     page.keyboard.press("Enter")
     assert viewer_shows(page) == second
 
@@ -203,7 +206,9 @@ def test_blinking_starts_only_where_motion_is_wanted(open_page):
     assert viewer_shows(page) == b
     calm = open_page("story", reduced_motion="reduce")
     enlarge(calm)
-    assert not calm.get_by_role("button", name="Blink").is_visible() and calm.get_by_role("button", name="Pin as A").is_visible()
+    assert (
+        not calm.get_by_role("button", name="Blink").is_visible() and calm.get_by_role("button", name="Pin as A").is_visible()
+    )
 
 
 def test_the_next_candidate(open_page):
@@ -215,7 +220,8 @@ def test_the_next_candidate(open_page):
     assert page.locator(".viewer .where").inner_text().startswith("student/#1 %, CFG 1,")
     page.keyboard.press("Escape")
     assert page.get_by_role("radio", name="student/#1 %").is_checked()
-    assert page.evaluate("document.activeElement.checkVisibility()") and not page.get_by_role("radio", name="teacher").is_checked()
+    page.wait_for_function("document.activeElement.matches('a.shot') && document.activeElement.checkVisibility()")
+    assert not page.get_by_role("radio", name="teacher").is_checked()
 
 
 def column(table, n: int) -> list[str]:

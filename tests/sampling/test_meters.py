@@ -143,7 +143,7 @@ def test_the_response_to_cfg_is_that_of_the_exact_pictures():
     count, cfgs = 60, (1.0, 2.0, 4.0)
     noise, prompts = start_noise(0, count, PICTURE), ["1"] * count
     found = guidance_meters(closed_form(), prompts, noise, steps=16, cfgs=cfgs, judge=None)
-    assert set(found) == {"saturated", "contrast"}
+    assert set(found) == {"saturated", "contrast", "blur", "shadow"}
     for i, cfg in enumerate(cfgs):
         field = lambda x, s, _, cfg=cfg: PLANE.guided(x, s, 1, cfg)  # noqa: E731 - one line
         *_, exact = euler(field, noise.flatten(1).double(), sigma_grid(16))

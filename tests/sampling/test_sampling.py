@@ -1,6 +1,8 @@
 """Pictures from a model, the numbers that judge them, and the sweep that makes many of them."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.linalg import sqrtm
+from test_judges import write_clip
 
 from dedistill.assemble import Model, build_model
 from dedistill.data.digits import load_digits
@@ -18,6 +21,7 @@ from dedistill.flow.solvers import sigma_grid
 from dedistill.recipe.schema import Recipe
 from dedistill.report.sweep_page import write_sweep_page
 from dedistill.sampling.judge import DigitJudge, frechet_distance, judge_for, precision_recall
+from dedistill.sampling.judges import ClipJudge
 from dedistill.sampling.sampler import sample, start_noise, trajectories
 from dedistill.sampling.scores import picture_numbers
 from dedistill.sampling.sweep import Candidate, Grid, save_png, sweep
@@ -317,7 +321,7 @@ def test_a_sweep_is_complete(tmp_path, judge):
     cells = [(c, w, k) for c in ("base", "last") for w, k in ((1, 0), (3, 0), (3, 2))]
     assert places == {(*cell, p, s) for cell in cells for p in PROMPTS for s in (0, 7)} and len(rows) == len(places) == 36
     for row in rows:
-        assert {"file", "steps", "saturated", "contrast", "detail", "correct"} <= row.keys()
+        assert {"file", "steps", "saturated", "contrast", "detail", "blur", "shadow", "clipped", "correct"} <= row.keys()
         assert Image.open(tmp_path / row["file"]).size == (16, 8)
     assert len({r["file"] for r in rows}) == 36 == len(stamps(tmp_path))
     assert strict(tmp_path / "scores.json") == scores
@@ -325,7 +329,8 @@ def test_a_sweep_is_complete(tmp_path, judge):
     for cell in scores["cells"]:
         own = [r for r in rows if all(r[k] == cell[k] for k in ("candidate", "cfg", "skip"))]
         assert cell["pictures"] == 6 and cell["accuracy"] == pytest.approx(np.mean([r["correct"] for r in own]))
-        assert cell.keys() >= {n["key"] for n in scores["numbers"]}
+        assert cell["shadow"] == pytest.approx(np.mean([r["shadow"] for r in own]))
+        assert cell.keys() >= {n["key"] for n in scores["numbers"]} >= {"diversity", "blur"}
     row = next(
         r for r in rows if (r["candidate"], r["cfg"], r["skip"], r["seed"]) == ("last", 3, 2, 7) and r["prompt"] == PROMPTS[1]
     )
@@ -334,6 +339,19 @@ def test_a_sweep_is_complete(tmp_path, judge):
     assert pixels(tmp_path / "again.png") == pixels(tmp_path / row["file"])
     with Image.open(tmp_path / row["file"]) as image:  # the file tells how it was made
         assert image.text == {k: str(row[k]) for k in ("candidate", "cfg", "skip", "steps", "prompt", "seed")}
+
+
+def test_a_sweep_with_clip(tmp_path):
+    """Its score stands in rows and cells, its identity in the key; diversity needs two seeds."""
+    clip = ClipJudge(write_clip(tmp_path / "clip"))
+    grid = Grid((1.0,), (0,), tuple(PROMPTS), (0,))
+    make = partial(sweep, [Opened().candidate("base")], grid, tmp_path / "out", title="t", judge=None, say=lambda line: None)
+    cell = make(clip=clip)["cells"][0]
+    rows = strict(tmp_path / "out/index.json")
+    made = sample(model(), PROMPTS, start_noise(0, 3, PICTURE), sigma_grid(3), cfg=1)
+    assert [r["clip"] for r in rows] == pytest.approx(clip.scores(clip.embed(made), PROMPTS).tolist(), abs=1e-5)
+    assert cell["clip"] == pytest.approx(np.mean([r["clip"] for r in rows])) and "clip_frechet" not in cell
+    assert "diversity" not in cell and "clip" not in make(clip=None)["cells"][0]
 
 
 def test_a_sweep_makes_only_what_is_missing(tmp_path):
@@ -352,6 +370,23 @@ def test_a_sweep_makes_only_what_is_missing(tmp_path):
     opened = Opened()
     run(opened.pair(weights="other"), tmp_path, Grid((1.0, 3.0), (0, 2), tuple(PROMPTS), (0, 8)))
     assert opened.names == ["base", "last"]
+
+
+def test_several_step_counts_are_cells_of_their_own(tmp_path):
+    """N1: the candidate's own count keeps the plain folder, so that cells made before are found; pictures differ by steps."""
+    once = Grid((1.0, 3.0), (0, 2), tuple(PROMPTS), (0,))
+    before = run([Opened().candidate("last")], tmp_path, once)["cells"]
+    opened = Opened()
+    both = run([opened.candidate("last")], tmp_path, replace(once, steps=(3, 5)))["cells"]
+    assert both[:3] == before and [(c["cfg"], c["skip"], c["steps"]) for c in both[3:]] == [(1, 0, 5), (3, 0, 5), (3, 2, 5)]
+    assert {p.name for p in (tmp_path / "pictures/last").iterdir()} == {
+        f"cfg{c}_skip{s}{end}" for c, s in ((1, 0), (3, 0), (3, 2)) for end in ("", "_steps5")
+    }
+    again = sample(model(), PROMPTS, start_noise(0, 3, PICTURE), sigma_grid(5), cfg=3, skip=2)
+    save_png(again[1], tmp_path / "again.png")
+    assert pixels(tmp_path / "again.png") == pixels(tmp_path / "pictures/last/cfg3_skip2_steps5/p001_s0.png")
+    run([Opened().candidate("last")], tmp_path, replace(once, steps=(3, 5)))
+    assert opened.names == ["last"]
 
 
 def test_an_interrupted_sweep_continues(tmp_path):

@@ -1,0 +1,181 @@
+"""The first page after a run: three answers with their intervals, the pictures they are about, and where the rest stands."""
+
+from pathlib import Path
+
+from dedistill.files import replace_json
+from dedistill.report.distillation_page import write_distillation_page
+from dedistill.report.evaluation import MOST_AVERAGES
+from dedistill.report.pages import decimals, display_width, drop_old_thumbnails, field, render
+from dedistill.report.selection_page import (
+    UNJUDGED,
+    chosen_words,
+    number_words,
+    place_words,
+    rule,
+    write_selection_page,
+)
+from dedistill.report.sweep_files import read_index
+from dedistill.report.sweep_gallery import shot
+from dedistill.report.sweep_page import write_sweep_page
+from dedistill.sampling.selection import CELL
+
+SHOWN = 8
+
+
+def write_evaluation(out: Path, found: dict, names: str) -> tuple[list[dict[str, str]], Path]:
+    """Write all pages of what ``dedistill.report.evaluation.evaluate`` found; its sweep is in ``out`` already.
+
+    names: of the runs. Returns the three answers, and the path of the first page; evaluation.json stands beside it.
+    """
+    write_sweep_page(out / "sweep")
+    write_distillation_page(out / "distillation", found["distillation"])
+    write_selection_page(out / "selection", found["selection"], f"Selection: {names}")
+    answers, title = three_answers(found), f"Evaluation: {names}"
+    summary = {"title": title, "answers": answers, "losses": found["losses"], "chosen": _chosen(found["selection"])}
+    replace_json(out / "evaluation.json", summary)
+    columns, rows = _pictures(out, found)
+    drop_old_thumbnails(out, (s for row in rows for s in row["shots"]))
+    page = out / "index.html"
+    shots = [s for row in rows for s in row["shots"]]
+    size = max((s.width, s.height) for s in shots)
+    html = render(
+        "evaluation.html.j2",
+        title=title,
+        answers=answers,
+        rule=rule(found["selection"]),
+        most=MOST_AVERAGES,
+        columns=columns,
+        rows=rows,
+        width=display_width(size, 4),
+        small=display_width(size, 4, 120),
+        tiny=any(s.src == s.small for s in shots),
+        misread=any(s.wrong for s in shots),
+        losses=_loss_table(found["losses"]),
+    )
+    page.write_text(html, encoding="utf-8")
+    return answers, page
+
+
+def three_answers(found: dict) -> list[dict[str, str]]:
+    """{"question", "answer"}: how distilled still, which average, how to sample."""
+    return [
+        {"question": "How distilled is it still?", "answer": _distilled(found)},
+        {"question": "Which weights?", "answer": _which(found)},
+        {"question": "How to sample?", "answer": _how(found)},
+    ]
+
+
+def _chosen(selection: dict) -> dict | None:
+    return None if selection["chosen"] is None else {key: selection["cells"][selection["chosen"]][key] for key in CELL}
+
+
+def subject(found: dict) -> str:
+    """The candidate that the answers are about: the chosen one, else the one of lowest held-out loss that was looked at."""
+    selection, reference = found["selection"], found["distillation"]["reference"]
+    if selection["chosen"] is not None and selection["cells"][selection["chosen"]]["candidate"] != reference:
+        return selection["cells"][selection["chosen"]]["candidate"]
+    rest = [row for row in found["losses"] if row["looked_at"] and row["candidate"] != reference]
+    return min(rest, key=lambda row: row["value"])["candidate"] if rest else reference
+
+
+def _distilled(found: dict) -> str:
+    meters, name, reference = found["distillation"]["candidates"], subject(found), found["distillation"]["reference"]
+    if name == reference:
+        told = ", ".join(f"{label} {_meter(meters[name], key)}" for key, label in _TOLD)
+        return f"{name} has {told}; there is nothing to compare it with."
+    verdicts = {key: meters[name][key][0]["verdict"] for key, _ in _TOLD}
+    seen = {"lower": "less distilled", "higher": "more distilled"}
+    words = seen.get(verdicts["guidance"], "as far as one sees no less distilled")
+    told = [
+        f"{label} {_meter(meters[name], key)} against {_meter(meters[reference], key)}, {_difference(meters[name][key][0])}"
+        for key, label in _TOLD
+    ]
+    return f"By the guidance gap {name} is {words} than {reference}: {'; '.join(told)}."
+
+
+_TOLD = (("guidance", "guidance gap"), ("loss", "held-out loss"))
+
+
+def _meter(readings: dict, key: str) -> str:
+    row = readings[key][0]
+    places = decimals([row["high"]])
+    return f"{row['value']:.{places}f} ({row['low']:.{places}f} to {row['high']:.{places}f})"
+
+
+def _difference(row: dict) -> str:
+    if row["verdict"] == "no difference seen":
+        return row["verdict"]
+    low, high = sorted(abs(row[key]) for key in ("difference_low", "difference_high"))
+    places = decimals([high])
+    return f"{row['verdict']} by {low:.{places}f} to {high:.{places}f}"
+
+
+def _which(found: dict) -> str:
+    losses, selection = found["losses"], found["selection"]
+    best = min(losses, key=lambda row: row["value"])
+    equals = [row["candidate"] for row in losses if row["may_be_best"] and row is not best]
+    told = f"not told apart from it: {', '.join(equals)}" if equals else "no other may be the best"
+    by_loss = f"by held-out loss {best['candidate']} is best, {told}" if len(losses) > 1 else "it is the only candidate"
+    if selection["chosen"] is None:
+        return f"{by_loss[0].upper()}{by_loss[1:]}."
+    name = selection["cells"][selection["chosen"]]["candidate"]
+    cells = [cell for cell in selection["cells"] if cell.get("may_be_best") and cell["candidate"] != name]
+    others = list(dict.fromkeys(cell["candidate"] for cell in cells))
+    pictures = f"; by its pictures it is not told apart from {', '.join(others)}" if others else ""
+    return f"{name}{pictures}; {by_loss}."
+
+
+def _how(found: dict) -> str:
+    selection = found["selection"]
+    limited = [n for n in selection["numbers"] if "tolerance" in n]
+    if selection["chosen"] is not None:
+        cell = selection["cells"][selection["chosen"]]
+        price = "".join(f", {n['label']} {number_words(cell, n['key'])}" for n in limited if n["key"] != selection["by"])
+        return f"{chosen_words(selection)}. It has{price[1:]}." if price else f"{chosen_words(selection)}."
+    name = subject(found)
+    fine = [place_words(c) for c in selection["cells"] if c["candidate"] == name and not c["refused"]]
+    return f"{UNJUDGED} Not refused: {'; '.join(fine) or f'no cell of {name}'}."
+
+
+def _pictures(out: Path, found: dict) -> tuple[list[str], list[dict]]:
+    """The chosen cell beside the reference; without a choice, the subject's cell nearest to the reference's scale."""
+    selection = found["selection"]
+    cells, home = selection["cells"], selection["cells"][selection["reference"]]
+    chosen = selection["chosen"]
+    if chosen is None:
+        own = [i for i, cell in enumerate(cells) if cell["candidate"] == subject(found)]
+        chosen = min(own, key=lambda i: (bool(cells[i]["refused"]), -cells[i]["cfg"]))
+    pair = [home] if chosen == selection["reference"] else [home, cells[chosen]]
+    labels = {n["picture"]: n["label"] for n in selection["numbers"]}
+    by_cell = {tuple(cell[key] for key in CELL): [] for cell in pair}
+    for row in read_index(out / "sweep" / "index.json"):
+        if (place := tuple(row[key] for key in CELL)) in by_cell:
+            by_cell[place].append(row | {"file": f"sweep/{row['file']}"})
+    rows = [
+        {"label": entries[0]["prompt"], "key": i, "shots": [shot(out, entry, labels) for entry in entries]}
+        for i, entries in enumerate(list(zip(*by_cell.values()))[:SHOWN])
+    ]
+    return [place_words(cell) for cell in pair], rows
+
+
+def _loss_table(losses: list[dict]) -> dict:
+    places = decimals(row["value"] for row in losses)
+    heads = [
+        ("candidate", False),
+        ("held-out loss", True),
+        ("from", True),
+        ("to", True),
+        ("verdict", False),
+        ("pictures", False),
+    ]
+    best = min(row["value"] for row in losses)
+    rows = [
+        [
+            field(row["candidate"]),
+            *(field(row[key], lambda v: f"{v:.{places + 1}f}") for key in ("value", "low", "high")),
+            field("lowest" if row["value"] == best else "possibly the best" if row["may_be_best"] else "not the best"),
+            field("made" if row["looked_at"] else "not made"),
+        ]
+        for row in losses
+    ]
+    return {"heads": [{"label": label, "numeric": numeric, "help": ""} for label, numeric in heads], "rows": rows}

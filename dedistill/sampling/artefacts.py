@@ -1,0 +1,93 @@
+"""What goes wrong in pictures when guidance is too strong, in numbers that need neither a reference nor a judge.
+
+Each is measured on pictures as they are saved, clamped to [-1, 1]; ``docs/artefacts.md`` has what they see and what not.
+"""
+
+import numpy as np
+from scipy import ndimage
+from torch import Tensor
+
+BLUR_TAPS = 5
+"""Crete's 9 are more than a picture of 8 pixels has, and see less of weak blur."""
+SHADOW_SIDE = 32
+"""Pixels of the shorter side at which shadows are looked for."""
+SHADOW_PATCH = 4
+"""A shadow is wider than the shorter side over this."""
+END = 1 - 2 / 255
+"""From here on a value is at the end of its range: the last step of 8 bits."""
+FLOOR = 0.02
+"""Light, of 1, that is added where light divides light: black has no shadows."""
+
+
+def artefacts(pictures: Tensor) -> dict[str, np.ndarray]:
+    """blur, shadow, clipped, and for three channels colour, of each picture: [B] each, finite, from [B, C, H, W]."""
+    x = np.nan_to_num(pictures.double().numpy(), nan=0.0).clip(-1, 1)
+    found = {"blur": blur(x), "shadow": shadow(x), "clipped": clipped(x)}
+    return found | ({"colour": colour(x)} if x.shape[1] == 3 else {})
+
+
+def luma(x: np.ndarray) -> np.ndarray:
+    """[B, C, H, W] -> [B, H, W]: ITU-R BT.601 weights for three channels, else their mean."""
+    return np.tensordot(x, [0.299, 0.587, 0.114], (1, 0)) if x.shape[1] == 3 else x.mean(1)
+
+
+def blur(x: np.ndarray, taps: int = BLUR_TAPS) -> np.ndarray:
+    """How little blurring again changes [B], 0 to 1 (Crete et al. 2007, "The blur effect"); 1 for a picture without steps.
+
+    1 less the share of the steps between neighbours that a mean over ``taps`` pixels along them takes away; the greater of
+    the two directions.
+    """
+    grey, found = luma(x), []
+    for axis in (1, 2):
+        steps = np.abs(np.diff(grey, axis=axis))
+        left = np.abs(np.diff(ndimage.uniform_filter1d(grey, taps, axis=axis, mode="nearest"), axis=axis))
+        lost, total = np.maximum(steps - left, 0).sum((1, 2)), steps.sum((1, 2))
+        found.append(1 - np.divide(lost, total, out=np.zeros_like(total), where=total > 0))
+    return np.maximum(*found)
+
+
+def shadow(x: np.ndarray) -> np.ndarray:
+    """Share of light that is missing where even the brightest thing around is dark [B]; 0 for even light.
+
+    The bright channel (Panagopoulos et al. 2010, "Estimating shadows with the bright channel cue"), the greatest value of
+    all channels within a patch, is near the brightness of the light wherever something bright lies, so dark things do
+    not lower it and large soft shadows do. Here: 1 - mean / 95 % quantile of it, at 32 pixels and patches of a quarter.
+    """
+    light = _shrunk((x + 1) / 2).max(1)
+    patch = max(3, min(light.shape[1:]) // SHADOW_PATCH | 1)
+    bright = ndimage.maximum_filter(light, (1, patch, patch), mode="nearest")
+    bright = ndimage.gaussian_filter(bright, (0, patch / 3, patch / 3), mode="nearest")
+    return np.maximum(0, 1 - (bright.mean((1, 2)) + FLOOR) / (np.quantile(bright, 0.95, axis=(1, 2)) + FLOOR))
+
+
+def _shrunk(x: np.ndarray) -> np.ndarray:
+    """Means of whole square blocks, as many as leave 32 to 63 pixels of the shorter side; smaller pictures as they are."""
+    block = max(1, min(x.shape[2:]) // SHADOW_SIDE)
+    h, w = x.shape[2] // block, x.shape[3] // block
+    return x[:, :, : h * block, : w * block].reshape(*x.shape[:2], h, block, w, block).mean((3, 5))
+
+
+def clipped(x: np.ndarray) -> np.ndarray:
+    """Share of values [B] that lie at an end of the range together with their four neighbours: areas without any drawing."""
+    cross = ndimage.generate_binary_structure(2, 1)[None, None]
+    return ndimage.binary_erosion(np.abs(x) >= END, cross, border_value=1).mean((1, 2, 3))
+
+
+def colour(x: np.ndarray) -> np.ndarray:
+    """Colourfulness of RGB pictures [B], 0 for grey (Hasler & Süsstrunk 2003, "Measuring colourfulness", M3).
+
+    Spread plus .3 of the mean of red - green and of (red + green) / 2 - blue, here for values in [-1, 1].
+    """
+    opponents = np.stack([x[:, 0] - x[:, 1], (x[:, 0] + x[:, 1]) / 2 - x[:, 2]])
+    return np.hypot(*opponents.std((2, 3))) + 0.3 * np.hypot(*opponents.mean((2, 3)))
+
+
+def diversity(pictures: Tensor) -> np.ndarray:
+    """How far the pictures of one prompt differ from seed to seed [P], from [S, P, C, H, W] with two seeds or more.
+
+    Root mean square distance of two of them, over that of unrelated pictures of their contrast and equal mean: about 1
+    for unrelated ones, 0 for copies. A black picture has contrast 0 and diversity 0.
+    """
+    x = np.nan_to_num(pictures.double().numpy(), nan=0.0).clip(-1, 1)
+    between, within = x.var(0, ddof=1).mean((1, 2, 3)), x.var((2, 3, 4)).mean(0)
+    return np.sqrt(np.divide(between, within, out=np.zeros_like(within), where=within > 1e-12))

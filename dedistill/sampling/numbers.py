@@ -1,0 +1,101 @@
+"""What is told of a sweep's cells and pictures, and which way each number is better."""
+
+NUMBERS = [
+    {
+        "key": "accuracy",
+        "picture": "correct",
+        "adherence": True,
+        "label": "accuracy",
+        "better": "high",
+        "help": "Share of digits that an independent classifier reads as asked.",
+    },
+    {
+        "key": "clip",
+        "picture": "clip",
+        "adherence": True,
+        "label": "CLIP score",
+        "better": "high",
+        "help": "How well CLIP finds that pictures fit their prompts, of 100.",
+    },
+    {
+        "key": "frechet",
+        "label": "Frechet distance",
+        "better": "low",
+        "help": "Distance of the pictures to real ones, in 20 components.",
+    },
+    {
+        "key": "clip_frechet",
+        "label": "CLIP Frechet distance",
+        "better": "low",
+        "help": "Distance of the pictures to real ones in CLIP's eyes; few pictures raise it.",
+    },
+    {
+        "key": "precision",
+        "picture": "realistic",
+        "label": "precision",
+        "better": "high",
+        "help": "Share of pictures that lie among real ones.",
+    },
+    {"key": "recall", "label": "recall", "better": "high", "help": "Share of real pictures that lie among those made."},
+    {
+        "key": "saturated",
+        "picture": "saturated",
+        "tolerance": 0.02,
+        "label": "saturated",
+        "better": "low",
+        "help": "Share of pixels burnt beyond the range of the data.",
+    },
+    {
+        "key": "clipped",
+        "picture": "clipped",
+        "tolerance": 0.02,
+        "label": "clipped",
+        "better": "low",
+        "help": "Share of areas at an end of the range, without any drawing.",
+    },
+    {
+        "key": "shadow",
+        "picture": "shadow",
+        "tolerance": 0.05,
+        "label": "shadow",
+        "better": "low",
+        "help": "Share of light missing in large soft dark places.",
+    },
+    {
+        "key": "blur",
+        "picture": "blur",
+        "tolerance": 0.05,
+        "label": "blur",
+        "better": "low",
+        "help": "Share of steps between pixels that blurring again leaves.",
+    },
+    {
+        "key": "contrast",
+        "picture": "contrast",
+        "label": "contrast",
+        "better": None,
+        "help": "Standard deviation of the pixels.",
+    },
+    {
+        "key": "colour",
+        "picture": "colour",
+        "label": "colour",
+        "better": None,
+        "help": "Colourfulness: strong guidance raises it. 0 is grey.",
+    },
+    {
+        "key": "detail",
+        "picture": "detail",
+        "label": "detail",
+        "better": None,
+        "help": "Share of energy in high frequencies: blur lowers, noise raises it.",
+    },
+    {
+        "key": "diversity",
+        "label": "diversity",
+        "better": "high",
+        "help": "How far the seeds of one prompt differ: 1 is unrelated, 0 is copies.",
+    },
+]
+"""Numbers of a cell. picture: the number of its pictures (index.json) whose mean it is. adherence: whether it says that a
+picture shows what was asked. tolerance: how much worse than the reference selection lets it be (``selection.py``)."""
