@@ -20,6 +20,7 @@ from benchmarks.lab_tricks import FULL, QUICK, RUNS, Scale
 from dedistill.errors import RUN_AGAIN
 
 ROOT = Path(__file__).parent.parent
+FIGURES = ROOT / "benchmarks" / "results" / "lab.json"
 
 
 def main() -> int:
@@ -29,29 +30,33 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="jobs at a time; default 2")
     parser.add_argument("--report", action="store_true", help="train nothing, write the report of the committed figures again")
     args = parser.parse_args()
-    from benchmarks.lab_page import write_page
-    from benchmarks.lab_report import main_table, write_report
-
-    if args.report:
-        found = json.loads((ROOT / "benchmarks/results/lab.json").read_text())
-        print("\n".join(main_table(found["scores"])))
-        print(f"done: {write_report(found, ROOT / 'docs')}, {write_page(found, Path('runs/lab/full'))}", file=sys.stderr)
-        return 0
     seeds, scale = args.seeds or (2 if args.quick else 3), QUICK if args.quick else FULL
     if seeds < 2:
         parser.error("--seeds: an interval needs at least 2")
     root = Path("runs/lab") / ("quick" if args.quick else "full")
-    try:
-        found = run_all(root, scale, seeds, args.processes)
-    except KeyboardInterrupt:
-        print("stopped; run again to go on", file=sys.stderr)
-        return RUN_AGAIN
-    if not args.quick:
-        (ROOT / "benchmarks/results/lab.json").write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(main_table(found["scores"])))
-    report = write_report(found, root if args.quick else ROOT / "docs")
-    print(f"done: {report}, {write_page(found, root)}", file=sys.stderr)
+    if args.report:
+        found = json.loads(FIGURES.read_text())
+    else:
+        try:
+            found = run_all(root, scale, seeds, args.processes)
+        except KeyboardInterrupt:
+            print("stopped; run again to go on", file=sys.stderr)
+            return RUN_AGAIN
+    publish(found, root, committed=not args.quick)
     return 0
+
+
+def publish(found: dict, root: Path, *, committed: bool) -> None:
+    """Print the main table and write the page into ``root``; the report beside it, or with the figures into the project."""
+    from benchmarks.lab_page import write_page
+    from benchmarks.lab_report import main_table, with_main_table, write_report
+
+    print("\n".join(main_table(found["scores"])))
+    if committed:
+        FIGURES.write_text(json.dumps(found, indent=1) + "\n")
+        readme = ROOT / "README.md"
+        readme.write_text(with_main_table(readme.read_text(), found["scores"]))
+    print(f"done: {write_report(found, ROOT / 'docs' if committed else root)}, {write_page(found, root)}", file=sys.stderr)
 
 
 def run_all(root: Path, scale: Scale, seeds: int, processes: int) -> dict:

@@ -96,6 +96,12 @@ def main_table(scores: list[dict]) -> list[str]:
     return _table(["trick", "variant", "by", "change [95 %]", "verdict"], rows)
 
 
+def with_main_table(readme: str, scores: list[dict]) -> str:
+    """``readme`` with the main table between its two marks."""
+    before, after = readme.partition("<!-- lab -->")[0], readme.partition("<!-- /lab -->")[2]
+    return "\n".join([before + "<!-- lab -->", *main_table(scores), "<!-- /lab -->" + after])
+
+
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
 

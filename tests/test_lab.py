@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.lab_report import write_report
+from benchmarks.lab_report import with_main_table, write_report
 from benchmarks.lab_runs import RUNS, SPECIAL, Seed, run_recipe
 from benchmarks.lab_tricks import FULL, SCORES, TRICKS
 from benchmarks.lab_variance import gradient_variances
@@ -108,6 +108,8 @@ def test_variances_are_those_of_gradients_taken_one_by_one(tmp_path):
 def test_documents_are_those_of_the_committed_figures(tmp_path):
     found = json.loads(FIGURES.read_text())
     assert found["scale"] == json.loads(json.dumps(FULL.__dict__)) and found["seeds"] >= 3
+    readme = (ROOT / "README.md").read_text()
+    assert with_main_table(readme, found["scores"]) == readme
     text = write_report(found, tmp_path).read_text()
     assert text == (ROOT / "docs" / "lab.md").read_text()
     for picture in ("lab.svg", "lab_frechet.svg"):
