@@ -24,7 +24,7 @@ def test_named_files_exist(path):
 def test_commands_name_real_tools_and_flags():
     for name, flags in re.findall(r"python tools/(\w+)\.py([^\n#]*)", README):
         source = (ROOT / "tools" / f"{name}.py").read_text()
-        if "of_candidates(" in source:
+        if "of_candidates(" in source or "of_sweep(" in source:
             source += (ROOT / "dedistill/arguments.py").read_text()
         assert all(f'"{flag}"' in source for flag in re.findall(r"--[\w-]+", flags)), f"{name}{flags}"
 

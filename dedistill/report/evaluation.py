@@ -13,7 +13,7 @@ from dedistill.report.distillation import Questions, ask, check_comparable, meas
 from dedistill.report.sweep_files import read_index
 from dedistill.sampling.judges import ClipJudge
 from dedistill.sampling.meters import Reading
-from dedistill.sampling.selection import Comparison, compare_with_best, select
+from dedistill.sampling.selection import Comparison, check_prompts, compare_with_best, select
 from dedistill.sampling.sweep import Candidate, Grid, sweep
 
 MOST_AVERAGES = 3
@@ -41,6 +41,7 @@ def evaluate(
     known = [c.name for c in candidates]
     reference = reference or known[0]
     check_comparable(known, reference, questions)
+    check_prompts(grid.prompts)  # select would say so after hours of pictures
     kept = out / "distillation" / "answers"
     losses = {}
     for c in candidates:

@@ -48,7 +48,6 @@ NUMBERS = [
     {
         "key": "clipped",
         "picture": "clipped",
-        "tolerance": 0.02,
         "label": "clipped",
         "better": "low",
         "help": "Share of areas at an end of the range, without any drawing.",

@@ -5,6 +5,7 @@ place of a reading is compared with all the others at once, so that in 19 of 20 
 those that are called possibly best, however many there are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,8 +87,9 @@ def select(scores: dict, rows: list[dict], *, by: str | None = None, reference: 
     """Judge the cells of a sweep (``scores.json`` and the ``rows`` of ``index.json``) by ``scores["numbers"]``.
 
     A cell is refused when a number with a tolerance may be worse by more than it than the reference cell's: the cell of
-    candidate ``reference`` (default the first) that is nearest CFG 1. The rest is compared by number ``by``, default the
-    first that tells whether pictures show what was asked; without one nothing is chosen. Returns what selection.json holds.
+    candidate ``reference`` (default the first) that is nearest CFG 1, in the most steps. The rest is compared by number
+    ``by``, default the first that tells whether pictures show what was asked; without one nothing is chosen. Returns what
+    selection.json holds.
     Raises UserError for a number or a candidate that there is not, too few prompts, or cells of different prompts.
     """
     cells = [{key: cell[key] for key in CELL} for cell in scores["cells"]]
@@ -111,6 +113,12 @@ def select(scores: dict, rows: list[dict], *, by: str | None = None, reference: 
     }
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise UserError for too few different prompts to choose by."""
+    if (count := len(set(prompts))) < LEAST_PROMPTS:
+        raise UserError(f"--prompts: {count} different ones are too few to choose by; at least {LEAST_PROMPTS}", 2)
+
+
 def passes(cell: dict) -> int:
     """Calls of the network that one picture costs."""
     return cell["steps"] if cell["cfg"] == 1 else cell["steps"] + max(cell["steps"] - cell["skip"], 0)
@@ -122,7 +130,7 @@ def _reference_cell(cells: list[dict], reference: str | None) -> int:
     if not own:
         known = ", ".join(dict.fromkeys(cell["candidate"] for cell in cells))
         raise UserError(f"--reference: no candidate '{name}' among the pictures; there are {known}", exit_code=2)
-    return min(own, key=lambda i: abs(cells[i]["cfg"] - 1))
+    return min(own, key=lambda i: (abs(cells[i]["cfg"] - 1), -cells[i]["steps"]))
 
 
 def _chief(known: dict[str, dict], readings: dict[str, Reading], by: str | None) -> str | None:
@@ -147,8 +155,7 @@ def _reading(cells: list[dict], rows: list[dict], key: str) -> Reading | None:
         return None
     prompts = np.array([row["prompt"] for row in next(iter(by_cell.values()))])[there]
     names, place = np.unique(prompts, return_inverse=True)
-    if len(names) < LEAST_PROMPTS:
-        raise UserError(f"--prompts: {len(names)} different ones are too few to choose by; at least {LEAST_PROMPTS}", 2)
+    check_prompts(names)
     top, bottom = np.zeros((len(names), len(cells))), np.zeros((len(names), len(cells)))
     np.add.at(top, place, values[there])
     np.add.at(bottom, place, 1.0)

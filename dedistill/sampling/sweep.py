@@ -125,11 +125,11 @@ def _reusable(folder: Path, key: dict, out: Path) -> dict | None:
     """Rows and scores of a cell made earlier from the same weights and settings, if all its pictures are there."""
     try:
         known = json.loads((folder / "cell.json").read_text())
-    except (OSError, ValueError):
-        return None
-    if known.get("key") != key or not all((out / row["file"]).exists() for row in known["rows"]):
-        return None
-    return known
+        if known["key"] == key and known["cell"] and all((out / row["file"]).exists() for row in known["rows"]):
+            return known
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there yet, or damaged: made again
+    return None
 
 
 def _make_cell(

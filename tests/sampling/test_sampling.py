@@ -404,6 +404,13 @@ def test_an_interrupted_sweep_continues(tmp_path):
     assert (tmp_path / "a/index.json").read_bytes() == (tmp_path / "b/index.json").read_bytes()
 
 
+@pytest.mark.parametrize("damage", ["", "[]", "null", "{}", '{"key": '])
+def test_a_damaged_cell_is_made_again(tmp_path, damage):
+    whole = run(Opened().pair(), tmp_path)
+    next(tmp_path.rglob("cell.json")).write_text(damage)
+    assert run(Opened().pair(), tmp_path) == whole
+
+
 def test_a_judge_that_comes_later_judges_all(tmp_path, judge):
     """N1: cells made without a judge have no accuracy, so a sweep with one does not reuse their scores."""
     run(Opened().pair(), tmp_path)
