@@ -20,9 +20,10 @@ baked in; the student is de-distilled as `recipes/digits/dedistill.toml` says. E
 each with its own teacher, student and draws; {steps} steps unless a row says otherwise; {cpu} minutes of one core in all.
 Differences are taken between runs of the same student and the same draws; brackets are Student's intervals of 95 % over
 seeds. *Helps*, *hurts* and *no difference seen* are told by one score, chosen before anything was run. *No difference seen*
-means that the interval holds zero, not that there is none: its width says how large one could be. Of {count} comparisons two or
-three would stand out by chance. A small network on small pictures shows mechanisms, not budgets; what follows for a model of
-12 B is a guess.
+means that the interval holds zero, not that there is none: its width says how large one could be. Of {count} comparisons two
+or three would stand out by chance, and of the other scores more. All seeds are asked the same held-out samples, prompts and
+noise, whose chance is not in the intervals. A small network on small pictures shows mechanisms, not budgets; what follows for
+a model of 12 B is a guess.
 
 Held-out loss: flow matching, {held_out} held-out samples, all sigmas alike. Pictures: {prompts} prompts, 16 Euler steps.
 Accuracy: an independent classifier reads the digits as asked; at CFG 1 it has no better end, as an honest model of these

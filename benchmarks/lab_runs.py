@@ -26,6 +26,7 @@ from dedistill.train import train
 RECIPES = Path(__file__).parent.parent / "recipes" / "digits"
 LENGTHS = (8, 12, 24, 48)
 """Tokens that captions of up to 8 are padded to; 12 in training."""
+COUPLES_CFG = 1.5
 Scores = dict[str, dict[str, float]]
 """By model, then by score."""
 
@@ -153,14 +154,14 @@ def averages(lab: Seed) -> Scores:
 def reflow(lab: Seed) -> Scores:
     """Straightened once and twice, and one-step students of the same couples with and without it."""
     teacher = teacher_recipe(lab)
-    couples = lab.pairs(teacher, "couples_1", cfg=1.5, points=1)
+    couples = lab.pairs(teacher, "couples_1", cfg=COUPLES_CFG, points=1)
     steps = lab.scale.reflow
     start = lab.folder / "teacher" / "model"
 
-    def retrain(name: str, out: str, base: Path, pairs: Path) -> Recipe:
-        return lab.train(lab.recipe(name, out, f"model.path={base}", f"data.path={pairs}", f"train.steps={steps}"))
+    def retrain(name: str, out: str, base: Path, pairs: Path, times: int = 1) -> Recipe:
+        return lab.train(lab.recipe(name, out, f"model.path={base}", f"data.path={pairs}", f"train.steps={steps * times}"))
 
-    found = {"teacher": open_finished(teacher)}
+    found = {}
     once = retrain("reflow", "reflow_1", start, couples)
     found["reflow_1"] = open_finished(once)
     again = lab.pairs(once, "couples_2", cfg=1, points=1)
@@ -168,7 +169,11 @@ def reflow(lab: Seed) -> Scores:
     found["distilled_direct"] = open_finished(retrain("student", "distilled_direct", start, couples))
     after = retrain("student", "distilled_after", lab.folder / "reflow_1" / "model", couples)
     found["distilled_after"] = open_finished(after)
-    return {name: lab.examiner.paths(model) for name, model in found.items()}
+    # as many steps as reflow and distilling take together
+    found["distilled_longer"] = open_finished(retrain("student", "distilled_longer", start, couples, times=2))
+    scores = {name: lab.examiner.paths(model) for name, model in found.items()}
+    # the paths that the couples are the ends of
+    return scores | {"teacher_guided": lab.examiner.paths(open_finished(teacher), cfg=COUPLES_CFG)}
 
 
 def distilled_again(lab: Seed) -> Scores:

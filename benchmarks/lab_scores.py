@@ -11,8 +11,8 @@ from dedistill.engine.objective import Objective
 from dedistill.flow.solvers import sigma_grid
 from dedistill.recipe import Recipe
 from dedistill.sampling.judge import DigitJudge
-from dedistill.sampling.meters import path_meters
-from dedistill.sampling.sampler import sample, start_noise
+from dedistill.sampling.meters import path_numbers
+from dedistill.sampling.sampler import sample, start_noise, trajectories
 from dedistill.sampling.scores import picture_numbers
 
 STEPS = 16
@@ -49,9 +49,11 @@ class Examiner:
             found |= {f"{key}_{cfg}": value for key, value in self.pictures(model, cfg).items()}
         return found
 
-    def paths(self, model: Model) -> dict[str, float]:
-        """straightness at CFG 1, and Frechet distances in one step and in 16."""
-        noise = start_noise(0, len(self.prompts), model.parts.picture)
-        bend = path_meters(model, self.prompts, noise, steps=32, few=(1,))["straightness"]
-        one, many = (self.pictures(model, 1, steps=steps) for steps in (1, STEPS))
-        return {"straightness": float(bend.value[0]), "frechet_one": one["frechet"], "frechet_16": many["frechet"]}
+    def paths(self, model: Model, cfg: float = 1.0) -> dict[str, float]:
+        """straightness of the paths, and Frechet distances in one step and in 16."""
+        noise, sigmas = start_noise(0, len(self.prompts), model.parts.picture), sigma_grid(32, model.grid_shift)
+        found = [path_numbers(states, sigmas)[:2] for states in trajectories(model, self.prompts, noise, sigmas, cfg=cfg)]
+        chord, bend = (np.concatenate(part) for part in zip(*found))
+        one, many = (self.pictures(model, cfg, steps=steps) for steps in (1, STEPS))
+        straightness = float((bend @ -np.diff(sigmas)).sum() / chord.sum())
+        return {"straightness": straightness, "frechet_one": one["frechet"], "frechet_16": many["frechet"]}
