@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,21 +66,28 @@ def run_all(root: Path, scale: Scale, seeds: int, processes: int) -> dict:
     """Every job that has no result yet, phase by phase; returns settings, seconds, and the scores of every seed."""
     from benchmarks.lab_runs import PHASES
 
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     results: list[dict[str, dict]] = [{} for _ in range(seeds)]
-    total, done = seeds * sum(map(len, PHASES)), 0
+    total = seeds * sum(map(len, PHASES))
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for phase in PHASES:
-            jobs = {pool.submit(job, root, seed, scale, name): seed for name in phase for seed in range(seeds)}
-            for future in as_completed(jobs):
-                try:
-                    name, result = future.result()
-                except BaseException:  # a stopped job is saved; what has not begun need not begin
-                    pool.shutdown(cancel_futures=True)
-                    raise
-                results[jobs[future]][name] = result
-                done += 1
-                print(f"{done}/{total} seed {jobs[future]} {name}: {result['wall']:.0f} s", file=sys.stderr, flush=True)
+
+        def start(seed: int, phase: int) -> dict[Future, tuple[int, int]]:
+            return {pool.submit(job, root, seed, scale, name): (seed, phase) for name in PHASES[phase]}
+
+        running = {future: at for seed in range(seeds) for future, at in start(seed, 0).items()}
+        while running:
+            future = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
+            seed, phase = running.pop(future)
+            try:
+                name, result = future.result()
+            except BaseException:  # a stopped job is saved; what has not begun need not begin
+                pool.shutdown(cancel_futures=True)
+                raise
+            results[seed][name] = result
+            done = sum(map(len, results))
+            print(f"{done}/{total} seed {seed} {name}: {result['wall']:.0f} s", file=sys.stderr, flush=True)
+            if phase + 1 < len(PHASES) and all(name in results[seed] for name in PHASES[phase]):
+                running |= start(seed, phase + 1)
     return {
         "scale": asdict(scale),
         "seeds": seeds,

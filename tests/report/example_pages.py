@@ -5,20 +5,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from closed_form_models import ClosedFormData, closed_form
 from PIL import Image
 from test_distillation_page import METERS, row
 from test_pages import story_of, write_sweep
 
+from benchmarks.lab_page import write_page
 from dedistill.data.index import build_index
 from dedistill.data.picture_set import PictureSet
 from dedistill.data.scan import scan
+from dedistill.recipe import load_recipe
+from dedistill.report.distillation import Questions
 from dedistill.report.distillation_page import write_distillation_page
+from dedistill.report.evaluation import evaluate
+from dedistill.report.evaluation_page import write_evaluation
 from dedistill.report.influence_page import write_influence
 from dedistill.report.run_page import write_run_page
 from dedistill.report.scan_page import write_scan_page
+from dedistill.report.selection_page import write_selection_page
 from dedistill.report.story_page import write_story_page
 from dedistill.report.sweep_page import write_sweep_page
 from dedistill.sampling.influence import Influence
+from dedistill.sampling.selection import select
+from dedistill.sampling.sweep import Candidate, Grid
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def sweep(folder: Path) -> Path:
@@ -86,4 +97,45 @@ def run(folder: Path) -> Path:
     return write_run_page(folder)
 
 
-PAGES = {"sweep": sweep, "story": story, "distillation": distillation, "influence": influence, "scan": scanned, "run": run}
+def selection(folder: Path) -> Path:
+    """Twelve cells, some of them burnt."""
+    cells = [{"candidate": name, "cfg": cfg, "skip": 0, "steps": 8} for name in ("base", "last <b>") for cfg in (1.0, 2.0, 4.0)]
+    rows = []
+    for i, cell in enumerate(cells):
+        burnt = 0.01 * cell["cfg"] ** 2
+        rows += [{**cell, "prompt": f"{p}", "seed": 0, "correct": float(p < 10 + 5 * i), "saturated": burnt} for p in range(40)]
+    numbers = [
+        {"key": "accuracy", "picture": "correct", "adherence": True, "label": "accuracy", "better": "high", "help": "read"},
+        {"key": "saturated", "picture": "saturated", "tolerance": 0.05, "label": "saturated", "better": "low", "help": "burnt"},
+    ]
+    return write_selection_page(folder, select({"numbers": numbers, "cells": cells}, rows), "Selection of <b>")
+
+
+def evaluation(folder: Path) -> Path:
+    """Closed forms as candidates: with guidance baked in, and without."""
+    prompts = [f"{i % 2}" + " " * i for i in range(16)]
+    run = [
+        Candidate(name, name, 3, lambda baked=baked: closed_form(baked=baked)) for name, baked in (("base", 3.0), ("last", 1.0))
+    ]
+    recipe = load_recipe(ROOT / "recipes/digits/teacher.toml")
+    asked = Questions(recipe, ClosedFormData(), prompts, judge=None, samples=32, steps=3, few=(1, 2), cfgs=(1.0, 3.0))
+    grid = Grid((1.0, 3.0), (0,), tuple(prompts), (0,))
+    found = evaluate([run], asked, grid, folder, names="t", say=lambda line: None)
+    return write_evaluation(folder, found, "t")[1]
+
+
+def lab(folder: Path) -> Path:
+    return write_page(json.loads((ROOT / "benchmarks/results/lab.json").read_text()), folder)
+
+
+PAGES = {
+    "sweep": sweep,
+    "story": story,
+    "distillation": distillation,
+    "influence": influence,
+    "scan": scanned,
+    "run": run,
+    "selection": selection,
+    "evaluation": evaluation,
+    "lab": lab,
+}

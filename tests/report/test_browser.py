@@ -10,7 +10,7 @@ from example_pages import PAGES
 pytestmark = pytest.mark.browser
 
 WITH_PICTURES = ("sweep", "story", "scan")
-WITH_SORTED_TABLES = ("sweep", "distillation", "run")
+WITH_SORTED_TABLES = ("sweep", "distillation", "run", "selection", "lab")
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 INSTALL = (
     "apt-get install chromium (launch/test.sh does so as root), and pip install playwright; or leave them out: -m 'not browser'"
@@ -231,7 +231,7 @@ def column(table, n: int) -> list[str]:
 @pytest.mark.parametrize("name", WITH_SORTED_TABLES)
 def test_tables_sort_by_click_and_by_key(open_page, name):
     page = open_page(name)
-    table = page.locator("table:has(button[data-sort])")
+    table = page.locator("table:has(button[data-sort])").first
     heads = table.locator("button[data-sort]")
     kinds = heads.evaluate_all("buttons => buttons.map(b => b.dataset.sort)")
     number = kinds.index("number")
