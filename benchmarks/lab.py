@@ -1,7 +1,7 @@
 """What is each trick of the method worth? Trains every variant over several seeds and writes docs/lab.md.
 
 python -m benchmarks.lab --quick        # about 10 minutes on 2 cores, 2 seeds: runs/lab/quick/{index.html,lab.md}
-python -m benchmarks.lab                # about an hour on 2 cores, 4 seeds: docs/lab.md, its figures, runs/lab/full/index.html
+python -m benchmarks.lab                # under an hour on 2 cores, 3 seeds: docs/lab.md, its figures, runs/lab/full/index.html
 
 Stop it when you like; run again, it goes on. Each process takes one core.
 """
@@ -29,11 +29,11 @@ FIGURES = ROOT / "benchmarks" / "results" / "lab.json"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps and seeds: which way do things point?")
-    parser.add_argument("--seeds", type=int, help="how many chains; default 4, quick 2")
+    parser.add_argument("--seeds", type=int, help="how many chains; default 3, quick 2")
     parser.add_argument("--processes", type=int, default=2, help="jobs at a time; default 2")
     parser.add_argument("--report", action="store_true", help="train nothing, write the report of the committed figures again")
     args = parser.parse_args()
-    seeds, scale = args.seeds or (2 if args.quick else 4), QUICK if args.quick else FULL
+    seeds, scale = args.seeds or (2 if args.quick else 3), QUICK if args.quick else FULL
     if seeds < 2:
         parser.error("--seeds: an interval needs at least 2")
     root = Path("runs/lab") / ("quick" if args.quick else "full")

@@ -70,10 +70,12 @@ def told(comparison: Comparison, trick: Trick, scores: list[dict]) -> str:
     found = effect(scores, comparison.run, comparison.control, trick.primary)
     verdict = word(found, trick.primary)
     text = f"{comparison.label} {_verb(verdict)} ({SCORES[trick.primary].label} {change(found)})"
-    against = {"helps": "hurts", "hurts": "helps"}.get(verdict)
     others = {key: effect(scores, comparison.run, comparison.control, key) for key in trick.others}
-    contrary = [f"{SCORES[k].label} {change(e)}" for k, e in others.items() if e and against and word(e, k) == against]
-    return text + (f", though it {against} by {', '.join(contrary)}" if contrary else "")
+    words = {key: word(e, key) for key, e in others.items() if e}
+    for against in ("helps", "hurts"):
+        contrary = [f"{SCORES[k].label} {change(others[k])}" for k, w in words.items() if w == against != verdict]
+        text += f", though it {against} by {', '.join(contrary)}" if contrary else ""
+    return text
 
 
 def _verb(verdict: str) -> str:
