@@ -92,7 +92,7 @@ def test_variances_are_those_of_gradients_taken_one_by_one(tmp_path):
         model.root.zero_grad()
         loss = task_loss(model, objective.task(step, np.arange(4))).mean()
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         gradients.append(np.concatenate([p.grad.double().numpy().ravel() for p in model.trainable().values()]))
     found = gradient_variances(model, recipe, source, 3)
     g = np.stack(gradients)
