@@ -51,7 +51,7 @@ def evaluate(
     looked_at = [c for c in candidates if c.name in chosen]
     distillation = measure(looked_at, questions, reference=reference, title=f"How distilled still: {names}", kept=kept, say=say)
     scores = sweep(looked_at, grid, out / "sweep", title=f"CFG sweep: {names}", judge=questions.judge, clip=clip, say=say)
-    selection = select(scores, read_index(out / "sweep" / "index.json"), by=by, reference=reference)
+    selection = select(scores, read_index(out / "sweep" / "index.json"), by=by)
     rows = _loss_rows(compare_with_best(_together(losses, known), "low"), known, chosen)
     return {"losses": rows, "distillation": distillation, "selection": selection}
 

@@ -138,14 +138,14 @@ def _how(found: dict) -> str:
 
 
 def _pictures(out: Path, found: dict) -> tuple[list[str], list[dict]]:
-    """The chosen cell beside the reference; without a choice, the subject's cell nearest to the reference's scale."""
-    selection = found["selection"]
-    cells, home = selection["cells"], selection["cells"][selection["reference"]]
-    chosen = selection["chosen"]
+    """The chosen cell beside the reference's mildest; without a choice, the subject's most guided that is not refused."""
+    selection, reference = found["selection"], found["distillation"]["reference"]
+    cells, chosen = selection["cells"], selection["chosen"]
+    home = next(cells[cell["against"]] for cell in cells if cell["candidate"] == reference)
     if chosen is None:
         own = [i for i, cell in enumerate(cells) if cell["candidate"] == subject(found)]
         chosen = min(own, key=lambda i: (bool(cells[i]["refused"]), -cells[i]["cfg"]))
-    pair = [home] if chosen == selection["reference"] else [home, cells[chosen]]
+    pair = [home] if cells[chosen] is home else [home, cells[chosen]]
     labels = {n["picture"]: n["label"] for n in selection["numbers"]}
     by_cell = {tuple(cell[key] for key in CELL): [] for cell in pair}
     for row in read_index(out / "sweep" / "index.json"):

@@ -33,22 +33,22 @@ def write_selection_page(folder: Path, found: dict, title: str) -> Path:
     return page
 
 
-def rule(found: dict) -> str:
-    """How was selected, in one sentence or two."""
+def rule(found: dict) -> list[str]:
+    """How was selected: who is refused, and who of the others is chosen; a sentence each."""
     numbers = {n["key"]: n for n in found["numbers"]}
-    home = found["cells"][found["reference"]]
-    limits = [
-        f"{n['label']} may be more than {n['tolerance']:g} worse than {number_words(home, n['key'])} of {place_words(home)}"
-        for n in numbers.values()
-        if "tolerance" in n
-    ]
-    refused = f"Refused are cells whose {', or whose '.join(limits)}. " if limits else ""
+    limits = [f"{n['tolerance']:g} {n['label']}" for n in numbers.values() if "tolerance" in n]
+    lines = []
+    if limits:
+        lines = [
+            f"Refused is a cell that, prompt by prompt, may be worse by more than {', '.join(limits[:-1])}"
+            f"{' or ' if limits[:-1] else ''}{limits[-1]} than the same weights in their cell nearest CFG 1, in the most steps."
+        ]
     if found["by"] is None:
-        return refused.strip()
+        return lines
     chief = numbers[found["by"]]
     end = "highest" if chief["better"] == "high" else "lowest"
     unjudged = "" if chief.get("adherence") else " Prompt adherence was not judged."
-    return f"{refused}Of the others the one of {end} {chief['label']} is chosen.{unjudged}"
+    return [*lines, f"Of the others the one of {end} {chief['label']} is chosen.{unjudged}"]
 
 
 def chosen_words(found: dict) -> str:

@@ -49,7 +49,7 @@ NUMBERS = [
         "key": "clipped",
         "picture": "clipped",
         "label": "clipped",
-        "better": "low",
+        "better": None,
         "help": "Share of areas at an end of the range, without any drawing.",
     },
     {
@@ -97,4 +97,4 @@ NUMBERS = [
     },
 ]
 """Numbers of a cell. picture: the number of its pictures (index.json) whose mean it is. adherence: whether it says that a
-picture shows what was asked. tolerance: how much worse than the reference selection lets it be (``selection.py``)."""
+picture shows what was asked. tolerance: how much worse than hardly guided selection lets it be (``selection.py``)."""

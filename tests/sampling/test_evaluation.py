@@ -142,7 +142,7 @@ def scored(accuracy: dict[tuple, float]) -> dict:
 def test_selection_page_says_rule_and_verdicts(tmp_path):
     found = scored({("base", 1.0): 0.3, ("last", 1.0): 0.85, ("last", 2.0): 0.9, ("last", 3.0): 1.0})
     assert [verdict(found, i) for i in range(4)] == ["not the best", "possibly the best", "chosen", "refused: <burnt>"]
-    assert "more than 0.02 worse than 0.0100 (0.0100 to 0.0100) of base at CFG 1 in 8 steps" in rule(found)
+    assert "worse by more than 0.02 <burnt> than the same weights in their cell nearest CFG 1" in rule(found)[0]
     html = write_selection_page(tmp_path, found, "T").read_text()
     assert "Chosen: last at CFG 2 in 8 steps: accuracy 0.900" in html and "1 other cell is possibly the best as well" in html
     assert "the cheapest of them is last at CFG 1 in 8 steps" in html
