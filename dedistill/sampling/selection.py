@@ -83,14 +83,14 @@ def _chance(weights: np.ndarray, pulls: np.ndarray) -> np.ndarray:
     return error * np.quantile(scaled.max(1), LEVEL)
 
 
-def select(scores: dict, rows: list[dict], *, by: str | None = None) -> dict:
+def select(scores: dict, rows: list[dict], *, by: str | None = None, order: Sequence[str] = ()) -> dict:
     """Judge the cells of a sweep (``scores.json`` and the ``rows`` of ``index.json``) by ``scores["numbers"]``.
 
     A cell is refused when a number with a tolerance may be worse by more than it, prompt by prompt, than in the cell
     ``against`` which it is held: its own candidate's nearest CFG 1, in the most steps. The rest is compared by number
-    ``by``, default the first that tells whether pictures show what was asked; without one nothing is chosen. Returns what
-    selection.json holds.
-    Raises UserError for a number that there is not, too few prompts, or cells of different prompts.
+    ``by``, default the first that tells whether pictures show what was asked; without one nothing is chosen. order:
+    candidates, those first that are taken where number and cost are equal; default as listed. Returns what selection.json
+    holds. Raises UserError for a number that there is not, too few prompts, or cells of different prompts.
     """
     cells = [{key: cell[key] for key in CELL} for cell in scores["cells"]]
     known = {n["key"]: n for n in scores["numbers"] if "picture" in n}
@@ -101,7 +101,8 @@ def select(scores: dict, rows: list[dict], *, by: str | None = None) -> dict:
     for key, reading in readings.items():
         _fill(cells, known[key], reading)
     allowed = [i for i, cell in enumerate(cells) if not cell["refused"]]
-    chosen = _compare(cells, allowed, readings[chief], known[chief]["better"]) if chief else None
+    order = [*order, *(cell["candidate"] for cell in cells)]
+    chosen = _compare(cells, allowed, readings[chief], known[chief]["better"], order) if chief else None
     return {
         "by": chief,
         "numbers": [known[key] for key in readings],
@@ -158,7 +159,7 @@ def _reading(cells: list[dict], rows: list[dict], key: str) -> Reading | None:
 
 
 def _fill(cells: list[dict], number: dict, reading: Reading) -> None:
-    """Each cell's value of ``number`` with its interval, and whether it may be too much worse than in the cell it is held against."""
+    """Each cell's value of ``number`` with its interval, and whether it may be too much worse than in the cell ``against``."""
     draws = reading.resampled()
     low, high = interval(draws)
     sign = -1.0 if number["better"] == "high" else 1.0
@@ -169,8 +170,8 @@ def _fill(cells: list[dict], number: dict, reading: Reading) -> None:
             cell["refused"].append(number["key"])
 
 
-def _compare(cells: list[dict], allowed: list[int], reading: Reading, better: str) -> int:
-    """Fill in how the ``allowed`` cells compare, and return the best; of equals the one that costs least."""
+def _compare(cells: list[dict], allowed: list[int], reading: Reading, better: str, order: list[str]) -> int:
+    """Fill in how the ``allowed`` cells compare, and return the best; of equals the cheapest, then the first by ``order``."""
     found = compare_with_best(Reading(reading.top[:, allowed], reading.bottom[:, allowed]), better)
     for k, i in enumerate(allowed):
         cells[i]["may_be_best"] = bool(found.may_be_best[k])
@@ -178,4 +179,8 @@ def _compare(cells: list[dict], allowed: list[int], reading: Reading, better: st
             names = ("difference", "difference_low", "difference_high")
             cells[i] |= {name: float(getattr(found, name)[k]) for name in names}
     sign = 1.0 if better == "high" else -1.0
-    return max(allowed, key=lambda i: (round(sign * reading.value[i], 12), -cells[i]["passes"]))
+
+    def rank(i: int) -> tuple:
+        return round(sign * reading.value[i], 12), -cells[i]["passes"], -order.index(cells[i]["candidate"])
+
+    return max(allowed, key=rank)

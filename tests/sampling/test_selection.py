@@ -138,6 +138,13 @@ def test_guidance_that_shadows_is_refused():
     assert [cell["refused"] for cell in found["cells"]] == [[], [], ["shadow"]]
 
 
+def test_of_equals_the_cheapest_then_the_first_by_the_given_order():
+    cells = {("a", 1.0, 0, 16): (0.9, 0.0), ("b", 1.0, 0, 8): (0.9, 0.0), ("c", 1.0, 0, 8): (0.9, 0.0)}
+    assert [select(*sweep_of(cells), order=order)["chosen"] for order in ((), "cba", "abc", "acb")] == [1, 2, 1, 2]
+    worse = cells | {("c", 1.0, 0, 8): (0.8, 0.0)}
+    assert select(*sweep_of(worse), order="cba")["chosen"] == 1, "the number comes first"
+
+
 @pytest.mark.parametrize("order", [(8, 16), (16, 8)])
 def test_cells_are_held_against_the_most_steps_in_whatever_order(order):
     found = select(*sweep_of({("base", 1.0, 0, n): (0.5, 0.0) for n in order}))
