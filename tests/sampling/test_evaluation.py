@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from closed_form_models import ClosedFormData, closed_form
 
+from dedistill.errors import UserError
 from dedistill.recipe import load_recipe
 from dedistill.report.answers import answer_file
 from dedistill.report.distillation import Questions, ask, measure
@@ -102,6 +103,23 @@ def test_the_shortlist_spreads_over_averages_that_may_be_best():
     assert chosen == [n for n in names if n in chosen], "in their own order"
     alone = [run[0], run[-1]]
     assert shortlist(alone, losses) == alone
+
+
+@pytest.mark.parametrize(
+    ("by", "why"),
+    [
+        ("beauty", "there is no such number"),
+        ("contrast", "neither end of it is better"),
+        ("recall", "single pictures have no such number"),
+        ("accuracy", "it needs a judge of digits"),
+        ("clip", "it needs --clip"),
+    ],
+)
+def test_what_cannot_be_chosen_by_is_refused_before_anything_is_opened(tmp_path, by, why):
+    c = Candidates()
+    with pytest.raises(UserError, match=f"--by {by}: {why}; choose one of saturated, shadow, blur$") as caught:
+        evaluate([c.run()], questions(), GRID, tmp_path, names="t", by=by, say=lambda line: None)
+    assert caught.value.exit_code == 2 and c.opened == [] and not list(tmp_path.iterdir())
 
 
 def test_evaluation_without_a_judge(tmp_path):
