@@ -2,6 +2,8 @@
 
 from dedistill.errors import UserError
 
+VERSION = 1
+"""To be raised when a number is measured in another way: pictures and numbers of another version are not used."""
 NUMBERS = [
     {
         "key": "accuracy",
