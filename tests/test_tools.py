@@ -210,7 +210,12 @@ def test_identity_follows_what_a_picture_depends_on(story, tmp_path, monkeypatch
     facts = Path("runs/digits/student/model/dedistill.json")
     facts.write_text(facts.read_text().replace('"mask": "none"', '"mask": "bool"'))
     others.append(identity())
-    assert len({first, *others}) == 5
+    around = "model.components='runs/digits/teacher/model'"
+    others.append(identity(around))
+    weights = next(Path("runs/digits/teacher/model").rglob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    others.append(identity(around))
+    assert len({first, *others}) == 7
 
 
 def test_report(story, monkeypatch, capsys):
