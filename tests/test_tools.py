@@ -257,6 +257,10 @@ def test_report(story, monkeypatch, capsys):
         (("evaluate", "small/student.toml"), "name one that trains on data with --data"),
         (("measure_distillation", "small/student.toml"), "name one that trains on data with --data"),
         (("measure_distillation", "small/dedistill.toml", "--reference", "x"), "no candidate 'x'; there are base"),
+        (
+            ("measure_distillation", "no.toml", "--steps", "8", "--few", "4", "8", "16"),
+            "--few: 8, 16 steps are no fewer than --steps 8",
+        ),
         (("posthoc_ema", "runs/digits/dedistill", "--alpha", "1.5"), "alpha = 1.5"),
         (("layer_influence", "small/dedistill.toml", "--prompts", "2", "--sigmas", "1", "--budget", "9"), "--budget: 9 is too"),
         (
