@@ -50,6 +50,7 @@ def write_evaluation(out: Path, found: dict, names: str) -> tuple[list[dict[str,
         small=display_width(size, 4, 120),
         tiny=any(s.src == s.small for s in shots),
         misread=any(s.wrong for s in shots),
+        base=any(row["candidate"].split()[-1] == "base" for row in found["losses"]),
         losses=_loss_table(found["losses"]),
     )
     page.write_text(html, encoding="utf-8")
@@ -130,11 +131,23 @@ def _how(found: dict) -> str:
     limited = [n for n in selection["numbers"] if "tolerance" in n]
     if selection["chosen"] is not None:
         cell = selection["cells"][selection["chosen"]]
-        price = "".join(f", {n['label']} {number_words(cell, n['key'])}" for n in limited if n["key"] != selection["by"])
-        return f"{chosen_words(selection)}. It has{price[1:]}." if price else f"{chosen_words(selection)}."
+        price = _price(selection, cell, [n for n in limited if n["key"] != selection["by"]])
+        return f"{chosen_words(selection)}.{price}"
     name = subject(found)
     fine = [place_words(c) for c in selection["cells"] if c["candidate"] == name and not c["refused"]]
     return f"{UNJUDGED} Not refused: {'; '.join(fine) or f'no cell of {name}'}."
+
+
+def _price(selection: dict, cell: dict, numbers: list[dict]) -> str:
+    """The ``numbers`` of a cell beside those of the cell it is held against."""
+    against = selection["cells"][cell["against"]]
+    if not numbers:
+        return ""
+    own = [f"{n['label']} {number_words(cell, n['key'])}" for n in numbers]
+    if against is cell:
+        return f" It has {', '.join(own)}."
+    told = [f"{text} against {number_words(against, n['key'])}" for text, n in zip(own, numbers)]
+    return f" It has {', '.join(told)} of {place_words(against)}."
 
 
 def _pictures(out: Path, found: dict) -> tuple[list[str], list[dict]]:

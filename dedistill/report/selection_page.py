@@ -25,6 +25,7 @@ def write_selection_page(folder: Path, found: dict, title: str) -> Path:
         rule=rule(found),
         chosen=None if found["chosen"] is None else chosen_words(found),
         unjudged=UNJUDGED,
+        price=_price(found),
         prompts=found["prompts"],
         plots=_plots(found),
         table=_table(found),
@@ -88,6 +89,25 @@ def verdict(found: dict, i: int) -> str:
     return "possibly the best" if cell["may_be_best"] else "not the best"
 
 
+def _price(found: dict) -> dict | None:
+    """The chosen cell's numbers beside those of the cell it is held against; None without a choice."""
+    if found["chosen"] is None:
+        return None
+    cell = found["cells"][found["chosen"]]
+    against = found["cells"][cell["against"]]
+    pair = [cell] if cell is against else [cell, against]
+    rows = [
+        {
+            "label": n["label"],
+            "texts": [number_words(own, n["key"]) for own in pair],
+            "limit": f"{n['tolerance']:g}" if "tolerance" in n else "–",
+        }
+        for n in found["numbers"]
+        if n["better"]
+    ]
+    return {"places": [place_words(own) for own in pair], "rows": rows}
+
+
 def _plots(found: dict) -> list[dict]:
     """Every number over CFG; then the chosen one over each that has a limit, which is the price of it."""
     numbers = {n["key"]: n for n in found["numbers"]}
@@ -108,7 +128,11 @@ def _plots(found: dict) -> list[dict]:
         if "tolerance" in n and n is not chief:
             across = _series(found, lambda cell, key=n["key"]: round(cell["numbers"][key]["value"], 3), chief["key"])
             title = f"{chief['label']} against {n['label']}"
-            plots.append(figure(across, title=title, xlabel=n["label"], ylabel=chief["label"], help="Every cell is a point."))
+            plots.append(
+                figure(
+                    across, title=title, xlabel=n["label"], ylabel=chief["label"], round_x=True, help="Every cell is a point."
+                )
+            )
     return plots
 
 
@@ -128,20 +152,20 @@ def _series(found: dict, x: Callable[[dict], float], key: str) -> dict[str, list
 
 
 def _table(found: dict) -> dict:
-    """All cells as a sortable table: place, cost, verdict, numbers, and the difference to the best of the others."""
+    """All cells as a sortable table: place, cost, verdict, difference to the best of the others, numbers."""
     cells, numbers = found["cells"], [n for n in found["numbers"] if n["better"]]
     heads = [("candidate", False), ("CFG", True), ("skip", True), ("steps", True), ("passes", True), ("verdict", False)]
     helps = {"passes": "Calls of the network for one picture.", "skip": "First steps without CFG."}
     columns = [[field(cell[key], tick_label) for cell in cells] for key in ("candidate", "cfg", "skip", "steps", "passes")]
     columns.append([field(verdict(found, i)) for i in range(len(cells))])
-    for n in numbers:
-        for label, part in ((n["label"], "value"), ("from", "low"), ("to", "high")):
-            heads.append((label, True))
-            columns.append(_column([cell["numbers"][n["key"]][part] for cell in cells]))
     if found["by"]:
         for label, part in (("ahead of the others", "difference"), ("from", "difference_low"), ("to", "difference_high")):
             heads.append((label, True))
             columns.append(_column([cell.get(part) for cell in cells]))
+    for n in numbers:
+        for label, part in ((n["label"], "value"), ("from", "low"), ("to", "high")):
+            heads.append((label, True))
+            columns.append(_column([cell["numbers"][n["key"]][part] for cell in cells]))
     heads = [{"label": label, "numeric": numeric, "help": helps.get(label, "")} for label, numeric in heads]
     return {"heads": heads, "rows": list(zip(*columns))}
 

@@ -1,6 +1,7 @@
 """The three answers after a run: what is measured of whom, what is kept, and what the pages say."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +166,10 @@ def test_selection_page_says_rule_and_verdicts(tmp_path):
     assert "Chosen: last at CFG 2 in 8 steps: accuracy 0.900" in html and "1 other cell is possibly the best as well" in html
     assert "the cheapest of them is last at CFG 1 in 8 steps" in html
     assert "refused: &lt;burnt&gt;" in html and "<burnt>" not in html
+    beside = "<td>0.0100 (0.0100 to 0.0100)</td><td>0.0100 (0.0100 to 0.0100)</td>"
+    assert beside in html and '<th scope="col">last at CFG 1 in 8 steps</th>' in html and html.count("<li>") == 2
+    heads = re.findall(r'data-sort="\w+">([^<]+)<', html)
+    assert heads[heads.index("verdict") + 1] == "ahead of the others"
     kept = json.loads((tmp_path / "selection.json").read_text(), parse_constant=lambda c: pytest.fail(c))
     assert kept == json.loads(json.dumps(found))
 
@@ -184,4 +189,4 @@ def test_answers_with_a_choice():
     how_distilled, which, how = (item["answer"] for item in three_answers(found))
     assert "last is less distilled than base" in how_distilled and "lower by 0.300 to 0.500" in how_distilled
     assert which == "last; by held-out loss last is best, no other may be the best."
-    assert how.startswith("last at CFG 2 in 8 steps: accuracy 0.900") and "It has <burnt> 0.0100" in how
+    assert how.startswith("last at CFG 2 in 8 steps: accuracy 0.900") and "It has <burnt> 0.0100 (0.0100 to 0.0100)." in how
