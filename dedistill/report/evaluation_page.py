@@ -146,8 +146,8 @@ def _price(selection: dict, cell: dict, numbers: list[dict]) -> str:
     own = [f"{n['label']} {number_words(cell, n['key'])}" for n in numbers]
     if against is cell:
         return f" It has {', '.join(own)}."
-    told = [f"{text} against {number_words(against, n['key'])}" for text, n in zip(own, numbers)]
-    return f" It has {', '.join(told)} of {place_words(against)}."
+    told = [f"{text} against {number_words(against, n['key']).split()[0]}" for text, n in zip(own, numbers)]
+    return f" Beside {place_words(against)}: {', '.join(told)}."
 
 
 def _pictures(out: Path, found: dict) -> tuple[list[str], list[dict]]:

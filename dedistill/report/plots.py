@@ -88,7 +88,7 @@ def line_plot(
     first, last = min([*scales, *(at for at, _ in marks)]), max([*scales, *(at for at, _ in marks)])
     x_pad = (last - first) * 0.03 or 0.5
     x = _Axis(first - x_pad, last + x_pad, LEFT, WIDTH - RIGHT)
-    places = [tick for tick in round_ticks(first, last)[2] if first - x_pad <= tick <= last + x_pad]
+    places = [tick for tick in round_ticks(first, last, 6)[2] if first - x_pad <= tick <= last + x_pad]
     places = places if crowded or round_x else scales
     parts += _frame(x, y, places, ticks, xlabel, f"{ylabel} (log scale)" if log_y else ylabel)
     for at, what in marks:

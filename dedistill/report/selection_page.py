@@ -172,4 +172,4 @@ def _table(found: dict) -> dict:
 
 def _column(values: list[float | None]) -> list[dict]:
     places = decimals(values)
-    return [field(value, lambda v: f"{v:.{places}f}") for value in values]
+    return [field(value, lambda v: f"{v:z.{places}f}") for value in values]

@@ -189,4 +189,7 @@ def test_answers_with_a_choice():
     how_distilled, which, how = (item["answer"] for item in three_answers(found))
     assert "last is less distilled than base" in how_distilled and "lower by 0.300 to 0.500" in how_distilled
     assert which == "last; by held-out loss last is best, no other may be the best."
+    found["selection"] = scored({("base", 1.0): 0.3, ("last", 1.0): 0.5, ("last", 2.0): 0.9})
+    beside = three_answers(found)[2]["answer"]
+    assert beside.endswith(" Beside last at CFG 1 in 8 steps: <burnt> 0.0100 (0.0100 to 0.0100) against 0.0100.")
     assert how.startswith("last at CFG 2 in 8 steps: accuracy 0.900") and "It has <burnt> 0.0100 (0.0100 to 0.0100)." in how
