@@ -135,7 +135,8 @@ def test_evaluation_answers_after_a_run(story, monkeypatch, capsys):
     assert len(answers) == 3 and all(a in said.out for a in answers) and "accuracy" in answers[2]
     cells = json.loads((folder / "selection/selection.json").read_text())["cells"]
     assert {(c["cfg"], c["steps"]) for c in cells} == {(1, 2), (3, 2), (1, 3), (3, 3)}
-    assert {*cells[0]["numbers"]} == {"accuracy", "precision", "saturated", "contrast", "detail"}
+    told = {"accuracy", "precision", "saturated", "clipped", "shadow", "blur", "contrast", "detail"}
+    assert {*cells[0]["numbers"]} == told
     before = {p: p.stat().st_mtime_ns for p in [*folder.rglob("cell.json"), *folder.rglob("answers/*.json")]}
     assert tool("evaluate", "small/dedistill.toml", *chosen, *few) == 0
     assert capsys.readouterr().out == said.out and before == {p: p.stat().st_mtime_ns for p in before}
