@@ -125,6 +125,8 @@ def _identity(recipe: Recipe, *places: Path | str) -> str:
     used = [settings[table] for table in ("model", "base", "adapter", "sample")]
     used += [settings["train"]["precision"], settings["timesteps"]["shift"], settings["run"]["seed"]]
     digest = hashlib.sha256(json.dumps(used).encode())
+    if recipe.model.components and Path(recipe.model.components).is_dir():
+        places += (recipe.model.components,)
     for place in map(Path, places):
         if str(place) == recipe.model.path and recipe.model.revision and not place.exists():
             continue  # a hub id: its commit is among the settings

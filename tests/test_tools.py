@@ -135,7 +135,8 @@ def test_evaluation_answers_after_a_run(story, monkeypatch, capsys):
     assert len(answers) == 3 and all(a in said.out for a in answers) and "accuracy" in answers[2]
     cells = json.loads((folder / "selection/selection.json").read_text())["cells"]
     assert {(c["cfg"], c["steps"]) for c in cells} == {(1, 2), (3, 2), (1, 3), (3, 3)}
-    assert {*cells[0]["numbers"]} == {"accuracy", "precision", "saturated", "contrast", "detail"}
+    told = {"accuracy", "precision", "saturated", "clipped", "shadow", "blur", "contrast", "detail"}
+    assert {*cells[0]["numbers"]} == told
     before = {p: p.stat().st_mtime_ns for p in [*folder.rglob("cell.json"), *folder.rglob("answers/*.json")]}
     assert tool("evaluate", "small/dedistill.toml", *chosen, *few) == 0
     assert capsys.readouterr().out == said.out and before == {p: p.stat().st_mtime_ns for p in before}
@@ -210,7 +211,12 @@ def test_identity_follows_what_a_picture_depends_on(story, tmp_path, monkeypatch
     facts = Path("runs/digits/student/model/dedistill.json")
     facts.write_text(facts.read_text().replace('"mask": "none"', '"mask": "bool"'))
     others.append(identity())
-    assert len({first, *others}) == 5
+    around = "model.components='runs/digits/teacher/model'"
+    others.append(identity(around))
+    weights = next(Path("runs/digits/teacher/model").rglob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    others.append(identity(around))
+    assert len({first, *others}) == 7
 
 
 def test_report(story, monkeypatch, capsys):
@@ -252,6 +258,10 @@ def test_report(story, monkeypatch, capsys):
         (("evaluate", "small/student.toml"), "name one that trains on data with --data"),
         (("measure_distillation", "small/student.toml"), "name one that trains on data with --data"),
         (("measure_distillation", "small/dedistill.toml", "--reference", "x"), "no candidate 'x'; there are base"),
+        (
+            ("measure_distillation", "no.toml", "--steps", "8", "--few", "4", "8", "16"),
+            "--few: 8, 16 steps are no fewer than --steps 8",
+        ),
         (("posthoc_ema", "runs/digits/dedistill", "--alpha", "1.5"), "alpha = 1.5"),
         (("layer_influence", "small/dedistill.toml", "--prompts", "2", "--sigmas", "1", "--budget", "9"), "--budget: 9 is too"),
         (

@@ -19,6 +19,8 @@ def main() -> int:
     parser.add_argument("--few", type=positive, nargs="+", default=[1, 2, 4, 8], help="few steps that are compared with it")
     parser.add_argument("--cfg", type=finite, nargs="+", default=[1, 2, 4, 8], help="guidance scales")
     args = parser.parse_args()
+    if wrong := [str(n) for n in args.few if n >= args.steps]:
+        parser.error(f"argument --few: {', '.join(wrong)} steps are no fewer than --steps {args.steps}")
     return guarded(lambda: run(args), debug=args.debug)
 
 

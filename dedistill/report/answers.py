@@ -11,7 +11,7 @@ import numpy as np
 from dedistill.files import make_folder, read_sealed, replace_file, sealed
 from dedistill.sampling.meters import Reading
 
-VERSION = 1
+VERSION = 2
 """Answers of another version of the meters are not used."""
 
 

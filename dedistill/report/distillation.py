@@ -136,7 +136,8 @@ def _ask_paths(candidate: str, model: Model, q: Questions) -> Answer:
     found |= guidance_meters(model, q.prompts, noise, steps=q.steps, cfgs=q.cfgs, judge=q.judge)
     _check(candidate, found)
     found = {key: reading for key, reading in found.items() if reading.bottom.any()}  # no accuracy without digits
-    found |= {f"response_{key}": response(found[key]) for key in RESPONSES if key in found}
+    if len(q.cfgs) > 1:
+        found |= {f"response_{key}": response(found[key]) for key in RESPONSES if key in found}
     return Answer(found, q.places(model), tuple(model.parts.picture))
 
 

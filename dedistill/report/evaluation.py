@@ -13,6 +13,7 @@ from dedistill.report.distillation import Questions, ask, check_comparable, meas
 from dedistill.report.sweep_files import read_index
 from dedistill.sampling.judges import ClipJudge
 from dedistill.sampling.meters import Reading
+from dedistill.sampling.numbers import check_by
 from dedistill.sampling.selection import Comparison, check_prompts, compare_with_best, select
 from dedistill.sampling.sweep import Candidate, Grid, sweep
 
@@ -41,7 +42,8 @@ def evaluate(
     known = [c.name for c in candidates]
     reference = reference or known[0]
     check_comparable(known, reference, questions)
-    check_prompts(grid.prompts)  # select would say so after hours of pictures
+    check_prompts(grid.prompts)  # select would say so, and of --by, after hours of pictures
+    check_by(by, {name for name, who in (("judge", questions.judge), ("clip", clip)) if who})
     kept = out / "distillation" / "answers"
     losses = {}
     for c in candidates:
@@ -51,7 +53,8 @@ def evaluate(
     looked_at = [c for c in candidates if c.name in chosen]
     distillation = measure(looked_at, questions, reference=reference, title=f"How distilled still: {names}", kept=kept, say=say)
     scores = sweep(looked_at, grid, out / "sweep", title=f"CFG sweep: {names}", judge=questions.judge, clip=clip, say=say)
-    selection = select(scores, read_index(out / "sweep" / "index.json"), by=by, reference=reference)
+    order = sorted(known, key=lambda name: losses[name].value[0])
+    selection = select(scores, read_index(out / "sweep" / "index.json"), by=by, order=order)
     rows = _loss_rows(compare_with_best(_together(losses, known), "low"), known, chosen)
     return {"losses": rows, "distillation": distillation, "selection": selection}
 

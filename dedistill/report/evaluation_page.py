@@ -50,6 +50,7 @@ def write_evaluation(out: Path, found: dict, names: str) -> tuple[list[dict[str,
         small=display_width(size, 4, 120),
         tiny=any(s.src == s.small for s in shots),
         misread=any(s.wrong for s in shots),
+        base=any(row["candidate"].split()[-1] == "base" for row in found["losses"]),
         losses=_loss_table(found["losses"]),
     )
     page.write_text(html, encoding="utf-8")
@@ -130,22 +131,34 @@ def _how(found: dict) -> str:
     limited = [n for n in selection["numbers"] if "tolerance" in n]
     if selection["chosen"] is not None:
         cell = selection["cells"][selection["chosen"]]
-        price = "".join(f", {n['label']} {number_words(cell, n['key'])}" for n in limited if n["key"] != selection["by"])
-        return f"{chosen_words(selection)}. It has{price[1:]}." if price else f"{chosen_words(selection)}."
+        price = _price(selection, cell, [n for n in limited if n["key"] != selection["by"]])
+        return f"{chosen_words(selection)}.{price}"
     name = subject(found)
     fine = [place_words(c) for c in selection["cells"] if c["candidate"] == name and not c["refused"]]
     return f"{UNJUDGED} Not refused: {'; '.join(fine) or f'no cell of {name}'}."
 
 
+def _price(selection: dict, cell: dict, numbers: list[dict]) -> str:
+    """The ``numbers`` of a cell beside those of the cell it is held against."""
+    against = selection["cells"][cell["against"]]
+    if not numbers:
+        return ""
+    own = [f"{n['label']} {number_words(cell, n['key'])}" for n in numbers]
+    if against is cell:
+        return f" It has {', '.join(own)}."
+    told = [f"{text} against {number_words(against, n['key']).split()[0]}" for text, n in zip(own, numbers)]
+    return f" Beside {place_words(against)}: {', '.join(told)}."
+
+
 def _pictures(out: Path, found: dict) -> tuple[list[str], list[dict]]:
-    """The chosen cell beside the reference; without a choice, the subject's cell nearest to the reference's scale."""
-    selection = found["selection"]
-    cells, home = selection["cells"], selection["cells"][selection["reference"]]
-    chosen = selection["chosen"]
+    """The chosen cell beside the reference's mildest; without a choice, the subject's most guided that is not refused."""
+    selection, reference = found["selection"], found["distillation"]["reference"]
+    cells, chosen = selection["cells"], selection["chosen"]
+    home = next(cells[cell["against"]] for cell in cells if cell["candidate"] == reference)
     if chosen is None:
         own = [i for i, cell in enumerate(cells) if cell["candidate"] == subject(found)]
         chosen = min(own, key=lambda i: (bool(cells[i]["refused"]), -cells[i]["cfg"]))
-    pair = [home] if chosen == selection["reference"] else [home, cells[chosen]]
+    pair = [home] if cells[chosen] is home else [home, cells[chosen]]
     labels = {n["picture"]: n["label"] for n in selection["numbers"]}
     by_cell = {tuple(cell[key] for key in CELL): [] for cell in pair}
     for row in read_index(out / "sweep" / "index.json"):

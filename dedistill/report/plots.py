@@ -56,13 +56,15 @@ def line_plot(
     log_y: bool = False,
     y_range: tuple[float, float] | None = None,
     marks: Sequence[tuple[float, str]] = (),
+    round_x: bool = False,
 ) -> str:
     """One line per series as an ``<svg>`` string; hovering over a point tells its value.
 
     Points whose value or interval is missing, not finite, or (with ``log_y``) not positive are left out. A series
     without points draws nothing but keeps its colour, so several plots of the same candidates agree; a single one of the
     plot's own name needs no legend. ``y_range`` widens the vertical axis to cover at least this range, which makes plots
-    comparable. ``marks`` are (x, what happened there).
+    comparable. ``marks`` are (x, what happened there). Ticks of the horizontal axis are the places there are, while these
+    are few; with ``round_x``, for places that were measured, always round numbers.
     """
     clean = {name: _drawable(points, log_y) for name, points in series.items()}
     values = [y for points in clean.values() for _, *numbers in points for y in numbers]
@@ -86,7 +88,8 @@ def line_plot(
     first, last = min([*scales, *(at for at, _ in marks)]), max([*scales, *(at for at, _ in marks)])
     x_pad = (last - first) * 0.03 or 0.5
     x = _Axis(first - x_pad, last + x_pad, LEFT, WIDTH - RIGHT)
-    places = [tick for tick in round_ticks(first, last)[2] if first - x_pad <= tick <= last + x_pad] if crowded else scales
+    places = [tick for tick in round_ticks(first, last, 6)[2] if first - x_pad <= tick <= last + x_pad]
+    places = places if crowded or round_x else scales
     parts += _frame(x, y, places, ticks, xlabel, f"{ylabel} (log scale)" if log_y else ylabel)
     for at, what in marks:
         parts.append(

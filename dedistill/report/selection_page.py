@@ -25,6 +25,7 @@ def write_selection_page(folder: Path, found: dict, title: str) -> Path:
         rule=rule(found),
         chosen=None if found["chosen"] is None else chosen_words(found),
         unjudged=UNJUDGED,
+        price=_price(found),
         prompts=found["prompts"],
         plots=_plots(found),
         table=_table(found),
@@ -33,22 +34,22 @@ def write_selection_page(folder: Path, found: dict, title: str) -> Path:
     return page
 
 
-def rule(found: dict) -> str:
-    """How was selected, in one sentence or two."""
+def rule(found: dict) -> list[str]:
+    """How was selected: who is refused, and who of the others is chosen; a sentence each."""
     numbers = {n["key"]: n for n in found["numbers"]}
-    home = found["cells"][found["reference"]]
-    limits = [
-        f"{n['label']} may be more than {n['tolerance']:g} worse than {number_words(home, n['key'])} of {place_words(home)}"
-        for n in numbers.values()
-        if "tolerance" in n
-    ]
-    refused = f"Refused are cells whose {', or whose '.join(limits)}. " if limits else ""
+    limits = [f"{n['tolerance']:g} {n['label']}" for n in numbers.values() if "tolerance" in n]
+    lines = []
+    if limits:
+        lines = [
+            f"Refused is a cell that, prompt by prompt, may be worse by more than {', '.join(limits[:-1])}"
+            f"{' or ' if limits[:-1] else ''}{limits[-1]} than the same weights in their cell nearest CFG 1, in the most steps."
+        ]
     if found["by"] is None:
-        return refused.strip()
+        return lines
     chief = numbers[found["by"]]
     end = "highest" if chief["better"] == "high" else "lowest"
     unjudged = "" if chief.get("adherence") else " Prompt adherence was not judged."
-    return f"{refused}Of the others the one of {end} {chief['label']} is chosen.{unjudged}"
+    return [*lines, f"Of the others the one of {end} {chief['label']} is chosen.{unjudged}"]
 
 
 def chosen_words(found: dict) -> str:
@@ -88,6 +89,25 @@ def verdict(found: dict, i: int) -> str:
     return "possibly the best" if cell["may_be_best"] else "not the best"
 
 
+def _price(found: dict) -> dict | None:
+    """The chosen cell's numbers beside those of the cell it is held against; None without a choice."""
+    if found["chosen"] is None:
+        return None
+    cell = found["cells"][found["chosen"]]
+    against = found["cells"][cell["against"]]
+    pair = [cell] if cell is against else [cell, against]
+    rows = [
+        {
+            "label": n["label"],
+            "texts": [number_words(own, n["key"]) for own in pair],
+            "limit": f"{n['tolerance']:g}" if "tolerance" in n else "–",
+        }
+        for n in found["numbers"]
+        if n["better"]
+    ]
+    return {"places": [place_words(own) for own in pair], "rows": rows}
+
+
 def _plots(found: dict) -> list[dict]:
     """Every number over CFG; then the chosen one over each that has a limit, which is the price of it."""
     numbers = {n["key"]: n for n in found["numbers"]}
@@ -108,7 +128,11 @@ def _plots(found: dict) -> list[dict]:
         if "tolerance" in n and n is not chief:
             across = _series(found, lambda cell, key=n["key"]: round(cell["numbers"][key]["value"], 3), chief["key"])
             title = f"{chief['label']} against {n['label']}"
-            plots.append(figure(across, title=title, xlabel=n["label"], ylabel=chief["label"], help="Every cell is a point."))
+            plots.append(
+                figure(
+                    across, title=title, xlabel=n["label"], ylabel=chief["label"], round_x=True, help="Every cell is a point."
+                )
+            )
     return plots
 
 
@@ -128,24 +152,24 @@ def _series(found: dict, x: Callable[[dict], float], key: str) -> dict[str, list
 
 
 def _table(found: dict) -> dict:
-    """All cells as a sortable table: place, cost, verdict, numbers, and the difference to the best of the others."""
+    """All cells as a sortable table: place, cost, verdict, difference to the best of the others, numbers."""
     cells, numbers = found["cells"], [n for n in found["numbers"] if n["better"]]
     heads = [("candidate", False), ("CFG", True), ("skip", True), ("steps", True), ("passes", True), ("verdict", False)]
     helps = {"passes": "Calls of the network for one picture.", "skip": "First steps without CFG."}
     columns = [[field(cell[key], tick_label) for cell in cells] for key in ("candidate", "cfg", "skip", "steps", "passes")]
     columns.append([field(verdict(found, i)) for i in range(len(cells))])
-    for n in numbers:
-        for label, part in ((n["label"], "value"), ("from", "low"), ("to", "high")):
-            heads.append((label, True))
-            columns.append(_column([cell["numbers"][n["key"]][part] for cell in cells]))
     if found["by"]:
         for label, part in (("ahead of the others", "difference"), ("from", "difference_low"), ("to", "difference_high")):
             heads.append((label, True))
             columns.append(_column([cell.get(part) for cell in cells]))
+    for n in numbers:
+        for label, part in ((n["label"], "value"), ("from", "low"), ("to", "high")):
+            heads.append((label, True))
+            columns.append(_column([cell["numbers"][n["key"]][part] for cell in cells]))
     heads = [{"label": label, "numeric": numeric, "help": helps.get(label, "")} for label, numeric in heads]
     return {"heads": heads, "rows": list(zip(*columns))}
 
 
 def _column(values: list[float | None]) -> list[dict]:
     places = decimals(values)
-    return [field(value, lambda v: f"{v:.{places}f}") for value in values]
+    return [field(value, lambda v: f"{v:z.{places}f}") for value in values]

@@ -1,9 +1,14 @@
 """What is told of a sweep's cells and pictures, and which way each number is better."""
 
+from dedistill.errors import UserError
+
+VERSION = 1
+"""To be raised when a number is measured in another way: pictures and numbers of another version are not used."""
 NUMBERS = [
     {
         "key": "accuracy",
         "picture": "correct",
+        "needs": "judge",
         "adherence": True,
         "label": "accuracy",
         "better": "high",
@@ -12,6 +17,7 @@ NUMBERS = [
     {
         "key": "clip",
         "picture": "clip",
+        "needs": "clip",
         "adherence": True,
         "label": "CLIP score",
         "better": "high",
@@ -32,6 +38,7 @@ NUMBERS = [
     {
         "key": "precision",
         "picture": "realistic",
+        "needs": "judge",
         "label": "precision",
         "better": "high",
         "help": "Share of pictures that lie among real ones.",
@@ -49,7 +56,7 @@ NUMBERS = [
         "key": "clipped",
         "picture": "clipped",
         "label": "clipped",
-        "better": "low",
+        "better": None,
         "help": "Share of areas at an end of the range, without any drawing.",
     },
     {
@@ -97,4 +104,21 @@ NUMBERS = [
     },
 ]
 """Numbers of a cell. picture: the number of its pictures (index.json) whose mean it is. adherence: whether it says that a
-picture shows what was asked. tolerance: how much worse than the reference selection lets it be (``selection.py``)."""
+picture shows what was asked. needs: who has to look at the pictures. tolerance: how much worse than with hardly any guidance
+selection lets it be (``selection.py``)."""
+
+
+def check_by(by: str | None, present: set[str]) -> None:
+    """Raise UserError for a number to choose by that no sweep gives. present: whoever looks, of "judge" and "clip"."""
+    usable = [n["key"] for n in NUMBERS if "picture" in n and n["better"] and n.get("needs") in (None, *present)]
+    if by is not None and by not in usable:
+        found = next((n for n in NUMBERS if n["key"] == by), None)
+        if found is None:
+            why = "there is no such number"
+        elif not found["better"]:
+            why = "neither end of it is better"
+        elif "picture" not in found:
+            why = "single pictures have no such number"
+        else:
+            why = {"judge": "it needs a judge of digits", "clip": "it needs --clip"}[found["needs"]]
+        raise UserError(f"--by {by}: {why}; choose one of {', '.join(usable)}", exit_code=2)

@@ -83,30 +83,29 @@ def _chance(weights: np.ndarray, pulls: np.ndarray) -> np.ndarray:
     return error * np.quantile(scaled.max(1), LEVEL)
 
 
-def select(scores: dict, rows: list[dict], *, by: str | None = None, reference: str | None = None) -> dict:
+def select(scores: dict, rows: list[dict], *, by: str | None = None, order: Sequence[str] = ()) -> dict:
     """Judge the cells of a sweep (``scores.json`` and the ``rows`` of ``index.json``) by ``scores["numbers"]``.
 
-    A cell is refused when a number with a tolerance may be worse by more than it than the reference cell's: the cell of
-    candidate ``reference`` (default the first) that is nearest CFG 1, in the most steps. The rest is compared by number
-    ``by``, default the first that tells whether pictures show what was asked; without one nothing is chosen. Returns what
-    selection.json holds.
-    Raises UserError for a number or a candidate that there is not, too few prompts, or cells of different prompts.
+    A cell is refused when a number with a tolerance may be worse by more than it, prompt by prompt, than in the cell
+    ``against`` which it is held: its own candidate's nearest CFG 1, in the most steps. The rest is compared by number
+    ``by``, default the first that tells whether pictures show what was asked; without one nothing is chosen. order:
+    candidates, those first that are taken where number and cost are equal; default as listed. Returns what selection.json
+    holds. Raises UserError for a number that there is not, too few prompts, or cells of different prompts.
     """
     cells = [{key: cell[key] for key in CELL} for cell in scores["cells"]]
-    home = _reference_cell(cells, reference)
     known = {n["key"]: n for n in scores["numbers"] if "picture" in n}
     readings = {key: found for key, n in known.items() if (found := _reading(cells, rows, n["picture"]))}
     chief = _chief(known, readings, by)
     for cell in cells:
-        cell |= {"passes": passes(cell), "numbers": {}, "refused": []}
+        cell |= {"passes": passes(cell), "against": _mildest(cells, cell["candidate"]), "numbers": {}, "refused": []}
     for key, reading in readings.items():
-        _fill(cells, known[key], reading, home)
+        _fill(cells, known[key], reading)
     allowed = [i for i, cell in enumerate(cells) if not cell["refused"]]
-    chosen = _compare(cells, allowed, readings[chief], known[chief]["better"]) if chief else None
+    order = [*order, *(cell["candidate"] for cell in cells)]
+    chosen = _compare(cells, allowed, readings[chief], known[chief]["better"], order) if chief else None
     return {
         "by": chief,
         "numbers": [known[key] for key in readings],
-        "reference": home,
         "prompts": len({row["prompt"] for row in rows}),
         "chosen": chosen,
         "cells": cells,
@@ -124,12 +123,9 @@ def passes(cell: dict) -> int:
     return cell["steps"] if cell["cfg"] == 1 else cell["steps"] + max(cell["steps"] - cell["skip"], 0)
 
 
-def _reference_cell(cells: list[dict], reference: str | None) -> int:
-    name = reference or cells[0]["candidate"]
-    own = [i for i, cell in enumerate(cells) if cell["candidate"] == name]
-    if not own:
-        known = ", ".join(dict.fromkeys(cell["candidate"] for cell in cells))
-        raise UserError(f"--reference: no candidate '{name}' among the pictures; there are {known}", exit_code=2)
+def _mildest(cells: list[dict], candidate: str) -> int:
+    """The candidate's cell nearest CFG 1, in the most steps: the same weights, prompts and noise, hardly guided."""
+    own = [i for i, cell in enumerate(cells) if cell["candidate"] == candidate]
     return min(own, key=lambda i: (abs(cells[i]["cfg"] - 1), -cells[i]["steps"]))
 
 
@@ -162,20 +158,20 @@ def _reading(cells: list[dict], rows: list[dict], key: str) -> Reading | None:
     return Reading(top, bottom)
 
 
-def _fill(cells: list[dict], number: dict, reading: Reading, home: int) -> None:
-    """Each cell's value of ``number`` with its interval, and whether it may be too much worse than the reference cell's."""
+def _fill(cells: list[dict], number: dict, reading: Reading) -> None:
+    """Each cell's value of ``number`` with its interval, and whether it may be too much worse than in the cell ``against``."""
     draws = reading.resampled()
     low, high = interval(draws)
     sign = -1.0 if number["better"] == "high" else 1.0
-    worst = interval(sign * (draws - draws[:, [home]]))[1]
+    worst = interval(sign * (draws - draws[:, [cell["against"] for cell in cells]]))[1]
     for i, cell in enumerate(cells):
         cell["numbers"][number["key"]] = {"value": float(reading.value[i]), "low": float(low[i]), "high": float(high[i])}
         if worst[i] > number.get("tolerance", np.inf):
             cell["refused"].append(number["key"])
 
 
-def _compare(cells: list[dict], allowed: list[int], reading: Reading, better: str) -> int:
-    """Fill in how the ``allowed`` cells compare, and return the best; of equals the one that costs least."""
+def _compare(cells: list[dict], allowed: list[int], reading: Reading, better: str, order: list[str]) -> int:
+    """Fill in how the ``allowed`` cells compare, and return the best; of equals the cheapest, then the first by ``order``."""
     found = compare_with_best(Reading(reading.top[:, allowed], reading.bottom[:, allowed]), better)
     for k, i in enumerate(allowed):
         cells[i]["may_be_best"] = bool(found.may_be_best[k])
@@ -183,4 +179,8 @@ def _compare(cells: list[dict], allowed: list[int], reading: Reading, better: st
             names = ("difference", "difference_low", "difference_high")
             cells[i] |= {name: float(getattr(found, name)[k]) for name in names}
     sign = 1.0 if better == "high" else -1.0
-    return max(allowed, key=lambda i: (round(sign * reading.value[i], 12), -cells[i]["passes"]))
+
+    def rank(i: int) -> tuple:
+        return round(sign * reading.value[i], 12), -cells[i]["passes"], -order.index(cells[i]["candidate"])
+
+    return max(allowed, key=rank)

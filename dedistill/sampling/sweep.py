@@ -22,7 +22,7 @@ from dedistill.sampling.artefacts import diversity
 from dedistill.sampling.grid import as_image
 from dedistill.sampling.judge import DigitJudge
 from dedistill.sampling.judges import ClipJudge
-from dedistill.sampling.numbers import NUMBERS
+from dedistill.sampling.numbers import NUMBERS, VERSION
 from dedistill.sampling.sampler import sample, start_noise
 from dedistill.sampling.scores import picture_numbers
 
@@ -111,6 +111,7 @@ def _folder_name(candidate: Candidate, cfg: float, skip: int, steps: int) -> str
 
 def _cell_key(candidate: Candidate, grid: Grid, cfg: float, skip: int, steps: int) -> dict:
     return {
+        "version": VERSION,
         "numbers": [n["picture"] for n in NUMBERS if "picture" in n],  # a cell made before there was one lacks it
         "weights": candidate.weights,
         "steps": steps,

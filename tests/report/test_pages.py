@@ -350,6 +350,13 @@ def test_a_shared_range_makes_plots_comparable():
     assert ticks[0] == ticks[1]
 
 
+def test_measured_places_have_round_ticks():
+    """An axis of places that were chosen shows these; of places that were measured, round numbers."""
+    line = {"a": [(0.0113, 1.0), (0.0187, 1.0), (0.0489, 1.0)]}
+    texts = [{text.strip() for text in plot(line, round_x=choice).text} for choice in (False, True)]
+    assert {"0.0113", "0.0187"} <= texts[0] and {"0.02", "0.04"} <= texts[1] and "0.0113" not in texts[1]
+
+
 def test_twelve_lines_all_look_different():
     svg = line_plot({f"line {i}": [(0, i), (1, i)] for i in range(12)}, title="t", xlabel="x", ylabel="y")
     lines = re.findall(r'<g class="series.*?</g>', svg, flags=re.S)

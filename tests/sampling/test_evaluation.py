@@ -1,6 +1,7 @@
 """The three answers after a run: what is measured of whom, what is kept, and what the pages say."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from closed_form_models import ClosedFormData, closed_form
 
+from dedistill.errors import UserError
 from dedistill.recipe import load_recipe
 from dedistill.report.answers import answer_file
 from dedistill.report.distillation import Questions, ask, measure
@@ -104,6 +106,23 @@ def test_the_shortlist_spreads_over_averages_that_may_be_best():
     assert shortlist(alone, losses) == alone
 
 
+@pytest.mark.parametrize(
+    ("by", "why"),
+    [
+        ("beauty", "there is no such number"),
+        ("contrast", "neither end of it is better"),
+        ("recall", "single pictures have no such number"),
+        ("accuracy", "it needs a judge of digits"),
+        ("clip", "it needs --clip"),
+    ],
+)
+def test_what_cannot_be_chosen_by_is_refused_before_anything_is_opened(tmp_path, by, why):
+    c = Candidates()
+    with pytest.raises(UserError, match=f"--by {by}: {why}; choose one of saturated, shadow, blur$") as caught:
+        evaluate([c.run()], questions(), GRID, tmp_path, names="t", by=by, say=lambda line: None)
+    assert caught.value.exit_code == 2 and c.opened == [] and not list(tmp_path.iterdir())
+
+
 def test_evaluation_without_a_judge(tmp_path):
     """Nothing is invented: no cell is chosen, and that is said; the weights are ranked by held-out loss."""
     c = Candidates()
@@ -142,11 +161,15 @@ def scored(accuracy: dict[tuple, float]) -> dict:
 def test_selection_page_says_rule_and_verdicts(tmp_path):
     found = scored({("base", 1.0): 0.3, ("last", 1.0): 0.85, ("last", 2.0): 0.9, ("last", 3.0): 1.0})
     assert [verdict(found, i) for i in range(4)] == ["not the best", "possibly the best", "chosen", "refused: <burnt>"]
-    assert "more than 0.02 worse than 0.0100 (0.0100 to 0.0100) of base at CFG 1 in 8 steps" in rule(found)
+    assert "worse by more than 0.02 <burnt> than the same weights in their cell nearest CFG 1" in rule(found)[0]
     html = write_selection_page(tmp_path, found, "T").read_text()
     assert "Chosen: last at CFG 2 in 8 steps: accuracy 0.900" in html and "1 other cell is possibly the best as well" in html
     assert "the cheapest of them is last at CFG 1 in 8 steps" in html
     assert "refused: &lt;burnt&gt;" in html and "<burnt>" not in html
+    beside = "<td>0.0100 (0.0100 to 0.0100)</td><td>0.0100 (0.0100 to 0.0100)</td>"
+    assert beside in html and '<th scope="col">last at CFG 1 in 8 steps</th>' in html and html.count("<li>") == 2
+    heads = re.findall(r'data-sort="\w+">([^<]+)<', html)
+    assert heads[heads.index("verdict") + 1] == "ahead of the others"
     kept = json.loads((tmp_path / "selection.json").read_text(), parse_constant=lambda c: pytest.fail(c))
     assert kept == json.loads(json.dumps(found))
 
@@ -166,4 +189,7 @@ def test_answers_with_a_choice():
     how_distilled, which, how = (item["answer"] for item in three_answers(found))
     assert "last is less distilled than base" in how_distilled and "lower by 0.300 to 0.500" in how_distilled
     assert which == "last; by held-out loss last is best, no other may be the best."
-    assert how.startswith("last at CFG 2 in 8 steps: accuracy 0.900") and "It has <burnt> 0.0100" in how
+    found["selection"] = scored({("base", 1.0): 0.3, ("last", 1.0): 0.5, ("last", 2.0): 0.9})
+    beside = three_answers(found)[2]["answer"]
+    assert beside.endswith(" Beside last at CFG 1 in 8 steps: <burnt> 0.0100 (0.0100 to 0.0100) against 0.0100.")
+    assert how.startswith("last at CFG 2 in 8 steps: accuracy 0.900") and "It has <burnt> 0.0100 (0.0100 to 0.0100)." in how

@@ -259,6 +259,13 @@ def test_candidates_are_compared_with_the_reference():
         assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
 
 
+def test_a_single_scale_has_no_response(tmp_path):
+    options = {"reference": None, "title": "t", "kept": tmp_path, "say": lambda line: None}
+    found = measure(candidates(a=1.0), questions(cfgs=(2.0,)), **options)
+    assert set(found["candidates"]["a"]) == {m["key"] for m in found["meters"]} >= {"saturated", "contrast"}
+    assert not any("response" in m["key"] for m in found["meters"])
+
+
 @pytest.mark.parametrize(
     ("candidates", "reference", "message"),
     [

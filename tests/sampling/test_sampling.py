@@ -411,6 +411,15 @@ def test_a_damaged_cell_is_made_again(tmp_path, damage):
     assert run(Opened().pair(), tmp_path) == whole
 
 
+def test_numbers_that_are_measured_otherwise_are_measured_again(tmp_path, monkeypatch):
+    """N1: a cell whose numbers are of another version of the meters is made again."""
+    opened = Opened()
+    run(opened.pair(), tmp_path)
+    monkeypatch.setattr("dedistill.sampling.sweep.VERSION", -1)
+    run(opened.pair(), tmp_path)
+    assert opened.names == ["base", "last"] * 2
+
+
 def test_a_judge_that_comes_later_judges_all(tmp_path, judge):
     """N1: cells made without a judge have no accuracy, so a sweep with one does not reuse their scores."""
     run(Opened().pair(), tmp_path)

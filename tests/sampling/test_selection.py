@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from dedistill.errors import UserError
 from dedistill.sampling import numbers as sweep_numbers
+from dedistill.sampling.artefacts import artefacts
 from dedistill.sampling.meters import Reading
 from dedistill.sampling.selection import compare_with_best, passes, select
 
@@ -93,35 +95,66 @@ def sweep_of(cells: dict[tuple, tuple[float, float]], prompts: int = 40, seeds=(
     return {"numbers": NUMBERS, "cells": places}, rows
 
 
+GUIDED = {
+    ("base", 1.0, 0, 16): (0.5, 0.01),
+    ("base", 4.0, 0, 16): (1.0, 0.3),
+    ("last", 1.0, 0, 16): (0.6, 0.0),
+    ("last", 2.0, 0, 16): (0.9, 0.019),
+    ("last", 2.0, 4, 16): (0.9, 0.019),
+    ("last", 3.0, 0, 16): (1.0, 0.021),
+}
+
+
 def test_the_best_is_chosen_among_cells_that_are_not_burnt():
-    """Accuracy rises with CFG while pictures burn: the limit is the reference's at CFG 1 plus the tolerance."""
-    cells = {
-        ("base", 1.0, 0, 16): (0.5, 0.01),
-        ("base", 4.0, 0, 16): (1.0, 0.3),
-        ("last", 1.0, 0, 16): (0.6, 0.0),
-        ("last", 2.0, 0, 16): (0.9, 0.029),
-        ("last", 2.0, 4, 16): (0.9, 0.029),
-        ("last", 3.0, 0, 16): (1.0, 0.031),
-    }
-    found = select(*sweep_of(cells))
-    assert found["by"] == "accuracy" and found["reference"] == 0
+    """Accuracy rises with CFG while pictures burn: the limit is the same weights' level at CFG 1 plus the tolerance."""
+    found = select(*sweep_of(GUIDED))
+    assert found["by"] == "accuracy" and [cell["against"] for cell in found["cells"]] == [0, 0, 2, 2, 2, 2]
     assert [cell["refused"] for cell in found["cells"]] == [[], ["saturated"], [], [], [], ["saturated"]]
     assert found["chosen"] == 4 and found["cells"][4]["passes"] == 28, "of equals the cheaper one"
     assert [cell.get("may_be_best") for cell in found["cells"]] == [False, None, False, True, True, None]
     assert [n["key"] for n in found["numbers"]] == ["accuracy", "saturated"]
-    assert select(*sweep_of(cells), by="saturated")["chosen"] == 2
-    assert select(*sweep_of(cells), reference="last")["reference"] == 2
+    assert select(*sweep_of(GUIDED), by="saturated")["chosen"] == 2
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5])
+def test_the_level_of_one_candidate_refuses_nothing_of_another(level):
+    """A base that is burnt throughout, or never, says nothing about what guidance does to other weights."""
+    damaged = GUIDED | {("base", 1.0, 0, 16): (0.5, level), ("base", 4.0, 0, 16): (1.0, level + 0.1)}
+    plain, found = select(*sweep_of(GUIDED)), select(*sweep_of(damaged))
+    assert [c["refused"] for c in found["cells"]] == [c["refused"] for c in plain["cells"]]
+    assert found["chosen"] == plain["chosen"]
+
+
+def test_guidance_that_shadows_is_refused():
+    """Sharpened, darkened pictures of one candidate: the meter itself, in the tolerance that selection gives it."""
+    even = np.random.default_rng(0).uniform(0.2, 0.8, (20, 1, 64, 64))
+    falling = 1 - 0.7 * np.linspace(0, 1, 64)
+    cells = [{"candidate": "last", "cfg": cfg, "skip": 0, "steps": 8} for cfg in (1.0, 2.0, 6.0)]
+    rows = []
+    for cell, light in zip(cells, (1.0, 0.9, falling)):
+        found = artefacts(torch.from_numpy(2 * even * light - 1))
+        rows += [{**cell, "prompt": f"{p}", "seed": 0, "shadow": found["shadow"][p]} for p in range(20)]
+    found = select({"numbers": sweep_numbers.NUMBERS, "cells": cells}, rows)
+    assert [cell["refused"] for cell in found["cells"]] == [[], [], ["shadow"]]
+
+
+def test_of_equals_the_cheapest_then_the_first_by_the_given_order():
+    cells = {("a", 1.0, 0, 16): (0.9, 0.0), ("b", 1.0, 0, 8): (0.9, 0.0), ("c", 1.0, 0, 8): (0.9, 0.0)}
+    assert [select(*sweep_of(cells), order=order)["chosen"] for order in ((), "cba", "abc", "acb")] == [1, 2, 1, 2]
+    worse = cells | {("c", 1.0, 0, 8): (0.8, 0.0)}
+    assert select(*sweep_of(worse), order="cba")["chosen"] == 1, "the number comes first"
 
 
 @pytest.mark.parametrize("order", [(8, 16), (16, 8)])
-def test_the_reference_takes_the_most_steps_in_whatever_order(order):
+def test_cells_are_held_against_the_most_steps_in_whatever_order(order):
     found = select(*sweep_of({("base", 1.0, 0, n): (0.5, 0.0) for n in order}))
-    assert found["cells"][found["reference"]]["steps"] == 16
+    assert {found["cells"][cell["against"]]["steps"] for cell in found["cells"]} == {16}
 
 
 def test_areas_without_drawing_refuse_nothing():
-    """A fifth of the area of real digits lies at an end of the range; only a model that misses that has less."""
-    assert not any("tolerance" in n for n in sweep_numbers.NUMBERS if n["key"] == "clipped")
+    """A fifth of the area of real digits lies at an end of the range: neither end of the number is better."""
+    clipped = next(n for n in sweep_numbers.NUMBERS if n["key"] == "clipped")
+    assert "tolerance" not in clipped and clipped["better"] is None
 
 
 def test_without_a_judge_nothing_is_chosen():
@@ -146,7 +179,6 @@ def test_seeds_of_one_prompt_go_together():
     ("change", "options", "message"),
     [
         (lambda s, r: None, {"by": "frechet"}, "--by: pictures were not scored by 'frechet'; there are accuracy, saturated"),
-        (lambda s, r: None, {"reference": "x"}, "no candidate 'x' among the pictures; there are base, last"),
         (lambda s, r: r.pop(), {}, "different prompts or seeds"),
         (lambda s, r: [row.update(prompt="same") for row in r], {}, "--prompts: 1 different ones are too few to choose by"),
     ],
