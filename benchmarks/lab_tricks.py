@@ -23,7 +23,18 @@ class Scale:
 
 FULL = Scale()
 QUICK = replace(
-    FULL, teacher=800, student=300, steps=150, starts=90, averaged=300, reflow=150, pairs=512, prompts=128, batches=50
+    FULL,
+    teacher=700,
+    student=200,
+    steps=100,
+    starts=60,
+    averaged=200,
+    reflow=80,
+    distilled_again=(10, 50, 100),
+    pairs=512,
+    prompts=64,
+    held_out=256,
+    batches=50,
 )
 
 
