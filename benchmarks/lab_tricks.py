@@ -24,17 +24,17 @@ class Scale:
 FULL = Scale()
 QUICK = replace(
     FULL,
-    teacher=700,
-    student=200,
-    steps=100,
-    starts=60,
-    averaged=200,
-    reflow=80,
-    distilled_again=(10, 50, 100),
+    teacher=500,
+    student=150,
+    steps=60,
+    starts=45,
+    averaged=120,
+    reflow=50,
+    distilled_again=(10, 40, 60),
     pairs=512,
-    prompts=64,
+    prompts=48,
     held_out=256,
-    batches=50,
+    batches=30,
 )
 
 
