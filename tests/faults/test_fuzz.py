@@ -154,7 +154,7 @@ def test_the_index(tmp_path):
         else:
             file.write_bytes(broken_json(rng, b'{"a": 1}') + good)
         if file.read_bytes().strip() != good.strip():
-            survives(lambda: Index.load(file))
+            assert not survives(lambda: Index.load(file)), file.read_bytes()
 
 
 def test_manifests(tmp_path):
@@ -245,5 +245,6 @@ def test_headers_of_tensors(tmp_path):
         file.write_bytes(raw)
         shard.write_bytes(raw)
         survives(lambda: read_tensors(file))
-        survives(lambda: lerp_snapshots(find_snapshots(tmp_path / "snapshots"), [0.5], tmp_path / "out"))
+        averaged = survives(lambda: lerp_snapshots(find_snapshots(tmp_path / "snapshots"), [0.5], tmp_path / "out"))
+        assert raw == good or not averaged, raw
         survives(lambda: Store(tmp_path / "store", {}))
