@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dedistill.errors import UserError
+from dedistill.pretrained import load_whole, reading
 from dedistill.text import Text
 
 CLIP_TOKENS = 77
@@ -42,14 +42,12 @@ class FluxText:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        try:
+        source = f"model.path: the text encoders in '{self.folder}'"
+        with reading(f"{source} need tokenizers that can be loaded"):
             folders = [self.folder / name for name in ("tokenizer", "tokenizer_2")]
             tokenizers = [AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in folders]
-            kind = {"local_files_only": True, "use_safetensors": True, "dtype": "auto"}
-            clip = CLIPTextModel.from_pretrained(self.folder / "text_encoder", **kind)
-            t5 = T5EncoderModel.from_pretrained(self.folder / "text_encoder_2", **kind)
-        except (OSError, ValueError, SafetensorError) as e:
-            raise UserError(f"model.path: the text encoders in '{self.folder}' cannot be loaded: {e}") from e
+        clip = load_whole(CLIPTextModel, self.folder / "text_encoder", source, dtype="auto")
+        t5 = load_whole(T5EncoderModel, self.folder / "text_encoder_2", source, dtype="auto")
         self._loaded = (*tokenizers, clip.to(device).eval(), t5.to(device).eval())
 
     def unload(self) -> None:

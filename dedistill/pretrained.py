@@ -1,0 +1,62 @@
+"""Networks of transformers and diffusers from a folder: whole, or not at all."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from dedistill.errors import UserError
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", **options: Any) -> Net:
+    """The network of class ``kind`` in ``folder``, every tensor of it from there; weights are read as safetensors only.
+
+    The libraries themselves fill what is missing with random numbers, or leave it without memory, and go on.
+    source: where the folder was named, e.g. a recipe's key; messages begin with it. needed: what the folder has to be.
+    options: more for ``kind.from_pretrained``, such as the dtype.
+    Raises UserError naming the tensors that are missing, unknown or of another shape, or why nothing can be read.
+    """
+    needed = needed or f"a folder of {kind.__name__}: config.json and its weights as safetensors"
+    with reading(f"{source}: '{folder}' cannot be loaded; it must be {needed}"):
+        net, info = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
+        )
+    shapes = {name: f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in info["mismatched_keys"]}
+    # of shards diffusers looks at the index alone: what a file then lacks stays without memory
+    without_memory = {name for name, tensor in net.state_dict().items() if tensor.is_meta}
+    missing = {*info["missing_keys"], *without_memory} - shapes.keys()
+    # parts of a larger model may lie beside, as a decoder beside its encoder, but nothing more within the network's own
+    unknown = [name for name in info["unexpected_keys"] if missing or hasattr(net, name.split(".")[0])]
+    faults = {"missing": missing, "of another shape": shapes.values(), "unknown": unknown}
+    if told := [f"{len(names)} tensors are {what}: {_some(sorted(names))}" for what, names in faults.items() if names]:
+        files = _some(sorted(file.name for file in folder.glob("*.safetensors")))
+        raise UserError(
+            f"{source}: the weights in '{folder}' ({files}) are not those of the {kind.__name__} that its config.json "
+            f"describes. {'; '.join(told)}. Fetch the folder again; it must be {needed}"
+        )
+    return net
+
+
+@contextmanager
+def reading(failed: str) -> Iterator[None]:
+    """Any error of a library's loader as a UserError of one line: ``failed`` and the reason."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as e:  # of any kind, by what is missing or damaged
+        raise UserError(f"{failed} ({f'{type(e).__name__}: {e}'.splitlines()[0]})") from e
+
+
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
