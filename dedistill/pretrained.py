@@ -1,13 +1,17 @@
-"""Networks of transformers and diffusers from a folder: whole, or not at all."""
+"""Networks and tokenizers of transformers and diffusers from a folder: whole or refused, and never code of the folder's."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from dedistill.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -18,14 +22,17 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
     The libraries themselves fill what is missing with random numbers, or leave it without memory, and go on.
     source: where the folder was named, e.g. a recipe's key; messages begin with it. needed: what the folder has to be.
     options: more for ``kind.from_pretrained``, such as the dtype.
-    Raises UserError naming the tensors that are missing, unknown or of another shape, or why nothing can be read.
+    Raises UserError naming the tensors that are missing, unknown or of another shape, or why nothing can be read, and as
+    :func:`check_folder` does.
     """
+    check_folder(folder, source)
     needed = needed or f"a folder of {kind.__name__}: config.json and its weights as safetensors"
     with reading(f"{source}: '{folder}' cannot be loaded; it must be {needed}"):
         net, info = kind.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
@@ -44,6 +51,48 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
             f"describes. {'; '.join(told)}. Fetch the folder again; it must be {needed}"
         )
     return net
+
+
+def load_tokenizer(kind: type, folder: Path, source: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer in ``folder``, of the class ``kind`` or of what AutoTokenizer finds. source: as for :func:`load_whole`.
+
+    Raises UserError when none can be read, and as :func:`check_folder` does.
+    """
+    check_folder(folder, source)
+    with reading(f"{source}: no tokenizer can be read from '{folder}'"):
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def check_folder(folder: Path, source: str) -> None:
+    """Raises UserError where the loaders would run code of the folder's, ask for it, or take weights from elsewhere.
+
+    At a terminal transformers asks whether to run such code, and without one it advises to trust it.
+    """
+    for file in sorted(folder.glob("*config.json")):
+        if "auto_map" in _object(file, source):
+            raise UserError(
+                f"{source}: '{folder}' comes with code of its own ('auto_map' in {file.name}). A model with code of its own "
+                "is not loaded; take one of a class that is part of transformers or diffusers"
+            )
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{source}: '{folder}' holds an adapter (adapter_config.json) that would be put onto its weights; "
+            "merge it into them, or keep it elsewhere"
+        )
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        files = _object(index, source).get("weight_map")
+        named = files.values() if isinstance(files, dict) else [files]
+        # by any other extension the file is read as a pickle
+        if wrong := [f for f in named if not (isinstance(f, str) and f == Path(f).name and f.endswith(".safetensors"))]:
+            raise UserError(f"{source}: '{index}' names {wrong[0]!r}; weights are read from safetensors of its folder only")
+
+
+def _object(file: Path, source: str) -> dict[str, Any]:
+    with reading(f"{source}: '{file}' cannot be read"):
+        found = json.loads(file.read_bytes())
+    if not isinstance(found, dict):
+        raise UserError(f"{source}: '{file}' holds no JSON object")
+    return found
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dedistill.errors import UserError
-from dedistill.pretrained import load_whole, reading
+from dedistill.pretrained import load_tokenizer, load_whole
 from dedistill.text import Text
 
 CLIP_TOKENS = 77
@@ -43,9 +43,7 @@ class FluxText:
 
         logging.disable_progress_bar()
         source = f"model.path: the text encoders in '{self.folder}'"
-        with reading(f"{source} need tokenizers that can be loaded"):
-            folders = [self.folder / name for name in ("tokenizer", "tokenizer_2")]
-            tokenizers = [AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in folders]
+        tokenizers = [load_tokenizer(AutoTokenizer, self.folder / name, source) for name in ("tokenizer", "tokenizer_2")]
         clip = load_whole(CLIPTextModel, self.folder / "text_encoder", source, dtype="auto")
         t5 = load_whole(T5EncoderModel, self.folder / "text_encoder_2", source, dtype="auto")
         self._loaded = (*tokenizers, clip.to(device).eval(), t5.to(device).eval())
@@ -58,8 +56,8 @@ class FluxText:
         """T5 tokens of each caption, end token included, however long."""
         from transformers import AutoTokenizer
 
-        tokenizer = self._loaded[1] if self._loaded else AutoTokenizer.from_pretrained(self.folder / "tokenizer_2")
-        return [len(ids) for ids in tokenizer(captions)["input_ids"]]
+        own = self._loaded[1] if self._loaded else load_tokenizer(AutoTokenizer, self.folder / "tokenizer_2", "model.path")
+        return [len(ids) for ids in own(captions)["input_ids"]]
 
     @torch.no_grad()
     def __call__(self, captions: list[str], length: int, device: torch.device | str = "cpu") -> Text:

@@ -1,5 +1,6 @@
-"""Text encoders, VAE and small bases are loaded whole or refused by name, before anything is encoded or trained."""
+"""Text encoders, VAE and small bases are loaded whole or refused by name, and none of their folders runs code."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,11 @@ from tiny_recipes import ADAPTER, PICTURES
 from torch import Tensor
 from transformers import T5EncoderModel
 
+from dedistill.data.index import build_index
+from dedistill.data.listing import PictureSet
+from dedistill.data.scan import scan
+from dedistill.errors import UserError
+from dedistill.families.flux_pipeline import MaskedFluxPipeline
 from dedistill.families.flux_text import FluxText
 from dedistill.families.pixel_flux import PixelFlux
 from dedistill.train import main
@@ -172,3 +178,107 @@ def test_a_small_base_that_is_not_whole_is_refused(tmp_path, capsys, edit):
     assert main([str(recipe)]) == 1
     said = capsys.readouterr().err
     assert f"{tmp_path / 'base' / 'transformer'}' (diffusion_pytorch_model.safetensors)" in said and "proj_out." in said
+
+
+# --- code of the folder's own ---
+
+
+@pytest.fixture
+def mark(tmp_path, monkeypatch) -> Path:
+    """What foreign code would leave behind; whoever asks whether to run it is told yes."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    return tmp_path / "mark"
+
+
+def ask_for_code(folder: Path, config: str, **more: object) -> None:
+    file, mark = folder / config, folder.parent.parent / "mark"
+    (folder / "own.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Own: pass\n")
+    kinds = ("AutoConfig", "AutoModel", "AutoTokenizer")
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(known | {"auto_map": dict.fromkeys(kinds, "own.Own")} | more))
+
+
+@pytest.mark.parametrize(
+    ("part", "config", "more"),
+    [
+        ("tokenizer_2", "tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": ["own.Own", "own.Own"]}),
+        ("tokenizer", "tokenizer_config.json", {}),
+        ("tokenizer", "config.json", {"model_type": "own"}),
+        ("text_encoder_2", "config.json", {"model_type": "own"}),
+        ("vae", "config.json", {"_class_name": "Own"}),
+    ],
+)
+def test_a_folder_with_code_of_its_own_is_refused_without_a_question(model, refused, mark, capsys, part, config, more):
+    ask_for_code(model / part, config, **more)
+    said = refused()
+    assert f"{model / part}' comes with code of its own ('auto_map' in {config})" in said and not mark.exists()
+    assert "trust" not in said and "[y/N]" not in said + capsys.readouterr().out
+
+
+def test_a_tokenizer_with_code_is_not_measured_with(two_pictures, model, mark, tmp_path):
+    ask_for_code(model / "tokenizer_2", "tokenizer_config.json", tokenizer_class="Own")
+    index = build_index([PictureSet(str(two_pictures))], file=tmp_path / "index.jsonl", say=lambda line: None)
+    with pytest.raises(UserError, match=r"--tokenizer: .*tokenizer_2' comes with code of its own") as e:
+        scan(index, resolutions=[64], tokenizer=model / "tokenizer_2")
+    assert e.value.exit_code == 2 and not mark.exists()
+
+
+def test_the_pipeline_runs_no_code_of_a_folder(model, mark):
+    """model_index.json may name a loader that asks."""
+    ask_for_code(model / "tokenizer_2", "tokenizer_config.json", tokenizer_class="Own")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"tokenizer_2": ["transformers", "AutoTokenizer"]}))
+    with pytest.raises(UserError, match="tokenizer_2' comes with code of its own"):
+        MaskedFluxPipeline.from_pretrained(model, local_files_only=True)
+    assert not mark.exists()
+
+
+def pickled(folder: Path) -> tuple[Path, Path]:
+    """The same weights as a pickle under the name that the libraries fall back to; returns where they were and are."""
+    weights = next(folder.glob("*.safetensors"))
+    pickle = folder / ("diffusion_pytorch_model.bin" if folder.name == "vae" else "pytorch_model.bin")
+    torch.save(load_file(weights), pickle)
+    weights.unlink()
+    return weights, pickle
+
+
+def test_the_pipeline_reads_no_pickles(model):
+    pickled(model / "text_encoder")
+    with pytest.raises(OSError, match="safetensors"):
+        MaskedFluxPipeline.from_pretrained(model, local_files_only=True)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
+@pytest.mark.parametrize("named_by", ["its name", "an index"])
+def test_pickles_are_not_read(model, refused, part, named_by):
+    """Neither under the name that the libraries fall back to, nor as a shard that a safetensors index names."""
+    weights, pickle = pickled(model / part)
+    if named_by == "an index":
+        index = {"metadata": {}, "weight_map": dict.fromkeys(torch.load(pickle), pickle.name)}
+        weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+    said = refused()
+    assert f"{model / part}" in said and "safetensors" in said
+    assert named_by == "its name" or pickle.name in said
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/elsewhere.safetensors", 7])
+def test_shards_outside_the_folder_are_not_read(model, refused, name):
+    index = in_shards(model / "text_encoder_2", T5EncoderModel)
+    told = json.loads(index.read_text())
+    told["weight_map"]["shared.weight"] = name
+    index.write_text(json.dumps(told))
+    assert f"{index}' names {name!r}" in refused()
+
+
+def test_an_adapter_beside_the_weights_is_not_put_onto_them(model, refused):
+    (model / "text_encoder" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    assert "holds an adapter (adapter_config.json)" in refused()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000, b"\xff"], ids=["list", "torn", "nested", "not UTF-8"])
+@pytest.mark.parametrize(
+    "file", ["text_encoder/config.json", "text_encoder_2/config.json", "tokenizer_2/tokenizer_config.json"]
+)
+def test_a_config_that_is_none_is_named(model, refused, file, content):
+    (model / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert f"'{model / file}'" in refused()
