@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 Net = TypeVar("Net", bound=nn.Module)
 
+_WORDS = ("blue", "bird", "long", "tree")
+"""Of equal length, since a tokenizer without a vocabulary may still count letters."""
+_VOCABULARY = (
+    "Fetch the folder again with all its files: a vocabulary is tokenizer.json, or vocab.json and merges.txt, or spiece.model"
+)
+
 
 def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", **options: Any) -> Net:
     """The network of class ``kind`` in ``folder``, every tensor of it from there; weights are read as safetensors only.
@@ -56,11 +62,33 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
 def load_tokenizer(kind: type, folder: Path, source: str) -> "PreTrainedTokenizerBase":
     """The tokenizer in ``folder``, of the class ``kind`` or of what AutoTokenizer finds. source: as for :func:`load_whole`.
 
-    Raises UserError when none can be read, and as :func:`check_folder` does.
+    Raises UserError when none can be read or it knows no words, and as :func:`check_folder` does.
     """
     check_folder(folder, source)
     with reading(f"{source}: no tokenizer can be read from '{folder}'"):
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        encoded = tokenizer(list(_WORDS))["input_ids"]
+    if len(set(map(tuple, encoded))) == 1:  # without its vocabulary's files it is made of the special tokens alone
+        raise UserError(
+            f"{source}: the tokenizer in '{folder}' has {len(tokenizer)} entries and takes '{_WORDS[0]}' and '{_WORDS[1]}' "
+            f"for the same: its vocabulary is missing. {_VOCABULARY}"
+        )
+    return tokenizer
+
+
+def check_vocabulary(
+    tokenizer: "PreTrainedTokenizerBase", entries: int, folder: Path, source: str, *, padded: bool = False
+) -> None:
+    """Raises UserError when ``tokenizer``, from ``folder``, is not that of a text encoder with a table of ``entries``.
+
+    padded: the table may be up to 1 % longer, as tables are whose length is rounded up.
+    """
+    if not (0.99 if padded else 1) * entries <= len(tokenizer) <= entries:
+        raise UserError(
+            f"{source}: '{folder}' holds a tokenizer of {len(tokenizer)} entries for a text encoder of {entries}. {_VOCABULARY}"
+        )
+    if tokenizer.pad_token is None:
+        raise UserError(f"{source}: the tokenizer in '{folder}' has no 'pad_token'; tokenizer_config.json must name one")
 
 
 def check_folder(folder: Path, source: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dedistill.data.pictures import PILLOW_READS, BadPicture, decode
 from dedistill.errors import UserError
 from dedistill.files import file_sha256
-from dedistill.pretrained import load_tokenizer, load_whole, reading
+from dedistill.pretrained import check_vocabulary, load_tokenizer, load_whole, reading
 from dedistill.sampling.grid import as_image
 from dedistill.sampling.judge import frechet_distance
 
@@ -70,8 +70,7 @@ def _load(folder: Path, device: torch.device | str) -> tuple:
     tokenizer = load_tokenizer(CLIPTokenizer, folder, "--clip")
     with reading(f"--clip: '{folder}' cannot be loaded; it must be {NEEDED}"):
         processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if len(tokenizer) != (tokens := model.config.text_config.vocab_size):  # without its files it is empty, and says nothing
-        raise UserError(f"--clip: '{folder}' holds a tokenizer of {len(tokenizer)} tokens for a model of {tokens}")
+    check_vocabulary(tokenizer, model.config.text_config.vocab_size, folder, "--clip")
     return model.eval().requires_grad_(False).to(device), tokenizer, processor
 
 

@@ -282,3 +282,74 @@ def test_an_adapter_beside_the_weights_is_not_put_onto_them(model, refused):
 def test_a_config_that_is_none_is_named(model, refused, file, content):
     (model / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert f"'{model / file}'" in refused()
+
+
+# --- vocabularies ---
+
+
+@pytest.mark.parametrize(("part", "files"), [("tokenizer", "vocab.json and merges.txt"), ("tokenizer_2", "spiece.model")])
+def test_a_tokenizer_without_its_vocabulary_is_refused(model, refused, part, files):
+    """A download of weights and configs alone: every caption would become the same."""
+    (model / part / "tokenizer.json").unlink()
+    said = refused()
+    assert f"'{model / part}' has no vocabulary; it needs tokenizer.json, or {files}." in said
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_a_tokenizer_without_its_config_is_refused(model, refused, part):
+    """Its words are there, the padding token is not."""
+    (model / part / "tokenizer_config.json").unlink()
+    assert f"'{model / part}' has no 'pad_token'; tokenizer_config.json must name one" in refused()
+
+
+def shorten(folder: Path, kept: int) -> None:
+    """Keep the first entries of a vocabulary."""
+    file = folder / "tokenizer.json"
+    told = json.loads(file.read_text())
+    words = told["model"]["vocab"]
+    told["model"]["vocab"] = words[:kept] if isinstance(words, list) else dict(list(words.items())[:kept])
+    file.write_text(json.dumps(told))
+
+
+def test_a_tokenizer_that_knows_no_words_is_refused(model, refused):
+    """The file is there; what it holds are the special tokens."""
+    shorten(model / "tokenizer_2", 4)
+    assert "takes 'blue' and 'bird' for the same: its vocabulary is missing" in refused()
+
+
+@pytest.mark.parametrize(
+    ("part", "entries", "told"),
+    [
+        ("tokenizer_2", 125, "a tokenizer of 123 entries for a text encoder of 125"),
+        ("tokenizer_2", 122, "a tokenizer of 123 entries for a text encoder of 122"),
+        ("tokenizer", 515, "a tokenizer of 514 entries for a text encoder of 515"),
+        ("tokenizer", 513, "a tokenizer of 514 entries for a text encoder of 513"),
+    ],
+)
+def test_a_tokenizer_of_another_encoder_is_refused(model, refused, part, entries, told):
+    """An encoder whose table is longer than its tokenizer's vocabulary, or shorter."""
+    encoder, name = {
+        "tokenizer_2": (model / "text_encoder_2", "shared.weight"),
+        "tokenizer": (model / "text_encoder", "embeddings.token_embedding.weight"),
+    }[part]
+    change(encoder, lambda t: t | {name: torch.ones(entries, t[name].shape[1])})
+    configure(encoder, vocab_size=entries)
+    assert f"'{model / part}' holds {told}" in refused()
+
+
+def test_a_padded_table_is_the_same_encoder(tiny_flux, model):
+    """Published tables are rounded up: 32,128 rows for 32,100 entries."""
+    change(model / "text_encoder_2", lambda t: t | {"shared.weight": torch.cat([t["shared.weight"], torch.zeros(1, 32)])})
+    configure(model / "text_encoder_2", vocab_size=124)
+    assert all(map(torch.equal, embeddings(model), embeddings(tiny_flux)))
+
+
+def test_a_vocabulary_in_two_files_is_the_same(tiny_flux, model):
+    """As the published folders keep CLIP's: vocab.json and merges.txt; one of them alone is none."""
+    file = model / "tokenizer" / "tokenizer.json"
+    (model / "tokenizer" / "vocab.json").write_text(json.dumps(json.loads(file.read_text())["model"]["vocab"]))
+    file.unlink()
+    with pytest.raises(UserError, match=r"has no vocabulary; it needs tokenizer\.json, or vocab\.json and merges\.txt"):
+        FluxText(model, t5_mask=True)
+    (model / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    assert all(map(torch.equal, embeddings(model), embeddings(tiny_flux)))
