@@ -15,6 +15,7 @@ from dedistill.data.buckets import buckets_for, crops_of
 from dedistill.data.index import READERS, Index
 from dedistill.data.mixing import caption_warnings
 from dedistill.errors import UserError
+from dedistill.pretrained import load_tokenizer
 
 SIDES = (256, 384, 512, 768, 1024, 1536, 2048, 4096)
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
@@ -132,9 +133,9 @@ def _lengths(captions: list[str], tokenizer: Path | None) -> tuple[list[int], st
     if not tokenizer.is_dir():
         raise UserError(f"--tokenizer: '{tokenizer}' is not a folder", exit_code=2)
     try:
-        encode = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
-    except Exception as e:  # any kind of error, by what is missing or damaged
-        raise UserError(f"--tokenizer: no tokenizer can be read from '{tokenizer}': {e}", exit_code=2) from e
+        encode = load_tokenizer(AutoTokenizer, tokenizer, "--tokenizer")
+    except UserError as e:
+        raise UserError(str(e), exit_code=2) from e
     lengths = []
     for start in range(0, len(captions), 1000):
         lengths += map(len, encode(captions[start : start + 1000], truncation=False, verbose=False)["input_ids"])

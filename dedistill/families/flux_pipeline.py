@@ -20,6 +20,7 @@ from dedistill.families.flux_common import MASKING_BACKENDS, MASKS, flux_velocit
 from dedistill.families.flux_text import encode
 from dedistill.flow.guidance import classifier_free, needs_unconditional
 from dedistill.flow.timesteps import dynamic_shift
+from dedistill.pretrained import check_folder
 from dedistill.text import Text
 
 GUIDANCE = 3.5
@@ -58,7 +59,9 @@ class MaskedFluxPipeline(FluxPipeline):
                 f"'{folder}' is an int8 export, whose codes are no weights: add "
                 "transformer=dedistill.release.export.load_int8(folder)"
             )
-        return super().from_pretrained(folder, **kwargs)
+        for part in sorted(p for p in Path(folder).glob("*") if p.is_dir()):
+            check_folder(part, "MaskedFluxPipeline")
+        return super().from_pretrained(folder, **{"use_safetensors": True} | kwargs, trust_remote_code=False)
 
     @torch.no_grad()
     def __call__(

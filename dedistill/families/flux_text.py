@@ -3,15 +3,20 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dedistill.errors import UserError
+from dedistill.pretrained import check_vocabulary, load_tokenizer, load_whole
 from dedistill.text import Text
 
 CLIP_TOKENS = 77
 CHUNK = 16
+VOCABULARIES = {
+    "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
+}
+"""Files by which either tokenizer knows its words; without any, transformers makes one that knows none."""
 
 
 class FluxText:
@@ -26,6 +31,10 @@ class FluxText:
         for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
             if not (folder / name).is_dir():
                 raise UserError(f"model.path: '{folder}' has no folder '{name}', which FLUX's captions need")
+        for name, vocabularies in VOCABULARIES.items():
+            if not any(all((folder / name / file).is_file() for file in files) for files in vocabularies):
+                told = ", or ".join(" and ".join(files) for files in vocabularies)
+                raise UserError(f"model.path: '{folder / name}' has no vocabulary; it needs {told}. Fetch it with all files")
         self._loaded = None
 
     def files(self) -> list[Path]:
@@ -42,14 +51,13 @@ class FluxText:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        try:
-            folders = [self.folder / name for name in ("tokenizer", "tokenizer_2")]
-            tokenizers = [AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in folders]
-            kind = {"local_files_only": True, "use_safetensors": True, "dtype": "auto"}
-            clip = CLIPTextModel.from_pretrained(self.folder / "text_encoder", **kind)
-            t5 = T5EncoderModel.from_pretrained(self.folder / "text_encoder_2", **kind)
-        except (OSError, ValueError, SafetensorError) as e:
-            raise UserError(f"model.path: the text encoders in '{self.folder}' cannot be loaded: {e}") from e
+        source = f"model.path: the text encoders in '{self.folder}'"
+        folders = [self.folder / name for name in VOCABULARIES]
+        tokenizers = [load_tokenizer(AutoTokenizer, folder, source) for folder in folders]
+        clip = load_whole(CLIPTextModel, self.folder / "text_encoder", source, dtype="auto")
+        t5 = load_whole(T5EncoderModel, self.folder / "text_encoder_2", source, dtype="auto")
+        check_vocabulary(tokenizers[0], clip.config.vocab_size, folders[0], source)
+        check_vocabulary(tokenizers[1], t5.config.vocab_size, folders[1], source, padded=True)
         self._loaded = (*tokenizers, clip.to(device).eval(), t5.to(device).eval())
 
     def unload(self) -> None:
@@ -60,8 +68,8 @@ class FluxText:
         """T5 tokens of each caption, end token included, however long."""
         from transformers import AutoTokenizer
 
-        tokenizer = self._loaded[1] if self._loaded else AutoTokenizer.from_pretrained(self.folder / "tokenizer_2")
-        return [len(ids) for ids in tokenizer(captions)["input_ids"]]
+        own = self._loaded[1] if self._loaded else load_tokenizer(AutoTokenizer, self.folder / "tokenizer_2", "model.path")
+        return [len(ids) for ids in own(captions)["input_ids"]]
 
     @torch.no_grad()
     def __call__(self, captions: list[str], length: int, device: torch.device | str = "cpu") -> Text:

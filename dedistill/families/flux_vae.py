@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dedistill.errors import UserError
+from dedistill.pretrained import load_whole
 
 
 class FluxVae:
@@ -33,12 +33,8 @@ class FluxVae:
     def load(self, device: torch.device | str) -> None:
         from diffusers import AutoencoderKL
 
-        try:  # float32: bf16 costs visible detail here, and pictures are encoded once
-            vae = AutoencoderKL.from_pretrained(
-                self.folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
-            )
-        except (OSError, ValueError, SafetensorError) as e:
-            raise UserError(f"model.path: the VAE in '{self.folder}' cannot be loaded: {e}") from e
+        # float32: bf16 costs visible detail here, and pictures are encoded once
+        vae = load_whole(AutoencoderKL, self.folder, "model.path: the VAE", torch_dtype=torch.float32)
         self._loaded = vae.to(device).eval()
 
     def unload(self) -> None:

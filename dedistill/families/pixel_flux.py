@@ -15,6 +15,7 @@ from dedistill.families.family import MADE, Components
 from dedistill.families.flux_common import flux_velocity
 from dedistill.families.words import WordEncoder
 from dedistill.flow.timesteps import dynamic_shift
+from dedistill.pretrained import load_whole
 from dedistill.text import Text
 
 
@@ -81,11 +82,11 @@ class PixelFlux:
         try:
             facts = json.loads((folder / "dedistill.json").read_text())
             family, picture, text = facts["family"], tuple(facts["picture"]), WordEncoder(**facts["text"])
-            net = FluxTransformer2DModel.from_pretrained(folder / "transformer", local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"model.path: no {self.name} model in '{folder}' (train it first): {e}") from e
         if family != self.name:
             raise UserError(f"model.path: '{folder}' holds a {family} model, not {self.name}")
+        net = load_whole(FluxTransformer2DModel, folder / "transformer", "model.path")
         made = {key: facts[key] for key in MADE if key in facts}
         made = {"base": {"path": str(folder), "revision": None}} | made
         return Components(net, text, picture, _tokens(picture, net), mask, facts=made)

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dedistill.data.pictures import PILLOW_READS, BadPicture, decode
 from dedistill.errors import UserError
 from dedistill.files import file_sha256
+from dedistill.pretrained import check_vocabulary, load_tokenizer, load_whole, reading
 from dedistill.sampling.grid import as_image
 from dedistill.sampling.judge import frechet_distance
 
@@ -66,19 +66,11 @@ def _load(folder: Path, device: torch.device | str) -> tuple:
 
     if not folder.is_dir():
         raise UserError(f"--clip: there is no folder '{folder}'; put {NEEDED} there", exit_code=2)
-    try:
-        kind = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-        model, told = CLIPModel.from_pretrained(folder, **kind)
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as e:
-        raise UserError(f"--clip: '{folder}' cannot be loaded; it must be {NEEDED} ({str(e).splitlines()[0]})") from e
-    if lost := sorted(map(str, {*told["missing_keys"], *told["mismatched_keys"]})):
-        raise UserError(
-            f"--clip: the weights in '{folder}' lack {lost[0]}" + (f" and {len(lost) - 1} more" if lost[1:] else "")
-        )
-    if len(tokenizer) != (tokens := model.config.text_config.vocab_size):  # without its files it is empty, and says nothing
-        raise UserError(f"--clip: '{folder}' holds a tokenizer of {len(tokenizer)} tokens for a model of {tokens}")
+    model = load_whole(CLIPModel, folder, "--clip", needed=NEEDED, dtype=torch.float32)
+    tokenizer = load_tokenizer(CLIPTokenizer, folder, "--clip")
+    with reading(f"--clip: '{folder}' cannot be loaded; it must be {NEEDED}"):
+        processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    check_vocabulary(tokenizer, model.config.text_config.vocab_size, folder, "--clip")
     return model.eval().requires_grad_(False).to(device), tokenizer, processor
 
 

@@ -98,7 +98,7 @@ def test_identity_follows_weights_and_real_pictures(clip, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault", ["nothing", "empty", "no weights", "a pickle", "cut", "lacking", "other sizes", "no tokenizer"]
+    "fault", ["nothing", "empty", "no weights", "a pickle", "cut", "lacking", "other sizes", "no tokenizer", "own code"]
 )
 def test_a_folder_that_holds_no_clip_is_refused_by_name(tmp_path, fault):
     folder = tmp_path / "clip"
@@ -114,6 +114,10 @@ def test_a_folder_that_holds_no_clip_is_refused_by_name(tmp_path, fault):
             torch.save(tensors, folder / "pytorch_model.bin")
         elif fault == "cut":
             weights.write_bytes(weights.read_bytes()[:5000])
+        elif fault == "own code":
+            config = folder / "preprocessor_config.json"
+            config.write_text(config.read_text().replace("{", '{"auto_map": {"AutoImageProcessor": "own.Own"},', 1))
+            (folder / "own.py").write_text("class Own: pass\n")
         elif fault == "no tokenizer":
             for file in folder.glob("*token*"):
                 file.unlink()
@@ -124,8 +128,8 @@ def test_a_folder_that_holds_no_clip_is_refused_by_name(tmp_path, fault):
             save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"--clip: .*'?" + str(folder)) as e:
         ClipJudge(folder)
-    if fault == "lacking":
-        assert "text_projection.weight" in str(e.value)
+    if fault in ("lacking", "own code"):
+        assert {"lacking": "text_projection.weight", "own code": "preprocessor_config.json"}[fault] in str(e.value)
     assert len(str(e.value).splitlines()) == 1
 
 

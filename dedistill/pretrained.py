@@ -1,0 +1,139 @@
+"""Networks and tokenizers of transformers and diffusers from a folder: whole or refused, and never code of the folder's."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from dedistill.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Net = TypeVar("Net", bound=nn.Module)
+
+_WORDS = ("blue", "bird", "long", "tree")
+"""Of equal length, since a tokenizer without a vocabulary may still count letters."""
+_VOCABULARY = (
+    "Fetch the folder again with all its files: a vocabulary is tokenizer.json, or vocab.json and merges.txt, or spiece.model"
+)
+
+
+def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", **options: Any) -> Net:
+    """The network of class ``kind`` in ``folder``, every tensor of it from there; weights are read as safetensors only.
+
+    The libraries themselves fill what is missing with random numbers, or leave it without memory, and go on.
+    source: where the folder was named, e.g. a recipe's key; messages begin with it. needed: what the folder has to be.
+    options: more for ``kind.from_pretrained``, such as the dtype.
+    Raises UserError naming the tensors that are missing, unknown or of another shape, or why nothing can be read, and as
+    :func:`check_folder` does.
+    """
+    check_folder(folder, source)
+    needed = needed or f"a folder of {kind.__name__}: config.json and its weights as safetensors"
+    with reading(f"{source}: '{folder}' cannot be loaded; it must be {needed}"):
+        net, info = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
+        )
+    shapes = {name: f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in info["mismatched_keys"]}
+    # of shards diffusers looks at the index alone: what a file then lacks stays without memory
+    without_memory = {name for name, tensor in net.state_dict().items() if tensor.is_meta}
+    missing = {*info["missing_keys"], *without_memory} - shapes.keys()
+    # parts of a larger model may lie beside, as a decoder beside its encoder, but nothing more within the network's own
+    unknown = [name for name in info["unexpected_keys"] if missing or hasattr(net, name.split(".")[0])]
+    faults = {"missing": missing, "of another shape": shapes.values(), "unknown": unknown}
+    if told := [f"{len(names)} tensors are {what}: {_some(sorted(names))}" for what, names in faults.items() if names]:
+        files = _some(sorted(file.name for file in folder.glob("*.safetensors")))
+        raise UserError(
+            f"{source}: the weights in '{folder}' ({files}) are not those of the {kind.__name__} that its config.json "
+            f"describes. {'; '.join(told)}. Fetch the folder again; it must be {needed}"
+        )
+    return net
+
+
+def load_tokenizer(kind: type, folder: Path, source: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer in ``folder``, of the class ``kind`` or of what AutoTokenizer finds. source: as for :func:`load_whole`.
+
+    Raises UserError when none can be read or it knows no words, and as :func:`check_folder` does.
+    """
+    check_folder(folder, source)
+    with reading(f"{source}: no tokenizer can be read from '{folder}'"):
+        tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        encoded = tokenizer(list(_WORDS))["input_ids"]
+    if len(set(map(tuple, encoded))) == 1:  # without its vocabulary's files it is made of the special tokens alone
+        raise UserError(
+            f"{source}: the tokenizer in '{folder}' has {len(tokenizer)} entries and takes '{_WORDS[0]}' and '{_WORDS[1]}' "
+            f"for the same: its vocabulary is missing. {_VOCABULARY}"
+        )
+    return tokenizer
+
+
+def check_vocabulary(
+    tokenizer: "PreTrainedTokenizerBase", entries: int, folder: Path, source: str, *, padded: bool = False
+) -> None:
+    """Raises UserError when ``tokenizer``, from ``folder``, is not that of a text encoder with a table of ``entries``.
+
+    padded: the table may be up to 1 % longer, as tables are whose length is rounded up.
+    """
+    if not (0.99 if padded else 1) * entries <= len(tokenizer) <= entries:
+        raise UserError(
+            f"{source}: '{folder}' holds a tokenizer of {len(tokenizer)} entries for a text encoder of {entries}. {_VOCABULARY}"
+        )
+    if tokenizer.pad_token is None:
+        raise UserError(f"{source}: the tokenizer in '{folder}' has no 'pad_token'; tokenizer_config.json must name one")
+
+
+def check_folder(folder: Path, source: str) -> None:
+    """Raises UserError where the loaders would run code of the folder's, ask for it, or take weights from elsewhere.
+
+    At a terminal transformers asks whether to run such code, and without one it advises to trust it.
+    """
+    for file in sorted(folder.glob("*config.json")):
+        if "auto_map" in _object(file, source):
+            raise UserError(
+                f"{source}: '{folder}' comes with code of its own ('auto_map' in {file.name}). A model with code of its own "
+                "is not loaded; take one of a class that is part of transformers or diffusers"
+            )
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{source}: '{folder}' holds an adapter (adapter_config.json) that would be put onto its weights; "
+            "merge it into them, or keep it elsewhere"
+        )
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        files = _object(index, source).get("weight_map")
+        named = files.values() if isinstance(files, dict) else [files]
+        # by any other extension the file is read as a pickle
+        if wrong := [f for f in named if not (isinstance(f, str) and f == Path(f).name and f.endswith(".safetensors"))]:
+            raise UserError(f"{source}: '{index}' names {wrong[0]!r}; weights are read from safetensors of its folder only")
+
+
+def _object(file: Path, source: str) -> dict[str, Any]:
+    with reading(f"{source}: '{file}' cannot be read"):
+        found = json.loads(file.read_bytes())
+    if not isinstance(found, dict):
+        raise UserError(f"{source}: '{file}' holds no JSON object")
+    return found
+
+
+@contextmanager
+def reading(failed: str) -> Iterator[None]:
+    """Any error of a library's loader as a UserError of one line: ``failed`` and the reason."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as e:  # of any kind, by what is missing or damaged
+        raise UserError(f"{failed} ({f'{type(e).__name__}: {e}'.splitlines()[0]})") from e
+
+
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
