@@ -1,6 +1,8 @@
 """Who may do what with which base model, and the ids that catalogues know the bases by."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from dedistill.errors import UserError
 
@@ -43,6 +45,7 @@ BASES = (
 DEFAULT_ARCHITECTURE = "flux-1"
 _DEV = next(base for base in BASES if base.id.endswith("FLUX.1-dev"))
 _FLEX_LAYERS = 8
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def base_of(source: str, config: dict) -> Base | None:
@@ -63,6 +66,10 @@ def base_of(source: str, config: dict) -> Base | None:
             "it is a derivative of that, or its path is misleading; rename the folder or correct --base"
         )
     return named
+
+
+def is_hub_id(text: str) -> bool:
+    return bool(_HUB_ID.fullmatch(text)) and not Path(text).exists()
 
 
 def licence_for(base: Base | None, wanted: str | None) -> Licence:
