@@ -46,6 +46,7 @@ DEFAULT_ARCHITECTURE = "flux-1"
 _DEV = next(base for base in BASES if base.id.endswith("FLUX.1-dev"))
 _FLEX_LAYERS = 8
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_IN_HUB_CACHE = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots(?:/|$)")
 
 
 def base_of(source: str, config: dict) -> Base | None:
@@ -70,6 +71,20 @@ def base_of(source: str, config: dict) -> Base | None:
 
 def is_hub_id(text: str) -> bool:
     return bool(_HUB_ID.fullmatch(text)) and not Path(text).exists()
+
+
+def public_name(path: str, revision: str | None = None) -> str:
+    """A base as others may know it: its hub id where that is known, else the last name of a local path.
+
+    path, revision: model.path and model.revision of a recipe. Only with a revision is a path a hub id, unless the table
+    of published bases has it.
+    """
+    if revision and is_hub_id(path):
+        return path
+    if cached := _IN_HUB_CACHE.search(path):
+        return f"{cached[1]}/{cached[2]}"
+    named = base_of(path, {})
+    return named.id if named else Path(path).name
 
 
 def licence_for(base: Base | None, wanted: str | None) -> Licence:

@@ -24,6 +24,7 @@ from dedistill.release.folder import (
     write_weights,
 )
 from dedistill.release.headers import model_header
+from dedistill.release.public import public_facts
 from dedistill.tensorfile import Layout, TensorFile
 
 Stream = Iterator[tuple[str, Tensor]]
@@ -47,8 +48,8 @@ def export_model(
     form: "diffusers" (the whole folder, shards of ``shard_bytes``), "single" (one file, diffusers' names), "bfl" (one
     file, the names of the model's own repository), "int8" (the folder, linears as our int8 except ``exclude``).
     base: hub id of the published model behind it, where provenance and paths do not tell; licence: another one than the
-    base's, where the base allows that. One tensor is in memory at a time. What is written is for others and
-    holds nothing but the pipeline; ``say`` is told what was left out. Raises UserError, writing nothing,
+    base's, where the base allows that. One tensor is in memory at a time. What is written is for others: it names no place
+    on this machine and holds nothing but the pipeline; ``say`` is told what was left out. Raises UserError, writing nothing,
     when a tensor is missing or unknown, a file is a link to elsewhere, the licence is not ours to give, ``out`` exists, or
     the disk is full.
     """
@@ -132,7 +133,7 @@ def _write_folder(net: Denoiser, folder: Path, facts: dict, layout: Layout, stre
     replace_json(folder / "transformer" / "config.json", public_config(net.config))
     write_weights(folder / "transformer", layout, stream, shard_bytes)
     if facts:
-        replace_json(folder / FACTS, {k: v for k, v in facts.items() if k != "components"})
+        replace_json(folder / FACTS, public_facts(facts))
 
 
 _FORMS: dict[str, Callable[..., None]] = {"diffusers": _diffusers, "single": _single, "bfl": _bfl, "int8": _int8}

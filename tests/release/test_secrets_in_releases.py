@@ -1,4 +1,4 @@
-"""A release holds the model and nothing else: no credentials, code or pickles."""
+"""A release holds the model and nothing else: no credentials, code or pickles, and no place on this machine."""
 
 import json
 import os
@@ -6,12 +6,19 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import torch
 from diffusers import FluxPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_recipes import PICTURES
 
+from dedistill.families.licences import public_name
+from dedistill.recipe.emit import fields_of, table_in
+from dedistill.recipe.schema import Recipe, Table
+from dedistill.release.public import public_recipe
 from dedistill.train import main
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -98,7 +105,7 @@ def test_a_release_holds_the_model_alone(way, home, tmp_path, capsys):
         made |= {"merge.json", "dedistill.json"}
     assert export(source, tmp_path / "out") == 0
     assert files_in(tmp_path / "out") == files_in(home / "base") | made
-    assert not telling(tmp_path / "out", TOKEN)
+    assert not telling(tmp_path / "out", TOKEN, PLACE), "configs name the folder that they were read from"
     said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(said) == 1 and "old.ckpt" in said[0] and ".git" not in said[0] and "more" in said[0]
     FluxPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
@@ -214,3 +221,137 @@ def test_links_inside_and_in_the_hubs_cache_are_followed(home, tmp_path):
         weights = "text_encoder/model.safetensors"
         assert (out / weights).read_bytes() == (home / "base" / weights).read_bytes()
         FluxPipeline.from_pretrained(out, local_files_only=True)
+    told = json.loads((tmp_path / "out-merged/dedistill.json").read_text())
+    assert told["base"]["path"] == "someone/thing"
+
+
+def said_in(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as f:
+        return f.metadata()
+
+
+@pytest.fixture(scope="module")
+def merged(home) -> Path:
+    assert merge(home, home / "merged") == 0
+    return home / "merged"
+
+
+@pytest.mark.parametrize("form", ["diffusers", "int8", "single", "bfl"])
+def test_a_released_model_names_no_place(form, home, merged, tmp_path):
+    """Not in dedistill.json, configs, headers and card; how it was trained is told."""
+    assert export(merged, tmp_path / "x", form) == 0
+    assert telling(tmp_path / "x", PLACE, "unreleased-product", '"product', str(home)) == []
+    if form in ("diffusers", "int8"):
+        facts = json.loads((tmp_path / "x/dedistill.json").read_text())
+    else:
+        header = said_in(tmp_path / "x/x.safetensors")
+        facts = json.loads(header["dedistill.facts"])
+        assert header["modelspec.merged_from"] == "base" and "lr = 0.01" in header["dedistill.recipe"]
+    (step,) = facts["merges"]
+    assert facts["base"]["path"] == "base" and step["adapter"] == "step-00000002.safetensors"
+    assert "lr = 0.01" in step["recipe"] and 'path = "base"' in step["recipe"]
+    assert "`base`" in (tmp_path / "x/README.md").read_text()
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya", "lycoris"])
+def test_a_released_adapter_names_no_place(form, home, tmp_path):
+    source = home / "run/snapshots/step-00000002.safetensors"
+    assert PLACE in said_in(source)["dedistill.recipe"], "a run is continued by it"
+    out = tmp_path / "adapter.safetensors"
+    assert export(source, out, form, "--model", home / "base") == 0
+    assert telling(tmp_path, PLACE, "unreleased-product", '"product') == []
+    assert said_in(out)["ss_learning_rate"] == "0.01" and said_in(out)["dedistill.step"] == "2"
+
+
+def test_a_released_whole_training_names_no_place(home, tmp_path):
+    """``trained`` in dedistill.json holds a recipe too."""
+    text = (
+        (home / "r.toml")
+        .read_text()
+        .replace('[adapter]\nkind = "lora"\n[[adapter.targets]]\npreset = "attention"\nrank = 2\n', "")
+    )
+    (home / "full.toml").write_text(text.replace("/run", "/full"))
+    assert main([str(home / "full.toml"), "--debug"]) == 0
+    assert export(home / "full/model", tmp_path / "out") == 0
+    assert telling(tmp_path / "out", PLACE, "unreleased-product") == []
+    (step,) = json.loads((tmp_path / "out/dedistill.json").read_text())["trained"]
+    assert step["step"] == 2 and "lr = 0.01" in step["recipe"]
+
+
+def test_provenance_of_others_is_not_passed_on(home, tmp_path):
+    """Kohya's headers list folders of images; a dedistill.json from elsewhere, or a link to another file, may hold anything."""
+    folder = Path(shutil.copytree(home / "base", tmp_path / "base"))
+    step = {"adapter_header": {"ss_dataset_dirs": TOKEN, "dedistill.step": "3"}, "recipe": "", "adapter": f"/{TOKEN}/a"}
+    step |= {"dtype": "bf16", "rounding": "nearest", "lost": 0.0}
+    facts = {"family": "flux", "auths": {"x": TOKEN}, "merges": [step], "base": {"path": f"/{TOKEN}/thing"}}
+    (folder / "dedistill.json").write_text(json.dumps(facts))
+    for form in ("diffusers", "single"):
+        assert export(folder, tmp_path / form, form) == 0
+        assert telling(tmp_path / form, TOKEN) == []
+
+
+def test_a_released_adapter_still_knows_its_base(home, tmp_path, capsys):
+    """By its name: the same base elsewhere is right, another one is refused, and so is a path for the card."""
+    out = tmp_path / "adapter.safetensors"
+    assert export(home / "run/snapshots/step-00000002.safetensors", out, "peft", "--model", home / "base") == 0
+    for place in ("elsewhere/base", "other"):
+        shutil.copytree(home / "base", tmp_path / place)
+    assert merge(home, tmp_path / "one", weights=out) == 0
+    assert merge(home, tmp_path / "two", tmp_path / "elsewhere/base", out) == 0
+    capsys.readouterr()
+    assert merge(home, tmp_path / "three", tmp_path / "other", out) == 1
+    said = capsys.readouterr().err
+    assert "was trained on 'base'" in said and "give its folder the name 'base'" in said and not (tmp_path / "three").exists()
+    assert export(home / "base", tmp_path / "four", "single", "--base", home / "base") == 2
+    assert not (tmp_path / "four").exists() and "no hub id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "revision", "name"),
+    [
+        ("/home/jane/models/FLUX.1-schnell", None, "black-forest-labs/FLUX.1-schnell"),
+        ("black-forest-labs/FLUX.1-dev", None, "black-forest-labs/FLUX.1-dev"),
+        ("someone/FLUX.1-dev-tuned", "a" * 40, "someone/FLUX.1-dev-tuned"),
+        ("acme/model", None, "model"),
+        ("/home/jane/acme/mine.safetensors", None, "mine.safetensors"),
+        ("/c/hub/models--someone--some-thing/snapshots/abc", None, "someone/some-thing"),
+        ("tests/release", "a" * 40, "release"),
+        ("", None, ""),
+    ],
+)
+def test_names_of_bases(path, revision, name, monkeypatch):
+    """The hub id where it is known, else the last name."""
+    monkeypatch.chdir(TOOLS.parent)
+    assert public_name(path, revision) == name
+
+
+def takes_text(kind: Any) -> bool:
+    return kind is str or any(map(takes_text, get_args(kind)))
+
+
+def texts(model: type[Table], path: tuple[str, ...] = ()) -> set[str]:
+    """Dotted keys of a recipe that may hold any text."""
+    found = set()
+    for name, field in fields_of(model).items():
+        if inner := table_in(field.annotation):
+            found |= texts(inner, (*path, name))
+        elif takes_text(field.annotation):
+            found.add(".".join((*path, name)))
+    return found
+
+
+def test_every_text_of_a_recipe_is_known_to_be_a_place_or_not():
+    """A new key for a folder has to be hidden in released recipes, or this list says that it is none."""
+    hidden = {"run.out", "model.path", "model.components", "data.path", "data.cache", "data.sets.path", "data.sets.name"}
+    harmless = {"run.name", "model.family", "model.revision", "adapter.targets.pattern", "adapter.targets.preset"}
+    harmless |= {"base.exclude", "data.sets.captions", "sample.negative", "preview.prompts"}
+    assert texts(Recipe) == hidden | harmless
+    places = '[run]\nout = "/p/q"\n[model]\npath = "/p/m"\ncomponents = "/p/c"\n[data]\npath = "/p/q"\ncache = "/p/q"\n'
+    told = public_recipe(places + '[[data.sets]]\nname = "p"\npath = "/p/q"\nweight = 2.0\n')
+    assert "/p" not in told and '"p"' not in told and "weight = 2.0" in told and 'components = "c"' in told
+
+
+def test_a_recipe_in_a_header_that_is_none_is_said(home, tmp_path, capsys):
+    save_file({"x.alpha": torch.ones(())}, tmp_path / "a.safetensors", metadata={"dedistill.recipe": "=="})
+    assert export(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "peft") == 1
+    assert "recipe in the file's header cannot be read" in capsys.readouterr().err
