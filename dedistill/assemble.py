@@ -15,6 +15,7 @@ from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.base.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
 from dedistill.errors import UserError
 from dedistill.families.family import Components, Family
+from dedistill.families.licences import public_name
 from dedistill.families.registry import get_family, text_length
 from dedistill.recipe import Recipe
 from dedistill.text import Text, stack
@@ -114,17 +115,25 @@ def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
     """Refuse adapter weights that were trained on another base, or in another form, than ``recipe`` says.
 
     header: that of the file at ``path``. A base that is no longer where it was may have been moved: then only names of
-    tensors are compared.
+    tensors are compared. A released file tells no more of a local base than its name, which has to be the same.
     """
     made = tomllib.loads(header.get("dedistill.recipe", ""))
     if not made or recipe.adapter is None:
         return
-    kind, base, here = made.get("adapter", {}).get("kind"), made.get("model", {}).get("path"), recipe.model.path
+    kind, table, here = made.get("adapter", {}).get("kind"), made.get("model", {}), recipe.model.path
+    base = table.get("path")
     if kind != recipe.adapter.kind:
         raise UserError(f"'{path}' is a {kind}, the recipe's adapter a {recipe.adapter.kind}: use the file's own recipe")
-    moved = base is None or here is None or Path(base).exists() != Path(here).exists()
+    if base is None or here is None:
+        return
+    other = f"'{path}' was trained on '{base}', the recipe's model.path is '{here}': use the file's own recipe"
+    if "out" not in made.get("run", {}) and not table.get("revision"):  # a release, which names a local base but not its place
+        if base != public_name(here, recipe.model.revision):
+            raise UserError(f"{other}; if it is the same model under another name, give its folder the name '{base}'")
+        return
+    moved = Path(base).exists() != Path(here).exists()
     if not moved and Path(base).resolve() != Path(here).resolve():
-        raise UserError(f"'{path}' was trained on '{base}', the recipe's model.path is '{here}': use the file's own recipe")
+        raise UserError(other)
 
 
 def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:

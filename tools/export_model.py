@@ -7,6 +7,7 @@ python tools/export_model.py runs/digits/dedistill/posthoc/alpha_linear_0.9.safe
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from dedistill.arguments import positive
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
         export_adapter(args.source, args.out, args.format, args.model)
     else:
         terms = {"base": args.base, "licence": args.license, "exclude": args.exclude}
-        export_model(args.source, args.out, args.format, shard_bytes=args.shard_gb * 1000**3, **terms)
+        size = args.shard_gb * 1000**3
+        export_model(args.source, args.out, args.format, shard_bytes=size, say=partial(print, file=sys.stderr), **terms)
     print(f"done: {args.out}", file=sys.stderr)
     return 0
 

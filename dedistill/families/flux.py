@@ -4,7 +4,6 @@ The network works on latents [16, H/8, W/8] of its VAE in patches of 2 x 2. Text
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,14 @@ from dedistill.families.flux_common import flux_velocity
 from dedistill.families.flux_models import shape_of
 from dedistill.families.flux_text import FluxText
 from dedistill.families.flux_vae import FluxVae
+from dedistill.families.pipeline_files import copy_files, pipeline_files
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.text import Text
 
 PATCH = 2
 DEV_GUIDANCE = 1.0
+SAVED = ("model_index.json", "scheduler")
+"""What a folder of ours takes from its base beside the denoiser; the rest it points to."""
 
 
 class Flux:
@@ -53,7 +55,7 @@ class Flux:
             guidance=self._guidance(denoiser, spec.guidance) if net else None,
             source=place,
             facts={"base": {"path": spec.path, "revision": spec.revision}} | place.facts,
-            notes=_other_use(spec, place.facts),
+            notes=[*_other_use(spec, place.facts), *_cannot_be_saved(place.components)],
         )
 
     def _guidance(self, net: nn.Module, wanted: Any) -> float | None:
@@ -93,12 +95,7 @@ class Flux:
         text = {"mask": parts.mask, "t5_mask": parts.text.t5_mask, "text_length": parts.text_length}
         facts = kept | {"family": self.name, "guidance": _told(parts), **text}
         facts["components"] = str(parts.source.components.resolve())
-        for name in ("model_index.json", "scheduler"):
-            there = parts.source.components / name
-            if there.is_dir():
-                shutil.copytree(there, folder / name, dirs_exist_ok=True)
-            elif there.exists():
-                shutil.copy(there, folder / name)
+        copy_files(pipeline_files(parts.source.components, SAVED)[0], folder)
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
@@ -185,6 +182,15 @@ def _other_use(spec: Any, facts: dict[str, Any]) -> list[str]:
         for key, value in asked.items()
         if key in facts and facts[key] != value
     ]
+
+
+def _cannot_be_saved(components: Path) -> list[str]:
+    """Why ``save_rest`` will refuse, told before a training that would end with it."""
+    try:
+        pipeline_files(components, SAVED)
+    except UserError as e:
+        return [f"no model folder can be written with this base: {e}"]
+    return []
 
 
 def _tokens(shape: tuple[int, ...]) -> int:

@@ -1,6 +1,8 @@
 """Who may do what with which base model, and the ids that catalogues know the bases by."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from dedistill.errors import UserError
 
@@ -43,6 +45,8 @@ BASES = (
 DEFAULT_ARCHITECTURE = "flux-1"
 _DEV = next(base for base in BASES if base.id.endswith("FLUX.1-dev"))
 _FLEX_LAYERS = 8
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_IN_HUB_CACHE = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots(?:/|$)")
 
 
 def base_of(source: str, config: dict) -> Base | None:
@@ -63,6 +67,24 @@ def base_of(source: str, config: dict) -> Base | None:
             "it is a derivative of that, or its path is misleading; rename the folder or correct --base"
         )
     return named
+
+
+def is_hub_id(text: str) -> bool:
+    return bool(_HUB_ID.fullmatch(text)) and not Path(text).exists()
+
+
+def public_name(path: str, revision: str | None = None) -> str:
+    """A base as others may know it: its hub id where that is known, else the last name of a local path.
+
+    path, revision: model.path and model.revision of a recipe. Only with a revision is a path a hub id, unless the table
+    of published bases has it.
+    """
+    if revision and is_hub_id(path):
+        return path
+    if cached := _IN_HUB_CACHE.search(path):
+        return f"{cached[1]}/{cached[2]}"
+    named = base_of(path, {})
+    return named.id if named else Path(path).name
 
 
 def licence_for(base: Base | None, wanted: str | None) -> Licence:

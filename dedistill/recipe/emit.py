@@ -24,7 +24,12 @@ def table_in(annotation: Any) -> type[Table] | None:
 
 def to_toml(recipe: Recipe) -> str:
     """The whole recipe as TOML, every default filled in; ``load_recipe`` reads it back to an equal recipe."""
-    return "\n".join(_emit(recipe.resolved(), ())).lstrip("\n") + "\n"
+    return table_to_toml(recipe.resolved())
+
+
+def table_to_toml(table: dict[str, Any]) -> str:
+    """Plain data as TOML; None, which TOML cannot say, is left out."""
+    return "\n".join(_emit(table, ())).lstrip("\n") + "\n"
 
 
 def _emit(table: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:

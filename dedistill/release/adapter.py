@@ -10,7 +10,8 @@ from dedistill.errors import UserError
 from dedistill.families.naming import naming_of, published_config
 from dedistill.files import replace_json
 from dedistill.release.folder import linear_shapes, network_config, skeleton
-from dedistill.release.headers import adapter_header, lycoris_config, recipe_in
+from dedistill.release.headers import adapter_header, lycoris_config
+from dedistill.release.public import read_recipe
 from dedistill.tensorfile import TensorFile
 
 
@@ -53,7 +54,7 @@ def config_for(tensors: dict[str, Any], header: dict[str, str], model: Path | No
     """The config of the network that an adapter belongs to."""
     if model is not None:
         return network_config(model)
-    table = recipe_in(header).get("model", {})
+    table = read_recipe(header.get("dedistill.recipe", "")).get("model", {})
     source = table.get("path") or ""
     for folder in (Path(source), Path(table.get("components") or source)):  # a single file has its shape beside its encoders
         if (folder / "transformer" / "config.json").exists():

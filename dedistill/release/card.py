@@ -1,6 +1,5 @@
 """The README.md of a release: a Hugging Face model card with the right licence."""
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dedistill.errors import UserError
-from dedistill.families.licences import base_of, licence_for
+from dedistill.families.licences import base_of, is_hub_id, licence_for
 from dedistill.files import replace_file
 from dedistill.release.headers import source_of, told_guidance
+from dedistill.release.public import read_recipe, source_name
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _TAGS = ["text-to-image", "de-distilled", "classifier-free-guidance"]
@@ -31,6 +31,10 @@ def write_card(
 
     Raises UserError when network or provenance contradict the base, or the licence is not the user's to choose.
     """
+    if base and not is_hub_id(base):
+        raise UserError(
+            f"--base {base}: no hub id; a card names the published model, such as black-forest-labs/FLUX.1-schnell", 2
+        )
     recorded = base_of(source_of(facts) or source, config)
     claimed = base_of(base, config) if base else None
     if claimed and recorded and claimed != recorded:
@@ -51,12 +55,12 @@ def write_card(
     template = Environment(
         loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     ).get_template("card.md.j2")
-    recipes = [tomllib.loads(m["recipe"]) for m in merges]
-    trained = [{"step": t["step"], "training": _training(tomllib.loads(t["recipe"]))} for t in facts.get("trained", [])]
+    recipes = [read_recipe(m["recipe"]) for m in merges]
+    trained = [{"step": t["step"], "training": _training(read_recipe(t["recipe"]))} for t in facts.get("trained", [])]
     body = template.render(
         title=title,
         form=form,
-        base=name or source_of(facts),
+        base=name or source_name(facts),
         licence=terms,
         masked=facts.get("mask") == "bool",
         guidance=told_guidance(config, facts),
@@ -74,7 +78,7 @@ def _call(guidance: str) -> str:
 
 
 def _kind(merge: dict[str, Any]) -> str:
-    return tomllib.loads(merge["recipe"]).get("adapter", {}).get("kind", "adapter")
+    return read_recipe(merge["recipe"]).get("adapter", {}).get("kind", "adapter")
 
 
 def _training(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -11,22 +11,25 @@ from dedistill.base.int8 import Int8Linear, quantize_rows
 from dedistill.base.quantize import excluded
 from dedistill.errors import UserError
 from dedistill.families.naming import naming_of
+from dedistill.families.pipeline_files import Files, copy_files, is_pipeline, pipeline_files, public_config
 from dedistill.files import replace_json
 from dedistill.release.card import write_card
 from dedistill.release.folder import (
     FACTS,
     SHARD_BYTES,
     Denoiser,
-    copy_rest,
     linear_shapes,
     new_folder,
     read_facts,
     write_weights,
 )
 from dedistill.release.headers import model_header
+from dedistill.release.public import public_facts
 from dedistill.tensorfile import Layout, TensorFile
 
 Stream = Iterator[tuple[str, Tensor]]
+_NAMED = 5
+"""So many of the files that are left out are named."""
 
 
 def export_model(
@@ -38,23 +41,47 @@ def export_model(
     licence: str | None = None,
     exclude: list[str] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    say: Callable[[str], None] = lambda message: None,
 ) -> Path:
     """Write model folder ``source`` to the new folder ``out`` in ``form``, with a model card; returns ``out``.
 
     form: "diffusers" (the whole folder, shards of ``shard_bytes``), "single" (one file, diffusers' names), "bfl" (one
     file, the names of the model's own repository), "int8" (the folder, linears as our int8 except ``exclude``).
     base: hub id of the published model behind it, where provenance and paths do not tell; licence: another one than the
-    base's, where the base allows that. One tensor is in memory at a time. Raises UserError, writing nothing, when a
-    tensor is missing or unknown, the licence is not ours to give, ``out`` exists, or the disk is full.
+    base's, where the base allows that. One tensor is in memory at a time. What is written is for others: it names no place
+    on this machine and holds nothing but the pipeline; ``say`` is told what was left out. Raises UserError, writing nothing,
+    when a tensor is missing or unknown, a file is a link to elsewhere, the licence is not ours to give, ``out`` exists, or
+    the disk is full.
     """
     net = Denoiser(source)
     facts = read_facts(source)
     if any(dtype == torch.int8 for _, dtype in net.layout.values()):
         raise UserError(f"'{source}' is an int8 export already; export the folder it was made from")
+    files, left_out = _around(source, facts) if form in _FOLDERS else ({}, [])
     with new_folder(out) as folder:
         write_card(folder, out.name, form, net.config, facts, str(source), base=base, licence=licence)
         _FORMS[form](net, folder, out.name, facts, exclude or [], shard_bytes)
+        copy_files(files, folder)
+    if left_out:
+        others = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+        say(f"left out, as no part of the pipeline: {', '.join(left_out[:_NAMED])}{others}")
     return out
+
+
+def _around(source: Path, facts: dict) -> tuple[Files, list[str]]:
+    """What the release of ``source`` holds beside the denoiser, from there and from where its components are."""
+    files, left_out = pipeline_files(source)
+    if around := facts.get("components"):
+        if not Path(around).is_dir():
+            raise UserError(f"'{source}' takes text encoders and VAE from '{around}', which is not there")
+        if not is_pipeline(Path(around)):
+            raise UserError(
+                f"'{source / FACTS}' says that text encoders and VAE are in '{around}', which is no pipeline folder: it has no "
+                "vae/config.json or no text_encoder*/config.json. Nothing is taken from there; correct 'components'"
+            )
+        others, more = pipeline_files(Path(around))
+        files, left_out = others | files, [*left_out, *(str(Path(around) / name) for name in more)]
+    return files, left_out
 
 
 def _diffusers(net: Denoiser, folder: Path, name: str, facts: dict, exclude: list[str], shard_bytes: int) -> None:
@@ -103,19 +130,15 @@ def _quantized(net: Denoiser, weights: set[str]) -> Stream:
 
 def _write_folder(net: Denoiser, folder: Path, facts: dict, layout: Layout, stream: Stream, shard_bytes: int) -> None:
     (folder / "transformer").mkdir()
-    replace_json(folder / "transformer" / "config.json", net.config)
+    replace_json(folder / "transformer" / "config.json", public_config(net.config))
     write_weights(folder / "transformer", layout, stream, shard_bytes)
-    copy_rest(net.folder, folder)
-    if around := facts.get("components"):
-        if not Path(around).is_dir():
-            raise UserError(f"'{net.folder}' takes text encoders and VAE from '{around}', which is not there")
-        copy_rest(Path(around), folder)
     if facts:
-        replace_json(folder / FACTS, {k: v for k, v in facts.items() if k != "components"})
+        replace_json(folder / FACTS, public_facts(facts))
 
 
 _FORMS: dict[str, Callable[..., None]] = {"diffusers": _diffusers, "single": _single, "bfl": _bfl, "int8": _int8}
 FORMS = tuple(_FORMS)
+_FOLDERS = ("diffusers", "int8")
 
 
 def load_int8(folder: str | Path) -> nn.Module:

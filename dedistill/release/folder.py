@@ -1,8 +1,6 @@
 """Denoisers as folders and files of tensors, read and written one tensor at a time."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,30 +109,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write '{path}': {e}. Nothing was left behind.") from e
 
 
-def copy_rest(source: Path, out: Path) -> None:
-    """Copy what a model folder holds beside its denoiser; weights are hard links where the disk allows it."""
-    for path in sorted(source.rglob("*")):
-        inside = path.relative_to(source)
-        if path.is_dir() or inside.parts[0] in ("transformer", "README.md", "run.json", ".cache") or (out / inside).exists():
-            continue
-        (out / inside).parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            if len(inside.parts) > 1:  # not the single-file copies that repositories keep beside the folders
-                _link(path.resolve(), out / inside)
-        else:
-            shutil.copyfile(path, out / inside)
-
-
 def read_facts(folder: Path) -> dict[str, Any]:
     """What ``dedistill.json`` says of a model folder; empty without one."""
     return _read_json(folder / FACTS) if (folder / FACTS).exists() else {}
-
-
-def _link(path: Path, out: Path) -> None:
-    try:
-        os.link(path, out)
-    except OSError:
-        shutil.copyfile(path, out)
 
 
 def _shards(layout: Layout, limit: int) -> list[dict]:

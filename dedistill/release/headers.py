@@ -6,7 +6,6 @@ same network from, ``dedistill.*`` is what a sampler must know to use the weight
 
 import datetime
 import json
-import tomllib
 from typing import Any
 
 from lycoris.functional import factorization
@@ -14,34 +13,40 @@ from lycoris.functional import factorization
 from dedistill.adapters.delta import rank
 from dedistill.adapters.formats import Layers, factor_shapes, is_lora
 from dedistill.errors import UserError
-from dedistill.families.licences import DEFAULT_ARCHITECTURE, base_of, licence_for
+from dedistill.families.licences import DEFAULT_ARCHITECTURE, base_of, licence_for, public_name
 from dedistill.families.naming import naming_of
+from dedistill.release.public import own_entries, public_facts, read_recipe, source_name
 
 _SPEC = "1.0.1"
 
 
 def model_header(title: str, config: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
     """Of a whole denoiser in one file."""
-    source = source_of(facts)
+    told = public_facts(facts)
     return {
         "format": "pt",
-        **_modelspec(title, source, config, "", tomllib.loads(last_recipe(facts))),
-        "dedistill.base": json.dumps(facts.get("base", {})),
-        "dedistill.masked_attention": str(facts.get("mask", "none")),
-        "dedistill.guidance": told_guidance(config, facts),
-        "dedistill.recipe": last_recipe(facts),
-        "dedistill.facts": json.dumps({k: v for k, v in facts.items() if k != "components"}),
+        **_modelspec(title, config, read_recipe(last_recipe(told)), source=source_of(facts), name=source_name(facts)),
+        "dedistill.base": json.dumps(told.get("base", {})),
+        "dedistill.masked_attention": str(told.get("mask", "none")),
+        "dedistill.guidance": told_guidance(config, told),
+        "dedistill.recipe": last_recipe(told),
+        "dedistill.facts": json.dumps(told),
     }
 
 
 def adapter_header(title: str, spelling: str, header: dict[str, str], layers: Layers, config: dict[str, Any]) -> dict[str, str]:
-    """Of an adapter file; ``header`` is that of the snapshot it was made from, whose ``dedistill.*`` are kept."""
-    recipe = recipe_in(header)
+    """Of an adapter file; ``header`` is that of the snapshot it was made from, whose ``dedistill.*`` are kept.
+
+    The recipe among them is the public one.
+    """
+    recipe = read_recipe(header.get("dedistill.recipe", ""))
     train, ranks = recipe.get("train", {}), sorted({rank(f) or 0 for f in layers.values()})
+    source = recipe.get("model", {}).get("path") or ""
+    name = public_name(source, recipe.get("model", {}).get("revision"))
     own = {
         "format": "pt",
-        **_modelspec(title, recipe.get("model", {}).get("path") or "", config, "/lora", recipe),
-        "ss_base_model_version": _architecture(recipe.get("model", {}).get("path") or "", config),
+        **_modelspec(title, config, recipe, source=source, name=name, kind="/lora"),
+        "ss_base_model_version": _architecture(source, config),
         "ss_network_module": naming_of(config["_class_name"]).KOHYA_MODULE if spelling == "kohya" else "lycoris.kohya",
         "ss_network_dim": str(ranks[-1]),
         "ss_network_alpha": str(ranks[-1]),
@@ -55,7 +60,7 @@ def adapter_header(title: str, spelling: str, header: dict[str, str], layers: La
         own["lycoris_config"] = json.dumps(lycoris_config(layers))
     if spelling == "peft":
         own["lora_adapter_metadata"] = json.dumps({f"transformer.{k}": v for k, v in peft_config(layers).items()})
-    return {k: v for k, v in header.items() if k.startswith("dedistill.")} | {k: v for k, v in own.items() if v}
+    return own_entries(header) | {k: v for k, v in own.items() if v}
 
 
 def lycoris_config(layers: Layers) -> dict[str, Any]:
@@ -114,7 +119,10 @@ def source_of(facts: dict[str, Any]) -> str:
     return str(facts.get("base", {}).get("path", ""))
 
 
-def _modelspec(title: str, source: str, config: dict[str, Any], kind: str, recipe: dict[str, Any]) -> dict[str, str]:
+def _modelspec(
+    title: str, config: dict[str, Any], recipe: dict[str, Any], *, source: str, name: str, kind: str = ""
+) -> dict[str, str]:
+    """source: hub id or path of what the weights go back to; name: how a release calls it."""
     base = base_of(source, config)
     side = max(recipe.get("data", {}).get("resolutions") or [1024])
     licence = licence_for(base, None)
@@ -127,7 +135,7 @@ def _modelspec(title: str, source: str, config: dict[str, Any], kind: str, recip
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "license": licence.name or licence.id,
         "prediction_type": "flow",
-        "merged_from": base.id if base else source,
+        "merged_from": base.id if base else name,
     }
     return {f"modelspec.{key}": value for key, value in found.items() if value}
 
@@ -135,11 +143,3 @@ def _modelspec(title: str, source: str, config: dict[str, Any], kind: str, recip
 def _architecture(source: str, config: dict[str, Any]) -> str:
     base = base_of(source, config)
     return base.architecture if base else DEFAULT_ARCHITECTURE
-
-
-def recipe_in(header: dict[str, str]) -> dict[str, Any]:
-    """The recipe that a file's header carries, as plain data; empty without one."""
-    try:
-        return tomllib.loads(header.get("dedistill.recipe", ""))
-    except tomllib.TOMLDecodeError as e:
-        raise UserError(f"the recipe in the file's header cannot be read: {e}") from e

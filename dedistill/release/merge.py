@@ -69,11 +69,11 @@ def merge_adapter(
     layout = {name: (tuple(t.shape), DTYPES[dtype]) for name, t in state.items()}
     merged, digest = Merged(), hashlib.sha256()
     with new_folder(out) as folder:
+        family.save_rest(parts, folder)  # first, since it may refuse: the weights take long
         stream = _merged_tensors(state, layers, DTYPES[dtype], rounding, recipe.run.seed, merged, digest, say)
         (folder / "transformer").mkdir()
         write_weights(folder / "transformer", layout, stream, shard_bytes)
         parts.net.save_config(folder / "transformer")
-        family.save_rest(parts, folder)
         merged.base_sha256 = digest.hexdigest()
         facts = read_facts(folder) | provenance(recipe, parts.facts, weights, header, merged, dtype, rounding)
         replace_json(folder / FACTS, facts)
