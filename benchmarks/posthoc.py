@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.interleave import RESULTS, ratio
-from dedistill.posthoc.lerp import ALPHAS, lerp_snapshots, output_name
+from dedistill.posthoc.lerp import ALPHAS, chain_averages, output_name
 from dedistill.posthoc.snapshots import Snapshot, find_snapshots, write_snapshot
+from dedistill.posthoc.stream import write_averages
 
 SNAPSHOTS, TENSORS, SIZE = 20, 8, 1 << 20
 PAIRS = 5
@@ -73,7 +74,7 @@ def compared(folder: Path, dtype: torch.dtype) -> dict:
     megabytes = round(snapshots[0].path.stat().st_size / 1e6)
 
     def ours() -> None:
-        lerp_snapshots(snapshots, ALPHAS, folder / "ours")
+        write_averages(snapshots, chain_averages(ALPHAS, len(snapshots), folder / "ours"))
 
     def theirs() -> None:
         script(snapshots, folder / "script")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.interleave import RESULTS
-from benchmarks.processes import trainer
+from benchmarks.processes import step_of, trainer
 from dedistill.engine.ema import Averages
 from dedistill.posthoc.power import Profile, coefficients, exponent, share_of_new, walk_error
 
@@ -56,9 +56,9 @@ def cost(batch: int) -> dict:
     """CPU seconds of an update over those of a training step, of the digits' teacher, all of whose weights are trained."""
     with tempfile.TemporaryDirectory() as folder:
         made = trainer(Path(folder), f"train.batch={batch}")
-        averages, tasks, steps, updates = Averages(STORED, made.trainable), made._tasks(0), [], []
+        train, averages, steps, updates = step_of(made), Averages(STORED, made.trainable), [], []
         for step in range(23):
-            steps.append(_seconds(lambda step=step: made._train_step(step, tasks)))
+            steps.append(_seconds(train))
             updates.append(_seconds(lambda step=step: averages.update(step + 1)))
         share = statistics.median(updates[3:]) / statistics.median(steps[3:])
         return {"share_of_a_step": round(share, 4), "trained_numbers": sum(p.numel() for p in made.trainable.values())}

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,8 +17,10 @@ from safetensors.torch import load_file
 from benchmarks.interleave import RESULTS, ratio
 from dedistill.assemble import build_model
 from dedistill.engine.loop import Trainer
+from dedistill.engine.metrics import Trackers
 from dedistill.engine.requests import Requests
 from dedistill.engine.rundir import RunDirectory
+from dedistill.files import make_folder
 from dedistill.prepare import open_data
 from dedistill.recipe import load_recipe
 from dedistill.recipe.plan import make_plan
@@ -25,13 +28,14 @@ from dedistill.world import World
 
 RECIPE = "recipes/digits/teacher.toml"
 STEPS, BATCH = 20, 16
+ONLY_TRAINING = ["checkpoint.every=0", "validate.every=1000", "validate.samples=8", "snapshot.every=0"]
 
 
 def weights(size: int, exact: str, folder: Path) -> dict[str, torch.Tensor]:
     """What ``STEPS`` steps on ``size`` processes end at."""
     out = folder / f"{size}-{exact}"
     settings = [f"run.out={out}", f"train.steps={STEPS}", f"train.batch={BATCH}", "train.warmup=0", f"train.exact={exact}"]
-    settings += ["checkpoint.every=0", "validate.every=1000", "validate.samples=8", "snapshot.every=0"]
+    settings += ONLY_TRAINING
     command = ["torchrun", "--nproc_per_node", str(size), "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     command += ["-m", "dedistill.train", RECIPE, *(a for s in settings for a in ("--set", s))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -40,26 +44,26 @@ def weights(size: int, exact: str, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def trainer(folder: Path, *settings: str) -> Trainer:
-    recipe = load_recipe(RECIPE, [f"run.out={folder}", f"train.batch={BATCH}", "train.warmup=0", *settings])
-    made = Trainer(
-        recipe, make_plan(recipe), build_model(recipe), open_data(recipe, "cpu", print).source, RunDirectory(recipe), World()
-    )
-    made.stop = Requests().__enter__()
-    return made
+    """Of a run in ``folder`` that does nothing but train, once it has validated at the start."""
+    make_folder(folder)
+    plain = [f"run.out={folder}", f"train.batch={BATCH}", "train.warmup=0", "log.every=100000", *ONLY_TRAINING]
+    recipe = load_recipe(RECIPE, [*plain, *settings])
+    data, run = open_data(recipe, "cpu", print), RunDirectory(recipe)
+    return Trainer(recipe, make_plan(recipe), build_model(recipe), data.source, run, World())
 
 
-def step_of(made: Trainer):
+def step_of(made: Trainer) -> Callable[[], dict]:
     """A function that trains one step."""
-    tasks = made._tasks(0)
-    count = iter(range(10**6))
-    return lambda: made._train_step(next(count), tasks)
+    rows = made.fit(Requests().__enter__(), Trackers(None, "", {}, made.run.path, wanted=False))
+    return lambda: next(rows)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        whole, single, exact = (step_of(trainer(folder, *s)) for s in ([], ["train.micro_batch=1"], ["train.exact=true"]))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        modes = {"whole": [], "single": ["train.micro_batch=1"], "exact": ["train.exact=true"]}
+        whole, single, exact = (step_of(trainer(folder / name, *settings)) for name, settings in modes.items())
         cost = {
             "exact over fast, whole batch at once": ratio(whole, exact),
             "exact over fast, one sample at a time": ratio(single, exact),

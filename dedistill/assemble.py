@@ -143,7 +143,6 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     parts.device = device
     if recipe.sample.height:
         parts.picture = family.latent_shape(parts, recipe.sample.height, recipe.sample.width)
-        parts.tokens = family.tokens(parts, parts.picture)
     length = text_length(family, recipe.model.text_length, recipe.where("model.text_length"))
     facts = {"network_parameters": sum(p.numel() for p in parts.net.parameters()), "picture": list(parts.picture)}
     if recipe.adapter is None:

@@ -63,7 +63,7 @@ python tools/cfg_sweep.py "recipes/$story/dedistill.toml" "${averages[@]}" >"run
 sweep=$!
 echo "6/6 report"
 claims=0
-run python tools/report_story.py "recipes/$story" --out "runs/$story/report" --prompts "$prompts" || claims=$?
+run python -m lab.story "recipes/$story" --out "runs/$story/report" --prompts "$prompts" || claims=$?
 wait "$sweep" || { cat "runs/$story/averages.log" >&2; exit 1; }
 sweep=""
 echo "averages: runs/$story/dedistill/sweep/index.html"

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from closed_form import Mixture
 from torch import nn
 
 from dedistill.assemble import Model
 from dedistill.data.source import Batch, OneSize
 from dedistill.families.family import Components
 from dedistill.flow import keyed
-from dedistill.flow.closed_form import Mixture
 from dedistill.text import Text
 
 PLANE = Mixture.of([0.4, 0.6], [[-1.0, 0.5], [1.2, -0.3]], [[0.4, 0.7], [0.5, 0.3]], [0, 1])
@@ -60,7 +60,7 @@ class ClosedForm:
 def closed_form(mixture: Mixture = PLANE, *, baked: float = 1.0, straight: bool = False, chunk: int = 256) -> Model:
     net = nn.Linear(1, 1, bias=False)
     nn.init.constant_(net.weight, baked)
-    parts = Components(net, SimpleNamespace(unload=lambda: None), PICTURE, 1)
+    parts = Components(net, SimpleNamespace(unload=lambda: None), PICTURE)
     return Model(ClosedForm(mixture, straight), parts, net, text_length=1, chunk=chunk)
 
 

@@ -9,19 +9,19 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.lab_report import with_main_table, write_report
-from benchmarks.lab_runs import RUNS, SPECIAL, Seed, run_recipe
-from benchmarks.lab_tricks import FULL, SCORES, TRICKS
-from benchmarks.lab_variance import gradient_variances
-from benchmarks.lab_verdicts import Effect, change, effect, mean_interval, sentence, word
 from dedistill.assemble import build_model
 from dedistill.data.registry import open_source
 from dedistill.engine.objective import Objective, task_loss
 from dedistill.recipe import load_recipe
-from dedistill.report.forest import Row, forest_plot
+from lab.forest import Row, forest_plot
+from lab.report import with_main_table, write_report
+from lab.runs import RUNS, SPECIAL, Seed, run_recipe
+from lab.tricks import FULL, SCORES, TRICKS
+from lab.variance import gradient_variances
+from lab.verdicts import Effect, change, effect, mean_interval, sentence, word
 
 ROOT = Path(__file__).parent.parent
-FIGURES = ROOT / "benchmarks" / "results" / "lab.json"
+FIGURES = ROOT / "lab" / "results" / "lab.json"
 
 
 def test_interval_is_students():
@@ -126,8 +126,8 @@ def test_every_trick_has_a_verdict():
 
 @pytest.mark.slow
 def test_a_tiny_laboratory_runs_and_goes_on_where_it_was(tmp_path):
-    from benchmarks.lab import run_all
-    from benchmarks.lab_tricks import Scale
+    from lab.study import run_all
+    from lab.tricks import Scale
 
     small = Scale(
         teacher=60, student=40, steps=30, starts=30, averaged=60, reflow=40, distilled_again=(5, 8, 8),

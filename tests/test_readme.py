@@ -11,7 +11,7 @@ from dedistill.train import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PATHS = sorted(set(re.findall(r"\b(?:recipes|tools|launch|benchmarks|docs)/[\w/.-]*\w", README)))
+PATHS = sorted(set(re.findall(r"\b(?:recipes|tools|launch|benchmarks|tests|docs)/[\w/.-]*\w|(?<!/)\blab/[\w/.-]*\w", README)))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -26,6 +26,14 @@ def test_commands_name_real_tools_and_flags():
         source = (ROOT / "tools" / f"{name}.py").read_text()
         if "of_candidates(" in source or "of_sweep(" in source:
             source += (ROOT / "dedistill/arguments.py").read_text()
+        assert all(f'"{flag}"' in source for flag in re.findall(r"--[\w-]+", flags)), f"{name}{flags}"
+
+
+def test_commands_of_the_study_are_real_modules_and_flags():
+    found = re.findall(r"python -m lab(?:\.(\w+))?([^\n#]*)", README)
+    assert {name for name, _ in found} == {"", "story"}
+    for name, flags in found:
+        source = (ROOT / "lab" / f"{name or 'study'}.py").read_text()
         assert all(f'"{flag}"' in source for flag in re.findall(r"--[\w-]+", flags)), f"{name}{flags}"
 
 
@@ -56,7 +64,7 @@ def test_recipe_headers_say_how_to_run_them(path):
 
 def test_table_is_the_measured_one():
     """Every number of the README's table stands in the committed result."""
-    summary = json.loads((ROOT / "benchmarks/results/digits_story.json").read_text())
+    summary = json.loads((ROOT / "lab/results/digits_story.json").read_text())
     rows = re.findall(r"^    (\d)  +(\d\.\d{3}.*)$", README, flags=re.M)
     assert [r[0] for r in rows] == [str(c) for c in range(1, 9)]
     for cfg, numbers in rows:
@@ -67,7 +75,7 @@ def test_table_is_the_measured_one():
 
 def test_meters_are_the_measured_ones():
     """Every number of the README's second table stands in the committed result."""
-    found = json.loads((ROOT / "benchmarks/results/digits_distillation.json").read_text())
+    found = json.loads((ROOT / "lab/results/digits_distillation.json").read_text())
     keys = {m["label"]: m["key"] for m in found["meters"]} | {"few-step gap, 1 step": "few_steps"}
     rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, flags=re.M)
     assert len(rows) == 4

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dedistill.report.story import MARGINS, story_checks
 from dedistill.train import main
+from lab.stages import MARGINS, story_checks
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "digits"
@@ -19,7 +19,10 @@ TINY = ["model.new.layers=1", "model.new.single_layers=1", "model.new.heads=2", 
 def tool(name: str, *arguments: str) -> int:
     before, sys.argv = sys.argv, [name, *map(str, arguments)]
     try:
-        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+        if name == "lab.story":
+            runpy.run_module(name, run_name="__main__")
+        else:
+            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
     except SystemExit as e:
         return e.code or 0
     finally:
@@ -222,7 +225,7 @@ def test_identity_follows_what_a_picture_depends_on(story, tmp_path, monkeypatch
 def test_report(story, monkeypatch, capsys):
     monkeypatch.chdir(story)
     arguments = ["small", "--out", "runs/digits/report", "--cfg", "1", "2", "4", "--prompts", "8", "--steps", "2"]
-    assert tool("report_story", *arguments) == 1, "models this small cannot hold what the demo's can"
+    assert tool("lab.story", *arguments) == 1, "models this small cannot hold what the demo's can"
     summary = json.loads((story / "runs/digits/report/summary.json").read_text())
     for name in ("teacher", "student", "dedistilled"):
         assert summary[name]["fm_loss"] > 0 and set(summary[name]["cfg"]) == {"1", "2", "4"}
@@ -246,7 +249,7 @@ def test_report(story, monkeypatch, capsys):
         ),
         (("cfg_sweep", "small/teacher.toml", "--candidates", "posthoc"), "no averages in 'runs/digits/teacher/posthoc'"),
         (("cfg_sweep", "small/dedistill.toml", "--prompts", "no.txt"), "neither a number nor a readable text file"),
-        (("report_story", "small", "--out", "x", "--cfg", "2"), "needs the scales 1, 2 and 4"),
+        (("lab.story", "small", "--out", "x", "--cfg", "2"), "needs the scales 1, 2 and 4"),
         (("make_pairs", "small/teacher.toml", "--out", "p", "--steps", "5"), "does not divide"),
         (("make_pairs", "small/teacher.toml", "--out", "runs/digits/pairs", "--cfg", "2"), "holds pairs made differently"),
         (("make_pairs", "small/teacher.toml", "--out", "p", "--set", "run.out='new'"), "train this recipe first"),
@@ -278,7 +281,7 @@ def test_tools_say_what_is_wrong(story, monkeypatch, capsys, arguments, message)
 
 
 def _measured() -> dict:
-    return json.loads((ROOT / "benchmarks/results/digits_distillation.json").read_text())["candidates"]
+    return json.loads((ROOT / "lab/results/digits_distillation.json").read_text())["candidates"]
 
 
 @pytest.mark.parametrize("meter", ["loss", "guidance", "few_steps", "response_saturated", "response_contrast"])
@@ -322,4 +325,4 @@ def test_a_claim_that_does_not_hold_is_found(stage, change, claim):
 
 
 def _committed(name: str) -> dict:
-    return json.loads((ROOT / f"benchmarks/results/{name}_story.json").read_text())
+    return json.loads((ROOT / f"lab/results/{name}_story.json").read_text())

@@ -14,7 +14,6 @@ PILLOW_READS = ("jpg", "jpeg", "jfif", "png", "apng", "webp", "gif", "bmp", "tif
 EXTENSIONS = frozenset((*PILLOW_READS, "heic", "heif", "jxl"))
 """What counts as a picture by its name. The last three are listed so that they are reported rather than passed over."""
 ORIENTATION = 0x0112
-SIDEWAYS = (5, 6, 7, 8)
 
 
 class BadPicture(Exception):
@@ -35,17 +34,6 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BY
         raise
     except Exception as e:  # decoders raise any kind of error over damaged bytes
         raise BadPicture(f"{image.format} cannot be decoded: {e}") from e
-
-
-def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> tuple[int, int]:
-    """Width and height as ``decode`` would give them, from the header alone.
-
-    One case differs: a PNG that stores its EXIF after its pixels. Raises ``BadPicture`` as ``decode`` does, except for
-    damage beyond the header.
-    """
-    image = _open(data, max_pixels, max_bytes)
-    width, height = image.size
-    return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
 
 
 def _open(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
@@ -69,7 +57,7 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation that Pillow has not applied yet; 1 where there is none or the EXIF data are broken."""
     if image.format == "TIFF":  # Pillow turns these by itself
         return 1
-    if image.format == "PNG" and "exif" not in image.info:  # getexif() would decode the pixels to look behind them
+    if image.format == "PNG" and "exif" not in image.info:  # getexif() would take XMP's word
         return 1
     try:
         return image.getexif().get(ORIENTATION, 1)

@@ -20,8 +20,6 @@ class Components:
     text: Any
     picture: tuple[int, int, int]
     """Channels, height and width of what the denoiser sees."""
-    tokens: int
-    """Picture tokens, which the resolution-dependent shift depends on."""
     mask: str = "bool"
     text_length: int = 0
     """Tokens captions are padded to, where the family keeps it with the model."""
@@ -100,6 +98,3 @@ class Family(Protocol):
 
     def presets(self, net: nn.Module) -> dict[str, list[str]]:
         """Named sets of layers of ``net`` as name patterns."""
-
-    def export_key(self, name: str) -> str:
-        """The name other programs know an adapted module by."""

@@ -47,8 +47,7 @@ class Flux:
         return Components(
             denoiser,
             FluxText(place.components, spec.t5_mask),
-            picture := (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
-            _tokens(picture),
+            (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
             spec.mask,
             vae=vae,
             text_length=spec.text_length or self.text_length,
@@ -154,9 +153,6 @@ class Flux:
 
     def presets(self, net: nn.Module) -> dict[str, list[str]]:
         return flux_layers.presets(net)
-
-    def export_key(self, name: str) -> str:
-        return f"transformer.{name}"
 
 
 class BypassedGuidance(CombinedTimestepGuidanceTextProjEmbeddings):

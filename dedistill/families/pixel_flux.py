@@ -50,7 +50,7 @@ class PixelFlux:
                 axes_dims_rope=tuple(new.rope_axes),
             )
         picture = (new.channels, new.height, new.width)
-        return Components(net, WordEncoder(new.text_dim, new.pooled_dim), picture, _tokens(picture, net), mask)
+        return Components(net, WordEncoder(new.text_dim, new.pooled_dim), picture, mask)
 
     def tiny(self, seed: int, shape: tuple[int, int, int] = (1, 8, 16)) -> Components:
         picture = {"channels": shape[0], "height": shape[1], "width": shape[2], "patch": shape[1] // 2}
@@ -89,7 +89,7 @@ class PixelFlux:
         net = load_whole(FluxTransformer2DModel, folder / "transformer", "model.path")
         made = {key: facts[key] for key in MADE if key in facts}
         made = {"base": {"path": str(folder), "revision": None}} | made
-        return Components(net, text, picture, _tokens(picture, net), mask, facts=made)
+        return Components(net, text, picture, mask, facts=made)
 
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
         return parts.text(captions, length)
@@ -121,9 +121,6 @@ class PixelFlux:
 
     def presets(self, net: nn.Module) -> dict[str, list[str]]:
         return flux_layers.presets(net)
-
-    def export_key(self, name: str) -> str:
-        return f"transformer.{name}"
 
 
 def _patch(channels: int, net: nn.Module) -> int:

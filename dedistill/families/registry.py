@@ -6,16 +6,16 @@ from importlib import import_module
 from dedistill.errors import UserError
 from dedistill.families.family import Family
 
-_FAMILIES = {"flux": "dedistill.families.flux:Flux", "pixel_flux": "dedistill.families.pixel_flux:PixelFlux"}
+FAMILIES = {"flux": "dedistill.families.flux:Flux", "pixel_flux": "dedistill.families.pixel_flux:PixelFlux"}
 
 
 def get_family(name: str, where: str = "model.family") -> Family:
     """The family called ``name``; ``where`` is the place in the recipe, for the error."""
-    if name not in _FAMILIES:
-        near = get_close_matches(name, _FAMILIES, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(_FAMILIES)}"
+    if name not in FAMILIES:
+        near = get_close_matches(name, FAMILIES, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(FAMILIES)}"
         raise UserError(f"{where}: unknown family '{name}', {hint}", exit_code=2)
-    module, _, cls = _FAMILIES[name].partition(":")
+    module, _, cls = FAMILIES[name].partition(":")
     return getattr(import_module(module), cls)()
 
 
@@ -24,7 +24,3 @@ def text_length(family: Family, asked: int | None, where: str = "model.text_leng
     if asked is not None and asked > family.max_text_length:
         raise UserError(f"{where}: {asked} tokens; {family.name} takes at most {family.max_text_length}", exit_code=2)
     return asked or family.text_length
-
-
-def family_names() -> list[str]:
-    return list(_FAMILIES)

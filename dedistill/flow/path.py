@@ -55,11 +55,3 @@ def velocity_from_noise(noisy: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     if torch.any(sigma >= 1):
         raise ValueError("sigma = 1 has no direction: the noisy sample is the noise itself")
     return (noise - noisy) / (1 - expand(sigma, noisy))
-
-
-def from_reversed(tau: Tensor, v_tau: Tensor) -> tuple[Tensor, Tensor]:
-    """sigma and velocity of a model whose time runs from noise (tau = 0) to data (tau = 1).
-
-    RectifiedFlow, InstaFlow and xdiffusion use tau and v_tau = data - noise. The map is its own inverse.
-    """
-    return 1 - tau, -v_tau

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dedistill.errors import UserError
-from dedistill.posthoc.snapshots import Snapshot
-from dedistill.posthoc.stream import Average, write_averages
+from dedistill.posthoc.stream import Average
 
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
 """The ten of the LibreFLUX model card."""
@@ -54,8 +53,3 @@ def output_name(alpha: float) -> str:
 def chain_averages(alphas: Sequence[float], count: int, out: Path) -> list[Average]:
     """One average in folder ``out`` for each of ``alphas``, over ``count`` snapshots."""
     return [Average(out / output_name(a), chain_weights(a, count), f"lerp alpha={a:g}") for a in alphas]
-
-
-def lerp_snapshots(snapshots: Sequence[Snapshot], alphas: Sequence[float], out: Path) -> list[Path]:
-    """Write one average of the snapshots' tensors per alpha into ``out``; see :func:`stream.write_averages`."""
-    return write_averages(snapshots, chain_averages(alphas, len(snapshots), out))

@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from dedistill.errors import UserError
 from dedistill.report.plots import Points, line_plot, tick_label
 
+TEMPLATES = Path(__file__).parent / "templates"
 TINY = 96  # pictures with a shorter side than this are shown with hard pixel edges
 PHONE_SIDE = 80  # side of a thumbnail on a phone
 THUMB_SIDE, THUMB_QUALITY = 320, 75  # of the small copies: 15 kB for a photograph
@@ -44,16 +45,19 @@ class Shot:
 
 
 @cache
-def _environment() -> Environment:
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
+def _environment(folder: Path) -> Environment:
+    loader = FileSystemLoader([folder, TEMPLATES])
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["tick"] = tick_label
     return environment
 
 
-def render(template: str, **values) -> str:
-    """Fill one of the page templates; everything that is not ``Markup`` is escaped, prompts above all."""
-    return _environment().get_template(template).render(**values)
+def render(template: str, folder: Path = TEMPLATES, /, **values: object) -> str:
+    """Fill a page template; everything that is not ``Markup`` is escaped, prompts above all.
+
+    folder: where the template lies. What it extends or imports may also be one of this package's templates.
+    """
+    return _environment(folder).get_template(template).render(**values)
 
 
 def picture_link(folder: Path, file: str) -> tuple[str, tuple[int, int]]:

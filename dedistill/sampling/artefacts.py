@@ -53,14 +53,14 @@ def shadow(x: np.ndarray) -> np.ndarray:
     all channels within a patch, is near the brightness of the light wherever something bright lies, so dark things do
     not lower it and large soft shadows do. Here: 1 - mean / 95 % quantile of it, at 32 pixels and patches of a quarter.
     """
-    light = _shrunk((x + 1) / 2).max(1)
+    light = shrunk((x + 1) / 2).max(1)
     patch = max(3, min(light.shape[1:]) // SHADOW_PATCH | 1)
     bright = ndimage.maximum_filter(light, (1, patch, patch), mode="nearest")
     bright = ndimage.gaussian_filter(bright, (0, patch / 3, patch / 3), mode="nearest")
     return np.maximum(0, 1 - (bright.mean((1, 2)) + FLOOR) / (np.quantile(bright, 0.95, axis=(1, 2)) + FLOOR))
 
 
-def _shrunk(x: np.ndarray) -> np.ndarray:
+def shrunk(x: np.ndarray) -> np.ndarray:
     """Means of whole square blocks, as many as leave 32 to 63 pixels of the shorter side; smaller pictures as they are."""
     block = max(1, min(x.shape[2:]) // SHADOW_SIDE)
     h, w = x.shape[2] // block, x.shape[3] // block

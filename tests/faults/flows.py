@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from averages import lerp_snapshots
 
 from dedistill.data.cache import Store
 from dedistill.data.index import Entry, Index, Limits, Sample
@@ -14,7 +15,6 @@ from dedistill.data.picture_set import NOWHERE, PictureSet
 from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
 from dedistill.engine.metrics import Journal
 from dedistill.files import replace_json, whole_folder, write_synced
-from dedistill.posthoc.lerp import lerp_snapshots
 from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
 
 

@@ -57,6 +57,6 @@ def test_bad_cells_of_a_csv_cost_that_row(tmp_path):
 
 @pytest.mark.parametrize("kind", range(len(DAMAGES)), ids=list(DAMAGES))
 def test_a_damaged_shard_is_never_silently_short(tmp_path, kind):
-    """T15; ``python -m benchmarks.faults`` does hundreds."""
+    """T15; ``python -m tests.faults.campaign`` does hundreds."""
     for turn in range(4):
         assert silently_short(tmp_path / f"t{turn}", kind + turn * len(DAMAGES)) == ""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from averages import lerp_snapshots
 from recipe_mutations import hostile_recipe
 
 from dedistill.adapters.files import read_tensors
@@ -20,7 +21,6 @@ from dedistill.engine.metrics import Journal
 from dedistill.engine.rundir import RunDirectory
 from dedistill.errors import UserError
 from dedistill.files import sealed
-from dedistill.posthoc.lerp import lerp_snapshots
 from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
 from dedistill.recipe import load_recipe
 from dedistill.recipe.load import RecipeError

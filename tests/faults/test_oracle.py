@@ -93,7 +93,7 @@ def test_the_oracle_notices(recipe, uninterrupted, interrupted, what):
 
 
 def test_killed_at_random_times(recipe, uninterrupted, tmp_path):
-    """T1, a few; ``python -m benchmarks.faults`` does hundreds."""
+    """T1, a few; ``python -m tests.faults.campaign`` does hundreds."""
     killing = Killing(recipe, tmp_path / "killed", uninterrupted, SETTINGS)
     killing.run(4, longest=1.0)
     assert (killing.kills, killing.corrupt, killing.different) == (4, 0, 0)

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from closed_form import Mixture, straightness
 from scipy import integrate, stats
 
 from dedistill.flow import timesteps
-from dedistill.flow.closed_form import Mixture, straightness
 from dedistill.flow.guidance import needs_unconditional
 from dedistill.flow.loss import flow_loss
 from dedistill.flow.path import interpolate, velocity

@@ -81,24 +81,6 @@ def test_velocity_loss_is_the_weighted_noise_loss(sample):
     torch.testing.assert_close(weight * eps_loss, v_loss, rtol=1e-10, atol=1e-12)
 
 
-def test_reversed_time(sample):
-    """M3: x_tau = tau data + (1-tau) noise with target data - noise is our path with v(sigma) = -v(1 - tau)."""
-    data, noise, tau = sample
-    x_tau = path.expand(tau, data) * data + (1 - path.expand(tau, data)) * noise
-    sigma, v = path.from_reversed(tau, data - noise)
-    torch.testing.assert_close(path.interpolate(data, noise, sigma), x_tau, **F64)
-    assert torch.equal(v, path.velocity(data, noise))
-
-
-def test_reversed_time_is_its_own_inverse():
-    """M3, trap 12: tau = 0 is noise; twice is where it began (on numbers that 1 - x keeps exactly)."""
-    tau, v = torch.tensor([0.0, 0.25, 1.0]), torch.tensor([3.0, -1.0, 0.5])
-    sigma, back = path.from_reversed(tau, v)
-    assert sigma.tolist() == [1.0, 0.75, 0.0] and back.tolist() == [-3.0, 1.0, -0.5]
-    twice = path.from_reversed(sigma, back)
-    assert torch.equal(twice[0], tau) and torch.equal(twice[1], v)
-
-
 @pytest.mark.parametrize("sigma", [torch.tensor(0.5), torch.full((3,), 0.5), torch.full((2, 1), 0.5), torch.full((1,), 0.5)])
 @pytest.mark.parametrize("convert", [path.interpolate, path.denoised, path.implied_noise])
 def test_wrong_shape_of_sigma_raises(sigma, convert):

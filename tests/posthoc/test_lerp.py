@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from averages import lerp_snapshots
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import dedistill.posthoc.stream as stream
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.posthoc.lerp import ALPHAS, chain_weights, describe, lerp_snapshots, output_name
+from dedistill.posthoc.lerp import ALPHAS, chain_weights, describe, output_name
 from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
 from dedistill.tensorfile import SealedReader
 
@@ -194,15 +195,16 @@ MEASURED = """
 import os, re
 from pathlib import Path
 import torch
-from dedistill.posthoc.lerp import ALPHAS, lerp_snapshots
+from dedistill.posthoc.lerp import ALPHAS, chain_averages
 from dedistill.posthoc.snapshots import find_snapshots
+from dedistill.posthoc.stream import write_averages
 
 os.fsync = lambda file: None
 status = lambda key: int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 torch.ones(8, 8) @ torch.ones(8, 8)
 found, before = find_snapshots(Path("snapshots")), status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-lerp_snapshots(found, ALPHAS[:5], Path("out"))
+write_averages(found, chain_averages(ALPHAS[:5], len(found), Path("out")))
 print(status("VmHWM") - before)
 """
 

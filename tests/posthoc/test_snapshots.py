@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
+from averages import lerp_snapshots
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dedistill.adapters.files import read_tensors
 from dedistill.errors import UserError
-from dedistill.posthoc.lerp import lerp_snapshots
 from dedistill.posthoc.snapshots import PREVIOUS, find_snapshots, write_snapshot
 from dedistill.tensorfile import SEAL, SealedReader, check_seal
 

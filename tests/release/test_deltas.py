@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from averages import lerp_snapshots
 from safetensors.torch import load_file
 
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.formats import layer_of
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.posthoc.lerp import chain_averages, lerp_snapshots
+from dedistill.posthoc.lerp import chain_averages
 from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
 from dedistill.release.averaging import write_in_space
 from dedistill.release.deltas import outer, refactored, write_dense, write_refactored

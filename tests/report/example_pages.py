@@ -10,7 +10,6 @@ from PIL import Image
 from test_distillation_page import METERS, row
 from test_pages import story_of, write_sweep
 
-from benchmarks.lab_page import write_page
 from dedistill.data.index import build_index
 from dedistill.data.picture_set import PictureSet
 from dedistill.data.scan import scan
@@ -23,11 +22,12 @@ from dedistill.report.influence_page import write_influence
 from dedistill.report.run_page import write_run_page
 from dedistill.report.scan_page import write_scan_page
 from dedistill.report.selection_page import write_selection_page
-from dedistill.report.story_page import write_story_page
 from dedistill.report.sweep_page import write_sweep_page
 from dedistill.sampling.influence import Influence
 from dedistill.sampling.selection import select
 from dedistill.sampling.sweep import Candidate, Grid
+from lab.page import write_page
+from lab.story_page import write_story_page
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -125,7 +125,7 @@ def evaluation(folder: Path) -> Path:
 
 
 def lab(folder: Path) -> Path:
-    return write_page(json.loads((ROOT / "benchmarks/results/lab.json").read_text()), folder)
+    return write_page(json.loads((ROOT / "lab/results/lab.json").read_text()), folder)
 
 
 PAGES = {

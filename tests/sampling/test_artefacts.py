@@ -5,11 +5,11 @@ import pytest
 import torch
 from scipy.ndimage import zoom
 
-from benchmarks import artefacts as benchmark
-from benchmarks.artefact_faults import COLLAPSES, FAULTS, METERS, handwritten, photographs
 from dedistill.data.digits import load_digits
 from dedistill.flow import keyed
 from dedistill.sampling.artefacts import artefacts, blur, clipped, colour, diversity, shadow
+from lab import artefacts as benchmark
+from lab.artefact_faults import COLLAPSES, FAULTS, METERS, handwritten, photographs
 
 DIGITS = handwritten(load_digits(0.0), 120)
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from closed_form import straightness
 from closed_form_models import ONE, PICTURE, PLANE, ClosedFormData, closed_form
 
 from dedistill.data.digits import load_digits
@@ -13,7 +14,6 @@ from dedistill.engine.held_out import held_out_meters
 from dedistill.engine.objective import Objective
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.flow.closed_form import straightness
 from dedistill.flow.solvers import euler, sigma_grid
 from dedistill.recipe.schema import Recipe
 from dedistill.report.distillation import Questions, measure

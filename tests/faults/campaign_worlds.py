@@ -1,7 +1,6 @@
-# ruff: noqa: I001 - fault_kinds finds the folders of the tests' helpers
 """What the number of processes changes, what travels between them, and what a save costs training.
 
-Like ``benchmarks.fault_kinds``: every function gives one row of docs/reliability.md.
+Like ``campaign_kinds``: every function gives one row of docs/reliability.md.
 """
 
 import json
@@ -9,15 +8,13 @@ import statistics
 from pathlib import Path
 
 import numpy as np
+import test_world
 import torch
+from campaign_kinds import Row
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 from benchmarks.async_save import lost, state
-from benchmarks.fault_kinds import Row  # finds the folders of the tests' helpers, too
-
-import test_world
-from ranks import run_ranks
-
 from dedistill.engine.objective import Objective
 from dedistill.engine.saver import Saver
 from dedistill.prepare import open_data

@@ -4,11 +4,12 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from benchmarks.lab_report import PICTURES, forest, models_table, padding_table, trick_table, variance_table, verdicts
-from benchmarks.lab_tricks import SCORES, TRICKS
 from dedistill.files import make_folder
 from dedistill.report.pages import render
+from lab.report import PICTURES, forest, models_table, padding_table, trick_table, variance_table, verdicts
+from lab.tricks import SCORES, TRICKS
 
+TEMPLATES = Path(__file__).parent / "templates"
 LEAD = (
     "A student was distilled from a teacher of handwritten digits, then de-distilled; every row changes one thing. Differences "
     'are between runs of the same student and the same draws, seed by seed. "No difference seen" means that the interval holds '
@@ -29,6 +30,7 @@ def write_page(found: dict, folder: Path) -> Path:
     page = folder / "index.html"
     html = render(
         "lab.html.j2",
+        TEMPLATES,
         title="What each trick is worth",
         lead=LEAD,
         facts={

@@ -1,18 +1,12 @@
-# ruff: noqa: E402 - the tests' helpers are found by their folders
 """Kinds of faults, each injected as often as asked for; every function gives one row of docs/reliability.md."""
 
 import contextlib
-import os
 import random
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "faults"), str(ROOT / "tests" / "engine"), str(ROOT / "tests")]
-os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from bad_samples import CAPTIONS, GOOD, PICTURES, ROWS, write_folder, write_table

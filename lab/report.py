@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.lab_runs import LENGTHS
-from benchmarks.lab_tricks import SCORES, TRICKS, Comparison, Trick
-from benchmarks.lab_verdicts import change, count, effect, mean_interval, sentence, word
 from dedistill.files import make_folder
-from dedistill.report.forest import Row, forest_plot
+from lab.forest import Row, forest_plot
+from lab.runs import LENGTHS
+from lab.tricks import SCORES, TRICKS, Comparison, Trick
+from lab.verdicts import change, count, effect, mean_interval, sentence, word
 
 SHOWN = ("loss", "accuracy_1", "accuracy_2", "frechet_2", "frechet_4", "precision_4", "saturated_4")
 INTRO = """# What each trick is worth: the laboratory
@@ -61,7 +61,7 @@ def forest(scores: list[dict], key: str, paper: str | None = None) -> str:
 def _document(found: dict) -> list[str]:
     scores, scale = found["scores"], found["scale"]
     lines = INTRO.format(
-        command=f"python -m benchmarks.lab --seeds {found['seeds']}",
+        command=f"python -m lab --seeds {found['seeds']}",
         seeds=found["seeds"],
         steps=scale["steps"],
         cpu=round(found["cpu_seconds"] / 60),

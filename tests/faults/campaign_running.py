@@ -1,7 +1,6 @@
-# ruff: noqa: I001 - fault_kinds finds the folders of the tests' helpers
 """Faults of a run that is going on: signals, stuck processes, bad samples, steps without effect, what stands beside training.
 
-Like ``benchmarks.fault_kinds``: every function gives one row of docs/reliability.md.
+Like ``campaign_kinds``: every function gives one row of docs/reliability.md.
 """
 
 import contextlib
@@ -14,14 +13,12 @@ from itertools import cycle, islice, product
 from pathlib import Path
 
 import pytest
-
-from benchmarks.fault_kinds import Row  # finds the folders of the tests' helpers, too
-
 import test_no_effect
 import test_outside
 import test_quarantine
 import test_requests
 import test_stuck
+from campaign_kinds import Row
 from ranks import run_ranks, start_ranks
 from runs import arguments, differences, last_row, train
 

@@ -1,7 +1,7 @@
 """What is each trick of the method worth? Trains every variant over several seeds and writes docs/lab.md.
 
-python -m benchmarks.lab --quick        # about 10 minutes on 2 cores, 2 seeds: runs/lab/quick/{index.html,lab.md}
-python -m benchmarks.lab                # under an hour on 2 cores, 3 seeds: docs/lab.md, its figures, runs/lab/full/index.html
+python -m lab --quick        # about 10 minutes on 2 cores, 2 seeds: runs/lab/quick/{index.html,lab.md}
+python -m lab                # under an hour on 2 cores, 3 seeds: docs/lab.md, its figures, runs/lab/full/index.html
 
 Stop it when you like; run again, it goes on. Each process takes one core.
 """
@@ -17,17 +17,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.lab_tricks import FULL, QUICK, RUNS, Scale
 from dedistill.errors import RUN_AGAIN
+from lab.tricks import FULL, QUICK, RUNS, Scale
 
 ROOT = Path(__file__).parent.parent
 VERSION = 1
 """Of the jobs: results of another one are made again."""
-FIGURES = ROOT / "benchmarks" / "results" / "lab.json"
+FIGURES = ROOT / "lab" / "results" / "lab.json"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m lab", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps and seeds: which way do things point?")
     parser.add_argument("--seeds", type=int, help="how many chains; default 3, quick 2")
     parser.add_argument("--processes", type=int, default=2, help="jobs at a time; default 2")
@@ -51,8 +51,8 @@ def main() -> int:
 
 def publish(found: dict, root: Path, *, committed: bool) -> None:
     """Print the main table and write the page into ``root``; the report beside it, or with the figures into the project."""
-    from benchmarks.lab_page import write_page
-    from benchmarks.lab_report import main_table, with_main_table, write_report
+    from lab.page import write_page
+    from lab.report import main_table, with_main_table, write_report
 
     print("\n".join(main_table(found["scores"])))
     if committed:
@@ -64,7 +64,7 @@ def publish(found: dict, root: Path, *, committed: bool) -> None:
 
 def run_all(root: Path, scale: Scale, seeds: int, processes: int) -> dict:
     """Every job that has no result yet, phase by phase; returns settings, seconds, and the scores of every seed."""
-    from benchmarks.lab_runs import PHASES
+    from lab.runs import PHASES
 
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     results: list[dict[str, dict]] = [{} for _ in range(seeds)]
@@ -113,7 +113,7 @@ def _by_model(results: dict[str, dict]) -> dict[str, dict]:
 
 def job(root: Path, seed: int, scale: Scale, name: str) -> tuple[str, dict]:
     """Scores and seconds of one job; what is there from the same settings is not made again."""
-    from benchmarks.lab_runs import Seed, run_job
+    from lab.runs import Seed, run_job
 
     file = root / f"seed{seed}" / "results" / f"{name}.json"
     key = json.dumps([VERSION, _recipes_hash(), asdict(scale), repr(RUNS.get(name))])
@@ -127,7 +127,3 @@ def job(root: Path, seed: int, scale: Scale, name: str) -> tuple[str, dict]:
     make_folder(file.parent)
     replace_json(file, found := {"key": key, **seconds, "scores": scores})
     return name, found
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Pictures, faults that are put into them, and formulas that were tried and left out, for benchmarks/artefacts.py."""
+"""Pictures, faults that are put into them, and formulas that were tried and left out, for lab/artefacts.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 from scipy import ndimage
 
 from dedistill.data.digits import DigitSource
-from dedistill.sampling.artefacts import END, SHADOW_PATCH, _shrunk, blur, clipped, colour, luma, shadow
+from dedistill.sampling.artefacts import END, SHADOW_PATCH, blur, clipped, colour, luma, shadow, shrunk
 from dedistill.sampling.scores import detail
 
 
@@ -105,7 +105,7 @@ def _slope(x: np.ndarray) -> np.ndarray:
 
 
 def _illumination(x: np.ndarray) -> np.ndarray:
-    light = _shrunk((luma(x)[:, None] + 1) / 2)[:, 0]
+    light = shrunk((luma(x)[:, None] + 1) / 2)[:, 0]
     sigma = min(light.shape[1:]) / 8
     return ndimage.gaussian_filter(light, (0, sigma, sigma), mode="nearest")
 
@@ -123,7 +123,7 @@ def _uneven(x: np.ndarray) -> np.ndarray:
 
 def _dim(x: np.ndarray) -> np.ndarray:
     """The bright channel without its 95 % quantile: 1 less its mean."""
-    light = _shrunk((x + 1) / 2).max(1)
+    light = shrunk((x + 1) / 2).max(1)
     patch = max(3, min(light.shape[1:]) // SHADOW_PATCH | 1)
     return 1 - ndimage.maximum_filter(light, (1, patch, patch), mode="nearest").mean((1, 2))
 

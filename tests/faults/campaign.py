@@ -1,7 +1,6 @@
-# ruff: noqa: I001 - fault_kinds finds the folders of the tests' helpers
 """Faults on purpose, by the hundred: what ``tests/faults`` does in small. Writes docs/reliability.md from what it saw.
 
-python -m benchmarks.faults [--kills 200] [--kills-of-two 40] [--states 100] [--flips 500] [--damages 200] [--shards 400]
+python -m tests.faults.campaign [--kills 200] [--kills-of-two 40] [--states 100] [--flips 500] [--damages 200] [--shards 400]
 [--recipes 2000] [--signals 60] [--stuck 30]
 """
 
@@ -15,18 +14,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in (".", "faults", "engine"))  # as pytest finds helpers
+os.environ["OMP_NUM_THREADS"] = "1"
 
-from benchmarks import fault_kinds as kinds
-from benchmarks import fault_kinds_running as running
-from benchmarks import fault_kinds_worlds as worlds
-from benchmarks.fault_kinds import ROOT, Row
+import campaign_kinds as kinds
+import campaign_running as running
+import campaign_worlds as worlds
+import torch
+from campaign_kinds import Row
 from tiny_recipes import ADAPTER, TEACHER
+
 from dedistill.train import main as train
+
+ROOT = Path(__file__).parents[2]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("benchmarks.faults", description=__doc__)
+    parser = argparse.ArgumentParser("python -m tests.faults.campaign", description=__doc__)
     for name, number in (("kills", 200), ("kills-of-two", 40), ("states", 100), ("flips", 500), ("damages", 200)):
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--shards", type=int, default=400)
@@ -105,7 +109,7 @@ def main() -> int:
     if args.only is None:
         write(
             rows,
-            " ".join(["python -m benchmarks.faults", *sys.argv[1:]]),
+            " ".join(["python -m tests.faults.campaign", *sys.argv[1:]]),
             time.monotonic() - start,
             ROOT / "docs" / "reliability.md",
         )

@@ -1,6 +1,6 @@
 """Compare a teacher, its distilled student and the de-distilled student over CFG scales; write a page and summary.json.
 
-python tools/report_story.py recipes/digits --out runs/digits/report
+python -m lab.story recipes/digits --out runs/digits/report
 
 Ends with 1 when a claim of the story does not hold, and says which.
 """
@@ -14,7 +14,7 @@ from dedistill.train import guarded
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m lab.story", description=__doc__.splitlines()[0])
     parser.add_argument("recipes", type=Path, help="folder with teacher.toml, student.toml and dedistill.toml, all finished")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of every recipe")
     parser.add_argument("--out", type=Path, required=True, help="folder of the page")
@@ -34,13 +34,13 @@ def run(args: argparse.Namespace) -> int:
     quiet_dependencies()
     from dedistill.errors import UserError
     from dedistill.recipe import load_recipe
-    from dedistill.report.story import tell
+    from lab.stages import tell
 
     if not {1, 2, 4} <= set(args.cfg):
         raise UserError("--cfg: the comparison needs the scales 1, 2 and 4", exit_code=2)
     names = {"teacher": "teacher.toml", "student": "student.toml", "dedistilled": "dedistill.toml"}
     recipes = {stage: load_recipe(args.recipes / file, args.set) for stage, file in names.items()}
-    commands = [f"bash launch/demo.sh {args.recipes.name}", f"python tools/report_story.py {args.recipes} --out {args.out}"]
+    commands = [f"bash launch/demo.sh {args.recipes.name}", f"python -m lab.story {args.recipes} --out {args.out}"]
     checks = tell(recipes, args.out, cfgs=args.cfg, prompts=args.prompts, steps=args.steps, commands=commands)
     print(f"\nreport: {args.out / 'index.html'}")
     if failed := [f"  {c['text']}: {c['value']} ({c['bound']})" for c in checks if not c["ok"]]:

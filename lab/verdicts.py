@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from benchmarks.lab_tricks import SCORES, TRICKS, Comparison, Trick
+from lab.tricks import SCORES, TRICKS, Comparison, Trick
 
 LEVEL = 0.95
 

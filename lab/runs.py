@@ -9,9 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.lab_scores import Examiner
-from benchmarks.lab_tricks import RUNS, Run, Scale
-from benchmarks.lab_variance import gradient_variances
 from dedistill.assemble import Model
 from dedistill.data.registry import open_source
 from dedistill.finished import last_weights, open_finished
@@ -22,6 +19,9 @@ from dedistill.release.merge import merge_adapter
 from dedistill.sampling.judge import judge_for
 from dedistill.sampling.pairs import make_pairs, teacher_hash
 from dedistill.train import train
+from lab.scores import Examiner
+from lab.tricks import RUNS, Run, Scale
+from lab.variance import gradient_variances
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "digits"
 LENGTHS = (8, 12, 24, 48)

@@ -4,7 +4,7 @@ Paired: what a meter says of a faulty take of a picture, less what it says of th
 takes (a pixel's shift, 10 % of gain, a little brightness and noise). Unpaired: its value against those of other clean
 pictures. Both at the threshold that 5 % of the clean ones pass. Diversity is one of groups of four pictures.
 
-python -m benchmarks.artefacts        minutes; writes results/artefacts.json, the sheet and the tables of docs/artefacts.md
+python -m lab.artefacts        minutes; writes lab/results/artefacts.json, the sheet and the tables of docs/artefacts.md
 """
 
 import json
@@ -15,21 +15,21 @@ import numpy as np
 from PIL import Image
 from scipy.stats import binomtest
 
-from benchmarks.artefact_faults import COLLAPSES, DIVERSITY_RIVALS, FAULTS, METERS, RIVALS, handwritten, harmless, photographs
-from benchmarks.interleave import RESULTS
 from dedistill.data.digits import load_digits, load_mnist
 from dedistill.flow import keyed
 from dedistill.sampling.artefacts import diversity
 from dedistill.sampling.grid import contact_sheet
+from lab.artefact_faults import COLLAPSES, DIVERSITY_RIVALS, FAULTS, METERS, RIVALS, handwritten, harmless, photographs
 
 FALSE_ALARMS = 0.05
 TAKES = 3
 """Harmless takes of each picture."""
 RESAMPLES = 1000
 GROUPS, GROUP = 20, 4
+RESULTS = Path(__file__).parent / "results" / "artefacts.json"
 PAGE = Path(__file__).parent.parent / "docs" / "artefacts.md"
 SHEET = PAGE.parent / "images" / "artefacts.png"
-START, END = "<!-- tables: python -m benchmarks.artefacts -->\n", "<!-- /tables -->\n"
+START, END = "<!-- tables: python -m lab.artefacts -->\n", "<!-- /tables -->\n"
 """Between these the page's tables are written."""
 
 Pictures = np.ndarray
@@ -180,7 +180,7 @@ def main() -> None:
     results: dict = {"false_alarms": FALSE_ALARMS, "sets": {}}
     for name, chosen in sets.items():
         results["sets"][name] = of_set(*chosen)
-        (RESULTS / "artefacts.json").write_text(json.dumps(results) + "\n")
+        RESULTS.write_text(json.dumps(results) + "\n")
         print(f"{name}: {len(chosen[0])} pictures", flush=True)
     before, told = PAGE.read_text().split(START)
     PAGE.write_text(before + START + "\n" + tables(results) + END + told.split(END)[1])
