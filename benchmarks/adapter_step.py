@@ -22,7 +22,7 @@ def network() -> nn.Sequential:
 
 def ours(quant: str, factor: int):
     net = network()
-    prepare_base(net, quant, [])
+    prepare_base(net, quant, [], "cpu")
     adapter = Adapter(net, "lokr", [Resolved("0", (WIDTH, WIDTH), factor, None, "0")]).to(torch.bfloat16)
     return step(adapter)
 

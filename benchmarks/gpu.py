@@ -94,11 +94,11 @@ def fill(net: nn.Module, device: str) -> None:
     generator = torch.Generator(device).manual_seed(0)
     for block in FAMILY.blocks(net):
         _materialise(block, device, generator)
-        prepare_base(block, "int8", [])
+        prepare_base(block, "int8", [], device)
     for child in net.children():
         if not isinstance(child, nn.ModuleList):
             _materialise(child, device, generator)
-    prepare_base(net, "int8", FAMILY.presets(net)["blocks"])
+    prepare_base(net, "int8", FAMILY.presets(net)["blocks"], device)
 
 
 def _materialise(module: nn.Module, device: str, generator: torch.Generator) -> None:

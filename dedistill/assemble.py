@@ -1,5 +1,6 @@
 """From a recipe to a model that can be called: family, frozen base, adapter, in that order."""
 
+import os
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -168,7 +169,7 @@ def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict, devic
     net, table = parts.net, recipe.adapter
     cast_float(net, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     shapes = dense_shapes(net, linear_names(net))
-    quantized = prepare_base(net, recipe.base.quant, recipe.base.exclude, recipe.where, device)
+    quantized = prepare_base(net, recipe.base.quant, recipe.base.exclude, device, recipe.where)
     facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
     targets = resolve_targets(table, shapes, family.presets(net), recipe.where)
     adapter = Adapter(net, table.kind, targets).to(next(net.parameters()).device)
@@ -179,6 +180,7 @@ def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict, devic
     if recipe.train.optimizer == "adamw_bf16":
         for parameter in adapter.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
+    facts["lycoris_backend"] = os.environ["LYCORIS_KERNEL_BACKEND"]
     facts["init"] = check_started(adapter.by_target, weight, init=table.init, scale=scale)
     return Model(family, parts, adapter, length, adapter=adapter, targets=targets, facts=facts)
 

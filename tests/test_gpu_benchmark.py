@@ -64,7 +64,7 @@ def test_training_step_on_a_frozen_base_is_2_l_and_3_a(quant):
     from benchmarks.flops import Tokens, model_flops
 
     parts = network()
-    prepare_base(parts.net, quant, [])
+    prepare_base(parts.net, quant, [], "cpu")
     embedder = parts.net.time_text_embed.timestep_embedder
     sigma = 2 * (embedder.linear_1.weight.numel() + embedder.linear_2.weight.numel())
     assert counted(parts, parts.net, backward=True) == BATCH * (model_flops(parts.net, Tokens(PICTURE, TEXT)) - sigma)
@@ -84,7 +84,7 @@ def test_an_adapter_adds_its_factors_three_times(kind, target):
     from benchmarks.flops import Tokens, adapter_flops
 
     parts = network()
-    prepare_base(parts.net, "int8", [])
+    prepare_base(parts.net, "int8", [], "cpu")
     before = counted(parts, parts.net, backward=True)
     table = Table.model_validate({"kind": kind, "targets": [target]})
     presets = PixelFlux().presets(parts.net)

@@ -17,7 +17,7 @@ def linear_names(net: nn.Module) -> list[str]:
 
 
 def prepare_base(
-    net: nn.Module, quant: str, exclude: list[str], where: Callable[[str], str] = str, device: torch.device | str = "cpu"
+    net: nn.Module, quant: str, exclude: list[str], device: torch.device | str, where: Callable[[str], str] = str
 ) -> list[str]:
     """Quantize ``net`` in place, move it to ``device``, freeze all of it; returns the names of the quantized linears.
 

@@ -47,7 +47,7 @@ def build(form: str, quant: str = "none", dtype: torch.dtype = torch.float32, *,
     """A tiny network with an adapter whose factors are normal with deviation ``size``; 0 leaves them as LyCORIS does."""
     parts = FAMILY.tiny(0)
     cast_float(parts.net, dtype)
-    prepare_base(parts.net, quant, [])
+    prepare_base(parts.net, quant, [], "cpu")
     adapter = attach(parts, FORMS[form])
     if size:
         fill(adapter, size)
@@ -126,7 +126,7 @@ def test_merge_into_a_quantized_base_is_refused(quant):
 def test_refused_merge_changes_nothing():
     """Trap 6: in a base with excluded layers, a refusal in the middle must not leave half a merge behind."""
     parts = FAMILY.tiny(0)
-    prepare_base(parts.net, "int8", ["transformer_blocks.*.norm1.linear"])
+    prepare_base(parts.net, "int8", ["transformer_blocks.*.norm1.linear"], "cpu")
     adapter = attach(parts, FORMS["lokr"])
     fill(adapter, 0.2)
     first = parts.net.transformer_blocks[0].norm1.linear.weight
@@ -181,7 +181,7 @@ def test_two_adapters_in_one_process_are_independent(monkeypatch):
 def test_detaching_gives_the_base_back_bit_for_bit(form, quant):
     """K11: the frozen network answers as if nothing had ever sat on it."""
     plain = FAMILY.tiny(0)
-    prepare_base(plain.net, quant, [])
+    prepare_base(plain.net, quant, [], "cpu")
     base = velocity(plain, plain.net)
     own = build(form, quant)
     assert not torch.equal(velocity(own.parts, own.adapter), base)

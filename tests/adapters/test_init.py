@@ -36,7 +36,7 @@ def start(form: str, init: str, *, quant: str = "none", scale: float = SCALE, se
     """An adapter on a tiny network, started; ``only`` the layer of that place where it is given."""
     net = FAMILY.tiny(0).net
     shapes = dense_shapes(net, linear_names(net))
-    prepare_base(net, quant, [])
+    prepare_base(net, quant, [], "cpu")
     table = Table.model_validate(FORMS[form])
     targets = resolve_targets(table, shapes, FAMILY.presets(net))
     adapter = Adapter(net, table.kind, targets[slice(only, only and only + 1)])

@@ -32,7 +32,7 @@ def linear(inputs: int = 48, outputs: int = 20, dtype=torch.float32, bias: bool 
 
 def prepared(layer: nn.Linear, quant: str) -> nn.Linear:
     holder = nn.Sequential(copy.deepcopy(layer))
-    assert prepare_base(holder, quant, []) == ([] if quant == "none" else ["0"])
+    assert prepare_base(holder, quant, [], "cpu") == ([] if quant == "none" else ["0"])
     return holder[0]
 
 
@@ -109,7 +109,7 @@ def test_autocast_computes_in_bf16():
 def test_prepared_base_is_frozen_and_lets_gradients_through(flux, quant):
     """Q3: nothing of the base requires a gradient (quanto's freeze() turns that on), and backward reaches the input."""
     family, parts = flux
-    names = prepare_base(parts.net, quant, [])
+    names = prepare_base(parts.net, quant, [], "cpu")
     assert not [n for n, p in parts.net.named_parameters() if p.requires_grad]
     assert names == ([] if quant == "none" else linear_names(parts.net)) and len(linear_names(parts.net)) == 28
     assert {type(parts.net.get_submodule(n)) for n in linear_names(parts.net)} == {MODES[quant]}
@@ -128,7 +128,7 @@ def test_velocity_of_the_quantized_network(flux):
     text, results = family.encode_text(parts, ["3 seven"] * 4, 12), {}
     for quant in MODES:
         net = copy.deepcopy(parts.net)
-        prepare_base(net, quant, [])
+        prepare_base(net, quant, [], "cpu")
         results[quant] = family.velocity(SimpleNamespace(net=net, mask="bool"), net, noisy, sigma, text).detach()
     torch.testing.assert_close(results["int8"], results["int8-quanto"], rtol=0, atol=1e-5)
     error = (results["int8"] - results["none"]).norm() / results["none"].norm()
@@ -141,7 +141,7 @@ def test_exclude_that_matches_no_linear_is_an_error(flux, quant, pattern):
     """Q2, trap 15: LibreFLUX's patterns name containers and protect nothing; ours refuse, whatever the mode."""
     _, parts = flux
     with pytest.raises(UserError) as error:
-        prepare_base(parts.net, quant, ["proj_out", pattern], lambda key: f"r.toml:7: {key}")
+        prepare_base(parts.net, quant, ["proj_out", pattern], "cpu", lambda key: f"r.toml:7: {key}")
     assert error.value.exit_code == 2
     assert str(error.value).startswith("r.toml:7: base.exclude.1: ") and f"'{pattern}'" in str(error.value)
     assert {type(m) for m in parts.net.modules() if isinstance(m, nn.Linear)} == {nn.Linear}  # nothing was done by halves
@@ -167,7 +167,7 @@ def test_excluded_linears_keep_their_weights(flux, quant, pattern):
     """Q2: what the pattern names, and no more; the returned names are those that changed type."""
     _, parts = flux
     before = copy.deepcopy(parts.net)
-    names = prepare_base(parts.net, quant, [pattern])
+    names = prepare_base(parts.net, quant, [pattern], "cpu")
     types = {n: type(parts.net.get_submodule(n)) for n in linear_names(parts.net)}
     assert sorted(n for n, kind in types.items() if kind is nn.Linear) == EXCLUDED[pattern]
     assert names == [n for n, kind in types.items() if kind is MODES[quant]]
@@ -189,7 +189,7 @@ def test_libreflux_list_under_quanto():
 def test_quanto_takes_linears_only():
     """Q2: the returned names are all that was quantized, in a network with convolutions too."""
     net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 8))
-    assert prepare_base(net, "int8-quanto", []) == ["2"]
+    assert prepare_base(net, "int8-quanto", [], "cpu") == ["2"]
     assert type(net[0]) is nn.Conv2d
 
 
@@ -254,10 +254,10 @@ def test_cast_float_stores_floats_only():
 def test_state_dict_round_trip(flux):
     """Plain tensors: a safetensors file of one prepared network fills another, and the velocity is equal to the bit."""
     family, parts = flux
-    prepare_base(parts.net, "int8", ["**.norm*.linear"])
+    prepare_base(parts.net, "int8", ["**.norm*.linear"], "cpu")
     raw = save(parts.net.state_dict())
     other = family.tiny(1)
-    prepare_base(other.net, "int8", ["**.norm*.linear"])
+    prepare_base(other.net, "int8", ["**.norm*.linear"], "cpu")
     other.net.load_state_dict(load(raw), strict=True)
     noisy, sigma = keyed.noise(0, "noise", 0, range(2), parts.picture), torch.tensor([0.3, 0.9])
     text = family.encode_text(parts, ["3 seven", "one"], 12)

@@ -73,7 +73,7 @@ def full_size(name: str, quant: str) -> tuple[int, int]:
         net = FluxTransformer2DModel(num_layers=shape.layers, num_single_layers=shape.single_layers).bfloat16()
     linears = [m for n, m in net.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks." in n]
     lora = sum(16 * (m.in_features + m.out_features) for m in linears)
-    prepare_base(net, quant, [], device="meta")
+    prepare_base(net, quant, [], "meta")
     return storage_bytes(net), lora
 
 

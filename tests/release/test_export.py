@@ -120,7 +120,7 @@ def test_int8_export_is_our_int8_base(base, tmp_path):
     """Q1: codes and answers equal those of quantizing the loaded network; what is excluded stays as it was."""
     export_model(base, tmp_path / "int8", "int8", exclude=["proj_out", "**.norm1.linear"])
     net = FluxTransformer2DModel.from_pretrained(base / "transformer")
-    prepare_base(net, "int8", ["proj_out", "**.norm1.linear"])
+    prepare_base(net, "int8", ["proj_out", "**.norm1.linear"], "cpu")
     again = load_int8(tmp_path / "int8")
     assert isinstance(again.x_embedder, Int8Linear) and not isinstance(again.proj_out, Int8Linear)
     assert torch.equal(answer(again), answer(net)) and not any(p.requires_grad for p in again.parameters())

@@ -1,0 +1,252 @@
+"""What holds on a GPU: the same loss and gradients as on the CPU, the same bits twice, and how fast the card is.
+
+python -m benchmarks.gpu_checks --out checks.json
+python -m benchmarks.gpu_checks --device cpu --small --out checks.json     # the same code, to see that it runs
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.gpu import Clock, device_name, matmul_flops
+from dedistill.adapters.attach import Adapter, dense_shapes
+from dedistill.adapters.targets import Resolved
+from dedistill.assemble import Model
+from dedistill.base.quantize import cast_float, linear_names, prepare_base
+from dedistill.families.family import Text
+from dedistill.families.pixel_flux import PixelFlux
+from dedistill.flow.loss import flow_loss
+from dedistill.flow.path import interpolate, velocity
+
+FAMILY = PixelFlux()
+TOKENS = 20
+NARROW = {
+    "layers": 2,
+    "single_layers": 2,
+    "heads": 2,
+    "head_dim": 64,
+    "rope_axes": [16, 24, 24],
+    "text_dim": 64,
+    "pooled_dim": 64,
+}
+WIDE = NARROW | {"layers": 1, "heads": 24, "head_dim": 128, "rope_axes": [16, 56, 56], "text_dim": 4096, "pooled_dim": 768}
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def model(sizes: dict, kind: str, side: int, device: str, *, bf16: bool, mask: str = "bool") -> Model:
+    """A frozen int8 network of these sizes with a random adapter on its blocks; the same numbers on every device."""
+    new = SimpleNamespace(channels=16, height=side, width=side, patch=2, **sizes)
+    parts = FAMILY.build(new, mask=mask, seed=0)
+    cast_float(parts.net, torch.bfloat16 if bf16 else torch.float32)
+    shapes = {n: s for n, s in dense_shapes(parts.net, linear_names(parts.net)).items() if "transformer_blocks" in n}
+    prepare_base(parts.net, "int8", [], device)
+    factor, rank = (4, None) if kind == "lokr" else (None, 4)
+    targets = [Resolved(name, shape, factor, rank, "blocks") for name, shape in shapes.items()]
+    adapter = Adapter(parts.net, kind, targets)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapter.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
+    adapter.to(device, torch.bfloat16 if bf16 else torch.float32)
+    return Model(FAMILY, parts, adapter, TOKENS, bf16=bf16, adapter=adapter, targets=targets)
+
+
+def batch(side: int, text_dim: int, pooled_dim: int, *, ragged: bool) -> tuple[Tensor, Tensor, Tensor, Text]:
+    """Data, noise, sigma and text of two samples, on the CPU."""
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda *shape: torch.randn(2, *shape, generator=generator)  # noqa: E731
+    mask = torch.ones(2, TOKENS, dtype=torch.bool)
+    mask[1, 7 if ragged else TOKENS :] = False
+    return (
+        draw(16, side, side),
+        draw(16, side, side),
+        torch.tensor([0.3, 0.8]),
+        Text(draw(TOKENS, text_dim), mask, draw(pooled_dim)),
+    )
+
+
+def gradients(built: Model, drawn: tuple[Tensor, Tensor, Tensor, Text]) -> dict[str, Tensor]:
+    """The loss and every gradient of one step, float32 on the CPU."""
+    data, noise, sigma, text = (t.to(built.device) for t in drawn)
+    loss = flow_loss(built.velocity(interpolate(data, noise, sigma), sigma, text), velocity(data, noise)).sum() / 2
+    loss.backward()
+    found = {name: p.grad.float().cpu() for name, p in built.trainable().items()} | {"loss": loss.detach().cpu()}
+    built.root.zero_grad(set_to_none=True)
+    return found
+
+
+def agreement(device: str) -> list[dict]:
+    """Loss and gradients on ``device`` against the CPU's: ||difference|| / ||CPU's in float32|| over all gradients."""
+    rows = []
+    for kind, ragged in product(("lora", "lokr"), (False, True)):
+        drawn = batch(8, 64, 64, ragged=ragged)
+        truth = gradients(model(NARROW, kind, 8, "cpu", bf16=False), drawn)
+        for where, bf16 in ((device, False), ("cpu", True), (device, True)):
+            found = gradients(model(NARROW, kind, 8, where, bf16=bf16), drawn)
+            row = {"adapter": kind, "mixed_lengths": ragged, "device": where, "precision": "bf16" if bf16 else "fp32"}
+            rows.append(
+                row
+                | {
+                    "loss": distance(found, truth, ["loss"]),
+                    "gradient": distance(found, truth, [n for n in found if n != "loss"]),
+                }
+            )
+    return rows
+
+
+def distance(found: dict[str, Tensor], truth: dict[str, Tensor], names: list[str]) -> float:
+    flat = lambda tensors: torch.cat([tensors[n].double().flatten() for n in names])  # noqa: E731
+    return float((flat(found) - flat(truth)).norm() / flat(truth).norm())
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def repeats(device: str, sizes: dict, side: int) -> list[dict]:
+    """Are the gradients of the same step bit-equal each time, and what does it cost that they are?"""
+    rows = []
+    for kind in ("lora", "lokr"):
+        built, drawn = (
+            model(sizes, kind, side, device, bf16=True),
+            batch(side, sizes["text_dim"], sizes["pooled_dim"], ragged=False),
+        )
+        for name, how in (("as it comes", nullcontext), ("deterministic", deterministic)):
+            with how():
+                first, *others = (gradients(built, drawn) for _ in range(5))
+                start = time.perf_counter()
+                gradients(built, drawn)
+                seconds = time.perf_counter() - start
+            unequal = sum(any(not torch.equal(first[n], o[n]) for o in others) for n in first)
+            rows.append(
+                {"adapter": kind, "switches": name, "tensors": len(first), "not_bit_equal": unequal, "seconds": seconds}
+            )
+    return rows
+
+
+def timed(call: Callable[[], object], clock: Clock, rounds: int = 7, calls: int = 5) -> float:
+    """Seconds per call: the median round, the first left out."""
+    seconds = []
+    for _ in range(rounds):
+        start = clock.now()
+        for _ in range(calls):
+            call()
+        seconds.append((clock.now() - start) / calls)
+    return statistics.median(seconds[1:])
+
+
+def attempt(call: Callable[[], float]) -> float | str:
+    """What ``call`` gives, or why it gives nothing; one missing kernel must not cost the others."""
+    try:
+        return call()
+    except (RuntimeError, NotImplementedError, AttributeError) as e:
+        return f"{type(e).__name__}: {str(e).splitlines()[0][:160]}"
+
+
+def rates(device: str, size: int, clock: Clock) -> dict:
+    """Operations and bytes per second of what a step is made of."""
+    flops = 2 * size**3
+    draw = lambda: torch.randn(size, size, device=device)  # noqa: E731
+    codes, others = (draw().mul(40).clamp(-127, 127).to(torch.int8) for _ in range(2))
+    scale = torch.rand(size, 1, device=device, dtype=torch.bfloat16)
+    source = torch.randn(size * size * 4, device=device)
+    target = torch.empty_like(source)
+
+    def fp8() -> float:
+        a, b = draw().to(torch.float8_e4m3fn), draw().to(torch.float8_e4m3fn)
+        one = torch.ones(size, 1, device=device)
+        call = lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one.t(), out_dtype=torch.bfloat16)  # noqa: E731
+        return flops / timed(call, clock) / 1e12
+
+    return {
+        "bf16_matmul_tflops": matmul_flops(size, device, clock) / 1e12,
+        "int8_matmul_tops": attempt(lambda: flops / timed(lambda: torch._int_mm(codes, others.t()), clock) / 1e12),
+        "int8_matmul_row_major_tops": attempt(lambda: flops / timed(lambda: torch._int_mm(codes, others), clock) / 1e12),
+        "fp8_matmul_tflops": attempt(fp8),
+        "copy_gb_s": 8 * source.numel() / timed(lambda: target.copy_(source), clock) / 1e9,
+        "dequantize_two_kernels_us": 1e6 * timed(lambda: codes.to(scale.dtype) * scale, clock),
+        "dequantize_one_kernel_us": 1e6 * timed(lambda: codes * scale, clock),
+        "dequantize_bits_equal": torch.equal(codes.to(scale.dtype) * scale, codes * scale),
+    }
+
+
+def attention(device: str, tokens: tuple[int, ...], clock: Clock) -> list[dict]:
+    """Milliseconds of attention forward and backward: each kernel, plain, deterministic and with a mask of keys."""
+    rows = []
+    for count, (name, kernel), how in product(tokens, KERNELS.items(), ("plain", "deterministic", "mask")):
+        q, k, v = (torch.randn(1, 24, count, 128, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        mask = torch.arange(count, device=device)[None, None, None] >= 40 if how == "mask" else None
+
+        def step(q=q, k=k, v=v, mask=mask) -> None:
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
+
+        def call(step=step, kernel=kernel, how=how) -> float:
+            with sdpa_kernel(kernel), deterministic() if how == "deterministic" else nullcontext():
+                return 1e3 * timed(step, clock)
+
+        rows.append({"tokens": count, "kernel": name, "how": how, "ms": attempt(call)})
+    return rows
+
+
+def decoder(device: str, side: int, clock: Clock) -> list[dict]:
+    """Seconds and memory of FLUX.1's VAE making one image, whole and in tiles."""
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, **blocks).to(device)
+    latents = torch.randn(1, 16, side // 8, side // 8, device=device)
+    rows = []
+    for tiled in (False, True):
+        vae.use_tiling = tiled
+        clock.reset_memory()
+        with torch.no_grad():
+            seconds = timed(lambda: vae.decode(latents, return_dict=False), clock, rounds=2, calls=1)
+        rows.append({"pixels": side, "tiled": tiled, "seconds": seconds, "peak_gb": clock.peak_gb()})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="small tensors and networks")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    device, small, clock = args.device, args.small, Clock(args.device, 1e9)
+    stages = {
+        "rates": lambda: rates(device, 64 if small else 8192, clock),
+        "agreement": lambda: agreement(device),
+        "repeats": lambda: repeats(device, NARROW if small else WIDE, 8 if small else 64),
+        "attention": lambda: attention(device, (64,) if small else (1104, 4176), clock),
+        "decoder": lambda: decoder(device, 64 if small else 1024, clock),
+    }
+    facts = {"device": device_name(device), "torch": torch.__version__}
+    for name, stage in stages.items():
+        start = time.perf_counter()
+        facts[name] = attempt(stage)
+        for row in facts[name] if isinstance(facts[name], list) else [facts[name]]:
+            print(name, row, flush=True)
+        print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+        args.out.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
