@@ -29,6 +29,7 @@ from dedistill.adapters.init import check_started, initialise
 from dedistill.adapters.targets import resolve_targets
 from dedistill.assemble import INIT_SCALE, Model
 from dedistill.base.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
+from dedistill.engine.launcher import choose_kernels
 from dedistill.engine.optim import make_optimizer
 from dedistill.families.family import Components, Text
 from dedistill.families.pixel_flux import PixelFlux
@@ -295,6 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/gpu_DEVICE.json")
     parser.add_argument("--seconds", type=float, default=450, help="cells that would start later are skipped")
     args = parser.parse_args(argv)
+    choose_kernels(exact=False)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print("error: no GPU here; --tiny --device cpu runs the small network", file=sys.stderr)
         return 1

@@ -24,6 +24,7 @@ from dedistill.adapters.attach import Adapter, dense_shapes
 from dedistill.adapters.targets import Resolved
 from dedistill.assemble import Model
 from dedistill.base.quantize import cast_float, linear_names, prepare_base
+from dedistill.engine.launcher import choose_kernels
 from dedistill.families.family import Text
 from dedistill.families.pixel_flux import PixelFlux
 from dedistill.flow.loss import flow_loss
@@ -197,7 +198,8 @@ def attention(device: str, tokens: tuple[int, ...], clock: Clock) -> list[dict]:
         mask = torch.arange(count, device=device)[None, None, None] >= 40 if how == "mask" else None
 
         def step(q=q, k=k, v=v, mask=mask) -> None:
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            out.backward(torch.randn_like(out))
 
         def call(step=step, kernel=kernel, how=how) -> float:
             with sdpa_kernel(kernel), deterministic() if how == "deterministic" else nullcontext():
@@ -230,13 +232,14 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small tensors and networks")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    choose_kernels(exact=False)
     device, small, clock = args.device, args.small, Clock(args.device, 1e9)
     stages = {
         "rates": lambda: rates(device, 64 if small else 8192, clock),
         "agreement": lambda: agreement(device),
         "repeats": lambda: repeats(device, NARROW if small else WIDE, 8 if small else 64),
-        "attention": lambda: attention(device, (64,) if small else (1104, 4176), clock),
         "decoder": lambda: decoder(device, 64 if small else 1024, clock),
+        "attention": lambda: attention(device, (64,) if small else (1104, 4176), clock),
     }
     facts = {"device": device_name(device), "torch": torch.__version__}
     for name, stage in stages.items():

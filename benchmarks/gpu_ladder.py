@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu import FAMILY, FULL, TINY, Clock, Setup, Sizes, blank, cell, device_name, fill, line, matmul_flops, set_up
 from dedistill.base import int8
+from dedistill.engine.launcher import choose_kernels
 
 PAIRS = 3
 
@@ -212,6 +213,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=260, help="what would start later is skipped")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    choose_kernels(exact=False)
     from dataclasses import replace
 
     sizes = replace(TINY, steps=3) if args.tiny else replace(FULL, steps=7, warmup=2)

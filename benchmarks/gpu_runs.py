@@ -18,8 +18,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 RECIPE = "recipes/digits/teacher.toml"
-STEPS = 300
+STEPS = 150
 SHORT = [f"train.steps={STEPS}", "train.warmup=10", "validate.every=100", "checkpoint.every=50", "validate.samples=64"]
+FEW = ("train.batch=8", "train.steps=50")
 RUN_AGAIN = 75
 
 
@@ -97,9 +98,9 @@ def main() -> None:
     jobs = {
         "straight": lambda: train(at("straight")),
         "again": lambda: train(at("again")),
-        "stopped": lambda: train(at("stopped"), stop_at=120),
-        "exact": lambda: train(at("exact"), exact, "train.batch=16"),
-        "exact stopped": lambda: train(at("exact-stopped"), exact, "train.batch=16", stop_at=120),
+        "stopped": lambda: train(at("stopped"), stop_at=60),
+        "exact": lambda: train(at("exact"), exact, *FEW),
+        "exact stopped": lambda: train(at("exact-stopped"), exact, *FEW, stop_at=25),
         "bf16": lambda: train(at("bf16"), "train.precision='bf16'"),
         "torchrun": lambda: train(at("torchrun"), launcher=torchrun),
         "cpu": lambda: train(at("cpu"), cpu=True),

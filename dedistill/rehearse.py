@@ -22,6 +22,7 @@ from dedistill.base.quantize import linear_names
 from dedistill.candidates import candidates_of
 from dedistill.data.registry import open_source
 from dedistill.engine.checkpoint import list_checkpoints
+from dedistill.engine.launcher import choose_kernels
 from dedistill.errors import UserError
 from dedistill.families.family import Family
 from dedistill.families.registry import get_family, text_length
@@ -50,6 +51,7 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
 
     Results are left in ``<run.out>-rehearsal`` for a look; an earlier rehearsal there is replaced.
     """
+    choose_kernels(exact=True)  # a continued run is compared with an unbroken one, bit for bit
     out = Path(f"{recipe.run.out}-rehearsal")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)

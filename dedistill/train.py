@@ -176,7 +176,7 @@ def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
     from dedistill.assemble import build_model
     from dedistill.base.quantize import sample_sha256
     from dedistill.engine.inputs import input_files
-    from dedistill.engine.launcher import start
+    from dedistill.engine.launcher import choose_kernels, start
     from dedistill.engine.loop import Trainer
     from dedistill.engine.metrics import Trackers
     from dedistill.engine.requests import BY_FILE
@@ -187,6 +187,7 @@ def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
     from dedistill.prepare import open_data
     from dedistill.report.console import header, progress, say
 
+    choose_kernels(exact=recipe.train.exact)
     accelerator, world = start(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
     plan, run = make_plan(recipe), RunDirectory(recipe)
     sharded = world.engine == "fsdp2"

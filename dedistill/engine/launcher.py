@@ -37,6 +37,21 @@ def launched() -> bool:
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def choose_kernels(*, exact: bool) -> None:
+    """Settle, before a GPU is first used, which of torch's kernels a run may take. On a CPU nothing changes.
+
+    exact: the same bits on every run, at the price of slower attention backward.
+    """
+    import torch
+
+    # cuDNN's attention backward (torch 2.11, H100) reads a gradient that is not contiguous as if it were: wrong gradients,
+    # NaN or an illegal memory access, after a loss that is right.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if exact and torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
 def start(*, cpu: bool, **options: Any) -> "tuple[Accelerator, World]":
     """Join the other processes of the run. options: of accelerate.Accelerator.
 

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config import load_config_from_file
 
@@ -221,3 +222,10 @@ def test_a_signal_to_the_demo_stops_its_job_and_waits(tmp_path, number):
     (saved,) = list_checkpoints(tmp_path / "runs/digits/teacher/checkpoints")
     said = (tmp_path / "said").read_text()
     assert damage(saved) == "" and "continue with: bash launch/demo.sh digits" in said and "Traceback" not in said
+
+
+def test_cudnn_attention_is_off_in_training(teacher_recipe):
+    """On an H100 its backward gave NaN; the switch is torch's own, so that it can be asked for anywhere."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert main([str(teacher_recipe)]) == 0
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
