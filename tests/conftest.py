@@ -1,6 +1,7 @@
 """Tiny real models and recipes that train in a fraction of a second."""
 
 import resource
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from picture_files import write_pictures
 from tiny_recipes import ADAPTER, PICTURES, TEACHER
+
+from dedistill.io import hashing
 
 torch.set_num_threads(1)
 
@@ -61,6 +64,21 @@ def teacher_recipe(tmp_path) -> Path:
     file = tmp_path / "teacher.toml"
     file.write_text(TEACHER.format(out=tmp_path, steps=4))
     return file
+
+
+@pytest.fixture
+def files_read(monkeypatch) -> Counter:
+    """How often each file was read whole for its hash, as a process that has read none yet counts it."""
+    counter, read = Counter(), hashing.read_sha256
+
+    def counted(path):
+        counter[Path(path)] += 1
+        return read(path)
+
+    monkeypatch.setattr(hashing, "read_sha256", counted)
+    monkeypatch.setattr(hashing, "_known", {})
+    monkeypatch.setattr(hashing, "SETTLED_NS", 0)  # files of tests are never older than two seconds
+    return counter
 
 
 @pytest.fixture
