@@ -100,9 +100,9 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
             world.wait()
         latents, texts = open_stores(recipe, family, parts, cache)
     share = HELD_OUT if recipe.data.held_out is None else recipe.data.held_out
-    known = {caption: read_text(texts, caption) for caption in asked}
+    known = {caption: read_text(texts, caption, parts.text.widths) for caption in asked}
     weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, parts)
-    settings = {"held_out": share, "latent_shape": latent_shape, "empty": known[""]}
+    settings = {"held_out": share, "latent_shape": latent_shape, "text_widths": parts.text.widths}
     source = EncodedPictures(pictures, weights, latents, texts, **settings)
     facts = {
         "pictures": len(pictures),
@@ -161,7 +161,7 @@ def known_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, T
     if recipe.data.source != "pictures" or not (cache := Path(recipe.data.cache)).is_dir():
         return {}
     texts = Store(cache / "text", _inputs(recipe, family, parts, cache)["text"])
-    return {caption: read_text(texts, caption) for caption in _asked(recipe) if text_key(caption) in texts}
+    return {c: read_text(texts, c, parts.text.widths) for c in _asked(recipe) if text_key(c) in texts}
 
 
 def _inputs(recipe: Recipe, family: Family, parts: Components, cache: Path) -> dict[str, dict[str, object]]:

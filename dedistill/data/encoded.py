@@ -51,9 +51,9 @@ def text_key(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:32]
 
 
-def read_text(texts: Store, caption: str, like: Text | None = None) -> Text:
-    """One caption of the cache, [1, T, D], as long as it was stored, with the widths of ``like``. Raises as ``Store.read``."""
-    width, pooled = ("width", "pooled") if like is None else (like.embeds.shape[-1], like.pooled.shape[-1])
+def read_text(texts: Store, caption: str, widths: tuple[int, int]) -> Text:
+    """One caption of the cache, [1, T, D], as long as it was stored. widths: D and P. Raises as ``Store.read``."""
+    width, pooled = widths
     parts = texts.read(text_key(caption), {"embeds": ("tokens", width), "mask": ("tokens",), "pooled": (pooled,)})
     return Text(parts["embeds"][None], parts["mask"][None], parts["pooled"][None])
 
@@ -71,8 +71,8 @@ def split(pictures: Sequence[Picture], share: float) -> tuple[list[Picture], lis
 class EncodedPictures:
     """A source whose samples are latents and text from stores. ``weights``: one per set of the recipe, in its order.
 
-    latent_shape: what the latents of a crop of so many pixels (height, width) must be; empty: the empty caption, whose
-    widths all text must have. Raises UserError for a set of which nothing is left to train on.
+    latent_shape: what the latents of a crop of so many pixels (height, width) must be; text_widths: those
+    of embeddings and of pooled vectors. Raises UserError for a set of which nothing is left to train on.
     """
 
     name = "pictures"
@@ -87,7 +87,7 @@ class EncodedPictures:
         *,
         held_out: float,
         latent_shape: Callable[[int, int], tuple[int, ...]],
-        empty: Text,
+        text_widths: tuple[int, int],
     ):
         train, self._held = split(pictures, held_out)
         self._sets = [[p for p in train if p.sample.source == i] for i in range(len(weights))]
@@ -98,7 +98,7 @@ class EncodedPictures:
                     f"data.sets.{i}: no picture of this set is left to train on: {len(pictures)} of all sets are usable, "
                     f"{len(self._held)} of these are held out for validation. Add pictures, or lower data.held_out"
                 )
-        self._latents, self._texts, self._latent_shape, self._empty = latents, texts, latent_shape, empty
+        self._latents, self._texts, self._latent_shape, self._text_widths = latents, texts, latent_shape, text_widths
         self._slots = lru_cache(maxsize=4)(self._slots_of)
 
     @property
@@ -137,7 +137,7 @@ class EncodedPictures:
         slots = [self._slots(seed, step, batch, held_out)[p] for p in positions]
         latents = [self._read_latent(s.picture.sample, s.crop) for s in slots]
         captions = [s.caption for s in slots]
-        text = stack([read_text(self._texts, c, self._empty) for c in captions])
+        text = stack([read_text(self._texts, c, self._text_widths) for c in captions])
         return Batch(torch.stack(latents).float(), captions, [s.name for s in slots], text=text)
 
     def _read_latent(self, sample: Sample, crop: Crop) -> Tensor:

@@ -14,7 +14,6 @@ from dedistill.data.encoded import EncodedPictures, Picture, latent_key, read_te
 from dedistill.data.index import Sample
 from dedistill.data.picture_set import NOWHERE
 from dedistill.errors import UserError
-from dedistill.text import Text
 
 BATCH = 24
 CROPS = (Crop(64, 4, 4, (0.0, 0.0, 8.0, 8.0)), Crop(64, 4, 6, (0.0, 1.0, 12.0, 9.0)), Crop(64, 6, 4, (1.0, 0.0, 9.0, 12.0)))
@@ -52,9 +51,8 @@ def encoded(caption: str) -> dict[str, torch.Tensor]:
 
 
 def opened(pictures, weights, latents: Store, texts: Store, held_out: float) -> EncodedPictures:
-    empty = Text(torch.zeros(1, 1, 3), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 2))
-    settings = {"held_out": held_out, "latent_shape": lambda height, width: (16, height, width), "empty": empty}
-    return EncodedPictures(pictures, weights, latents, texts, **settings)
+    shapes = {"latent_shape": lambda height, width: (16, height, width), "text_widths": (3, 2)}
+    return EncodedPictures(pictures, weights, latents, texts, held_out=held_out, **shapes)
 
 
 @pytest.fixture
@@ -168,7 +166,7 @@ def test_keys_are_of_content(stores):
     assert len(keys) == len(a.crops) + len(b.crops)
     assert latent_key(replace(a.sample, name="moved/else"), a.crops[0]) == latent_key(a.sample, a.crops[0])
     assert "np." not in f"{a.crops[0].box}" and text_key("a") != text_key("b")
-    assert len(read_text(stores[1], a.sample.captions[0])) == 1
+    assert len(read_text(stores[1], a.sample.captions[0], (3, 2))) == 1
 
 
 def test_prompts_come_from_held_out_captions(source):
