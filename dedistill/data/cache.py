@@ -53,7 +53,7 @@ class Store:
         try:
             before = json.loads(file.read_text())
             differing = [k for k in sorted({*before, *self.inputs}) if before.get(k) != self.inputs.get(k)]
-        except (OSError, ValueError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"data.cache: '{file}' cannot be read ({e}); delete '{self.folder}' to encode again") from e
         if differing:
             listed = "; ".join(f"{k}: {before.get(k)!r} there, {self.inputs.get(k)!r} here" for k in differing)
@@ -124,6 +124,7 @@ def _open_whole(shard: Path) -> tuple[dict[str, list[str]], safe_open]:
         found = file_sha256(shard)
     except OSError as e:
         raise UserError(f"data.cache: shard '{shard}' cannot be read: {e}; start again to encode what it held") from e
+    pulse.alive()  # a batch may be the first to open many shards, and training waits for it
     if found[:NAME_LENGTH] != shard.stem:
         raise UserError(f"data.cache: shard '{shard}' is damaged (its SHA-256 is not its name); {AGAIN}")
     return _open_shard(shard)
