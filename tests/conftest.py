@@ -1,6 +1,7 @@
 """Tiny real models and recipes that train in a fraction of a second."""
 
 import resource
+import shutil
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,14 @@ def picture_recipe(tmp_path, tiny_flux, photos) -> Path:
     file = tmp_path / "pictures.toml"
     file.write_text(PICTURES.format(out=tmp_path, base=tiny_flux, pictures=photos, cache=tmp_path / "cache"))
     return file
+
+
+@pytest.fixture
+def own(picture_recipe, tmp_path, photos):
+    """The recipe on a copy of the pictures, free to be changed; returns (recipe file, folder)."""
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    picture_recipe.write_text(picture_recipe.read_text().replace(str(photos), str(folder)))
+    return picture_recipe, folder
 
 
 @pytest.fixture(scope="session")
