@@ -12,8 +12,8 @@ from dedistill.assemble import Model
 from dedistill.data.source import Source
 from dedistill.engine.inputs import model_files
 from dedistill.errors import UserError
-from dedistill.files import file_sha256
 from dedistill.finished import last_weights, open_base, open_finished, sampling_device
+from dedistill.io.hashing import file_sha256
 from dedistill.prepare import open_data
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.sampling.judge import DigitJudge, judge_for

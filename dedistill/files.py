@@ -1,4 +1,4 @@
-"""Files that are whole or not there, say so when the disk refuses, and are known by the hash of their bytes."""
+"""Files that are whole or not there, and say so when the disk refuses."""
 
 import hashlib
 import json
@@ -24,11 +24,6 @@ def step_of(path: Path) -> int | None:
     """The step of a checkpoint folder or a snapshot file, read from its name; None for anything else."""
     match = _STEP.fullmatch(path.name)
     return int(match[1]) if match else None
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def refused(path: Path, error: OSError, size: int | None = None) -> UserError:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ from dedistill.data.source import Source
 from dedistill.errors import UserError, enough_memory
 from dedistill.families.family import Components, Family
 from dedistill.families.registry import get_family, text_length
-from dedistill.fingerprint import fingerprint
 from dedistill.flow import keyed
+from dedistill.io.hashing import fingerprint
 from dedistill.pulse import pulse
 from dedistill.recipe import Recipe
 from dedistill.text import Text
@@ -99,7 +100,10 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
             world.wait()
         latents, texts = open_stores(recipe, family, parts, cache)
     share = HELD_OUT if recipe.data.held_out is None else recipe.data.held_out
-    source = EncodedPictures(pictures, [s.weight for s in recipe.data.sets], latents, texts, share)
+    known = {caption: read_text(texts, caption, parts.text.widths) for caption in asked}
+    weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, parts)
+    settings = {"held_out": share, "latent_shape": latent_shape, "text_widths": parts.text.widths}
+    source = EncodedPictures(pictures, weights, latents, texts, **settings)
     facts = {
         "pictures": len(pictures),
         "crops": sum(len(p.crops) for p in pictures),
@@ -107,7 +111,7 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
         "quarantined": len(index.quarantined),
         "cache_bytes": latents.bytes() + texts.bytes(),
     }
-    return Prepared(source, {caption: read_text(texts, caption) for caption in asked}, facts, source.digest)
+    return Prepared(source, known, facts, source.digest)
 
 
 def _silence(line: str) -> None:
@@ -157,7 +161,7 @@ def known_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, T
     if recipe.data.source != "pictures" or not (cache := Path(recipe.data.cache)).is_dir():
         return {}
     texts = Store(cache / "text", _inputs(recipe, family, parts, cache)["text"])
-    return {caption: read_text(texts, caption) for caption in _asked(recipe) if text_key(caption) in texts}
+    return {c: read_text(texts, c, parts.text.widths) for c in _asked(recipe) if text_key(c) in texts}
 
 
 def _inputs(recipe: Recipe, family: Family, parts: Components, cache: Path) -> dict[str, dict[str, object]]:

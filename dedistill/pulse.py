@@ -18,9 +18,14 @@ class Pulse:
 
     def beat(self, phase: str, *, patient: bool = False) -> None:
         """The process is alive, and begins with ``phase``. patient: it may stay silent for as long as others are waited for."""
-        self.signs, self.phase, self.patient = self.signs + 1, phase, patient
+        self.phase, self.patient = phase, patient
+        self.alive()
+
+    def alive(self) -> None:
+        """Another sign in the same phase: for threads that the main one may be waiting for."""
+        self.signs += 1
         if self.memory:
-            LAYOUT.pack_into(self.memory, 0, self.signs, self.step, patient, phase.encode())
+            LAYOUT.pack_into(self.memory, 0, self.signs, self.step, self.patient, self.phase.encode())
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

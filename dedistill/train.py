@@ -205,11 +205,12 @@ def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
         model = build_model(recipe, "cpu" if world.engine in ("fsdp2", "zero3") else accelerator.device)
         model.known |= data.known
         _check_pictures(recipe, data.source.picture, model.parts.picture)
-        world.same({"hash of the data": data.digest, "hash of a sample of the base": sample_sha256(model.parts.net)})
+        base = sample_sha256(model.parts.net)
+        world.same({"hash of the data": data.digest, "hash of a sample of the base": base})
         if sharded:
             shard_base(model, world, accelerator.device)
         if world.main:
-            run.bind(input_files(recipe), data.digest)
+            notes += run.bind(input_files(recipe), data.digest, base)
         trainer = Trainer(recipe, plan, model, data.source, run, world)
         trainer.resume()
         trainer.notes += notes

@@ -1,6 +1,8 @@
 """Tiny real models and recipes that train in a fraction of a second."""
 
 import resource
+import shutil
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import pytest
 import torch
 from picture_files import write_pictures
 from tiny_recipes import ADAPTER, PICTURES, TEACHER
+
+from dedistill.io import hashing
 
 torch.set_num_threads(1)
 
@@ -36,6 +40,14 @@ def picture_recipe(tmp_path, tiny_flux, photos) -> Path:
     return file
 
 
+@pytest.fixture
+def own(picture_recipe, tmp_path, photos):
+    """The recipe on a copy of the pictures, free to be changed; returns (recipe file, folder)."""
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    picture_recipe.write_text(picture_recipe.read_text().replace(str(photos), str(folder)))
+    return picture_recipe, folder
+
+
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory) -> Path:
     """Folder of a tiny trained network."""
@@ -61,6 +73,21 @@ def teacher_recipe(tmp_path) -> Path:
     file = tmp_path / "teacher.toml"
     file.write_text(TEACHER.format(out=tmp_path, steps=4))
     return file
+
+
+@pytest.fixture
+def files_read(monkeypatch) -> Counter:
+    """How often each file was read whole for its hash, as a process that has read none yet counts it."""
+    counter, read = Counter(), hashing.read_sha256
+
+    def counted(path):
+        counter[Path(path)] += 1
+        return read(path)
+
+    monkeypatch.setattr(hashing, "read_sha256", counted)
+    monkeypatch.setattr(hashing, "_known", {})
+    monkeypatch.setattr(hashing, "SETTLED_NS", 0)  # files of tests are never older than two seconds
+    return counter
 
 
 @pytest.fixture

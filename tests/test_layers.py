@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dedistill"
 LEVELS = [
     {"errors", "quiet", "pulse"},
     {"files", "patterns", "arguments"},
-    {"fingerprint", "pretrained", "tensorfile", "world"},
+    {"io", "pretrained", "tensorfile", "world"},
     {"flow", "recipe", "text"},
     {"data", "families", "base", "adapters", "posthoc"},
     {"assemble", "prepare"},

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dedistill.recipe import load_recipe
 from dedistill.train import main
 from lab.stages import MARGINS, story_checks
 
@@ -124,6 +125,20 @@ def test_sweep_folder(story, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.png") if "sheets" not in str(p)}
     assert tool("cfg_sweep", "small/dedistill.toml", *chosen) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}, "pictures that are there were made again"
+
+
+@pytest.mark.parametrize("name", ["cfg_sweep", "evaluate"])
+def test_a_base_is_hashed_once_however_many_candidates(story, monkeypatch, tmp_path, files_read, name):
+    """Twelve of one base: its ten averages, itself, and the last weights."""
+    monkeypatch.chdir(story)
+    few = ["--prompts", "20", "--samples", "16"] if name == "evaluate" else ["--prompts", "1"]
+    small = ["--cfg", "1", "--skip", "0", "--steps", "1", "--out", str(tmp_path)]
+    assert tool(name, "small/dedistill.toml", *few, *small) == 0
+    base = Path(load_recipe("small/dedistill.toml").model.path).resolve()
+    read = {file: count for file, count in files_read.items() if file.resolve().is_relative_to(base)}
+    assert any(file.suffix == ".safetensors" for file in read) and set(read.values()) == {1}
+    averages = [file for file in files_read if file.parent.name == "posthoc"]
+    assert len(averages) == 10 and all(files_read[file] == 1 for file in averages)
 
 
 def test_evaluation_answers_after_a_run(story, monkeypatch, capsys):

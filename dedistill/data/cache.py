@@ -19,11 +19,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.files import file_sha256, make_folder, refused, replace_file, replace_json
+from dedistill.files import make_folder, refused, replace_file, replace_json
+from dedistill.io.hashing import file_sha256
 from dedistill.pulse import pulse
 
 OPEN_SHARDS = 256
 NAME_LENGTH = 16
+AGAIN = "delete this file, it is encoded again (--check-cache looks at all)"
+
+Shapes = dict[str, tuple[int | str, ...]]
+"""Part -> the shape of its tensor; a name stands for any length, the same wherever it occurs."""
 
 
 class Store:
@@ -38,7 +43,7 @@ class Store:
         if shards:
             self._check_inputs()
         self._shard_of = {key: shard for shard in shards for key in _open_shard(shard)[0]}
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(_open_shard)
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(_open_whole)
 
     def _shards(self) -> list[Path]:
         return sorted(self.folder.glob("*.safetensors"))
@@ -48,7 +53,7 @@ class Store:
         try:
             before = json.loads(file.read_text())
             differing = [k for k in sorted({*before, *self.inputs}) if before.get(k) != self.inputs.get(k)]
-        except (OSError, ValueError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"data.cache: '{file}' cannot be read ({e}); delete '{self.folder}' to encode again") from e
         if differing:
             listed = "; ".join(f"{k}: {before.get(k)!r} there, {self.inputs.get(k)!r} here" for k in differing)
@@ -74,10 +79,22 @@ class Store:
         replace_file(shard, data)
         self._shard_of |= dict.fromkeys(entries, shard)
 
-    def read(self, key: str) -> dict[str, Tensor]:
-        """The tensors of one entry by part; reads these bytes only. Raises KeyError for a key that is not there."""
-        names, shard = self._open(self._shard_of[key])
-        return {name.partition(".")[2]: shard.get_tensor(name).clone() for name in names[key]}
+    def read(self, key: str, shapes: Shapes | None = None) -> dict[str, Tensor]:
+        """The tensors of one entry by part; ``shapes`` says which they must be. Raises KeyError for a key that is not there.
+
+        Reads these bytes only, and at its first opening in this process the whole shard: one of other bytes than those
+        that its name is the hash of is refused by a UserError that names it.
+        """
+        file = self._shard_of[key]
+        names, shard = self._open(file)
+        parts = {name.partition(".")[2]: shard.get_tensor(name).clone() for name in names.get(key, ())}
+        if shapes is not None and not _fit(parts, shapes):
+            held = ", ".join(f"{part} {list(t.shape)}" for part, t in parts.items()) or "nothing"
+            wanted = ", ".join(f"{part} [{', '.join(map(str, shape))}]" for part, shape in shapes.items())
+            raise UserError(
+                f"data.cache: shard '{file}' is not of this cache: '{key}' holds {held}, expected {wanted}; {AGAIN}"
+            )
+        return parts
 
     def damaged(self) -> list[Path]:
         """Shards whose bytes are not those that were written. Reads everything."""
@@ -93,12 +110,37 @@ def _open_shard(shard: Path) -> tuple[dict[str, list[str]], safe_open]:
     try:
         opened = safe_open(shard, framework="pt")
     except SafetensorError as e:
-        raise UserError(f"data.cache: shard '{shard}' is damaged ({e}); delete this file, it is encoded again") from e
+        raise UserError(f"data.cache: shard '{shard}' is damaged ({e}); {AGAIN}") from e
     except OSError as e:
         raise UserError(f"data.cache: shard '{shard}' cannot be read: {e}") from e
     for name in opened.keys():  # noqa: SIM118
         names.setdefault(name.partition(".")[0], []).append(name)
     return names, opened
+
+
+def _open_whole(shard: Path) -> tuple[dict[str, list[str]], safe_open]:
+    """As ``_open_shard``, of a shard whose bytes were compared with its name."""
+    try:
+        found = file_sha256(shard)
+    except OSError as e:
+        raise UserError(f"data.cache: shard '{shard}' cannot be read: {e}; start again to encode what it held") from e
+    pulse.alive()  # a batch may be the first to open many shards, and training waits for it
+    if found[:NAME_LENGTH] != shard.stem:
+        raise UserError(f"data.cache: shard '{shard}' is damaged (its SHA-256 is not its name); {AGAIN}")
+    return _open_shard(shard)
+
+
+def _fit(parts: dict[str, Tensor], shapes: Shapes) -> bool:
+    if parts.keys() != shapes.keys():
+        return False
+    lengths: dict[str, int] = {}
+    for part, shape in shapes.items():
+        if len(shape) != parts[part].ndim:
+            return False
+        for wanted, found in zip(shape, parts[part].shape):
+            if (lengths.setdefault(wanted, found) if isinstance(wanted, str) else wanted) != found:
+                return False
+    return True
 
 
 def _locked(lock: TextIO) -> bool:

@@ -1,12 +1,13 @@
 """Pictures and captions of the user's own, encoded beforehand: which sample, crop and caption a slot gets, and its tensors."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dedistill.data.buckets import Crop
 from dedistill.data.cache import Store
@@ -50,9 +51,10 @@ def text_key(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:32]
 
 
-def read_text(texts: Store, caption: str) -> Text:
-    """One caption of the cache, [1, T, D], as long as it was stored."""
-    parts = texts.read(text_key(caption))
+def read_text(texts: Store, caption: str, widths: tuple[int, int]) -> Text:
+    """One caption of the cache, [1, T, D], as long as it was stored. widths: D and P. Raises as ``Store.read``."""
+    width, pooled = widths
+    parts = texts.read(text_key(caption), {"embeds": ("tokens", width), "mask": ("tokens",), "pooled": (pooled,)})
     return Text(parts["embeds"][None], parts["mask"][None], parts["pooled"][None])
 
 
@@ -69,13 +71,24 @@ def split(pictures: Sequence[Picture], share: float) -> tuple[list[Picture], lis
 class EncodedPictures:
     """A source whose samples are latents and text from stores. ``weights``: one per set of the recipe, in its order.
 
-    Raises UserError for a set of which nothing is left to train on.
+    latent_shape: what the latents of a crop of so many pixels (height, width) must be; text_widths: those
+    of embeddings and of pooled vectors. Raises UserError for a set of which nothing is left to train on.
     """
 
     name = "pictures"
     picture = None
 
-    def __init__(self, pictures: Sequence[Picture], weights: Sequence[float], latents: Store, texts: Store, held_out: float):
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        weights: Sequence[float],
+        latents: Store,
+        texts: Store,
+        *,
+        held_out: float,
+        latent_shape: Callable[[int, int], tuple[int, ...]],
+        text_widths: tuple[int, int],
+    ):
         train, self._held = split(pictures, held_out)
         self._sets = [[p for p in train if p.sample.source == i] for i in range(len(weights))]
         self._weights = list(weights)
@@ -85,7 +98,7 @@ class EncodedPictures:
                     f"data.sets.{i}: no picture of this set is left to train on: {len(pictures)} of all sets are usable, "
                     f"{len(self._held)} of these are held out for validation. Add pictures, or lower data.held_out"
                 )
-        self._latents, self._texts = latents, texts
+        self._latents, self._texts, self._latent_shape, self._text_widths = latents, texts, latent_shape, text_widths
         self._slots = lru_cache(maxsize=4)(self._slots_of)
 
     @property
@@ -122,10 +135,14 @@ class EncodedPictures:
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         slots = [self._slots(seed, step, batch, held_out)[p] for p in positions]
-        latents = [self._latents.read(latent_key(s.picture.sample, s.crop))["latent"] for s in slots]
+        latents = [self._read_latent(s.picture.sample, s.crop) for s in slots]
         captions = [s.caption for s in slots]
-        text = stack([read_text(self._texts, c) for c in captions])
+        text = stack([read_text(self._texts, c, self._text_widths) for c in captions])
         return Batch(torch.stack(latents).float(), captions, [s.name for s in slots], text=text)
+
+    def _read_latent(self, sample: Sample, crop: Crop) -> Tensor:
+        shapes = {"latent": self._latent_shape(crop.height, crop.width)}
+        return self._latents.read(latent_key(sample, crop), shapes)["latent"]
 
     def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
         slots = self._slots(seed, step, batch, held_out)

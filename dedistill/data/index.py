@@ -144,7 +144,7 @@ def build_index(
 ) -> Index:
     """Look at every picture of ``sources``: decode it once, find its captions, quarantine what cannot be used.
 
-    ``file`` keeps the index: pictures and captions whose file has the same size and time as there are not read again. Bad
+    ``file`` keeps the index: pictures and captions whose file has the same stamp as there are not read again. Bad
     ones are looked at anew each time. ``limit`` takes only the first pictures of each source. Raises ``UserError`` when
     nothing usable is left, when two sources share a name, and for pictures without a caption where the source's
     ``missing_captions`` is "error".
@@ -257,7 +257,7 @@ def _look(sources: Sequence[PictureSet], number: int, found: Found, known: _Know
         if old and not old.reason and old.sample.place == found.place:
             sample = old.sample
         else:
-            sample = replace(sample, **_facts(source.root, found.place, limits))
+            sample = replace(sample, **_facts(source.root, found.place, limits, old))
         captions = found.captions if found.captions is not None else _captions(source, found.sidecars)
         return Entry(replace(sample, captions=captions), found.sidecars, "")
     except (pictures.BadPicture, BadCaption) as e:
@@ -266,12 +266,17 @@ def _look(sources: Sequence[PictureSet], number: int, found: Found, known: _Know
         return Entry(sample, found.sidecars, f"cannot be read: {e.strerror or e}")
 
 
-def _facts(root: Path, place: Place, limits: Limits) -> dict:
+def _facts(root: Path, place: Place, limits: Limits, old: Entry | None) -> dict:
+    """Of a picture that another stamp was put on, but whose bytes are those of its ``old`` entry, nothing is decoded."""
     if place.size > limits.max_bytes:
         raise pictures.BadPicture(f"{place.size:,} bytes; the limit is {limits.max_bytes:,}")
     data = _read(root, place)
-    width, height = pictures.decode(data, **asdict(limits)).size
-    return {"width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}
+    sha256 = hashlib.sha256(data).hexdigest()
+    if old and not old.reason and old.sample.sha256 == sha256:
+        width, height = old.sample.width, old.sample.height
+    else:
+        width, height = pictures.decode(data, **asdict(limits)).size
+    return {"width": width, "height": height, "sha256": sha256}
 
 
 def _captions(source: PictureSet, sidecars: tuple[tuple[str, Place], ...]) -> tuple[str, ...]:

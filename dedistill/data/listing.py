@@ -12,6 +12,7 @@ from dedistill.data import caption_files, pictures
 from dedistill.data.picture_set import Found, PictureSet, Place
 from dedistill.data.tables import read_table
 from dedistill.errors import UserError
+from dedistill.io.hashing import Stamp
 
 TABLES = ("jsonl", "csv", "parquet")
 
@@ -88,7 +89,7 @@ def whole(file: str, status: os.stat_result) -> Place:
     """The place of a whole file. Raises OSError for a pipe, a device or a folder: reading it might never end."""
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
-    return Place(file, 0, status.st_size, status.st_size, status.st_mtime_ns)
+    return Place(file, 0, status.st_size, *Stamp.of(status))
 
 
 def _of_shards(root: Path, shards: list[str], known: Known) -> Iterator[Found]:

@@ -15,8 +15,9 @@ import torch
 from dedistill.data.order import sample_indices
 from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
-from dedistill.files import file_sha256, read_sealed
+from dedistill.files import read_sealed
 from dedistill.flow import keyed
+from dedistill.io.hashing import file_sha256
 
 FACTS = "pairs.json"
 HELD_OUT = 16

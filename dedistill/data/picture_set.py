@@ -35,7 +35,7 @@ class PictureSet:
 
 
 class Place(NamedTuple):
-    """Where bytes lie: file relative to the source's root, with the size and time by which a change is noticed.
+    """Where bytes lie: file relative to the source's root, with the stamp (``io.hashing``) by which a change is noticed.
 
     A file or shard that cannot be used at all has ``size`` 0.
     """
@@ -45,6 +45,9 @@ class Place(NamedTuple):
     size: int
     file_size: int
     mtime_ns: int
+    ctime_ns: int = 0
+    inode: int = 0
+    """These two are 0 in an index of an earlier version: the bytes are read once more, and compared."""
 
 
 NOWHERE = Place("", 0, 0, 0, 0)

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.files import file_sha256, make_folder, read_sealed, sealed, step_name, step_of, sync, write_synced
+from dedistill.files import make_folder, read_sealed, sealed, step_name, step_of, sync, write_synced
+from dedistill.io.hashing import file_sha256
 from dedistill.tensorfile import TensorFile
 
 MANIFEST = "manifest.json"

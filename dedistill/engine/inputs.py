@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from dedistill.data.registry import data_files
-from dedistill.files import file_sha256
+from dedistill.io.hashing import Hashed, Stamp, hash_file
 from dedistill.recipe import Recipe
 
 _MODEL_FILES = ("*.safetensors", "config.json", "dedistill.json")
@@ -27,19 +27,22 @@ def input_files(recipe: Recipe) -> dict[str, list[Path]]:
 
 
 def fingerprint(files: list[Path], known: dict | None) -> dict:
-    """{"sha256", "files": {path: {"bytes", "mtime_ns", "sha256"}}}; a file is read only if size or time differ from ``known``.
+    """{"sha256", "files": {path: its stamp and "sha256"}}; a file is read only if its stamp is another one than in ``known``.
 
     A large base is so hashed once per run, not at every start.
     """
     before, found = (known or {}).get("files", {}), {}
     for path in files:
-        stat = path.stat()
-        seen = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        old = before.get(str(path), {})
-        same = all(old.get(key) == value for key, value in seen.items()) and "sha256" in old
-        found[str(path)] = {**seen, "sha256": old["sha256"] if same else file_sha256(path)}
+        hashed = hash_file(path, _read_entry(before.get(str(path), {})))
+        found[str(path)] = {**hashed.stamp._asdict(), "sha256": hashed.sha256}
     digest = hashlib.sha256("".join(f"{path}\0{entry['sha256']}\n" for path, entry in found.items()).encode())
     return {"sha256": digest.hexdigest(), "files": found}
+
+
+def _read_entry(entry: dict) -> Hashed | None:
+    """None for one of an earlier version, which kept size and mtime only: the file is read once more."""
+    whole = entry.keys() == {*Stamp._fields, "sha256"}
+    return Hashed(Stamp(*(entry[key] for key in Stamp._fields)), entry["sha256"]) if whole else None
 
 
 def changed_files(before: dict, now: dict) -> list[str]:

@@ -18,6 +18,12 @@ FREE_TO_CHANGE = (
 """Keys and tables that alter what is written, or how much memory a step takes, but not what is trained (to rounding);
 a continued run may change them."""
 
+SAMPLE = "base.sample"
+OTHER_NUMBERS = (
+    "the base's numbers, as loaded, are not those that the run was started with, though its files (of a hub id: its commit) "
+    "are: another device or version of torch rounds them otherwise, or what the hub's cache holds has changed"
+)
+
 
 class RunDirectory:
     """Opened, locked and checked: ``out`` belongs to this recipe or is new. Use as a context manager."""
@@ -91,15 +97,20 @@ class RunDirectory:
         except (ValueError, RecursionError) as e:
             raise UserError(f"'{file}' is damaged; restore it, or move '{self.path}' away to start over") from e
 
-    def bind(self, inputs: dict[str, list[Path]], pictures: str | None = None) -> None:
+    def bind(self, inputs: dict[str, list[Path]], pictures: str | None = None, sample: str | None = None) -> list[str]:
         """Record in inputs.json which bytes the run is made from; refuse to continue it from others, naming them.
 
-        inputs: recipe key -> files. pictures: a hash of the pictures and captions that are drawn from. A run of an earlier
-        version, without inputs.json, is bound to what is there now.
+        inputs: recipe key -> files. pictures: a hash of the pictures and captions that are drawn from. sample: a hash of a
+        few numbers of the base as it was loaded; where it is another one than before, stamps are not believed and every
+        file is read. Returns what a user should know. A run of an earlier version, without inputs.json, is bound to what is
+        there now.
         """
         file = self.path / "inputs.json"
         before = self._inputs(file) if file.exists() else {}
-        now = {key: fingerprint(files, before.get(key)) for key, files in inputs.items()}
+        other_base = self.used and before.get(SAMPLE, {}).get("sha256", sample) != sample
+        now = {key: fingerprint(files, None if other_base else before.get(key)) for key, files in inputs.items()}
+        if sample:
+            now[SAMPLE] = {"sha256": sample, "files": {}}
         if pictures:
             now["data.sets"] = {"sha256": pictures, "files": {}}
             if self.used and before.get("data.sets", now["data.sets"])["sha256"] != pictures:
@@ -114,6 +125,7 @@ class RunDirectory:
                     f"e.g. '{changed[0]}'. Put them back, or set another run.out."
                 )
         replace_file(file, sealed(now))
+        return [OTHER_NUMBERS] if other_base else []
 
     def _inputs(self, file: Path) -> dict:
         try:

@@ -18,6 +18,7 @@ class Components:
 
     net: nn.Module
     text: Any
+    """What encodes captions; where they are cached it says its ``widths``, those of embeddings and of pooled vectors."""
     picture: tuple[int, int, int]
     """Channels, height and width of what the denoiser sees."""
     mask: str = "bool"

@@ -1,5 +1,6 @@
 """FLUX's text encoders: T5 for the tokens, CLIP for the pooled vector. Loaded when first used, never for a cached caption."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -41,6 +42,15 @@ class FluxText:
         """All that decides what a caption becomes."""
         parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         return [file for part in parts for file in (self.folder / part).iterdir() if file.is_file()]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of embeddings and of the pooled vector, as the encoders' files say; loads nothing."""
+        try:
+            t5, clip = (json.loads((self.folder / f / "config.json").read_text()) for f in ("text_encoder_2", "text_encoder"))
+            return int(t5["d_model"]), int(clip["hidden_size"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            raise UserError(f"model.path: the text encoders in '{self.folder}' have no whole config.json: {e!r}") from e
 
     @property
     def loaded(self) -> bool:

@@ -15,7 +15,8 @@ from dedistill.adapters.formats import Layers, by_layer, check_shapes
 from dedistill.assemble import check_origin
 from dedistill.errors import UserError
 from dedistill.families.registry import get_family
-from dedistill.files import file_sha256, replace_json
+from dedistill.files import replace_json
+from dedistill.io.hashing import file_sha256
 from dedistill.recipe import Recipe, to_toml
 from dedistill.release.folder import FACTS, SHARD_BYTES, linear_shapes, new_folder, read_facts, write_weights
 from dedistill.release.rounding import Kept, round_stochastic

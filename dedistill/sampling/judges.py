@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dedistill.data.pictures import PILLOW_READS, BadPicture, decode
 from dedistill.errors import UserError
-from dedistill.files import file_sha256
+from dedistill.io.hashing import file_sha256
 from dedistill.pretrained import check_vocabulary, load_tokenizer, load_whole, reading
 from dedistill.sampling.grid import as_image
 from dedistill.sampling.judge import frechet_distance

@@ -17,9 +17,10 @@ from dedistill.assemble import Model
 from dedistill.data.pairs import FACTS
 from dedistill.data.source import Source
 from dedistill.errors import UserError
-from dedistill.files import WholeFile, file_sha256, make_folder, read_sealed, replace_file, sealed
+from dedistill.files import WholeFile, make_folder, read_sealed, replace_file, sealed
 from dedistill.flow import keyed
 from dedistill.flow.solvers import sigma_grid
+from dedistill.io.hashing import file_sha256
 from dedistill.sampling.sampler import trajectories
 
 

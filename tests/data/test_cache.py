@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from dedistill.data.cache import Store, sole_writer
 from dedistill.errors import UserError
+from dedistill.pulse import pulse
 
 INPUTS = {"family": "any", "length": 8}
 
@@ -102,6 +103,12 @@ def test_a_flipped_bit_is_found(store):
     assert Store(store.folder, INPUTS).damaged() == [shard]
 
 
+def test_a_batch_that_opens_many_shards_shows_signs_of_life(store):
+    before = pulse.signs
+    assert holds(Store(store.folder, INPUTS), *range(6))
+    assert pulse.signs == before + 2
+
+
 def test_stale_inputs_are_refused_naming_each(store):
     for inputs in ({"family": "other", "length": 8, "mask": True}, {"length": 9}):
         with pytest.raises(UserError, match="is stale") as error:
@@ -112,7 +119,7 @@ def test_stale_inputs_are_refused_naming_each(store):
     assert holds(Store(store.folder, INPUTS), 0, 1, 2, 3, 4, 5)
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", "3", "null"])
+@pytest.mark.parametrize("text", [None, "{", "[]", "3", "null", pytest.param("[" * 100_000, id="deep")])
 def test_shards_of_unknown_inputs_are_refused(store, text):
     file = store.folder / "inputs.json"
     file.unlink() if text is None else file.write_text(text)

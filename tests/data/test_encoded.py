@@ -50,9 +50,14 @@ def encoded(caption: str) -> dict[str, torch.Tensor]:
     return {"embeds": embeds, "mask": torch.ones(long, dtype=torch.bool), "pooled": torch.full((2,), number(caption))}
 
 
+def opened(pictures, weights, latents: Store, texts: Store, held_out: float) -> EncodedPictures:
+    shapes = {"latent_shape": lambda height, width: (16, height, width), "text_widths": (3, 2)}
+    return EncodedPictures(pictures, weights, latents, texts, held_out=held_out, **shapes)
+
+
 @pytest.fixture
 def source(stores) -> EncodedPictures:
-    return EncodedPictures(PICTURES, [1.0, 1.0], *stores, 0.1)
+    return opened(PICTURES, [1.0, 1.0], *stores, 0.1)
 
 
 def draw(source, step, positions, **kind):
@@ -79,7 +84,7 @@ def test_a_slot_is_a_pure_function(source, stores):
         assert sorted(whole) == list(range(BATCH)) and len(set(whole.values())) > BATCH // 4
         assert draw(source, 3, range(BATCH)[::-1], held_out=held_out) == whole
         ranks = [range(rank, BATCH, 3) for rank in range(3)]
-        fresh = EncodedPictures(PICTURES, [1.0, 1.0], *stores, 0.1)
+        fresh = opened(PICTURES, [1.0, 1.0], *stores, 0.1)
         parts = [draw(fresh, 3, part, held_out=held_out) for part in reversed(ranks)]
         assert parts[0] | parts[1] | parts[2] == whole
         assert draw(source, 4, range(BATCH), held_out=held_out) != whole
@@ -106,7 +111,7 @@ def test_shares_of_sets_captions_and_crops(source):
 
 
 def test_weights_are_relative(stores):
-    source = EncodedPictures(PICTURES, [3.0, 1.0], *stores, 0.1)
+    source = opened(PICTURES, [3.0, 1.0], *stores, 0.1)
     slots = [s for step in range(100) for s in source._slots(5, step, BATCH, False)]
     assert abs(sum(s.picture.sample.source == 0 for s in slots) / len(slots) - 0.75) < 0.01
 
@@ -131,12 +136,12 @@ def test_the_split_follows_the_bytes_of_a_picture():
 def test_a_set_without_training_pictures_is_an_error(stores, pictures):
     """Its share would go to the others without a word."""
     with pytest.raises(UserError, match=r"data\.sets\.[01]: no picture of this set is left to train on"):
-        EncodedPictures(pictures, [1.0, 1.0], *stores, 0.1)
+        opened(pictures, [1.0, 1.0], *stores, 0.1)
 
 
 def test_the_digest_knows_all_that_a_draw_depends_on(stores, tmp_path):
     def digest(pictures=PICTURES, weights=(1.0, 1.0), stores=stores, share=0.1):
-        return EncodedPictures(pictures, weights, *stores, share).digest
+        return opened(pictures, weights, *stores, share).digest
 
     first = PICTURES[0]
     other_caption = replace(first, sample=replace(first.sample, captions=("new", first.sample.captions[1])))
@@ -161,7 +166,7 @@ def test_keys_are_of_content(stores):
     assert len(keys) == len(a.crops) + len(b.crops)
     assert latent_key(replace(a.sample, name="moved/else"), a.crops[0]) == latent_key(a.sample, a.crops[0])
     assert "np." not in f"{a.crops[0].box}" and text_key("a") != text_key("b")
-    assert len(read_text(stores[1], a.sample.captions[0])) == 1
+    assert len(read_text(stores[1], a.sample.captions[0], (3, 2))) == 1
 
 
 def test_prompts_come_from_held_out_captions(source):
@@ -180,7 +185,7 @@ def test_threads_may_read_and_draw_at_once(stores):
 
     before, cache.OPEN_SHARDS = cache.OPEN_SHARDS, 2
     try:
-        source = EncodedPictures(PICTURES, [1.0, 1.0], Store(many.folder, {}), stores[1], 0.1)
+        source = opened(PICTURES, [1.0, 1.0], Store(many.folder, {}), stores[1], 0.1)
     finally:
         cache.OPEN_SHARDS = before
     wanted = [draw(source, step, range(BATCH), held_out=step % 2 == 1) for step in range(4)]

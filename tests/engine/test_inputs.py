@@ -2,16 +2,17 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
-from dedistill.engine import inputs
 from dedistill.engine.checkpoint import list_checkpoints
 from dedistill.engine.export import exported_step
 from dedistill.errors import UserError
-from dedistill.files import read_sealed
+from dedistill.files import read_sealed, sealed
 from dedistill.finished import last_weights
+from dedistill.io import hashing
 from dedistill.train import main
 
 
@@ -41,22 +42,102 @@ def test_another_base_is_refused_by_name(adapter_recipe, own_base, capsys):
     assert "model.path: 1 files differ from those that the run in" in err and file in err and "dedistill.toml:" in err
 
 
-def test_the_base_is_read_once_per_run_and_again_only_when_touched(adapter_recipe, own_base, tmp_path, monkeypatch):
-    real, read = inputs.file_sha256, []
+def test_the_base_is_read_once_per_run_and_again_only_when_touched(adapter_recipe, own_base, tmp_path, files_read):
+    def read() -> list[str]:
+        """Files of the base that were read; what comes then is a process that knows only what the run recorded."""
+        found = sorted(file.name for file in files_read.elements() if file.is_relative_to(own_base))
+        files_read.clear()
+        hashing._known.clear()
+        return found
 
-    def counted(path):
-        read.append(path.name)
-        return real(path)
-
-    monkeypatch.setattr(inputs, "file_sha256", counted)
-    for _ in range(2):
-        assert main([str(adapter_recipe)]) == 0
-    assert sorted(read) == ["config.json", "dedistill.json", "diffusion_pytorch_model.safetensors"]
+    assert main([str(adapter_recipe)]) == 0
+    assert read() == ["config.json", "dedistill.json", "diffusion_pytorch_model.safetensors"]
+    assert main([str(adapter_recipe)]) == 0 and read() == []
     os.utime(next(own_base.rglob("*.safetensors")), (1, 1))
     assert main([str(adapter_recipe)]) == 0, "the same bytes at another time are the same base"
-    assert read[3:] == ["diffusion_pytorch_model.safetensors"]
+    assert read() == ["diffusion_pytorch_model.safetensors"]
     recorded = read_sealed(tmp_path / "dedistill" / "inputs.json")
-    assert recorded.keys() == {"model.path"} and len(recorded["model.path"]["files"]) == 3
+    assert recorded.keys() == {"model.path", "base.sample"} and len(recorded["model.path"]["files"]) == 3
+
+
+def longer(recipe) -> list[str]:
+    return [str(recipe), "--set", "train.steps=8"]
+
+
+def swap_number(base, at: int) -> Path:
+    """Change the number ``at`` a place of the largest tensor of a base whose file keeps its size and mtime."""
+    file = next(base.rglob("*.safetensors"))
+    status, tensors = file.stat(), load_file(file)
+    largest = max(tensors.values(), key=lambda t: t.numel())
+    largest.view(-1)[at] += 1
+    data = save(tensors, metadata={"format": "pt"})
+    assert len(data) == status.st_size
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    return file
+
+
+def as_ours(base) -> None:
+    """The weights' file as ``swap_number`` would write it."""
+    file = next(base.rglob("*.safetensors"))
+    save_file(load_file(file), file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("at", [0, -1])
+def test_a_base_of_the_same_size_and_time_is_refused(adapter_recipe, own_base, capsys, at):
+    """Whether or not the few numbers that every start looks at are among those that differ."""
+    as_ours(own_base)
+    assert main([str(adapter_recipe)]) == 0
+    file = swap_number(own_base, at)
+    capsys.readouterr()
+    assert main(longer(adapter_recipe)) == 1
+    assert "model.path: 1 files differ" in (err := capsys.readouterr().err) and str(file) in err
+
+
+def test_a_base_whose_whole_stamp_was_kept_is_refused(adapter_recipe, own_base, tmp_path, capsys):
+    """Where a file system makes up ctime and inode, the numbers that were loaded give it away."""
+    as_ours(own_base)
+    assert main([str(adapter_recipe)]) == 0
+    file = swap_number(own_base, 0)
+    record = tmp_path / "dedistill" / "inputs.json"
+    told = read_sealed(record)
+    told["model.path"]["files"][str(file)] |= hashing.Stamp.of(file.stat())._asdict()
+    record.write_bytes(sealed(told))
+    capsys.readouterr()
+    assert main(longer(adapter_recipe)) == 1
+    assert "model.path: 1 files differ" in (err := capsys.readouterr().err) and str(file) in err
+
+
+def test_the_same_base_on_another_disk_goes_on(adapter_recipe, own_base, tmp_path, capsys):
+    """Copied there and back: other inodes, ctimes and mtimes, the same bytes; and loaded by a device that rounds otherwise."""
+    assert main([str(adapter_recipe)]) == 0
+    shutil.copytree(own_base, tmp_path / "moved")
+    shutil.rmtree(own_base)
+    shutil.copytree(tmp_path / "moved", own_base, copy_function=shutil.copyfile)
+    record = tmp_path / "dedistill" / "inputs.json"
+    told = read_sealed(record)
+    told["base.sample"]["sha256"] = "0" * 64
+    record.write_bytes(sealed(told))
+    capsys.readouterr()
+    assert main(longer(adapter_recipe)) == 0
+    err = capsys.readouterr().err
+    assert "continued from step 6" in err and "the base's numbers, as loaded, are not those" in err
+    assert main([str(adapter_recipe), "--set", "train.steps=10"]) == 0
+    assert "the base's numbers" not in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_is_bound_anew(adapter_recipe, own_base, tmp_path):
+    """It recorded size and mtime only."""
+    assert main([str(adapter_recipe)]) == 0
+    record = tmp_path / "dedistill" / "inputs.json"
+    whole = read_sealed(record)
+    files = whole["model.path"]["files"]
+    kept = {path: {key: entry[key] for key in ("bytes", "mtime_ns", "sha256")} for path, entry in files.items()}
+    record.write_bytes(sealed({"model.path": whole["model.path"] | {"files": kept}}))
+    assert main(longer(adapter_recipe)) == 0
+    now = read_sealed(record)
+    assert {key: value["sha256"] for key, value in now.items()} == {key: value["sha256"] for key, value in whole.items()}
+    assert all("ctime_ns" in entry for entry in now["model.path"]["files"].values())
 
 
 def test_other_pairs_are_refused(teacher_recipe, tmp_path, capsys):

@@ -205,7 +205,7 @@ def test_journals(tmp_path):
 
 
 def test_marks_of_exports_and_hashes(tmp_path):
-    from dedistill.fingerprint import fingerprint
+    from dedistill.io.hashing import fingerprint
 
     rng = random.Random(0)
     (tmp_path / "data").write_text("x")

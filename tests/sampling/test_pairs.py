@@ -11,8 +11,9 @@ from dedistill.assemble import Model, build_model
 from dedistill.data.digits import DigitSource, load_digits
 from dedistill.data.pairs import PairSource
 from dedistill.errors import UserError
-from dedistill.files import file_sha256, read_sealed, sealed
+from dedistill.files import read_sealed, sealed
 from dedistill.flow.solvers import sigma_grid
+from dedistill.io.hashing import file_sha256
 from dedistill.recipe.schema import Recipe
 from dedistill.sampling.pairs import make_pairs, teacher_hash
 from dedistill.sampling.sampler import sample, trajectories
