@@ -211,7 +211,7 @@ def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
             run.bind(input_files(recipe), data.digest)
         trainer = Trainer(recipe, plan, model, data.source, run, world)
         trainer.resume()
-        trainer.notes += notes
+        trainer.notes += [*notes, *run.notes]
         if world.main:
             effects = model.facts | data.facts | trainer.facts()
             replace_json(run.path / "plan.json", {"plan": plan.as_dict(), "effects": effects})

@@ -13,7 +13,7 @@ from dedistill.data.pairs import PairSource
 from dedistill.errors import UserError
 from dedistill.files import file_sha256, read_sealed, sealed
 from dedistill.flow.solvers import sigma_grid
-from dedistill.recipe.schema import Recipe
+from dedistill.recipe.resolve import recipe_of
 from dedistill.sampling.pairs import make_pairs, teacher_hash
 from dedistill.sampling.sampler import sample, trajectories
 
@@ -24,7 +24,7 @@ SHARDS = ["00000.tar", "00001.tar", "00002.tar"]
 def model(seed: int = 0, **tables) -> Model:
     sizes = {"layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
     return build_model(
-        Recipe.model_validate(
+        recipe_of(
             {
                 "run": {"name": "a", "out": "a", "seed": seed},
                 "model": {"family": "pixel_flux", "mask": "none", "new": {"height": 8, "width": 16, "patch": 4, **sizes}},
