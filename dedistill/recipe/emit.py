@@ -2,10 +2,24 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
 
 from dedistill.recipe.locate import dotted
-from dedistill.recipe.schema import BY_FAMILY, Default, Recipe, Table, fields_of, table_in
+from dedistill.recipe.schema import BY_FAMILY, Default, Recipe, Table
+
+
+def fields_of(model: type[Table]) -> dict[str, FieldInfo]:
+    """Keys of a table as TOML spells them."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def table_in(annotation: Any) -> type[Table] | None:
+    """The model of a field that is a table or an array of tables."""
+    if isinstance(annotation, type) and issubclass(annotation, Table):
+        return annotation
+    return next((model for arg in get_args(annotation) if (model := table_in(arg))), None)
 
 
 def to_toml(recipe: Recipe) -> str:

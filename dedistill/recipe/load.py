@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from dedistill.errors import UserError
-from dedistill.recipe.emit import json_schema, to_toml
+from dedistill.recipe.emit import fields_of, json_schema, table_in, to_toml
 from dedistill.recipe.explain import any_of, entries, explain, quote, shown
 from dedistill.recipe.locate import dotted, locate
 from dedistill.recipe.resolve import resolve
 from dedistill.recipe.rules import contradictions
-from dedistill.recipe.schema import Recipe, Table, fields_of, table_in
+from dedistill.recipe.schema import Recipe, Table
 
 __all__ = ["RecipeError", "json_schema", "load_recipe", "to_toml"]
 

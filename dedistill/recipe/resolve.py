@@ -9,7 +9,8 @@ from copy import deepcopy
 from importlib import import_module
 from typing import Any
 
-from dedistill.recipe.schema import BY_FAMILY, Default, Model, Recipe, Table, fields_of, table_in
+from dedistill.recipe.emit import fields_of, table_in
+from dedistill.recipe.schema import BY_FAMILY, Default, Model, Recipe, Table
 
 BEFORE = (
     ("adapter.targets.factor", Default(4, "adapter.kind", ("lokr",))),

@@ -4,10 +4,9 @@ Every field's description is what the JSON schema shows in an editor. Unknown ke
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
-from pydantic.fields import FieldInfo
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -37,10 +36,10 @@ class Default:
         return not self.key or (found in self.among if self.among else bool(found))
 
     def __str__(self) -> str:
-        where = " or ".join(map(repr, self.among)) or "more than 0"
-        return f"{self.value}" + (
-            f" with {self.key} = {where}" if self.among else f" with {self.key} {where}" if self.key else ""
-        )
+        if not self.key:
+            return str(self.value)
+        where = f"= {' or '.join(map(repr, self.among))}" if self.among else "more than 0"
+        return f"{self.value} with {self.key} {where}"
 
 
 _OF_PICTURES = ("data.source", ("pictures",))
@@ -391,15 +390,3 @@ class Recipe(Table):
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as plain data; keys named as in TOML. ``recipe.resolve`` fills in defaults that depend on others."""
         return self.model_dump(mode="json", by_alias=True)
-
-
-def fields_of(model: type[Table]) -> dict[str, FieldInfo]:
-    """Keys of a table as TOML spells them."""
-    return {field.alias or name: field for name, field in model.model_fields.items()}
-
-
-def table_in(annotation: Any) -> type[Table] | None:
-    """The model of a field that is a table or an array of tables."""
-    if isinstance(annotation, type) and issubclass(annotation, Table):
-        return annotation
-    return next((model for arg in get_args(annotation) if (model := table_in(arg))), None)
