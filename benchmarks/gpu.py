@@ -27,7 +27,7 @@ from benchmarks.flops import Tokens, adapter_flops, model_flops
 from dedistill.adapters.attach import Adapter, dense_shapes
 from dedistill.adapters.init import check_started, initialise
 from dedistill.adapters.targets import resolve_targets
-from dedistill.assemble import INIT_SCALE, Model
+from dedistill.assemble import Model
 from dedistill.base.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
 from dedistill.engine.launcher import choose_kernels
 from dedistill.engine.optim import make_optimizer
@@ -37,6 +37,7 @@ from dedistill.flow.loss import flow_loss
 from dedistill.flow.path import interpolate, velocity
 from dedistill.flow.solvers import sigma_grid
 from dedistill.recipe import Recipe
+from dedistill.recipe.resolve import recipe_of
 from dedistill.sampling.sampler import sample, start_noise
 from dedistill.sampling.sweep import save_png
 
@@ -71,7 +72,7 @@ def recipe_for(sizes: Sizes, adapter: str) -> Recipe:
     side = sizes.pixels[0] // VAE
     new = {"channels": CHANNELS, "height": side, "width": side, "patch": PATCH, **sizes.network}
     train = {"steps": sizes.steps, "batch": 1, "lr": 1e-4, "max_grad_norm": 1.0, "optimizer": "adamw_bf16", "precision": "bf16"}
-    return Recipe.model_validate(
+    return recipe_of(
         {
             "run": {"name": "benchmark", "out": "unused"},
             "model": {"family": FAMILY.name, "new": new, "text_length": TEXT},
@@ -154,9 +155,9 @@ def set_up(parts: Components, sizes: Sizes, name: str, device: str) -> Setup:
         adapter = Adapter(net, table.kind, targets)
     weight = lambda name: dense_weight(net.get_submodule(name))  # noqa: E731
     for layer, module in adapter.by_target.items():
-        initialise(module, layer, lambda n=layer: weight(n), init=table.init, scale=INIT_SCALE, seed=0)
+        initialise(module, layer, lambda n=layer: weight(n), init=table.init, scale=table.init_scale, seed=0)
     adapter.to(torch.bfloat16)
-    check_started(adapter.by_target, weight, init=table.init, scale=INIT_SCALE)
+    check_started(adapter.by_target, weight, init=table.init, scale=table.init_scale)
     model = Model(FAMILY, parts, adapter, TEXT, bf16=True, adapter=adapter, targets=targets)
     return Setup(model, make_optimizer(recipe, model.trainable().values()), recipe)
 

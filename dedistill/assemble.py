@@ -21,7 +21,6 @@ from dedistill.families.registry import get_family, text_length
 from dedistill.recipe import Recipe
 from dedistill.text import Text, stack
 
-INIT_SCALE = 1e-3
 CHUNK = 256
 
 
@@ -173,15 +172,14 @@ def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict, devic
     facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
     targets = resolve_targets(table, shapes, family.presets(net), recipe.where)
     adapter = Adapter(net, table.kind, targets).to(next(net.parameters()).device)
-    scale = table.init_scale or INIT_SCALE
     weight = _weight_reader(net)
     for name, module in adapter.by_target.items():
-        initialise(module, name, lambda n=name: weight(n), init=table.init, scale=scale, seed=recipe.run.seed)
+        initialise(module, name, lambda n=name: weight(n), init=table.init, scale=table.init_scale, seed=recipe.run.seed)
     if recipe.train.optimizer == "adamw_bf16":
         for parameter in adapter.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
     facts["lycoris_backend"] = os.environ["LYCORIS_KERNEL_BACKEND"]
-    facts["init"] = check_started(adapter.by_target, weight, init=table.init, scale=scale)
+    facts["init"] = check_started(adapter.by_target, weight, init=table.init, scale=table.init_scale)
     return Model(family, parts, adapter, length, adapter=adapter, targets=targets, facts=facts)
 
 

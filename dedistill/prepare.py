@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dedistill.data.buckets import Crop, apply_crop, crops_of, too_small
 from dedistill.data.cache import Store, sole_writer
-from dedistill.data.encoded import HELD_OUT, EncodedPictures, Picture, latent_key, read_text, text_key
+from dedistill.data.encoded import EncodedPictures, Picture, latent_key, read_text, text_key
 from dedistill.data.index import READERS, Index, Sample, build_index
 from dedistill.data.listing import PictureSet, pictures_of
 from dedistill.data.mixing import caption_warnings
@@ -30,10 +30,9 @@ from dedistill.recipe import Recipe
 from dedistill.text import Text
 from dedistill.world import World
 
-RESOLUTION = 1024
 PICTURES_PER_SHARD = 32
 CAPTIONS_PER_SHARD = 256
-SPLIT_LINES = {None: None, "auto": None, "always": True, "never": False}
+SPLIT_LINES = {"auto": None, "always": True, "never": False}
 
 Say = Callable[[str], None]
 
@@ -99,10 +98,9 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
             parts.vae.unload()
             world.wait()
         latents, texts = open_stores(recipe, family, parts, cache)
-    share = HELD_OUT if recipe.data.held_out is None else recipe.data.held_out
     known = {caption: read_text(texts, caption, parts.text.widths) for caption in asked}
     weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, parts)
-    settings = {"held_out": share, "latent_shape": latent_shape, "text_widths": parts.text.widths}
+    settings = {"held_out": recipe.data.held_out, "latent_shape": latent_shape, "text_widths": parts.text.widths}
     source = EncodedPictures(pictures, weights, latents, texts, **settings)
     facts = {
         "pictures": len(pictures),
@@ -187,7 +185,7 @@ def picture_sets(recipe: Recipe) -> list[PictureSet]:
             name=s.name or "",
             fields=tuple(s.captions or ()),
             split_lines=SPLIT_LINES[data.split_lines],
-            missing_captions=data.missing_captions or "error",
+            missing_captions=data.missing_captions,
         )
         for s in data.sets
     ]
@@ -203,11 +201,11 @@ def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[Picture]]:
     """The cache's folder, the index of all sets, and the pictures that crops can be made of."""
     data, cache = recipe.data, Path(recipe.data.cache)
     index = build_index(picture_sets(recipe), file=cache / "index.jsonl", say=say, limit=data.limit)
-    settings = {"resolutions": data.resolutions or [RESOLUTION], "max_upscale": data.max_upscale or 1.0}
+    settings = {"resolutions": data.resolutions, "max_upscale": data.max_upscale}
     pictures, small = [], []
     for sample in index.samples:
         # a fixed seed: runs with other seeds share what is encoded
-        crops = crops_of(sample, modes=data.crops or ["aspect"], per_picture=data.crops_per_picture or 1, seed=0, **settings)
+        crops = crops_of(sample, modes=data.crops, per_picture=data.crops_per_picture, seed=0, **settings)
         if crops:
             pictures.append(Picture(sample, tuple(crops)))
         else:

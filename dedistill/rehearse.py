@@ -29,6 +29,7 @@ from dedistill.families.registry import get_family, text_length
 from dedistill.finished import last_weights
 from dedistill.prepare import look, without_captions
 from dedistill.recipe import Recipe
+from dedistill.recipe.resolve import resolve
 from dedistill.release.adapter import export_adapter
 from dedistill.release.averaging import average_run
 from dedistill.release.export import FORMS, export_model
@@ -135,7 +136,7 @@ def _check_reachable(recipe: Recipe) -> None:
 def _check_captions(recipe: Recipe) -> None:
     """Of all pictures, not only of those looked at."""
     missing = without_captions(recipe)
-    if missing and recipe.data.missing_captions in (None, "error"):
+    if missing and recipe.data.missing_captions == "error":
         raise UserError(
             f"{recipe.where('data.sets')}: {len(missing):,} pictures have no caption, e.g. {missing[0]}; write them, "
             "or set data.missing_captions"
@@ -191,7 +192,7 @@ def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
         "preview": every if recipe.preview.every else {},
     }
     if recipe.data.source == "pictures":
-        count = len(recipe.data.resolutions or [0])
+        count = len(recipe.data.resolutions)
         changes["data"] = {
             "cache": str(out / "cache"),
             "resolutions": [SMALL + 16 * i for i in range(count)],
@@ -202,7 +203,8 @@ def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
 
 def _copy(recipe: Recipe, **tables: dict) -> Recipe:
     """A recipe with some keys of some tables changed; it still knows its file and lines."""
-    return recipe.model_copy(update={name: getattr(recipe, name).model_copy(update=keys) for name, keys in tables.items()})
+    changed = {name: getattr(recipe, name).model_copy(update=keys) for name, keys in tables.items()}
+    return resolve(recipe.model_copy(update=changed))
 
 
 def _check_resume(small: Recipe, train: Callable[[Recipe], int]) -> None:

@@ -213,7 +213,7 @@ def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
             notes += run.bind(input_files(recipe), data.digest, base)
         trainer = Trainer(recipe, plan, model, data.source, run, world)
         trainer.resume()
-        trainer.notes += notes
+        trainer.notes += [*notes, *run.notes]
         if world.main:
             effects = model.facts | data.facts | trainer.facts()
             replace_json(run.path / "plan.json", {"plan": plan.as_dict(), "effects": effects})

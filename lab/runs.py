@@ -13,6 +13,7 @@ from dedistill.assemble import Model
 from dedistill.data.registry import open_source
 from dedistill.finished import last_weights, open_finished
 from dedistill.recipe import Recipe, load_recipe
+from dedistill.recipe.resolve import resolve
 from dedistill.recipe.schema import Base
 from dedistill.release.averaging import average_run
 from dedistill.release.merge import merge_adapter
@@ -94,7 +95,7 @@ def run_recipe(lab: Seed, name: str) -> Recipe:
     recipe = lab.recipe("dedistill", name, f"model.path={student}", "train.steps=STEPS", "snapshot.every=0", *run.sets)
     if name.startswith(("default", "raised", "ones", "noise")):
         early = recipe.validate_.model_copy(update={"every": lab.scale.starts // 3})
-        recipe = recipe.model_copy(update={"validate_": early})
+        recipe = resolve(recipe.model_copy(update={"validate_": early}))
     return recipe.model_copy(update={"adapter": None, "base": Base()}) if run.full else recipe
 
 
@@ -208,7 +209,7 @@ def variance(lab: Seed) -> Scores:
     found = {}
     for density in ("beta", "uniform"):
         kinds = [base.timesteps.model_copy(update={"density": density, "stratify": s}) for s in (False, True)]
-        recipes = [base.model_copy(update={"timesteps": _plain(kind)}) for kind in kinds]
+        recipes = [resolve(base.model_copy(update={"timesteps": _plain(kind)})) for kind in kinds]
         loose, strata = (gradient_variances(model, r, lab.examiner.source, lab.scale.batches) for r in recipes)
         found[f"variance {density}"] = {key: loose[key] / strata[key] for key in loose}
     return found

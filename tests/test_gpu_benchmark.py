@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_recipes import adapter_table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +20,6 @@ from dedistill.base.int8 import Int8Linear
 from dedistill.base.quantize import linear_names, prepare_base
 from dedistill.families.family import Text
 from dedistill.families.pixel_flux import PixelFlux
-from dedistill.recipe.schema import Adapter as Table
 
 PICTURE, TEXT, BATCH = 32, 5, 2
 
@@ -86,7 +86,7 @@ def test_an_adapter_adds_its_factors_three_times(kind, target):
     parts = network()
     prepare_base(parts.net, "int8", [], "cpu")
     before = counted(parts, parts.net, backward=True)
-    table = Table.model_validate({"kind": kind, "targets": [target]})
+    table = adapter_table(kind, target)
     presets = PixelFlux().presets(parts.net)
     targets = resolve_targets(table, dense_shapes(parts.net, linear_names(parts.net)), presets)
     adapter = Adapter(parts.net, kind, targets)

@@ -1,5 +1,22 @@
 """Recipes of tiny real runs, for tests."""
 
+from dedistill.recipe.resolve import recipe_of
+from dedistill.recipe.schema import Adapter
+
+
+def adapter_table(kind: str, *targets: dict, **keys) -> Adapter:
+    """A recipe's [adapter] table with every default in it."""
+    return recipe_of(
+        {
+            "run": {"name": "a", "out": "a"},
+            "model": {"family": "any", "path": "a"},
+            "adapter": {"kind": kind, "targets": list(targets), **keys},
+            "data": {"source": "digits"},
+            "train": {"steps": 1, "batch": 1, "lr": 1e-3},
+        }
+    ).adapter
+
+
 TEACHER = """
 [run]
 name = "tiny-teacher"

@@ -16,7 +16,9 @@ TOLERANCE = 0.01
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, name: str, weight: Callable[[], Tensor], *, init: str, scale: float, seed: int) -> None:
+def initialise(
+    module: nn.Module, name: str, weight: Callable[[], Tensor], *, init: str, scale: float | None, seed: int
+) -> None:
     """Set the factors of one LyCORIS module, a function of (seed, name) alone.
 
     default: LyCORIS' own start, delta 0. ones: w1 = 1 and delta 0. perturbed_normal: w1 = 1 and the second factor
@@ -64,7 +66,7 @@ def _normal(rng: np.random.Generator, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_started(
-    modules: dict[str, nn.Module], weight: Callable[[str], Tensor], *, init: str, scale: float
+    modules: dict[str, nn.Module], weight: Callable[[str], Tensor], *, init: str, scale: float | None
 ) -> dict[str, float]:
     """Deviation of each layer's delta relative to its weight's; raises UserError where it is not what was asked for.
 

@@ -60,13 +60,13 @@ def _parameters(target: Resolved, kind: str) -> int:
 
 
 def _form(kind: str, target: Any, shape: tuple[int, int], where: str, name: str) -> tuple[int | None, int | None]:
-    """(factor, rank) of one layer, with the defaults of the kind filled in."""
+    """(factor, rank) of one layer."""
     if kind == "lora":
-        rank = target.rank if target.rank is not None else 16
+        rank = target.rank
         if rank > min(shape):
             raise UserError(f"{where}: {rank} is more than '{name}' has, {shape[0]} x {shape[1]}: at most {min(shape)}", 2)
         return None, rank
-    factor = target.factor if target.factor is not None else 4
+    factor = target.factor
     large = max(factorization(size, factor)[1] for size in shape)
     # from half the larger side on a decomposition saves nothing, and LyCORIS makes the factor full; so say it is
     return factor, target.rank if isinstance(target.rank, int) and target.rank < large / 2 else None

@@ -19,8 +19,6 @@ from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.text import Text, stack
 
-HELD_OUT = 0.02
-
 
 @dataclass(frozen=True)
 class Picture:

@@ -28,7 +28,7 @@ from dedistill.engine.rollback import go_back
 from dedistill.engine.rundir import RunDirectory
 from dedistill.engine.saver import Saver
 from dedistill.engine.update import update_for
-from dedistill.engine.validate import SAMPLES, Validator, sigma_bins
+from dedistill.engine.validate import Validator, sigma_bins
 from dedistill.errors import UserError, enough_memory
 from dedistill.posthoc.snapshots import write_snapshot
 from dedistill.pulse import pulse
@@ -65,7 +65,7 @@ class Trainer:
         self.waited = 0.0
         """Seconds since the last line of timings.jsonl in which training stood still for data."""
         self.notes: list[str] = []
-        every, samples = recipe.validate_.every, recipe.validate_.samples or SAMPLES
+        every, samples = recipe.validate_.every, recipe.validate_.samples
         self.micro_batch = min(plan.micro_batch, even_share(plan.batch, world.size))
         self.validate = Validator(self.objective, samples, self._at_once(samples), world) if every else None
         m = recipe.meters

@@ -20,8 +20,6 @@ from dedistill.recipe import Recipe
 from dedistill.text import Text
 from dedistill.world import World, deal
 
-CAPTION_DROPOUT = 0.1
-
 
 @dataclass(frozen=True)
 class Task:
@@ -52,8 +50,7 @@ class Objective:
             "params": {k: v for k, v in given.items() if v is not None},
             "stratify": t.stratify,
         }
-        dropout = recipe.data.caption_dropout
-        self.dropout = dropout if dropout is not None else (CAPTION_DROPOUT if self.kind == "flow" else 0.0)
+        self.dropout = recipe.data.caption_dropout
 
     def micro_batches(self, step: int, size: int) -> list[np.ndarray]:
         """All positions of a step in parts of at most ``size`` that share a shape."""

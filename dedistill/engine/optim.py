@@ -58,10 +58,11 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     t = recipe.train
     if step < t.warmup:
         return t.lr * (step + 1) / t.warmup
-    floor = t.lr_floor or 0.0
+    if t.schedule == "constant":
+        return t.lr
     done = (step - t.warmup) / (t.steps - t.warmup)
-    share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[t.schedule]
-    return t.lr * (share if t.schedule == "constant" else floor + (1 - floor) * share)
+    share = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[t.schedule]
+    return t.lr * (t.lr_floor + (1 - t.lr_floor) * share)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from dedistill.engine.inputs import changed_files, fingerprint
 from dedistill.errors import UserError
 from dedistill.files import make_folder, read_sealed, replace_file, sealed
 from dedistill.recipe import Recipe, to_toml
+from dedistill.recipe.resolve import as_it_was_meant
 
 FREE_TO_CHANGE = (
     *("run.name", "run.out", "run.resume", "run.stuck_after", "checkpoint.", "snapshot.every", "validate.", "meters.", "log."),
@@ -30,6 +31,8 @@ class RunDirectory:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        self.notes: list[str] = []
+        """Defaults that the run goes on with, of keys free to change, which are not those that it was started with."""
         self.path = Path(recipe.run.out)
         self.metrics = self.path / "metrics.jsonl"
         self.timings = self.path / "timings.jsonl"
@@ -81,13 +84,23 @@ class RunDirectory:
             raise UserError(f"'{self.path}' holds results but no recipe.json; choose another run.out")
         if self.recipe.run.resume == "never":
             raise UserError(f"'{self.path}' already holds a run and run.resume = 'never'; choose another run.out")
-        if differing := _differences(self._read(known), self.recipe.resolved()):
+        differing, free = _differences(as_it_was_meant(self._read(known), self.recipe.model), self.recipe.resolved())
+        if differing:
             raise UserError(
                 f"'{self.path}' holds a run of another recipe. It differs in:\n"
-                + "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, old, new in differing)
+                + "\n".join(f"  {key}: {old!r} there, {new!r} here{self._by_default(key)}" for key, old, new in differing)
                 + "\nChange it back, or set another run.out. A key that is None there may be newer than that run: then go on "
                 "with the version of dedistill that it was started with."
             )
+        self.notes += [
+            f"{key} = {new!r} here by default; until now the run had {old!r}: set it to go on with that"
+            for key, old, new in free
+            if old is not None and new is not None and self._by_default(key)
+        ]
+
+    def _by_default(self, key: str) -> str:
+        """What to say of a key that the recipe leaves out: nobody changed it, but the default may have changed."""
+        return "" if self.recipe.says(key) else " by default"
 
     def _read(self, file: Path) -> dict:
         try:
@@ -141,10 +154,15 @@ def flat(table: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): table}
 
 
-def _differences(before: dict, now: dict) -> list[tuple[str, Any, Any]]:
+Difference = tuple[str, Any, Any]
+"""A dotted key, its value in the recorded recipe, and its value now."""
+
+
+def _differences(before: dict, now: dict) -> tuple[list[Difference], list[Difference]]:
+    """(what another recipe is told by, what a continued run may change)."""
     old, new = flat(before), flat(now)
     free = FREE_TO_CHANGE
     if now["train"]["schedule"] == "constant":
         free += ("train.steps",)  # a longer constant run is the same run; a decay would be another one
-    keys = [k for k in dict.fromkeys([*old, *new]) if not k.startswith(free)]
-    return [(k, old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]
+    differing = [(k, old.get(k), new.get(k)) for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)]
+    return [d for d in differing if not d[0].startswith(free)], [d for d in differing if d[0].startswith(free)]

@@ -12,8 +12,6 @@ from dedistill.engine.objective import Objective, Task, task_loss
 from dedistill.pulse import pulse
 from dedistill.world import World
 
-SAMPLES = 256
-
 
 class Validator:
     """Held-out loss with its standard error. Draws nothing from the training's keys."""

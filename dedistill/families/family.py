@@ -40,9 +40,8 @@ class Components:
 
 class Family(Protocol):
     name: str
-    text_length: int
-    """Tokens a caption is padded or cut to where a recipe does not say."""
     max_text_length: int
+    """Tokens of a caption that its encoders take."""
 
     def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """The components a recipe's [model] table asks for, from a folder or with random weights.

@@ -24,14 +24,12 @@ from dedistill.flow.timesteps import dynamic_shift
 from dedistill.text import Text
 
 PATCH = 2
-DEV_GUIDANCE = 1.0
 SAVED = ("model_index.json", "scheduler")
 """What a folder of ours takes from its base beside the denoiser; the rest it points to."""
 
 
 class Flux:
     name = "flux"
-    text_length = 512
     max_text_length = 512
 
     def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
@@ -50,7 +48,7 @@ class Flux:
             (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
             spec.mask,
             vae=vae,
-            text_length=spec.text_length or self.text_length,
+            text_length=spec.text_length,
             guidance=self._guidance(denoiser, spec.guidance) if net else None,
             source=place,
             facts={"base": {"path": spec.path, "revision": spec.revision}} | place.facts,
@@ -66,13 +64,15 @@ class Flux:
         if wanted == "bypass":
             net.time_text_embed.__class__ = BypassedGuidance  # same parameters and names, another forward
             return None
-        return DEV_GUIDANCE if wanted is None else float(wanted)
+        if wanted is None:
+            raise UserError("model.guidance: this network has a guidance embedding; say what it is fed, usually 1.0", 2)
+        return float(wanted)
 
     def full_size(self, spec: Any) -> nn.Module:
         with torch.device("meta"):
             if (config := Path(spec.path) / "transformer" / "config.json").exists():
                 return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(config.parent))
-            shape = shape_of(spec.path)
+            shape = shape_of(spec.path, spec.revision)
             sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
             return FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)
 
@@ -80,7 +80,7 @@ class Flux:
         """A small pipeline folder with random weights, with the blocks and the guidance of ``spec``. For rehearsals."""
         from dedistill.families.flux_tiny import write_tiny_flux
 
-        shape = shape_of(spec.path)
+        shape = shape_of(spec.path, spec.revision)
         layers, single_layers = (shape.layers, shape.single_layers) if full_depth else (2, 4)
         write_tiny_flux(folder, guidance=shape.guidance, layers=layers, single_layers=single_layers)
 

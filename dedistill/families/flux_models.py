@@ -1,8 +1,11 @@
 """Published models of FLUX's shape: what is known of them before a byte is fetched."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,44 @@ PUBLISHED = {
 SCHNELL = PUBLISHED["black-forest-labs/FLUX.1-schnell"]
 
 
-def shape_of(path: str) -> Shape:
-    """The shape of a local folder by its config, of a published model by its name in the table, else schnell's."""
+def shape_of(path: str, revision: str | None = None) -> Shape:
+    """The shape of a local folder by its config, of a single file by its header, of a published model by its name in the
+    table, of another hub id by its config there, else schnell's. No weights are read or fetched."""
+    named = {known.rpartition("/")[2]: shape for known, shape in PUBLISHED.items()}
+    place = Path(path)
     try:
-        config = json.loads((Path(path) / "transformer" / "config.json").read_text())
-        return Shape(config["num_layers"], config["num_single_layers"], config["guidance_embeds"])
-    except (OSError, ValueError, KeyError):
-        named = {known.rpartition("/")[2]: shape for known, shape in PUBLISHED.items()}
-        return named.get(Path(path).name, SCHNELL)
+        if place.is_file():
+            return _of_file(place)
+        config = place / "transformer" / "config.json"
+        if config.exists():
+            return _of_config(config)
+        if place.name not in named and revision and not place.exists():
+            return _of_config(_config_on_the_hub(path, revision))
+    except (OSError, ValueError, AttributeError, SafetensorError):
+        pass  # whoever loads the weights says what is wrong with them
+    return named.get(place.name, SCHNELL)
+
+
+def _of_config(config: Path) -> Shape:
+    """Sizes that a config leaves out are diffusers' own, schnell's."""
+    sizes = json.loads(config.read_text())
+    layers, single = sizes.get("num_layers", SCHNELL.layers), sizes.get("num_single_layers", SCHNELL.single_layers)
+    return Shape(layers, single, bool(sizes.get("guidance_embeds", False)))
+
+
+def _of_file(file: Path) -> Shape:
+    """By the names of its tensors, in diffusers' or BFL's spelling."""
+    with safe_open(file, framework="numpy") as f:
+        names = list(f.keys())
+    double, single = (
+        {m[1] for name in names if (m := re.search(rf"(?:^|\.){stack}\.(\d+)\.", name))}
+        for stack in ("(?:transformer_blocks|double_blocks)", "(?:single_transformer_blocks|single_blocks)")
+    )
+    return Shape(len(double), len(single), any("guidance_embedder." in name or "guidance_in." in name for name in names))
+
+
+def _config_on_the_hub(path: str, revision: str) -> Path:
+    """Fetched once: a commit never changes. Raises OSError or ValueError where that fails."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(path, "transformer/config.json", revision=revision))

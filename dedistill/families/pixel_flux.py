@@ -21,7 +21,6 @@ from dedistill.text import Text
 
 class PixelFlux:
     name = "pixel_flux"
-    text_length = 12
     max_text_length = 512
 
     def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:

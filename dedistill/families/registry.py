@@ -19,8 +19,8 @@ def get_family(name: str, where: str = "model.family") -> Family:
     return getattr(import_module(module), cls)()
 
 
-def text_length(family: Family, asked: int | None, where: str = "model.text_length") -> int:
-    """Tokens a caption is padded or cut to. Raises UserError for more than the family's text encoder takes."""
-    if asked is not None and asked > family.max_text_length:
+def text_length(family: Family, asked: int, where: str = "model.text_length") -> int:
+    """``asked`` tokens a caption is padded or cut to. Raises UserError for more than the family's text encoder takes."""
+    if asked > family.max_text_length:
         raise UserError(f"{where}: {asked} tokens; {family.name} takes at most {family.max_text_length}", exit_code=2)
-    return asked or family.text_length
+    return asked

@@ -17,17 +17,17 @@ def uniform(p: np.ndarray) -> np.ndarray:
     return np.asarray(p, dtype=np.float64)
 
 
-def logit_normal(p: np.ndarray, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
+def logit_normal(p: np.ndarray, mean: float, std: float) -> np.ndarray:
     """logit(sigma) ~ N(mean, std^2): sigmoid(mean + std Phi^-1(p)) (arXiv 2403.03206, eq. 19)."""
     return special.expit(mean + std * special.ndtri(p))
 
 
-def beta(p: np.ndarray, alpha: float = 2.0, beta: float = 2.0) -> np.ndarray:
+def beta(p: np.ndarray, alpha: float, beta: float) -> np.ndarray:
     """sigma ~ Beta(alpha, beta). alpha > beta leans towards noise."""
     return special.betaincinv(alpha, beta, p)
 
 
-def mode(p: np.ndarray, scale: float = 1.29) -> np.ndarray:
+def mode(p: np.ndarray, scale: float) -> np.ndarray:
     """Mode sampling with heavy tails (arXiv 2403.03206, eq. 20), -1 <= scale <= 2 / (pi - 2)."""
     if not -1 <= scale <= MODE_SCALE_MAX:
         raise ValueError(f"scale = {scale} is outside [-1, {MODE_SCALE_MAX:.4f}], where the map is monotone")

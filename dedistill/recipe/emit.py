@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from dedistill.recipe.locate import dotted
-from dedistill.recipe.schema import Recipe, Table
+from dedistill.recipe.schema import BY_FAMILY, Default, Recipe, Table
 
 
 def fields_of(model: type[Table]) -> dict[str, FieldInfo]:
@@ -23,7 +23,7 @@ def table_in(annotation: Any) -> type[Table] | None:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The whole recipe as TOML, every default filled in; ``load_recipe`` reads it back to an equal recipe."""
+    """The whole recipe as TOML; ``load_recipe`` reads it back to an equal recipe."""
     return table_to_toml(recipe.resolved())
 
 
@@ -58,7 +58,10 @@ def json_schema() -> dict[str, Any]:
 
     A file that extends another need not set what is required; so that is asked only of files that extend nothing.
     """
-    schema = _tidy(Recipe.model_json_schema())
+    raw = Recipe.model_json_schema()
+    for table in _tables(Recipe):
+        _tell_defaults(table, raw["$defs"][table.__name__]["properties"])
+    schema = _tidy(raw)
     extends = {"type": "string", "description": "Recipe that this one changes, relative to this file."}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -68,6 +71,23 @@ def json_schema() -> dict[str, Any]:
         "if": {"not": {"required": ["extends"]}},
         "then": _required(Recipe),
     }
+
+
+def _tables(model: type[Table]) -> Iterator[type[Table]]:
+    for field in fields_of(model).values():
+        if inner := table_in(field.annotation):
+            yield inner
+            yield from _tables(inner)
+
+
+def _tell_defaults(table: type[Table], properties: dict[str, Any]) -> None:
+    """Defaults that depend on other keys, in the descriptions, and as values where there is one only."""
+    for name, field in fields_of(table).items():
+        if defaults := [default for default in field.metadata if isinstance(default, Default)]:
+            node = properties[name]
+            node["description"] += f" Default {', '.join(map(str, defaults))}."
+            if len(defaults) == 1 and defaults[0].value != BY_FAMILY:
+                node["default"] = defaults[0].value
 
 
 def _tidy(node: Any) -> Any:

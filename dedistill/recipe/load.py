@@ -16,6 +16,7 @@ from dedistill.errors import UserError
 from dedistill.recipe.emit import fields_of, json_schema, table_in, to_toml
 from dedistill.recipe.explain import any_of, entries, explain, quote, shown
 from dedistill.recipe.locate import dotted, locate
+from dedistill.recipe.resolve import resolve
 from dedistill.recipe.rules import contradictions
 from dedistill.recipe.schema import Recipe, Table
 
@@ -90,6 +91,7 @@ class _Draft:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, what it extends, and overrides like ``train.lr=1e-4``; an override replaces the whole value.
 
+    Defaults that depend on other keys or on the family are values in what is returned (``recipe.resolve``).
     Raises RecipeError with all mistakes at once.
     """
     draft = _read_chain(Path(path))
@@ -106,7 +108,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if draft.errors or recipe is None:
         raise RecipeError([line for _, line in sorted(draft.errors, key=lambda found: found[0])])
     recipe._places.update({key: str(place) for key, place in draft.places.items()})
-    return recipe
+    return resolve(recipe)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Every field's description is what the JSON schema shows in an editor. Unknown keys are refused.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
@@ -11,6 +12,37 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._ -]*$"
 """Names that are folders somewhere: no separators, nothing hidden, no way up."""
+
+
+BY_FAMILY = "the family's"
+
+
+@dataclass(frozen=True)
+class Default:
+    """What ``recipe.resolve`` puts in the place of a key that is left out, in recipes where the key has an effect.
+
+    Elsewhere the key stays none. A field may have several, of which at most one holds.
+    """
+
+    value: Any
+    """A value, or BY_FAMILY."""
+    key: str = ""
+    """Dotted key on which the effect depends; empty: it always has one."""
+    among: tuple[str, ...] = ()
+    """Values of ``key`` with which it holds; empty: all but 0."""
+
+    def holds(self, found: Any) -> bool:
+        """Whether it does where ``key`` is ``found``."""
+        return not self.key or (found in self.among if self.among else bool(found))
+
+    def __str__(self) -> str:
+        if not self.key:
+            return str(self.value)
+        where = f"= {' or '.join(map(repr, self.among))}" if self.among else "more than 0"
+        return f"{self.value} with {self.key} {where}"
+
+
+_OF_PICTURES = ("data.source", ("pictures",))
 
 
 class Table(BaseModel):
@@ -55,11 +87,15 @@ class Architecture(Table):
 class Model(Table):
     family: str = Field(description="Model family, e.g. pixel_flux.")
     path: str | None = Field(
-        None, description="Trained weights: folder, single file, or hub id. Exactly one of path and new is set."
+        None, description="Trained weights: folder, single file, or hub id. None with new: exactly one of the two is set."
     )
-    revision: str | None = Field(None, min_length=1, description="Commit of a hub id; required for one.")
+    revision: str | None = Field(
+        None, min_length=1, description="Commit of a hub id, for which it is required. None for files."
+    )
     components: str | None = Field(
-        None, description="Folder or hub id of text encoders and VAE, where path is a single file with the denoiser alone."
+        None,
+        description="Folder or hub id of text encoders and VAE, where path is a single file with the denoiser alone. "
+        "None: they are in path.",
     )
     mask: Literal["bool", "none", "libreflux"] = Field(
         "bool",
@@ -69,11 +105,15 @@ class Model(Table):
     t5_mask: bool = Field(
         True, description="The text encoder ignores padding too. false: as diffusers and LibreFLUX call T5, padding leaks in."
     )
-    guidance: Annotated[float, Field(ge=0)] | Literal["bypass"] | None = Field(
-        None, description="Fed to a distilled guidance embedding in training; default 1. bypass: go past it (Flex.1-alpha)."
+    guidance: Annotated[Annotated[float, Field(ge=0)] | Literal["bypass"] | None, Default(BY_FAMILY)] = Field(
+        None,
+        description="Fed to a distilled guidance embedding in training. bypass: go past it (Flex.1-alpha). "
+        "None where the network has no such embedding.",
     )
-    text_length: Positive | None = Field(None, description="Tokens a caption is padded or cut to; default the family's.")
-    new: Architecture | None = Field(None, description="Sizes of a new network with random weights.")
+    text_length: Annotated[Positive | None, Default(BY_FAMILY)] = Field(
+        None, description="Tokens a caption is padded or cut to."
+    )
+    new: Architecture | None = Field(None, description="Sizes of a new network with random weights. None with path.")
 
 
 class Base(Table):
@@ -89,15 +129,20 @@ class Target(Table):
     """Linears that get an adapter of one shape. The first target that matches a name wins."""
 
     pattern: str | None = Field(
-        None, description="Module name; * stands for anything within one dotted part, ** for any number of parts."
+        None,
+        description="Module name; * stands for anything within one dotted part, ** for any number of parts. None with preset.",
     )
-    preset: str | None = Field(None, description="Named set of layers of the family, e.g. modulation, attention, mlp.")
-    factor: Annotated[int, Field(ge=-1)] | None = Field(
-        None, description="LoKr: side of the small Kronecker factor; -1 is the most even split. Default 4."
+    preset: str | None = Field(
+        None, description="Named set of layers of the family, e.g. modulation, attention, mlp. None with pattern."
     )
-    rank: Annotated[int, Field(ge=1)] | Literal["full"] | None = Field(
-        None, description="LoRA: rank (default 16). LoKr: rank of the large factor, or full (default)."
+    factor: Annotated[Annotated[int, Field(ge=-1)] | None, Default(4, "adapter.kind", ("lokr",))] = Field(
+        None, description="LoKr: side of the small Kronecker factor; -1 is the most even split."
     )
+    rank: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["full"] | None,
+        Default(16, "adapter.kind", ("lora",)),
+        Default("full", "adapter.kind", ("lokr",)),
+    ] = Field(None, description="LoRA: rank. LoKr: rank of the large factor, or full.")
 
 
 class Adapter(Table):
@@ -108,8 +153,8 @@ class Adapter(Table):
         description="default: as LyCORIS; ones: first LoKr factor 1, second 0; perturbed_normal: first 1, second small noise "
         "with the mean and deviation of the layer's own weights.",
     )
-    init_scale: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="Size of the perturbed_normal start relative to the weights. Default 1e-3."
+    init_scale: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Default(1e-3, "adapter.init", ("perturbed_normal",))] = (
+        Field(None, description="Size of the perturbed_normal start relative to the weights.")
     )
 
 
@@ -117,10 +162,10 @@ class PictureSet(Table):
     """Captioned pictures in one place."""
 
     path: str = Field(min_length=1, description="Folder of pictures, folder of tar shards, or a table (parquet, csv, jsonl).")
-    name: str | None = Field(None, min_length=1, description="What it is called in messages; default the folder's name.")
+    name: str | None = Field(None, min_length=1, description="What it is called in messages. None: as the folder.")
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="Share of the samples, relative to the other sets.")
     captions: list[str] | None = Field(
-        None, min_length=1, description="Fields of json files and tables that hold captions; default those commonly used."
+        None, min_length=1, description="Fields of json files and tables that hold captions. None: those with a usual name."
     )
 
 
@@ -132,46 +177,64 @@ class Data(Table):
         description="digits: scikit-learn's 8x8 digits, two per picture; mnist: 28x28 digits padded to 32x32; "
         "pairs: stored noise and pictures from tools/make_pairs.py; pictures: captioned pictures of your own."
     )
-    path: str | None = Field(None, description="pairs: folder of shards (required). mnist: folder of IDX files (optional).")
+    path: str | None = Field(
+        None, description="pairs: folder of shards (required). mnist: folder of IDX files. None: as installed."
+    )
     sets: list[PictureSet] = Field(default_factory=list, description="pictures: where they are, at least one.")
-    cache: str | None = Field(None, description="pictures: folder for encoded pictures and captions (required).")
-    resolutions: list[Resolution] | None = Field(
-        None, min_length=1, description="pictures: sides of the squares whose area pictures are brought to. Default [1024]."
+    cache: str | None = Field(
+        None, description="pictures: folder for encoded pictures and captions (required). None elsewhere."
     )
-    crops: list[Literal["aspect", "square", "random_aspect", "center"]] | None = Field(
-        None, min_length=1, description="pictures: how they are cut; several are used in turn. Default ['aspect']."
+    resolutions: Annotated[list[Resolution] | None, Default([1024], *_OF_PICTURES)] = Field(
+        None, min_length=1, description="pictures: sides of the squares whose area pictures are brought to."
     )
-    crops_per_picture: Positive | None = Field(None, description="pictures: crops of each, per resolution. Default 1.")
-    max_upscale: Annotated[float, Field(ge=1)] | None = Field(
-        None, description="pictures: how much smaller ones may be enlarged; others are left out. Default 1."
+    crops: Annotated[
+        list[Literal["aspect", "square", "random_aspect", "center"]] | None, Default(["aspect"], *_OF_PICTURES)
+    ] = Field(None, min_length=1, description="pictures: how they are cut; several are used in turn.")
+    crops_per_picture: Annotated[Positive | None, Default(1, *_OF_PICTURES)] = Field(
+        None, description="pictures: crops of each, per resolution."
     )
-    missing_captions: Literal["error", "quarantine", "empty"] | None = Field(
-        None, description="pictures: what becomes of a picture without a caption. Default error."
+    max_upscale: Annotated[Annotated[float, Field(ge=1)] | None, Default(1.0, *_OF_PICTURES)] = Field(
+        None, description="pictures: how much smaller ones may be enlarged; others are left out."
     )
-    split_lines: Literal["auto", "always", "never"] | None = Field(
-        None, description="pictures: whether each line of a text file is a caption of its own. Default auto."
+    missing_captions: Annotated[Literal["error", "quarantine", "empty"] | None, Default("error", *_OF_PICTURES)] = Field(
+        None, description="pictures: what becomes of a picture without a caption."
     )
-    limit: Positive | None = Field(None, description="pictures: only the first so many of each set, for trials.")
-    held_out: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="pictures: share kept for validation, at least one picture. Default 0.02; 0 for none."
+    split_lines: Annotated[Literal["auto", "always", "never"] | None, Default("auto", *_OF_PICTURES)] = Field(
+        None, description="pictures: whether each line of a text file is a caption of its own."
+    )
+    limit: Positive | None = Field(None, description="pictures: only the first so many of each set, for trials. None: all.")
+    held_out: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, Default(0.02, *_OF_PICTURES)] = Field(
+        None, description="pictures: share kept for validation, at least one picture; 0 for none."
     )
     caption_noise: Share = Field(
         0.0, description="Share of digit words replaced at random, as in captions from the web; makes guidance matter."
     )
-    caption_dropout: Share | None = Field(
-        None, description="Share of captions replaced by the empty prompt. Default 0.1 for pictures, 0 for pairs."
-    )
+    caption_dropout: Annotated[
+        Share | None,
+        Default(0.1, "train.objective", ("flow",)),
+        Default(0.0, "train.objective", ("distill", "reflow")),
+    ] = Field(None, description="Share of captions replaced by the empty prompt.")
 
 
 class Timesteps(Table):
     density: Literal["uniform", "logit_normal", "beta", "mode", "cosmap"] = Field(
         "uniform", description="Density of sigma (1 is noise, 0 is data) before the shift."
     )
-    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="beta: first parameter. Default 2.")
-    beta: Annotated[float, Field(gt=0)] | None = Field(None, description="beta: second parameter. Default 2.")
-    mean: float | None = Field(None, description="logit_normal: mean of logit(sigma). Default 0.")
-    std: Annotated[float, Field(gt=0)] | None = Field(None, description="logit_normal: deviation. Default 1.")
-    scale: Annotated[float, Field(ge=-1, le=1.7519)] | None = Field(None, description="mode: s of SD3, eq. 20. Default 1.29.")
+    alpha: Annotated[Annotated[float, Field(gt=0)] | None, Default(2.0, "timesteps.density", ("beta",))] = Field(
+        None, description="beta: first parameter."
+    )
+    beta: Annotated[Annotated[float, Field(gt=0)] | None, Default(2.0, "timesteps.density", ("beta",))] = Field(
+        None, description="beta: second parameter."
+    )
+    mean: Annotated[float | None, Default(0.0, "timesteps.density", ("logit_normal",))] = Field(
+        None, description="logit_normal: mean of logit(sigma)."
+    )
+    std: Annotated[Annotated[float, Field(gt=0)] | None, Default(1.0, "timesteps.density", ("logit_normal",))] = Field(
+        None, description="logit_normal: deviation."
+    )
+    scale: Annotated[Annotated[float, Field(ge=-1, le=1.7519)] | None, Default(1.29, "timesteps.density", ("mode",))] = Field(
+        None, description="mode: s of SD3, eq. 20."
+    )
     shift: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         1.0, description="sigma' = s sigma / (1 + (s-1) sigma). auto: from the number of tokens, by the family's rule."
     )
@@ -191,12 +254,16 @@ class Train(Table):
     steps: Positive = Field(description="Optimizer steps in all.")
     batch: Positive = Field(description="Global batch: samples per optimizer step, on any number of devices.")
     micro_batch: Positive | None = Field(
-        None, description="Most samples per forward pass; default the whole batch, or a process's share of it."
+        None,
+        description="Most samples per forward pass. None: no limit but the batch, or a process's share of it; passes without "
+        "gradients take 256 at most.",
     )
     lr: Annotated[float, Field(gt=0)] = Field(description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay of the rate after the warm-up.")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warm-up.")
-    lr_floor: Share | None = Field(None, description="Final rate as a share of lr, for linear and cosine. Default 0.")
+    lr_floor: Annotated[Share | None, Default(0.0, "train.schedule", ("linear", "cosine"))] = Field(
+        None, description="Final rate as a share of lr, for linear and cosine."
+    )
     optimizer: Literal["adamw", "adamw_bf16"] = Field(
         "adamw", description="adamw: fp32 parameters and states; adamw_bf16: bf16 parameters and states, Kahan summation."
     )
@@ -204,7 +271,9 @@ class Train(Table):
         [0.9, 0.99], description="Decay of the two moments."
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="Clip the gradient norm to this.")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Clip the gradient norm to this. None: no limit."
+    )
     spike: Annotated[float, Field(ge=0)] = Field(
         20.0,
         description="No step is applied whose gradient norm is more than so many times the median of the last 64. 0: no limit.",
@@ -220,7 +289,9 @@ class Train(Table):
 
 class Validate(Table):
     every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between validations; 0 never. Also at the end.")
-    samples: Positive | None = Field(None, description="Held-out samples, on fixed noise and fixed sigmas. Default 256.")
+    samples: Annotated[Positive | None, Default(256, "validate.every")] = Field(
+        None, description="Held-out samples, on fixed noise and fixed sigmas."
+    )
 
 
 class Meters(Table):
@@ -243,7 +314,7 @@ class Snapshot(Table):
         min_length=2,
         max_length=2,
         description="Widths (sigma_rel) of two power-law averages of the weights, tracked and kept beside every copy, from "
-        "which tools/posthoc_ema.py makes those of other widths; usually [0.05, 0.10]. Default none.",
+        "which tools/posthoc_ema.py makes those of other widths; usually [0.05, 0.10]. None: off.",
     )
 
 
@@ -255,11 +326,17 @@ class Log(Table):
 
 class Sample(Table):
     steps: Positive = Field(16, description="Euler steps when pictures are made with this model.")
-    height: Resolution | None = Field(None, description="Picture height in pixels; default the family's.")
-    width: Resolution | None = Field(None, description="Picture width in pixels; default the family's.")
+    height: Annotated[Resolution | None, Default(BY_FAMILY)] = Field(
+        None, description="Picture height in pixels. None for networks of one size."
+    )
+    width: Annotated[Resolution | None, Default(BY_FAMILY)] = Field(
+        None, description="Picture width in pixels. None for networks of one size."
+    )
     negative: str = Field("", description="Prompt of the unconditional branch of CFG; the empty prompt is the trained one.")
     guidance: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="Fed to a distilled guidance embedding when pictures are made; default as in training."
+        None,
+        description="Fed to a distilled guidance embedding when pictures are made. Default model.guidance; "
+        "none where that is none or bypass.",
     )
 
 
@@ -275,7 +352,7 @@ class Recipe(Table):
     run: Run
     model: Model
     base: Base = Base()
-    adapter: Adapter | None = Field(None, description="Without this table the whole network is trained.")
+    adapter: Adapter | None = Field(None, description="None, without this table: the whole network is trained.")
     data: Data
     timesteps: Timesteps = Timesteps()
     train: Train
@@ -293,6 +370,10 @@ class Recipe(Table):
         """Two recipes are equal if they say the same, wherever they say it."""
         return isinstance(other, Recipe) and self.resolved() == other.resolved()
 
+    def says(self, key: str) -> bool:
+        """Whether the recipe sets ``key`` itself, or ``--set`` does, and not a default."""
+        return key in self._places
+
     def where(self, key: str) -> str:
         """``file:line: key`` of a dotted key such as ``adapter.targets.0.pattern``, for errors found after loading."""
         parts = key.split(".")
@@ -307,5 +388,5 @@ class Recipe(Table):
         return f"{place}: {message}" if place else message
 
     def resolved(self) -> dict[str, Any]:
-        """The whole recipe as plain data with every default filled in; keys named as in TOML."""
+        """The whole recipe as plain data; keys named as in TOML. ``recipe.resolve`` fills in defaults that depend on others."""
         return self.model_dump(mode="json", by_alias=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lycoris import LycorisNetwork, create_lycoris_from_weights
 from safetensors.torch import load_file, save_file
+from tiny_recipes import adapter_table
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,7 +19,6 @@ from dedistill.base.quantize import cast_float, dense_weight, linear_names, prep
 from dedistill.errors import UserError
 from dedistill.families.pixel_flux import PixelFlux
 from dedistill.flow import keyed
-from dedistill.recipe.schema import Adapter as Table
 
 FAMILY = PixelFlux()
 FORMS = {
@@ -39,7 +39,7 @@ every_quant = pytest.mark.parametrize("quant", QUANTS)
 
 def attach(parts, table: dict) -> Adapter:
     shapes = dense_shapes(parts.net, linear_names(parts.net))
-    table = Table.model_validate(table)
+    table = adapter_table(table["kind"], *table["targets"])
     return Adapter(parts.net, table.kind, resolve_targets(table, shapes, FAMILY.presets(parts.net)))
 
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from tiny_recipes import adapter_table
 
 from dedistill.adapters.attach import Adapter, dense_shapes
 from dedistill.adapters.targets import count_parameters, resolve_targets
 from dedistill.base.quantize import linear_names
 from dedistill.families.flux_layers import presets
 from dedistill.families.pixel_flux import PixelFlux
-from dedistill.recipe.schema import Adapter as Table
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def schnell():
 
 
 def resolve(net, *targets: dict, kind: str = "lokr"):
-    table = Table.model_validate({"kind": kind, "targets": list(targets)})
+    table = adapter_table(kind, *targets)
     return resolve_targets(table, dense_shapes(net, linear_names(net)), presets(net))
 
 

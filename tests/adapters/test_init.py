@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_recipes import adapter_table
 
 from dedistill.adapters.attach import Adapter, dense_shapes
 from dedistill.adapters.delta import delta
@@ -16,8 +17,7 @@ from dedistill.base.quantize import dense_weight, linear_names, prepare_base
 from dedistill.errors import UserError
 from dedistill.families.pixel_flux import PixelFlux
 from dedistill.flow import keyed
-from dedistill.recipe.schema import Adapter as Table
-from dedistill.recipe.schema import Recipe
+from dedistill.recipe.resolve import recipe_of
 
 FAMILY = PixelFlux()
 FORMS = {
@@ -37,7 +37,7 @@ def start(form: str, init: str, *, quant: str = "none", scale: float = SCALE, se
     net = FAMILY.tiny(0).net
     shapes = dense_shapes(net, linear_names(net))
     prepare_base(net, quant, [], "cpu")
-    table = Table.model_validate(FORMS[form])
+    table = adapter_table(FORMS[form]["kind"], *FORMS[form]["targets"])
     targets = resolve_targets(table, shapes, FAMILY.presets(net))
     adapter = Adapter(net, table.kind, targets[slice(only, only and only + 1)])
     for name, module in adapter.by_target.items():
@@ -260,7 +260,7 @@ def test_a_start_without_a_way_to_train_is_noticed(form, init):
 def test_the_start_survives_assembly(quant, optimizer):
     """I1, I6, trap 18: after quantization, attachment and the cast to the trained dtype, the recipe's start is there."""
     sizes = {"layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
-    recipe = Recipe.model_validate(
+    recipe = recipe_of(
         {
             "run": {"name": "a", "out": "a"},
             "model": {"family": "pixel_flux", "new": {"height": 8, "width": 16, "patch": 4, **sizes}},

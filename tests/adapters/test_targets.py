@@ -1,13 +1,13 @@
 """Which linears a list of targets names, in what form, and what is said when it makes no sense."""
 
 import pytest
+from tiny_recipes import adapter_table
 
 from dedistill.adapters.attach import dense_shapes
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.base.quantize import linear_names
 from dedistill.errors import UserError
 from dedistill.families.pixel_flux import PixelFlux
-from dedistill.recipe.schema import Adapter
 
 SHAPES = {
     "x_embedder": (32, 16),
@@ -25,12 +25,8 @@ PRESETS = {
 }
 
 
-def adapter(*targets: dict, kind: str = "lokr") -> Adapter:
-    return Adapter.model_validate({"kind": kind, "targets": list(targets)})
-
-
 def resolve(*targets: dict, kind: str = "lokr") -> list[Resolved]:
-    return resolve_targets(adapter(*targets, kind=kind), SHAPES, PRESETS, lambda key: f"recipe.toml:7: {key}")
+    return resolve_targets(adapter_table(kind, *targets), SHAPES, PRESETS, lambda key: f"recipe.toml:7: {key}")
 
 
 def names(*targets: dict) -> list[str]:
@@ -142,15 +138,15 @@ def test_presets_of_the_real_network_are_disjoint_and_complete():
     found, presets = {}, PixelFlux().presets(net)
     for preset, patterns in presets.items():
         for pattern in patterns:
-            assert resolve_targets(adapter({"pattern": pattern}), shapes, {}), pattern
-        found[preset] = {r.name for r in resolve_targets(adapter({"preset": preset}), shapes, presets)}
+            assert resolve_targets(adapter_table("lokr", {"pattern": pattern}), shapes, {}), pattern
+        found[preset] = {r.name for r in resolve_targets(adapter_table("lokr", {"preset": preset}), shapes, presets)}
     assert found["blocks"] == {n for n in shapes if "transformer_blocks." in n}
     assert found["modulation"] | found["attention"] | found["mlp"] == found["blocks"]
     assert sum(len(found[p]) for p in ("modulation", "attention", "mlp")) == len(found["blocks"]) == 20
 
 
 def one_layer(kind, factor, rank):
-    table = Adapter(kind=kind, targets=[{"pattern": "a", "factor": factor, "rank": rank}])
+    table = adapter_table(kind, {"pattern": "a", "factor": factor, "rank": rank})
     return resolve_targets(table, {"a": (64, 32)}, {})[0]
 
 

@@ -17,6 +17,7 @@ from dedistill.families.pixel_flux import PixelFlux
 from dedistill.flow import keyed
 from dedistill.flow.loss import flow_loss
 from dedistill.flow.timesteps import dynamic_shift
+from dedistill.recipe.resolve import recipe_of
 from dedistill.recipe.schema import Recipe
 from dedistill.text import Text
 
@@ -57,7 +58,7 @@ def digits():
 def recipe(kind: str = "flow", batch: int = 16, seed: int = 0, **tables) -> Recipe:
     sizes = {"layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
     data = {"source": "digits"} if kind == "flow" else {"source": "pairs", "path": "a"}
-    return Recipe.model_validate(
+    return recipe_of(
         {
             "run": {"name": "a", "out": "a", "seed": seed},
             "model": {"family": "pixel_flux", "new": {"height": 8, "width": 16, "patch": 4, **sizes}},

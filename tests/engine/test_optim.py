@@ -9,6 +9,7 @@ from torch import nn
 from dedistill.engine.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from dedistill.errors import UserError
 from dedistill.flow import keyed
+from dedistill.recipe.resolve import recipe_of
 from dedistill.recipe.schema import Recipe
 
 OPTIMIZERS = {"adamw": torch.float32, "adamw_bf16": torch.bfloat16}
@@ -16,7 +17,7 @@ both = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 
 def recipe(optimizer: str = "adamw", **train) -> Recipe:
-    return Recipe.model_validate(
+    return recipe_of(
         {
             "run": {"name": "a", "out": "a"},
             "model": {"family": "pixel_flux", "path": "a"},

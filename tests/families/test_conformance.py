@@ -30,7 +30,7 @@ def family(request):
 
 def spec(folder: Path, **changes) -> SimpleNamespace:
     """A recipe's [model] table."""
-    plain = {"path": str(folder), "new": None, "revision": None, "components": None, "guidance": None, "text_length": None}
+    plain = {"path": str(folder), "new": None, "revision": None, "components": None, "guidance": None, "text_length": 12}
     return SimpleNamespace(**(plain | {"mask": "bool", "t5_mask": True} | changes))
 
 

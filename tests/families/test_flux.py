@@ -32,8 +32,8 @@ def spec(path, **changes) -> SimpleNamespace:
         "components": None,
         "mask": "bool",
         "t5_mask": True,
-        "guidance": None,
-        "text_length": None,
+        "guidance": 1.0 if shape_of(str(path)).guidance else None,
+        "text_length": 512,
     }
     return SimpleNamespace(**(plain | changes))
 

@@ -32,11 +32,12 @@ def mode_by_paper(u, scale):
     return 1 - u - scale * (np.cos(math.pi * u / 2) ** 2 - 1 + u)
 
 
+BETA = {"alpha": 2.0, "beta": 2.0}
 CLOSED = [
     ("uniform", {}, lambda s: s),
-    ("logit_normal", {}, logit_normal_cdf),
+    ("logit_normal", {"mean": 0.0, "std": 1.0}, logit_normal_cdf),
     ("logit_normal", {"mean": 1.0, "std": 0.5}, lambda s: logit_normal_cdf(s, 1.0, 0.5)),
-    ("beta", {}, stats.beta(2, 2).cdf),
+    ("beta", BETA, stats.beta(2, 2).cdf),
     ("beta", {"alpha": 3.0, "beta": 2.0}, stats.beta(3, 2).cdf),
     ("beta", {"alpha": 0.7, "beta": 1.4}, stats.beta(0.7, 1.4).cdf),
     ("cosmap", {}, cosmap_cdf),
@@ -73,9 +74,9 @@ def test_every_density_rises_from_zero_to_one(density, params):
 def test_logit_normal_numbers():
     """D2: density 1.5958 at .5 and variance .04338 for (0, 1)."""
     h = 1e-6
-    low, high = ts.logit_normal(np.array([0.5 - h, 0.5 + h]))
+    low, high = ts.logit_normal(np.array([0.5 - h, 0.5 + h]), 0.0, 1.0)
     assert 2 * h / (high - low) == pytest.approx(1.5958, abs=1e-4)
-    assert ts.logit_normal(P).var() == pytest.approx(0.04338, abs=2e-5)
+    assert ts.logit_normal(P, 0.0, 1.0).var() == pytest.approx(0.04338, abs=2e-5)
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 0.81, 1.29, 1.75, ts.MODE_SCALE_MAX])
@@ -114,7 +115,7 @@ def test_beta_is_near_logit_normal(shape, distance):
 def test_tails_of_beta_and_logit_normal():
     """B1: P(sigma > .9) 2.8 % and 1.4 %; P(sigma > .98) .118 % and .005 %."""
     p = np.arange(1, 1_000_000) / 1_000_000
-    b, n = ts.beta(p), ts.logit_normal(p)
+    b, n = ts.beta(p, 2.0, 2.0), ts.logit_normal(p, 0.0, 1.0)
     assert [round(100 * np.mean(x > 0.9), 1) for x in (b, n)] == [2.8, 1.4]
     assert [round(100 * np.mean(x > 0.98), 3) for x in (b, n)] == [0.118, 0.005]
 
@@ -233,7 +234,7 @@ def test_strata_lower_the_variance_of_a_batch_mean(batch, factor, g):
     """B4: at least 5 times at N = 8 and 50 times at N = 56 (Beta(2,2))."""
     variance = {}
     for stratify in (True, False):
-        options = {"density": "beta", "params": {}, "stratify": stratify}
+        options = {"density": "beta", "params": BETA, "stratify": stratify}
         variance[stratify] = np.var([g(ts.draw(0, step, batch, **options)).mean() for step in range(1500)])
     assert variance[False] / variance[True] > factor
 
@@ -244,7 +245,7 @@ def objective(batch: int, seed: int = 0) -> Objective:
         run=SimpleNamespace(seed=seed),
         train=SimpleNamespace(objective="flow", batch=batch),
         data=SimpleNamespace(caption_dropout=0.1),
-        timesteps=Timesteps(density="beta"),
+        timesteps=Timesteps(density="beta", **BETA),
     )
     return Objective(recipe, load_digits(0.0), lambda shape: 1.0)
 
@@ -253,7 +254,7 @@ def objective(batch: int, seed: int = 0) -> Objective:
 def test_micro_batches_and_ranks_share_one_vector(cuts):
     """B6, B7: strata belong to the optimizer step; how its slots are shared out, evenly or not, changes no sigma."""
     step, batch = 3, 24
-    whole = ts.draw(0, step, batch, density="beta", params={}).astype(np.float32)
+    whole = ts.draw(0, step, batch, density="beta", params=BETA).astype(np.float32)
     questions = objective(batch)
     tasks = [questions.task(step, positions) for positions in np.split(np.arange(batch), cuts)]
     assert np.array_equal(np.concatenate([t.sigma.numpy() for t in tasks]), whole)

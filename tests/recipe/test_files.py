@@ -58,7 +58,7 @@ def test_extends_merges_tables_and_replaces_arrays(tmp_path, monkeypatch):
     base, top = load_recipe("base.toml").resolved(), load_recipe("deep/top.toml")
     base["train"] |= {"lr": 6.0, "batch": 16}
     base["model"]["new"]["width"] = 24
-    base["adapter"]["targets"] = [{"preset": "attention", "pattern": None, "factor": None, "rank": None}]
+    base["adapter"]["targets"] = [{"preset": "attention", "pattern": None, "factor": 4, "rank": "full"}]
     assert top.resolved() == base
     assert top.where("train.lr") == "deep/top.toml:3: train.lr"
     assert top.where("train.batch") == "deep/middle.toml:4: train.batch"

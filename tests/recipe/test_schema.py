@@ -193,10 +193,11 @@ def test_round_trip_of_odd_values(load):
         assert load(to_toml(load(SMALL, f"train.lr={lr!r}"))).train.lr == lr
 
 
-def test_printed_recipe_says_every_default_but_not_none(load):
+def test_printed_recipe_says_every_default_and_leaves_out_what_has_no_effect(load):
     data = tomllib.loads(to_toml(load(SMALL)))
     assert data["train"]["betas"] == [0.9, 0.99] and data["log"] == {"every": 1, "sigma_bins": 8, "wandb": False}
-    assert "micro_batch" not in data["train"] and "adapter" not in data and "new" not in data["model"]
+    assert "lr_floor" not in data["train"] and data["data"]["caption_dropout"] == 0.1
+    assert "adapter" not in data and "new" not in data["model"]
 
 
 # --- the schema file and the shipped recipes ---

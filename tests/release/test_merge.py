@@ -52,7 +52,7 @@ FORMS = {"lokr": "factor = 4", "lokr-rank": "factor = 4\nrank = 2", "lora": "ran
 def write_base(family: str, folder, dtype=torch.float32):
     from dedistill.families.registry import get_family
 
-    get_family(family).write_tiny(SimpleNamespace(path="tiny"), folder, None, full_depth=False)
+    get_family(family).write_tiny(SimpleNamespace(path="tiny", revision=None), folder, None, full_depth=False)
     for file in (folder / "transformer").glob("*.safetensors"):
         save_file({n: t.to(dtype) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
     return folder

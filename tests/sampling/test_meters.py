@@ -15,14 +15,14 @@ from dedistill.engine.objective import Objective
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.flow.solvers import euler, sigma_grid
-from dedistill.recipe.schema import Recipe
+from dedistill.recipe.resolve import recipe_of
 from dedistill.report.distillation import Questions, measure
 from dedistill.sampling.judge import DigitJudge, precision_recall
 from dedistill.sampling.meters import Reading, guidance_meters, interval, path_meters, resamples, response
 from dedistill.sampling.sampler import sample, start_noise
 from dedistill.sampling.sweep import Candidate
 
-RECIPE = Recipe.model_validate(
+RECIPE = recipe_of(
     {
         "run": {"name": "a", "out": "a"},
         "model": {"family": "pixel_flux", "path": "a"},

@@ -14,7 +14,7 @@ from dedistill.errors import UserError
 from dedistill.files import read_sealed, sealed
 from dedistill.flow.solvers import sigma_grid
 from dedistill.io.hashing import file_sha256
-from dedistill.recipe.schema import Recipe
+from dedistill.recipe.resolve import recipe_of
 from dedistill.sampling.pairs import make_pairs, teacher_hash
 from dedistill.sampling.sampler import sample, trajectories
 
@@ -25,7 +25,7 @@ SHARDS = ["00000.tar", "00001.tar", "00002.tar"]
 def model(seed: int = 0, **tables) -> Model:
     sizes = {"layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
     return build_model(
-        Recipe.model_validate(
+        recipe_of(
             {
                 "run": {"name": "a", "out": "a", "seed": seed},
                 "model": {"family": "pixel_flux", "mask": "none", "new": {"height": 8, "width": 16, "patch": 4, **sizes}},

@@ -18,7 +18,7 @@ from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.flow.guidance import classifier_free
 from dedistill.flow.solvers import sigma_grid
-from dedistill.recipe.schema import Recipe
+from dedistill.recipe.resolve import recipe_of
 from dedistill.report.sweep_page import write_sweep_page
 from dedistill.sampling.judge import DigitJudge, frechet_distance, judge_for, precision_recall
 from dedistill.sampling.judges import ClipJudge
@@ -34,7 +34,7 @@ def model(mask: str = "bool", seed: int = 0, **tables) -> Model:
     sizes = {"layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
     new = {"height": 8, "width": 16, "patch": 4, "text_dim": 16, "pooled_dim": 16, **sizes}
     return build_model(
-        Recipe.model_validate(
+        recipe_of(
             {
                 "run": {"name": "a", "out": "a", "seed": seed},
                 "model": {"family": "pixel_flux", "mask": mask, "new": new},

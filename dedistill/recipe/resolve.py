@@ -1,0 +1,102 @@
+"""Defaults that depend on other keys or on the family, made values before anything runs. No torch.
+
+So the recipe that is printed, and recipe.json, hold every number that will be used; none is left only where a key has no
+effect, or where it means something by itself (no limit, off), as its description says.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from importlib import import_module
+from typing import Any
+
+from dedistill.recipe.emit import fields_of, table_in
+from dedistill.recipe.schema import BY_FAMILY, Default, Model, Recipe, Table
+
+BEFORE = (
+    ("adapter.targets.factor", Default(4, "adapter.kind", ("lokr",))),
+    ("adapter.targets.rank", Default(16, "adapter.kind", ("lora",))),
+    ("adapter.targets.rank", Default("full", "adapter.kind", ("lokr",))),
+    ("adapter.init_scale", Default(1e-3, "adapter.init", ("perturbed_normal",))),
+    ("data.resolutions", Default([1024], "data.source", ("pictures",))),
+    ("data.crops", Default(["aspect"], "data.source", ("pictures",))),
+    ("data.crops_per_picture", Default(1, "data.source", ("pictures",))),
+    ("data.max_upscale", Default(1.0, "data.source", ("pictures",))),
+    ("data.missing_captions", Default("error", "data.source", ("pictures",))),
+    ("data.split_lines", Default("auto", "data.source", ("pictures",))),
+    ("data.held_out", Default(0.02, "data.source", ("pictures",))),
+    ("data.caption_dropout", Default(0.1, "train.objective", ("flow",))),
+    ("data.caption_dropout", Default(0.0, "train.objective", ("distill", "reflow"))),
+    ("timesteps.alpha", Default(2.0, "timesteps.density", ("beta",))),
+    ("timesteps.beta", Default(2.0, "timesteps.density", ("beta",))),
+    ("timesteps.mean", Default(0.0, "timesteps.density", ("logit_normal",))),
+    ("timesteps.std", Default(1.0, "timesteps.density", ("logit_normal",))),
+    ("timesteps.scale", Default(1.29, "timesteps.density", ("mode",))),
+    ("train.lr_floor", Default(0.0, "train.schedule", ("linear", "cosine"))),
+    ("validate.samples", Default(256, "validate.every")),
+    ("model.text_length", Default(BY_FAMILY)),
+    ("model.guidance", Default(BY_FAMILY)),
+)
+"""What none meant in every run whose recipe.json was written before defaults were resolved. These numbers never change,
+whatever becomes of the schema's: with them old runs are continued."""
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """``recipe`` with a value for every key that has an effect; one that is resolved already stays as it is."""
+    data = _filled(recipe.resolved(), _defaults(Recipe), _of_family(recipe.model, "family_defaults"))
+    if data["sample"]["guidance"] is None and data["model"]["guidance"] != "bypass":
+        data["sample"]["guidance"] = data["model"]["guidance"]
+    resolved = Recipe.model_validate(data)
+    resolved._places.update(recipe._places)
+    return resolved
+
+
+def recipe_of(data: Mapping[str, Any]) -> Recipe:
+    """A resolved recipe from plain data, keys named as in TOML. Contradictions are not looked for."""
+    return resolve(Recipe.model_validate(data))
+
+
+def as_it_was_meant(recorded: dict[str, Any], model: Model) -> dict[str, Any]:
+    """The recorded recipe of a run, with the numbers that none stood for where a version before resolving wrote it.
+
+    model: the [model] table of the recipe that continues the run; on another model it is refused anyway.
+    """
+    return _filled(recorded, BEFORE, _of_family(model, "defaults_before"))
+
+
+def _of_family(model: Model, function: str) -> dict[str, Any]:
+    """The family's own defaults. Families stand above recipes, and are looked up by name like a plug-in."""
+    return getattr(import_module("dedistill.families.defaults"), function)(model)
+
+
+def _defaults(model: type[Table], path: str = "") -> Iterator[tuple[str, Default]]:
+    """(dotted key, default) of every key that is resolved."""
+    for name, field in fields_of(model).items():
+        yield from ((path + name, default) for default in field.metadata if isinstance(default, Default))
+        if inner := table_in(field.annotation):
+            yield from _defaults(inner, f"{path}{name}.")
+
+
+def _filled(data: dict[str, Any], defaults: Iterable[tuple[str, Default]], family: dict[str, Any]) -> dict[str, Any]:
+    data = deepcopy(data)
+    for key, default in defaults:
+        *tables, name = key.split(".")
+        value = family.get(key) if default.value == BY_FAMILY else default.value
+        if default.holds(_value(data, default.key)):
+            for row in _rows(data, tables):
+                if row.get(name) is None:
+                    row[name] = deepcopy(value)
+    return data
+
+
+def _rows(data: Any, tables: list[str]) -> list[dict[str, Any]]:
+    """The tables at a dotted path, of which there are several in an array; none where the path ends early."""
+    rows = [data]
+    for table in tables:
+        found = [row.get(table) for row in rows if isinstance(row, dict)]
+        rows = [row for at in found for row in (at if isinstance(at, list) else [at])]
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _value(data: dict[str, Any], key: str) -> Any:
+    *tables, name = key.split(".")
+    return next((row.get(name) for row in _rows(data, tables)), None)
