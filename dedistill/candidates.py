@@ -53,7 +53,7 @@ class Compared:
 
 
 def compared(args: Namespace, folder: str, say: Callable[[str], None], *, steps: int | None = None) -> Compared:
-    """What the arguments of ``dedistill.arguments.of_candidates`` ask for. steps: of every candidate, default its recipe's.
+    """What the arguments of ``dedistill.cli.arguments.of_candidates`` ask for. steps: of every candidate, default its recipe's.
 
     folder: where results go in the last run, without ``--out``. The data is opened when its source is first called.
     """
@@ -67,7 +67,7 @@ def compared(args: Namespace, folder: str, say: Callable[[str], None], *, steps:
 
 
 def sweep_grid(args: Namespace, prompts: tuple[str, ...]) -> Grid:
-    """The grid that the arguments of ``dedistill.arguments.of_sweep`` ask for; what is said twice counts once."""
+    """The grid that the arguments of ``dedistill.cli.arguments.of_sweep`` ask for; what is said twice counts once."""
     cfgs, skips, seeds, steps = (tuple(dict.fromkeys(values)) for values in (args.cfg, args.skip, args.seeds, args.steps))
     return Grid(cfgs, skips, prompts, seeds, steps)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dedistill.assemble import Model
+from dedistill.cli.train import train
 from dedistill.data.registry import open_source
 from dedistill.finished import last_weights, open_finished
 from dedistill.recipe import Recipe, load_recipe
@@ -18,7 +19,6 @@ from dedistill.release.averaging import average_run
 from dedistill.release.merge import merge_adapter
 from dedistill.sampling.judge import judge_for
 from dedistill.sampling.pairs import make_pairs, teacher_hash
-from dedistill.train import train
 from lab.scores import Examiner
 from lab.tricks import RUNS, Run, Scale
 from lab.variance import gradient_variances

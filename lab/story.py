@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from dedistill.arguments import finite, positive
-from dedistill.train import guarded
+from dedistill.cli.arguments import finite, positive
+from dedistill.cli.command import guarded
 
 
 def main() -> int:
@@ -29,9 +29,6 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.quiet import quiet_dependencies
-
-    quiet_dependencies()
     from dedistill.errors import UserError
     from dedistill.recipe import load_recipe
     from lab.stages import tell

@@ -4,6 +4,8 @@ import argparse
 import math
 from pathlib import Path
 
+from dedistill.cli.command import add_overrides, command_parser
+
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
@@ -29,24 +31,23 @@ def finite(text: str) -> float:
     return _number(text, float, math.isfinite, "a finite number")
 
 
-def of_candidates(description: str, folder: str) -> argparse.ArgumentParser:
-    """The parser of tools that compare candidates of finished runs; ``dedistill.candidates.compared`` reads its result."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("recipes", nargs="+", help="recipes whose finished runs are compared")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of every recipe")
+def of_candidates(name: str, doc: str, folder: str) -> argparse.ArgumentParser:
+    """The parser of commands that compare candidates of finished runs; ``dedistill.candidates.compared`` reads its result."""
+    parser = command_parser(name, doc)
+    parser.add_argument("recipes", nargs="+", help="recipes whose finished runs are compared: files, or dedistill:NAME")
+    add_overrides(parser)
     parser.add_argument(
         "--candidates", nargs="+", help="of each run: base, last, posthoc, or names of posthoc files; default all"
     )
     parser.add_argument("--data", help="recipe for prompts and held-out samples; default the first that has data of its own")
     parser.add_argument("--prompts", default="64", help="a number of prompts from the data, or a text file, one per line")
     parser.add_argument("--out", type=Path, help=f"output folder; default RUN/{folder} of the last recipe")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
-def of_sweep(description: str, folder: str, cfgs: list[float]) -> argparse.ArgumentParser:
-    """``of_candidates`` for tools that make pictures; ``dedistill.candidates.sweep_grid`` and ``clip_judge`` read it."""
-    parser = of_candidates(description, folder)
+def of_sweep(name: str, doc: str, folder: str, cfgs: list[float]) -> argparse.ArgumentParser:
+    """``of_candidates`` for commands that make pictures; ``dedistill.candidates.sweep_grid`` and ``clip_judge`` read it."""
+    parser = of_candidates(name, doc, folder)
     parser.add_argument("--cfg", type=finite, nargs="+", default=cfgs, help="guidance scales")
     parser.add_argument("--skip", type=whole, nargs="+", default=[0], help="first steps without guidance")
     parser.add_argument("--steps", type=positive, nargs="+", default=[], help="Euler steps; default each recipe's sample.steps")
