@@ -23,7 +23,7 @@ from lab.scores import Examiner
 from lab.tricks import RUNS, Run, Scale
 from lab.variance import gradient_variances
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "digits"
+RECIPES = Path(__file__).parent.parent / "dedistill" / "recipes" / "digits"
 LENGTHS = (8, 12, 24, 48)
 """Tokens that captions of up to 8 are padded to; 12 in training."""
 COUPLES_CFG = 1.5
@@ -48,7 +48,7 @@ class Seed:
         return _examiner(self.scale)
 
     def recipe(self, name: str, out: str, *sets: str) -> Recipe:
-        """recipes/digits/NAME.toml in this folder; validated once, at the end."""
+        """dedistill:digits/NAME in this folder; validated once, at the end."""
         steps = {"STEPS": self.scale.steps, "STARTS": self.scale.starts, "AVERAGED": self.scale.averaged}
         for word, number in steps.items():
             sets = tuple(s.replace(word, str(number)) for s in sets)

@@ -31,7 +31,7 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     from dedistill.errors import UserError
     from dedistill.recipe import load_recipe
-    from lab.stages import tell
+    from dedistill.report.story import tell
 
     if not {1, 2, 4} <= set(args.cfg):
         raise UserError("--cfg: the comparison needs the scales 1, 2 and 4", exit_code=2)

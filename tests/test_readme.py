@@ -40,7 +40,7 @@ def test_commands_of_the_study_are_real_modules_and_flags():
 def test_error_line_is_the_real_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
-    text = (ROOT / "recipes/digits/teacher.toml").read_text().replace("batch = 64", "bacth = 64")
+    text = (ROOT / "dedistill/recipes/digits/teacher.toml").read_text().replace("batch = 64", "bacth = 64")
     padding = 31 - next(i for i, line in enumerate(text.splitlines(), 1) if "bacth" in line)
     text = "\n" * padding + text if padding > 0 else "\n".join(text.splitlines()[-padding:])
     (tmp_path / "recipes/mine.toml").write_text(text)
@@ -50,13 +50,13 @@ def test_error_line_is_the_real_one(tmp_path, monkeypatch, capsys):
 
 
 def test_print_recipe_and_plan_need_no_data(capsys):
-    assert main([str(ROOT / "recipes/digits/dedistill.toml"), "--print-recipe", "--set", "train.lr=2e-5"]) == 0
+    assert main([str(ROOT / "dedistill/recipes/digits/dedistill.toml"), "--print-recipe", "--set", "train.lr=2e-5"]) == 0
     assert "lr = 2e-05" in capsys.readouterr().out
-    assert main([str(ROOT / "recipes/mnist_flux.toml"), "--plan"]) == 0
+    assert main([str(ROOT / "dedistill/recipes/mnist_flux.toml"), "--plan"]) == 0
     assert "samples      1,920,000" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "dedistill" / "recipes").rglob("*.toml")), ids=lambda p: p.stem)
 def test_recipe_headers_say_how_to_run_them(path):
     assert f"accelerate launch -m dedistill.train {path.relative_to(ROOT)}" in path.read_text()
     assert load_recipe(path).run.out.startswith("runs/")

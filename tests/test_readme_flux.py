@@ -116,7 +116,7 @@ def test_table_of_recipes():
     from dedistill.recipe import load_recipe
 
     rows = re.findall(r"^\| `(recipes/\w+\.toml)` \|.*\| (\d+) M \|$", SECTION, flags=re.M)
-    assert {path for path, _ in rows} == {f"recipes/{p.name}" for p in (ROOT / "recipes").glob("*.toml")} - {
+    assert {path for path, _ in rows} == {f"recipes/{p.name}" for p in (ROOT / "dedistill" / "recipes").glob("*.toml")} - {
         "recipes/mnist_flux.toml"
     }
     for path, size in rows:

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dedistill.report.story import MARGINS, story_checks
 from dedistill.train import main
-from lab.stages import MARGINS, story_checks
 
 ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "recipes" / "digits"
 TINY = ["model.new.layers=1", "model.new.single_layers=1", "model.new.heads=2", "validate.samples=32"]
 
 
@@ -35,7 +34,8 @@ def small(name: str, folder: Path) -> Path:
     model = "[model.new]\nlayers = 1\nsingle_layers = 1\nheads = 2\n" if name == "teacher" else ""
     steps = {"teacher": 60, "student": 40, "dedistill": 8}[name]
     every = 4 if name == "dedistill" else 50
-    text = f'extends = "{RECIPES / name}.toml"\n{model}[train]\nsteps = {steps}\nwarmup = 2\nbatch = 16\n'
+    run = f'[run]\nname = "digits-{name}"\nout = "runs/digits/{name}"\n'
+    text = f'extends = "dedistill:digits/{name}"\n{run}{model}[train]\nsteps = {steps}\nwarmup = 2\nbatch = 16\n'
     text += f"[validate]\nevery = {every}\nsamples = 32\n"
     if name == "dedistill":
         text += "[snapshot]\nevery = 2\n"

@@ -1,5 +1,6 @@
-"""Which programs load an adapter file, and how many of its tensors; exit code 1 when none does.
+"""Is a recipe right? Or: which programs load an adapter file, and how many of its tensors; exit code 1 when none does.
 
+dedistill check my_recipe.toml
 dedistill check exports/digits-lokr.safetensors --model runs/digits/student/model
 """
 
@@ -7,23 +8,36 @@ import argparse
 from pathlib import Path
 
 from dedistill.cli.command import command_parser, guarded
+from dedistill.recipe import load_recipe
+from dedistill.recipe.plan import make_plan
+from dedistill.recipe.shipped import PREFIX
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("check", __doc__)
-    parser.add_argument("file", type=Path, help="adapter file (safetensors)")
-    parser.add_argument("--model", type=Path, help="folder of the base, where the file does not say")
-    args = parser.parse_args(argv)
-    return guarded(lambda: run(args), debug=args.debug)
+    parser.add_argument("file", help="recipe (TOML, or dedistill:NAME) or adapter file (safetensors)")
+    parser.add_argument("--model", type=Path, help="adapters: folder of the base, where the file does not say")
+    args: argparse.Namespace = parser.parse_args(argv)
+    recipe = args.file.startswith(PREFIX) or Path(args.file).suffix.lower() == ".toml"
+    if recipe and args.model:
+        parser.error("argument --model: belongs to adapter files, and this is a recipe")
+    return guarded(lambda: _recipe(args.file) if recipe else _adapter(Path(args.file), args.model), debug=args.debug)
 
 
-def run(args: argparse.Namespace) -> int:
+def _recipe(file: str) -> int:
+    recipe = load_recipe(file)
+    plan = make_plan(recipe)
+    print(f"{file} is a right recipe: {plan.steps:,} steps, batch {plan.batch}, into {recipe.run.out}/")
+    return 0
+
+
+def _adapter(file: Path, model: Path | None) -> int:
     from rich.console import Console
     from rich.table import Table
 
     from dedistill.release.adapter import check_file
 
-    verdicts = check_file(args.file, args.model)
+    verdicts = check_file(file, model)
     table = Table("program", "loads", "ignores", "what it ignores, or why it refuses")
     for v in verdicts:
         shown = v.why or ", ".join(v.ignored[:2]) + (" ..." if len(v.ignored) > 2 else "")

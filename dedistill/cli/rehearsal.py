@@ -1,4 +1,4 @@
-"""``--rehearse``: a recipe's whole pipeline in about a minute, on a tiny random model of the same classes.
+"""What ``dedistill rehearse`` does: a recipe's whole pipeline in about a minute, on a tiny random model of the same classes.
 
 What the user brought is real: the recipe, its layer names at full size, the data. What is made small are the weights,
 the pictures' resolution and the number of steps. Whatever would fail after days should fail here.
@@ -21,6 +21,7 @@ from dedistill.adapters.targets import count_parameters, resolve_targets
 from dedistill.base.quantize import linear_names
 from dedistill.candidates import candidates_of
 from dedistill.data.registry import open_source
+from dedistill.data.samples import write_samples
 from dedistill.engine.checkpoint import list_checkpoints
 from dedistill.errors import UserError
 from dedistill.families.family import Family
@@ -28,6 +29,7 @@ from dedistill.families.registry import get_family, text_length
 from dedistill.finished import last_weights
 from dedistill.prepare import look, without_captions
 from dedistill.recipe import Recipe
+from dedistill.recipe.shipped import is_shipped
 from dedistill.release.adapter import export_adapter
 from dedistill.release.averaging import average_run
 from dedistill.release.export import FORMS, export_model
@@ -40,6 +42,8 @@ PICTURES = 8
 STEPS = 4
 SMALL = 64
 """Side of the squares that the first resolution becomes; the others grow by 16 each."""
+SAMPLE_SIDES = (1600, 1200)
+"""Width and height of sample images: enough for any crop at 1024."""
 PROMPTS = ("", "two words")
 
 Say = Callable[[str], None]
@@ -61,7 +65,8 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
     with stage("layers and sizes at full scale"):
         say("  " + _check_full_size(recipe, family))
     if recipe.data.source == "pictures":
-        with stage("your pictures and captions"):
+        recipe, whose = _with_samples(recipe, out, say)
+        with stage(f"{whose} pictures and captions"):
             real = _copy(recipe, data={"cache": str(out / "cache"), "limit": PICTURES})
             pictures = look(real, lambda line: say(f"  {line}"))[2]
             say(f"  {len(pictures)} pictures looked at, {sum(len(p.crops) for p in pictures)} crops")
@@ -118,6 +123,20 @@ def _stages(out: Path, say: Say):
         say(f"ok  {time.monotonic() - start:5.1f} s  {name}")
 
     return stage
+
+
+def _with_samples(recipe: Recipe, out: Path, say: Say) -> tuple[Recipe, str]:
+    """``recipe`` on sample images of the package's own where a shipped recipe names places that are not there.
+
+    A place that the user named is looked at, whatever is there. Also returns whose images they are.
+    """
+    sets = recipe.data.sets
+    named = any(not is_shipped(recipe.place(f"data.sets.{i}.path")) or Path(s.path).exists() for i, s in enumerate(sets))
+    if named:
+        return recipe, "your"
+    count = write_samples(out / "images", *SAMPLE_SIDES)
+    say(f"no images in '{sets[0].path}' yet: rehearsing on {count} sample images of the package's own, in {out}/images")
+    return _copy(recipe, data={"sets": [sets[0].model_copy(update={"path": str(out / "images")})]}), "sample"
 
 
 def _check_reachable(recipe: Recipe) -> None:

@@ -59,7 +59,10 @@ def json_schema() -> dict[str, Any]:
     A file that extends another need not set what is required; so that is asked only of files that extend nothing.
     """
     schema = _tidy(Recipe.model_json_schema())
-    extends = {"type": "string", "description": "Recipe that this one changes, relative to this file."}
+    extends = {
+        "type": "string",
+        "description": "Recipe that this one changes: a path from this file, or dedistill:NAME.",
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "dedistill recipe",

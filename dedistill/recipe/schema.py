@@ -293,13 +293,16 @@ class Recipe(Table):
         """Two recipes are equal if they say the same, wherever they say it."""
         return isinstance(other, Recipe) and self.resolved() == other.resolved()
 
-    def where(self, key: str) -> str:
-        """``file:line: key`` of a dotted key such as ``adapter.targets.0.pattern``, for errors found after loading."""
+    def place(self, key: str) -> str:
+        """``file:line`` of a dotted key such as ``adapter.targets.0.pattern``, or of the table it is in; else nothing."""
         parts = key.split(".")
-        for n in range(len(parts), 0, -1):
-            if place := self._places.get(".".join(parts[:n])):
-                return f"{place}: {key}"
-        return key
+        places = (self._places.get(".".join(parts[:n])) for n in range(len(parts), 0, -1))
+        return next(filter(None, places), "")
+
+    def where(self, key: str) -> str:
+        """``file:line: key``, for errors found after loading."""
+        place = self.place(key)
+        return f"{place}: {key}" if place else key
 
     def placed(self, message: str) -> str:
         """``message`` with file and line in front, when it begins with a key that the recipe sets."""

@@ -20,8 +20,8 @@ from dedistill.recipe.rules import contradictions
 from dedistill.recipe.schema import Table
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = ROOT / "recipes" / "schema.json"
-SHIPPED = sorted((ROOT / "recipes").rglob("*.toml"))
+SCHEMA = ROOT / "dedistill" / "recipes" / "schema.json"
+SHIPPED = sorted((ROOT / "dedistill" / "recipes").rglob("*.toml"))
 FULL = {"new": NEW, "trained": TRAINED, "mode": MODE, "pictures": PICTURES}
 
 

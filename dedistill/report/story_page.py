@@ -20,7 +20,6 @@ from dedistill.report.pages import (
 )
 from dedistill.report.plots import tick_label, value_label
 
-TEMPLATES = Path(__file__).parent / "templates"
 NEEDED = {"title": str, "lead": str, "models": list, "cfgs": list, "summary": dict, "pictures": dict, "prompts": list}
 # key, label, axis label, what it says; a summary without one of these simply lacks its row and its curve
 MEASURES = (
@@ -52,7 +51,6 @@ def write_story_page(folder: Path, story: dict) -> Path:
     size = max(((shot.width, shot.height) for shot in shots), default=(TINY, TINY))
     html = render(
         "story.html.j2",
-        TEMPLATES,
         title=story["title"],
         lead=story["lead"],
         checks=story.get("checks", []),

@@ -16,11 +16,11 @@ from dedistill.files import replace_json
 from dedistill.finished import open_finished
 from dedistill.recipe import Recipe
 from dedistill.report.console import say
+from dedistill.report.story_page import write_story_page
 from dedistill.report.sweep_page import write_sweep_page
 from dedistill.sampling.grid import contact_sheet
 from dedistill.sampling.judge import judge_for
 from dedistill.sampling.sweep import Candidate, Grid, sweep
-from lab.story_page import write_story_page
 
 STAGES = ("teacher", "student", "dedistilled")
 LABELS = {"teacher": "teacher", "student": "student", "student_native": "student, its own steps", "dedistilled": "de-distilled"}
