@@ -111,7 +111,7 @@ def _chosen(known: list[str], averages: list[str], wanted: list[str] | None, out
     if unknown := [n for n in asked if n not in known]:
         raise UserError(f"no candidate '{unknown[0]}' in '{out}'; there are {', '.join(known)}", exit_code=2)
     if not asked:
-        raise UserError(f"no averages in '{out / 'posthoc'}': make them with tools/posthoc_ema.py", exit_code=2)
+        raise UserError(f"no averages in '{out / 'posthoc'}': make them with dedistill posthoc", exit_code=2)
     return [n for n in known if n in asked]
 
 

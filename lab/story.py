@@ -1,6 +1,6 @@
 """Compare a teacher, its distilled student and the de-distilled student over CFG scales; write a page and summary.json.
 
-python -m lab.story recipes/digits --out runs/digits/report
+python -m lab.story dedistill/recipes/digits --out runs/digits/report
 
 Ends with 1 when a claim of the story does not hold, and says which.
 """

@@ -143,7 +143,7 @@ def test_evaluation_answers_after_a_run(story, monkeypatch, capsys):
     before = {p: p.stat().st_mtime_ns for p in [*folder.rglob("cell.json"), *folder.rglob("answers/*.json")]}
     assert tool("evaluate", "small/dedistill.toml", *chosen, *few) == 0
     assert capsys.readouterr().out == said.out and before == {p: p.stat().st_mtime_ns for p in before}
-    assert "tools/posthoc_ema.py RUN makes them" not in said.err
+    assert "dedistill posthoc RUN makes them" not in said.err
     html = (folder / "sweep/index.html").read_text()
     assert 'data-kind="steps" value="3"' in html and (folder / "sweep/sheets/last_steps3.png").is_file()
     assert (folder / "sweep/pictures/last/cfg3_skip0_steps3/p000_s0.png").is_file()

@@ -128,9 +128,7 @@ def _read_chain(name: str) -> _Draft:
             break
         base, place = data.pop("extends"), places.pop("extends")
         if not isinstance(base, str):
-            raise RecipeError(
-                [f"{place}: extends: expects a string, the path of another recipe or dedistill:NAME, got {shown(base)}"]
-            )
+            raise RecipeError([f"{place}: extends: expects a string, the path of another recipe, got {shown(base)}"])
         via = f"{place}: extends: "
         path, file = _find(base, path.parent, via)
     own = layers[0][0]

@@ -130,7 +130,7 @@ Resolution = Annotated[int, Field(ge=16, multiple_of=16)]
 class Data(Table):
     source: Literal["digits", "mnist", "pairs", "pictures"] = Field(
         description="digits: scikit-learn's 8x8 digits, two per picture; mnist: 28x28 digits padded to 32x32; "
-        "pairs: stored noise and pictures from tools/make_pairs.py; pictures: captioned pictures of your own."
+        "pairs: stored noise and pictures from dedistill pairs; pictures: captioned pictures of your own."
     )
     path: str | None = Field(None, description="pairs: folder of shards (required). mnist: folder of IDX files (optional).")
     sets: list[PictureSet] = Field(default_factory=list, description="pictures: where they are, at least one.")
@@ -243,7 +243,7 @@ class Snapshot(Table):
         min_length=2,
         max_length=2,
         description="Widths (sigma_rel) of two power-law averages of the weights, tracked and kept beside every copy, from "
-        "which tools/posthoc_ema.py makes those of other widths; usually [0.05, 0.10]. Default none.",
+        "which dedistill posthoc makes those of other widths; usually [0.05, 0.10]. Default none.",
     )
 
 

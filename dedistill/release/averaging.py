@@ -18,7 +18,7 @@ from dedistill.release.merge import merge_adapter
 SPACES = {
     "factors": "each factor by itself, as LibreFLUX did: quick, but not the average of the weights",
     "refactored": "the average of the deltas, brought back to the nearest adapter of the same sizes",
-    "delta": "the average of the deltas, dense and exact; a file that tools/merge_adapter.py takes",
+    "delta": "the average of the deltas, dense and exact; a file that dedistill merge takes",
     "merged": "the average of the weights themselves: model folders, base included",
 }
 

@@ -20,6 +20,7 @@ from dedistill.engine.checkpoint import damage, list_checkpoints
 from dedistill.engine.launcher import REFUSED, promised, resume_command
 from dedistill.engine.requests import BY_SIGNAL, ECHO, REPEAT, Requests
 from dedistill.errors import RUN_AGAIN
+from dedistill.recipe import load_recipe
 from dedistill.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -188,7 +189,7 @@ def test_the_other_launch_files_parse():
         assert subprocess.run(["bash", "-n", script]).returncode == 0, script
     assert subprocess.run(["bash", ROOT / "launch/torchrun.sh"], capture_output=True).returncode == 2
     sky = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
-    assert (ROOT / sky["envs"]["RECIPE"]).is_file() and sky["workdir"] == "."
+    assert load_recipe(sky["envs"]["RECIPE"]) and sky["workdir"] == "."
     for part in (sky["setup"], sky["run"]):
         assert subprocess.run(["bash", "-n"], input=part, text=True).returncode == 0
     for line in (ROOT / "launch/Dockerfile").read_text().splitlines():
