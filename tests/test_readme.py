@@ -18,8 +18,6 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 ROOMS = "dedistill/recipes|tools|launch|benchmarks|tests|docs"
 PATHS = sorted(set(re.findall(rf"\b(?:{ROOMS})/[\w/.-]*\w|(?<!/)\blab/[\w/.-]*\w", README)))
-    set(re.findall(r"\b(?:dedistill/recipes|tools|launch|benchmarks|tests|docs)/[\w/.-]*\w|(?<!/)\blab/[\w/.-]*\w", README))
-)
 
 
 @pytest.mark.parametrize("path", PATHS)
