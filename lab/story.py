@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--cfg: the comparison needs the scales 1, 2 and 4", exit_code=2)
     names = {"teacher": "teacher.toml", "student": "student.toml", "dedistilled": "dedistill.toml"}
     recipes = {stage: load_recipe(args.recipes / file, args.set) for stage, file in names.items()}
-    commands = [f"bash launch/demo.sh {args.recipes.name}", f"python -m lab.story {args.recipes} --out {args.out}"]
+    commands = [f"dedistill demo {args.recipes.name}", f"python -m lab.story {args.recipes} --out {args.out}"]
     checks = tell(recipes, args.out, cfgs=args.cfg, prompts=args.prompts, steps=args.steps, commands=commands)
     print(f"\nreport: {args.out / 'index.html'}")
     if failed := [f"  {c['text']}: {c['value']} ({c['bound']})" for c in checks if not c["ok"]]:
