@@ -231,3 +231,9 @@ def test_the_page_shows_every_number(tmp_path):
     cells = [f">{value:.3f}</td>" for value in distance.flatten().tolist()]
     assert all(cell in page for cell in cells) and page.count('<td class="cell') == 24
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_a_recipe_of_the_package_is_extended_by_its_name(tmp_path):
+    found = Influence(["b.0"], [1.0], torch.rand(1, 2, 1, dtype=torch.float64), 5)
+    write_influence(tmp_path / "deep", found, {"b.0": 2}, 90, 100, "dedistill:digits/dedistill")
+    assert load_recipe(tmp_path / "deep/influence.toml").adapter.targets[0].factor == 2
