@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-RECIPE = "recipes/digits/teacher.toml"
+RECIPE = "dedistill:digits/teacher"
 STEPS = 150
 SHORT = [f"train.steps={STEPS}", "train.warmup=10", "validate.every=100", "checkpoint.every=50", "validate.samples=64"]
 FEW = ("train.batch=8", "train.steps=50")
@@ -82,7 +82,7 @@ def rehearse(out: Path) -> dict:
     words = ["--rehearse", "--set", f"data.sets=[{{path='{folder}'}}]", "--set", f"run.out='{out}/run'"]
     begin = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "dedistill.train", "recipes/flux_schnell_24gb.toml", *words], capture_output=True, text=True
+        [sys.executable, "-m", "dedistill.train", "dedistill:flux_schnell_24gb", *words], capture_output=True, text=True
     )
     return {"code": done.returncode, "seconds": time.perf_counter() - begin, "said": done.stderr[-2500:]}
 

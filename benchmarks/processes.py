@@ -26,7 +26,7 @@ from dedistill.recipe import load_recipe
 from dedistill.recipe.plan import make_plan
 from dedistill.world import World
 
-RECIPE = "recipes/digits/teacher.toml"
+RECIPE = "dedistill:digits/teacher"
 STEPS, BATCH = 20, 16
 ONLY_TRAINING = ["checkpoint.every=0", "validate.every=1000", "validate.samples=8", "snapshot.every=0"]
 

@@ -53,7 +53,7 @@ class Compared:
 
 
 def compared(args: Namespace, folder: str, say: Callable[[str], None], *, steps: int | None = None) -> Compared:
-    """What the arguments of ``dedistill.arguments.of_candidates`` ask for. steps: of every candidate, default its recipe's.
+    """What the arguments of ``dedistill.cli.arguments.of_candidates`` ask for. steps: of every candidate, default its recipe's.
 
     folder: where results go in the last run, without ``--out``. The data is opened when its source is first called.
     """
@@ -67,7 +67,7 @@ def compared(args: Namespace, folder: str, say: Callable[[str], None], *, steps:
 
 
 def sweep_grid(args: Namespace, prompts: tuple[str, ...]) -> Grid:
-    """The grid that the arguments of ``dedistill.arguments.of_sweep`` ask for; what is said twice counts once."""
+    """The grid that the arguments of ``dedistill.cli.arguments.of_sweep`` ask for; what is said twice counts once."""
     cfgs, skips, seeds, steps = (tuple(dict.fromkeys(values)) for values in (args.cfg, args.skip, args.seeds, args.steps))
     return Grid(cfgs, skips, prompts, seeds, steps)
 
@@ -111,7 +111,7 @@ def _chosen(known: list[str], averages: list[str], wanted: list[str] | None, out
     if unknown := [n for n in asked if n not in known]:
         raise UserError(f"no candidate '{unknown[0]}' in '{out}'; there are {', '.join(known)}", exit_code=2)
     if not asked:
-        raise UserError(f"no averages in '{out / 'posthoc'}': make them with tools/posthoc_ema.py", exit_code=2)
+        raise UserError(f"no averages in '{out / 'posthoc'}': make them with dedistill posthoc", exit_code=2)
     return [n for n in known if n in asked]
 
 

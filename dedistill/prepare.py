@@ -141,7 +141,7 @@ def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
         unused = len(store) - len(keys) + missing
         say(f"{what}: {len(keys) - missing:,} of {len(keys):,} are encoded, {unused:,} more are of no use now")
         if missing:
-            problems.append(f"{missing:,} of {len(keys):,} {what} are not encoded yet: run tools/prepare_data.py")
+            problems.append(f"{missing:,} of {len(keys):,} {what} are not encoded yet: run dedistill prepare")
     return problems
 
 

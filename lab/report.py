@@ -16,7 +16,7 @@ INTRO = """# What each trick is worth: the laboratory
     {command}
 
 A teacher of 463 k parameters learns pairs of 8x8 digits from noisy captions; a student is distilled from it with guidance
-baked in; the student is de-distilled as `recipes/digits/dedistill.toml` says. Every row below changes one thing. {seeds} seeds,
+baked in; the student is de-distilled as `dedistill:digits/dedistill` says. Every row below changes one thing. {seeds} seeds,
 each with its own teacher, student and draws; {steps} steps unless a row says otherwise; {cpu} minutes of one core in all.
 Differences are taken between runs of the same student and the same draws; brackets are Student's intervals of 95 % over
 seeds. *Helps*, *hurts* and *no difference seen* are told by one score, chosen before anything was run. *No difference seen*

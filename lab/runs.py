@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dedistill.assemble import Model
+from dedistill.cli.train import train
 from dedistill.data.registry import open_source
 from dedistill.finished import last_weights, open_finished
 from dedistill.recipe import Recipe, load_recipe
@@ -19,12 +20,11 @@ from dedistill.release.averaging import average_run
 from dedistill.release.merge import merge_adapter
 from dedistill.sampling.judge import judge_for
 from dedistill.sampling.pairs import make_pairs, teacher_hash
-from dedistill.train import train
 from lab.scores import Examiner
 from lab.tricks import RUNS, Run, Scale
 from lab.variance import gradient_variances
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "digits"
+RECIPES = Path(__file__).parent.parent / "dedistill" / "recipes" / "digits"
 LENGTHS = (8, 12, 24, 48)
 """Tokens that captions of up to 8 are padded to; 12 in training."""
 COUPLES_CFG = 1.5
@@ -49,7 +49,7 @@ class Seed:
         return _examiner(self.scale)
 
     def recipe(self, name: str, out: str, *sets: str) -> Recipe:
-        """recipes/digits/NAME.toml in this folder; validated once, at the end."""
+        """dedistill:digits/NAME in this folder; validated once, at the end."""
         steps = {"STEPS": self.scale.steps, "STARTS": self.scale.starts, "AVERAGED": self.scale.averaged}
         for word, number in steps.items():
             sets = tuple(s.replace(word, str(number)) for s in sets)

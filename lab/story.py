@@ -1,6 +1,6 @@
 """Compare a teacher, its distilled student and the de-distilled student over CFG scales; write a page and summary.json.
 
-python -m lab.story recipes/digits --out runs/digits/report
+python -m lab.story dedistill/recipes/digits --out runs/digits/report
 
 Ends with 1 when a claim of the story does not hold, and says which.
 """
@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from dedistill.arguments import finite, positive
-from dedistill.train import guarded
+from dedistill.cli.arguments import finite, positive
+from dedistill.cli.command import guarded
 
 
 def main() -> int:
@@ -29,18 +29,15 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.quiet import quiet_dependencies
-
-    quiet_dependencies()
     from dedistill.errors import UserError
     from dedistill.recipe import load_recipe
-    from lab.stages import tell
+    from dedistill.report.story import tell
 
     if not {1, 2, 4} <= set(args.cfg):
         raise UserError("--cfg: the comparison needs the scales 1, 2 and 4", exit_code=2)
     names = {"teacher": "teacher.toml", "student": "student.toml", "dedistilled": "dedistill.toml"}
     recipes = {stage: load_recipe(args.recipes / file, args.set) for stage, file in names.items()}
-    commands = [f"bash launch/demo.sh {args.recipes.name}", f"python -m lab.story {args.recipes} --out {args.out}"]
+    commands = [f"dedistill demo {args.recipes.name}", f"python -m lab.story {args.recipes} --out {args.out}"]
     checks = tell(recipes, args.out, cfgs=args.cfg, prompts=args.prompts, steps=args.steps, commands=commands)
     print(f"\nreport: {args.out / 'index.html'}")
     if failed := [f"  {c['text']}: {c['value']} ({c['bound']})" for c in checks if not c["ok"]]:

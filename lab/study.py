@@ -98,7 +98,7 @@ def run_all(root: Path, scale: Scale, seeds: int, processes: int) -> dict:
 
 
 def _recipes_hash() -> str:
-    texts = [path.read_bytes() for path in sorted((ROOT / "recipes" / "digits").glob("*.toml"))]
+    texts = [path.read_bytes() for path in sorted((ROOT / "dedistill" / "recipes" / "digits").glob("*.toml"))]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
 

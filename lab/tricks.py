@@ -64,7 +64,7 @@ SCORES = {
 
 @dataclass(frozen=True)
 class Run:
-    """``sets`` override recipes/digits/dedistill.toml. full: all weights train, no adapter. int4: the student is rounded."""
+    """``sets`` override dedistill:digits/dedistill. full: all weights train, no adapter. int4: the student is rounded."""
 
     sets: tuple[str, ...] = ()
     full: bool = False

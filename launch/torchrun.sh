@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One run on several machines: start this on each of them, with the same files at the same places and a run.out that all share.
 #
-#   NODES=2 HEAD=10.0.0.1 bash launch/torchrun.sh recipes/flux_schnell.toml [options of dedistill.train]
+#   NODES=2 HEAD=10.0.0.1 bash launch/torchrun.sh dedistill:flux_schnell [options of dedistill.train]
 #
 # NODES: machines (1). HEAD: address of one of them (localhost). PORT: a free port there (29500). PER_NODE: processes on each
 # (its GPUs; 2 without any). JOB: a name shared by the machines of one run (dedistill).

@@ -83,7 +83,8 @@ def test_forest_plot_puts_zero_in_the_middle_and_escapes():
 
 def test_variances_are_those_of_gradients_taken_one_by_one(tmp_path):
     recipe = load_recipe(
-        ROOT / "recipes" / "digits" / "teacher.toml", ["train.batch=4", "model.new.layers=1", "model.new.single_layers=1"]
+        "dedistill:digits/teacher",
+        ["train.batch=4", "model.new.layers=1", "model.new.single_layers=1"],
     )
     source, model = open_source(recipe.data), build_model(recipe)
     model.parts.net.requires_grad_(True)

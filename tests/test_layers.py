@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dedistill"
 LEVELS = [
-    {"errors", "quiet", "pulse"},
-    {"files", "patterns", "arguments"},
+    {"errors", "pulse"},
+    {"files", "patterns"},
     {"io", "pretrained", "tensorfile", "world"},
     {"flow", "recipe", "text"},
     {"data", "families", "base", "adapters", "posthoc"},
@@ -23,8 +23,8 @@ LEVELS = [
     {"finished"},
     {"candidates"},
     {"report"},
-    {"rehearse"},
-    {"train"},
+    {"cli"},
+    {"train", "__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -41,7 +41,7 @@ def imports(text: str) -> set[str]:
         if isinstance(node, ast.ImportFrom):
             assert not node.level, "imports are absolute"
             if node.module == "dedistill":
-                found |= {a.name if a.name in LEVEL else "train" for a in node.names}
+                found |= {a.name if a.name in LEVEL else "train" for a in node.names if a.name != "__version__"}
             elif node.module.startswith("dedistill."):
                 found.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
@@ -59,6 +59,7 @@ def imports(text: str) -> set[str]:
         ("import dedistill.data.order as o, os", {"data"}),
         ("import dedistill", {"train"}),
         ("from dedistill import *", {"train"}),
+        ("from dedistill import __version__", set()),
         ("from dedistillery import engine\nimport torch", set()),
     ],
 )

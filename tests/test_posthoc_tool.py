@@ -1,4 +1,4 @@
-"""tools/posthoc_ema.py on a finished tiny run: both kinds, every space, and what it says when it cannot."""
+"""dedistill posthoc on a finished tiny run: both kinds, every space, and what it says when it cannot."""
 
 import json
 import runpy

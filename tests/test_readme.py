@@ -1,17 +1,23 @@
 """What the README says exists, exists; what it says a wrong recipe prints, is printed."""
 
+import io
 import json
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from dedistill.cli.main import COMMANDS
+from dedistill.cli.main import main as command_line
 from dedistill.recipe import load_recipe
+from dedistill.recipe.shipped import shipped_recipes
 from dedistill.train import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PATHS = sorted(set(re.findall(r"\b(?:recipes|tools|launch|benchmarks|tests|docs)/[\w/.-]*\w|(?<!/)\blab/[\w/.-]*\w", README)))
+ROOMS = "dedistill/recipes|tools|launch|benchmarks|tests|docs"
+PATHS = sorted(set(re.findall(rf"\b(?:{ROOMS})/[\w/.-]*\w|(?<!/)\blab/[\w/.-]*\w", README)))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -22,11 +28,18 @@ def test_named_files_exist(path):
 
 
 def test_commands_name_real_tools_and_flags():
-    for name, flags in re.findall(r"python tools/(\w+)\.py([^\n#]*)", README):
-        source = (ROOT / "tools" / f"{name}.py").read_text()
-        if "of_candidates(" in source or "of_sweep(" in source:
-            source += (ROOT / "dedistill/arguments.py").read_text()
-        assert all(f'"{flag}"' in source for flag in re.findall(r"--[\w-]+", flags)), f"{name}{flags}"
+    commands = re.findall(r"(?:^    |^|`)dedistill (\w+)([^\n#`]*)", README, flags=re.M)
+    assert len(commands) > 20 and {name for name, _ in commands} <= {*COMMANDS, "COMMAND"}
+    for name, flags in commands:
+        if wanted := re.findall(r"--[\w-]+", flags.partition(">")[0]):
+            assert set(wanted) <= options_of(name), f"{name}{flags}"
+
+
+def options_of(command: str) -> set[str]:
+    said = io.StringIO()
+    with redirect_stdout(said), pytest.raises(SystemExit):
+        command_line([command if command in COMMANDS else "train", "--help"])
+    return set(re.findall(r"--[\w-]+", said.getvalue()))
 
 
 def test_commands_of_the_study_are_real_modules_and_flags():
@@ -40,7 +53,7 @@ def test_commands_of_the_study_are_real_modules_and_flags():
 def test_error_line_is_the_real_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
-    text = (ROOT / "recipes/digits/teacher.toml").read_text().replace("batch = 64", "bacth = 64")
+    text = (ROOT / "dedistill/recipes/digits/teacher.toml").read_text().replace("batch = 64", "bacth = 64")
     padding = 31 - next(i for i, line in enumerate(text.splitlines(), 1) if "bacth" in line)
     text = "\n" * padding + text if padding > 0 else "\n".join(text.splitlines()[-padding:])
     (tmp_path / "recipes/mine.toml").write_text(text)
@@ -50,16 +63,22 @@ def test_error_line_is_the_real_one(tmp_path, monkeypatch, capsys):
 
 
 def test_print_recipe_and_plan_need_no_data(capsys):
-    assert main([str(ROOT / "recipes/digits/dedistill.toml"), "--print-recipe", "--set", "train.lr=2e-5"]) == 0
+    assert main([str(ROOT / "dedistill/recipes/digits/dedistill.toml"), "--print-recipe", "--set", "train.lr=2e-5"]) == 0
     assert "lr = 2e-05" in capsys.readouterr().out
-    assert main([str(ROOT / "recipes/mnist_flux.toml"), "--plan"]) == 0
+    assert main([str(ROOT / "dedistill/recipes/mnist_flux.toml"), "--plan"]) == 0
     assert "samples      1,920,000" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda p: p.stem)
-def test_recipe_headers_say_how_to_run_them(path):
-    assert f"accelerate launch -m dedistill.train {path.relative_to(ROOT)}" in path.read_text()
-    assert load_recipe(path).run.out.startswith("runs/")
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_recipe_headers_say_how_to_run_them(name):
+    assert f"dedistill train dedistill:{name}" in shipped_recipes()[name].read_text()
+    assert load_recipe(f"dedistill:{name}").run.out.startswith("runs/")
+
+
+def test_named_recipes_come_with_the_package():
+    named = re.findall(r"dedistill:([\w/]*)(?:\{([\w,]+)\})?(\w*)", README)
+    names = {a + part + b for a, parts, b in named for part in parts.split(",")}
+    assert names - {"NAME"} <= set(shipped_recipes()) and len(names) > 10
 
 
 def test_table_is_the_measured_one():

@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 from dedistill.train import main
 
 ROOT = Path(__file__).parents[1]
-FLUX = [*sorted(p.stem for p in (ROOT / "recipes").glob("fl*.toml")), "openflux"]
+FLUX = [*sorted(p.stem for p in (ROOT / "dedistill" / "recipes").glob("fl*.toml")), "openflux"]
 DIGITS = ["digits/teacher", "digits/dedistill", "mnist/teacher", "mnist/dedistill", "mnist_flux"]
 
 
@@ -31,7 +31,7 @@ def rehearse(tmp_path, pictures, capsys):
     def run(recipe: str, *settings: str) -> tuple[int, str]:
         own = [f"data.sets=[{{path='{pictures}'}}]"] if recipe in FLUX else []
         words = [w for s in (f"run.out='{tmp_path}/run'", *own, *settings) for w in ("--set", s)]
-        code = main([str(ROOT / "recipes" / f"{recipe}.toml"), "--rehearse", *words])
+        code = main([str(ROOT / "dedistill" / "recipes" / f"{recipe}.toml"), "--rehearse", *words])
         return code, capsys.readouterr().err
 
     return run

@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 
 from dedistill.recipe import load_recipe
+from dedistill.report.story import MARGINS, story_checks
 from dedistill.train import main
-from lab.stages import MARGINS, story_checks
 
 ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "recipes" / "digits"
 TINY = ["model.new.layers=1", "model.new.single_layers=1", "model.new.heads=2", "validate.samples=32"]
 
 
@@ -36,7 +35,8 @@ def small(name: str, folder: Path) -> Path:
     model = "[model.new]\nlayers = 1\nsingle_layers = 1\nheads = 2\n" if name == "teacher" else ""
     steps = {"teacher": 60, "student": 40, "dedistill": 8}[name]
     every = 4 if name == "dedistill" else 50
-    text = f'extends = "{RECIPES / name}.toml"\n{model}[train]\nsteps = {steps}\nwarmup = 2\nbatch = 16\n'
+    run = f'[run]\nname = "digits-{name}"\nout = "runs/digits/{name}"\n'
+    text = f'extends = "dedistill:digits/{name}"\n{run}{model}[train]\nsteps = {steps}\nwarmup = 2\nbatch = 16\n'
     text += f"[validate]\nevery = {every}\nsamples = 32\n"
     if name == "dedistill":
         text += "[snapshot]\nevery = 2\n"
@@ -158,7 +158,7 @@ def test_evaluation_answers_after_a_run(story, monkeypatch, capsys):
     before = {p: p.stat().st_mtime_ns for p in [*folder.rglob("cell.json"), *folder.rglob("answers/*.json")]}
     assert tool("evaluate", "small/dedistill.toml", *chosen, *few) == 0
     assert capsys.readouterr().out == said.out and before == {p: p.stat().st_mtime_ns for p in before}
-    assert "tools/posthoc_ema.py RUN makes them" not in said.err
+    assert "dedistill posthoc RUN makes them" not in said.err
     html = (folder / "sweep/index.html").read_text()
     assert 'data-kind="steps" value="3"' in html and (folder / "sweep/sheets/last_steps3.png").is_file()
     assert (folder / "sweep/pictures/last/cfg3_skip0_steps3/p000_s0.png").is_file()

@@ -1,41 +1,5 @@
-"""Which programs load an adapter file, and how many of its tensors; exit code 1 when none does.
-
-python tools/check_adapter.py exports/digits-lokr.safetensors --model runs/digits/student/model
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-from dedistill.train import guarded
+from dedistill.cli.check import main
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="adapter file (safetensors)")
-    parser.add_argument("--model", type=Path, help="folder of the base, where the file does not say")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args()
-    return guarded(lambda: run(args), debug=args.debug)
-
-
-def run(args: argparse.Namespace) -> int:
-    from dedistill.quiet import quiet_dependencies
-
-    quiet_dependencies()
-    from rich.console import Console
-    from rich.table import Table
-
-    from dedistill.release.adapter import check_file
-
-    verdicts = check_file(args.file, args.model)
-    table = Table("program", "loads", "ignores", "what it ignores, or why it refuses")
-    for v in verdicts:
-        shown = v.why or ", ".join(v.ignored[:2]) + (" ..." if len(v.ignored) > 2 else "")
-        table.add_row(v.program, f"{len(v.loaded):,}", f"{len(v.ignored):,}", shown)
-    Console(soft_wrap=True, highlight=False, markup=False).print(table)
-    return 0 if any(v.loaded for v in verdicts) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(main())  # the same as: dedistill check

@@ -1,4 +1,4 @@
-"""Write recipes/schema.json, which editors use to complete and check recipes. ``--check`` only compares."""
+"""Write dedistill/recipes/schema.json, which editors use to complete and check recipes. ``--check`` only compares."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dedistill.recipe.load import json_schema
 
-SCHEMA = Path(__file__).parents[1] / "recipes" / "schema.json"
+SCHEMA = Path(__file__).parents[1] / "dedistill" / "recipes" / "schema.json"
 
 
 def main() -> int:

@@ -1,55 +1,5 @@
-"""How distilled models still are: loss, guidance, straightness, few steps and CFG, with intervals, as one page.
-
-python tools/measure_distillation.py recipes/digits/dedistill.toml                  # base, last snapshot, averages
-python tools/measure_distillation.py recipes/digits/{teacher,dedistill,student}.toml --candidates last
-"""
-
-import argparse
 import sys
 
-from dedistill.arguments import finite, of_candidates, positive
-from dedistill.train import guarded
+from dedistill.cli.measure import main
 
-
-def main() -> int:
-    parser = of_candidates(__doc__.splitlines()[0], "distillation")
-    parser.add_argument("--reference", help="candidate that the others are compared with; default the first")
-    parser.add_argument("--samples", type=positive, default=512, help="held-out samples")
-    parser.add_argument("--steps", type=positive, default=32, help="Euler steps of a path")
-    parser.add_argument("--few", type=positive, nargs="+", default=[1, 2, 4, 8], help="few steps that are compared with it")
-    parser.add_argument("--cfg", type=finite, nargs="+", default=[1, 2, 4, 8], help="guidance scales")
-    args = parser.parse_args()
-    if wrong := [str(n) for n in args.few if n >= args.steps]:
-        parser.error(f"argument --few: {', '.join(wrong)} steps are no fewer than --steps {args.steps}")
-    return guarded(lambda: run(args), debug=args.debug)
-
-
-def run(args: argparse.Namespace) -> int:
-    from dedistill.quiet import quiet_dependencies
-
-    quiet_dependencies()
-    from dedistill.candidates import compared
-    from dedistill.report.console import say
-    from dedistill.report.distillation import Questions, measure
-    from dedistill.report.distillation_page import write_distillation_page
-
-    asked = compared(args, "distillation", say)
-    questions = Questions(
-        recipe=asked.data,
-        source=asked.held_out(),
-        prompts=list(asked.prompts),
-        judge=asked.judge(),
-        samples=args.samples,
-        steps=args.steps,
-        few=tuple(sorted(set(args.few))),
-        cfgs=tuple(sorted(set(args.cfg))),
-    )
-    title = f"How distilled still: {asked.names}"
-    found = measure(asked.candidates, questions, reference=args.reference, title=title, kept=asked.out / "answers", say=say)
-    page = write_distillation_page(asked.out, found)
-    print(f"done: {page}, and distillation.json beside it", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(main())  # the same as: dedistill measure

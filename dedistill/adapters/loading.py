@@ -33,7 +33,7 @@ def load_lokr(pipe: Any, file: str | Path, name: str = "dedistill") -> str:
     shapes = {n: (m.out_features, m.in_features) for n, m in linears.items()}
     layers = by_layer(tensors, shapes, source)
     if is_lora(layers):
-        raise UserError(f"'{source}' is a LoRA: use pipe.load_lora_weights, after tools/export_model.py --format peft")
+        raise UserError(f"'{source}' is a LoRA: use pipe.load_lora_weights, after dedistill export --format peft")
     check_shapes(layers, shapes, source)
     factors = {f"{linear}.{w}": t for linear, f in layers.items() for w, t in _multiplied_out(f).items()}
     r = max(max(t.shape) for t in factors.values())  # so large that PEFT makes full factors; alpha = r: scale 1

@@ -6,13 +6,14 @@ from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
-from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
 from PIL import Image
 
 from dedistill.flow import keyed
 
 MIN_KEPT = 0.5
 """A random aspect keeps at least this share of the picture."""
+SHAPES = ((1, 1), (4, 5), (5, 4), (2, 3), (3, 2), (3, 4), (4, 3), (9, 16), (16, 9), (1, 2), (2, 1))
+"""Width to height of the buckets, in the order of diffusers."""
 Bucket = tuple[int, int]
 
 
@@ -36,7 +37,13 @@ class Crop:
 
 @lru_cache
 def _ladder(resolution: int, divisible: int) -> tuple[Bucket, ...]:
-    return tuple(generate_aspect_ratio_buckets(resolution, divisible))
+    """The buckets of one resolution, as diffusers makes them; without it, as a look at images needs none of its imports."""
+
+    def side(length: float) -> int:
+        return max(divisible, round(length / divisible) * divisible)
+
+    heights = [(((resolution * resolution) / (w / h)) ** 0.5, w / h) for w, h in SHAPES]
+    return tuple(dict.fromkeys((side(height), side(height * aspect)) for height, aspect in heights))
 
 
 def buckets_for(resolutions: Sequence[int], divisible: int = 16) -> list[Bucket]:
@@ -101,8 +108,8 @@ def _window(sample: Sized, bucket: Bucket, x: float, y: float) -> tuple[float, f
 
 
 def _nearest(height: int, width: int, resolution: int, divisible: int, fitting: list[Bucket]) -> list[Bucket]:
-    ladder = _ladder(resolution, divisible)
-    bucket = ladder[find_nearest_bucket(height, width, ladder)]
+    # of equally near ones the last, as in diffusers
+    bucket = min(reversed(_ladder(resolution, divisible)), key=lambda b: abs(height * b[1] - width * b[0]))
     return [bucket] if bucket in fitting else []
 
 

@@ -85,11 +85,11 @@ def read_facts(folder: Path) -> dict:
         facts = read_sealed(folder / FACTS)
         _check_facts(facts)
     except OSError as e:
-        raise UserError(f"data.path: no pairs in '{folder}' (make them with tools/make_pairs.py): {e}") from e
+        raise UserError(f"data.path: no pairs in '{folder}' (make them with dedistill pairs): {e}") from e
     except ValueError as e:
-        raise UserError(f"data.path: '{folder / FACTS}' {e}; delete it and run tools/make_pairs.py again") from e
+        raise UserError(f"data.path: '{folder / FACTS}' {e}; delete it and run dedistill pairs again") from e
     if not facts.get("complete"):
-        raise UserError(f"data.path: '{folder}' is unfinished ({len(facts['shards'])} shards); run tools/make_pairs.py again")
+        raise UserError(f"data.path: '{folder}' is unfinished ({len(facts['shards'])} shards); run dedistill pairs again")
     return facts
 
 
@@ -112,9 +112,7 @@ def _index_shard(folder: Path, shard: dict) -> list[tuple[mmap.mmap, dict[str, t
     except OSError as e:
         raise UserError(f"data.path: shard '{path}' cannot be read: {e}") from e
     if found != shard["sha256"]:
-        raise UserError(
-            f"data.path: shard '{path}' is damaged (its SHA-256 differs); delete it and run tools/make_pairs.py again"
-        )
+        raise UserError(f"data.path: shard '{path}' is damaged (its SHA-256 differs); delete it and run dedistill pairs again")
     with open(path, "rb") as f:
         view = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     samples: dict[str, dict[str, tuple[int, int]]] = {}

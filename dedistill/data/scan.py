@@ -15,7 +15,6 @@ from dedistill.data.buckets import buckets_for, crops_of
 from dedistill.data.index import READERS, Index
 from dedistill.data.mixing import caption_warnings
 from dedistill.errors import UserError
-from dedistill.pretrained import load_tokenizer
 
 SIDES = (256, 384, 512, 768, 1024, 1536, 2048, 4096)
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
@@ -133,6 +132,8 @@ def _lengths(captions: list[str], tokenizer: Path | None) -> tuple[list[int], st
     if not tokenizer.is_dir():
         raise UserError(f"--tokenizer: '{tokenizer}' is not a folder", exit_code=2)
     try:
+        from dedistill.pretrained import load_tokenizer
+
         encode = load_tokenizer(AutoTokenizer, tokenizer, "--tokenizer")
     except UserError as e:
         raise UserError(str(e), exit_code=2) from e

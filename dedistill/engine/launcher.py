@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +153,8 @@ def _option(words: list[str], name: str) -> str | None:
 def resume_command(argv: list[str]) -> str:
     """What to type to continue, with the launcher and its options if there was one. argv: the arguments of training."""
     if not launched():
-        return shlex.join(["python", "-m", "dedistill.train", *argv])
+        command = ["dedistill", "train"] if Path(sys.argv[0]).name == "dedistill" else ["python", "-m", "dedistill.train"]
+        return shlex.join([*command, *argv])
     words = _words(os.getppid()) or ["accelerate", "launch", "-m"]
     return shlex.join([*words, "dedistill.train", *argv])
 

@@ -7,10 +7,12 @@ generator keeps only 32 bits of a seed, too few for the tens of millions of draw
 
 import hashlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def generator(seed: int, purpose: str, *place: int) -> np.random.Generator:
@@ -20,9 +22,11 @@ def generator(seed: int, purpose: str, *place: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def noise(seed: int, purpose: str, step: int, positions: Iterable[int], shape: tuple[int, ...]) -> Tensor:
+def noise(seed: int, purpose: str, step: int, positions: Iterable[int], shape: tuple[int, ...]) -> "Tensor":
     """Standard normal noise [len(positions), *shape], float32, one keyed draw per sample."""
     rows = [generator(seed, purpose, step, int(p)).standard_normal(shape, dtype=np.float32) for p in positions]
+    import torch  # here: who only looks at images draws crops, and needs no torch
+
     return torch.from_numpy(np.stack(rows))
 
 

@@ -62,7 +62,10 @@ def json_schema() -> dict[str, Any]:
     for table in _tables(Recipe):
         _tell_defaults(table, raw["$defs"][table.__name__]["properties"])
     schema = _tidy(raw)
-    extends = {"type": "string", "description": "Recipe that this one changes, relative to this file."}
+    extends = {
+        "type": "string",
+        "description": "Recipe that this one changes: a path from this file, or dedistill:NAME.",
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "dedistill recipe",

@@ -19,6 +19,7 @@ from dedistill.recipe.locate import dotted, locate
 from dedistill.recipe.resolve import resolve
 from dedistill.recipe.rules import contradictions
 from dedistill.recipe.schema import Recipe, Table
+from dedistill.recipe.shipped import near_shipped, shipped_file
 
 __all__ = ["RecipeError", "json_schema", "load_recipe", "to_toml"]
 
@@ -91,10 +92,10 @@ class _Draft:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, what it extends, and overrides like ``train.lr=1e-4``; an override replaces the whole value.
 
-    Defaults that depend on other keys or on the family are values in what is returned (``recipe.resolve``).
-    Raises RecipeError with all mistakes at once.
+    path: a file, or ``dedistill:NAME``. Defaults that depend on other keys or on the family are values in what is returned
+    (``recipe.resolve``). Raises RecipeError with all mistakes at once.
     """
-    draft = _read_chain(Path(path))
+    draft = _read_chain(str(path))
     for i, text in enumerate(overrides):
         _override(draft, text, _Place(1000 + i, "--set"))
     for key in draft.places:
@@ -114,36 +115,68 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read_chain(path: Path) -> _Draft:
-    """The file at ``path`` laid over the one it extends, and so on."""
-    draft, layers, seen, via = _Draft(os.path.normpath(path)), [], [], ""
+def _read_chain(name: str) -> _Draft:
+    """The recipe called ``name`` laid over the one it extends, and so on."""
+    path, file = _find(name, Path(), "")
+    draft, layers, seen, via = _Draft(file), [], [], ""
     while True:
-        data, places = _read(path, len(layers), via)
-        if path.resolve() in [p.resolve() for p in seen]:
-            circle = " -> ".join(os.path.normpath(p) for p in [*seen, path])
+        data, places = _read(path, file, len(layers), via)
+        if path.resolve() in [p.resolve() for p, _ in seen]:
+            circle = " -> ".join(called for _, called in [*seen, (path, file)])
             raise RecipeError([f"{via}leads round in a circle: {circle}"])
         layers.append((data, places))
-        seen.append(path)
+        seen.append((path, file))
         if "extends" not in data:
             break
         base, place = data.pop("extends"), places.pop("extends")
         if not isinstance(base, str):
             raise RecipeError([f"{place}: extends: expects a string, the path of another recipe, got {shown(base)}"])
-        path, via = path.parent / base, f"{place}: extends: "
+        via = f"{place}: extends: "
+        path, file = _find(base, path.parent, via)
+    own = layers[0][0]
     for data, places in reversed(layers):
         draft.lay(data, places)
+    if len(layers) > 1:
+        _take_own_places(draft, own, seen[0][0])
     return draft
 
 
-def _read(path: Path, order: int, via: str) -> tuple[dict[str, Any], dict[str, _Place]]:
-    """Data of one file and where it stands; ``via`` opens the message when the file was named by another."""
-    file = os.path.normpath(path)
+def _find(name: str, folder: Path, via: str) -> tuple[Path, str]:
+    """The file that ``name`` means in a recipe that lies in ``folder``, and what errors call it."""
+    try:
+        packaged = shipped_file(name)
+    except LookupError as exc:
+        raise RecipeError([f"{via}{name}: {exc.args[0]}"]) from None
+    return (packaged, name.removesuffix(".toml")) if packaged else (folder / name, os.path.normpath(folder / name))
+
+
+def _take_own_places(draft: _Draft, own: dict[str, Any], file: Path) -> None:
+    """A recipe that extends another and has no [run] writes where its own name says, never into the other's folders."""
+    run, data = draft.data.get("run"), draft.data.get("data")
+    if "run" in own or not isinstance(run, dict):
+        return
+    name = re.sub(r"[^A-Za-z0-9._ -]", "-", file.stem).lstrip("._ -")[:100] or "run"
+    places = {"run.name": name, "run.out": f"runs/{file.stem}"}
+    if isinstance(data, dict) and "cache" in data and "cache" not in _table(own, "data"):
+        places["data.cache"] = f"cache/{file.stem}"
+    for key, value in places.items():
+        table, _, last = key.partition(".")
+        draft.data[table][last] = value
+        draft.places[key] = _Place(0, draft.file)
+
+
+def _table(data: dict[str, Any], name: str) -> dict[str, Any]:
+    return data[name] if isinstance(data.get(name), dict) else {}
+
+
+def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], dict[str, _Place]]:
+    """Data of one file, called ``file`` in errors, and where it stands; ``via`` opens the message when another named it."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         raise RecipeError([f"{via}{file}: not a text file in UTF-8 (byte {exc.start})"]) from None
     except (OSError, ValueError) as exc:
-        reasons = {FileNotFoundError: "no such file", IsADirectoryError: "a folder, not a recipe"}
+        reasons = {FileNotFoundError: f"no such file{near_shipped(path)}", IsADirectoryError: "a folder, not a recipe"}
         reason = reasons.get(type(exc), getattr(exc, "strerror", None) or str(exc))
         raise RecipeError([f"{via}{file}: {reason}"]) from None
     try:

@@ -68,7 +68,7 @@ def _data_rules(r: Recipe) -> list[tuple[str, str]]:
             if getattr(r.data, key) not in (None, []):
                 found.append((f"data.{key}", f"has no effect with source = '{r.data.source}'; it belongs to 'pictures'"))
     if r.data.source == "pairs" and r.data.path is None:
-        found.append(("data.path", "required with source = 'pairs': the folder that tools/make_pairs.py wrote"))
+        found.append(("data.path", "required with source = 'pairs': the folder that dedistill pairs wrote"))
     if r.data.source == "digits" and r.data.path is not None:
         found.append(("data.path", "has no effect with source = 'digits', which ships with scikit-learn"))
     if r.data.source == "pairs" and r.data.caption_dropout:

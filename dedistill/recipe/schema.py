@@ -175,7 +175,7 @@ Resolution = Annotated[int, Field(ge=16, multiple_of=16)]
 class Data(Table):
     source: Literal["digits", "mnist", "pairs", "pictures"] = Field(
         description="digits: scikit-learn's 8x8 digits, two per picture; mnist: 28x28 digits padded to 32x32; "
-        "pairs: stored noise and pictures from tools/make_pairs.py; pictures: captioned pictures of your own."
+        "pairs: stored noise and pictures from dedistill pairs; pictures: captioned pictures of your own."
     )
     path: str | None = Field(
         None, description="pairs: folder of shards (required). mnist: folder of IDX files. None: as installed."
@@ -314,7 +314,7 @@ class Snapshot(Table):
         min_length=2,
         max_length=2,
         description="Widths (sigma_rel) of two power-law averages of the weights, tracked and kept beside every copy, from "
-        "which tools/posthoc_ema.py makes those of other widths; usually [0.05, 0.10]. None: off.",
+        "which dedistill posthoc makes those of other widths; usually [0.05, 0.10]. None: off.",
     )
 
 
@@ -374,13 +374,16 @@ class Recipe(Table):
         """Whether the recipe sets ``key`` itself, or ``--set`` does, and not a default."""
         return key in self._places
 
-    def where(self, key: str) -> str:
-        """``file:line: key`` of a dotted key such as ``adapter.targets.0.pattern``, for errors found after loading."""
+    def place(self, key: str) -> str:
+        """``file:line`` of a dotted key such as ``adapter.targets.0.pattern``, or of the table it is in; else nothing."""
         parts = key.split(".")
-        for n in range(len(parts), 0, -1):
-            if place := self._places.get(".".join(parts[:n])):
-                return f"{place}: {key}"
-        return key
+        places = (self._places.get(".".join(parts[:n])) for n in range(len(parts), 0, -1))
+        return next(filter(None, places), "")
+
+    def where(self, key: str) -> str:
+        """``file:line: key``, for errors found after loading."""
+        place = self.place(key)
+        return f"{place}: {key}" if place else key
 
     def placed(self, message: str) -> str:
         """``message`` with file and line in front, when it begins with a key that the recipe sets."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from dedistill.errors import UserError
 from dedistill.files import make_folder
@@ -12,13 +13,14 @@ from dedistill.posthoc.reconstruct import TRUSTED, find_profiles, reconstruct
 from dedistill.posthoc.snapshots import Snapshot, find_snapshots
 from dedistill.posthoc.stream import Average, write_averages
 from dedistill.recipe import load_recipe
-from dedistill.release.deltas import Misfit, write_dense, write_refactored
-from dedistill.release.merge import merge_adapter
+
+if TYPE_CHECKING:
+    from dedistill.release.deltas import Misfit
 
 SPACES = {
     "factors": "each factor by itself, as LibreFLUX did: quick, but not the average of the weights",
     "refactored": "the average of the deltas, brought back to the nearest adapter of the same sizes",
-    "delta": "the average of the deltas, dense and exact; a file that tools/merge_adapter.py takes",
+    "delta": "the average of the deltas, dense and exact; a file that dedistill merge takes",
     "merged": "the average of the weights themselves: model folders, base included",
 }
 
@@ -26,7 +28,7 @@ SPACES = {
 @dataclass(frozen=True)
 class Written:
     paths: list[Path]
-    lost: list[Misfit]
+    lost: "list[Misfit]"
     """Of refactored averages, in the same order; else empty."""
 
 
@@ -38,11 +40,15 @@ def write_in_space(snapshots: Sequence[Snapshot], averages: Sequence[Average], s
     paths = [a.path for a in averages]
     if space == "factors":
         return Written(write_averages(snapshots, averages), [])
+    from dedistill.release.deltas import write_dense, write_refactored  # with the libraries of adapters: seconds
+
     if space == "refactored":
         return Written(paths, write_refactored(snapshots, averages))
     if space == "delta":
         write_dense(snapshots, averages)
         return Written(paths, [])
+    from dedistill.release.merge import merge_adapter
+
     folders = [path.with_suffix("") for path in paths]
     make_folder(paths[0].parent)
     recipe = load_recipe(run / "recipe.toml")

@@ -1,4 +1,4 @@
-"""The page of what tools/measure_distillation.py found: one table of verdicts, curves with intervals, every number."""
+"""The page of what dedistill measure found: one table of verdicts, curves with intervals, every number."""
 
 from pathlib import Path
 

@@ -5,15 +5,16 @@ import os
 from pathlib import Path
 
 from dedistill.adapters.influence import recipe_fragment
+from dedistill.recipe.shipped import PREFIX
 from dedistill.report.pages import figure, render
 from dedistill.sampling.influence import STREAMS, Influence
 
 
-def write_influence(out: Path, found: Influence, factors: dict[str, int], used: int, budget: int, recipe: Path) -> Path:
+def write_influence(out: Path, found: Influence, factors: dict[str, int], used: int, budget: int, recipe: str) -> Path:
     """Write ``influence.json``, ``influence.toml`` and ``index.html`` into ``out``; returns the page's path.
 
-    factors: block -> LoKr factor, ``used`` trained numbers within ``budget``; recipe: the file that was measured, which
-    influence.toml extends.
+    factors: block -> LoKr factor, ``used`` trained numbers within ``budget``; recipe: the one that was measured, a file or
+    dedistill:NAME, which influence.toml extends.
     """
     out.mkdir(parents=True, exist_ok=True)
     influence = found.per_block()
@@ -29,18 +30,18 @@ def write_influence(out: Path, found: Influence, factors: dict[str, int], used: 
     }
     (out / "influence.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     note = f"LoKr factors by layer influence: {used:,} trained numbers of {budget:,} allowed. Extend this file in a recipe."
-    extends = Path(os.path.relpath(recipe, out)).as_posix()
+    extends = recipe if recipe.startswith(PREFIX) else Path(os.path.relpath(recipe, out)).as_posix()
     (out / "influence.toml").write_text(recipe_fragment(factors, extends, note), encoding="utf-8")
     page = out / "index.html"
     page.write_text(render("influence.html.j2", **_values(numbers, found, recipe)), encoding="utf-8")
     return page
 
 
-def _values(numbers: dict, found: Influence, recipe: Path) -> dict:
+def _values(numbers: dict, found: Influence, recipe: str) -> dict:
     means = found.distance.mean(2)
     curves = {stream: [(i, float(means[i, s])) for i in range(len(means))] for s, stream in enumerate(STREAMS)}
     return {
-        "title": f"Layer influence: {recipe.stem}",
+        "title": f"Layer influence: {Path(recipe).stem}",
         "numbers": numbers,
         "streams": STREAMS,
         "most": float(found.distance.max()) or 1.0,

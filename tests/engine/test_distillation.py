@@ -54,7 +54,7 @@ def digits() -> tuple[Model, Objective]:
 
 
 def test_the_numbers_are_those_of_the_tool(digits):
-    """The same meters as tools/measure_distillation.py, on the samples' own captions and noise."""
+    """The same meters as dedistill measure, on the samples' own captions and noise."""
     model, objective = digits
     found = Meters(objective, 12, 5, 12)(model)
     (task,) = objective.held_out(12, 12)

@@ -21,6 +21,7 @@ from dedistill.engine.checkpoint import damage, list_checkpoints
 from dedistill.engine.launcher import REFUSED, promised, resume_command
 from dedistill.engine.requests import BY_SIGNAL, ECHO, REPEAT, Requests
 from dedistill.errors import RUN_AGAIN
+from dedistill.recipe import load_recipe
 from dedistill.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -189,14 +190,14 @@ def test_the_other_launch_files_parse():
         assert subprocess.run(["bash", "-n", script]).returncode == 0, script
     assert subprocess.run(["bash", ROOT / "launch/torchrun.sh"], capture_output=True).returncode == 2
     sky = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
-    assert (ROOT / sky["envs"]["RECIPE"]).is_file() and sky["workdir"] == "."
+    assert load_recipe(sky["envs"]["RECIPE"]) and sky["workdir"] == "."
     for part in (sky["setup"], sky["run"]):
         assert subprocess.run(["bash", "-n"], input=part, text=True).returncode == 0
     for line in (ROOT / "launch/Dockerfile").read_text().splitlines():
         if line.startswith("COPY"):
             assert all((ROOT / name).exists() for name in line.split()[1:-1])
     for file in ROOT.glob("launch/*"):
-        named = re.findall(r"\b(?:launch|recipes)/[\w/]+\.\w+", file.read_text())
+        named = re.findall(r"\blaunch/[\w/]+\.\w+", file.read_text())
         assert all((ROOT / name).is_file() for name in named), file
 
 
@@ -205,8 +206,7 @@ def test_the_other_launch_files_parse():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_demo_stops_its_job_and_waits(tmp_path, number):
     """T4: the demo script itself, with the installation left out."""
-    for name in ("launch", "recipes", "tools"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
     setup = 'set -euo pipefail\ncd "$(dirname "${BASH_SOURCE[0]}")/.."\nexport OMP_NUM_THREADS=1\n'
     (tmp_path / "launch" / "setup.sh").write_text(setup)
     with open(tmp_path / "said", "w") as said:
@@ -221,7 +221,7 @@ def test_a_signal_to_the_demo_stops_its_job_and_waits(tmp_path, number):
     assert children and not any(alive(int(child)) for child in children)
     (saved,) = list_checkpoints(tmp_path / "runs/digits/teacher/checkpoints")
     said = (tmp_path / "said").read_text()
-    assert damage(saved) == "" and "continue with: bash launch/demo.sh digits" in said and "Traceback" not in said
+    assert damage(saved) == "" and "continue with: dedistill demo digits" in said and "Traceback" not in said
 
 
 def test_cudnn_attention_is_off_in_training(teacher_recipe):

@@ -20,7 +20,7 @@ from dedistill.recipe import load_recipe
 CAPTIONS = ["sun", "one red cat", "the dog and the tree with hat"]  # 2, 4 and 8 tokens with the end
 LENGTH = 12
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
-MNIST = Path(__file__).parents[2] / "recipes" / "mnist_flux.toml"
+MNIST = Path(__file__).parents[2] / "dedistill" / "recipes" / "mnist_flux.toml"
 
 
 @pytest.fixture(params=FAMILIES)

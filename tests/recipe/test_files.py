@@ -59,10 +59,11 @@ def test_extends_merges_tables_and_replaces_arrays(tmp_path, monkeypatch):
     base["train"] |= {"lr": 6.0, "batch": 16}
     base["model"]["new"]["width"] = 24
     base["adapter"]["targets"] = [{"preset": "attention", "pattern": None, "factor": 4, "rank": "full"}]
+    base["run"] |= {"name": "top", "out": "runs/top"}
     assert top.resolved() == base
     assert top.where("train.lr") == "deep/top.toml:3: train.lr"
     assert top.where("train.batch") == "deep/middle.toml:4: train.batch"
-    assert top.where("run.name") == "base.toml:2: run.name"
+    assert top.where("run.name") == "deep/top.toml: run.name"
     assert top.where("adapter.targets.0.preset") == "deep/top.toml:7: adapter.targets.0.preset"
     assert "adapter.targets.1" not in top._places  # the base's second target is gone
 

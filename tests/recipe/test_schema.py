@@ -20,8 +20,8 @@ from dedistill.recipe.rules import contradictions
 from dedistill.recipe.schema import Table
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = ROOT / "recipes" / "schema.json"
-SHIPPED = sorted((ROOT / "recipes").rglob("*.toml"))
+SCHEMA = ROOT / "dedistill" / "recipes" / "schema.json"
+SHIPPED = sorted((ROOT / "dedistill" / "recipes").rglob("*.toml"))
 FULL = {"new": NEW, "trained": TRAINED, "mode": MODE, "pictures": PICTURES}
 
 
@@ -163,7 +163,7 @@ def test_a_contradiction_stands_at_the_line_of_its_table_or_file(errors_of):
     assert errors_of(text) == [
         f"x.toml:{number['patch = 3']}: model.new.patch: 3 does not divide the picture, 8 x 16",
         f"x.toml:{number['rope_axes = [4, 6, 8]']}: model.new.rope_axes: they add up to 18, head_dim is 16",
-        f"x.toml:{number['[data]']}: data.path: required with source = 'pairs': the folder that tools/make_pairs.py wrote",
+        f"x.toml:{number['[data]']}: data.path: required with source = 'pairs': the folder that dedistill pairs wrote",
     ]
 
 

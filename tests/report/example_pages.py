@@ -22,12 +22,12 @@ from dedistill.report.influence_page import write_influence
 from dedistill.report.run_page import write_run_page
 from dedistill.report.scan_page import write_scan_page
 from dedistill.report.selection_page import write_selection_page
+from dedistill.report.story_page import write_story_page
 from dedistill.report.sweep_page import write_sweep_page
 from dedistill.sampling.influence import Influence
 from dedistill.sampling.selection import select
 from dedistill.sampling.sweep import Candidate, Grid
 from lab.page import write_page
-from lab.story_page import write_story_page
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -53,7 +53,7 @@ def distillation(folder: Path) -> Path:
 def influence(folder: Path) -> Path:
     distance = torch.rand(3, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = Influence([f"transformer_blocks.{i}" for i in range(3)], [1 - i / 8 for i in range(8)], distance, 5)
-    return write_influence(folder, found, dict.fromkeys(found.blocks, 4), 90, 100, folder / "recipe.toml")
+    return write_influence(folder, found, dict.fromkeys(found.blocks, 4), 90, 100, str(folder / "recipe.toml"))
 
 
 def scanned(folder: Path) -> Path:
@@ -117,7 +117,7 @@ def evaluation(folder: Path) -> Path:
     run = [
         Candidate(name, name, 3, lambda baked=baked: closed_form(baked=baked)) for name, baked in (("base", 3.0), ("last", 1.0))
     ]
-    recipe = load_recipe(ROOT / "recipes/digits/teacher.toml")
+    recipe = load_recipe("dedistill:digits/teacher")
     asked = Questions(recipe, ClosedFormData(), prompts, judge=None, samples=32, steps=3, few=(1, 2), cfgs=(1.0, 3.0))
     grid = Grid((1.0, 3.0), (0,), tuple(prompts), (0,))
     found = evaluate([run], asked, grid, folder, names="t", say=lambda line: None)

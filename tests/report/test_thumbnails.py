@@ -11,8 +11,8 @@ from test_pages import Page, story_of, write_sweep
 
 from dedistill.errors import UserError
 from dedistill.report import sweep_gallery
+from dedistill.report.story_page import write_story_page
 from dedistill.report.sweep_page import write_sweep_page
-from lab.story_page import write_story_page
 
 SIDE = 512
 

@@ -20,7 +20,7 @@ from dedistill.sampling.meters import Reading
 from dedistill.sampling.selection import select
 from dedistill.sampling.sweep import Candidate, Grid
 
-RECIPE = load_recipe(Path(__file__).parent.parent.parent / "recipes/digits/teacher.toml", [])
+RECIPE = load_recipe("dedistill:digits/teacher")
 PROMPTS = [f"{i % 2}" + " " * i for i in range(16)]
 """Different texts that are one of two labels to the closed form."""
 

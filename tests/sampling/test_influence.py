@@ -202,7 +202,7 @@ def test_a_recipe_extends_the_fragment(tmp_path, adapter_recipe, base_model):
     budget = 20_000
     factors, used = share_out(found.per_block(), dense_shapes(model.parts.net, linear_names(model.parts.net)), budget)
     out = tmp_path / "elsewhere" / "influence"
-    write_influence(out, found, factors, used, budget, adapter_recipe)
+    write_influence(out, found, factors, used, budget, str(adapter_recipe))
 
     mine = tmp_path / "mine.toml"
     mine.write_text(f'extends = "elsewhere/influence/influence.toml"\n[run]\nname = "mine"\nout = "{tmp_path}/mine"\n')
@@ -227,7 +227,13 @@ def test_the_page_shows_every_number(tmp_path):
     """Every block, stream and sigma has its cell, with its value as text beside the colour."""
     distance = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = Influence(["b.0", "b.1", "b.2"], [1.0, 0.75, 0.5, 0.25], distance, 5)
-    page = write_influence(tmp_path, found, {"b.0": 1, "b.1": 16, "b.2": 4}, 90, 100, tmp_path / "r.toml").read_text()
+    page = write_influence(tmp_path, found, {"b.0": 1, "b.1": 16, "b.2": 4}, 90, 100, str(tmp_path / "r.toml")).read_text()
     cells = [f">{value:.3f}</td>" for value in distance.flatten().tolist()]
     assert all(cell in page for cell in cells) and page.count('<td class="cell') == 24
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_a_recipe_of_the_package_is_extended_by_its_name(tmp_path):
+    found = Influence(["b.0"], [1.0], torch.rand(1, 2, 1, dtype=torch.float64), 5)
+    write_influence(tmp_path / "deep", found, {"b.0": 2}, 90, 100, "dedistill:digits/dedistill")
+    assert load_recipe(tmp_path / "deep/influence.toml").adapter.targets[0].factor == 2

@@ -260,10 +260,10 @@ def test_a_damaged_shard_is_refused_by_name(damage, copy):
 def test_unfinished_missing_or_few_pairs_are_refused(copy, tmp_path_factory, teacher, digits):
     """R3: the message says what is missing and which tool makes it."""
     empty = tmp_path_factory.mktemp("empty")
-    with pytest.raises(UserError, match=f"no pairs in '{empty}'.*make_pairs"):
+    with pytest.raises(UserError, match=f"no pairs in '{empty}'.*dedistill pairs"):
         PairSource(empty)
     _interrupt(copy)
-    with pytest.raises(UserError, match=r"is unfinished \(1 shards\); run tools/make_pairs\.py again"):
+    with pytest.raises(UserError, match=r"is unfinished \(1 shards\); run dedistill pairs again"):
         PairSource(copy)
     make_pairs(teacher, digits, empty, **SETTINGS | {"count": 1})
     with pytest.raises(UserError, match="holds 1 pairs"):

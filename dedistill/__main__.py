@@ -1,0 +1,7 @@
+"""``python -m dedistill COMMAND``."""
+
+import sys
+
+from dedistill.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The commands: ``dedistill COMMAND``, ``python -m dedistill COMMAND``. Nothing heavy is imported before it is needed."""

@@ -1,0 +1,49 @@
+"""After a run: how distilled it still is, which weights to take, and at which CFG, skip and steps; with intervals and pictures.
+
+dedistill evaluate dedistill:digits/dedistill
+dedistill evaluate dedistill:digits/dedistill --cfg 1 1.5 2 3 --steps 8 16 --prompts 128
+"""
+
+import argparse
+import sys
+
+from dedistill.cli.arguments import of_sweep, positive
+from dedistill.cli.command import guarded
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = of_sweep("evaluate", __doc__, "evaluation", [1, 1.5, 2, 3, 4, 6])
+    parser.add_argument("--reference", help="candidate that the others are compared with; default the first")
+    parser.add_argument("--by", help="number of scores.json to choose by; default the one that judges prompt adherence")
+    parser.add_argument("--samples", type=positive, default=512, help="held-out samples")
+    args = parser.parse_args(argv)
+    return guarded(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dedistill.candidates import clip_judge, compared, sweep_grid
+    from dedistill.report.console import say
+    from dedistill.report.distillation import Questions
+    from dedistill.report.evaluation import evaluate
+    from dedistill.report.evaluation_page import write_evaluation
+
+    asked = compared(args, "evaluation", say, steps=next(iter(args.steps), None))
+    if not any(c.average for c in asked.candidates):
+        print("no averages among the candidates; dedistill posthoc RUN makes them", file=sys.stderr)
+    grid, clip = sweep_grid(args, asked.prompts), clip_judge(args)
+    questions = Questions(
+        recipe=asked.data,
+        source=asked.held_out(),
+        prompts=list(asked.prompts),
+        judge=asked.judge(),
+        samples=args.samples,
+        steps=32,
+        few=(1, 2, 4, 8),
+        cfgs=tuple(sorted({min(grid.cfgs), max(grid.cfgs)})),
+    )
+    options = {"names": asked.names, "by": args.by, "reference": args.reference, "clip": clip, "say": say}
+    found = evaluate(asked.runs, questions, grid, asked.out, **options)
+    answers, page = write_evaluation(asked.out, found, asked.names)
+    print("\n".join(f"\n{item['question']} {item['answer']}" for item in answers))
+    print(f"\ndone: {page}", file=sys.stderr)
+    return 0

@@ -1,0 +1,61 @@
+"""``dedistill COMMAND``: which command is meant; each reads its own arguments."""
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+from dedistill import __version__
+
+COMMANDS = {
+    "train": ("train", "train as a recipe says; run again to continue"),
+    "plan": ("train:plan", "every number of a run, decided before it starts"),
+    "rehearse": ("train:rehearse", "every stage of a recipe on a tiny random model"),
+    "scan": ("scan", "what is in a data set, and what cannot be used"),
+    "prepare": ("prepare", "encode images and captions before training"),
+    "pairs": ("pairs", "store a teacher's trajectories, to distil or straighten it"),
+    "posthoc": ("posthoc", "average the snapshots of a run"),
+    "sweep": ("sweep", "images and numbers over CFG scales, as one page"),
+    "measure": ("measure", "how distilled models still are, with intervals"),
+    "evaluate": ("evaluate", "after a run: which weights, which CFG"),
+    "influence": ("influence", "how much each block does, and LoKr factors for a budget"),
+    "merge": ("merge", "an adapter into its base"),
+    "export": ("export", "models and adapters as other programs load them"),
+    "check": ("check", "is a recipe right; which programs load an adapter file"),
+    "report": ("report", "the page of a run, also while it goes on"),
+    "demo": ("demo", "teacher, student, de-distilled student on digits, in minutes"),
+    "tiny": ("tiny", "a tiny random model in the layout of the real one"),
+    "recipes": ("recipes", "the recipes that come with dedistill"),
+}
+"""Command -> module of this package, and its function if not ``main``; what it does in a few words."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0 done; 2 wrong arguments or recipe; 75 stopped, run the same command
+    again; 70 a mistake of the program; 1 anything else."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        print(f"dedistill {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "there are:\n  " + ", ".join(COMMANDS)
+        print(f"error: unknown command '{name}', {hint}\nSee dedistill --help.", file=sys.stderr)
+        return 2
+    module, _, function = COMMANDS[name][0].partition(":")
+    return getattr(import_module(f"dedistill.cli.{module}"), function or "main")(rest)
+
+
+def _overview() -> str:
+    lines = [f"  {name:10} {said}" for name, (_, said) in COMMANDS.items()]
+    head = [
+        "usage: dedistill COMMAND ...",
+        "",
+        "Give distilled image models their flow-matching objective and their CFG dial back.",
+        "",
+    ]
+    tail = ["", "dedistill COMMAND --help has options, defaults and an example; dedistill --version the version.", ""]
+    example = ["example: dedistill demo"]
+    return "\n".join([*head, *lines, *tail, *example])

@@ -1,0 +1,38 @@
+r"""Merge a trained adapter into its unquantized base: a model folder that can be exported, used, or trained on again.
+
+dedistill merge dedistill:digits/dedistill --out runs/digits/merged \
+    --weights runs/digits/dedistill/snapshots/step-00000600.safetensors
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dedistill.cli.command import guarded, recipe_parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = recipe_parser("merge", __doc__, "recipe the adapter was trained with; its model.path is the base")
+    parser.add_argument("--weights", type=Path, required=True, help="snapshot, average or other adapter file")
+    parser.add_argument("--out", type=Path, required=True, help="new model folder")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="dtype of the written weights")
+    parser.add_argument("--round", choices=["stochastic", "nearest"], default="stochastic", help="rounding to bf16")
+    args = parser.parse_args(argv)
+    return guarded(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dedistill.recipe import load_recipe
+    from dedistill.release.merge import REPORT, merge_adapter
+    from dedistill.release.rounding import Kept
+
+    recipe = load_recipe(args.recipe, args.set)
+
+    def row(name: str, kept: Kept) -> None:
+        print(f"{name:60}{''.join(f'{value:9.4f}' for value in kept.facts().values())}", flush=True)
+
+    print(f"{'layer':60}{'lost':>9}{'error':>9}{'zeros':>9}")
+    merged = merge_adapter(recipe, args.weights, args.out, dtype=args.dtype, rounding=args.round, say=row)
+    row(f"all {len(merged.layers)} layers", merged.total)
+    print(f"done: {args.out}/ ({REPORT} has these numbers)", file=sys.stderr)
+    return 0

@@ -1,0 +1,50 @@
+"""Store pairs (noise, caption, trajectory points) of a trained model, to distil or straighten it.
+
+dedistill pairs dedistill:digits/teacher --out runs/digits/pairs --count 1536 --cfg 3 --steps 16 --points 4
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dedistill.cli.arguments import finite, positive, whole
+from dedistill.cli.command import guarded, recipe_parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = recipe_parser("pairs", __doc__, "recipe of the teacher; its finished run is used")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--count", type=positive, default=1536, help="pairs")
+    parser.add_argument("--cfg", type=finite, default=3.0, help="guidance scale baked into the pairs")
+    parser.add_argument("--steps", type=positive, default=16, help="Euler steps")
+    parser.add_argument("--points", type=positive, default=4, help="windows between stored states; divides --steps")
+    parser.add_argument("--seed", type=whole, default=0, help="key of noise and prompts")
+    parser.add_argument("--shard-size", type=positive, default=512, help="pairs per shard")
+    args = parser.parse_args(argv)
+    return guarded(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dedistill.finished import open_finished, sampling_device
+    from dedistill.prepare import open_data
+    from dedistill.recipe import load_recipe
+    from dedistill.report.console import say
+    from dedistill.sampling.pairs import make_pairs, teacher_hash
+
+    recipe = load_recipe(args.recipe, args.set)
+    model = open_finished(recipe)
+    facts = make_pairs(
+        model,
+        open_data(recipe, sampling_device(), say).source,
+        args.out,
+        teacher=teacher_hash(model),
+        count=args.count,
+        cfg=args.cfg,
+        steps=args.steps,
+        points=args.points,
+        seed=args.seed,
+        shard_size=args.shard_size,
+        progress=lambda done, total: print(f"pairs {done}/{total}", file=sys.stderr, flush=True),
+    )
+    print(f"done: {facts['count']} pairs in {len(facts['shards'])} shards, {args.out}/", file=sys.stderr)
+    return 0

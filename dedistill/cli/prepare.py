@@ -1,0 +1,58 @@
+"""Encode the images and captions of a recipe before training, or check what is encoded already.
+
+dedistill prepare my_recipe.toml           # what training would do first; goes on when interrupted
+dedistill prepare my_recipe.toml --check   # encodes nothing; exit code 1 when not all is there
+"""
+
+import argparse
+from pathlib import Path
+
+from dedistill.cli.command import recipe_parser, run_recipe
+from dedistill.recipe import Recipe
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = recipe_parser("prepare", __doc__, "recipe with data.source = 'pictures'")
+    parser.add_argument("--check", action="store_true", help="compare the cache with the data, encode nothing")
+    args: argparse.Namespace = parser.parse_args(argv)
+    return run_recipe(args, check if args.check else encode)
+
+
+def check(recipe: Recipe) -> int:
+    """Say what of the data is encoded; 1 where something lacks or is damaged. Done by one process of a launcher's."""
+    from dedistill.engine.launcher import only_first
+
+    if not only_first():
+        return 0
+    from dedistill.prepare import check_cache
+    from dedistill.report.console import say
+
+    problems = check_cache(recipe, say=say)
+    for problem in problems:
+        say(problem)
+    return 1 if problems else 0
+
+
+def encode(recipe: Recipe) -> int:
+    """Encode what the cache lacks, shared among the processes of a launcher."""
+    from dedistill.engine.requests import Requests
+    from dedistill.engine.watchdog import Watchdog
+
+    with Requests(), Watchdog(recipe.run.stuck_after, Path(recipe.data.cache or recipe.run.out)):
+        return _encode(recipe)
+
+
+def _encode(recipe: Recipe) -> int:
+    import torch
+
+    from dedistill.engine.launcher import start
+    from dedistill.prepare import check_cached, open_data
+    from dedistill.report.console import say
+
+    check_cached(recipe)
+    accelerator, world = start(cpu=not torch.cuda.is_available())
+    facts = open_data(recipe, accelerator.device, say, world).facts
+    if world.main:
+        say(", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in facts.items()))
+    world.leave()
+    return 0

@@ -1,0 +1,238 @@
+"""What ``dedistill rehearse`` does: a recipe's whole pipeline in about a minute, on a tiny random model of the same classes.
+
+What the user brought is real: the recipe, its layer names at full size, the data. What is made small are the weights,
+the pictures' resolution and the number of steps. Whatever would fail after days should fail here.
+"""
+
+import io
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from dedistill.adapters.attach import dense_shapes
+from dedistill.adapters.files import read_tensors
+from dedistill.adapters.targets import count_parameters, resolve_targets
+from dedistill.base.quantize import linear_names
+from dedistill.candidates import candidates_of
+from dedistill.data.registry import open_source
+from dedistill.data.samples import write_samples
+from dedistill.engine.checkpoint import list_checkpoints
+from dedistill.engine.launcher import choose_kernels
+from dedistill.errors import UserError
+from dedistill.families.family import Family
+from dedistill.families.registry import get_family, text_length
+from dedistill.finished import last_weights
+from dedistill.prepare import look, without_captions
+from dedistill.recipe import Recipe
+from dedistill.recipe.resolve import resolve
+from dedistill.recipe.shipped import is_shipped
+from dedistill.release.adapter import export_adapter
+from dedistill.release.averaging import average_run
+from dedistill.release.export import FORMS, export_model
+from dedistill.release.merge import merge_adapter
+from dedistill.report.sweep_page import write_sweep_page
+from dedistill.sampling.sweep import Grid, sweep
+
+PICTURES = 8
+"""Of each set of the user's data."""
+STEPS = 4
+SMALL = 64
+"""Side of the squares that the first resolution becomes; the others grow by 16 each."""
+SAMPLE_SIDES = (1600, 1200)
+"""Width and height of sample images: enough for any crop at 1024."""
+PROMPTS = ("", "two words")
+
+Say = Callable[[str], None]
+
+
+def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
+    """Run every stage of ``recipe`` small; raises UserError with the stage where one fails.
+
+    Results are left in ``<run.out>-rehearsal`` for a look; an earlier rehearsal there is replaced.
+    """
+    choose_kernels(exact=True)  # a continued run is compared with an unbroken one, bit for bit
+    out = Path(f"{recipe.run.out}-rehearsal")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    stage = _stages(out, say)
+    family = get_family(recipe.model.family, recipe.where("model.family"))
+    with stage("the plan can be reached"):
+        _check_reachable(recipe)
+        text_length(family, recipe.model.text_length, recipe.where("model.text_length"))
+    with stage("layers and sizes at full scale"):
+        say("  " + _check_full_size(recipe, family))
+    if recipe.data.source == "pictures":
+        recipe, whose = _with_samples(recipe, out, say)
+        with stage(f"{whose} pictures and captions"):
+            real = _copy(recipe, data={"cache": str(out / "cache"), "limit": PICTURES})
+            pictures = look(real, lambda line: say(f"  {line}"))[2]
+            say(f"  {len(pictures)} pictures looked at, {sum(len(p.crops) for p in pictures)} crops")
+            shutil.rmtree(out / "cache", ignore_errors=True)
+            _check_captions(recipe)
+    with stage("a tiny model of the same classes"):
+        small = _small(recipe, family, out)
+    with stage("caches, training, validation, saving"):
+        train(small)
+    with stage("a run that is killed and continued ends the same"):
+        _check_resume(small, train)
+    if recipe.adapter is not None:
+        _after_training(recipe, small, out, stage)
+    say(f"rehearsed: {out}/")
+
+
+def _after_training(recipe: Recipe, small: Recipe, out: Path, stage) -> None:
+    with stage("post-hoc averages"):
+        widths = [0.075] if recipe.snapshot.ema else None
+        average_run(out / "run", alphas=[0.5, 0.9], widths=widths, say=lambda line: None)
+    with stage("CFG sweep"):
+        grid = Grid((1.0, 3.0), (0,), PROMPTS, (0,))
+        sweep(candidates_of(small, None), grid, out / "sweep", title="rehearsal", judge=None, say=lambda line: None)
+        write_sweep_page(out / "sweep")
+    with stage("merge into the base"):
+        merge_adapter(small, last_weights(out / "run"), out / "merged", dtype="fp32")
+        merged = small.model.model_copy(update={"path": str(out / "merged")})
+        get_family(recipe.model.family).load(merged, seed=0)
+    with stage("export of the merged model and of the adapter"):
+        for form in FORMS:
+            export_model(out / "merged", out / "exported" / form, form)
+        spellings = ("lycoris", "transformer") if recipe.adapter.kind == "lokr" else ("lycoris", "peft", "kohya")
+        for spelling in spellings:
+            file = out / "exported" / f"adapter-{spelling}.safetensors"
+            export_adapter(last_weights(out / "run"), file, spelling, out / "merged")
+
+
+def _stages(out: Path, say: Say):
+    """A context for each stage: says how long it took, keeps its chatter in a log, names the stage in errors."""
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        start, heard = time.monotonic(), io.StringIO()
+        try:
+            with redirect_stderr(heard), redirect_stdout(heard):
+                yield
+        except (UserError, OSError, SafetensorError) as e:
+            told = e if isinstance(e, UserError) else f"cannot write in '{out}': {e}"
+            place = f"(rehearsal, stage '{name}'; see {out}/rehearsal.log)"
+            raise UserError(f"{told}\n{place}", getattr(e, "exit_code", 1)) from e
+        finally:
+            with open(out / "rehearsal.log", "a") as log:
+                log.write(f"== {name}\n{heard.getvalue()}")
+        say(f"ok  {time.monotonic() - start:5.1f} s  {name}")
+
+    return stage
+
+
+def _with_samples(recipe: Recipe, out: Path, say: Say) -> tuple[Recipe, str]:
+    """``recipe`` on sample images of the package's own where a shipped recipe names places that are not there.
+
+    A place that the user named is looked at, whatever is there. Also returns whose images they are.
+    """
+    sets = recipe.data.sets
+    named = any(not is_shipped(recipe.place(f"data.sets.{i}.path")) or Path(s.path).exists() for i, s in enumerate(sets))
+    if named:
+        return recipe, "your"
+    count = write_samples(out / "images", *SAMPLE_SIDES)
+    say(f"no images in '{sets[0].path}' yet: rehearsing on {count} sample images of the package's own, in {out}/images")
+    return _copy(recipe, data={"sets": [sets[0].model_copy(update={"path": str(out / "images")})]}), "sample"
+
+
+def _check_reachable(recipe: Recipe) -> None:
+    """Settings that no step of the run would ever come to."""
+    for key in ("validate", "meters", "snapshot", "preview", "checkpoint"):
+        every = getattr(recipe, "validate_" if key == "validate" else key).every
+        if every > recipe.train.steps:
+            raise UserError(
+                f"{recipe.where(f'{key}.every')}: {every:,} is never reached, train.steps is {recipe.train.steps:,}", 2
+            )
+
+
+def _check_captions(recipe: Recipe) -> None:
+    """Of all pictures, not only of those looked at."""
+    missing = without_captions(recipe)
+    if missing and recipe.data.missing_captions == "error":
+        raise UserError(
+            f"{recipe.where('data.sets')}: {len(missing):,} pictures have no caption, e.g. {missing[0]}; write them, "
+            "or set data.missing_captions"
+        )
+
+
+def _check_full_size(recipe: Recipe, family: Family) -> str:
+    """Layer patterns against the full-size network, and whether what will be kept fits the disk."""
+    net = family.full_size(recipe.model)
+    total = sum(p.numel() for p in net.parameters())
+    if recipe.adapter is None:
+        count, told = total, f"all {total:,} parameters are trained"
+    else:
+        targets = resolve_targets(recipe.adapter, dense_shapes(net, linear_names(net)), family.presets(net), recipe.where)
+        count = count_parameters(targets, recipe.adapter.kind)
+        told = f"{len(targets)} layers of a network of {total:,} parameters get {count:,} trained ones"
+    number = 2 if recipe.train.optimizer == "adamw_bf16" else 4
+    snapshots = -(-recipe.train.steps // recipe.snapshot.every) if recipe.snapshot.every else 0
+    # a checkpoint holds the weights and two moments (and the compensation of bf16); one more is written before one goes
+    checkpoints = (recipe.checkpoint.keep + 1) * (4 if number == 2 else 3)
+    # each tracked average is in every snapshot and checkpoint, in float32
+    averages = 4 * len(recipe.snapshot.ema or []) * (snapshots + recipe.checkpoint.keep + 1)
+    need = count * (number * (snapshots + checkpoints) + averages)
+    place = next(p for p in (Path(recipe.run.out).resolve(), *Path(recipe.run.out).resolve().parents) if p.exists())
+    free, kept = shutil.disk_usage(place).free, recipe.checkpoint.keep
+    room = f"{need / 1e9:.1f} GB for {snapshots} snapshots and {kept} checkpoints, {free / 1e9:.0f} GB are free"
+    if need > free:
+        raise UserError(f"{recipe.where('run.out')}: this run keeps {room}. Keep fewer (snapshot.every), or use another disk")
+    return f"{told}; {room}"
+
+
+def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
+    """The same recipe on a tiny model, a few steps, small pictures."""
+    model = {}
+    if recipe.model.new is None:
+        picture = None if recipe.data.source == "pictures" else open_source(recipe.data).picture
+        # blocks that the recipe names one by one must be there
+        numbered = recipe.adapter is not None and any(re.search(r"\d", t.pattern or "") for t in recipe.adapter.targets)
+        family.write_tiny(recipe.model, out / "model", picture, full_depth=numbered)
+        model = {"path": str(out / "model"), "revision": None, "components": None}
+    every = {"every": STEPS // 2}
+    train = {"steps": STEPS, "batch": 4, "micro_batch": 2, "warmup": min(recipe.train.warmup, 1)}
+    changes = {
+        "run": {"out": str(out / "run"), "resume": "auto"},
+        "model": model,
+        "train": train,
+        "validate_": every | {"samples": 4} if recipe.validate_.every else {},
+        "meters": every | {"samples": 2, "steps": 2} if recipe.meters.every else {},
+        "checkpoint": every,
+        "snapshot": {"every": 1},
+        "log": {"every": 1, "wandb": False},
+        "sample": {"steps": 2, **({"height": SMALL, "width": SMALL} if recipe.data.source == "pictures" else {})},
+        "preview": every if recipe.preview.every else {},
+    }
+    if recipe.data.source == "pictures":
+        count = len(recipe.data.resolutions)
+        changes["data"] = {
+            "cache": str(out / "cache"),
+            "resolutions": [SMALL + 16 * i for i in range(count)],
+            "limit": PICTURES,
+        }
+    return _copy(recipe, **changes)
+
+
+def _copy(recipe: Recipe, **tables: dict) -> Recipe:
+    """A recipe with some keys of some tables changed; it still knows its file and lines."""
+    changed = {name: getattr(recipe, name).model_copy(update=keys) for name, keys in tables.items()}
+    return resolve(recipe.model_copy(update=changed))
+
+
+def _check_resume(small: Recipe, train: Callable[[Recipe], int]) -> None:
+    """Throw the last checkpoint away, as a kill would, and train on: the weights must come out the same to the bit."""
+    checkpoints = list_checkpoints(Path(small.run.out) / "checkpoints")
+    file = checkpoints[-1] / "trainable.safetensors"
+    before = read_tensors(file)[0]
+    shutil.rmtree(checkpoints[-1])
+    train(small)
+    after = read_tensors(file)[0]
+    if differing := [name for name in before if not torch.equal(before[name], after[name])]:
+        raise UserError(f"the continued run differs from the whole one in {len(differing)} tensors, e.g. {differing[0]}")

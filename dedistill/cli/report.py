@@ -1,0 +1,27 @@
+"""The page of a run, finished, broken off or still going: losses, loss by noise level, meters, bad steps.
+
+dedistill report runs/digits/dedistill                             # or its recipe
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dedistill.cli.command import add_overrides, command_parser, guarded
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser("report", __doc__)
+    parser.add_argument("run", type=Path, help="folder of a run, or its recipe")
+    add_overrides(parser)
+    args = parser.parse_args(argv)
+    return guarded(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dedistill.recipe import load_recipe
+    from dedistill.report.run_page import write_run_page
+
+    folder = args.run if args.run.is_dir() else Path(load_recipe(args.run, args.set).run.out)
+    print(f"done: {write_run_page(folder)}", file=sys.stderr)
+    return 0

@@ -1,0 +1,30 @@
+"""Pictures and numbers of trained models over CFG scales, as one page that opens from the file system.
+
+dedistill sweep dedistill:digits/dedistill                      # base, last snapshot, post-hoc averages
+dedistill sweep dedistill:digits/teacher dedistill:digits/dedistill --candidates last
+"""
+
+import argparse
+import sys
+
+from dedistill.cli.arguments import of_sweep
+from dedistill.cli.command import guarded
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = of_sweep("sweep", __doc__, "sweep", [1, 2, 3, 4, 5, 6, 8])
+    args = parser.parse_args(argv)
+    return guarded(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dedistill.candidates import clip_judge, compared, sweep_grid
+    from dedistill.report.console import say
+    from dedistill.report.sweep_page import write_sweep_page
+    from dedistill.sampling.sweep import sweep
+
+    asked = compared(args, "sweep", say, steps=next(iter(args.steps), None))
+    grid, title = sweep_grid(args, asked.prompts), f"CFG sweep: {asked.names}"
+    sweep(asked.candidates, grid, asked.out, title=title, judge=asked.judge(), clip=clip_judge(args), say=say)
+    print(f"done: {write_sweep_page(asked.out)}", file=sys.stderr)
+    return 0

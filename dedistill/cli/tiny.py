@@ -1,0 +1,78 @@
+"""Write a tiny random model in the layout of the real one, to try a whole run without weights; a recipe for it goes to stdout.
+
+dedistill tiny FAMILY models/tiny --images data/tiny > tiny.toml
+dedistill train tiny.toml
+"""
+
+import argparse
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from dedistill.cli.command import command_parser, guarded
+from dedistill.cli.recipes import said_of
+from dedistill.errors import UserError
+from dedistill.families.registry import FAMILIES, get_family
+from dedistill.recipe import load_recipe
+from dedistill.recipe.emit import table_to_toml
+from dedistill.recipe.schema import Model
+from dedistill.recipe.shipped import PREFIX, shipped_recipes
+
+SIDES = (256, 192)
+"""Width and height of sample images for a model this small."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser("tiny", __doc__.replace("FAMILY", next(iter(FAMILIES))))
+    parser.add_argument("family", help=f"model family: {', '.join(FAMILIES)}")
+    parser.add_argument("folder", type=Path, help="new folder of the model; named as a published model, it is built like that")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="write a few captioned sample images there too")
+    args: argparse.Namespace = parser.parse_args(argv)
+    return guarded(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    with redirect_stdout(sys.stderr):  # of libraries: what this command prints is a recipe
+        family = get_family(args.family, "FAMILY")
+    for place in filter(None, (args.folder, args.images)):
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise UserError(f"'{place}' exists and is not an empty folder: choose another, or remove it", exit_code=2)
+    with redirect_stdout(sys.stderr):
+        family.write_tiny(Model(family=args.family, path=str(args.folder)), args.folder, None, full_depth=False)
+    said = f"{args.folder}/: a tiny random {args.family} model"
+    if args.images:
+        from dedistill.data.samples import write_samples
+
+        said += f"; {args.images}/: {write_samples(args.images, *SIDES)} captioned images"
+    base = _recipe_for(args.family)
+    print(_recipe(base, args), end="")
+    print(f"{said}\n{_next(base)}", file=sys.stderr)
+    return 0
+
+
+def _recipe_for(family: str) -> str | None:
+    """The shipped recipe that trains an adapter on a model of that family on any machine."""
+    for name, file in shipped_recipes().items():
+        if said_of(file)[1].get("Hardware", "").startswith("any CPU"):
+            recipe = load_recipe(PREFIX + name)
+            if recipe.model.family == family and recipe.adapter is not None:
+                return PREFIX + name
+    return None
+
+
+def _recipe(base: str | None, args: argparse.Namespace) -> str:
+    model = {"path": str(args.folder)} if base else {"family": args.family, "path": str(args.folder)}
+    images = {"data": {"sets": [{"path": str(args.images)}]}} if args.images else {}
+    return table_to_toml(({"extends": base} if base else {}) | {"model": model} | images)
+
+
+def _next(base: str | None) -> str:
+    if base is None:
+        return "put the lines above into a recipe of your own, and train it"
+    return (
+        "the lines above are a recipe for it; saved as tiny.toml:\n"
+        "  dedistill train tiny.toml\n"
+        "  dedistill posthoc runs/tiny\n"
+        "  dedistill sweep tiny.toml --cfg 1 3 --prompts 2\n"
+        "  dedistill export runs/tiny/posthoc/alpha_linear_0.9.safetensors --format lycoris --out exports/tiny.safetensors"
+    )

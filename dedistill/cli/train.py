@@ -1,0 +1,189 @@
+"""Train as a recipe says; run again to continue.
+
+dedistill train my_recipe.toml
+dedistill train dedistill:digits/teacher --set train.steps=200
+accelerate launch --config_file launch/ddp.yaml --num_processes 8 -m dedistill.train my_recipe.toml
+"""
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dedistill.cli import prepare
+from dedistill.cli.command import recipe_parser, run_recipe
+from dedistill.errors import RUN_AGAIN, UserError
+from dedistill.recipe import Recipe, to_toml
+from dedistill.recipe.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from dedistill.engine.loop import Trainer
+    from dedistill.engine.requests import Requests
+
+IN_PARTS = {
+    "fsdp2": ", the base in parts",
+    "zero2": ", the optimizer in parts (ZeRO-2)",
+    "zero3": ", base, adapter and optimizer in parts (ZeRO-3)",
+}
+"""What an engine spreads over the processes."""
+PLAN = """Print every number of a run that is decided before it starts; needs no GPU.
+
+dedistill plan my_recipe.toml
+"""
+REHEARSE = """Run every stage of a recipe on a tiny random model, from caches to export: about a minute, no weights, no GPU.
+
+dedistill rehearse my_recipe.toml
+dedistill rehearse dedistill:flux_schnell_24gb      # without images of your own, on sample images
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, or ended by ``touch RUN/stop``; 75 stopped, run the same command
+    again; 2 a wrong recipe; 1 anything else."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = recipe_parser("train", __doc__)
+    parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--plan", action="store_true", help="the same as dedistill plan")
+    parser.add_argument("--rehearse", action="store_true", help="the same as dedistill rehearse")
+    parser.add_argument("--check-cache", action="store_true", help="the same as dedistill prepare --check")
+    parser.add_argument("--cache-only", action="store_true", help="the same as dedistill prepare")
+    args = parser.parse_args(argv)
+    instead = {
+        "print_recipe": _print_recipe,
+        "plan": _print_plan,
+        "rehearse": _rehearse,
+        "check_cache": prepare.check,
+        "cache_only": prepare.encode,
+    }
+    actions = [action for flag, action in instead.items() if getattr(args, flag)]
+    return run_recipe(args, actions[0] if actions else lambda recipe: train(recipe, argv))
+
+
+def plan(argv: list[str] | None = None) -> int:
+    return run_recipe(recipe_parser("plan", PLAN).parse_args(argv), _print_plan)
+
+
+def rehearse(argv: list[str] | None = None) -> int:
+    return run_recipe(recipe_parser("rehearse", REHEARSE).parse_args(argv), _rehearse)
+
+
+def _print_recipe(recipe: Recipe) -> int:
+    print(to_toml(recipe), end="")
+    return 0
+
+
+def _print_plan(recipe: Recipe) -> int:
+    print("\n".join(f"{key:12} {value:,}" for key, value in make_plan(recipe).as_dict().items()))
+    return 0
+
+
+def _rehearse(recipe: Recipe) -> int:
+    from dedistill.engine.launcher import only_first
+
+    if not only_first():
+        return 0
+    from dedistill.cli.rehearsal import rehearse
+
+    def stage(small: Recipe) -> None:
+        if train(small, []):
+            raise KeyboardInterrupt
+
+    terminal = sys.stderr  # each stage's own output goes to a file
+    rehearse(recipe, stage, lambda line: print(line, file=terminal, flush=True))
+    return 0
+
+
+def train(recipe: Recipe, argv: list[str]) -> int:
+    """Train ``recipe`` to its end or to a stop request; returns the exit code."""
+    from dedistill.engine.launcher import resume_command
+    from dedistill.engine.requests import Requests
+    from dedistill.engine.watchdog import Watchdog
+
+    again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
+    # before libraries are loaded, which takes seconds
+    with Requests() as stop, Watchdog(recipe.run.stuck_after, Path(recipe.run.out)):
+        return _train(recipe, again, stop)
+
+
+def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
+    import torch
+
+    from dedistill.assemble import build_model
+    from dedistill.base.quantize import sample_sha256
+    from dedistill.engine.inputs import input_files
+    from dedistill.engine.launcher import choose_kernels, start
+    from dedistill.engine.loop import Trainer
+    from dedistill.engine.metrics import Trackers
+    from dedistill.engine.requests import BY_FILE
+    from dedistill.engine.rundir import RunDirectory, flat
+    from dedistill.engine.sharding import check_shardable, shard_base
+    from dedistill.engine.zero import check_zero
+    from dedistill.files import replace_json
+    from dedistill.prepare import open_data
+    from dedistill.report.console import header, progress, say
+
+    choose_kernels(exact=recipe.train.exact)
+    accelerator, world = start(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
+    plan, run = make_plan(recipe), RunDirectory(recipe)
+    sharded = world.engine == "fsdp2"
+    if sharded:
+        check_shardable(recipe)
+    if world.engine in ("zero2", "zero3"):
+        check_zero(recipe, world.engine)
+    with ExitStack() as held:
+        notes = []
+        if world.main:
+            held.enter_context(run)
+            notes = stop.watch(run.path)
+        world.same(flat(recipe.resolved()))
+        data = open_data(recipe, accelerator.device, say, world)
+        model = build_model(recipe, "cpu" if world.engine in ("fsdp2", "zero3") else accelerator.device)
+        model.known |= data.known
+        _check_pictures(recipe, data.source.picture, model.parts.picture)
+        base = sample_sha256(model.parts.net)
+        world.same({"hash of the data": data.digest, "hash of a sample of the base": base})
+        if sharded:
+            shard_base(model, world, accelerator.device)
+        if world.main:
+            notes += run.bind(input_files(recipe), data.digest, base)
+        trainer = Trainer(recipe, plan, model, data.source, run, world)
+        trainer.resume()
+        trainer.notes += [*notes, *run.notes]
+        if world.main:
+            effects = model.facts | data.facts | trainer.facts()
+            replace_json(run.path / "plan.json", {"plan": plan.as_dict(), "effects": effects})
+            devices = f"{world.size} x {model.device.type}" if world.size > 1 else str(model.device)
+            devices += IN_PARTS.get(world.engine, "")
+            header(recipe, plan, model, trainer.step, devices, trainer.notes)
+        trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
+        rows = trainer.fit(stop, trackers)
+        with world.relying():
+            for _ in progress(rows, trainer.step, plan) if world.main else rows:
+                pass
+            exported = trainer.export() if trainer.step == plan.steps else None
+        trackers.close()
+        if world.main:
+            _conclude(trainer, plan, again, exported)
+        world.leave()
+    finished = trainer.step == plan.steps and not trainer.unfinished
+    return 0 if finished or trainer.stopping == BY_FILE else RUN_AGAIN
+
+
+def _conclude(trainer: "Trainer", plan: Plan, again: str, exported: "Path | None") -> None:
+    """Say how a run ended."""
+    if not trainer.trained_now:
+        print(f"already finished at step {trainer.step}; nothing to train", file=sys.stderr)
+    if trainer.step < plan.steps or trainer.unfinished:
+        print(f"stopped and saved at step {trainer.step}; continue with:\n  {again}", file=sys.stderr)
+        return
+    where = f"{trainer.run.path}/" + (f", model in {exported}/" if exported else "")
+    print(f"done: {plan.steps:,} steps; results in {where}", file=sys.stderr)
+
+
+def _check_pictures(recipe: Recipe, data: tuple[int, ...] | None, network: tuple[int, ...]) -> None:
+    if data is not None and tuple(data) != tuple(network):
+        raise UserError(
+            f"{recipe.where('data.source')}: pictures are {data[0]} x {data[1]} x {data[2]} (channels, height, width), "
+            f"the network takes {network[0]} x {network[1]} x {network[2]}",
+            exit_code=2,
+        )

@@ -1,0 +1,185 @@
+"""The three stages side by side: does guidance leave the student and come back? Numbers, checks, one page."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from dedistill.candidates import candidates_of, read_prompts
+from dedistill.data.captions import digits_in
+from dedistill.data.registry import open_source
+from dedistill.engine.objective import Objective
+from dedistill.engine.validate import Validator
+from dedistill.files import replace_json
+from dedistill.finished import open_finished
+from dedistill.recipe import Recipe
+from dedistill.report.console import say
+from dedistill.report.story_page import write_story_page
+from dedistill.report.sweep_page import write_sweep_page
+from dedistill.sampling.grid import contact_sheet
+from dedistill.sampling.judge import judge_for
+from dedistill.sampling.sweep import Candidate, Grid, sweep
+
+STAGES = ("teacher", "student", "dedistilled")
+LABELS = {"teacher": "teacher", "student": "student", "student_native": "student, its own steps", "dedistilled": "de-distilled"}
+LEAD = (
+    "A teacher learned pictures from noisy captions. Its student was distilled to a few steps with the guidance baked in: "
+    "it follows every prompt without guidance, and guidance only burns its pictures. De-distilling trains a small LoKr on "
+    "the frozen int8 student with plain flow matching: at CFG 1 it is an honest model again, and the CFG dial works."
+)
+HELD_OUT = 512
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Where broken guidance is measured, and how much held-out loss de-distilling must win back at least."""
+
+    scale: float = 4
+    loss: float = 0.08
+
+
+# MNIST's loss is a third of the digits', and its teacher itself is far from the data at CFG 4
+MARGINS = {"digits": Margins(), "mnist": Margins(scale=2, loss=0.03)}
+SHOWN = 8
+SHEET_CFGS, SHEET_PROMPTS = (1, 2, 4, 8), 10
+
+
+def tell(
+    recipes: dict[str, Recipe], out: Path, *, cfgs: list[float], prompts: int, steps: int, commands: list[str]
+) -> list[dict]:
+    """Sweep the finished runs of the three ``recipes`` into ``out``/sweep, write ``out``/summary.json and the page.
+
+    All stages are sampled with the same number of steps, prompts and noise, so that only the model differs; the
+    student also with its own few steps. Returns what the story claims, as :func:`story_checks` does.
+    """
+    source = open_source(recipes["dedistilled"].data)
+    candidates = [_candidate(name, recipes[name], steps) for name in STAGES]
+    candidates.insert(2, _candidate("student_native", recipes["student"], recipes["student"].sample.steps))
+    grid = Grid(tuple(cfgs), (0,), read_prompts(str(prompts), lambda: source), (0,))
+    scores = sweep(candidates, grid, out / "sweep", title="Teacher, student, de-distilled", judge=judge_for(source), say=say)
+    write_sweep_page(out / "sweep")
+    losses = _held_out_losses(recipes, source)
+    summary = {name: {"steps": c.steps, **losses.get(name, {}), "cfg": {}} for name, c in zip([*LABELS], candidates)}
+    for cell in scores["cells"]:
+        numbers = {
+            k: cell[k] for k in ("accuracy", "frechet", "precision", "recall", "saturated", "contrast", "detail") if k in cell
+        }
+        summary[cell["candidate"]]["cfg"][f"{cell['cfg']:g}"] = numbers
+    checks = story_checks(summary, MARGINS.get(source.name, Margins()))
+    replace_json(out / "summary.json", summary)
+    _write_page(out, recipes, summary, checks, grid, commands)
+    _write_sheet(out, summary, grid)
+    print_table(summary, checks)
+    return checks
+
+
+def _candidate(name: str, recipe: Recipe, steps: int) -> Candidate:
+    last = candidates_of(recipe, ["last"], steps=steps)[0]
+    return Candidate(name, last.weights, steps, last.open)
+
+
+def _held_out_losses(recipes: dict[str, Recipe], source) -> dict[str, dict[str, float]]:
+    """Flow-matching loss of every stage on the same held-out samples, noise and sigmas."""
+    found = {}
+    for name in STAGES:
+        model = open_finished(recipes[name])
+        objective = Objective(recipes["dedistilled"], source, model.shift)
+        result = Validator(objective, HELD_OUT, model.chunk)(model)
+        found[name] = {"fm_loss": result["val_loss"], "fm_loss_se": result["val_loss_se"]}
+    return found
+
+
+def story_checks(summary: dict, margins: Margins) -> list[dict]:
+    """What the story claims, with margins far beyond the noise of the evaluation: text, value, bound, ok of each."""
+    scale, cfg = f"{margins.scale:g}", f"at CFG {margins.scale:g}"
+    student, restored = summary["student"], summary["dedistilled"]
+    accuracy = {name: summary[name]["cfg"]["1"]["accuracy"] for name in STAGES}
+    frechet = {name: summary[name]["cfg"][scale]["frechet"] for name in STAGES}
+    baked = accuracy["student"] - accuracy["teacher"]
+    broken = frechet["student"] / frechet["teacher"]
+    honest = accuracy["dedistilled"] - accuracy["teacher"]
+    learned = student["fm_loss"] - restored["fm_loss"]
+    usable = frechet["dedistilled"] / frechet["student"]
+    return [
+        _check("Guidance is baked in: the student's accuracy at CFG 1 exceeds the teacher's", baked, "> .15", baked > 0.15),
+        _check(f"CFG is broken: the student's Frechet distance {cfg} over the teacher's", broken, "> 2", broken > 2),
+        _check("Guidance is out again: accuracy at CFG 1, de-distilled less teacher", honest, "within .12", abs(honest) < 0.12),
+        _check(
+            "The flow is back: held-out loss, student less de-distilled",
+            learned,
+            f">= {margins.loss:g}",
+            learned >= margins.loss,
+        ),
+        _check(f"CFG works again: Frechet distance {cfg}, de-distilled over student", usable, "< .6", usable < 0.6),
+    ]
+
+
+def _check(text: str, value: float, bound: str, ok: bool) -> dict:
+    return {
+        "text": text,
+        "value": f"{value:+.3f}" if "less" in text or "exceeds" in text else f"{value:.2f}",
+        "bound": bound,
+        "ok": bool(ok),
+    }
+
+
+def _write_page(out: Path, recipes: dict, summary: dict, checks: list[dict], grid: Grid, commands: list[str]) -> None:
+    def files(name: str, cfg: float) -> list[str]:
+        return [f"sweep/pictures/{name}/cfg{cfg:g}_skip0/p{i:03d}_s0.png" for i in range(min(SHOWN, len(grid.prompts)))]
+
+    write_story_page(
+        out,
+        {
+            "title": f"{recipes['dedistilled'].run.name}: guidance lost and found",
+            "lead": LEAD,
+            "models": list(LABELS),
+            "labels": {n: f"{LABELS[n]} ({summary[n]['steps']} steps)" for n in LABELS},
+            "cfgs": list(grid.cfgs),
+            "summary": summary,
+            "checks": checks,
+            "pictures": {n: {f"{c:g}": files(n, c) for c in grid.cfgs} for n in LABELS},
+            "prompts": list(grid.prompts[:SHOWN]),
+            "sweep_link": "sweep/index.html",
+            "commands": commands,
+        },
+    )
+
+
+def _write_sheet(out: Path, summary: dict, grid: Grid) -> None:
+    """``story.png``: the stages at a few scales as one picture."""
+    shown = [c for c in SHEET_CFGS if c in grid.cfgs]
+    prompts = grid.prompts[:SHEET_PROMPTS]
+
+    def picture(name: str, cfg: float, i: int) -> Image.Image:
+        with Image.open(out / f"sweep/pictures/{name}/cfg{cfg:g}_skip0/p{i:03d}_s0.png") as file:
+            return file.copy()
+
+    rows = [
+        (f"{LABELS[name]}, CFG {cfg:g}", [picture(name, cfg, i) for i in range(len(prompts))])
+        for name in STAGES
+        for cfg in shown
+    ]
+    columns = [" ".join(map(str, digits_in(p))) or p for p in prompts]  # short: a caption is wider than a digit
+    sheet = contact_sheet(rows, columns, title="Guidance lost and found")
+    sheet.save(out / "story.png", optimize=True)
+
+
+def print_table(summary: dict, checks: list[dict]) -> None:
+    """The summary as a table on stdout, then the checks."""
+    out = Console(highlight=False, width=132)
+    table = Table(title="accuracy / Frechet distance / saturated / precision", title_justify="left", pad_edge=False)
+    table.add_column("CFG", justify="right")
+    for name in summary:
+        loss = f"\nloss {summary[name]['fm_loss']:.4f}" if "fm_loss" in summary[name] else "\n"
+        table.add_column(f"{LABELS[name]}\n{summary[name]['steps']} steps{loss}", justify="right")
+    for cfg in next(iter(summary.values()))["cfg"]:
+        cells = [summary[name]["cfg"][cfg] for name in summary]
+        table.add_row(
+            cfg, *(f"{c['accuracy']:.3f} {c['frechet']:6.2f} {c['saturated']:.3f} {c['precision']:.2f}" for c in cells)
+        )
+    out.print(table)
+    for check in checks:
+        mark = "[green]yes[/green]" if check["ok"] else "[red]NO [/red]"
+        out.print(f"{mark} {check['text']}: {check['value']} ({check['bound']})")

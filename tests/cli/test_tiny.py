@@ -1,0 +1,75 @@
+"""A run without weights: the tiny model, sample images, and rehearsals on them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dedistill.cli.main import main
+
+FEW = ["train.steps=4", "train.warmup=0", "snapshot.every=2", "validate.samples=4", "validate.every=4", "checkpoint.every=4"]
+SETTINGS = [word for setting in FEW for word in ("--set", setting)]
+
+
+@pytest.mark.parametrize("family", ["flux", "pixel_flux"])
+def test_a_whole_run_on_a_tiny_model(family, tmp_path, monkeypatch, capsys):
+    """The recipe on stdout trains; averages, sweep and export follow as stderr says."""
+    monkeypatch.chdir(tmp_path)
+    images = ["--images", "data/tiny"] if family == "flux" else []
+    assert main(["tiny", family, "models/tiny", *images]) == 0
+    said = capsys.readouterr()
+    Path("tiny.toml").write_text(said.out)
+    assert main(["train", "tiny.toml", *SETTINGS]) == 0
+    after = [line.split() for line in said.err.splitlines() if line.startswith("  dedistill")]
+    assert after[0] == ["dedistill", "train", "tiny.toml"] and len(after) == 4
+    for words in after[1:]:
+        assert main(words[1:]) == 0, words
+    assert Path("exports/tiny.safetensors").exists() and Path("runs/tiny/sweep/index.html").exists()
+    assert Path("cache/tiny").exists() == bool(images)
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    assert main(["tiny", "pixel_flux", str(tmp_path / "full")]) == 2
+    assert main(["tiny", "pixel_flux", str(tmp_path / "new"), "--images", str(tmp_path / "full")]) == 2
+    assert main(["tiny", "pixel_flux", str(tmp_path / "full/x")]) == 2
+    assert capsys.readouterr().err.count("is not an empty folder") == 3
+    assert [p.name for p in sorted(tmp_path.rglob("*"))] == ["empty", "full", "x"]
+    assert main(["tiny", "pixel_flux", str(tmp_path / "empty")]) == 0
+
+
+def test_a_shipped_recipe_rehearses_on_sample_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["rehearse", "dedistill:flux_lora"]) == 0
+    said = capsys.readouterr().err
+    assert "no images in 'data/subject' yet: rehearsing on 4 sample images of the package's own" in said
+    assert "sample pictures and captions" in said and "your pictures" not in said
+    shutil.rmtree("runs")
+
+
+@pytest.mark.parametrize("own", ["set", "file", "there"])
+def test_places_that_the_user_names_are_looked_at(own, tmp_path, monkeypatch, capsys):
+    """A misspelt folder, or one without an image, stays an error."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["dedistill:flux_lora"]
+    if own == "set":
+        arguments += ["--set", "data.sets.0.path='data/pcitures'"]
+    elif own == "file":
+        Path("my.toml").write_text('extends = "dedistill:flux_lora"\n[[data.sets]]\npath = "data/pcitures"\n')
+        arguments = ["my.toml"]
+    else:
+        Path("data/subject").mkdir(parents=True)
+    assert main(["rehearse", *arguments]) != 0
+    said = capsys.readouterr().err
+    assert "stage 'your pictures and captions'" in said and "sample images" not in said
+
+
+def test_sample_images_are_captioned(tmp_path):
+    from dedistill.data.samples import write_samples
+
+    assert write_samples(tmp_path, 64, 48) == len(list(tmp_path.glob("*.jpg"))) == len(list(tmp_path.glob("*.txt")))
+    with Image.open(tmp_path / "sample0.jpg") as image:
+        assert image.size == (64, 48) and len({*image.resize((8, 6)).getdata()}) > 8
