@@ -12,8 +12,10 @@ from dedistill.assemble import Model
 from dedistill.data.source import Source
 from dedistill.engine.inputs import model_files
 from dedistill.errors import UserError
+from dedistill.files import with_home
 from dedistill.finished import last_weights, open_base, open_finished, sampling_device
 from dedistill.io.hashing import file_sha256
+from dedistill.ours import claim
 from dedistill.prepare import open_data
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.sampling.judge import DigitJudge, judge_for
@@ -55,14 +57,16 @@ class Compared:
 def compared(args: Namespace, folder: str, say: Callable[[str], None], *, steps: int | None = None) -> Compared:
     """What the arguments of ``dedistill.cli.arguments.of_candidates`` ask for. steps: of every candidate, default its recipe's.
 
-    folder: where results go in the last run, without ``--out``. The data is opened when its source is first called.
+    folder: where results go in the last run, without ``--out``; a kind of ``dedistill.ours``. The data is opened when its
+    source is first called. Raises UserError when the output folder holds what is not ours.
     """
     recipes = [load_recipe(path, args.set) for path in args.recipes]
+    out = args.out or Path(recipes[-1].run.out) / folder
+    claim(out, folder, "--out")
     own = next((r for r in recipes if r.data.source != "pairs"), recipes[0])
     data = load_recipe(args.data, args.set) if args.data else own
     runs = [candidates_of(r, args.candidates, steps=steps, prefix=len(recipes) > 1) for r in recipes]
     source = cache(lambda: open_data(data, sampling_device(), say).source)
-    out = args.out or Path(recipes[-1].run.out) / folder
     return Compared(recipes, data, source, runs, read_prompts(args.prompts, source), out)
 
 
@@ -143,8 +147,8 @@ def read_prompts(value: str, source: Callable[[], Source]) -> tuple[str, ...]:
     if value.isdigit() and int(value) > 0:
         return tuple(source().prompts(0, int(value)))
     try:
-        lines = [line.strip() for line in Path(value).read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
+        lines = [line.strip() for line in Path(with_home(value)).read_text().splitlines()]
+    except (OSError, ValueError) as e:
         raise UserError(f"--prompts: '{value}' is neither a number nor a readable text file: {e}", exit_code=2) from e
     if not (prompts := tuple(line for line in lines if line)):
         raise UserError(f"--prompts: '{value}' holds no prompts", exit_code=2)

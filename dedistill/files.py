@@ -1,6 +1,7 @@
 """Files that are whole or not there, and say so when the disk refuses."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from typing import Any, BinaryIO
 
 from dedistill.errors import UserError
 
+TEMPORARY = re.compile(r"\.tmp-\d+(-\d+)?(-old)?$")
+"""How the names of files and folders end that are being written."""
 _STEP = re.compile(r"step-(\d+)(\.safetensors)?")
 
 
@@ -24,6 +27,14 @@ def step_of(path: Path) -> int | None:
     """The step of a checkpoint folder or a snapshot file, read from its name; None for anything else."""
     match = _STEP.fullmatch(path.name)
     return int(match[1]) if match else None
+
+
+def with_home(path: str) -> str:
+    """``path`` with a leading ``~`` or ``~user`` written out. Raises ValueError when there is no such home."""
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        raise ValueError("must begin with a home folder that is known here, or with ./~ for a folder of that name")
+    return whole
 
 
 def refused(path: Path, error: OSError, size: int | None = None) -> UserError:
@@ -64,6 +75,12 @@ def make_folder(path: Path) -> None:
         sync(folder.parent)
 
 
+def free_sibling(path: Path) -> Path:
+    """A name beside ``path`` that nobody has, neither for what is being written nor, with ``-old``, for what it replaces."""
+    names = (path.with_name(f"{path.name}.tmp-{os.getpid()}{(n and f'-{n}') or ''}") for n in itertools.count())
+    return next(p for p in names if not os.path.lexists(p) and not os.path.lexists(f"{p}-old"))
+
+
 class WholeFile:
     """A file written piece by piece that appears at ``path`` complete or not at all. Use as a context manager.
 
@@ -73,12 +90,12 @@ class WholeFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        self._temporary = free_sibling(path)
         self._size = 0
 
     def __enter__(self) -> "WholeFile":
         try:
-            self._file: BinaryIO = open(self._temporary, "wb")
+            self._file: BinaryIO = open(self._temporary, "xb")
         except OSError as e:
             raise refused(self.path, e) from e
         return self
@@ -125,12 +142,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Killed at the wrong moment it leaves neither, but never a part of a folder.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = free_sibling(path)
     aside = path.with_name(f"{temporary.name}-old")
-    for left in (temporary, aside):
-        shutil.rmtree(left, ignore_errors=True)
+    make_folder(temporary.parent)
+    temporary.mkdir()
     try:
-        make_folder(temporary)
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             sync(file)
@@ -153,9 +169,13 @@ def replace_file(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
 def replace_json(path: Path, value: Any) -> None:
     """Put ``value`` at ``path`` as indented JSON, whole or not at all."""
-    replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
+    replace_file(path, as_json(value))
 
 
 def sealed(table: dict) -> bytes:

@@ -25,6 +25,7 @@ from dedistill.families.family import Components, Family
 from dedistill.families.registry import get_family, text_length
 from dedistill.flow import keyed
 from dedistill.io.hashing import fingerprint
+from dedistill.ours import claim, refuse_foreign
 from dedistill.pulse import pulse
 from dedistill.recipe import Recipe
 from dedistill.text import Text
@@ -158,6 +159,7 @@ def known_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, T
     """
     if recipe.data.source != "pictures" or not (cache := Path(recipe.data.cache)).is_dir():
         return {}
+    refuse_foreign(cache, "cache", "data.cache")
     texts = Store(cache / "text", _inputs(recipe, family, parts, cache)["text"])
     return {c: read_text(texts, c, parts.text.widths) for c in _asked(recipe) if text_key(c) in texts}
 
@@ -200,6 +202,7 @@ def without_captions(recipe: Recipe) -> list[str]:
 def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[Picture]]:
     """The cache's folder, the index of all sets, and the pictures that crops can be made of."""
     data, cache = recipe.data, Path(recipe.data.cache)
+    claim(cache, "cache", "data.cache")
     index = build_index(picture_sets(recipe), file=cache / "index.jsonl", say=say, limit=data.limit)
     settings = {"resolutions": data.resolutions, "max_upscale": data.max_upscale}
     pictures, small = [], []

@@ -78,7 +78,7 @@ class World:
         try:
             yield
         except RuntimeError as e:
-            if isinstance(e, dist.DistError) or "gloo" in str(e):
+            if isinstance(e, dist.DistError) or "gloo" in str(e).lower():
                 raise UserError(GONE, RUN_AGAIN) from e
             raise
 

@@ -7,17 +7,16 @@ Ends with 1 when a claim of the story does not hold, and says which.
 
 import argparse
 import sys
-from pathlib import Path
 
 from dedistill.cli.arguments import finite, positive
-from dedistill.cli.command import guarded
+from dedistill.cli.command import guarded, path
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m lab.story", description=__doc__.splitlines()[0])
-    parser.add_argument("recipes", type=Path, help="folder with teacher.toml, student.toml and dedistill.toml, all finished")
+    parser.add_argument("recipes", type=path, help="folder with teacher.toml, student.toml and dedistill.toml, all finished")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of every recipe")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the page")
+    parser.add_argument("--out", type=path, required=True, help="folder of the page")
     parser.add_argument(
         "--cfg", type=finite, nargs="+", default=[1, 2, 3, 4, 5, 6, 7, 8], help="guidance scales; 1, 2 and 4 are needed"
     )

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dedistill"
 LEVELS = [
     {"errors", "pulse"},
     {"files", "patterns"},
-    {"io", "pretrained", "tensorfile", "world"},
+    {"io", "ours", "pretrained", "tensorfile", "world"},
     {"flow", "recipe", "text"},
     {"data", "families", "base", "adapters", "posthoc"},
     {"assemble", "prepare"},

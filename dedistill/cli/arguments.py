@@ -1,10 +1,9 @@
-"""Number types for command lines: what is out of range is refused before anything is loaded."""
+"""Types for command lines: numbers out of range are refused before anything is loaded, and ``~`` is the home folder."""
 
 import argparse
 import math
-from pathlib import Path
 
-from dedistill.cli.command import add_overrides, command_parser
+from dedistill.cli.command import add_overrides, command_parser, path, place
 
 
 def positive(text: str) -> int:
@@ -34,14 +33,18 @@ def finite(text: str) -> float:
 def of_candidates(name: str, doc: str, folder: str) -> argparse.ArgumentParser:
     """The parser of commands that compare candidates of finished runs; ``dedistill.candidates.compared`` reads its result."""
     parser = command_parser(name, doc)
-    parser.add_argument("recipes", nargs="+", help="recipes whose finished runs are compared: files, or dedistill:NAME")
+    parser.add_argument(
+        "recipes", type=place, nargs="+", help="recipes whose finished runs are compared: files, or dedistill:NAME"
+    )
     add_overrides(parser)
     parser.add_argument(
         "--candidates", nargs="+", help="of each run: base, last, posthoc, or names of posthoc files; default all"
     )
-    parser.add_argument("--data", help="recipe for prompts and held-out samples; default the first that has data of its own")
+    parser.add_argument(
+        "--data", type=place, help="recipe for prompts and held-out samples; default the first that has data of its own"
+    )
     parser.add_argument("--prompts", default="64", help="a number of prompts from the data, or a text file, one per line")
-    parser.add_argument("--out", type=Path, help=f"output folder; default RUN/{folder} of the last recipe")
+    parser.add_argument("--out", type=path, help=f"output folder; default RUN/{folder} of the last recipe")
     return parser
 
 
@@ -53,9 +56,9 @@ def of_sweep(name: str, doc: str, folder: str, cfgs: list[float]) -> argparse.Ar
     parser.add_argument("--steps", type=positive, nargs="+", default=[], help="Euler steps; default each recipe's sample.steps")
     parser.add_argument("--seeds", type=whole, nargs="+", default=[0], help="seeds of the starting noise")
     parser.add_argument(
-        "--clip", type=Path, metavar="FOLDER", help="CLIPModel of transformers that scores pictures and prompts"
+        "--clip", type=path, metavar="FOLDER", help="CLIPModel of transformers that scores pictures and prompts"
     )
-    parser.add_argument("--real", type=Path, metavar="FOLDER", help="real pictures to compare with in CLIP's space")
+    parser.add_argument("--real", type=path, metavar="FOLDER", help="real pictures to compare with in CLIP's space")
     return parser
 
 

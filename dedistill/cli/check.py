@@ -7,7 +7,7 @@ dedistill check exports/digits-lokr.safetensors --model runs/digits/student/mode
 import argparse
 from pathlib import Path
 
-from dedistill.cli.command import command_parser, guarded
+from dedistill.cli.command import command_parser, guarded, path, place
 from dedistill.recipe import load_recipe
 from dedistill.recipe.plan import make_plan
 from dedistill.recipe.shipped import PREFIX
@@ -15,8 +15,8 @@ from dedistill.recipe.shipped import PREFIX
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("check", __doc__)
-    parser.add_argument("file", help="recipe (TOML, or dedistill:NAME) or adapter file (safetensors)")
-    parser.add_argument("--model", type=Path, help="adapters: folder of the base, where the file does not say")
+    parser.add_argument("file", type=place, help="recipe (TOML, or dedistill:NAME) or adapter file (safetensors)")
+    parser.add_argument("--model", type=path, help="adapters: folder of the base, where the file does not say")
     args: argparse.Namespace = parser.parse_args(argv)
     recipe = args.file.startswith(PREFIX) or Path(args.file).suffix.lower() == ".toml"
     if recipe and args.model:

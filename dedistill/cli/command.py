@@ -5,9 +5,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from dedistill.cli.quiet import lasting_output, quiet_dependencies
 from dedistill.errors import RUN_AGAIN, UserError
+from dedistill.files import with_home
 from dedistill.recipe import Recipe, load_recipe
 
 INTERNAL_ERROR = 70
@@ -38,9 +40,22 @@ def command_parser(name: str, doc: str) -> argparse.ArgumentParser:
 def recipe_parser(name: str, doc: str, recipe: str = "recipe file (TOML), or dedistill:NAME") -> argparse.ArgumentParser:
     """``command_parser`` of a command about one recipe."""
     parser = command_parser(name, doc)
-    parser.add_argument("recipe", help=recipe)
+    parser.add_argument("recipe", type=place, help=recipe)
     add_overrides(parser)
     return parser
+
+
+def place(text: str) -> str:
+    """A path whose ``~`` is the home folder, or ``dedistill:NAME`` as it is."""
+    try:
+        return with_home(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{e}, got '{text}'") from None
+
+
+def path(text: str) -> Path:
+    """A path whose ``~`` is the home folder."""
+    return Path(place(text))
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -8,10 +8,9 @@ dedistill export runs/digits/dedistill/posthoc/alpha_linear_0.9.safetensors --fo
 import argparse
 import sys
 from functools import partial
-from pathlib import Path
 
 from dedistill.cli.arguments import positive
-from dedistill.cli.command import command_parser, guarded
+from dedistill.cli.command import command_parser, guarded, path
 
 MODELS = ("diffusers", "single", "bfl", "int8")
 ADAPTERS = ("lycoris", "transformer", "peft", "kohya")
@@ -19,14 +18,14 @@ ADAPTERS = ("lycoris", "transformer", "peft", "kohya")
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("export", __doc__)
-    parser.add_argument("source", type=Path, help="model folder, or adapter file (safetensors)")
+    parser.add_argument("source", type=path, help="model folder, or adapter file (safetensors)")
     parser.add_argument("--format", required=True, choices=[*MODELS, *ADAPTERS], help="the first four are for folders")
-    parser.add_argument("--out", type=Path, required=True, help="new folder; for an adapter, new file")
+    parser.add_argument("--out", type=path, required=True, help="new folder; for an adapter, new file")
     parser.add_argument("--base", help="hub id of the published model behind a folder, where it does not say")
     parser.add_argument("--license", help="another licence than the base's, where the base allows that")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="int8: linears that stay unquantized")
     parser.add_argument("--shard-gb", type=positive, default=10, help="folders: largest weight file in GB")
-    parser.add_argument("--model", type=Path, help="adapters: folder of the base, where the file does not say")
+    parser.add_argument("--model", type=path, help="adapters: folder of the base, where the file does not say")
     args = parser.parse_args(argv)
     return guarded(lambda: run(args), debug=args.debug)
 

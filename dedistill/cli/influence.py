@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from dedistill.cli.arguments import count, positive
-from dedistill.cli.command import guarded, recipe_parser
+from dedistill.cli.command import guarded, path, recipe_parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sigmas", type=positive, default=8, help="noise levels: Euler steps of the trajectories measured")
     parser.add_argument("--batch", type=positive, default=4, help="prompts at once")
     parser.add_argument("--budget", type=count, default="600M", help="trained numbers, e.g. 600M or 3.2B")
-    parser.add_argument("--out", type=Path, help="output folder; default RUN/influence")
+    parser.add_argument("--out", type=path, help="output folder; default RUN/influence")
     args = parser.parse_args(argv)
     return guarded(lambda: run(args), debug=args.debug)
 
@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from dedistill.base.quantize import linear_names
     from dedistill.candidates import read_prompts
     from dedistill.finished import open_base, sampling_device
+    from dedistill.ours import claim
     from dedistill.prepare import open_data
     from dedistill.recipe import load_recipe
     from dedistill.report.console import say
@@ -36,11 +37,13 @@ def run(args: argparse.Namespace) -> int:
     from dedistill.sampling.influence import measure
 
     recipe = load_recipe(args.recipe, args.set)
+    out = args.out or Path(recipe.run.out) / "influence"
+    claim(out, "influence", "--out")
     prompts = read_prompts(args.prompts, lambda: open_data(recipe, sampling_device(), say).source)
     model = open_base(recipe)
     found = measure(model, list(prompts), sigmas=args.sigmas, batch=args.batch)
     shapes = dense_shapes(model.parts.net, linear_names(model.parts.net))
     factors, used = share_out(found.per_block(), shapes, args.budget)
-    page = write_influence(args.out or Path(recipe.run.out) / "influence", found, factors, used, args.budget, args.recipe)
+    page = write_influence(out, found, factors, used, args.budget, args.recipe)
     print(f"done: {page}, and influence beside it with {used:,} trained numbers", file=sys.stderr)
     return 0

@@ -6,15 +6,14 @@ dedistill merge dedistill:digits/dedistill --out runs/digits/merged \
 
 import argparse
 import sys
-from pathlib import Path
 
-from dedistill.cli.command import guarded, recipe_parser
+from dedistill.cli.command import guarded, path, recipe_parser
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = recipe_parser("merge", __doc__, "recipe the adapter was trained with; its model.path is the base")
-    parser.add_argument("--weights", type=Path, required=True, help="snapshot, average or other adapter file")
-    parser.add_argument("--out", type=Path, required=True, help="new model folder")
+    parser.add_argument("--weights", type=path, required=True, help="snapshot, average or other adapter file")
+    parser.add_argument("--out", type=path, required=True, help="new model folder")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="dtype of the written weights")
     parser.add_argument("--round", choices=["stochastic", "nearest"], default="stochastic", help="rounding to bf16")
     args = parser.parse_args(argv)

@@ -5,15 +5,14 @@ dedistill pairs dedistill:digits/teacher --out runs/digits/pairs --count 1536 --
 
 import argparse
 import sys
-from pathlib import Path
 
 from dedistill.cli.arguments import finite, positive, whole
-from dedistill.cli.command import guarded, recipe_parser
+from dedistill.cli.command import guarded, path, recipe_parser
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = recipe_parser("pairs", __doc__, "recipe of the teacher; its finished run is used")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--out", type=path, required=True, help="folder of the shards")
     parser.add_argument("--count", type=positive, default=1536, help="pairs")
     parser.add_argument("--cfg", type=finite, default=3.0, help="guidance scale baked into the pairs")
     parser.add_argument("--steps", type=positive, default=16, help="Euler steps")

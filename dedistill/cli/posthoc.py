@@ -5,17 +5,16 @@ dedistill posthoc runs/digits/dedistill --sigma-rel 0.075 0.15        # needs sn
 """
 
 import argparse
-from pathlib import Path
 
 from dedistill.cli.arguments import finite
-from dedistill.cli.command import command_parser, guarded
+from dedistill.cli.command import command_parser, guarded, path
 
 SPACES = ("factors", "refactored", "delta", "merged")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("posthoc", __doc__)
-    parser.add_argument("run", type=Path, help="run directory (its snapshots/ are read, posthoc/ is written)")
+    parser.add_argument("run", type=path, help="run directory (its snapshots/ are read, posthoc/ is written)")
     parser.add_argument("--alpha", type=finite, nargs="+", help="weights of the newer checkpoint; default the ten of LibreFLUX")
     parser.add_argument("--sigma-rel", type=finite, nargs="+", help="widths of power-law averages, from the tracked ones")
     parser.add_argument("--step", type=int, help="as of this step, without the snapshots after it; default the last")
@@ -23,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--space", choices=SPACES, default="factors", help="what is averaged (docs/posthoc.md); default factors"
     )
-    parser.add_argument("--out", type=Path, help="output folder; default RUN/posthoc, RUN/posthoc_SPACE for delta and merged")
+    parser.add_argument("--out", type=path, help="output folder; default RUN/posthoc, RUN/posthoc_SPACE for delta and merged")
     args = parser.parse_args(argv)
     return guarded(lambda: run(args), debug=args.debug)
 

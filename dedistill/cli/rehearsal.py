@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from dedistill import ours
 from dedistill.adapters.attach import dense_shapes
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import count_parameters, resolve_targets
@@ -47,6 +48,8 @@ SMALL = 64
 SAMPLE_SIDES = (1600, 1200)
 """Width and height of sample images: enough for any crop at 1024."""
 PROMPTS = ("", "two words")
+MADE = ("rehearsal.log", "cache", "model", "run", "sweep", "merged", "exported")
+"""What a rehearsal leaves."""
 
 Say = Callable[[str], None]
 
@@ -54,12 +57,13 @@ Say = Callable[[str], None]
 def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
     """Run every stage of ``recipe`` small; raises UserError with the stage where one fails.
 
-    Results are left in ``<run.out>-rehearsal`` for a look; an earlier rehearsal there is replaced.
+    Results are left in ``<run.out>-rehearsal`` for a look; an earlier rehearsal there is replaced, any other folder refused.
     """
     choose_kernels(exact=True)  # a continued run is compared with an unbroken one, bit for bit
     out = Path(f"{recipe.run.out}-rehearsal")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    ours.claim(out, "rehearsal", f"{recipe.where('run.out')}: the rehearsal's folder")
+    for name in MADE:
+        ours.remove(out / name)
     stage = _stages(out, say)
     family = get_family(recipe.model.family, recipe.where("model.family"))
     with stage("the plan can be reached"):

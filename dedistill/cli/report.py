@@ -7,12 +7,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from dedistill.cli.command import add_overrides, command_parser, guarded
+from dedistill.cli.command import add_overrides, command_parser, guarded, path
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("report", __doc__)
-    parser.add_argument("run", type=Path, help="folder of a run, or its recipe")
+    parser.add_argument("run", type=path, help="folder of a run, or its recipe")
     add_overrides(parser)
     args = parser.parse_args(argv)
     return guarded(lambda: run(args), debug=args.debug)

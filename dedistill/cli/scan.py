@@ -7,19 +7,20 @@ dedistill scan shards/ list.parquet --out scan --tokenizer FLUX.1-schnell/tokeni
 import argparse
 import sys
 from collections import Counter
-from pathlib import Path
 
 from dedistill.cli.arguments import positive
-from dedistill.cli.command import command_parser, guarded
+from dedistill.cli.command import command_parser, guarded, path, place
 
 SPLIT = {"auto": None, "true": True, "false": False}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("scan", __doc__)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="folder of pictures, folder of .tar shards, or list")
-    parser.add_argument("--out", type=Path, help="folder for the page, scan.json and the index; default none is written")
-    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer: caption lengths in tokens, not words")
+    parser.add_argument(
+        "paths", type=place, nargs="+", metavar="PATH", help="folder of pictures, folder of .tar shards, or list"
+    )
+    parser.add_argument("--out", type=path, help="folder for the page, scan.json and the index; default none is written")
+    parser.add_argument("--tokenizer", type=path, help="folder of a tokenizer: caption lengths in tokens, not words")
     parser.add_argument("--resolutions", type=positive, nargs="+", default=[512, 1024], help="resolutions of the buckets")
     parser.add_argument("--fields", nargs="+", default=[], help="keys or columns that hold captions; default the usual names")
     parser.add_argument("--file-column", default="file_name", help="column of a list that names the picture")
@@ -31,9 +32,12 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     from dedistill.data.index import build_index
     from dedistill.data.scan import scan, scan_lines
+    from dedistill.ours import claim
     from dedistill.report.scan_page import write_scan_page
 
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    if args.out:
+        claim(args.out, "scan", "--out")
     file = args.out / "index.jsonl" if args.out else None
     index = build_index(_sources(args), file=file, say=say)
     facts = scan(index, resolutions=args.resolutions, tokenizer=args.tokenizer, say=say)

@@ -7,9 +7,8 @@ dedistill train tiny.toml
 import argparse
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
-from dedistill.cli.command import command_parser, guarded
+from dedistill.cli.command import command_parser, guarded, path
 from dedistill.cli.recipes import said_of
 from dedistill.errors import UserError
 from dedistill.families.registry import FAMILIES, get_family
@@ -25,8 +24,8 @@ SIDES = (256, 192)
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("tiny", __doc__.replace("FAMILY", next(iter(FAMILIES))))
     parser.add_argument("family", help=f"model family: {', '.join(FAMILIES)}")
-    parser.add_argument("folder", type=Path, help="new folder of the model; named as a published model, it is built like that")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="write a few captioned sample images there too")
+    parser.add_argument("folder", type=path, help="new folder of the model; named as a published model, it is built like that")
+    parser.add_argument("--images", type=path, metavar="FOLDER", help="write a few captioned sample images there too")
     args: argparse.Namespace = parser.parse_args(argv)
     return guarded(lambda: run(args), debug=args.debug)
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.files import make_folder, refused, replace_file, replace_json
+from dedistill.files import TEMPORARY, make_folder, refused, replace_file, replace_json
 from dedistill.io.hashing import file_sha256
 from dedistill.pulse import pulse
 
@@ -159,7 +159,7 @@ def sole_writer(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        lock = open(cache / ".lock", "w")  # noqa: SIM115 - closed below
+        lock = open(cache / ".lock", "a")  # noqa: SIM115 - closed below
     except OSError as e:
         raise refused(cache / ".lock", e) from e
     with lock:
@@ -172,7 +172,8 @@ def sole_writer(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
             time.sleep(0.5)
         try:
             for unfinished in cache.glob("*/*.tmp-*"):
-                unfinished.unlink()
+                if TEMPORARY.search(unfinished.name):
+                    unfinished.unlink()
             yield
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)  # a process forked meanwhile holds the file open too

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.files import make_folder, read_sealed, sealed, step_name, step_of, sync, write_synced
+from dedistill.files import TEMPORARY, make_folder, read_sealed, sealed, step_name, step_of, sync, write_synced
 from dedistill.io.hashing import file_sha256
 from dedistill.tensorfile import TensorFile
 
@@ -162,15 +162,9 @@ def read_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dic
 
 def sweep_temporaries(folder: Path) -> None:
     """Remove what killed writes of a run left behind, at the places it writes. Only while holding the run's lock."""
-    ours = (
-        "checkpoints/step-*.tmp-*",
-        "snapshots/step-*.tmp-*",
-        "snapshots/ema_*/step-*.tmp-*",
-        "recipe.*.tmp-*",
-        "plan.json.tmp-*",
-        "inputs.json.tmp-*",
-        "*.jsonl.tmp-*",
-        "model.tmp-*",
+    written = (
+        *("checkpoints/step-*", "snapshots/step-*", "snapshots/ema_*/step-*", "model"),
+        *("recipe.json", "recipe.toml", "recipe.resolved.toml", "plan.json", "inputs.json", "metrics.jsonl", "timings.jsonl"),
     )
-    for path in (found for pattern in ours for found in folder.glob(pattern)):
+    for path in (p for name in written for p in folder.glob(f"{name}.tmp-*") if TEMPORARY.search(p.name)):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -65,8 +65,9 @@ def start(*, cpu: bool, **options: Any) -> "tuple[Accelerator, World]":
 
     engine = engine_asked()
     _hide_engine()
-    accelerator = Accelerator(cpu=cpu, **options)
-    world = World.joined()
+    with World().relying():
+        accelerator = Accelerator(cpu=cpu, **options)
+        world = World.joined()
     asked = max(ranks(), promised(os.getppid()))
     if not asked == world.size == accelerator.num_processes:
         raise UserError(

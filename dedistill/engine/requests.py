@@ -15,8 +15,14 @@ ECHO, REPEAT = 5.0, 0.5
 """Seconds in which a launcher passes on the signal that its processes have had already, and in which other programs send one
 twice; a person's second Ctrl-C comes later."""
 FILES = ("stop", "save", "sample")
-"""``touch RUN/stop``: save and end for good; ``RUN/save``: save and go on; ``RUN/sample``: previews now."""
+"""``touch RUN/stop``: save and end for good; ``RUN/save``: save and go on; ``RUN/sample``: previews now. Only what ``touch``
+makes, an empty file, is a request: what somebody wrote is not ours to remove."""
 BY_SIGNAL, BY_FILE = "signal", "file"
+
+
+def request_files(folder: Path) -> list[Path]:
+    """The requests in ``folder``: empty files with one of their names."""
+    return [path for name in FILES if (path := folder / name).is_file() and not path.is_symlink() and not path.stat().st_size]
 
 
 class Requests:
@@ -30,7 +36,7 @@ class Requests:
         self.signalled = self.saves = False
         self.deferred = False
         """Whether there is something to save, so that a stop waits for the end of the step."""
-        self._first, self._folder = 0.0, None
+        self._first, self._folder, self._told = 0.0, None, set()
 
     def __enter__(self) -> "Requests":
         self._launcher = os.getppid() if launched() else None
@@ -70,13 +76,21 @@ class Requests:
     def _taken(self) -> list[str]:
         """Names of the files that were there. Each is removed, so that it counts once."""
         taken = []
-        for name in FILES if self._folder else ():
+        for path in request_files(self._folder) if self._folder else ():
             try:
-                os.unlink(self._folder / name)
-                taken.append(name)
-            except OSError:  # not there, or not to be removed: then it would count again and again
+                os.unlink(path)
+                taken.append(path.name)
+            except OSError:  # gone, or not to be removed: then it would count again and again
                 continue
+        self._tell_of_others()
         return taken
+
+    def _tell_of_others(self) -> None:
+        """Say once what has the name of a request and is none."""
+        for path in (self._folder / name for name in FILES) if self._folder else ():
+            if path.name not in self._told and os.path.lexists(path) and path not in request_files(self._folder):
+                self._told.add(path.name)
+                print(f"'{path}' is no empty file, so it is no request and stays; `touch` makes one", file=sys.stderr)
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         self.saves = True

@@ -5,11 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dedistill import ours
 from dedistill.engine.checkpoint import sweep_temporaries
+from dedistill.engine.export import MARK
 from dedistill.engine.inputs import changed_files, fingerprint
+from dedistill.engine.requests import request_files
 from dedistill.errors import UserError
 from dedistill.files import make_folder, read_sealed, replace_file, sealed
-from dedistill.recipe import Recipe, to_toml
+from dedistill.recipe import RESOLVED, Recipe, to_toml
 from dedistill.recipe.resolve import as_it_was_meant
 
 FREE_TO_CHANGE = (
@@ -18,6 +21,7 @@ FREE_TO_CHANGE = (
 )
 """Keys and tables that alter what is written, or how much memory a step takes, but not what is trained (to rounding);
 a continued run may change them."""
+_WRITTEN = ("recipe.json", "plan.json", "inputs.json", "metrics.jsonl", "timings.jsonl")
 
 SAMPLE = "base.sample"
 OTHER_NUMBERS = (
@@ -42,9 +46,10 @@ class RunDirectory:
         self.model = self.path / "model"
 
     def __enter__(self) -> "RunDirectory":
+        self._refuse_foreign()
         try:
             make_folder(self.path)
-            self._lock = open(self.path / ".lock", "w")
+            self._lock = open(self.path / ".lock", "a")
         except OSError as e:
             raise UserError(f"{self.recipe.where('run.out')}: '{self.path}' cannot be written: {e.strerror}") from e
         try:
@@ -72,16 +77,34 @@ class RunDirectory:
     def _claim(self) -> None:
         """Refuse the directory of another run; otherwise write this one's resolved recipe into it."""
         known = self.path / "recipe.json"
-        if known.exists():
-            sweep_temporaries(self.path)
         if self.used:
             self._compare(known)
+        sweep_temporaries(self.path)
+        ours.mark(self.path, "run")
         replace_file(known, json.dumps(self.recipe.resolved(), indent=1).encode())
-        replace_file(self.path / "recipe.toml", to_toml(self.recipe).encode())
+        self._write_recipe(to_toml(self.recipe).encode())
+
+    def _write_recipe(self, whole: bytes) -> None:
+        """The recipe with all that it extends goes to recipe.toml, or beside it where that is the user's own."""
+        file, beside = self.path / "recipe.toml", self.path / RESOLVED
+        own = ours.same_file(file, self.recipe.files) and file.read_bytes() != whole
+        replace_file(beside if own or beside.exists() else file, whole)
+
+    def _refuse_foreign(self) -> None:
+        """Before the first byte is written. What looks like a run is compared with the recipe later on."""
+        if taken := [name for name in _WRITTEN if ours.same_file(self.path / name, self.recipe.files)]:
+            raise UserError(
+                f"'{self.path / taken[0]}' would be replaced and is the recipe that is read: give it another name", 2
+            )
+        if not self.used:
+            kept = [*self.recipe.files, *request_files(self.path)]
+            ours.refuse_foreign(self.path, "run", self.recipe.where("run.out"), kept=kept)
+        elif not (self.path / "recipe.json").exists():
+            raise UserError(f"'{self.path}' holds results but no recipe.json; choose another run.out")
+        if self.model.exists() and not any((self.model / name).exists() for name in (MARK, "dedistill.json")):
+            raise UserError(f"'{self.model}' is no export of a run and would be replaced: move it, or set another run.out")
 
     def _compare(self, known: Path) -> None:
-        if not known.exists():
-            raise UserError(f"'{self.path}' holds results but no recipe.json; choose another run.out")
         if self.recipe.run.resume == "never":
             raise UserError(f"'{self.path}' already holds a run and run.resume = 'never'; choose another run.out")
         differing, free = _differences(as_it_was_meant(self._read(known), self.recipe.model), self.recipe.resolved())

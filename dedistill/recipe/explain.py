@@ -51,6 +51,8 @@ def _limit(error: Any) -> str:
     if kind in _LIMITS:
         words, name = _LIMITS[kind]
         return f"must be {words} {ctx[name]:.15g}"
+    if kind == "value_error":
+        return str(ctx["error"])
     if kind == "multiple_of":
         return f"must be a multiple of {ctx['multiple_of']:.15g}"
     if kind == "too_short":

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from dedistill.errors import UserError
+from dedistill.files import with_home
 from dedistill.recipe.emit import fields_of, json_schema, table_in, to_toml
 from dedistill.recipe.explain import any_of, entries, explain, quote, shown
 from dedistill.recipe.locate import dotted, locate
@@ -21,7 +22,10 @@ from dedistill.recipe.rules import contradictions
 from dedistill.recipe.schema import Recipe, Table
 from dedistill.recipe.shipped import near_shipped, shipped_file
 
-__all__ = ["RecipeError", "json_schema", "load_recipe", "to_toml"]
+__all__ = ["RESOLVED", "RecipeError", "json_schema", "load_recipe", "to_toml"]
+
+RESOLVED = "recipe.resolved.toml"
+"""In a run whose recipe.toml is the user's own: the recipe with all that it extends."""
 
 # Whole words only: text_length is no text token.
 _SECRET = re.compile(r"(?<![a-z0-9])(api[_-]?key|token|password|secret)(?![a-z0-9])", re.IGNORECASE)
@@ -51,6 +55,7 @@ class _Draft:
 
     def __init__(self, file: str):
         self.file = file
+        self.files: list[Path] = []
         self.data: dict[str, Any] = {}
         self.places: dict[str, _Place] = {}
         self.errors: list[tuple[_Place, str]] = []
@@ -109,6 +114,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if draft.errors or recipe is None:
         raise RecipeError([line for _, line in sorted(draft.errors, key=lambda found: found[0])])
     recipe._places.update({key: str(place) for key, place in draft.places.items()})
+    recipe._files = tuple(file.absolute() for file in draft.files)
     return resolve(recipe)
 
 
@@ -138,6 +144,7 @@ def _read_chain(name: str) -> _Draft:
         draft.lay(data, places)
     if len(layers) > 1:
         _take_own_places(draft, own, seen[0][0])
+    draft.files = [p for p, _ in seen]
     return draft
 
 
@@ -147,7 +154,13 @@ def _find(name: str, folder: Path, via: str) -> tuple[Path, str]:
         packaged = shipped_file(name)
     except LookupError as exc:
         raise RecipeError([f"{via}{name}: {exc.args[0]}"]) from None
-    return (packaged, name.removesuffix(".toml")) if packaged else (folder / name, os.path.normpath(folder / name))
+    if packaged:
+        return packaged, name.removesuffix(".toml")
+    try:
+        path = folder / with_home(name)
+    except ValueError as exc:
+        raise RecipeError([f"{via}{exc}, got {quote(name)}"]) from None
+    return path, os.path.normpath(path)
 
 
 def _take_own_places(draft: _Draft, own: dict[str, Any], file: Path) -> None:

@@ -4,12 +4,17 @@ Every field's description is what the JSON schema shows in an editor. Unknown ke
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints
+
+from dedistill.files import with_home
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Place = Annotated[str, StringConstraints(min_length=1), AfterValidator(with_home)]
+"""A path, or a hub id; ``~`` is the home folder."""
 SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._ -]*$"
 """Names that are folders somewhere: no separators, nothing hidden, no way up."""
 
@@ -56,7 +61,7 @@ class Run(Table):
         pattern=SAFE_NAME,
         description="Name of the run, for logs, trackers and folders of pictures.",
     )
-    out: str = Field(min_length=1, description="Run directory: metrics, checkpoints, snapshots, pictures.")
+    out: Place = Field(description="Run directory: metrics, checkpoints, snapshots, pictures.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Key of every random draw of the run.")
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue from the newest good checkpoint; never: refuse a directory that holds a run."
@@ -86,13 +91,13 @@ class Architecture(Table):
 
 class Model(Table):
     family: str = Field(description="Model family, e.g. pixel_flux.")
-    path: str | None = Field(
+    path: Place | None = Field(
         None, description="Trained weights: folder, single file, or hub id. None with new: exactly one of the two is set."
     )
     revision: str | None = Field(
         None, min_length=1, description="Commit of a hub id, for which it is required. None for files."
     )
-    components: str | None = Field(
+    components: Place | None = Field(
         None,
         description="Folder or hub id of text encoders and VAE, where path is a single file with the denoiser alone. "
         "None: they are in path.",
@@ -161,7 +166,7 @@ class Adapter(Table):
 class PictureSet(Table):
     """Captioned pictures in one place."""
 
-    path: str = Field(min_length=1, description="Folder of pictures, folder of tar shards, or a table (parquet, csv, jsonl).")
+    path: Place = Field(description="Folder of pictures, folder of tar shards, or a table (parquet, csv, jsonl).")
     name: str | None = Field(None, min_length=1, description="What it is called in messages. None: as the folder.")
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="Share of the samples, relative to the other sets.")
     captions: list[str] | None = Field(
@@ -177,11 +182,11 @@ class Data(Table):
         description="digits: scikit-learn's 8x8 digits, two per picture; mnist: 28x28 digits padded to 32x32; "
         "pairs: stored noise and pictures from dedistill pairs; pictures: captioned pictures of your own."
     )
-    path: str | None = Field(
+    path: Place | None = Field(
         None, description="pairs: folder of shards (required). mnist: folder of IDX files. None: as installed."
     )
     sets: list[PictureSet] = Field(default_factory=list, description="pictures: where they are, at least one.")
-    cache: str | None = Field(
+    cache: Place | None = Field(
         None, description="pictures: folder for encoded pictures and captions (required). None elsewhere."
     )
     resolutions: Annotated[list[Resolution] | None, Default([1024], *_OF_PICTURES)] = Field(
@@ -365,6 +370,12 @@ class Recipe(Table):
     preview: Preview = Preview()
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
+    _files: tuple[Path, ...] = PrivateAttr(default=())
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files it was read from: itself and what it extends."""
+        return self._files
 
     def __eq__(self, other: object) -> bool:
         """Two recipes are equal if they say the same, wherever they say it."""

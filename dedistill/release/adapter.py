@@ -8,7 +8,7 @@ from dedistill.adapters.files import read_tensors
 from dedistill.adapters.formats import SPELLINGS, as_kohya, by_layer, check_shapes
 from dedistill.errors import UserError
 from dedistill.families.naming import naming_of, published_config
-from dedistill.files import replace_json
+from dedistill.files import as_json, replace_file
 from dedistill.release.folder import linear_shapes, network_config, skeleton
 from dedistill.release.headers import adapter_header, lycoris_config
 from dedistill.release.public import read_recipe
@@ -20,7 +20,7 @@ def export_adapter(file: Path, out: Path, spelling: str, model: Path | None = No
 
     model: folder of the base; without it, the base that the file's own recipe names, at its full size. The "lycoris"
     spelling gets ``lycoris_config.json`` beside it, from which SimpleTuner goes on. Raises UserError, writing nothing,
-    when the file does not fit that network whole, ``out`` exists, or a LoKr is to become a LoRA.
+    when the file does not fit that network whole, ``out`` or another adapter's config exists, or a LoKr is to become a LoRA.
     """
     if out.exists():
         raise UserError(f"'{out}' already exists: choose another --out, or remove it")
@@ -34,12 +34,16 @@ def export_adapter(file: Path, out: Path, spelling: str, model: Path | None = No
         raise UserError(f"{e}; if its base is another network, name the base's folder with --model") from e
     spelt = as_kohya(layers, naming_of(config["_class_name"]), shapes) if spelling == "kohya" else SPELLINGS[spelling](layers)
     metadata = adapter_header(out.stem, spelling, header, layers, config)
+    config_file = out.with_name("lycoris_config.json")
+    told = as_json(lycoris_config(layers)) if spelling == "lycoris" else b""
+    if told and config_file.exists() and config_file.read_bytes() != told:
+        raise UserError(f"'{config_file}' exists and is of another adapter: choose another folder for --out, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TensorFile(out, {name: (tuple(t.shape), t.dtype) for name, t in spelt.items()}, metadata) as written:
         for name, tensor in spelt.items():
             written.write(name, tensor)
-    if spelling == "lycoris":
-        replace_json(out.with_name("lycoris_config.json"), lycoris_config(layers))
+    if told:
+        replace_file(config_file, told)
     return out
 
 

@@ -6,13 +6,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError, safe_open
+
 from dedistill.errors import UserError
 from dedistill.files import make_folder
 from dedistill.posthoc.lerp import ALPHAS, chain_averages, describe
 from dedistill.posthoc.reconstruct import TRUSTED, find_profiles, reconstruct
 from dedistill.posthoc.snapshots import Snapshot, find_snapshots
 from dedistill.posthoc.stream import Average, write_averages
-from dedistill.recipe import load_recipe
+from dedistill.recipe import RESOLVED, load_recipe
 
 if TYPE_CHECKING:
     from dedistill.release.deltas import Misfit
@@ -38,6 +40,7 @@ def write_in_space(snapshots: Sequence[Snapshot], averages: Sequence[Average], s
     merged: onto the base that the run's own recipe names. Raises UserError as the writers do.
     """
     paths = [a.path for a in averages]
+    _refuse_other_files(paths)
     if space == "factors":
         return Written(write_averages(snapshots, averages), [])
     from dedistill.release.deltas import write_dense, write_refactored  # with the libraries of adapters: seconds
@@ -51,13 +54,27 @@ def write_in_space(snapshots: Sequence[Snapshot], averages: Sequence[Average], s
 
     folders = [path.with_suffix("") for path in paths]
     make_folder(paths[0].parent)
-    recipe = load_recipe(run / "recipe.toml")
+    recipe = load_recipe(run / RESOLVED if (run / RESOLVED).exists() else run / "recipe.toml")
     with TemporaryDirectory(dir=paths[0].parent, prefix=".deltas-") as temporary:
         deltas = [replace(a, path=Path(temporary) / a.path.name) for a in averages]
         write_dense(snapshots, deltas)
         for delta, folder in zip(deltas, folders):
             merge_adapter(recipe, delta.path, folder)
     return Written(folders, [])
+
+
+def _refuse_other_files(paths: Sequence[Path]) -> None:
+    """Raises UserError for a file that would be replaced and is no average of ours."""
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as f:
+                average = "dedistill.ema" in (f.metadata() or {})
+        except FileNotFoundError:
+            continue
+        except (OSError, SafetensorError):
+            average = False
+        if not average:
+            raise UserError(f"'{path}' exists and is no average that dedistill made: choose another --out, or remove it")
 
 
 def average_run(

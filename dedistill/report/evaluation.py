@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dedistill.ours import claim
 from dedistill.report.distillation import Questions, ask, check_comparable, measure
 from dedistill.report.sweep_files import read_index
 from dedistill.sampling.judges import ClipJudge
@@ -44,6 +45,8 @@ def evaluate(
     check_comparable(known, reference, questions)
     check_prompts(grid.prompts)  # select would say so, and of --by, after hours of pictures
     check_by(by, {name for name, who in (("judge", questions.judge), ("clip", clip)) if who})
+    for part in ("sweep", "distillation", "selection"):
+        claim(out / part, part, "--out")
     kept = out / "distillation" / "answers"
     losses = {}
     for c in candidates:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from dedistill.report.plots import Points, line_plot, tick_label
 TEMPLATES = Path(__file__).parent / "templates"
 TINY = 96  # pictures with a shorter side than this are shown with hard pixel edges
 PHONE_SIDE = 80  # side of a thumbnail on a phone
+_SMALL = re.compile(r"[0-9a-f]{24}\.webp")
 THUMB_SIDE, THUMB_QUALITY = 320, 75  # of the small copies: 15 kB for a photograph
 
 
@@ -102,10 +104,10 @@ def save_small(picture: Image.Image, path: Path, side: int = THUMB_SIDE) -> tupl
 
 
 def drop_old_thumbnails(folder: Path, shots: Iterable[Shot]) -> None:
-    """Remove small copies that none of ``shots`` shows."""
+    """Remove small copies that none of ``shots`` shows; pictures under other names than they have are not ours."""
     shown = {shot.small for shot in shots}
     for path in (folder / "thumbs").glob("*.webp"):
-        if f"thumbs/{path.name}" not in shown:
+        if _SMALL.fullmatch(path.name) and f"thumbs/{path.name}" not in shown:
             path.unlink()
 
 

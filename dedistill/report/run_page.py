@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from dedistill.engine.metrics import read_rows
 from dedistill.errors import UserError
+from dedistill.ours import claim
 from dedistill.report.heat import heat_map
 from dedistill.report.pages import field, figure, is_number, number, render
 
@@ -61,7 +62,7 @@ def write_run_page(run: Path) -> Path:
         bad_count=len(bad),
     )
     page = run / "report" / "index.html"
-    page.parent.mkdir(exist_ok=True)
+    claim(page.parent, "report", "the page's folder")
     page.write_text(html, encoding="utf-8")
     return page
 

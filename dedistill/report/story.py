@@ -14,6 +14,7 @@ from dedistill.engine.objective import Objective
 from dedistill.engine.validate import Validator
 from dedistill.files import replace_json
 from dedistill.finished import open_finished
+from dedistill.ours import claim
 from dedistill.recipe import Recipe
 from dedistill.report.console import say
 from dedistill.report.story_page import write_story_page
@@ -54,6 +55,7 @@ def tell(
     All stages are sampled with the same number of steps, prompts and noise, so that only the model differs; the
     student also with its own few steps. Returns what the story claims, as :func:`story_checks` does.
     """
+    claim(out, "story", "--out")
     source = open_source(recipes["dedistilled"].data)
     candidates = [_candidate(name, recipes[name], steps) for name in STAGES]
     candidates.insert(2, _candidate("student_native", recipes["student"], recipes["student"].sample.steps))

@@ -17,10 +17,11 @@ from dedistill.assemble import Model
 from dedistill.data.pairs import FACTS
 from dedistill.data.source import Source
 from dedistill.errors import UserError
-from dedistill.files import WholeFile, make_folder, read_sealed, replace_file, sealed
+from dedistill.files import WholeFile, read_sealed, replace_file, sealed
 from dedistill.flow import keyed
 from dedistill.flow.solvers import sigma_grid
 from dedistill.io.hashing import file_sha256
+from dedistill.ours import claim
 from dedistill.sampling.sampler import trajectories
 
 
@@ -41,7 +42,7 @@ def make_pairs(
     """Write ``count`` pairs into ``out`` and return its facts (also ``pairs.json``).
 
     points: windows between stored states, so points + 1 states, the noise first and the picture last; must divide
-    steps. Raises UserError when ``out`` holds pairs made differently.
+    steps. Raises UserError when ``out`` holds pairs made differently, or what is not ours.
     """
     if steps % points:
         raise UserError(f"--points {points} does not divide --steps {steps}: only states of the solver are stored", exit_code=2)
@@ -61,7 +62,7 @@ def make_pairs(
         "picture": list(model.parts.picture),
         "source": source.name,
     }
-    make_folder(out)
+    claim(out, "pairs", "--out")
     shards = _finished_shards(out, facts)
     prompts = source.prompts(seed, count)
     assert len(prompts) == count, f"source '{source.name}' gave {len(prompts)} prompts, {count} were asked for"

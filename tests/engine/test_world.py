@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from dedistill.assemble import build_model
 from dedistill.engine.checkpoint import damage, list_checkpoints
 from dedistill.engine.gradients import LIMIT, RESOLUTION, ExactGradients, SummedGradients
+from dedistill.engine.launcher import start
 from dedistill.engine.loop import Trainer
 from dedistill.engine.objective import Objective
 from dedistill.engine.requests import Requests
@@ -453,6 +454,24 @@ def test_a_fault_of_rank_0_ends_all(adapter_recipe, tmp_path):
     assert codes == [1, 75]
     assert "another process is running in" in (tmp_path / "said/0").read_text()
     assert "rank 1: error: another process of this run has ended" in (tmp_path / "said/1").read_text()
+
+
+def _start_with_one_that_dies() -> int:
+    if os.environ["RANK"] == "0":
+        torch.distributed.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 2, is_master=True, wait_for_workers=True)
+        return 1
+    try:
+        start(cpu=True)
+    except UserError as e:
+        print(e)
+        return e.exit_code
+    return 0
+
+
+def test_a_process_that_dies_while_the_others_join_it(tmp_path):
+    """Rank 0 ends between the rendezvous and the first word: the other says so, and that the run may be tried again."""
+    assert run_ranks(2, _start_with_one_that_dies, said=tmp_path) == [1, 75], (tmp_path / "1").read_text()
+    assert "another process of this run has ended" in (tmp_path / "1").read_text()
 
 
 def test_encoding_is_shared(picture_recipe, tmp_path):

@@ -22,6 +22,7 @@ from dedistill.engine.metrics import Trackers
 from dedistill.engine.objective import Objective
 from dedistill.errors import RUN_AGAIN
 from dedistill.files import read_sealed, sealed
+from dedistill.ours import claim
 from dedistill.train import main
 
 SETTINGS = ("checkpoint.every=2", "validate.every=99")
@@ -203,7 +204,7 @@ def test_a_terminal_that_is_gone_ends_nothing(recipe, tmp_path, monkeypatch):
 
 def test_previews_that_cannot_be_written_end_nothing(recipe, tmp_path, capsys):
     """A file stands where their folder is to be."""
-    (tmp_path / "run").mkdir()
+    claim(tmp_path / "run", "run", "run.out")
     (tmp_path / "run" / "previews").write_text("")
     preview = ("preview.every=2", "preview.prompts=['one two']", "preview.cfgs=[1]", "sample.steps=2")
     assert main(arguments(recipe, tmp_path / "run", *SETTINGS, *preview)) == 0

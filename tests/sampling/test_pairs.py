@@ -81,7 +81,7 @@ def test_the_facts_are_stored(made):
     assert facts["sigmas"] == pytest.approx([1, 2 / 3, 1 / 3, 0]) and facts["source"] == "digits"
     assert [(s["file"], s["pairs"]) for s in facts["shards"]] == list(zip(SHARDS, (16, 16, 8)))
     assert all(s["sha256"] == file_sha256(made.folder / s["file"]) for s in facts["shards"])
-    assert sorted(p.name for p in made.folder.iterdir()) == [*SHARDS, "pairs.json"]
+    assert sorted(p.name for p in made.folder.iterdir()) == [".dedistill", *SHARDS, "pairs.json"]
 
 
 def test_pictures_come_again_from_the_stored_noise(made, teacher):
