@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.interleave import ratio, report
 from dedistill.adapters.attach import Adapter
 from dedistill.adapters.targets import Resolved
-from dedistill.base.quantize import prepare_base
+from dedistill.models.quantize import prepare_base
 
 WIDTH, TOKENS = 1024, 512
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.interleave import report
-from dedistill.engine.checkpoint import save_checkpoint
-from dedistill.engine.saver import Groups, Saver
+from dedistill.runs.checkpoint import save_checkpoint
+from dedistill.training.background import Groups, Saver
 
 ROUNDS = 7
 STEP, STEPS = 0.02, 400

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from benchmarks.interleave import RESULTS
-from dedistill.engine import loop
-from dedistill.engine.ahead import ahead
-from dedistill.families.flux_tiny import write_tiny_flux
+from dedistill.models.flux.tiny import write_tiny_flux
 from dedistill.train import main as train
+from dedistill.training import trainer as loop
+from dedistill.training.background import ahead
 
 PICTURES, STEPS, PAIRS = 96, 41, 3
 RECIPE = """

@@ -12,7 +12,7 @@ from torch import nn
 
 from dedistill.adapters.attach import dense_shapes
 from dedistill.adapters.targets import Resolved
-from dedistill.base.quantize import linear_names
+from dedistill.models.quantize import linear_names
 
 TEXT_LINEARS = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "context_embedder"}
 

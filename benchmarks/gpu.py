@@ -25,21 +25,20 @@ from torch import nn
 
 from benchmarks.flops import Tokens, adapter_flops, model_flops
 from dedistill.adapters.attach import Adapter, dense_shapes
-from dedistill.adapters.init import check_started, initialise
+from dedistill.adapters.delta import check_started, initialise
 from dedistill.adapters.targets import resolve_targets
-from dedistill.assemble import Model
-from dedistill.base.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
-from dedistill.engine.launcher import choose_kernels
-from dedistill.engine.optim import make_optimizer
-from dedistill.families.family import Components, Text
-from dedistill.families.pixel_flux import PixelFlux
-from dedistill.flow.loss import flow_loss
-from dedistill.flow.path import interpolate, velocity
+from dedistill.distributed.launcher import choose_kernels
+from dedistill.evaluation.sweep import save_png
+from dedistill.flow.path import flow_loss, interpolate, velocity
 from dedistill.flow.solvers import sigma_grid
+from dedistill.models.family import Components, Text
+from dedistill.models.model import Model
+from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import recipe_of
 from dedistill.sampling.sampler import sample, start_noise
-from dedistill.sampling.sweep import save_png
+from dedistill.training.optim import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
 TEXT, CHANNELS, PATCH, VAE = 80, 16, 2, 8
@@ -147,7 +146,7 @@ class Setup:
 
 
 def set_up(parts: Components, sizes: Sizes, name: str, device: str) -> Setup:
-    """Attach and start the adapter of that name, in the order of dedistill.assemble."""
+    """Attach and start the adapter of that name, in the order of dedistill.models.model."""
     recipe, net = recipe_for(sizes, name), parts.net
     table = recipe.adapter
     targets = resolve_targets(table, dense_shapes(net, linear_names(net)), FAMILY.presets(net))

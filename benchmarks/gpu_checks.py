@@ -22,13 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu import Clock, device_name, matmul_flops
 from dedistill.adapters.attach import Adapter, dense_shapes
 from dedistill.adapters.targets import Resolved
-from dedistill.assemble import Model
-from dedistill.base.quantize import cast_float, linear_names, prepare_base
-from dedistill.engine.launcher import choose_kernels
-from dedistill.families.family import Text
-from dedistill.families.pixel_flux import PixelFlux
-from dedistill.flow.loss import flow_loss
-from dedistill.flow.path import interpolate, velocity
+from dedistill.distributed.launcher import choose_kernels
+from dedistill.flow.path import flow_loss, interpolate, velocity
+from dedistill.models.family import Text
+from dedistill.models.model import Model
+from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.quantize import cast_float, linear_names, prepare_base
 
 FAMILY = PixelFlux()
 TOKENS = 20

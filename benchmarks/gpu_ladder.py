@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu import FAMILY, FULL, TINY, Clock, Setup, Sizes, blank, cell, device_name, fill, line, matmul_flops, set_up
-from dedistill.base import int8
-from dedistill.engine.launcher import choose_kernels
+from dedistill.distributed.launcher import choose_kernels
+from dedistill.models import quantize as int8
 
 PAIRS = 3
 

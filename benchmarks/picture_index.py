@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.interleave import ratio, report
-from dedistill.data.index import build_index
-from dedistill.data.picture_set import PictureSet
+from dedistill.data.images.index import build_index
+from dedistill.data.images.types import PictureSet
 
 PICTURES = 10_000
 

@@ -20,9 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.interleave import RESULTS, ratio
-from dedistill.posthoc.lerp import ALPHAS, chain_averages, output_name
-from dedistill.posthoc.snapshots import Snapshot, find_snapshots, write_snapshot
-from dedistill.posthoc.stream import write_averages
+from dedistill.posthoc.profiles import ALPHAS, chain_averages, output_name
+from dedistill.posthoc.snapshots import Snapshot, find_snapshots, write_averages, write_snapshot
 
 SNAPSHOTS, TENSORS, SIZE = 20, 8, 1 << 20
 PAIRS = 5

@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.interleave import RESULTS
 from benchmarks.processes import step_of, trainer
-from dedistill.engine.ema import Averages
-from dedistill.posthoc.power import Profile, coefficients, exponent, share_of_new, walk_error
+from dedistill.posthoc.profiles import Profile, coefficients, exponent, share_of_new, walk_error
+from dedistill.training.ema import Averages
 
 STEPS, STORED = 4000, (0.05, 0.10)
 WIDTHS, COUNTS = (0.02, 0.03, 0.04, 0.075, 0.15, 0.20, 0.25), (4, 8, 16, 32)

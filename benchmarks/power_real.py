@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.interleave import RESULTS
-from dedistill.posthoc.reconstruct import find_profiles, reconstruct
-from dedistill.posthoc.snapshots import find_snapshots
-from dedistill.posthoc.stream import write_averages
+from dedistill.posthoc.profiles import find_profiles, reconstruct
+from dedistill.posthoc.snapshots import find_snapshots, write_averages
 
 COUNTS = (4, 10, 20)
 """Snapshots of each width, evenly spaced to the end; the run needs as many as the last."""

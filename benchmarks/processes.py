@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.interleave import RESULTS, ratio
-from dedistill.assemble import build_model
-from dedistill.engine.loop import Trainer
-from dedistill.engine.metrics import Trackers
-from dedistill.engine.requests import Requests
-from dedistill.engine.rundir import RunDirectory
-from dedistill.files import make_folder
-from dedistill.prepare import open_data
+from dedistill.data.encode import open_data
+from dedistill.distributed.world import World
+from dedistill.io.atomic import make_folder
+from dedistill.models.model import build_model
 from dedistill.recipe import load_recipe
-from dedistill.recipe.plan import make_plan
-from dedistill.world import World
+from dedistill.recipe.resolve import make_plan
+from dedistill.runs.directory import RunDirectory
+from dedistill.runs.metrics import Trackers
+from dedistill.runs.requests import Requests
+from dedistill.training.trainer import Trainer
 
 RECIPE = "dedistill:digits/teacher"
 STEPS, BATCH = 20, 16

@@ -9,7 +9,7 @@ __all__ = ["load_lokr"]
 def __getattr__(name: str) -> Any:
     # on demand: `import dedistill` stays free of torch and diffusers
     if name == "load_lokr":
-        from dedistill.adapters.loading import load_lokr
+        from dedistill.adapters.files import load_lokr
 
         return load_lokr
     raise AttributeError(f"module 'dedistill' has no attribute '{name}'")

@@ -7,8 +7,7 @@ import numpy as np
 from scipy import ndimage
 
 from dedistill.data.digits import DigitSource
-from dedistill.sampling.artefacts import END, SHADOW_PATCH, blur, clipped, colour, luma, shadow, shrunk
-from dedistill.sampling.scores import detail
+from dedistill.evaluation.numbers import END, SHADOW_PATCH, blur, clipped, colour, detail, luma, shadow, shrunk
 
 
 def photographs(side: int, stride: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the meters of dedistill.sampling.artefacts see: faults are put into real pictures at rising strength, and counted.
+"""What the meters of dedistill.evaluation.numbers see: faults are put into real pictures at rising strength, and counted.
 
 Paired: what a meter says of a faulty take of a picture, less what it says of the picture, against the same for harmless
 takes (a pixel's shift, 10 % of gain, a little brightness and noise). Unpaired: its value against those of other clean
@@ -16,9 +16,9 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from dedistill.data.digits import load_digits, load_mnist
+from dedistill.evaluation.numbers import diversity
 from dedistill.flow import keyed
-from dedistill.sampling.artefacts import diversity
-from dedistill.sampling.grid import contact_sheet
+from dedistill.sampling.images import contact_sheet
 from lab.artefact_faults import COLLAPSES, DIVERSITY_RIVALS, FAULTS, METERS, RIVALS, handwritten, harmless, photographs
 
 FALSE_ALARMS = 0.05

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from dedistill.files import make_folder
+from dedistill.io.atomic import make_folder
 from dedistill.report.pages import render
 from lab.report import PICTURES, forest, models_table, padding_table, trick_table, variance_table, verdicts
 from lab.tricks import SCORES, TRICKS

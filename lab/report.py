@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dedistill.files import make_folder
+from dedistill.io.atomic import make_folder
 from lab.forest import Row, forest_plot
 from lab.runs import LENGTHS
 from lab.tricks import SCORES, TRICKS, Comparison, Trick

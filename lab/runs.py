@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dedistill.assemble import Model
 from dedistill.cli.train import train
-from dedistill.data.registry import open_source
-from dedistill.finished import last_weights, open_finished
+from dedistill.data.encode import open_source
+from dedistill.evaluation.judges import judge_for
+from dedistill.models.model import Model
+from dedistill.posthoc.average import average_run
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.resolve import resolve
 from dedistill.recipe.schema import Base
-from dedistill.release.averaging import average_run
 from dedistill.release.merge import merge_adapter
-from dedistill.sampling.judge import judge_for
+from dedistill.runs.model import last_weights, open_finished
 from dedistill.sampling.pairs import make_pairs, teacher_hash
 from lab.scores import Examiner
 from lab.tricks import RUNS, Run, Scale

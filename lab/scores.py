@@ -4,16 +4,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dedistill.assemble import Model
 from dedistill.data.source import Source
-from dedistill.engine.held_out import held_out_meters
-from dedistill.engine.objective import Objective
+from dedistill.evaluation.judges import DigitJudge
+from dedistill.evaluation.meters import path_numbers
+from dedistill.evaluation.numbers import picture_numbers
+from dedistill.evaluation.validation import held_out_meters
 from dedistill.flow.solvers import sigma_grid
+from dedistill.models.model import Model
+from dedistill.objectives.objective import Objective
 from dedistill.recipe import Recipe
-from dedistill.sampling.judge import DigitJudge
-from dedistill.sampling.meters import path_numbers
 from dedistill.sampling.sampler import sample, start_noise, trajectories
-from dedistill.sampling.scores import picture_numbers
 
 STEPS = 16
 SCALES = (1, 2, 4)

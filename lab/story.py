@@ -8,8 +8,7 @@ Ends with 1 when a claim of the story does not hold, and says which.
 import argparse
 import sys
 
-from dedistill.cli.arguments import finite, positive
-from dedistill.cli.command import guarded, path
+from dedistill.cli.command import finite, guarded, path, positive
 
 
 def main() -> int:

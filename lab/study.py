@@ -122,7 +122,7 @@ def job(root: Path, seed: int, scale: Scale, name: str) -> tuple[str, dict]:
     wall, cpu = time.perf_counter(), time.process_time()
     scores = run_job(Seed(root, seed, scale), name)
     seconds = {"wall": round(time.perf_counter() - wall, 1), "cpu": round(time.process_time() - cpu, 1)}
-    from dedistill.files import make_folder, replace_json
+    from dedistill.io.atomic import make_folder, replace_json
 
     make_folder(file.parent)
     replace_json(file, found := {"key": key, **seconds, "scores": scores})

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from dedistill.assemble import Model
 from dedistill.data.source import Source
-from dedistill.engine.objective import Objective, task_loss
+from dedistill.models.model import Model
+from dedistill.objectives.objective import Objective, task_loss
 from dedistill.recipe import Recipe
 
 

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dedistill.posthoc.lerp import chain_averages
-from dedistill.posthoc.snapshots import Snapshot
-from dedistill.posthoc.stream import write_averages
+from dedistill.posthoc.profiles import chain_averages
+from dedistill.posthoc.snapshots import Snapshot, write_averages
 
 
 def lerp_snapshots(snapshots: Sequence[Snapshot], alphas: Sequence[float], out: Path) -> list[Path]:

@@ -7,11 +7,11 @@ import torch
 from closed_form import Mixture
 from torch import nn
 
-from dedistill.assemble import Model
 from dedistill.data.source import Batch, OneSize
-from dedistill.families.family import Components
 from dedistill.flow import keyed
-from dedistill.text import Text
+from dedistill.models.conditioning import Text
+from dedistill.models.family import Components
+from dedistill.models.model import Model
 
 PLANE = Mixture.of([0.4, 0.6], [[-1.0, 0.5], [1.2, -0.3]], [[0.4, 0.7], [0.5, 0.3]], [0, 1])
 ONE = Mixture.of([1.0], [[0.8, -0.5]], [[0.4, 0.4]], [0])

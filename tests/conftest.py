@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory) -> Path:
     """Folder of a complete FLUX pipeline, shaped like schnell, with small random weights."""
-    from dedistill.families.flux_tiny import write_tiny_flux
+    from dedistill.models.flux.tiny import write_tiny_flux
 
     folder = tmp_path_factory.mktemp("flux")
     write_tiny_flux(folder)

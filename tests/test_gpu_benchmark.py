@@ -16,10 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dedistill.adapters.attach import Adapter, dense_shapes
 from dedistill.adapters.targets import count_parameters, resolve_targets
-from dedistill.base.int8 import Int8Linear
-from dedistill.base.quantize import linear_names, prepare_base
-from dedistill.families.family import Text
-from dedistill.families.pixel_flux import PixelFlux
+from dedistill.models.family import Text
+from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.quantize import Int8Linear, linear_names, prepare_base
 
 PICTURE, TEXT, BATCH = 32, 5, 2
 

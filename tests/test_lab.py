@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy import stats
 
-from dedistill.assemble import build_model
-from dedistill.data.registry import open_source
-from dedistill.engine.objective import Objective, task_loss
+from dedistill.data.encode import open_source
+from dedistill.models.model import build_model
+from dedistill.objectives.objective import Objective, task_loss
 from dedistill.recipe import load_recipe
 from lab.forest import Row, forest_plot
 from lab.report import with_main_table, write_report

@@ -11,23 +11,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dedistill"
 LEVELS = [
-    {"errors", "pulse"},
-    {"files", "patterns"},
-    {"io", "ours", "pretrained", "tensorfile", "world"},
-    {"flow", "recipe", "text"},
-    {"data", "families", "base", "adapters", "posthoc"},
-    {"assemble", "prepare"},
-    {"release"},
-    {"sampling"},
-    {"engine"},
-    {"finished"},
-    {"candidates"},
-    {"report"},
+    {"errors", "flow"},
+    {"distributed", "io"},
+    {"adapters", "recipe"},
+    {"models"},
+    {"data", "release"},
+    {"objectives", "posthoc", "runs", "sampling"},
+    {"evaluation"},
+    {"report", "training"},
     {"cli"},
     {"train", "__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in FILES}
 
 
 def part(path: Path) -> str:
@@ -53,14 +50,14 @@ def imports(text: str) -> set[str]:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("from dedistill.engine.loop import Trainer", {"engine"}),
-        ("from dedistill import engine", {"engine"}),
+        ("from dedistill.training.trainer import Trainer", {"training"}),
+        ("from dedistill import training", {"training"}),
         ("def f():\n    from dedistill import flow, report as r", {"flow", "report"}),
         ("import dedistill.data.order as o, os", {"data"}),
         ("import dedistill", {"train"}),
         ("from dedistill import *", {"train"}),
         ("from dedistill import __version__", set()),
-        ("from dedistillery import engine\nimport torch", set()),
+        ("from dedistillery import training\nimport torch", set()),
     ],
 )
 def test_every_spelling_of_an_import_is_seen(text, found):
@@ -74,8 +71,36 @@ def test_imports_go_down_only(path):
     assert not wrong, f"{path} imports {wrong}"
 
 
-def test_every_part_has_a_level():
+def test_every_part_has_a_level_and_no_module_is_loose():
     assert {part(f) for f in FILES} - {"__init__"} == set(LEVEL)
+    assert {f.stem for f in PACKAGE.glob("*.py")} == {"__init__", "__main__", "errors", "train"}
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Dotted names of modules of the package that a file imports, also inside functions and for types only."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+    return found & set(MODULES)
+
+
+def test_no_imports_go_round_in_a_circle():
+    below = {name: modules_imported(path) - {name} for name, path in MODULES.items()}
+    while free := [name for name, needed in below.items() if not needed & below.keys()]:
+        below = {name: needed for name, needed in below.items() if name not in free}
+    assert not below, f"in circles, or above one: {below}"
+
+
+def test_files_and_functions_are_short():
+    for path in FILES:
+        text = path.read_text()
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{node.name} in {path}"
 
 
 def test_study_benchmarks_and_tests_stand_above_the_package():
@@ -93,10 +118,10 @@ def packages(path: Path) -> set[str]:
     return {name.split(".")[0] for name in [*names, *(n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module)]}
 
 
-def test_family_names_stay_under_families():
-    from dedistill.families.registry import FAMILIES
+def test_family_names_stay_under_models():
+    from dedistill.models.registry import FAMILIES
 
-    outside = [f for f in FILES if part(f) != "families"]
+    outside = [f for f in FILES if part(f) != "models"]
     for name in FAMILIES:
         # whole words: "libreflux" is a way of masking
         hits = [f for f in outside if re.search(rf"\b{name}\b", f.read_text().replace('"Model family, e.g. pixel_flux."', ""))]
@@ -106,7 +131,7 @@ def test_family_names_stay_under_families():
 def test_recipe_stays_light():
     """A recipe is read without torch, numpy or diffusers."""
     heavy = "[m for m in ('torch', 'numpy', 'diffusers') if m in sys.modules]"
-    code = f"import sys, dedistill.recipe, dedistill.recipe.plan; print({heavy})"
+    code = f"import sys, dedistill.recipe, dedistill.recipe.resolve; print({heavy})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

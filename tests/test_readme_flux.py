@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from dedistill.cli.main import main
-from dedistill.families.flux_tiny import write_tiny_flux
+from dedistill.models.flux.tiny import write_tiny_flux
 
 ROOT = Path(__file__).parent.parent
 SECTION = (ROOT / "README.md").read_text().partition("## FLUX.1\n")[2].partition("\n## ")[0]
@@ -101,8 +101,8 @@ def test_table_of_recipes():
     """The sizes it gives are those that a rehearsal counts."""
     from dedistill.adapters.attach import dense_shapes
     from dedistill.adapters.targets import count_parameters, resolve_targets
-    from dedistill.base.quantize import linear_names
-    from dedistill.families.registry import get_family
+    from dedistill.models.quantize import linear_names
+    from dedistill.models.registry import get_family
     from dedistill.recipe import load_recipe
     from dedistill.recipe.shipped import shipped_recipes
 

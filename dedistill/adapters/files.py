@@ -1,12 +1,20 @@
-"""Adapter files: safetensors with a header that says what they belong to."""
+"""Adapter files: safetensors with a header that says what they belong to, and a LoKr put into a diffusers pipeline."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
+from peft import LoKrConfig, inject_adapter_in_model
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from dedistill.adapters.delta import scale
+from dedistill.adapters.formats import by_layer, check_shapes, is_lora
 from dedistill.errors import UserError
-from dedistill.tensorfile import SEAL, check_seal
+from dedistill.io.safetensors import SEAL, check_seal
+
+# --- adapter files ---------------------------------------------------------------------------------------------------
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -23,3 +31,51 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: f.get_tensor(name).clone() for name in f.keys()}, header  # noqa: SIM118
     except (OSError, SafetensorError) as e:
         raise UserError(f"'{path}' cannot be read as safetensors: {e}") from e
+
+
+# --- A LoKr in a diffusers pipeline, whatever factors it has ---------------------------------------------------------
+
+
+def load_lokr(pipe: Any, file: str | Path, name: str = "dedistill") -> str:
+    """Load a LoKr file into a diffusers pipeline, or into its transformer, as the PEFT adapter ``name``; returns the name.
+
+    diffusers' own loader (0.42) takes a LoKr only if one ``decompose_factor`` gives the factors of every layer, in
+    PEFT's order; ours differ from layer to layer. PEFT's layers themselves compute with factors of any shape, so the
+    file's are put into them directly. ``pipe.transformer.set_adapters([name], weights=[.5])`` scales it,
+    ``delete_adapters([name])`` takes it out again.
+
+    file: safetensors in the ``lycoris_`` or ``transformer.`` spelling. Raises UserError when any of its tensors has no
+    place in the network, or the name is taken; then nothing has been loaded.
+    """
+    net = getattr(pipe, "transformer", pipe)
+    if name in getattr(net, "peft_config", {}):
+        raise UserError(f"the network already has an adapter '{name}': give another name")
+    source, (tensors, _) = str(file), read_tensors(Path(file))
+    linears = {n.removesuffix(".base_layer"): m for n, m in net.named_modules() if isinstance(m, nn.Linear)}
+    shapes = {n: (m.out_features, m.in_features) for n, m in linears.items()}
+    layers = by_layer(tensors, shapes, source)
+    if is_lora(layers):
+        raise UserError(f"'{source}' is a LoRA: use pipe.load_lora_weights, after dedistill export --format peft")
+    check_shapes(layers, shapes, source)
+    factors = {f"{linear}.{w}": t for linear, f in layers.items() for w, t in _multiplied_out(f).items()}
+    r = max(max(t.shape) for t in factors.values())  # so large that PEFT makes full factors; alpha = r: scale 1
+    # the state dict names the layers exactly; target_modules alone would also take what ends alike
+    inject_adapter_in_model(
+        LoKrConfig(r=r, alpha=r, target_modules=sorted(layers)), net, name, low_cpu_mem_usage=True, state_dict=factors
+    )
+    for linear in layers:
+        layer = net.get_submodule(linear)
+        weight = layer.get_base_layer().weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        for w in ("lokr_w1", "lokr_w2"):
+            tensor = factors[f"{linear}.{w}"].to(weight.device, dtype)
+            getattr(layer, w)[name] = nn.Parameter(tensor, requires_grad=False)
+    net._hf_peft_config_loaded = True  # diffusers' own mark, without which set_adapters refuses
+    net.set_adapters([name])
+    return name
+
+
+def _multiplied_out(f: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The two factors in full, scale included."""
+    w1, w2 = (f[w] if w in f else f[f"{w}_a"].float() @ f[f"{w}_b"].float() for w in ("lokr_w1", "lokr_w2"))
+    return {"lokr_w1": w1, "lokr_w2": w2 if scale(f) == 1 else w2 * scale(f)}

@@ -111,7 +111,7 @@ def as_peft(layers: Layers) -> dict[str, Tensor]:
 def as_kohya(layers: Layers, naming, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
     """kohya's LoRA of the fused layers, exactly the same change of weight; alpha = rank. Raises UserError for a LoKr.
 
-    naming: the network's key tables (families.naming); shapes: (out, in) of every linear. q, k and v of one fused
+    naming: the network's key tables (models.registry.naming_of); shapes: (out, in) of every linear. q, k and v of one fused
     layer have different down matrices: these are stacked, and each up matrix fills its own rows and columns of the
     fused one, so ranks add up and nothing is approximated.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dedistill.cli.command import command_parser, guarded, path, place
 from dedistill.recipe import load_recipe
-from dedistill.recipe.plan import make_plan
+from dedistill.recipe.resolve import make_plan
 from dedistill.recipe.shipped import PREFIX
 
 
@@ -35,7 +35,7 @@ def _adapter(file: Path, model: Path | None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from dedistill.release.adapter import check_file
+    from dedistill.release.export import check_file
 
     verdicts = check_file(file, model)
     table = Table("program", "loads", "ignores", "what it ignores, or why it refuses")

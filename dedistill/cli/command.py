@@ -1,16 +1,63 @@
-"""What all commands share: a parser whose help shows defaults and an example, and failures as one message and an exit code."""
+"""What all commands share: a parser whose help shows defaults and an example, types of arguments, failures as one message."""
 
 import argparse
+import logging
+import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any, TextIO
 
-from dedistill.cli.quiet import lasting_output, quiet_dependencies
 from dedistill.errors import RUN_AGAIN, UserError
-from dedistill.files import with_home
+from dedistill.io.atomic import with_home
 from dedistill.recipe import Recipe, load_recipe
+
+# --- what is said on the terminal ------------------------------------------------------------------------------------
+
+
+def quiet_dependencies() -> None:
+    """Silence messages of libraries that a user can do nothing about. Call before importing them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+
+
+class Lasting:
+    """A text stream whose reader may go away, or whose disk may fill: what cannot be written is lost, and nothing else is."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """What is said on the terminal never ends what is done meanwhile."""
+    with redirect_stdout(Lasting(sys.stdout)), redirect_stderr(Lasting(sys.stderr)):
+        yield
+
+
+# --- what all commands share -----------------------------------------------------------------------------------------
+
 
 INTERNAL_ERROR = 70
 
@@ -110,3 +157,72 @@ def guarded(action: Callable[[], int | None], *, debug: bool) -> int:
 def _speaker() -> str:
     """Who speaks, where several processes do."""
     return "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"rank {os.environ.get('RANK', '?')}: "
+
+
+# --- types for command lines -----------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    return _number(text, int, lambda n: n >= 1, "a whole number of at least 1")
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0."""
+    return _number(text, int, lambda n: n >= 0, "a whole number of at least 0")
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, which may end in K, M or B: 600M, 3.2B."""
+    scale = {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1:].upper())
+    wanted = "a whole number of at least 1, or one such as 600M or 3.2B"
+    if scale is None:
+        return _number(text, int, lambda n: n >= 1, wanted)
+    return round(scale * _number(text[:-1], float, lambda n: 1 <= n * scale < math.inf, wanted))
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor NaN."""
+    return _number(text, float, math.isfinite, "a finite number")
+
+
+def of_candidates(name: str, doc: str, folder: str) -> argparse.ArgumentParser:
+    """The parser of commands that compare finished runs; ``evaluation.candidates.compared`` reads its result."""
+    parser = command_parser(name, doc)
+    parser.add_argument(
+        "recipes", type=place, nargs="+", help="recipes whose finished runs are compared: files, or dedistill:NAME"
+    )
+    add_overrides(parser)
+    parser.add_argument(
+        "--candidates", nargs="+", help="of each run: base, last, posthoc, or names of posthoc files; default all"
+    )
+    parser.add_argument(
+        "--data", type=place, help="recipe for prompts and held-out samples; default the first that has data of its own"
+    )
+    parser.add_argument("--prompts", default="64", help="a number of prompts from the data, or a text file, one per line")
+    parser.add_argument("--out", type=path, help=f"output folder; default RUN/{folder} of the last recipe")
+    return parser
+
+
+def of_sweep(name: str, doc: str, folder: str, cfgs: list[float]) -> argparse.ArgumentParser:
+    """``of_candidates`` for commands that make pictures; ``evaluation.candidates.sweep_grid`` and ``clip_judge`` read it."""
+    parser = of_candidates(name, doc, folder)
+    parser.add_argument("--cfg", type=finite, nargs="+", default=cfgs, help="guidance scales")
+    parser.add_argument("--skip", type=whole, nargs="+", default=[0], help="first steps without guidance")
+    parser.add_argument("--steps", type=positive, nargs="+", default=[], help="Euler steps; default each recipe's sample.steps")
+    parser.add_argument("--seeds", type=whole, nargs="+", default=[0], help="seeds of the starting noise")
+    parser.add_argument(
+        "--clip", type=path, metavar="FOLDER", help="CLIPModel of transformers that scores pictures and prompts"
+    )
+    parser.add_argument("--real", type=path, metavar="FOLDER", help="real pictures to compare with in CLIP's space")
+    return parser
+
+
+def _number(text: str, kind: type, fits, wanted: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if value != value or not fits(value):
+        raise argparse.ArgumentTypeError(f"expects {wanted}, got '{text}'")
+    return value

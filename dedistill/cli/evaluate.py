@@ -7,8 +7,7 @@ dedistill evaluate dedistill:digits/dedistill --cfg 1 1.5 2 3 --steps 8 16 --pro
 import argparse
 import sys
 
-from dedistill.cli.arguments import of_sweep, positive
-from dedistill.cli.command import guarded
+from dedistill.cli.command import guarded, of_sweep, positive
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,11 +20,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.candidates import clip_judge, compared, sweep_grid
+    from dedistill.evaluation.candidates import clip_judge, compared, sweep_grid
+    from dedistill.evaluation.distillation import Questions
+    from dedistill.evaluation.evaluate import evaluate
     from dedistill.report.console import say
-    from dedistill.report.distillation import Questions
-    from dedistill.report.evaluation import evaluate
-    from dedistill.report.evaluation_page import write_evaluation
+    from dedistill.report.evaluation import write_evaluation
 
     asked = compared(args, "evaluation", say, steps=next(iter(args.steps), None))
     if not any(c.average for c in asked.candidates):

@@ -9,8 +9,7 @@ import argparse
 import sys
 from functools import partial
 
-from dedistill.cli.arguments import positive
-from dedistill.cli.command import command_parser, guarded, path
+from dedistill.cli.command import command_parser, guarded, path, positive
 
 MODELS = ("diffusers", "single", "bfl", "int8")
 ADAPTERS = ("lycoris", "transformer", "peft", "kohya")
@@ -32,8 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from dedistill.errors import UserError
-    from dedistill.release.adapter import export_adapter
-    from dedistill.release.export import export_model
+    from dedistill.release.export import export_adapter, export_model
 
     if not args.source.exists():
         raise UserError(f"'{args.source}' does not exist", exit_code=2)

@@ -8,8 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dedistill.cli.arguments import count, positive
-from dedistill.cli.command import guarded, path, recipe_parser
+from dedistill.cli.command import count, guarded, path, positive, recipe_parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,16 +24,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from dedistill.adapters.attach import dense_shapes
-    from dedistill.adapters.influence import share_out
-    from dedistill.base.quantize import linear_names
-    from dedistill.candidates import read_prompts
-    from dedistill.finished import open_base, sampling_device
-    from dedistill.ours import claim
-    from dedistill.prepare import open_data
+    from dedistill.data.encode import open_data
+    from dedistill.evaluation.candidates import read_prompts
+    from dedistill.evaluation.influence import measure, share_out
+    from dedistill.io.ownership import claim
+    from dedistill.models.quantize import linear_names
     from dedistill.recipe import load_recipe
     from dedistill.report.console import say
-    from dedistill.report.influence_page import write_influence
-    from dedistill.sampling.influence import measure
+    from dedistill.report.influence import write_influence
+    from dedistill.runs.model import open_base, sampling_device
 
     recipe = load_recipe(args.recipe, args.set)
     out = args.out or Path(recipe.run.out) / "influence"

@@ -7,8 +7,7 @@ dedistill measure dedistill:digits/{teacher,dedistill,student} --candidates last
 import argparse
 import sys
 
-from dedistill.cli.arguments import finite, of_candidates, positive
-from dedistill.cli.command import guarded
+from dedistill.cli.command import finite, guarded, of_candidates, positive
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,10 +24,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.candidates import compared
+    from dedistill.evaluation.candidates import compared
+    from dedistill.evaluation.distillation import Questions, measure
     from dedistill.report.console import say
-    from dedistill.report.distillation import Questions, measure
-    from dedistill.report.distillation_page import write_distillation_page
+    from dedistill.report.distillation import write_distillation_page
 
     asked = compared(args, "distillation", say)
     questions = Questions(

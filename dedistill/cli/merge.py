@@ -22,8 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from dedistill.recipe import load_recipe
-    from dedistill.release.merge import REPORT, merge_adapter
-    from dedistill.release.rounding import Kept
+    from dedistill.release.merge import REPORT, Kept, merge_adapter
 
     recipe = load_recipe(args.recipe, args.set)
 

@@ -6,8 +6,7 @@ dedistill pairs dedistill:digits/teacher --out runs/digits/pairs --count 1536 --
 import argparse
 import sys
 
-from dedistill.cli.arguments import finite, positive, whole
-from dedistill.cli.command import guarded, path, recipe_parser
+from dedistill.cli.command import finite, guarded, path, positive, recipe_parser, whole
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,10 +23,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.finished import open_finished, sampling_device
-    from dedistill.prepare import open_data
+    from dedistill.data.encode import open_data
     from dedistill.recipe import load_recipe
     from dedistill.report.console import say
+    from dedistill.runs.model import open_finished, sampling_device
     from dedistill.sampling.pairs import make_pairs, teacher_hash
 
     recipe = load_recipe(args.recipe, args.set)

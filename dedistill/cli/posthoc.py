@@ -6,8 +6,7 @@ dedistill posthoc runs/digits/dedistill --sigma-rel 0.075 0.15        # needs sn
 
 import argparse
 
-from dedistill.cli.arguments import finite
-from dedistill.cli.command import command_parser, guarded, path
+from dedistill.cli.command import command_parser, finite, guarded, path
 
 SPACES = ("factors", "refactored", "delta", "merged")
 
@@ -28,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.release.averaging import average_run
+    from dedistill.posthoc.average import average_run
 
     average_run(
         args.run,

@@ -20,11 +20,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(recipe: Recipe) -> int:
     """Say what of the data is encoded; 1 where something lacks or is damaged. Done by one process of a launcher's."""
-    from dedistill.engine.launcher import only_first
+    from dedistill.distributed.launcher import only_first
 
     if not only_first():
         return 0
-    from dedistill.prepare import check_cache
+    from dedistill.data.encode import check_cache
     from dedistill.report.console import say
 
     problems = check_cache(recipe, say=say)
@@ -35,8 +35,8 @@ def check(recipe: Recipe) -> int:
 
 def encode(recipe: Recipe) -> int:
     """Encode what the cache lacks, shared among the processes of a launcher."""
-    from dedistill.engine.requests import Requests
-    from dedistill.engine.watchdog import Watchdog
+    from dedistill.runs.requests import Requests
+    from dedistill.training.watchdog import Watchdog
 
     with Requests(), Watchdog(recipe.run.stuck_after, Path(recipe.data.cache or recipe.run.out)):
         return _encode(recipe)
@@ -45,8 +45,8 @@ def encode(recipe: Recipe) -> int:
 def _encode(recipe: Recipe) -> int:
     import torch
 
-    from dedistill.engine.launcher import start
-    from dedistill.prepare import check_cached, open_data
+    from dedistill.data.encode import check_cached, open_data
+    from dedistill.distributed.launcher import start
     from dedistill.report.console import say
 
     check_cached(recipe)

@@ -15,30 +15,28 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from dedistill import ours
 from dedistill.adapters.attach import dense_shapes
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import count_parameters, resolve_targets
-from dedistill.base.quantize import linear_names
-from dedistill.candidates import candidates_of
-from dedistill.data.registry import open_source
-from dedistill.data.samples import write_samples
-from dedistill.engine.checkpoint import list_checkpoints
-from dedistill.engine.launcher import choose_kernels
+from dedistill.cli.tiny import write_samples
+from dedistill.data.encode import look, open_source, without_captions
+from dedistill.distributed.launcher import choose_kernels
 from dedistill.errors import UserError
-from dedistill.families.family import Family
-from dedistill.families.registry import get_family, text_length
-from dedistill.finished import last_weights
-from dedistill.prepare import look, without_captions
+from dedistill.evaluation.candidates import candidates_of
+from dedistill.evaluation.sweep import Grid, sweep
+from dedistill.io import ownership
+from dedistill.models.family import Family
+from dedistill.models.quantize import linear_names
+from dedistill.models.registry import get_family, text_length
+from dedistill.posthoc.average import average_run
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import resolve
 from dedistill.recipe.shipped import is_shipped
-from dedistill.release.adapter import export_adapter
-from dedistill.release.averaging import average_run
-from dedistill.release.export import FORMS, export_model
+from dedistill.release.export import FORMS, export_adapter, export_model
 from dedistill.release.merge import merge_adapter
-from dedistill.report.sweep_page import write_sweep_page
-from dedistill.sampling.sweep import Grid, sweep
+from dedistill.report.sweep import write_sweep_page
+from dedistill.runs.checkpoint import list_checkpoints
+from dedistill.runs.model import last_weights
 
 PICTURES = 8
 """Of each set of the user's data."""
@@ -61,9 +59,9 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
     """
     choose_kernels(exact=True)  # a continued run is compared with an unbroken one, bit for bit
     out = Path(f"{recipe.run.out}-rehearsal")
-    ours.claim(out, "rehearsal", f"{recipe.where('run.out')}: the rehearsal's folder")
+    ownership.claim(out, "rehearsal", f"{recipe.where('run.out')}: the rehearsal's folder")
     for name in MADE:
-        ours.remove(out / name)
+        ownership.remove(out / name)
     stage = _stages(out, say)
     family = get_family(recipe.model.family, recipe.where("model.family"))
     with stage("the plan can be reached"):

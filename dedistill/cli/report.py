@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from dedistill.recipe import load_recipe
-    from dedistill.report.run_page import write_run_page
+    from dedistill.report.run import write_run_page
 
     folder = args.run if args.run.is_dir() else Path(load_recipe(args.run, args.set).run.out)
     print(f"done: {write_run_page(folder)}", file=sys.stderr)

@@ -8,8 +8,7 @@ import argparse
 import sys
 from collections import Counter
 
-from dedistill.cli.arguments import positive
-from dedistill.cli.command import command_parser, guarded, path, place
+from dedistill.cli.command import command_parser, guarded, path, place, positive
 
 SPLIT = {"auto": None, "true": True, "false": False}
 
@@ -30,10 +29,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.data.index import build_index
-    from dedistill.data.scan import scan, scan_lines
-    from dedistill.ours import claim
-    from dedistill.report.scan_page import write_scan_page
+    from dedistill.data.images.index import build_index
+    from dedistill.data.images.scan import scan, scan_lines
+    from dedistill.io.ownership import claim
+    from dedistill.report.scan import write_scan_page
 
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     if args.out:
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _sources(args: argparse.Namespace) -> list:
     """One source per path, numbered where two would have the same name."""
-    from dedistill.data.picture_set import PictureSet
+    from dedistill.data.images.types import PictureSet
 
     options = {"fields": tuple(args.fields), "split_lines": SPLIT[args.split_lines], "file_column": args.file_column}
     sources = [PictureSet(path, missing_captions="quarantine", **options) for path in args.paths]

@@ -7,8 +7,7 @@ dedistill sweep dedistill:digits/teacher dedistill:digits/dedistill --candidates
 import argparse
 import sys
 
-from dedistill.cli.arguments import of_sweep
-from dedistill.cli.command import guarded
+from dedistill.cli.command import guarded, of_sweep
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,10 +17,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.candidates import clip_judge, compared, sweep_grid
+    from dedistill.evaluation.candidates import clip_judge, compared, sweep_grid
+    from dedistill.evaluation.sweep import sweep
     from dedistill.report.console import say
-    from dedistill.report.sweep_page import write_sweep_page
-    from dedistill.sampling.sweep import sweep
+    from dedistill.report.sweep import write_sweep_page
 
     asked = compared(args, "sweep", say, steps=next(iter(args.steps), None))
     grid, title = sweep_grid(args, asked.prompts), f"CFG sweep: {asked.names}"

@@ -7,15 +7,45 @@ dedistill train tiny.toml
 import argparse
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
 
 from dedistill.cli.command import command_parser, guarded, path
 from dedistill.cli.recipes import said_of
 from dedistill.errors import UserError
-from dedistill.families.registry import FAMILIES, get_family
+from dedistill.models.registry import FAMILIES, get_family
 from dedistill.recipe import load_recipe
-from dedistill.recipe.emit import table_to_toml
 from dedistill.recipe.schema import Model
 from dedistill.recipe.shipped import PREFIX, shipped_recipes
+from dedistill.recipe.toml import table_to_toml
+
+# --- A few captioned images to try things with before one has images of one's own ------------------------------------
+
+
+SHAPES = [("red", "circle", "blue"), ("green", "square", "black"), ("blue", "circle", "red"), ("black", "square", "green")]
+COLOURS = {"red": (200, 60, 50), "green": (70, 150, 80), "blue": (60, 90, 180), "black": (35, 35, 40)}
+
+
+def write_samples(folder: Path, width: int, height: int) -> int:
+    """Write JPEG files with a .txt of a short and a long caption beside each into ``folder``; returns how many."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (colour, shape, ground) in enumerate(SHAPES):
+        fall = np.linspace(1.0, 0.5, height)[:, None, None]  # no plain ground: a codec is asked for gradients too
+        image = Image.fromarray((fall * COLOURS[ground] * np.ones((1, width, 1))).astype(np.uint8))
+        draw, side = ImageDraw.Draw(image), min(width, height) // 2
+        left, top = (width - side) // 2, (height - side) // 2
+        (draw.ellipse if shape == "circle" else draw.rectangle)((left, top, left + side, top + side), COLOURS[colour])
+        image.save(folder / f"sample{i}.jpg", quality=90)
+        short = f"a {colour} {shape} on {ground}"
+        long = f"one {colour} {shape} in the middle of a {ground} ground, which is light at the top and dark at the bottom"
+        (folder / f"sample{i}.txt").write_text(f"{short}\n{long}\n")
+    return len(SHAPES)
+
+
+# --- write a tiny random model in the layout of the real one, to try a whole run without weights ---------------------
+
 
 SIDES = (256, 192)
 """Width and height of sample images for a model this small."""
@@ -40,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         family.write_tiny(Model(family=args.family, path=str(args.folder)), args.folder, None, full_depth=False)
     said = f"{args.folder}/: a tiny random {args.family} model"
     if args.images:
-        from dedistill.data.samples import write_samples
+        pass
 
         said += f"; {args.images}/: {write_samples(args.images, *SIDES)} captioned images"
     base = _recipe_for(args.family)

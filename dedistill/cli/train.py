@@ -8,17 +8,17 @@ accelerate launch --config_file launch/ddp.yaml --num_processes 8 -m dedistill.t
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dedistill.cli import prepare
 from dedistill.cli.command import recipe_parser, run_recipe
 from dedistill.errors import RUN_AGAIN, UserError
 from dedistill.recipe import Recipe, to_toml
-from dedistill.recipe.plan import Plan, make_plan
+from dedistill.recipe.resolve import Plan, make_plan
 
 if TYPE_CHECKING:
-    from dedistill.engine.loop import Trainer
-    from dedistill.engine.requests import Requests
+    from dedistill.runs.requests import Requests
+    from dedistill.training.trainer import Trainer
 
 IN_PARTS = {
     "fsdp2": ", the base in parts",
@@ -78,7 +78,7 @@ def _print_plan(recipe: Recipe) -> int:
 
 
 def _rehearse(recipe: Recipe) -> int:
-    from dedistill.engine.launcher import only_first
+    from dedistill.distributed.launcher import only_first
 
     if not only_first():
         return 0
@@ -95,9 +95,9 @@ def _rehearse(recipe: Recipe) -> int:
 
 def train(recipe: Recipe, argv: list[str]) -> int:
     """Train ``recipe`` to its end or to a stop request; returns the exit code."""
-    from dedistill.engine.launcher import resume_command
-    from dedistill.engine.requests import Requests
-    from dedistill.engine.watchdog import Watchdog
+    from dedistill.distributed.launcher import resume_command
+    from dedistill.runs.requests import Requests
+    from dedistill.training.watchdog import Watchdog
 
     again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
     # before libraries are loaded, which takes seconds
@@ -108,19 +108,17 @@ def train(recipe: Recipe, argv: list[str]) -> int:
 def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
     import torch
 
-    from dedistill.assemble import build_model
-    from dedistill.base.quantize import sample_sha256
-    from dedistill.engine.inputs import input_files
-    from dedistill.engine.launcher import choose_kernels, start
-    from dedistill.engine.loop import Trainer
-    from dedistill.engine.metrics import Trackers
-    from dedistill.engine.requests import BY_FILE
-    from dedistill.engine.rundir import RunDirectory, flat
-    from dedistill.engine.sharding import check_shardable, shard_base
-    from dedistill.engine.zero import check_zero
-    from dedistill.files import replace_json
-    from dedistill.prepare import open_data
-    from dedistill.report.console import header, progress, say
+    from dedistill.data.encode import open_data
+    from dedistill.distributed.launcher import choose_kernels, start
+    from dedistill.models.model import build_model
+    from dedistill.models.quantize import sample_sha256
+    from dedistill.report.console import progress, say
+    from dedistill.runs.directory import RunDirectory, flat, input_files
+    from dedistill.runs.metrics import Trackers
+    from dedistill.runs.requests import BY_FILE
+    from dedistill.training.fsdp import check_shardable, shard_base
+    from dedistill.training.trainer import Trainer
+    from dedistill.training.zero import check_zero
 
     choose_kernels(exact=recipe.train.exact)
     accelerator, world = start(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
@@ -150,11 +148,7 @@ def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
         trainer.resume()
         trainer.notes += [*notes, *run.notes]
         if world.main:
-            effects = model.facts | data.facts | trainer.facts()
-            replace_json(run.path / "plan.json", {"plan": plan.as_dict(), "effects": effects})
-            devices = f"{world.size} x {model.device.type}" if world.size > 1 else str(model.device)
-            devices += IN_PARTS.get(world.engine, "")
-            header(recipe, plan, model, trainer.step, devices, trainer.notes)
+            _announce(trainer, data.facts)
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
         rows = trainer.fit(stop, trackers)
         with world.relying():
@@ -167,6 +161,17 @@ def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
         world.leave()
     finished = trainer.step == plan.steps and not trainer.unfinished
     return 0 if finished or trainer.stopping == BY_FILE else RUN_AGAIN
+
+
+def _announce(trainer: "Trainer", data: dict[str, Any]) -> None:
+    """Say, and write into plan.json, what will happen. data: what the samples came to."""
+    from dedistill.io.atomic import replace_json
+    from dedistill.report.console import header
+
+    plan, model, world = trainer.plan, trainer.model, trainer.world
+    replace_json(trainer.run.path / "plan.json", {"plan": plan.as_dict(), "effects": model.facts | data | trainer.facts()})
+    devices = f"{world.size} x {model.device.type}" if world.size > 1 else str(model.device)
+    header(trainer.recipe, plan, model, trainer.step, devices + IN_PARTS.get(world.engine, ""), trainer.notes)
 
 
 def _conclude(trainer: "Trainer", plan: Plan, again: str, exported: "Path | None") -> None:

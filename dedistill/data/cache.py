@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dedistill.distributed.heartbeat import pulse
 from dedistill.errors import UserError
-from dedistill.files import TEMPORARY, make_folder, refused, replace_file, replace_json
+from dedistill.io.atomic import TEMPORARY, make_folder, refused, replace_file, replace_json
 from dedistill.io.hashing import file_sha256
-from dedistill.pulse import pulse
 
 OPEN_SHARDS = 256
 NAME_LENGTH = 16

@@ -1,17 +1,59 @@
-"""Handwritten digits: scikit-learn's 8x8 digits, two side by side, and MNIST's 28x28 padded to 32x32."""
+"""Handwritten digits with captions: scikit-learn's 8x8, two side by side, and MNIST's 28x28 padded to 32x32."""
 
 import gzip
+import re
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dedistill.data import captions
 from dedistill.data.order import sample_indices
 from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
 from dedistill.flow import keyed
+
+# --- captions of handwritten digits ----------------------------------------------------------------------------------
+
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+NUMERALS = [str(d) for d in range(10)]
+TEMPLATES = {
+    1: ["{}", "the digit {}", "a handwritten {}", "the number {} written by hand"],
+    2: [
+        "{} {}",
+        "{} then {}",
+        "handwritten {} and {}",
+        "the digit {} and the digit {}",
+        "a handwritten {} then a {}",
+    ],
+}
+
+
+def uniforms_needed(digits: int) -> int:
+    return 1 + 3 * digits
+
+
+def caption(digits: np.ndarray, u: np.ndarray, noise: float) -> str:
+    """A caption of ``digits`` from uniforms u [1 + 3 n].
+
+    Each digit is replaced, with probability ``noise``, by one drawn from all ten (so a tenth of those are right).
+    """
+    templates = TEMPLATES[len(digits)]
+    words = []
+    for digit, (wrong, which, form) in zip(digits, u[1:].reshape(-1, 3)):
+        said = int(which * 10) if wrong < noise else int(digit)
+        words.append(WORDS[said] if form < 0.5 else NUMERALS[said])
+    return templates[int(u[0] * len(templates))].format(*words)
+
+
+def digits_in(text: str) -> list[int]:
+    """The digits a caption names, in order."""
+    value = {w: d for d, w in enumerate(WORDS)} | {n: d for d, n in enumerate(NUMERALS)}
+    return [value[w] for w in re.findall(r"\w+", text.lower()) if w in value]
+
+
+# --- handwritten digits ----------------------------------------------------------------------------------------------
 
 
 class DigitSource(OneSize):
@@ -32,8 +74,8 @@ class DigitSource(OneSize):
         purpose = "held-out" if held_out else "train"
         picks = self._picks(seed, step, positions, batch, purpose, len(labels))
         pixels = np.concatenate([pictures[picks[:, k]] for k in range(self.per_picture)], axis=2)[:, None]
-        u = keyed.uniforms(seed, f"{purpose}/caption", step, (batch, captions.uniforms_needed(self.per_picture)))
-        texts = [captions.caption(labels[pick], u[p], self.caption_noise) for pick, p in zip(picks, positions)]
+        u = keyed.uniforms(seed, f"{purpose}/caption", step, (batch, uniforms_needed(self.per_picture)))
+        texts = [caption(labels[pick], u[p], self.caption_noise) for pick, p in zip(picks, positions)]
         return Batch(torch.from_numpy(pixels), texts, self._names(purpose, picks))
 
     def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
@@ -51,9 +93,9 @@ class DigitSource(OneSize):
 
     def prompts(self, seed: int, count: int) -> list[str]:
         rng = keyed.generator(seed, "prompts")
-        rows = rng.random((count, self.per_picture + captions.uniforms_needed(self.per_picture)))
+        rows = rng.random((count, self.per_picture + uniforms_needed(self.per_picture)))
         digits = (10 * rows[:, : self.per_picture]).astype(int)
-        return [captions.caption(d, u[self.per_picture :], 0.0) for d, u in zip(digits, rows)]
+        return [caption(d, u[self.per_picture :], 0.0) for d, u in zip(digits, rows)]
 
 
 def load_digits(caption_noise: float) -> DigitSource:

@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.data.buckets import Crop
 from dedistill.data.cache import Store
-from dedistill.data.index import Sample
-from dedistill.data.mixing import choose, draw_samples
-from dedistill.data.order import sample_indices
+from dedistill.data.images.buckets import Crop
+from dedistill.data.images.index import Sample
+from dedistill.data.order import choose, draw_samples, sample_indices
 from dedistill.data.source import Batch
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.text import Text, stack
+from dedistill.models.conditioning import Text, stack
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from dedistill.data.order import sample_indices
 from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
-from dedistill.files import read_sealed
 from dedistill.flow import keyed
+from dedistill.io.atomic import read_sealed
 from dedistill.io.hashing import file_sha256
 
 FACTS = "pairs.json"

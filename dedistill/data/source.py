@@ -1,4 +1,4 @@
-"""What every source of samples provides."""
+"""What every source of samples provides, and training without some of its samples."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,7 +6,11 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from dedistill.text import Text
+from dedistill.errors import UserError
+from dedistill.flow import keyed
+from dedistill.models.conditioning import Text
+
+# --- what every source of samples provides ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,66 @@ class Source(Protocol):
 
     def prompts(self, seed: int, count: int) -> list[str]:
         """Captions to make pictures from, without noise."""
+
+
+# --- training without some samples -----------------------------------------------------------------------------------
+
+
+TRIES = 64
+"""Draws for one place until a sample that may be used is found."""
+
+
+class Substitutes:
+    """``source`` without the samples named in ``since``, each from the step on that stands there.
+
+    The sample at a place is a function of (seed, step, position, since): where a named one would stand, the same place is
+    drawn again under other seeds until another one comes. Noise, sigma and dropout belong to the place, and stay.
+    Held-out samples are left alone.
+    """
+
+    def __init__(self, source: Source, since: dict[str, int]):
+        self.source, self.name, self.picture, self.since = source, source.name, source.picture, since
+
+    def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
+        """As the source's; a substitute is a group of its own."""
+        positions = np.asarray(positions)
+        other = self._seeds(seed, step, positions, batch, held_out)
+        kept = np.array([p for p in positions if p not in other], dtype=np.int64)
+        groups = self.source.groups(seed, step, kept, batch, held_out=held_out) if len(kept) else []
+        return [*groups, *(np.array([p]) for p in other)]
+
+    def work(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> int:
+        return self.source.work(self._seed(seed, step, positions, batch, held_out), step, positions, batch, held_out=held_out)
+
+    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
+        """``positions`` must be of one of the ``groups``."""
+        return self.source.draw(self._seed(seed, step, positions, batch, held_out), step, positions, batch, held_out=held_out)
+
+    def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
+        other = self._seeds(seed, step, positions, batch, held_out)
+        return [self.source.names(other.get(p, seed), step, np.array([p]), batch, held_out=held_out)[0] for p in positions]
+
+    def prompts(self, seed: int, count: int) -> list[str]:
+        return self.source.prompts(seed, count)
+
+    def _seed(self, seed: int, step: int, positions: np.ndarray, batch: int, held_out: bool) -> int:
+        other = self._seeds(seed, step, positions, batch, held_out)
+        if not other:
+            return seed
+        if len(positions) > 1:
+            raise ValueError(f"positions {list(positions)} of step {step} are not of one group")
+        return next(iter(other.values()))
+
+    def _seeds(self, seed: int, step: int, positions: np.ndarray, batch: int, held_out: bool) -> dict[int, int]:
+        """Places that get a substitute -> the seed it is drawn under."""
+        out = {name for name, since in self.since.items() if since <= step}
+        if held_out or not out:
+            return {}
+        names = self.source.names(seed, step, np.asarray(positions), batch)
+        return {int(p): self._other(seed, step, int(p), batch, out) for p, name in zip(positions, names) if name in out}
+
+    def _other(self, seed: int, step: int, position: int, batch: int, out: set[str]) -> int:
+        for other in keyed.generator(seed, "substitute", step, position).integers(2**62, size=TRIES).tolist():
+            if self.source.names(other, step, np.array([position]), batch)[0] not in out:
+                return other
+        raise UserError(f"data: step {step + 1}: {TRIES} draws gave quarantined samples only; too few others are left")

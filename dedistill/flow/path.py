@@ -1,4 +1,4 @@
-"""The straight path between data and noise, and every conversion along it.
+"""The straight path between data and noise, every conversion along it, and the loss on it.
 
 B is the batch, ... the dimensions of one sample. sigma is [B] in [0, 1]; 1 is noise, 0 is data (Esser et al. 2024,
 arXiv 2403.03206, eq. 1 with t = sigma).
@@ -6,6 +6,8 @@ arXiv 2403.03206, eq. 1 with t = sigma).
 
 import torch
 from torch import Tensor
+
+# --- the straight path between data and noise, and every conversion along it -----------------------------------------
 
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
@@ -55,3 +57,13 @@ def velocity_from_noise(noisy: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     if torch.any(sigma >= 1):
         raise ValueError("sigma = 1 has no direction: the noisy sample is the noise itself")
     return (noise - noisy) / (1 - expand(sigma, noisy))
+
+
+# --- the flow-matching loss, one number per sample -------------------------------------------------------------------
+
+
+def flow_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over each sample's elements, in float32: [B, ...] -> [B] (arXiv 2210.02747, eq. 9)."""
+    if predicted.shape != target.shape:
+        raise ValueError(f"prediction {tuple(predicted.shape)} and target {tuple(target.shape)} differ in shape")
+    return (predicted.float() - target.float()).square().flatten(1).mean(1)

@@ -1,1 +1,1 @@
-"""Files known by their bytes."""
+"""Files: whole or not there, ours or the user's, and known by their bytes."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from dedistill.files import make_folder, read_sealed, replace_file, sealed
+from dedistill.io.atomic import make_folder, read_sealed, replace_file, sealed
 
 SETTLED_NS = 2_000_000_000
 """A file that changed less than this ago could change again within one tick of its file system's clock (FAT's is 2 s), with

@@ -1,1 +1,1 @@
-"""Averages of snapshots made after training."""
+"""All averaging after training."""

@@ -13,14 +13,13 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from dedistill.errors import UserError
-from dedistill.files import with_home
-from dedistill.recipe.emit import fields_of, json_schema, table_in, to_toml
+from dedistill.io.atomic import with_home
 from dedistill.recipe.explain import any_of, entries, explain, quote, shown
-from dedistill.recipe.locate import dotted, locate
 from dedistill.recipe.resolve import resolve
 from dedistill.recipe.rules import contradictions
 from dedistill.recipe.schema import Recipe, Table
 from dedistill.recipe.shipped import near_shipped, shipped_file
+from dedistill.recipe.toml import dotted, fields_of, json_schema, locate, table_in, to_toml
 
 __all__ = ["RESOLVED", "RecipeError", "json_schema", "load_recipe", "to_toml"]
 

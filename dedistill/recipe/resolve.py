@@ -1,4 +1,4 @@
-"""Defaults that depend on other keys or on the family, made values before anything runs. No torch.
+"""Every number of a run decided before it starts: defaults that depend on other keys or on the family, and the plan. No torch.
 
 So the recipe that is printed, and recipe.json, hold every number that will be used; none is left only where a key has no
 effect, or where it means something by itself (no limit, off), as its description says.
@@ -6,11 +6,15 @@ effect, or where it means something by itself (no limit, off), as its descriptio
 
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
-from dedistill.recipe.emit import fields_of, table_in
 from dedistill.recipe.schema import BY_FAMILY, Default, Model, Recipe, Table
+from dedistill.recipe.toml import fields_of, table_in
+
+# --- defaults that depend on other keys or on the family, made values before anything runs ---------------------------
+
 
 BEFORE = (
     ("adapter.targets.factor", Default(4, "adapter.kind", ("lokr",))),
@@ -66,7 +70,7 @@ def as_it_was_meant(recorded: dict[str, Any], model: Model) -> dict[str, Any]:
 
 def _of_family(model: Model, function: str) -> dict[str, Any]:
     """The family's own defaults. Families stand above recipes, and are looked up by name like a plug-in."""
-    return getattr(import_module("dedistill.families.defaults"), function)(model)
+    return getattr(import_module("dedistill.models.registry"), function)(model)
 
 
 def _defaults(model: type[Table], path: str = "") -> Iterator[tuple[str, Default]]:
@@ -101,3 +105,41 @@ def _rows(data: Any, tables: list[str]) -> list[dict[str, Any]]:
 def _value(data: dict[str, Any], key: str) -> Any:
     *tables, name = key.split(".")
     return next((row.get(name) for row in _rows(data, tables)), None)
+
+
+# --- every number of a run decided before it starts ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    steps: int
+    batch: int
+    micro_batch: int
+    micro_steps: int
+    samples: int
+    checkpoints: int
+    snapshots: int
+    validations: int
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """What ``recipe`` amounts to on one process."""
+    t = recipe.train
+    micro = 1 if t.exact else t.micro_batch or t.batch
+
+    def times(every: int) -> int:
+        return -(-t.steps // every) if every else 0
+
+    return Plan(
+        steps=t.steps,
+        batch=t.batch,
+        micro_batch=micro,
+        micro_steps=t.batch // micro,
+        samples=t.steps * t.batch,
+        checkpoints=max(1, times(recipe.checkpoint.every)),
+        snapshots=times(recipe.snapshot.every),
+        validations=times(recipe.validate_.every),
+    )

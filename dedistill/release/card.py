@@ -7,10 +7,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dedistill.errors import UserError
-from dedistill.families.licences import base_of, is_hub_id, licence_for
-from dedistill.files import replace_file
-from dedistill.release.headers import source_of, told_guidance
-from dedistill.release.public import read_recipe, source_name
+from dedistill.io.atomic import replace_file
+from dedistill.models.pipeline_files import base_of, is_hub_id, licence_for
+from dedistill.release.headers import read_recipe, source_name, source_of, told_guidance
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _TAGS = ["text-to-image", "de-distilled", "classifier-free-guidance"]

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
-from dedistill.files import replace_json, whole_folder
-from dedistill.tensorfile import DTYPES, Layout, TensorFile
+from dedistill.io.atomic import replace_json, whole_folder
+from dedistill.io.safetensors import DTYPES, Layout, TensorFile
 
 SHARD_BYTES = 10 * 1000**3
 """diffusers' own default: a larger network is written as several files with an index."""

@@ -8,9 +8,9 @@ from itertools import groupby
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dedistill.assemble import Model
+from dedistill.models.model import Model
 from dedistill.recipe import Recipe
-from dedistill.recipe.plan import Plan
+from dedistill.recipe.resolve import Plan
 
 LINE_EVERY = 100
 """Steps between plain lines where there is no terminal."""

@@ -1,252 +1,80 @@
-"""How distilled candidates still are: every meter on the same prompts, noise and held-out samples, with intervals."""
+"""The page of what dedistill measure found: one table of verdicts, curves with intervals, every number."""
 
-import hashlib
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
 from pathlib import Path
 
-import numpy as np
+from dedistill.io.atomic import replace_json
+from dedistill.report.pages import decimals, field, figure, render
+from dedistill.report.plots import tick_label
 
-from dedistill.assemble import CHUNK, Model
-from dedistill.data.source import Source
-from dedistill.engine.held_out import held_out_meters
-from dedistill.engine.objective import Objective, Task
-from dedistill.errors import UserError
-from dedistill.flow.solvers import sigma_grid
-from dedistill.recipe import Recipe
-from dedistill.report.answers import Answer, answer_file, remembered
-from dedistill.sampling.judge import DigitJudge
-from dedistill.sampling.meters import GUIDED, Reading, guidance_meters, interval, path_meters, response
-from dedistill.sampling.sampler import start_noise
-from dedistill.sampling.sweep import Candidate
-
-BINS = 8
+LOG = ("few_steps",)
+"""Meters whose values span powers of ten."""
 
 
-@dataclass(frozen=True)
-class Meter:
-    """axis: what its places are, None for a single number. Help says what the number is and what distilling does to it."""
+def write_distillation_page(folder: Path, found: dict) -> Path:
+    """Write ``distillation.json`` and ``index.html`` into ``folder`` and return the page's path.
 
-    key: str
-    label: str
-    help: str
-    axis: str | None = None
-
-
-METERS = [
-    Meter("loss", "held-out loss", "Flow-matching loss on held-out samples. Distilling raises it, de-distilling wins it back."),
-    Meter(
-        "guidance",
-        "guidance gap",
-        "Squared difference between the velocities with and without a caption, mean of all pixels, on held-out samples. "
-        "Guidance that was baked in widens it, by about the square of its scale.",
-    ),
-    Meter(
-        "straightness", "straightness", "Distance of velocities from the chord of their path, as a share of it; 0 is straight."
-    ),
-    Meter("turning", "turning", "Degrees by which the velocity turns between noise and picture; 0 is straight."),
-    Meter("loss_by_sigma", "held-out loss by sigma", "1 is noise.", "sigma"),
-    Meter("guidance_by_sigma", "guidance gap by sigma", "1 is noise.", "sigma"),
-    Meter(
-        "few_steps",
-        "few-step gap",
-        "Squared distance between the ends of few and of many Euler steps, as a share of the path's squared length. "
-        "Distilling to n steps narrows it at n steps and more.",
-        "Euler steps",
-    ),
-    Meter("bend", "bend along the path", "What straightness adds up, step by step; 1 is noise.", "sigma"),
-    Meter("saturated", "saturated", "Share of pixels burnt beyond the range of the data.", "CFG scale"),
-    Meter("contrast", "contrast", "Standard deviation of the pixels.", "CFG scale"),
-    Meter("blur", "blur", "Share of steps between pixels that blurring again leaves.", "CFG scale"),
-    Meter("shadow", "shadow", "Share of light missing in large soft dark places.", "CFG scale"),
-    Meter("correct", "accuracy", "Share of digits that an independent classifier reads as asked.", "CFG scale"),
-    Meter("realistic", "fidelity", "Share of digits that lie among real ones.", "CFG scale"),
-]
-RESPONSES = (*GUIDED, "correct", "realistic")
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What every candidate is asked. samples: held-out samples of ``recipe``'s data; few: step counts; cfgs: rising."""
-
-    recipe: Recipe
-    source: Source
-    prompts: list[str]
-    judge: DigitJudge | None
-    samples: int
-    steps: int
-    few: tuple[int, ...]
-    cfgs: tuple[float, ...]
-
-    def tasks(self, model: Model) -> list[Task]:
-        return Objective(self.recipe, self.source, model.shift).held_out(self.samples, model.chunk)
-
-    @cached_property
-    def identity(self) -> str:
-        """Hash of all that is asked: the held-out samples themselves, the prompts and the settings."""
-        asked = [self.prompts, self.steps, self.few, self.cfgs, self.judge.identity if self.judge else None, BINS]
-        digest = hashlib.sha256(json.dumps(asked).encode())
-        for task in Objective(self.recipe, self.source, lambda shape: 1.0).held_out(self.samples, CHUNK):
-            digest.update(json.dumps(task.captions).encode())
-            for tensor in (task.noisy, task.sigma, task.target):
-                digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    def places(self, model: Model) -> dict[str, list[float]]:
-        """Where each meter with an axis is read."""
-        bins = [(b + 0.5) / BINS for b in range(BINS)]
-        places = {"few_steps": list(self.few), "loss_by_sigma": bins, "guidance_by_sigma": bins}
-        places["bend"] = sigma_grid(self.steps, model.grid_shift)[:-1].tolist()
-        return places | {key: list(self.cfgs) for key in RESPONSES}
-
-
-def ask(candidate: Candidate, q: Questions, kept: Path | None = None, *, held_out_only: bool = False) -> Answer:
-    """Every meter of one ``candidate``, or those of held-out samples only. kept: folder where answers stay for the next time.
-
-    Raises UserError for a model that does not fit the data, or gives no finite answer.
+    found: what ``dedistill.evaluation.distillation.measure`` returns.
     """
-    opened = cache(candidate.open)
-    parts = {"held_out": _ask_held_out} if held_out_only else {"held_out": _ask_held_out, "paths": _ask_paths}
-    answers = []
-    for part, make in parts.items():
-        file = kept and answer_file(kept, candidate.name, part)
-        key = {"weights": candidate.weights, "questions": q.identity} if kept else {}
-        answers.append(remembered(file, key, lambda make=make: make(candidate.name, opened(), q)))
-    readings = {key: reading for answer in answers for key, reading in answer.readings.items()}
-    return Answer(readings, answers[-1].places, answers[-1].picture)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_json(folder / "distillation.json", found)
+    names = [*found["candidates"]]
+    page = folder / "index.html"
+    html = render(
+        "distillation.html.j2",
+        title=found["title"],
+        settings=found["settings"],
+        reference=found["reference"],
+        names=names,
+        summary=[row for meter in found["meters"] if _in_summary(meter) for row in _summary(meter, found)],
+        plots=[_plot(meter, found) for meter in found["meters"] if meter["axis"]],
+        numbers=_numbers(found),
+    )
+    page.write_text(html, encoding="utf-8")
+    return page
 
 
-def _ask_held_out(candidate: str, model: Model, q: Questions) -> Answer:
-    tasks = q.tasks(model)
-    if tasks[0].noisy.shape[1] != model.parts.picture[0]:
-        there, here = tasks[0].noisy.shape[1], model.parts.picture[0]
-        raise UserError(f"the held-out samples have {there} channels, the model's {here}: choose another recipe with --data")
-    model.remember([*q.prompts, model.negative, *(c for t in tasks if t.text is None for c in t.captions)])
-    found = held_out_meters(model, tasks, BINS)
-    _check(candidate, found)
-    return Answer(found, q.places(model), tuple(model.parts.picture))
+def _in_summary(meter: dict) -> bool:
+    return meter["axis"] is None or meter["key"] == "few_steps"
 
 
-def _ask_paths(candidate: str, model: Model, q: Questions) -> Answer:
-    model.remember([*q.prompts, model.negative])
-    noise = start_noise(0, len(q.prompts), model.parts.picture)
-    found = path_meters(model, q.prompts, noise, steps=q.steps, few=q.few)
-    found |= guidance_meters(model, q.prompts, noise, steps=q.steps, cfgs=q.cfgs, judge=q.judge)
-    _check(candidate, found)
-    found = {key: reading for key, reading in found.items() if reading.bottom.any()}  # no accuracy without digits
-    if len(q.cfgs) > 1:
-        found |= {f"response_{key}": response(found[key]) for key in RESPONSES if key in found}
-    return Answer(found, q.places(model), tuple(model.parts.picture))
+def _summary(meter: dict, found: dict) -> list[dict]:
+    """A line per place of a meter, with a cell per candidate."""
+    by_name = {name: rows[meter["key"]] for name, rows in found["candidates"].items()}
+    lines = []
+    for cells in zip(*by_name.values()):
+        places = decimals(cell["value"] for cell in cells)
+        at = cells[0].get("at")
+        unit = f", {at} step{'' if at == 1 else 's'}" if at is not None else ""
+        texts = [
+            {
+                "value": f"{cell['value']:.{places}f}",
+                "interval": f"{cell['low']:.{places}f} to {cell['high']:.{places}f}",
+                "verdict": cell.get("verdict"),
+            }
+            for cell in cells
+        ]
+        lines.append({"label": meter["label"] + unit, "help": meter["help"], "cells": texts})
+    return lines
 
 
-def _check(candidate: str, found: dict[str, Reading]) -> None:
-    for key, reading in found.items():
-        if not np.isfinite(reading.top).all():
-            raise UserError(f"{candidate}: {key}: not every sample has a finite number; the weights are broken")
-        if key not in RESPONSES and not reading.bottom.sum(0).all():
-            raise UserError(f"{candidate}: {key}: paths have no length; the model predicts velocities of 0. Is it trained?")
-
-
-def measure(
-    candidates: list[Candidate],
-    questions: Questions,
-    *,
-    reference: str | None,
-    title: str,
-    kept: Path | None = None,
-    say: Callable[[str], None] = print,
-) -> dict:
-    """All candidates, and how each differs from ``reference`` (default the first), sample by sample.
-
-    Returns title, settings, reference, meters, and by candidate and meter a list of {"at", "value", "low", "high"} with
-    "difference", "difference_low", "difference_high" and a "verdict" beside the reference: what distillation.json holds.
-    kept: folder where answers stay for the next time. Raises UserError for what cannot be compared.
-    """
-    names = [c.name for c in candidates]
-    reference = reference or names[0]
-    check_comparable(names, reference, questions)
-    readings, places, shapes = {}, {}, {}
-    for candidate in sorted(candidates, key=lambda c: c.name != reference):
-        name, answer = candidate.name, ask(_of_one_shape(candidate, shapes), questions, kept)
-        _check_shape(name, answer.picture, shapes)
-        readings[name], places[name] = answer.readings, answer.places
-        say(f"{name}: " + _short(readings[name]))
-    against = readings[reference]
-    q = questions
-    return {
-        "title": title,
-        "settings": {
-            "prompts": len(q.prompts),
-            "held-out samples": q.samples,
-            "held-out data": q.recipe.run.name,
-            "paths": f"{q.steps} Euler steps at CFG 1",
-            "intervals": "95 %, bootstrap over samples",
-        },
-        "reference": reference,
-        "meters": [vars(m) for m in _all_meters(q.cfgs) if m.key in against],
-        "candidates": {
-            n: {k: _rows(r, against[k], places[n].get(k), n == reference) for k, r in readings[n].items()} for n in names
-        },
+def _plot(meter: dict, found: dict) -> dict:
+    series = {
+        name: [(round(row["at"], 3), row["value"], row["low"], row["high"]) for row in rows[meter["key"]]]
+        for name, rows in found["candidates"].items()
     }
+    label, log = meter["label"], meter["key"] in LOG
+    return figure(series, title=label, xlabel=meter["axis"], ylabel=label, help=meter["help"], log_y=log)
 
 
-def _of_one_shape(candidate: Candidate, shapes: dict[tuple[int, ...], str]) -> Candidate:
-    """The candidate, refused as soon as it is open where its pictures have not the one shape in ``shapes``."""
-
-    def opened() -> Model:
-        model = candidate.open()
-        _check_shape(candidate.name, tuple(model.parts.picture), shapes)
-        return model
-
-    return replace(candidate, open=opened)
-
-
-def _check_shape(name: str, picture: tuple[int, ...], shapes: dict[tuple[int, ...], str]) -> None:
-    shapes.setdefault(picture, name)
-    if len(shapes) > 1:
-        raise UserError(f"{' and '.join(shapes.values())} make pictures of different shapes: measure them apart")
-
-
-def check_comparable(names: list[str], reference: str, questions: Questions) -> None:
-    """Raise UserError for names that are not each one candidate's, and for too few samples or prompts."""
-    if len(set(names)) != len(names):
-        raise UserError(f"two candidates share a name: {', '.join(names)}", exit_code=2)
-    if reference not in names:
-        raise UserError(f"--reference: no candidate '{reference}'; there are {', '.join(names)}", exit_code=2)
-    for flag, count, least in (("samples", questions.samples, 2 * BINS), ("prompts", len(questions.prompts), 2)):
-        if count < least:
-            raise UserError(f"--{flag}: {count} {'is' if count == 1 else 'are'} too few for intervals; at least {least}", 2)
-
-
-def _all_meters(cfgs: tuple[float, ...]) -> list[Meter]:
-    by_key = {m.key: m for m in METERS}
-    said = f"CFG {cfgs[0]:g} to {cfgs[-1]:g}"
-    moves = [
-        Meter(f"response_{m.key}", f"{m.label}, {said}", "Change of: " + m.help[0].lower() + m.help[1:])
-        for m in map(by_key.__getitem__, RESPONSES)
-    ]
-    return [*METERS, *moves]
-
-
-def _rows(reading: Reading, reference: Reading, places: list[float] | None, own: bool) -> list[dict]:
-    """A row per place; differences are taken within each bootstrap sample, which both share."""
-    draws, others = reading.resampled(), reference.resampled()
-    low, high = interval(draws)
-    rows = [{"value": float(v), "low": float(a), "high": float(b)} for v, a, b in zip(reading.value, low, high)]
-    for row, place in zip(rows, places or []):
-        row["at"] = place
-    if not own:
-        low, high = interval(draws - others)
-        for row, d, a, b in zip(rows, reading.value - reference.value, low, high):
-            row |= {"difference": float(d), "difference_low": float(a), "difference_high": float(b), "verdict": _verdict(a, b)}
-    return rows
-
-
-def _verdict(low: float, high: float) -> str:
-    return "higher" if low > 0 else "lower" if high < 0 else "no difference seen"
-
-
-def _short(readings: dict[str, Reading]) -> str:
-    return "  ".join(f"{m.label} {readings[m.key].value[0]:.4g}" for m in METERS if m.axis is None)
+def _numbers(found: dict) -> dict:
+    """Every value as a sortable table: meter, place, candidate, value and interval, difference and interval."""
+    lines = []
+    keys = ("value", "low", "high", "difference", "difference_low", "difference_high")
+    for meter in found["meters"]:
+        for name, rows in found["candidates"].items():
+            for row in rows[meter["key"]]:
+                at = f"{meter['axis']} {tick_label(row['at'])}" if "at" in row else ""
+                lines.append([*map(field, (meter["label"], at, name)), *(field(row.get(k), "{:.4g}".format) for k in keys)])
+    heads = ["meter", "at", "candidate", "value", "from", "to", "difference", "from", "to"]
+    return {"heads": [{"label": h, "help": "", "numeric": i > 2} for i, h in enumerate(heads)], "rows": lines}

@@ -1,97 +1,186 @@
-"""After a run: how distilled it still is, which average to take, and how to sample from it.
+"""The first page after a run: three answers with their intervals, the pictures they are about, and where the rest stands."""
 
-Two stages, so that it ends in minutes: every candidate's loss on the same held-out samples; then pictures, and the other
-meters, of those that may be worth it: the base, the last weights, and the averages that the loss cannot tell from the best.
-"""
-
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+from dedistill.evaluation.evaluate import MOST_AVERAGES
+from dedistill.evaluation.selection import CELL
+from dedistill.evaluation.sweep import read_index
+from dedistill.io.atomic import replace_json
+from dedistill.report.distillation import write_distillation_page
+from dedistill.report.pages import decimals, display_width, drop_old_thumbnails, field, render
+from dedistill.report.selection import UNJUDGED, chosen_words, number_words, place_words, rule, write_selection_page
+from dedistill.report.sweep import shot, write_sweep_page
 
-from dedistill.ours import claim
-from dedistill.report.distillation import Questions, ask, check_comparable, measure
-from dedistill.report.sweep_files import read_index
-from dedistill.sampling.judges import ClipJudge
-from dedistill.sampling.meters import Reading
-from dedistill.sampling.numbers import check_by
-from dedistill.sampling.selection import Comparison, check_prompts, compare_with_best, select
-from dedistill.sampling.sweep import Candidate, Grid, sweep
-
-MOST_AVERAGES = 3
-"""Averages of a run whose pictures are made."""
+SHOWN = 8
 
 
-def evaluate(
-    runs: list[list[Candidate]],
-    questions: Questions,
-    grid: Grid,
-    out: Path,
-    *,
-    names: str,
-    by: str | None = None,
-    reference: str | None = None,
-    clip: ClipJudge | None = None,
-    say: Callable[[str], None] = print,
-) -> dict:
-    """Measure, sweep and select the candidates of ``runs``, with intermediate results in ``out`` to continue from.
+def write_evaluation(out: Path, found: dict, names: str) -> tuple[list[dict[str, str]], Path]:
+    """Write all pages of what ``dedistill.evaluation.evaluate.evaluate`` found; its sweep is in ``out`` already.
 
-    names: of the runs. reference: candidate that the others are compared with, default the first. Returns {"losses",
-    "distillation", "selection"}: a row per candidate, and what ``measure`` and ``select`` return. Raises UserError as they do.
+    names: of the runs. Returns the three answers, and the path of the first page; evaluation.json stands beside it.
     """
-    candidates = [c for run in runs for c in run]
-    known = [c.name for c in candidates]
-    reference = reference or known[0]
-    check_comparable(known, reference, questions)
-    check_prompts(grid.prompts)  # select would say so, and of --by, after hours of pictures
-    check_by(by, {name for name, who in (("judge", questions.judge), ("clip", clip)) if who})
-    for part in ("sweep", "distillation", "selection"):
-        claim(out / part, part, "--out")
-    kept = out / "distillation" / "answers"
-    losses = {}
-    for c in candidates:
-        losses[c.name] = ask(c, questions, kept, held_out_only=True).readings["loss"]
-        say(f"{c.name}: held-out loss {losses[c.name].value[0]:.4g}")
-    chosen = {c.name for run in runs for c in shortlist(run, losses)} | {reference}
-    looked_at = [c for c in candidates if c.name in chosen]
-    distillation = measure(looked_at, questions, reference=reference, title=f"How distilled still: {names}", kept=kept, say=say)
-    scores = sweep(looked_at, grid, out / "sweep", title=f"CFG sweep: {names}", judge=questions.judge, clip=clip, say=say)
-    order = sorted(known, key=lambda name: losses[name].value[0])
-    selection = select(scores, read_index(out / "sweep" / "index.json"), by=by, order=order)
-    rows = _loss_rows(compare_with_best(_together(losses, known), "low"), known, chosen)
-    return {"losses": rows, "distillation": distillation, "selection": selection}
+    write_sweep_page(out / "sweep")
+    write_distillation_page(out / "distillation", found["distillation"])
+    write_selection_page(out / "selection", found["selection"], f"Selection: {names}")
+    answers, title = three_answers(found), f"Evaluation: {names}"
+    summary = {"title": title, "answers": answers, "losses": found["losses"], "chosen": _chosen(found["selection"])}
+    replace_json(out / "evaluation.json", summary)
+    columns, rows = _pictures(out, found)
+    drop_old_thumbnails(out, (s for row in rows for s in row["shots"]))
+    page = out / "index.html"
+    shots = [s for row in rows for s in row["shots"]]
+    size = max((s.width, s.height) for s in shots)
+    html = render(
+        "evaluation.html.j2",
+        title=title,
+        answers=answers,
+        rule=rule(found["selection"]),
+        most=MOST_AVERAGES,
+        columns=columns,
+        rows=rows,
+        width=display_width(size, 4),
+        small=display_width(size, 4, 120),
+        tiny=any(s.src == s.small for s in shots),
+        misread=any(s.wrong for s in shots),
+        base=any(row["candidate"].split()[-1] == "base" for row in found["losses"]),
+        losses=_loss_table(found["losses"]),
+    )
+    page.write_text(html, encoding="utf-8")
+    return answers, page
 
 
-def shortlist(run: list[Candidate], losses: dict[str, Reading]) -> list[Candidate]:
-    """The candidates of a run whose pictures are made: its base and last weights, and the best averages.
-
-    Of its averages that may be the best of them by held-out loss, at most three, spread from the lowest loss to the highest:
-    neighbours among ten averages differ too little to be worth pictures of their own.
-    """
-    averages = [c for c in run if c.average]
-    if not averages:
-        return run
-    found = compare_with_best(_together(losses, [c.name for c in averages]), "low")
-    best = [averages[i] for i in np.argsort(found.value, kind="stable") if found.may_be_best[i]]
-    best = [best[i] for i in np.linspace(0, len(best) - 1, min(MOST_AVERAGES, len(best))).round().astype(int)]
-    return [c for c in run if not c.average or c in best]
-
-
-def _together(losses: dict[str, Reading], names: list[str]) -> Reading:
-    """The losses of several candidates as the places of one reading: all were asked the same samples in the same order."""
-    own = [losses[name] for name in names]
-    return Reading(np.hstack([r.top for r in own]), np.hstack([r.bottom for r in own]), own[0].strata)
-
-
-def _loss_rows(found: Comparison, names: list[str], looked_at: set[str]) -> list[dict]:
+def three_answers(found: dict) -> list[dict[str, str]]:
+    """{"question", "answer"}: how distilled still, which average, how to sample."""
     return [
-        {
-            "candidate": name,
-            "value": float(found.value[i]),
-            "low": float(found.low[i]),
-            "high": float(found.high[i]),
-            "may_be_best": bool(found.may_be_best[i]),
-            "looked_at": name in looked_at,
-        }
-        for i, name in enumerate(names)
+        {"question": "How distilled is it still?", "answer": _distilled(found)},
+        {"question": "Which weights?", "answer": _which(found)},
+        {"question": "How to sample?", "answer": _how(found)},
     ]
+
+
+def _chosen(selection: dict) -> dict | None:
+    return None if selection["chosen"] is None else {key: selection["cells"][selection["chosen"]][key] for key in CELL}
+
+
+def subject(found: dict) -> str:
+    """The candidate that the answers are about: the chosen one, else the one of lowest held-out loss that was looked at."""
+    selection, reference = found["selection"], found["distillation"]["reference"]
+    if selection["chosen"] is not None and selection["cells"][selection["chosen"]]["candidate"] != reference:
+        return selection["cells"][selection["chosen"]]["candidate"]
+    rest = [row for row in found["losses"] if row["looked_at"] and row["candidate"] != reference]
+    return min(rest, key=lambda row: row["value"])["candidate"] if rest else reference
+
+
+def _distilled(found: dict) -> str:
+    meters, name, reference = found["distillation"]["candidates"], subject(found), found["distillation"]["reference"]
+    if name == reference:
+        told = ", ".join(f"{label} {_meter(meters[name], key)}" for key, label in _TOLD)
+        return f"{name} has {told}; there is nothing to compare it with."
+    verdicts = {key: meters[name][key][0]["verdict"] for key, _ in _TOLD}
+    seen = {"lower": "less distilled", "higher": "more distilled"}
+    words = seen.get(verdicts["guidance"], "as far as one sees no less distilled")
+    told = [
+        f"{label} {_meter(meters[name], key)} against {_meter(meters[reference], key)}, {_difference(meters[name][key][0])}"
+        for key, label in _TOLD
+    ]
+    return f"By the guidance gap {name} is {words} than {reference}: {'; '.join(told)}."
+
+
+_TOLD = (("guidance", "guidance gap"), ("loss", "held-out loss"))
+
+
+def _meter(readings: dict, key: str) -> str:
+    row = readings[key][0]
+    places = decimals([row["high"]])
+    return f"{row['value']:.{places}f} ({row['low']:.{places}f} to {row['high']:.{places}f})"
+
+
+def _difference(row: dict) -> str:
+    if row["verdict"] == "no difference seen":
+        return row["verdict"]
+    low, high = sorted(abs(row[key]) for key in ("difference_low", "difference_high"))
+    places = decimals([high])
+    return f"{row['verdict']} by {low:.{places}f} to {high:.{places}f}"
+
+
+def _which(found: dict) -> str:
+    losses, selection = found["losses"], found["selection"]
+    best = min(losses, key=lambda row: row["value"])
+    equals = [row["candidate"] for row in losses if row["may_be_best"] and row is not best]
+    told = f"not told apart from it: {', '.join(equals)}" if equals else "no other may be the best"
+    by_loss = f"by held-out loss {best['candidate']} is best, {told}" if len(losses) > 1 else "it is the only candidate"
+    if selection["chosen"] is None:
+        return f"{by_loss[0].upper()}{by_loss[1:]}."
+    name = selection["cells"][selection["chosen"]]["candidate"]
+    cells = [cell for cell in selection["cells"] if cell.get("may_be_best") and cell["candidate"] != name]
+    others = list(dict.fromkeys(cell["candidate"] for cell in cells))
+    pictures = f"; by its pictures it is not told apart from {', '.join(others)}" if others else ""
+    return f"{name}{pictures}; {by_loss}."
+
+
+def _how(found: dict) -> str:
+    selection = found["selection"]
+    limited = [n for n in selection["numbers"] if "tolerance" in n]
+    if selection["chosen"] is not None:
+        cell = selection["cells"][selection["chosen"]]
+        price = _price(selection, cell, [n for n in limited if n["key"] != selection["by"]])
+        return f"{chosen_words(selection)}.{price}"
+    name = subject(found)
+    fine = [place_words(c) for c in selection["cells"] if c["candidate"] == name and not c["refused"]]
+    return f"{UNJUDGED} Not refused: {'; '.join(fine) or f'no cell of {name}'}."
+
+
+def _price(selection: dict, cell: dict, numbers: list[dict]) -> str:
+    """The ``numbers`` of a cell beside those of the cell it is held against."""
+    against = selection["cells"][cell["against"]]
+    if not numbers:
+        return ""
+    own = [f"{n['label']} {number_words(cell, n['key'])}" for n in numbers]
+    if against is cell:
+        return f" It has {', '.join(own)}."
+    told = [f"{text} against {number_words(against, n['key']).split()[0]}" for text, n in zip(own, numbers)]
+    return f" Beside {place_words(against)}: {', '.join(told)}."
+
+
+def _pictures(out: Path, found: dict) -> tuple[list[str], list[dict]]:
+    """The chosen cell beside the reference's mildest; without a choice, the subject's most guided that is not refused."""
+    selection, reference = found["selection"], found["distillation"]["reference"]
+    cells, chosen = selection["cells"], selection["chosen"]
+    home = next(cells[cell["against"]] for cell in cells if cell["candidate"] == reference)
+    if chosen is None:
+        own = [i for i, cell in enumerate(cells) if cell["candidate"] == subject(found)]
+        chosen = min(own, key=lambda i: (bool(cells[i]["refused"]), -cells[i]["cfg"]))
+    pair = [home] if cells[chosen] is home else [home, cells[chosen]]
+    labels = {n["picture"]: n["label"] for n in selection["numbers"]}
+    by_cell = {tuple(cell[key] for key in CELL): [] for cell in pair}
+    for row in read_index(out / "sweep" / "index.json"):
+        if (place := tuple(row[key] for key in CELL)) in by_cell:
+            by_cell[place].append(row | {"file": f"sweep/{row['file']}"})
+    rows = [
+        {"label": entries[0]["prompt"], "key": i, "shots": [shot(out, entry, labels) for entry in entries]}
+        for i, entries in enumerate(list(zip(*by_cell.values()))[:SHOWN])
+    ]
+    return [place_words(cell) for cell in pair], rows
+
+
+def _loss_table(losses: list[dict]) -> dict:
+    places = decimals(row["value"] for row in losses)
+    heads = [
+        ("candidate", False),
+        ("held-out loss", True),
+        ("from", True),
+        ("to", True),
+        ("verdict", False),
+        ("pictures", False),
+    ]
+    best = min(row["value"] for row in losses)
+    rows = [
+        [
+            field(row["candidate"]),
+            *(field(row[key], lambda v: f"{v:.{places + 1}f}") for key in ("value", "low", "high")),
+            field("lowest" if row["value"] == best else "possibly the best" if row["may_be_best"] else "not the best"),
+            field("made" if row["looked_at"] else "not made"),
+        ]
+        for row in losses
+    ]
+    return {"heads": [{"label": label, "numeric": numeric, "help": ""} for label, numeric in heads], "rows": rows}

@@ -13,15 +13,15 @@ import torch
 import webdataset as wds
 from torch import Tensor
 
-from dedistill.assemble import Model
 from dedistill.data.pairs import FACTS
 from dedistill.data.source import Source
 from dedistill.errors import UserError
-from dedistill.files import WholeFile, read_sealed, replace_file, sealed
 from dedistill.flow import keyed
 from dedistill.flow.solvers import sigma_grid
+from dedistill.io.atomic import WholeFile, read_sealed, replace_file, sealed
 from dedistill.io.hashing import file_sha256
-from dedistill.ours import claim
+from dedistill.io.ownership import claim
+from dedistill.models.model import Model
 from dedistill.sampling.sampler import trajectories
 
 

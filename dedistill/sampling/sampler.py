@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.assemble import Model
 from dedistill.flow import keyed
 from dedistill.flow.guidance import classifier_free, needs_unconditional
 from dedistill.flow.solvers import Velocity, euler
-from dedistill.text import Text
+from dedistill.models.conditioning import Text
+from dedistill.models.model import Model
 
 
 def start_noise(seed: int, count: int, picture: tuple[int, ...]) -> Tensor:

@@ -11,14 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from dedistill.adapters.attach import Adapter, dense_shapes, file_name
-from dedistill.adapters.delta import delta, merge
+from dedistill.adapters.delta import delta, initialise, merge
 from dedistill.adapters.files import read_tensors
-from dedistill.adapters.init import initialise
 from dedistill.adapters.targets import Resolved, resolve_targets
-from dedistill.base.quantize import cast_float, dense_weight, linear_names, prepare_base
 from dedistill.errors import UserError
-from dedistill.families.pixel_flux import PixelFlux
 from dedistill.flow import keyed
+from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base
 
 FAMILY = PixelFlux()
 FORMS = {

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dedistill.adapters.attach import Adapter
 from dedistill.adapters.targets import Resolved
-from dedistill.base.quantize import prepare_base, storage_bytes
+from dedistill.models.quantize import prepare_base, storage_bytes
 
 WIDTH, TOKENS = 256, 512
 

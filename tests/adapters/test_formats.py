@@ -14,10 +14,10 @@ from dedistill.adapters.attach import Adapter, dense_shapes
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.formats import as_kohya, as_lycoris, as_peft, as_transformer, by_layer
 from dedistill.adapters.targets import Resolved
-from dedistill.base.quantize import linear_names
 from dedistill.errors import UserError
-from dedistill.families import flux_keys
 from dedistill.flow import keyed
+from dedistill.models.flux import naming
+from dedistill.models.quantize import linear_names
 
 WIDTH = 32
 SIZES = {
@@ -163,11 +163,11 @@ def test_comfyui_reads_our_files_as_we_do(form, alpha):
 def test_kohya_is_the_same_change_of_the_fused_weights():
     """FORMATS 1a, 1b: the rows BFL's fused weight gives each part change exactly as ours do; the rest stays as it is."""
     own = adapted("lora")
-    tensors = as_kohya(own.layers, flux_keys, own.shapes)
-    places = {name: flux_keys.bfl_name(name, own.shapes) for name in own.shapes}
-    assert {flux_keys.kohya_name(bfl) for bfl, _ in places.values()} == {key.partition(".")[0] for key in tensors}
+    tensors = as_kohya(own.layers, naming, own.shapes)
+    places = {name: naming.bfl_name(name, own.shapes) for name in own.shapes}
+    assert {naming.kohya_name(bfl) for bfl, _ in places.values()} == {key.partition(".")[0] for key in tensors}
     for name, (bfl, rows) in places.items():
-        change = comfy_change(tensors, flux_keys.kohya_name(bfl))[rows]
+        change = comfy_change(tensors, naming.kohya_name(bfl))[rows]
         if bfl == "final_layer.adaLN_modulation.1":
             change = torch.cat([change[WIDTH:], change[:WIDTH]])
         assert relative(change, own.deltas[name]) < 1e-6, name
@@ -180,7 +180,7 @@ PARTIAL = ["transformer_blocks.1.attn.to_k", "single_transformer_blocks.2.proj_m
 def test_diffusers_loads_our_kohya_file(names, tmp_path, monkeypatch):
     """FORMATS 1b: through FluxPipeline.lora_state_dict, at equal answers; also where only parts of fused layers are trained."""
     own = adapted("lora", names)
-    save_file(as_kohya(own.layers, flux_keys, own.shapes), tmp_path / "kohya.safetensors")
+    save_file(as_kohya(own.layers, naming, own.shapes), tmp_path / "kohya.safetensors")
     convert = rewidened(lora_pipeline._convert_kohya_flux_lora_to_diffusers)
     monkeypatch.setattr(lora_pipeline, "_convert_kohya_flux_lora_to_diffusers", convert)
     state, alphas = FluxPipeline.lora_state_dict(str(tmp_path), weight_name="kohya.safetensors", return_alphas=True)
@@ -251,7 +251,7 @@ def test_load_lokr_refuses_what_it_cannot_load_whole(tmp_path):
     refused(adapted("lora").tensors, "is a LoRA")
 
 
-@pytest.mark.parametrize("spelling", [as_peft, lambda layers: as_kohya(layers, flux_keys, {})])
+@pytest.mark.parametrize("spelling", [as_peft, lambda layers: as_kohya(layers, naming, {})])
 def test_a_lokr_is_not_written_as_a_lora(spelling):
     with pytest.raises(UserError, match="LoRA only"):
         spelling(adapted("lokr", ["x_embedder"]).layers)

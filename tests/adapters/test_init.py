@@ -9,14 +9,13 @@ import torch
 from tiny_recipes import adapter_table
 
 from dedistill.adapters.attach import Adapter, dense_shapes
-from dedistill.adapters.delta import delta
-from dedistill.adapters.init import check_started, initialise
+from dedistill.adapters.delta import check_started, delta, initialise
 from dedistill.adapters.targets import Resolved, resolve_targets
-from dedistill.assemble import build_model
-from dedistill.base.quantize import dense_weight, linear_names, prepare_base
 from dedistill.errors import UserError
-from dedistill.families.pixel_flux import PixelFlux
 from dedistill.flow import keyed
+from dedistill.models.model import build_model
+from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.quantize import dense_weight, linear_names, prepare_base
 from dedistill.recipe.resolve import recipe_of
 
 FAMILY = PixelFlux()

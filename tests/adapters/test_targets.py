@@ -5,9 +5,9 @@ from tiny_recipes import adapter_table
 
 from dedistill.adapters.attach import dense_shapes
 from dedistill.adapters.targets import Resolved, resolve_targets
-from dedistill.base.quantize import linear_names
 from dedistill.errors import UserError
-from dedistill.families.pixel_flux import PixelFlux
+from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.quantize import linear_names
 
 SHAPES = {
     "x_embedder": (32, 16),

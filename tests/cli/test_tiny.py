@@ -68,7 +68,7 @@ def test_places_that_the_user_names_are_looked_at(own, tmp_path, monkeypatch, ca
 
 
 def test_sample_images_are_captioned(tmp_path):
-    from dedistill.data.samples import write_samples
+    from dedistill.cli.tiny import write_samples
 
     assert write_samples(tmp_path, 64, 48) == len(list(tmp_path.glob("*.jpg"))) == len(list(tmp_path.glob("*.txt")))
     with Image.open(tmp_path / "sample0.jpg") as image:

@@ -8,7 +8,7 @@ from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from dedistill.data.buckets import MIN_KEPT, MODES, Crop, apply_crop, buckets_for, crops_of, too_small
+from dedistill.data.images.buckets import MIN_KEPT, MODES, Crop, apply_crop, buckets_for, crops_of, too_small
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from dedistill.data.cache import Store, sole_writer
+from dedistill.distributed.heartbeat import pulse
 from dedistill.errors import UserError
-from dedistill.pulse import pulse
 
 INPUTS = {"family": "any", "length": 8}
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dedistill.data.caption_files import BadCaption, captions_in
+from dedistill.data.images.caption_files import BadCaption, captions_in
 
 
 def read(content: str | bytes, kind: str = "txt", fields: tuple[str, ...] = (), split_lines: bool | None = None):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn import datasets
 
-from dedistill.data import captions
+from dedistill.data import digits as captions
 from dedistill.data.digits import load_digits, load_mnist
 from dedistill.data.order import sample_indices
 from dedistill.errors import UserError

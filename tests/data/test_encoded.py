@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dedistill.data.buckets import Crop
 from dedistill.data.cache import Store
 from dedistill.data.encoded import EncodedPictures, Picture, latent_key, read_text, split, text_key
-from dedistill.data.index import Sample
-from dedistill.data.picture_set import NOWHERE
+from dedistill.data.images.buckets import Crop
+from dedistill.data.images.index import Sample
+from dedistill.data.images.types import NOWHERE
 from dedistill.errors import UserError
 
 BATCH = 24

@@ -6,13 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dedistill.data.mixing import (
-    BLOCK,
-    caption_warnings,
-    choose,
-    draw_samples,
-)
-from dedistill.data.order import sample_indices
+from dedistill.data.order import BLOCK, caption_warnings, choose, draw_samples, sample_indices
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 

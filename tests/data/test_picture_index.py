@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dedistill.data import index as module
-from dedistill.data.index import Index, Limits, build_index
-from dedistill.data.picture_set import PictureSet
+from dedistill.data.images import index as module
+from dedistill.data.images.index import Index, Limits, build_index
+from dedistill.data.images.types import PictureSet
 from dedistill.errors import UserError
 
 

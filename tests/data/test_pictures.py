@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 from sklearn.datasets import load_sample_images
 
-from dedistill.data.pictures import ORIENTATION, BadPicture, decode
+from dedistill.data.images.decode import ORIENTATION, BadPicture, decode
 
 LOSSLESS = {"PNG": {}, "TIFF": {}, "BMP": {}, "WEBP": {"lossless": True}, "PPM": {}}
 LOSSY = {

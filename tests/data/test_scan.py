@@ -12,12 +12,12 @@ from PIL import Image
 from scipy.sparse.csgraph import connected_components
 from sklearn.datasets import load_sample_images
 
-from dedistill.data.buckets import buckets_for
-from dedistill.data.index import build_index
-from dedistill.data.picture_set import PictureSet
-from dedistill.data.scan import near_duplicates, scan, scan_lines
+from dedistill.data.images.buckets import buckets_for
+from dedistill.data.images.index import build_index
+from dedistill.data.images.scan import near_duplicates, scan, scan_lines
+from dedistill.data.images.types import PictureSet
 from dedistill.errors import UserError
-from dedistill.report.scan_page import write_scan_page
+from dedistill.report.scan import write_scan_page
 
 ROOT = Path(__file__).parent.parent.parent
 HOSTILE = '<script>alert("x")</script>'
@@ -158,7 +158,13 @@ def test_tool(folders, tmp_path, capsys):
     assert tool(*paths, "--out", tmp_path / "scan", "--resolutions", "256") == 0
     out = capsys.readouterr()
     assert "near-duplicates: 2 groups, 4 pictures" in out.out and "done: " in out.err
-    assert {p.name for p in (tmp_path / "scan").iterdir()} == {"index.html", "index.jsonl", "scan.json", "pictures"}
+    assert {p.name for p in (tmp_path / "scan").iterdir()} == {
+        ".dedistill",
+        "index.html",
+        "index.jsonl",
+        "scan.json",
+        "pictures",
+    }
     assert tool(paths[1], paths[1], "--resolutions", "256") == 0
     assert "copies-1: 2 pictures" in capsys.readouterr().out
 

@@ -9,10 +9,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from dedistill.data import index as module
-from dedistill.data import listing
-from dedistill.data.index import Index, build_index
-from dedistill.data.picture_set import PictureSet
+from dedistill.data.images import index as module
+from dedistill.data.images import listing
+from dedistill.data.images.index import Index, build_index
+from dedistill.data.images.types import PictureSet
 from dedistill.errors import UserError
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dedistill.data.digits import load_digits
-from dedistill.data.substitutes import Substitutes
+from dedistill.data.source import Substitutes
 from dedistill.errors import UserError
 
 BATCH, STEPS = 8, 40

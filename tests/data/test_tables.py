@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dedistill.data import index as module
-from dedistill.data.index import build_index
-from dedistill.data.picture_set import PictureSet
+from dedistill.data.images import index as module
+from dedistill.data.images.index import build_index
+from dedistill.data.images.types import PictureSet
 from dedistill.errors import UserError
 
 ROWS = [

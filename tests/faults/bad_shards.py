@@ -10,8 +10,8 @@ from pathlib import Path
 
 from bad_samples import encoded
 
-from dedistill.data.index import build_index
-from dedistill.data.picture_set import PictureSet
+from dedistill.data.images.index import build_index
+from dedistill.data.images.types import PictureSet
 from dedistill.errors import UserError
 
 SAMPLES = 8

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in (".", "faults", "engine"))  # as pytest finds helpers
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in (".", "faults"))  # as pytest finds helpers
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import campaign_kinds as kinds

@@ -17,15 +17,15 @@ from recipe_mutations import hostile_recipe
 from runs import Killing, arguments, differences, last_row, quietly, train
 from test_not_finite import PLACES, in_optimizer, poison
 
-from dedistill.data.index import build_index
-from dedistill.data.picture_set import PictureSet
-from dedistill.engine.checkpoint import list_checkpoints, newest_valid, read_checkpoint
-from dedistill.engine.saver import Saver
+from dedistill.data.images.index import build_index
+from dedistill.data.images.types import PictureSet
 from dedistill.errors import UserError
-from dedistill.files import step_of
+from dedistill.io.atomic import step_of
 from dedistill.recipe import load_recipe
 from dedistill.recipe.load import RecipeError
+from dedistill.runs.checkpoint import list_checkpoints, newest_valid, read_checkpoint
 from dedistill.train import main as dedistill_train
+from dedistill.training.background import Saver
 
 SETTINGS = ("checkpoint.every=1", "snapshot.every=2", "validate.every=100")
 Row = tuple[str, str, str, bool]

@@ -22,11 +22,12 @@ from campaign_kinds import Row
 from ranks import run_ranks, start_ranks
 from runs import arguments, differences, last_row, train
 
-from dedistill.engine import guards, metrics
-from dedistill.engine.checkpoint import list_checkpoints, read_checkpoint
-from dedistill.engine.metrics import Trackers
 from dedistill.errors import RUN_AGAIN
+from dedistill.runs import metrics
+from dedistill.runs.checkpoint import list_checkpoints, read_checkpoint
+from dedistill.runs.metrics import Trackers
 from dedistill.train import main
+from dedistill.training import guards
 
 
 def p95(seconds: list[float]) -> str:

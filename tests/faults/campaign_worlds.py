@@ -15,10 +15,10 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from benchmarks.async_save import lost, state
-from dedistill.engine.objective import Objective
-from dedistill.engine.saver import Saver
-from dedistill.prepare import open_data
+from dedistill.data.encode import open_data
+from dedistill.objectives.objective import Objective
 from dedistill.recipe import load_recipe
+from dedistill.training.background import Saver
 
 CHAINS = ((2, 1, 3), (1, 2, 1), (5, 7))
 STEPS = 12

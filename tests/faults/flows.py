@@ -10,12 +10,12 @@ import torch
 from averages import lerp_snapshots
 
 from dedistill.data.cache import Store
-from dedistill.data.index import Entry, Index, Limits, Sample
-from dedistill.data.picture_set import NOWHERE, PictureSet
-from dedistill.engine.checkpoint import newest_valid, read_checkpoint, save_checkpoint
-from dedistill.engine.metrics import Journal
-from dedistill.files import replace_json, whole_folder, write_synced
+from dedistill.data.images.index import Entry, Index, Limits, Sample
+from dedistill.data.images.types import NOWHERE, PictureSet
+from dedistill.io.atomic import replace_json, whole_folder, write_synced
 from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
+from dedistill.runs.checkpoint import newest_valid, read_checkpoint, save_checkpoint
+from dedistill.runs.metrics import Journal
 
 
 @dataclass(frozen=True)

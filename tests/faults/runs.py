@@ -13,8 +13,8 @@ import torch
 from ranks import start_ranks
 from safetensors.torch import load_file
 
-from dedistill.engine.checkpoint import list_checkpoints, newest_valid, read_checkpoint, save_checkpoint
-from dedistill.files import step_of
+from dedistill.io.atomic import step_of
+from dedistill.runs.checkpoint import list_checkpoints, newest_valid, read_checkpoint, save_checkpoint
 from dedistill.train import main
 
 

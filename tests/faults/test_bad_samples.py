@@ -8,8 +8,8 @@ import pytest
 from bad_samples import CAPTIONS, GOOD, PICTURES, ROWS, write_folder, write_table
 from bad_shards import DAMAGES, silently_short
 
-from dedistill.data.index import build_index
-from dedistill.data.picture_set import PictureSet
+from dedistill.data.images.index import build_index
+from dedistill.data.images.types import PictureSet
 
 
 def bytes_of(folder) -> dict[str, str]:

@@ -13,17 +13,17 @@ from recipe_mutations import hostile_recipe
 
 from dedistill.adapters.files import read_tensors
 from dedistill.data.cache import Store
-from dedistill.data.index import Index
+from dedistill.data.images.index import Index
 from dedistill.data.pairs import PairSource
-from dedistill.engine.checkpoint import damage, newest_valid
-from dedistill.engine.export import exported_step
-from dedistill.engine.metrics import Journal
-from dedistill.engine.rundir import RunDirectory
 from dedistill.errors import UserError
-from dedistill.files import sealed
+from dedistill.io.atomic import sealed
 from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
 from dedistill.recipe import load_recipe
 from dedistill.recipe.load import RecipeError
+from dedistill.runs.checkpoint import damage, newest_valid
+from dedistill.runs.directory import RunDirectory
+from dedistill.runs.metrics import Journal
+from dedistill.runs.model import exported_step
 
 STRANGE = (
     b"",
@@ -160,7 +160,7 @@ def test_the_index(tmp_path):
 def test_manifests(tmp_path):
     from flows import group
 
-    from dedistill.engine.checkpoint import save_checkpoint
+    from dedistill.runs.checkpoint import save_checkpoint
 
     rng = random.Random(0)
     checkpoint = save_checkpoint(tmp_path, 10, group(1.0), {"skipped": 0}, keep=2)

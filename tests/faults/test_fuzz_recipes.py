@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_recipes import ADAPTER, PICTURES
 
-from dedistill.engine.rundir import flat
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.load import RecipeError
+from dedistill.runs.directory import flat
 
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 1, -1, 2**63, 1e-320])
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)

@@ -5,14 +5,13 @@ import torch
 from runs import arguments, last_row
 from tiny_recipes import ADAPTER
 
-from dedistill import assemble
-from dedistill.engine import loop
-from dedistill.engine.checkpoint import list_checkpoints
-from dedistill.engine.gradients import SummedGradients
-from dedistill.engine.ledger import ENOUGH, EVERY, Ledger
-from dedistill.engine.optim import KahanAdamW
-from dedistill.engine.update import bit_sums
+from dedistill.models import model as assemble
+from dedistill.runs.checkpoint import list_checkpoints
 from dedistill.train import main
+from dedistill.training import trainer as loop
+from dedistill.training.guards import ENOUGH, EVERY, Ledger
+from dedistill.training.optim import KahanAdamW
+from dedistill.training.step import SummedGradients, bit_sums
 
 SETTINGS = ("train.steps=9", "checkpoint.every=3", "validate.every=99")
 
@@ -95,7 +94,7 @@ def test_a_rate_that_is_lost_later_is_found_at_the_next_look(recipe, tmp_path, m
 
 
 def test_it_is_looked_without_any_interval(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dedistill.engine.loop.EVERY", 4)
+    monkeypatch.setattr("dedistill.training.trainer.EVERY", 4)
     no_step(monkeypatch)
     settings = ("train.steps=9", "checkpoint.every=0", "snapshot.every=0", "validate.every=99")
     assert main(arguments(recipe, tmp_path / "run", *settings)) == 1

@@ -7,10 +7,10 @@ import torch
 from runs import arguments, last_row
 from safetensors.torch import load_file
 
-from dedistill.engine import loop
-from dedistill.engine.checkpoint import list_checkpoints, read_checkpoint
-from dedistill.engine.loop import Trainer
+from dedistill.runs.checkpoint import list_checkpoints, read_checkpoint
 from dedistill.train import main
+from dedistill.training import trainer as loop
+from dedistill.training.trainer import Trainer
 
 AT = 2
 """The step, from 0, before which everything is as it should be."""

@@ -10,9 +10,9 @@ from harness import count_operations, killed_before
 from runs import Killing, arguments, differences, quietly, rewrite, train
 from tiny_recipes import ADAPTER
 
-from dedistill.engine.checkpoint import list_checkpoints
-from dedistill.engine.loop import Trainer
+from dedistill.runs.checkpoint import list_checkpoints
 from dedistill.train import main
+from dedistill.training.trainer import Trainer
 
 SETTINGS = ("checkpoint.every=1", "snapshot.every=2", "validate.every=100")
 

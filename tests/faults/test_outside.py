@@ -15,14 +15,14 @@ from ranks import run_ranks, start_ranks
 from runs import arguments, differences, last_row, train
 from tiny_recipes import ADAPTER
 
-from dedistill import prepare
-from dedistill.engine import metrics
-from dedistill.engine.checkpoint import list_checkpoints
-from dedistill.engine.metrics import Trackers
-from dedistill.engine.objective import Objective
+from dedistill.data import encode as prepare
 from dedistill.errors import RUN_AGAIN
-from dedistill.files import read_sealed, sealed
-from dedistill.ours import claim
+from dedistill.io.atomic import read_sealed, sealed
+from dedistill.io.ownership import claim
+from dedistill.objectives.objective import Objective
+from dedistill.runs import metrics
+from dedistill.runs.checkpoint import list_checkpoints
+from dedistill.runs.metrics import Trackers
 from dedistill.train import main
 
 SETTINGS = ("checkpoint.every=2", "validate.every=99")

@@ -7,9 +7,9 @@ import pytest
 from flows import FLOWS, MAY_BE_MADE_AGAIN, loaded, put
 from harness import Recorder, lay_out
 
-from dedistill.engine.checkpoint import list_checkpoints
-from dedistill.engine.metrics import Journal
-from dedistill.files import write_synced
+from dedistill.io.atomic import write_synced
+from dedistill.runs.checkpoint import list_checkpoints
+from dedistill.runs.metrics import Journal
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from runs import arguments, differences, train
 from tiny_recipes import ADAPTER
 
 from dedistill.data.digits import load_digits
-from dedistill.engine import guards, loop
-from dedistill.engine.checkpoint import list_checkpoints, read_checkpoint
-from dedistill.engine.loop import Trainer
-from dedistill.engine.objective import Objective
+from dedistill.objectives.objective import Objective
+from dedistill.runs.checkpoint import list_checkpoints, read_checkpoint
 from dedistill.train import main
+from dedistill.training import guards
+from dedistill.training import trainer as loop
+from dedistill.training.trainer import Trainer
 
 SETTINGS = ("train.steps=12", "checkpoint.every=3", "checkpoint.keep=4", "snapshot.every=0", "validate.every=99")
 HITS = (6, 7, 8)

@@ -12,13 +12,15 @@ from harness import forked
 from ranks import run_ranks
 from runs import arguments, differences, quietly, train
 
-from dedistill import prepare
-from dedistill.engine import loop, preview, saver
-from dedistill.engine.checkpoint import damage, list_checkpoints
-from dedistill.engine.objective import Objective
-from dedistill.engine.validate import Validator
+from dedistill.data import encode as prepare
 from dedistill.errors import RUN_AGAIN
+from dedistill.evaluation.validation import Validator
+from dedistill.objectives.objective import Objective
+from dedistill.runs.checkpoint import damage, list_checkpoints
 from dedistill.train import main
+from dedistill.training import background as saver
+from dedistill.training import preview
+from dedistill.training import trainer as loop
 
 SETTINGS = ("checkpoint.every=4", "validate.every=2", "validate.samples=8")
 PREVIEW = ("preview.every=2", "preview.prompts=['one two']", "preview.cfgs=[1]", "sample.steps=2")
@@ -66,7 +68,7 @@ PHASES = {
     "step": (loop, "task_loss", 2, 2),
     "loading": (Objective, "task", 3, None),
     "validation": (Validator, "__call__", 2, 2),
-    "inside a validation": ("dedistill.engine.validate", "task_loss", 2, 2),
+    "inside a validation": ("dedistill.evaluation.validation", "task_loss", 2, 2),
     "preview": (preview, "trajectories", 2, 3),
     "save": (saver.Saver, "start", 1, None),
     "writing": (loop, "save_checkpoint", 1, None),

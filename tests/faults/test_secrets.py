@@ -14,10 +14,10 @@ from bad_shards import add, encoded
 from runs import arguments
 from safetensors.torch import save
 
-from dedistill.candidates import candidates_of
-from dedistill.data.index import build_index
-from dedistill.data.picture_set import PictureSet
+from dedistill.data.images.index import build_index
+from dedistill.data.images.types import PictureSet
 from dedistill.errors import UserError
+from dedistill.evaluation.candidates import candidates_of
 from dedistill.recipe import load_recipe
 from dedistill.recipe.load import RecipeError
 

@@ -11,12 +11,13 @@ from ranks import run_ranks, start_ranks
 from runs import arguments, last_row
 from tiny_recipes import ADAPTER
 
-from dedistill.data.index import Index
-from dedistill.engine import loop, watcher
-from dedistill.engine.objective import Objective
-from dedistill.engine.watchdog import PATIENCE
+from dedistill.data.images.index import Index
 from dedistill.errors import RUN_AGAIN
+from dedistill.objectives.objective import Objective
 from dedistill.train import main
+from dedistill.training import trainer as loop
+from dedistill.training import watcher
+from dedistill.training.watchdog import PATIENCE
 
 LIMIT = 2.0
 SETTINGS = ("checkpoint.every=100", "snapshot.every=0", "validate.every=100", f"run.stuck_after={LIMIT}")

@@ -10,8 +10,7 @@ from scipy import integrate, stats
 
 from dedistill.flow import timesteps
 from dedistill.flow.guidance import needs_unconditional
-from dedistill.flow.loss import flow_loss
-from dedistill.flow.path import interpolate, velocity
+from dedistill.flow.path import flow_loss, interpolate, velocity
 from dedistill.flow.solvers import euler, sigma_grid
 
 LINE = Mixture.of([0.3, 0.5, 0.2], [[-1.5], [0.4], [2.0]], [[0.3], [0.5], [0.2]], [0, 1, 1])

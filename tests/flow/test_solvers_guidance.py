@@ -8,12 +8,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from dedistill.assemble import Model
-from dedistill.families.pixel_flux import PixelFlux
 from dedistill.flow.guidance import classifier_free, needs_unconditional
-from dedistill.flow.loss import flow_loss
+from dedistill.flow.path import flow_loss
 from dedistill.flow.solvers import euler, sigma_grid
 from dedistill.flow.timesteps import dynamic_shift
+from dedistill.models.model import Model
+from dedistill.models.pixel_flux import PixelFlux
 from dedistill.sampling.sampler import sample, start_noise
 
 MEAN, STD = 1.5, 0.4

@@ -10,8 +10,8 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from dedistill.data.digits import load_digits
-from dedistill.engine.objective import Objective
 from dedistill.flow import timesteps as ts
+from dedistill.objectives.objective import Objective
 from dedistill.recipe.schema import Timesteps
 
 P = np.arange(1, 20_000) / 20_000

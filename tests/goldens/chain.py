@@ -115,7 +115,7 @@ def fingerprint() -> dict[str, str]:
 
 
 def _write_tiny_flux(folder: Path) -> None:
-    from dedistill.families.flux_tiny import write_tiny_flux
+    from dedistill.models.flux.tiny import write_tiny_flux
 
     write_tiny_flux(folder, guidance=True, layers=2, single_layers=2)
 

@@ -12,12 +12,12 @@ from averages import lerp_snapshots
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import dedistill.posthoc.stream as stream
+import dedistill.posthoc.snapshots as stream
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.posthoc.lerp import ALPHAS, chain_weights, describe, output_name
+from dedistill.io.safetensors import SealedReader
+from dedistill.posthoc.profiles import ALPHAS, chain_weights, describe, output_name
 from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
-from dedistill.tensorfile import SealedReader
 
 SHAPES = {"lycoris_a.lokr_w1": (4, 4), "lycoris_a.lokr_w2": (24, 8), "lycoris_b.lokr_w1": (2, 4), "lycoris_b.lokr_w2": (48, 16)}
 STEPS = [30, 60, 90, 120, 150, 160]
@@ -195,9 +195,9 @@ MEASURED = """
 import os, re
 from pathlib import Path
 import torch
-from dedistill.posthoc.lerp import ALPHAS, chain_averages
+from dedistill.posthoc.profiles import ALPHAS, chain_averages
 from dedistill.posthoc.snapshots import find_snapshots
-from dedistill.posthoc.stream import write_averages
+from dedistill.posthoc.snapshots import write_averages
 
 os.fsync = lambda file: None
 status = lambda key: int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

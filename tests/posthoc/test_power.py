@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dedistill.errors import UserError
-from dedistill.posthoc.power import WIDEST, Profile, coefficients, exponent, share_of_new, walk_error, width
+from dedistill.posthoc.profiles import WIDEST, Profile, coefficients, exponent, share_of_new, walk_error, width
 
 STEPS = 4000
 STORED = (0.05, 0.10)

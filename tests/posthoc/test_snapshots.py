@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from dedistill.adapters.files import read_tensors
 from dedistill.errors import UserError
+from dedistill.io.safetensors import SEAL, SealedReader, check_seal
 from dedistill.posthoc.snapshots import PREVIOUS, find_snapshots, write_snapshot
-from dedistill.tensorfile import SEAL, SealedReader, check_seal
 
 STEPS = range(10, 210, 10)
 

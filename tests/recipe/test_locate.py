@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 
-from dedistill.recipe.locate import dotted, locate
+from dedistill.recipe.toml import dotted, locate
 
 CASES = {
     "keys": ("a = 1\n\nb = 2\n", {"a": 1, "b": 3}),

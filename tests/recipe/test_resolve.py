@@ -7,10 +7,10 @@ import pytest
 from full_recipes import MODE, NEW, PICTURES, SMALL, TRAINED
 
 from dedistill.recipe import Recipe, load_recipe
-from dedistill.recipe.emit import fields_of, table_in
 from dedistill.recipe.resolve import as_it_was_meant, resolve
 from dedistill.recipe.rules import contradictions
 from dedistill.recipe.schema import BY_FAMILY, Default, Table
+from dedistill.recipe.toml import fields_of, table_in
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
 FULL = {"new": NEW, "trained": TRAINED, "mode": MODE, "pictures": PICTURES, "small": SMALL}

@@ -14,10 +14,10 @@ import pytest
 from full_recipes import MODE, NEW, PICTURES, SMALL, TRAINED
 
 from dedistill.recipe import Recipe, RecipeError, load_recipe, to_toml
-from dedistill.recipe.emit import fields_of, table_in
 from dedistill.recipe.load import json_schema
 from dedistill.recipe.rules import contradictions
 from dedistill.recipe.schema import Table
+from dedistill.recipe.toml import fields_of, table_in
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "dedistill" / "recipes" / "schema.json"

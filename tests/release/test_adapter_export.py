@@ -13,15 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dedistill.adapters.attach import Adapter
-from dedistill.adapters.check import check_adapter
+from dedistill.adapters.compatibility import check_adapter
 from dedistill.adapters.formats import by_layer
 from dedistill.adapters.targets import Resolved
 from dedistill.errors import UserError
-from dedistill.families import flux_keys
-from dedistill.families.flux_tiny import write_tiny_flux
-from dedistill.families.naming import published_config
 from dedistill.flow import keyed
-from dedistill.release.adapter import check_file, config_for, export_adapter
+from dedistill.models.flux import naming
+from dedistill.models.flux.tiny import write_tiny_flux
+from dedistill.models.registry import published_config
+from dedistill.release.export import check_file, config_for, export_adapter
 from dedistill.release.folder import linear_shapes, network_config, skeleton
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
@@ -165,7 +165,7 @@ def test_every_linear_at_full_size_is_in_comfyuis_table(guidance):
     one = torch.empty(1, 1, device="meta")
     for prefix, spell in (("lycoris_", lambda n: n.replace(".", "_")), ("transformer.", str)):
         tensors = {f"{prefix}{spell(n)}.{w}": one for n in shapes for w in ("lokr_w1", "lokr_w2")}
-        found = {v.program: len(v.loaded) for v in check_adapter(tensors, shapes, flux_keys)}
+        found = {v.program: len(v.loaded) for v in check_adapter(tensors, shapes, naming)}
         assert found["ComfyUI"] == found["ai-toolkit"] == found["diffusers, dedistill.load_lokr"] == 2 * len(shapes)
         assert (found["LyCORIS"] == 2 * len(shapes)) == (prefix == "lycoris_")
 

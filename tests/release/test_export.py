@@ -13,12 +13,11 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dedistill.base.int8 import Int8Linear
-from dedistill.base.quantize import prepare_base
 from dedistill.errors import UserError
-from dedistill.families.flux_loading import load_transformer
-from dedistill.families.flux_tiny import write_tiny_flux
-from dedistill.families.licences import APACHE, BASES, DEV, UNKNOWN, Licence, base_of, licence_for
+from dedistill.models.flux.loading import load_transformer
+from dedistill.models.flux.tiny import write_tiny_flux
+from dedistill.models.pipeline_files import APACHE, BASES, DEV, UNKNOWN, Licence, base_of, licence_for
+from dedistill.models.quantize import Int8Linear, prepare_base
 from dedistill.release.card import write_card
 from dedistill.release.export import export_model, load_int8
 from dedistill.release.folder import Denoiser
@@ -101,7 +100,7 @@ def test_single_file_has_every_tensor_and_says_what_it_is(base, tmp_path):
 
 def test_bfl_file_joins_what_bfl_fuses(base, tmp_path):
     """FORMATS 1d: the streamed file equals the names and tensors of the map that diffusers' reader inverts."""
-    from dedistill.families.flux_keys import to_bfl
+    from dedistill.models.flux.naming import to_bfl
 
     export_model(base, tmp_path / "bfl", "bfl")
     found, wanted = load_file(tmp_path / "bfl" / "bfl.safetensors"), to_bfl(dict(Denoiser(base).items()))

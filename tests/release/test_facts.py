@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dedistill.errors import UserError
-from dedistill.families.flux_tiny import write_tiny_flux
+from dedistill.models.flux.pipeline import MaskedFluxPipeline
+from dedistill.models.flux.tiny import write_tiny_flux
 from dedistill.recipe import load_recipe
 from dedistill.release.export import export_model, load_int8
 from dedistill.release.merge import merge_adapter
-from dedistill.sampling import MaskedFluxPipeline
 from dedistill.train import main
 
 RECIPE = """

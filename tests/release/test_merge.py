@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.formats import as_transformer, by_layer
-from dedistill.assemble import build_model
-from dedistill.base.quantize import linear_names
 from dedistill.errors import UserError
 from dedistill.flow import keyed
+from dedistill.models.model import build_model
+from dedistill.models.quantize import linear_names
 from dedistill.recipe import load_recipe
 from dedistill.release.folder import Denoiser, linear_shapes
-from dedistill.release.merge import merge_adapter
-from dedistill.release.rounding import Kept, round_stochastic
+from dedistill.release.merge import Kept, merge_adapter, round_stochastic
 
 RECIPE = """
 [run]
@@ -50,7 +49,7 @@ FORMS = {"lokr": "factor = 4", "lokr-rank": "factor = 4\nrank = 2", "lora": "ran
 
 
 def write_base(family: str, folder, dtype=torch.float32):
-    from dedistill.families.registry import get_family
+    from dedistill.models.registry import get_family
 
     get_family(family).write_tiny(SimpleNamespace(path="tiny", revision=None), folder, None, full_depth=False)
     for file in (folder / "transformer").glob("*.safetensors"):

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_recipes import PICTURES
 
-from dedistill.families.licences import public_name
-from dedistill.recipe.emit import fields_of, table_in
+from dedistill.models.pipeline_files import public_name
 from dedistill.recipe.schema import Recipe, Table
-from dedistill.release.public import public_recipe
+from dedistill.recipe.toml import fields_of, table_in
+from dedistill.release.headers import public_recipe
 from dedistill.train import main
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -30,7 +30,7 @@ PLACE = "jane-acme"
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, photos) -> Path:
     """``base``, a pipeline folder as diffusers saves one again, and a run on it with two snapshots, all below PLACE."""
-    from dedistill.families.flux_tiny import write_tiny_flux
+    from dedistill.models.flux.tiny import write_tiny_flux
 
     folder = tmp_path_factory.mktemp("home") / PLACE
     write_tiny_flux(folder / "first")

@@ -10,23 +10,23 @@ from PIL import Image
 from test_distillation_page import METERS, row
 from test_pages import story_of, write_sweep
 
-from dedistill.data.index import build_index
-from dedistill.data.picture_set import PictureSet
-from dedistill.data.scan import scan
+from dedistill.data.images.index import build_index
+from dedistill.data.images.scan import scan
+from dedistill.data.images.types import PictureSet
+from dedistill.evaluation.distillation import Questions
+from dedistill.evaluation.evaluate import evaluate
+from dedistill.evaluation.influence import Influence
+from dedistill.evaluation.selection import select
+from dedistill.evaluation.sweep import Candidate, Grid
 from dedistill.recipe import load_recipe
-from dedistill.report.distillation import Questions
-from dedistill.report.distillation_page import write_distillation_page
-from dedistill.report.evaluation import evaluate
-from dedistill.report.evaluation_page import write_evaluation
-from dedistill.report.influence_page import write_influence
-from dedistill.report.run_page import write_run_page
-from dedistill.report.scan_page import write_scan_page
-from dedistill.report.selection_page import write_selection_page
-from dedistill.report.story_page import write_story_page
-from dedistill.report.sweep_page import write_sweep_page
-from dedistill.sampling.influence import Influence
-from dedistill.sampling.selection import select
-from dedistill.sampling.sweep import Candidate, Grid
+from dedistill.report.distillation import write_distillation_page
+from dedistill.report.evaluation import write_evaluation
+from dedistill.report.influence import write_influence
+from dedistill.report.run import write_run_page
+from dedistill.report.scan import write_scan_page
+from dedistill.report.selection import write_selection_page
+from dedistill.report.story import write_story_page
+from dedistill.report.sweep import write_sweep_page
 from lab.page import write_page
 
 ROOT = Path(__file__).parent.parent.parent

@@ -6,7 +6,7 @@ import re
 import pytest
 from test_pages import Page
 
-from dedistill.report.distillation_page import write_distillation_page
+from dedistill.report.distillation import write_distillation_page
 from dedistill.report.plots import line_plot
 
 HOSTILE = "<b>student</b> & co"

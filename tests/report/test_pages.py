@@ -12,8 +12,8 @@ from PIL import Image
 
 from dedistill.errors import UserError
 from dedistill.report.plots import line_plot
-from dedistill.report.story_page import write_story_page
-from dedistill.report.sweep_page import write_sweep_page
+from dedistill.report.story import write_story_page
+from dedistill.report.sweep import write_sweep_page
 
 HOSTILE = '<script>alert("x")</script> & "quoted" \'odd\''
 PROMPTS = ["3 seven", HOSTILE, "3 seven"]  # the same text twice, as with 256 random digits

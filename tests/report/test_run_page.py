@@ -12,8 +12,8 @@ from example_pages import run_rows
 from test_pages import Page
 
 from dedistill.errors import UserError
-from dedistill.report.heat import heat_map
-from dedistill.report.run_page import averaged, bins_over_time, write_run_page
+from dedistill.report.plots import heat_map
+from dedistill.report.run import averaged, bins_over_time, write_run_page
 from dedistill.train import main
 
 ROOT = Path(__file__).parent.parent.parent

@@ -10,9 +10,9 @@ from sklearn.datasets import load_sample_images
 from test_pages import Page, story_of, write_sweep
 
 from dedistill.errors import UserError
-from dedistill.report import sweep_gallery
-from dedistill.report.story_page import write_story_page
-from dedistill.report.sweep_page import write_sweep_page
+from dedistill.report import sweep as sweep_gallery
+from dedistill.report.story import write_story_page
+from dedistill.report.sweep import write_sweep_page
 
 SIDE = 512
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dedistill.sampling.grid import SHORT_SIDE, contact_sheet, integer_scale
+from dedistill.sampling.images import SHORT_SIDE, contact_sheet, integer_scale
 
 
 def flat(colour, size=(8, 16), mode="RGB"):

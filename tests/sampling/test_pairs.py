@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from dedistill.assemble import Model, build_model
 from dedistill.data.digits import DigitSource, load_digits
 from dedistill.data.pairs import PairSource
 from dedistill.errors import UserError
-from dedistill.files import read_sealed, sealed
 from dedistill.flow.solvers import sigma_grid
+from dedistill.io.atomic import read_sealed, sealed
 from dedistill.io.hashing import file_sha256
+from dedistill.models.model import Model, build_model
 from dedistill.recipe.resolve import recipe_of
 from dedistill.sampling.pairs import make_pairs, teacher_hash
 from dedistill.sampling.sampler import sample, trajectories

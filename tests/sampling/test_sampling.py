@@ -12,19 +12,18 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from test_judges import write_clip
 
-from dedistill.assemble import Model, build_model
 from dedistill.data.digits import load_digits
 from dedistill.errors import UserError
+from dedistill.evaluation.judges import ClipJudge, DigitJudge, frechet_distance, judge_for, precision_recall
+from dedistill.evaluation.numbers import picture_numbers
+from dedistill.evaluation.sweep import Candidate, Grid, save_png, sweep
 from dedistill.flow import keyed
 from dedistill.flow.guidance import classifier_free
 from dedistill.flow.solvers import sigma_grid
+from dedistill.models.model import Model, build_model
 from dedistill.recipe.resolve import recipe_of
-from dedistill.report.sweep_page import write_sweep_page
-from dedistill.sampling.judge import DigitJudge, frechet_distance, judge_for, precision_recall
-from dedistill.sampling.judges import ClipJudge
+from dedistill.report.sweep import write_sweep_page
 from dedistill.sampling.sampler import sample, start_noise, trajectories
-from dedistill.sampling.scores import picture_numbers
-from dedistill.sampling.sweep import Candidate, Grid, save_png, sweep
 
 PROMPTS = ["two then three", "the digit 7 and the digit 1", "handwritten zero and 9"]
 PICTURE = (1, 8, 16)
@@ -415,7 +414,7 @@ def test_numbers_that_are_measured_otherwise_are_measured_again(tmp_path, monkey
     """N1: a cell whose numbers are of another version of the meters is made again."""
     opened = Opened()
     run(opened.pair(), tmp_path)
-    monkeypatch.setattr("dedistill.sampling.sweep.VERSION", -1)
+    monkeypatch.setattr("dedistill.evaluation.sweep.VERSION", -1)
     run(opened.pair(), tmp_path)
     assert opened.names == ["base", "last"] * 2
 

@@ -1,0 +1,328 @@
+"""From a recipe to a source of samples; images and captions are encoded once, before training."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dedistill.data.cache import Store, sole_writer
+from dedistill.data.digits import idx_files, load_digits, load_mnist
+from dedistill.data.encoded import EncodedPictures, Picture, latent_key, read_text, text_key
+from dedistill.data.images.buckets import Crop, apply_crop, crops_of, too_small
+from dedistill.data.images.index import READERS, Index, Sample, build_index
+from dedistill.data.images.listing import PictureSet, pictures_of
+from dedistill.data.order import caption_warnings
+from dedistill.data.pairs import FACTS, PairSource
+from dedistill.data.source import Source
+from dedistill.distributed.heartbeat import pulse
+from dedistill.distributed.world import World
+from dedistill.errors import UserError, enough_memory
+from dedistill.flow import keyed
+from dedistill.io.hashing import fingerprint
+from dedistill.io.ownership import claim, refuse_foreign
+from dedistill.models.conditioning import Text
+from dedistill.models.family import Components, Family
+from dedistill.models.registry import get_family, text_length
+from dedistill.recipe import Recipe
+
+# --- from a recipe's [data] table to a source ------------------------------------------------------------------------
+
+
+def open_source(data: Any) -> Source:
+    """The source that ``data`` (a recipe's [data] table) names, which has nothing to encode. Raises UserError if unreadable."""
+    if data.source == "pairs":
+        return PairSource(Path(data.path))
+    if data.source == "mnist":
+        return load_mnist(data.path, data.caption_noise)
+    if data.source == "digits":
+        return load_digits(data.caption_noise)
+    raise ValueError(f"'{data.source}' must be encoded first: dedistill.data.encode.open_data")
+
+
+def data_files(data: Any) -> list[Path]:
+    """The files whose bytes decide what ``data`` draws; pairs.json holds the hash of every shard. Empty for packages."""
+    if data.path is None:  # pictures are bound by what the index says of them
+        return []
+    return [Path(data.path) / FACTS] if data.source == "pairs" else idx_files(Path(data.path))
+
+
+# --- what is encoded once, before training ---------------------------------------------------------------------------
+
+
+PICTURES_PER_SHARD = 32
+CAPTIONS_PER_SHARD = 256
+SPLIT_LINES = {"auto": None, "always": True, "never": False}
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Prepared:
+    """A source to train on, and captions by which the model is asked for pictures, encoded where they can be."""
+
+    source: Source
+    known: dict[str, Text] = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
+    digest: str | None = None
+    """Hash of pictures and captions; None for sources whose files are hashed instead."""
+
+
+def open_data(recipe: Recipe, device: torch.device | str, say: Say, world: World | None = None) -> Prepared:
+    """The data that ``recipe`` trains on. Pictures of the user's own are encoded first, as far as they are not yet.
+
+    The processes of ``world`` share that work; all must come here.
+    """
+    if recipe.data.source != "pictures":
+        return Prepared(open_source(recipe.data))
+    family, parts = _encoders(recipe)
+    parts.device = device
+    return prepare(recipe, family, parts, say=say, world=world or World())
+
+
+def _encoders(recipe: Recipe) -> tuple[Family, Components]:
+    family = get_family(recipe.model.family, recipe.where("model.family"))
+    parts = family.load(recipe.model, seed=recipe.run.seed, net=False)
+    if parts.vae is None:
+        raise UserError(f"{recipe.where('data.source')}: {family.name} has no codec that encodes 'pictures'", 2)
+    return family, parts
+
+
+def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, world: World | None = None) -> Prepared:
+    """Encode what the cache lacks, then open it.
+
+    Raises UserError when nothing usable is found, or when the cache was made with other encoders or settings.
+    """
+    world = world or World()
+    say = say if world.main else _silence
+    for rank in range(2):  # rank 0 looks first, and leaves the others an index to read
+        if min(world.rank, 1) == rank:
+            cache, index, pictures = look(recipe, say)
+            latents, texts = open_stores(recipe, family, parts, cache)
+        world.wait()
+    asked = _asked(recipe)
+    captions = list(dict.fromkeys([*asked, *(c for p in pictures for c in p.sample.captions)]))
+    if any(world.gather(bool(_missing_captions(captions, texts) or _missing_pictures(pictures, latents)))):
+        with sole_writer(cache, say) if world.main else nullcontext():
+            world.wait()
+            latents, texts = open_stores(recipe, family, parts, cache)  # another run may have written meanwhile
+            mine = slice(world.rank, None, world.size)
+            captions_left, pictures_left = _missing_captions(captions, texts)[mine], _missing_pictures(pictures, latents)[mine]
+            world.wait()
+            length = _length(recipe, family)
+            cut = sum(world.gather(_encode_captions(captions_left, texts, family, parts, length, say)))
+            if cut:
+                say(f"{cut:,} captions are longer than {length} tokens and were cut")
+            parts.text.unload()
+            _encode_pictures(pictures_left, index, latents, family, parts, say)
+            parts.vae.unload()
+            world.wait()
+        latents, texts = open_stores(recipe, family, parts, cache)
+    known = {caption: read_text(texts, caption, parts.text.widths) for caption in asked}
+    weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, parts)
+    settings = {"held_out": recipe.data.held_out, "latent_shape": latent_shape, "text_widths": parts.text.widths}
+    source = EncodedPictures(pictures, weights, latents, texts, **settings)
+    facts = {
+        "pictures": len(pictures),
+        "crops": sum(len(p.crops) for p in pictures),
+        "captions": len(captions),
+        "quarantined": len(index.quarantined),
+        "cache_bytes": latents.bytes() + texts.bytes(),
+    }
+    return Prepared(source, known, facts, source.digest)
+
+
+def _silence(line: str) -> None:
+    """What ranks other than the first say."""
+
+
+def _asked(recipe: Recipe) -> list[str]:
+    """Captions beside those of pictures: the empty one, of dropout and guidance, and what previews are made with."""
+    return ["", recipe.sample.negative, *recipe.preview.prompts]
+
+
+def check_cached(recipe: Recipe) -> None:
+    """Raises UserError for a recipe whose data are not encoded beforehand."""
+    if recipe.data.source != "pictures":
+        raise UserError(f"{recipe.where('data.source')}: '{recipe.data.source}' has no cache; only 'pictures' are encoded", 2)
+
+
+def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
+    """What is wrong with the cache of ``recipe``: one line per problem, nothing is encoded. Reads every shard."""
+    check_cached(recipe)
+    family, parts = _encoders(recipe)
+    cache, _, pictures = look(recipe, say)
+    latents, texts = open_stores(recipe, family, parts, cache)
+    problems = [f"'{shard}' is damaged: delete it, it is encoded again" for s in (latents, texts) for shard in s.damaged()]
+    wanted = {latent_key(p.sample, crop) for p in pictures for crop in p.crops}
+    captions = {text_key(c) for c in [*_asked(recipe), *(c for p in pictures for c in p.sample.captions)]}
+    for store, keys, what in ((latents, wanted, "crops"), (texts, captions, "captions")):
+        missing = sum(key not in store for key in keys)
+        unused = len(store) - len(keys) + missing
+        say(f"{what}: {len(keys) - missing:,} of {len(keys):,} are encoded, {unused:,} more are of no use now")
+        if missing:
+            problems.append(f"{missing:,} of {len(keys):,} {what} are not encoded yet: run dedistill prepare")
+    return problems
+
+
+def open_stores(recipe: Recipe, family: Family, parts: Components, cache: Path) -> tuple[Store, Store]:
+    """(latents, text). Raises UserError, naming what differs, when they were made by other encoders or settings."""
+    inputs = _inputs(recipe, family, parts, cache)
+    return Store(cache / "latents", inputs["latents"]), Store(cache / "text", inputs["text"])
+
+
+def known_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, Text]:
+    """What the cache of ``recipe`` has of the empty prompt, the negative one and those of previews; nothing without a cache.
+
+    A finished model that is given these uses the very tensors it was trained with. Raises as ``open_stores`` does.
+    """
+    if recipe.data.source != "pictures" or not (cache := Path(recipe.data.cache)).is_dir():
+        return {}
+    refuse_foreign(cache, "cache", "data.cache")
+    texts = Store(cache / "text", _inputs(recipe, family, parts, cache)["text"])
+    return {c: read_text(texts, c, parts.text.widths) for c in _asked(recipe) if text_key(c) in texts}
+
+
+def _inputs(recipe: Recipe, family: Family, parts: Components, cache: Path) -> dict[str, dict[str, object]]:
+    """What "latents" and "text" were made with; of files their hash."""
+    inputs = family.cache_inputs(parts, _length(recipe, family))
+    for table in inputs.values():
+        for key, value in table.items():
+            if isinstance(value, list):
+                table[key] = fingerprint(value, cache / "hashes.json")
+    return inputs
+
+
+def _length(recipe: Recipe, family: Family) -> int:
+    return text_length(family, recipe.model.text_length, recipe.where("model.text_length"))
+
+
+def picture_sets(recipe: Recipe) -> list[PictureSet]:
+    """The recipe's [[data.sets]] with the settings they share."""
+    data = recipe.data
+    return [
+        PictureSet(
+            s.path,
+            name=s.name or "",
+            fields=tuple(s.captions or ()),
+            split_lines=SPLIT_LINES[data.split_lines],
+            missing_captions=data.missing_captions,
+        )
+        for s in data.sets
+    ]
+
+
+def without_captions(recipe: Recipe) -> list[str]:
+    """Names of pictures that have no caption of any kind, in all sets; lists files and reads none of them."""
+    everything = (found for s in picture_sets(recipe) for found in pictures_of(s, lambda *stamp: None))
+    return [found.name for found in everything if not found.problem and not found.captions and not found.sidecars]
+
+
+def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[Picture]]:
+    """The cache's folder, the index of all sets, and the pictures that crops can be made of."""
+    data, cache = recipe.data, Path(recipe.data.cache)
+    claim(cache, "cache", "data.cache")
+    index = build_index(picture_sets(recipe), file=cache / "index.jsonl", say=say, limit=data.limit)
+    settings = {"resolutions": data.resolutions, "max_upscale": data.max_upscale}
+    pictures, small = [], []
+    for sample in index.samples:
+        # a fixed seed: runs with other seeds share what is encoded
+        crops = crops_of(sample, modes=data.crops, per_picture=data.crops_per_picture, seed=0, **settings)
+        if crops:
+            pictures.append(Picture(sample, tuple(crops)))
+        else:
+            small.append((sample.name, too_small(sample, **settings)))
+    index.quarantined += small
+    for name, reason in index.quarantined[:5]:
+        say(f"left out: {name}: {reason}")
+    if len(index.quarantined) > 5:
+        say(f"left out: {len(index.quarantined) - 5:,} more (all in '{_write_quarantine(cache, index)}')")
+    if warnings := caption_warnings(index.samples):
+        say(f"{len(warnings):,} pictures with several captions lack a short or a long one, e.g. {': '.join(warnings[0])}")
+    if not pictures:
+        raise UserError(f"{recipe.where('data.sets')}: no usable picture; e.g. {': '.join(index.quarantined[0])}")
+    return cache, index, pictures
+
+
+def _write_quarantine(cache: Path, index: Index) -> Path:
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / "quarantine.txt"
+    file.write_text("".join(f"{name}: {reason}\n" for name, reason in index.quarantined))
+    return file
+
+
+def _missing_captions(captions: list[str], store: Store) -> list[str]:
+    return [c for c in captions if text_key(c) not in store]
+
+
+def _missing_pictures(pictures: list[Picture], store: Store) -> list[Picture]:
+    return [p for p in pictures if any(latent_key(p.sample, crop) not in store for crop in p.crops)]
+
+
+def _encode_captions(captions: list[str], store: Store, family: Family, parts: Components, length: int, say: Say) -> int:
+    """Returns how many ``captions`` are longer than ``length`` tokens, and so were cut."""
+    cut = 0
+    for chunk in _told(captions, CAPTIONS_PER_SHARD, "captions", say):
+        pulse.beat("encoding captions", patient=True)
+        cut += sum(tokens > length for tokens in parts.text.tokens(chunk))
+        text = family.encode_text(parts, chunk, length)
+        store.write({text_key(c): _stored(text.rows(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)})
+    return cut
+
+
+def _stored(text: Text, mask: str) -> dict[str, Tensor]:
+    """One caption as it is kept: without its padding where that is invisible anyway."""
+    text = text.trimmed() if mask == "bool" else text
+    return {"embeds": text.embeds[0].cpu(), "mask": text.mask[0].cpu(), "pooled": text.pooled[0].cpu()}
+
+
+def _encode_pictures(pictures: list[Picture], index: Index, store: Store, family: Family, parts: Components, say: Say) -> None:
+    place = {id(sample): i for i, sample in enumerate(index.samples)}
+
+    def pixels(picture: Picture) -> list[np.ndarray]:
+        with enough_memory(f"decoding '{picture.sample.name}'"):
+            image = index.picture(place[id(picture.sample)])
+            return [apply_crop(image, crop) for crop in picture.crops]
+
+    with ThreadPoolExecutor(READERS) as pool:  # decoding and resizing take as long as encoding does
+        for chunk in _told(pictures, PICTURES_PER_SHARD, "pictures", say):
+            entries = {}
+            pulse.beat("decoding pictures")
+            for picture, crops in zip(chunk, pool.map(pixels, chunk)):
+                pulse.beat("encoding pictures", patient=True)
+                entries |= {
+                    latent_key(picture.sample, crop): {"latent": _latent(picture.sample, crop, array, family, parts)}
+                    for crop, array in zip(picture.crops, crops)
+                }
+                pulse.beat("decoding pictures")
+            store.write(entries)
+
+
+def _latent(sample: Sample, crop: Crop, pixels: np.ndarray, family: Family, parts: Components) -> Tensor:
+    """One encoded crop [C, h, w], float16, its posterior sampled with noise that belongs to its key."""
+    x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    shape = family.latent_shape(parts, crop.height, crop.width)
+    noise = keyed.noise(0, f"vae/{latent_key(sample, crop)}", 0, [0], shape)
+    latent = family.encode_pictures(parts, x, noise)[0].to("cpu", torch.float16)
+    if not latent.isfinite().all():
+        raise UserError(f"data: the latents of '{sample.name}' are not finite; leave this picture out")
+    return latent
+
+
+def _told(items: list, size: int, what: str, say: Say) -> Iterator[list]:
+    """``items`` in chunks of ``size``, saying how far it is and how long it will take."""
+    start = said = time.monotonic()
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
+        now, done = time.monotonic(), min(i + size, len(items))
+        if done == len(items) or now - said > 10:
+            left = (len(items) - done) * (now - start) / done
+            say(f"encoded {done:,} of {len(items):,} {what}, {done / (now - start):.1f} per second, {left / 60:.0f} min left")
+            said = now

@@ -1,0 +1,1 @@
+"""Everything that gives a number about a model."""

@@ -1,0 +1,154 @@
+"""What a sweep can compare: the base of a run, its last weights, its post-hoc averages."""
+
+import hashlib
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from dedistill.data.encode import open_data
+from dedistill.data.source import Source
+from dedistill.errors import UserError
+from dedistill.evaluation.judges import ClipJudge, DigitJudge, judge_for
+from dedistill.evaluation.sweep import Candidate, Grid
+from dedistill.io.atomic import with_home
+from dedistill.io.hashing import file_sha256
+from dedistill.io.ownership import claim
+from dedistill.models.model import Model
+from dedistill.recipe import Recipe, load_recipe
+from dedistill.runs.directory import model_files
+from dedistill.runs.model import last_weights, open_base, open_finished, sampling_device
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a tool compares. recipes: of the finished runs; data: the one whose data is asked about; candidates: run by run."""
+
+    recipes: list[Recipe]
+    data: Recipe
+    source: Callable[[], Source]
+    runs: list[list[Candidate]]
+    prompts: tuple[str, ...]
+    out: Path
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        return [candidate for run in self.runs for candidate in run]
+
+    @property
+    def names(self) -> str:
+        return ", ".join(recipe.run.name for recipe in self.recipes)
+
+    def held_out(self) -> Source:
+        """The source of held-out samples. Raises UserError for recipes that have none."""
+        if self.data.data.source == "pairs":
+            raise UserError(
+                "no held-out data: these recipes train on stored pairs; name one that trains on data with --data", 2
+            )
+        return self.source()
+
+    def judge(self) -> DigitJudge | None:
+        return None if self.data.data.source == "pictures" else judge_for(self.source())
+
+
+def compared(args: Namespace, folder: str, say: Callable[[str], None], *, steps: int | None = None) -> Compared:
+    """What the arguments of ``dedistill.cli.command.of_candidates`` ask for. steps: of every candidate, default its recipe's.
+
+    folder: where results go in the last run, without ``--out``; a kind of ``io.ownership``. The data is opened when its
+    source is first called. Raises UserError when the output folder holds what is not ours.
+    """
+    recipes = [load_recipe(path, args.set) for path in args.recipes]
+    out = args.out or Path(recipes[-1].run.out) / folder
+    claim(out, folder, "--out")
+    own = next((r for r in recipes if r.data.source != "pairs"), recipes[0])
+    data = load_recipe(args.data, args.set) if args.data else own
+    runs = [candidates_of(r, args.candidates, steps=steps, prefix=len(recipes) > 1) for r in recipes]
+    source = cache(lambda: open_data(data, sampling_device(), say).source)
+    return Compared(recipes, data, source, runs, read_prompts(args.prompts, source), out)
+
+
+def sweep_grid(args: Namespace, prompts: tuple[str, ...]) -> Grid:
+    """The grid that the arguments of ``dedistill.cli.command.of_sweep`` ask for; what is said twice counts once."""
+    cfgs, skips, seeds, steps = (tuple(dict.fromkeys(values)) for values in (args.cfg, args.skip, args.seeds, args.steps))
+    return Grid(cfgs, skips, prompts, seeds, steps)
+
+
+def clip_judge(args: Namespace) -> ClipJudge | None:
+    """The judge in ``--clip``. Raises UserError for ``--real`` without it."""
+    if args.real and not args.clip:
+        raise UserError("--real: CLIP compares with real pictures; name its folder with --clip", exit_code=2)
+    return ClipJudge(args.clip, args.real, device=sampling_device()) if args.clip else None
+
+
+def candidates_of(
+    recipe: Recipe, wanted: list[str] | None, *, steps: int | None = None, prefix: bool = False
+) -> list[Candidate]:
+    """Candidates of one run, in the order base, averages, last.
+
+    wanted: any of ``base``, ``last``, ``posthoc`` (all averages) and names of files in RUN/posthoc without their
+    ending; None for all there are. prefix: put the run's name before each. A run without adapter has only ``last``,
+    which bears the run's name. Raises UserError for names that there are not.
+    """
+    out = Path(recipe.run.out)
+    steps = steps or recipe.sample.steps
+    if recipe.adapter is None:
+        _chosen(["last"], [], wanted, out)
+        return [Candidate(recipe.run.name, _identity(recipe, out / "model"), steps, lambda: open_finished(recipe))]
+    label = f"{recipe.run.name} " if prefix else ""
+    averages = {p.stem: p for p in sorted((out / "posthoc").glob("*.safetensors"))}
+    found = []
+    for name in _chosen(["base", *averages, "last"], [*averages], wanted, out):
+        path = None if name == "base" else averages.get(name) or last_weights(out)
+        parts = [p for p in (recipe.model.path, path) if p is not None]
+        found.append(Candidate(f"{label}{name}", _identity(recipe, *parts), steps, _opener(recipe, path), name in averages))
+    return found
+
+
+def _chosen(known: list[str], averages: list[str], wanted: list[str] | None, out: Path) -> list[str]:
+    """Those of ``known`` that are ``wanted``, in their order."""
+    if wanted is None:
+        return known
+    asked = [n for w in wanted for n in (averages if w == "posthoc" else [w])]
+    if unknown := [n for n in asked if n not in known]:
+        raise UserError(f"no candidate '{unknown[0]}' in '{out}'; there are {', '.join(known)}", exit_code=2)
+    if not asked:
+        raise UserError(f"no averages in '{out / 'posthoc'}': make them with dedistill posthoc", exit_code=2)
+    return [n for n in known if n in asked]
+
+
+def _opener(recipe: Recipe, path: Path | None) -> Callable[[], Model]:
+    return lambda: open_base(recipe) if path is None else open_finished(recipe, path)
+
+
+def _identity(recipe: Recipe, *places: Path | str) -> str:
+    """Hash of everything a picture depends on beside prompt, noise and steps: files of models, and how they are used."""
+    settings = recipe.resolved()
+    used = [settings[table] for table in ("model", "base", "adapter", "sample")]
+    used += [settings["train"]["precision"], settings["timesteps"]["shift"], settings["run"]["seed"]]
+    digest = hashlib.sha256(json.dumps(used).encode())
+    if recipe.model.components and Path(recipe.model.components).is_dir():
+        places += (recipe.model.components,)
+    for place in map(Path, places):
+        if str(place) == recipe.model.path and recipe.model.revision and not place.exists():
+            continue  # a hub id: its commit is among the settings
+        files = model_files(place)
+        if not any(file.suffix == ".safetensors" for file in files):
+            raise UserError(f"no weights in '{place}': train this recipe first")
+        for file in files:
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def read_prompts(value: str, source: Callable[[], Source]) -> tuple[str, ...]:
+    """``value`` is a number of prompts to take from the data, which is opened for it, or a text file, a prompt per line."""
+    if value.isdigit() and int(value) > 0:
+        return tuple(source().prompts(0, int(value)))
+    try:
+        lines = [line.strip() for line in Path(with_home(value)).read_text().splitlines()]
+    except (OSError, ValueError) as e:
+        raise UserError(f"--prompts: '{value}' is neither a number nor a readable text file: {e}", exit_code=2) from e
+    if not (prompts := tuple(line for line in lines if line)):
+        raise UserError(f"--prompts: '{value}' holds no prompts", exit_code=2)
+    return prompts

@@ -1,0 +1,96 @@
+"""After a run: how distilled it still is, which average to take, and how to sample from it.
+
+Two stages, so that it ends in minutes: every candidate's loss on the same held-out samples; then pictures, and the other
+meters, of those that may be worth it: the base, the last weights, and the averages that the loss cannot tell from the best.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dedistill.evaluation.distillation import Questions, ask, check_comparable, measure
+from dedistill.evaluation.judges import ClipJudge
+from dedistill.evaluation.meters import Reading
+from dedistill.evaluation.numbers import check_by
+from dedistill.evaluation.selection import Comparison, check_prompts, compare_with_best, select
+from dedistill.evaluation.sweep import Candidate, Grid, read_index, sweep
+from dedistill.io.ownership import claim
+
+MOST_AVERAGES = 3
+"""Averages of a run whose pictures are made."""
+
+
+def evaluate(
+    runs: list[list[Candidate]],
+    questions: Questions,
+    grid: Grid,
+    out: Path,
+    *,
+    names: str,
+    by: str | None = None,
+    reference: str | None = None,
+    clip: ClipJudge | None = None,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Measure, sweep and select the candidates of ``runs``, with intermediate results in ``out`` to continue from.
+
+    names: of the runs. reference: candidate that the others are compared with, default the first. Returns {"losses",
+    "distillation", "selection"}: a row per candidate, and what ``measure`` and ``select`` return. Raises UserError as they do.
+    """
+    candidates = [c for run in runs for c in run]
+    known = [c.name for c in candidates]
+    reference = reference or known[0]
+    check_comparable(known, reference, questions)
+    check_prompts(grid.prompts)  # select would say so, and of --by, after hours of pictures
+    check_by(by, {name for name, who in (("judge", questions.judge), ("clip", clip)) if who})
+    for part in ("sweep", "distillation", "selection"):
+        claim(out / part, part, "--out")
+    kept = out / "distillation" / "answers"
+    losses = {}
+    for c in candidates:
+        losses[c.name] = ask(c, questions, kept, held_out_only=True).readings["loss"]
+        say(f"{c.name}: held-out loss {losses[c.name].value[0]:.4g}")
+    chosen = {c.name for run in runs for c in shortlist(run, losses)} | {reference}
+    looked_at = [c for c in candidates if c.name in chosen]
+    distillation = measure(looked_at, questions, reference=reference, title=f"How distilled still: {names}", kept=kept, say=say)
+    scores = sweep(looked_at, grid, out / "sweep", title=f"CFG sweep: {names}", judge=questions.judge, clip=clip, say=say)
+    order = sorted(known, key=lambda name: losses[name].value[0])
+    selection = select(scores, read_index(out / "sweep" / "index.json"), by=by, order=order)
+    rows = _loss_rows(compare_with_best(_together(losses, known), "low"), known, chosen)
+    return {"losses": rows, "distillation": distillation, "selection": selection}
+
+
+def shortlist(run: list[Candidate], losses: dict[str, Reading]) -> list[Candidate]:
+    """The candidates of a run whose pictures are made: its base and last weights, and the best averages.
+
+    Of its averages that may be the best of them by held-out loss, at most three, spread from the lowest loss to the highest:
+    neighbours among ten averages differ too little to be worth pictures of their own.
+    """
+    averages = [c for c in run if c.average]
+    if not averages:
+        return run
+    found = compare_with_best(_together(losses, [c.name for c in averages]), "low")
+    best = [averages[i] for i in np.argsort(found.value, kind="stable") if found.may_be_best[i]]
+    best = [best[i] for i in np.linspace(0, len(best) - 1, min(MOST_AVERAGES, len(best))).round().astype(int)]
+    return [c for c in run if not c.average or c in best]
+
+
+def _together(losses: dict[str, Reading], names: list[str]) -> Reading:
+    """The losses of several candidates as the places of one reading: all were asked the same samples in the same order."""
+    own = [losses[name] for name in names]
+    return Reading(np.hstack([r.top for r in own]), np.hstack([r.bottom for r in own]), own[0].strata)
+
+
+def _loss_rows(found: Comparison, names: list[str], looked_at: set[str]) -> list[dict]:
+    return [
+        {
+            "candidate": name,
+            "value": float(found.value[i]),
+            "low": float(found.low[i]),
+            "high": float(found.high[i]),
+            "may_be_best": bool(found.may_be_best[i]),
+            "looked_at": name in looked_at,
+        }
+        for i, name in enumerate(names)
+    ]

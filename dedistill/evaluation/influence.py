@@ -1,0 +1,164 @@
+"""How much each block changes what flows through it, and LoKr sizes shared out accordingly.
+
+The angular distance between hidden states is that of Gromov et al. 2024 (arXiv 2403.17887), who used it to find
+blocks that can be left out; here it finds blocks worth more trained numbers.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dedistill.adapters.targets import Resolved, count_parameters, matching
+from dedistill.errors import UserError
+from dedistill.flow.solvers import euler, sigma_grid
+from dedistill.models.model import Model
+from dedistill.sampling.sampler import start_noise
+
+# --- how much a block changes what flows through it, and LoKr sizes shared out accordingly ---------------------------
+
+
+FACTORS = (16, 8, 4, 2, 1)
+
+
+def angular_distance(before: Tensor, after: Tensor) -> Tensor:
+    """arccos(cos(before, after)) / pi of the last dimension, float64 in [0, 1]: [..., D] and [..., D] -> [...].
+
+    0: same direction, .5: orthogonal, 1: opposite. The half-angle form is exact at both ends, where arccos loses half
+    of its digits.
+    """
+    u, v = F.normalize(before.double(), dim=-1), F.normalize(after.double(), dim=-1)
+    return torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)) * (2 / torch.pi)
+
+
+def share_out(influence: dict[str, float], shapes: dict[str, tuple[int, int]], budget: int) -> tuple[dict[str, int], int]:
+    """A LoKr factor for each block within ``budget`` trained numbers, and how many that takes.
+
+    influence: block name -> distance; shapes: name -> (out, in) of the network's linears. All blocks start at factor 16;
+    then the block with the most influence per trained number takes the next smaller factor that still fits, until none
+    fits: sizes follow influence. Raises UserError when not even factor 16 everywhere fits.
+    """
+    layers = {block: [(n, shapes[n]) for n in matching(_pattern(block), shapes)] for block in influence}
+    sizes = {block: [_size(rows, factor) for factor in FACTORS] for block, rows in layers.items()}
+    level = dict.fromkeys(influence, 0)
+    used = sum(size[0] for size in sizes.values())
+    if used > budget:
+        raise UserError(f"--budget: {budget:,} is too little: factor {FACTORS[0]} on every block takes {used:,}", exit_code=2)
+
+    def cost(block: str) -> int:
+        return sizes[block][level[block] + 1] - sizes[block][level[block]]
+
+    while True:
+        open_ = [b for b in influence if level[b] + 1 < len(FACTORS) and used + cost(b) <= budget]
+        if not open_:
+            return {block: FACTORS[level[block]] for block in influence}, used
+        best = max(open_, key=lambda b: influence[b] / sizes[b][level[b]])
+        used += cost(best)
+        level[best] += 1
+
+
+def recipe_fragment(factors: dict[str, int], extends: str, note: str) -> str:
+    """The recipe at ``extends`` with ``factors`` as its adapter's targets, as TOML; ``note`` becomes a comment."""
+    lines = [f"# {note}", f"extends = {json.dumps(extends)}", "", "[adapter]", 'kind = "lokr"']
+    for block, factor in factors.items():
+        lines += ["", "[[adapter.targets]]", f"pattern = {json.dumps(_pattern(block))}", f"factor = {factor}"]
+    return "\n".join(lines) + "\n"
+
+
+def _pattern(block: str) -> str:
+    return f"{block}.**"
+
+
+def _size(rows: list[tuple[str, tuple[int, int]]], factor: int) -> int:
+    return count_parameters([Resolved(name, shape, factor, None, name) for name, shape in rows], "lokr")
+
+
+# --- how far each block of a network turns the hidden states that pass through it while it makes pictures ------------
+
+
+STREAMS = ("picture", "text")
+
+
+@dataclass(frozen=True)
+class Influence:
+    """distance [blocks, 2, sigmas], float64: the mean over prompts of the mean over real tokens, picture and text."""
+
+    blocks: list[str]
+    sigmas: list[float]
+    distance: Tensor
+    prompts: int
+
+    def per_block(self) -> dict[str, float]:
+        """Mean over sigmas and both streams."""
+        return dict(zip(self.blocks, self.distance.mean((1, 2)).tolist()))
+
+
+class Meter:
+    """Sums the angular distance between what goes into each of ``blocks`` and what comes out, over samples.
+
+    Blocks take ``hidden_states`` [B, I, D] and ``encoder_hidden_states`` [B, T, D] by name and return (text, picture),
+    as diffusers' joint-attention blocks do.
+    """
+
+    def __init__(self, blocks: list[nn.Module], sigmas: int):
+        self.blocks = blocks
+        self.sums = torch.zeros(len(blocks), len(STREAMS), sigmas, dtype=torch.float64)
+        self.samples = torch.zeros(sigmas, dtype=torch.float64)
+
+    @contextmanager
+    def watch(self, sigma: int, mask: Tensor) -> Iterator[None]:
+        """Count one call of the network at the sigma of that index; mask [B, T]: real text tokens, first in each row."""
+        hooks = [b.register_forward_hook(self._hook(i, sigma, mask), with_kwargs=True) for i, b in enumerate(self.blocks)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.samples[sigma] += len(mask)
+
+    def _hook(self, block: int, sigma: int, mask: Tensor) -> Callable[..., None]:
+        return partial(self._record, self.sums[block, :, sigma], mask)
+
+    @staticmethod
+    def _record(sums: Tensor, mask: Tensor, _block: nn.Module, _args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
+        text, picture = output
+        real = mask[:, : text.shape[1]].double()
+        turned = angular_distance(kwargs["encoder_hidden_states"], text) * real
+        sums[0] += angular_distance(kwargs["hidden_states"], picture).mean(1).sum().cpu()
+        sums[1] += (turned.sum(1) / real.sum(1)).sum().cpu()
+
+
+@torch.no_grad()
+def measure(model: Model, prompts: list[str], *, sigmas: int, batch: int, seed: int = 0) -> Influence:
+    """Influence of the model's blocks along its own Euler trajectories of ``sigmas`` steps without guidance.
+
+    Every prompt has the noise of its place in the list, and weighs the same whatever its length; ``batch`` is only how
+    many run at once. Raises UserError when states are not finite.
+    """
+    names = {module: name for name, module in model.parts.net.named_modules()}
+    blocks = model.family.blocks(model.parts.net)
+    grid, meter = sigma_grid(sigmas), Meter(blocks, sigmas)
+    noise = start_noise(seed, len(prompts), model.parts.picture)
+    training = model.root.training
+    model.root.eval()
+    for start in range(0, len(prompts), batch):
+        text = model.encode(prompts[start : start + batch])
+
+        def velocity(noisy: Tensor, sigma: float, index: int, text=text) -> Tensor:
+            with meter.watch(index, text.mask):
+                return model.velocity(noisy, torch.full((len(noisy),), sigma, device=noisy.device), text)
+
+        for _ in euler(velocity, noise[start : start + batch].to(model.device), grid):
+            pass
+    model.root.train(training)
+    distance = meter.sums / meter.samples
+    if not distance.isfinite().all():
+        block, _, sigma = (~distance.isfinite()).nonzero()[0].tolist()
+        raise UserError(f"hidden states of {names[blocks[block]]} are not finite at sigma {grid[sigma]:.3g}")
+    return Influence([names[b] for b in blocks], grid[:-1].tolist(), distance, len(prompts))

@@ -1,0 +1,237 @@
+"""Candidates x CFG x first-k-without-CFG x prompts x seeds: pictures, numbers, and what each cell scored.
+
+The folder holds ``index.json`` (a row per picture), ``scores.json`` (a row per cell) and the pictures as PNG at their
+own resolution. Cells whose pictures and rows are there already are not made again.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from dedistill.errors import UserError
+from dedistill.evaluation.judges import ClipJudge, DigitJudge
+from dedistill.evaluation.numbers import NUMBERS, VERSION, diversity, picture_numbers
+from dedistill.flow.solvers import sigma_grid
+from dedistill.io.atomic import replace_json
+from dedistill.models.model import Model
+from dedistill.sampling.images import as_image
+from dedistill.sampling.sampler import sample, start_noise
+
+# --- candidates x CFG x first-k-without-CFG x prompts x seeds --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to sample from. ``weights`` identifies its bytes; ``open`` loads it when its cells are not there yet.
+
+    average: it is one of the averages of its run.
+    """
+
+    name: str
+    weights: str
+    steps: int
+    open: Callable[[], Model]
+    average: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """steps: solver steps of every candidate; none: each its own."""
+
+    cfgs: tuple[float, ...]
+    skips: tuple[int, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: tuple[int, ...] = ()
+
+    def cells(self, own: int) -> list[tuple[float, int, int]]:
+        """(cfg, skip, steps) for a candidate of ``own`` steps; skipping the guidance of CFG 1 changes nothing: one cell."""
+        pairs = [(c, s) for s in self.skips for c in self.cfgs if not (c == 1 and s != self.skips[0])]
+        return [(c, s, n) for n in self.steps or (own,) for c, s in pairs]
+
+
+def sweep(
+    candidates: list[Candidate],
+    grid: Grid,
+    out: Path,
+    *,
+    title: str,
+    judge: DigitJudge | None,
+    clip: ClipJudge | None = None,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Make what is missing, write both JSON files, return the scores."""
+    if len({c.name for c in candidates}) != len(candidates):
+        raise UserError(f"two candidates share a name: {', '.join(c.name for c in candidates)}", exit_code=2)
+    out.mkdir(parents=True, exist_ok=True)
+    rows, cells = [], []
+    for candidate in candidates:
+        model = None
+        for cfg, skip, steps in grid.cells(candidate.steps):
+            place = {"candidate": candidate.name, "cfg": cfg, "skip": skip, "steps": steps}
+            folder = out / "pictures" / candidate.name / _folder_name(candidate, cfg, skip, steps)
+            key = _cell_key(candidate, grid, cfg, skip, steps)
+            key |= {name: who.identity if who else None for name, who in (("judge", judge), ("clip", clip))}
+            if (known := _reusable(folder, key, out)) is None:
+                if model is None:
+                    model = candidate.open()
+                    model.remember([*grid.prompts, model.negative])
+                known = _make_cell(model, place, grid, folder, out, judge, clip)
+                replace_json(folder / "cell.json", {"key": key, **known})
+                own = f" steps {steps}" if len(grid.steps) > 1 else ""
+                say(f"{candidate.name} cfg {cfg:g} skip {skip}{own}: " + _short(known["cell"]))
+            rows += known["rows"]
+            cells.append(known["cell"])
+    scores = {
+        "title": title,
+        "settings": {
+            "prompts": len(grid.prompts),
+            "seeds": ", ".join(map(str, grid.seeds)),
+            "solver": "Euler",
+            **({"judge reads real held-out digits": f"{judge.held_out_accuracy:.1%}"} if judge else {}),
+        },
+        "numbers": [n for n in NUMBERS if any(n["key"] in c for c in cells)],
+        "cells": cells,
+    }
+    replace_json(out / "index.json", rows)
+    replace_json(out / "scores.json", scores)
+    return scores
+
+
+def _folder_name(candidate: Candidate, cfg: float, skip: int, steps: int) -> str:
+    return f"cfg{cfg:g}_skip{skip}" + (f"_steps{steps}" if steps != candidate.steps else "")
+
+
+def _cell_key(candidate: Candidate, grid: Grid, cfg: float, skip: int, steps: int) -> dict:
+    return {
+        "version": VERSION,
+        "numbers": [n["picture"] for n in NUMBERS if "picture" in n],  # a cell made before there was one lacks it
+        "weights": candidate.weights,
+        "steps": steps,
+        "cfg": cfg,
+        "skip": skip,
+        "prompts": list(grid.prompts),
+        "seeds": list(grid.seeds),
+    }
+
+
+def _reusable(folder: Path, key: dict, out: Path) -> dict | None:
+    """Rows and scores of a cell made earlier from the same weights and settings, if all its pictures are there."""
+    try:
+        known = json.loads((folder / "cell.json").read_text())
+        if known["key"] == key and known["cell"] and all((out / row["file"]).exists() for row in known["rows"]):
+            return known
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there yet, or damaged: made again
+    return None
+
+
+def _make_cell(
+    model: Model, place: dict, grid: Grid, folder: Path, out: Path, judge: DigitJudge | None, clip: ClipJudge | None
+) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cell.json").unlink(missing_ok=True)  # its pictures are about to be overwritten
+    sigmas = sigma_grid(place["steps"], model.grid_shift)
+    everything, vectors, rows = [], [], []
+    for seed in grid.seeds:
+        noise = start_noise(seed, len(grid.prompts), model.parts.picture)
+        pictures = sample(model, list(grid.prompts), noise, sigmas, cfg=place["cfg"], skip=place["skip"])
+        numbers = picture_numbers(pictures)
+        if judge:
+            numbers["correct"] = judge.correct(pictures, list(grid.prompts))
+            numbers["realistic"] = judge.realistic(pictures)
+        if clip:
+            vectors.append(clip.embed(pictures))
+            numbers["clip"] = clip.scores(vectors[-1], list(grid.prompts))
+        for i, prompt in enumerate(grid.prompts):
+            file = folder / f"p{i:03d}_s{seed}.png"
+            facts = {**place, "prompt": prompt, "seed": seed}
+            save_png(pictures[i], file, facts)
+            row = {"file": file.relative_to(out).as_posix(), **facts}
+            rows.append(row | {k: round(float(v[i]), 6) for k, v in numbers.items() if not np.isnan(v[i])})
+        everything.append(pictures)
+    cell = {**place, "pictures": len(rows)}
+    cell |= {k: float(np.mean([r[k] for r in rows])) for k in numbers if k not in ("correct", "realistic")}
+    if len(grid.seeds) > 1:
+        cell["diversity"] = float(diversity(torch.stack(everything)).mean())
+    if judge and (correct := [r["correct"] for r in rows if "correct" in r]):  # a prompt without digits has no accuracy
+        cell["accuracy"] = float(np.mean(correct))
+    if len(rows) > 1:  # one picture has no spread to compare
+        cell |= judge.numbers(torch.cat(everything)) if judge else {}
+        cell |= {"clip_frechet": clip.distance(np.concatenate(vectors))} if clip and clip.real is not None else {}
+    return {"rows": rows, "cell": cell}
+
+
+def save_png(picture: Tensor, path: Path, facts: dict[str, object] | None = None) -> None:
+    """One picture [C, H, W] in [-1, 1] as PNG at its own resolution.
+
+    facts: how it was made, kept in the file as text chunks.
+    """
+    text = PngInfo()
+    for key, value in (facts or {}).items():
+        text.add_text(key, str(value))
+    as_image(picture).save(path, pnginfo=text)
+
+
+def _short(cell: dict) -> str:
+    names = ("accuracy", "frechet", "precision", "saturated")
+    return "  ".join(f"{n} {cell[n]:.3f}" for n in names if n in cell)
+
+
+# --- the two files of a sweep, read and checked ----------------------------------------------------------------------
+
+
+def read_json(path: Path) -> object:
+    """Parse a JSON file; a missing or broken one is the user's to mend."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; is {path.parent} the folder of a finished sweep?") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); run the sweep again to write it anew") from None
+
+
+def read_scores(path: Path) -> dict:
+    scores = read_json(path)
+    if not isinstance(scores, dict):
+        raise UserError(f"{path}: expected an object with title, settings, numbers and cells")
+    for key, kind in {"title": str, "settings": dict, "numbers": list, "cells": list}.items():
+        if not isinstance(scores.get(key), kind):
+            raise UserError(f"{path}: {key!r} is missing or not a {kind.__name__}")
+    _require(path, "numbers", scores["numbers"], {"key": str, "label": str})
+    _require(path, "cells", scores["cells"], {"candidate": str, "cfg": (int, float), "skip": int})
+    if not scores["cells"]:
+        raise UserError(f"{path}: 'cells' is empty: the sweep made no pictures")
+    for number in scores["numbers"]:
+        number.setdefault("help", "")
+        if number.setdefault("better", None) not in ("high", "low", None):
+            raise UserError(f"{path}: number {number['key']!r}: 'better' is {number['better']!r}, not high, low or null")
+    return scores
+
+
+def read_index(path: Path) -> list[dict]:
+    pictures = read_json(path)
+    if not isinstance(pictures, list) or not pictures:
+        raise UserError(f"{path}: expected a list with one object per picture")
+    kinds = {"file": str, "candidate": str, "cfg": (int, float), "skip": int, "prompt": str, "seed": int}
+    _require(path, "picture", pictures, kinds)
+    for entry in pictures:
+        if Path(entry["file"]).is_absolute() or ".." in Path(entry["file"]).parts:
+            raise UserError(f"{path}: {entry['file']!r} lies outside the sweep folder; paths must be relative to it")
+    return pictures
+
+
+def _require(path: Path, what: str, entries: Iterable[object], kinds: dict[str, type | tuple[type, ...]]) -> None:
+    """Raise when an entry lacks one of the keys or has another kind of value there."""
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}: {what} {i} is not an object")
+        for key, kind in kinds.items():
+            if not isinstance(entry.get(key), kind) or isinstance(entry[key], bool):
+                raise UserError(f"{path}: {what} {i}: {key!r} is missing or has the wrong type ({entry.get(key)!r})")

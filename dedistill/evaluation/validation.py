@@ -1,0 +1,164 @@
+"""What a model says of held-out samples, on fixed noise and sigmas: its loss, and how distilled it still is."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dedistill.distributed.heartbeat import pulse
+from dedistill.distributed.world import World
+from dedistill.evaluation.meters import Reading, path_numbers
+from dedistill.flow.path import flow_loss, implied_noise
+from dedistill.flow.solvers import euler, sigma_grid
+from dedistill.models.conditioning import Text
+from dedistill.models.model import Model
+from dedistill.objectives.objective import Objective, Task, task_loss
+from dedistill.sampling.sampler import guided
+
+# --- what a model predicts on held-out samples -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def held_out_meters(model: Model, tasks: list[Task], bins: int) -> dict[str, Reading]:
+    """Meters of fixed held-out tasks, over all and (``_by_sigma``) in ``bins`` equal bins of sigma.
+
+    loss: flow-matching loss of the captioned samples. guidance: |velocity with caption - without|^2 per element, by
+    which one unit of CFG moves a velocity. A distilled guidance embedding is fed what it is fed in training.
+    """
+    training = model.root.training
+    model.root.eval()
+    try:
+        numbers = np.concatenate([held_out_numbers(model, task) for task in tasks])
+    finally:
+        model.root.train(training)
+    sigma, *columns = numbers[numbers[:, 0].argsort()].T  # every model's samples in one order, however they were batched
+    place = np.minimum((sigma * bins).astype(int), bins - 1)
+    member = np.eye(bins)[place]
+    found = {}
+    for key, column in zip(("loss", "guidance"), columns):
+        found[key] = Reading(column[:, None], np.ones((len(column), 1)), place)
+        found[f"{key}_by_sigma"] = Reading(column[:, None] * member, member, place)
+    return found
+
+
+def held_out_numbers(model: Model, task: Task) -> np.ndarray:
+    """sigma, loss and squared difference between the two branches of each sample [B, 3]."""
+    text = text_of(model, task)
+    noisy, sigma = task.noisy.to(model.device), task.sigma.to(model.device)
+    own = model.velocity(noisy, sigma, text)
+    other = model.velocity(noisy, sigma, model.encode([model.negative]).expand(len(text)))
+    columns = (sigma, flow_loss(own, task.target.to(model.device)), flow_loss(own, other))
+    return torch.stack(columns, 1).double().cpu().numpy()
+
+
+def text_of(model: Model, task: Task) -> Text:
+    """The captions of ``task``, none of them dropped."""
+    return model.encode(task.captions) if task.text is None else task.text.to(model.device)
+
+
+# --- loss on held-out samples, on fixed noise and fixed sigmas -------------------------------------------------------
+
+
+class Validator:
+    """Held-out loss with its standard error. Draws nothing from the training's keys."""
+
+    def __init__(self, objective: Objective, samples: int, size: int, world: World | None = None):
+        """samples: held-out samples asked each time, at most ``size`` of them at once, shared by the processes of ``world``."""
+        self.samples, self.world = samples, world or World()
+        self.tasks, self.company = fixed_share(objective, samples, size, self.world)
+
+    @torch.no_grad()
+    def __call__(self, model: Model, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """{"val_loss", "val_loss_se"} in evaluation mode, the same on every process.
+
+        None as soon as any process was ``interrupted``: a validation may take longer than a stop may.
+        """
+        training = model.root.training
+        model.root.eval()
+        for task in self.company:
+            task_loss(model, task)
+        own = []
+        for task in self.tasks:
+            if interrupted():
+                break
+            pulse.beat("validating")
+            own += zip(task.sigma.tolist(), task_loss(model, task).tolist())
+        model.root.train(training)
+        heard = self.world.gather({"losses": own, "interrupted": interrupted()})
+        if any(h["interrupted"] for h in heard):
+            return None
+        by_sigma = np.array([loss for _, loss in sorted(pair for h in heard for pair in h["losses"])])
+        return {"val_loss": float(by_sigma.mean()), "val_loss_se": stratified_error(by_sigma)}
+
+
+def fixed_share(objective: Objective, samples: int, size: int, world: World) -> tuple[list[Task], list[Task]]:
+    """Held-out tasks of this process, and what it runs for nothing where all must run equally many passes."""
+    tasks = objective.held_out(samples, size, world)
+    passes = max(world.gather(len(tasks))) if world.lockstep else 0
+    return tasks, objective.held_out(1, 1) * (passes - len(tasks))
+
+
+def stratified_error(losses: np.ndarray) -> float:
+    """Standard error of the mean of one draw per stratum, in stratum order (collapsed strata, Cochran 1977, sec. 5A.12).
+
+    Neighbouring strata are paired; what differs between sigmas does not count as uncertainty. 0 for fewer than 2.
+    """
+    pairs = losses[: len(losses) // 2 * 2].reshape(-1, 2)
+    return math.sqrt(float(np.square(pairs[:, 0] - pairs[:, 1]).sum())) / max(len(losses), 1)
+
+
+def sigma_bins(losses: Tensor, sigmas: Tensor, bins: int) -> list[float | None]:
+    """Mean loss in ``bins`` equal bins of sigma; None where no sample fell."""
+    place = (sigmas * bins).long().clamp(0, bins - 1)
+    return [float(losses[place == b].mean()) if (place == b).any() else None for b in range(bins)]
+
+
+# --- how distilled the model still is while it trains ----------------------------------------------------------------
+
+
+FEW = 4
+
+
+class Meters:
+    """Guidance gap, straightness and few-step gap of fixed held-out captions and noise, at CFG 1.
+
+    Draws nothing from the training's keys. See ``dedistill.evaluation.meters`` for what the numbers are.
+    """
+
+    def __init__(self, objective: Objective, samples: int, steps: int, size: int, world: World | None = None):
+        """samples: held-out samples, at most ``size`` at once, shared by the processes of ``world``; steps: of a path."""
+        self.steps, self.world = steps, world or World()
+        self.tasks, self.company = fixed_share(objective, samples, size, self.world)
+
+    @torch.no_grad()
+    def __call__(self, model: Model) -> dict[str, float]:
+        """{"guidance_gap", "straightness", "few_step_gap"} in evaluation mode, the same on every process."""
+        training = model.root.training
+        model.root.eval()
+        for task in self.company:
+            self._ask(model, task)
+        own = [row for task in self.tasks for row in self._ask(model, task)]
+        model.root.train(training)
+        rows = sorted(row for rows in self.world.gather(own) for row in rows)  # by sigma, of which each sample has its own
+        _, gap, bend, few, chord = np.array(rows).sum(0).tolist()
+        return {"guidance_gap": gap / len(rows), "straightness": bend / chord, "few_step_gap": few / chord}
+
+    def _ask(self, model: Model, task: Task) -> list[list[float]]:
+        """sigma, guidance gap, bend, few-step gap and chord of each sample."""
+        sigma, _, gap = held_out_numbers(model, task).T
+        noise = implied_noise(task.noisy, task.sigma, task.target)
+        chord, bend, _, end = path_numbers(self._path(model, task, noise, self.steps), sigma_grid(self.steps, model.grid_shift))
+        short = self._path(model, task, noise, FEW)[-1].flatten(1).double().numpy()
+        widths = -np.diff(sigma_grid(self.steps, model.grid_shift))
+        return np.stack([sigma, gap, bend @ widths, np.square(short - end).mean(1), chord], 1).tolist()
+
+    def _path(self, model: Model, task: Task, noise: Tensor, steps: int) -> list[Tensor]:
+        text = text_of(model, task)
+        velocity = guided(model, text, text, 1.0, 0)
+        states = []
+        for state in euler(velocity, noise.to(model.device), sigma_grid(steps, model.grid_shift)):
+            pulse.beat("measuring")
+            states.append(state.float().cpu())
+        return states

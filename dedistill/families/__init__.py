@@ -1,1 +1,0 @@
-"""Model families: each is one file that speaks BCHW pictures, our sigma and our velocity."""

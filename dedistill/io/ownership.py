@@ -1,0 +1,137 @@
+"""What is the user's and what is ours: nothing is removed or replaced that this program did not make.
+
+A folder to write in is new, or empty, or ours. Ours has a file ``.dedistill``, which is put there first of all; those of
+earlier versions hold what only this program writes. A name is no such sign: ``00000.tar``, ``index.html`` and ``RUN-rehearsal``
+are names that others use, too. Everything else is refused before a byte of it changes.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from dedistill.errors import UserError
+from dedistill.io.atomic import make_folder, replace_file
+
+MARK = ".dedistill"
+_NOTE = "dedistill made this folder and writes in it.\n"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """words: what such a folder is. sign: file that tells it without a mark, JSON with ``keys`` or text with ``text``."""
+
+    words: str
+    sign: str
+    keys: tuple[str, ...] = ()
+    text: str = ""
+
+
+KINDS = {
+    "run": Kind("a run", "recipe.json", ("run", "model", "data", "train")),
+    "rehearsal": Kind("a rehearsal", "rehearsal.log", text="== the plan can be reached\n"),
+    "cache": Kind("a cache of encoded data", "index.jsonl", ("format", "complete", "limits", "sources")),
+    "pairs": Kind("a set of pairs", "pairs.json", ("teacher", "sigmas", "shards")),
+    "sweep": Kind("a sweep", "scores.json", ("title", "settings", "numbers", "cells")),
+    "evaluation": Kind("an evaluation", "evaluation.json", ("answers", "losses", "chosen")),
+    "distillation": Kind("a measurement of distillation", "distillation.json", ("reference", "meters", "candidates")),
+    "selection": Kind("a selection", "selection.json", ("numbers", "cells", "chosen")),
+    "influence": Kind("a measurement of influence", "influence.json", ("prompts", "sigmas", "budget", "blocks")),
+    "scan": Kind("a scan of data", "scan.json", ("sources", "near_duplicates")),
+    "report": Kind("a report of a run", "index.html", text='<link rel="icon" href="data:,">\n<title>Run: '),
+    "story": Kind("a story's report", "summary.json", ("teacher", "dedistilled")),
+}
+
+
+def refuse_foreign(folder: Path, kind: str, key: str, kept: Iterable[Path] = ()) -> None:
+    """Raises UserError unless ``folder`` is new, empty, or of ``kind`` and ours; changes nothing.
+
+    key: what names the folder, a recipe's key with its place or an option. kept: files that may be there although they are
+    the user's, since nobody will write over them. Hidden files, and folders inside that are ours, count as nothing.
+    """
+    found = kind_of(folder)
+    if found == kind or (found is None and _known_without(folder, kind)):
+        return
+    if found is not None:
+        raise UserError(f"{key}: '{folder}' is {KINDS[found].words}, not {KINDS[kind].words}; choose another folder")
+    kept = tuple(kept)
+    if other := next(_foreign(folder, kept), None):
+        raise UserError(
+            f"{key}: '{folder}' holds what dedistill did not make, e.g. '{other.relative_to(folder)}', and is left as it is. "
+            f"Choose another folder or an empty one. If an earlier version made it: echo {kind} > '{folder / MARK}'"
+        )
+
+
+def claim(folder: Path, kind: str, key: str) -> None:
+    """Make ``folder`` and mark it, unless it is ours already. Raises as :func:`refuse_foreign`, or when the disk refuses."""
+    refuse_foreign(folder, kind, key)
+    make_folder(folder)
+    mark(folder, kind)
+
+
+def mark(folder: Path, kind: str) -> None:
+    """Say in ``folder`` that it is ours; to be called when nothing foreign is in it."""
+    if kind_of(folder) == kind:
+        return
+    try:
+        replace_file(folder / MARK, f"{kind}\n{_NOTE}".encode())
+    except UserError:
+        if not _known_without(folder, kind):  # else it may be one of an earlier version that is only read
+            raise
+
+
+def kind_of(folder: Path) -> str | None:
+    """The kind that the mark in ``folder`` names; None without one."""
+    found = _text(folder / MARK, lines=1).strip()
+    return found if found in KINDS else None
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link but not what it leads to; nothing when there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def same_file(path: Path, others: Iterable[Path]) -> bool:
+    """Whether ``path`` is one of ``others``, however they are spelt or linked."""
+    with suppress(OSError):
+        return any(os.path.samefile(path, other) for other in others if other.exists())
+    return False
+
+
+def _known_without(folder: Path, kind: str) -> bool:
+    """Whether ``folder`` holds what only this program writes into one of ``kind``."""
+    sign = KINDS[kind]
+    text = _text(folder / sign.sign, lines=1 if sign.sign.endswith(".jsonl") else None)
+    if sign.text:
+        return sign.text in text
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(table, dict) and table.keys() >= set(sign.keys)
+
+
+def _text(file: Path, lines: int | None = None) -> str:
+    """The text of a file, or its first lines; empty when it cannot be read."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            return "".join(islice(f, lines))
+    except (OSError, ValueError):
+        return ""
+
+
+def _foreign(folder: Path, kept: tuple[Path, ...]) -> Iterator[Path]:
+    """Files in ``folder`` that are neither hidden, nor among ``kept``, nor in folders of ours."""
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if entry.is_dir() and not entry.is_symlink():
+            if not entry.name.startswith(".") and kind_of(entry) is None:
+                yield from _foreign(entry, kept)
+        elif (not entry.name.startswith(".") or entry.name == MARK) and not same_file(entry, kept):
+            yield entry

@@ -1,0 +1,100 @@
+"""What a model family provides. Everything else in the program knows only this."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from dedistill.models.conditioning import Text
+
+MADE = ("base", "merges", "trained")
+"""What a model folder says of how its weights were made; families write it and read it back."""
+
+
+@dataclass
+class Components:
+    """A loaded model: the denoiser that is trained or adapted, and what stays frozen around it."""
+
+    net: nn.Module
+    text: Any
+    """What encodes captions; where they are cached it says its ``widths``, those of embeddings and of pooled vectors."""
+    picture: tuple[int, int, int]
+    """Channels, height and width of what the denoiser sees."""
+    mask: str = "bool"
+    text_length: int = 0
+    """Tokens captions are padded to, where the family keeps it with the model."""
+    vae: Any = None
+    """Codec between pixels and what the denoiser sees; None where that is pixels."""
+    guidance: float | None = None
+    """What a distilled guidance embedding is fed in training; None without one."""
+    source: Any = None
+    """Where the files are and what they say beside weights; the family's own."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the folder or file says of how its weights were made: base, merges, masks."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know before training on it."""
+    device: Any = "cpu"
+    """Where encoders run when they are used."""
+
+
+class Family(Protocol):
+    name: str
+    max_text_length: int
+    """Tokens of a caption that its encoders take."""
+
+    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
+        """The components a recipe's [model] table asks for, from a folder or with random weights.
+
+        net False: all but the denoiser, for encoding before training.
+        """
+
+    def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
+        """What encoded "latents" and "text" depend on beside picture and caption: settings, and lists of weight files."""
+
+    def full_size(self, spec: Any) -> nn.Module:
+        """The denoiser that ``spec`` names on the meta device: names and shapes without numbers, without its files."""
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+        """A small random model in the layout that ``load`` reads, built like the one ``spec`` names: for rehearsals.
+
+        picture: the shape of samples where the data give it. full_depth: as many blocks, else a few of each kind.
+        """
+
+    def save(self, parts: Components, folder: Path) -> None:
+        """Write ``parts`` so that ``load`` with ``path = folder`` gives them back."""
+
+    def save_rest(self, parts: Components, folder: Path) -> None:
+        """What ``save`` writes beside ``folder/transformer``, for writers that stream the denoiser themselves."""
+
+    def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
+        """Captions padded to ``length`` tokens. The empty caption has exactly one real token."""
+
+    def encode_pictures(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
+        """What the denoiser sees of pixels [B, 3, H, W] in [-1, 1]; noise [B, C, h, w] samples the codec's posterior."""
+
+    def decode(self, parts: Components, latents: Tensor) -> Tensor:
+        """Pixels [B, C, H, W], about [-1, 1], of what the denoiser sees."""
+
+    def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of what the denoiser sees of a picture. Raises UserError for a size it cannot have."""
+
+    def velocity(
+        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None
+    ) -> Tensor:
+        """noise - data as ``net`` (the denoiser, or a module that wraps it) predicts it; noisy [B, C, H, W], sigma [B].
+
+        guidance: value for a distilled guidance embedding, None for the one of training.
+        """
+
+    def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
+        """Picture tokens of a sample of that shape."""
+
+    def shift(self, parts: Components, tokens: int) -> float:
+        """Resolution-dependent shift of sigma for that many picture tokens."""
+
+    def blocks(self, net: nn.Module) -> list[nn.Module]:
+        """The unit of checkpointing, compiling, offloading and sharding."""
+
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        """Named sets of layers of ``net`` as name patterns."""

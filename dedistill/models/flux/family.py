@@ -1,0 +1,192 @@
+"""FLUX.1: schnell, dev, Flex.1-alpha, LibreFLUX, OpenFLUX, and what was cut from them.
+
+The network works on latents [16, H/8, W/8] of its VAE in patches of 2 x 2. Text is T5's hidden states and CLIP's pooled vector.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
+from torch import Tensor, nn
+
+from dedistill.errors import UserError
+from dedistill.flow.timesteps import dynamic_shift
+from dedistill.models.conditioning import Text
+from dedistill.models.family import MADE, Components
+from dedistill.models.flux import loading, naming
+from dedistill.models.flux.encoders import FluxText, FluxVae
+from dedistill.models.flux.network import flux_velocity
+from dedistill.models.flux.published import shape_of
+from dedistill.models.pipeline_files import copy_files, pipeline_files
+
+PATCH = 2
+SAVED = ("model_index.json", "scheduler")
+"""What a folder of ours takes from its base beside the denoiser; the rest it points to."""
+
+
+class Flux:
+    name = "flux"
+    max_text_length = 512
+
+    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
+        """``spec`` is a recipe's [model] table: a diffusers folder, a hub id with its revision, or one BFL file.
+
+        Text encoders and VAE are found now and loaded when first used. Raises UserError when anything is missing.
+        """
+        if spec.path is None:
+            raise UserError("model.path: this family starts from trained weights: a diffusers folder, a hub id, or a file", 2)
+        place = loading.locate(spec.path, spec.revision, spec.components)
+        denoiser = loading.load_transformer(place.transformer, place.components) if net else None
+        vae = FluxVae(place.components / "vae")
+        return Components(
+            denoiser,
+            FluxText(place.components, spec.t5_mask),
+            (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
+            spec.mask,
+            vae=vae,
+            text_length=spec.text_length,
+            guidance=self._guidance(denoiser, spec.guidance) if net else None,
+            source=place,
+            facts={"base": {"path": spec.path, "revision": spec.revision}} | place.facts,
+            notes=[*_other_use(spec, place.facts), *_cannot_be_saved(place.components)],
+        )
+
+    def _guidance(self, net: nn.Module, wanted: Any) -> float | None:
+        """The value the guidance embedding is fed in training; None for a network that has none or goes past it."""
+        if not net.config.guidance_embeds:
+            if wanted is not None:
+                raise UserError("model.guidance: this network has no guidance embedding (schnell); leave the key out", 2)
+            return None
+        if wanted == "bypass":
+            net.time_text_embed.__class__ = BypassedGuidance  # same parameters and names, another forward
+            return None
+        if wanted is None:
+            raise UserError("model.guidance: this network has a guidance embedding; say what it is fed, usually 1.0", 2)
+        return float(wanted)
+
+    def full_size(self, spec: Any) -> nn.Module:
+        with torch.device("meta"):
+            if (config := Path(spec.path) / "transformer" / "config.json").exists():
+                return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(config.parent))
+            shape = shape_of(spec.path, spec.revision)
+            sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
+            return FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+        """A small pipeline folder with random weights, with the blocks and the guidance of ``spec``. For rehearsals."""
+        from dedistill.models.flux.tiny import write_tiny_flux
+
+        shape = shape_of(spec.path, spec.revision)
+        layers, single_layers = (shape.layers, shape.single_layers) if full_depth else (2, 4)
+        write_tiny_flux(folder, guidance=shape.guidance, layers=layers, single_layers=single_layers)
+
+    def save(self, parts: Components, folder: Path) -> None:
+        """The denoiser in ``folder/transformer``; encoders, VAE and scheduler stay where they are and are pointed to."""
+        parts.net.save_pretrained(folder / "transformer")
+        self.save_rest(parts, folder)
+
+    def save_rest(self, parts: Components, folder: Path) -> None:
+        kept = {key: parts.facts[key] for key in MADE if key in parts.facts}
+        text = {"mask": parts.mask, "t5_mask": parts.text.t5_mask, "text_length": parts.text_length}
+        facts = kept | {"family": self.name, "guidance": _told(parts), **text}
+        facts["components"] = str(parts.source.components.resolve())
+        copy_files(pipeline_files(parts.source.components, SAVED)[0], folder)
+        (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
+        text = {"text_length": length, "t5_mask": parts.text.t5_mask, "padding": parts.mask != "bool"}
+        return {
+            "latents": {"family": self.name, "vae": parts.vae.files()},
+            "text": {"family": self.name, "encoders": parts.text.files(), **text},
+        }
+
+    def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
+        return parts.text(captions, length, parts.device)
+
+    def encode_pictures(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
+        return parts.vae.encode(pixels, noise, parts.device)
+
+    def decode(self, parts: Components, latents: Tensor) -> Tensor:
+        return parts.vae.decode(latents, parts.device)
+
+    def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
+        step = parts.vae.scale * PATCH
+        if height % step or width % step:
+            raise UserError(f"pictures of {width} x {height} pixels: both sides must be multiples of {step}", 2)
+        return (parts.vae.channels, height // parts.vae.scale, width // parts.vae.scale)
+
+    def velocity(
+        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None
+    ) -> Tensor:
+        """``guidance`` None: the value of training."""
+        value = parts.guidance if guidance is None else guidance
+        embedding = parts.net.time_text_embed
+        if value is not None and type(embedding) is not CombinedTimestepGuidanceTextProjEmbeddings:
+            raise UserError("this network has no guidance embedding, or goes past it; leave the distilled guidance out")
+        told = None if value is None else torch.full((len(noisy),), value, device=noisy.device)
+        if type(embedding) is BypassedGuidance:
+            told = torch.zeros(len(noisy), device=noisy.device)  # diffusers wants a number; it is not looked at
+        return flux_velocity(net, embedding, noisy, sigma, text, patch=PATCH, mask=parts.mask, guidance=told)
+
+    def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
+        return _tokens(shape)
+
+    def shift(self, parts: Components, tokens: int) -> float:
+        """As the model's own scheduler says: schnell has 1, dev grows with the number of picture tokens."""
+        s = parts.source.scheduler
+        if not s.get("use_dynamic_shifting", False):
+            return float(s.get("shift", 1.0))
+        return dynamic_shift(
+            tokens,
+            s.get("base_shift", 0.5),
+            s.get("max_shift", 1.15),
+            s.get("base_image_seq_len", 256),
+            s.get("max_image_seq_len", 4096),
+        )
+
+    def blocks(self, net: nn.Module) -> list[nn.Module]:
+        return [*net.transformer_blocks, *net.single_transformer_blocks]
+
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        return naming.presets(net)
+
+
+class BypassedGuidance(CombinedTimestepGuidanceTextProjEmbeddings):
+    """Time and pooled text only, as Flex.1-alpha is trained; the guidance embedder keeps its weights and is not called."""
+
+    def forward(self, timestep: Tensor, guidance: Tensor, pooled_projection: Tensor) -> Tensor:
+        time = self.timestep_embedder(self.time_proj(timestep).to(pooled_projection.dtype))
+        return time + self.text_embedder(pooled_projection)
+
+
+def _told(parts: Components) -> str:
+    """What the guidance embedding is fed, for those who use the weights: "none" without one, "bypassed", or the value."""
+    if not parts.net.config.guidance_embeds:
+        return "none"
+    return "bypassed" if parts.guidance is None else str(parts.guidance)
+
+
+def _other_use(spec: Any, facts: dict[str, Any]) -> list[str]:
+    """Settings in which a recipe differs from what the weights were trained with: allowed, but never unnoticed."""
+    asked = {"mask": spec.mask, "t5_mask": spec.t5_mask}
+    return [
+        f"model.{key} = {value!r} here; '{spec.path}' was trained with {facts[key]!r}"
+        for key, value in asked.items()
+        if key in facts and facts[key] != value
+    ]
+
+
+def _cannot_be_saved(components: Path) -> list[str]:
+    """Why ``save_rest`` will refuse, told before a training that would end with it."""
+    try:
+        pipeline_files(components, SAVED)
+    except UserError as e:
+        return [f"no model folder can be written with this base: {e}"]
+    return []
+
+
+def _tokens(shape: tuple[int, ...]) -> int:
+    return shape[1] * shape[2] // PATCH**2

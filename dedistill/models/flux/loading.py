@@ -1,0 +1,201 @@
+"""Where a FLUX model's files are, and its denoiser read from them: safetensors only, whole or not at all."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dedistill.errors import UserError
+from dedistill.models.flux import naming
+
+HUB_FILES = [
+    *("*.json", "*/*.json", "*/*.txt", "*/*.model"),
+    *("transformer/*.safetensors", "text_encoder*/*.safetensors", "vae/*.safetensors"),
+]
+"""Not the single-file copies that such repositories keep beside the folders."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Place:
+    """transformer: folder or single file; components: folder with text encoders, tokenizers, VAE and scheduler."""
+
+    transformer: Path
+    components: Path
+    scheduler: dict = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
+    """What dedistill.json says about weights of ours, e.g. the mask they were trained with."""
+
+
+def locate(path: str, revision: str | None, components: str | None) -> Place:
+    """Find all parts of a model; downloads a hub id at its pinned revision. Raises UserError naming the missing part."""
+    here = _local(path, revision, "model.path")
+    facts = _facts(here)
+    if quantized := facts.get("quantized"):
+        raise UserError(f"model.path: '{here}' is an {quantized} export; train on the unquantized folder it was made from")
+    other = components or facts.get("components")
+    if here.is_file() and other is None:
+        raise UserError(
+            "model.components: a single file holds the denoiser alone; name the folder or hub id with text encoders and VAE", 2
+        )
+    around = here if other is None or (here / "vae").is_dir() else _local(other, revision, "model.components")
+    transformer = here if here.is_file() else here / "transformer"
+    if not transformer.exists():
+        raise UserError(f"model.path: '{here}' has no folder 'transformer': not a FLUX model in diffusers' layout")
+    scheduler = around / "scheduler" / "scheduler_config.json"
+    return Place(transformer, around, _json(scheduler) if scheduler.exists() else {}, facts)
+
+
+def _facts(here: Path) -> dict:
+    """What weights of ours say of themselves: dedistill.json of a folder, the header of a single file."""
+    if here.is_dir():
+        return _json(here / "dedistill.json") if (here / "dedistill.json").exists() else {}
+    try:
+        with safe_open(here, framework="pt") as f:
+            header = f.metadata() or {}
+        return json.loads(header.get("dedistill.facts", "{}"))
+    except (OSError, SafetensorError, ValueError) as e:
+        raise UserError(f"model.path: '{here}' cannot be read as safetensors: {e}") from e
+
+
+def _local(path: str, revision: str | None, key: str) -> Path:
+    if (here := Path(path)).exists():
+        return here
+    if not _HUB_ID.fullmatch(path):
+        raise UserError(f"{key}: '{path}' does not exist")
+    if not _COMMIT.fullmatch(revision or ""):
+        raise UserError(
+            f"{key}: '{path}' is no local folder. For a hub id pin its commit, 40 hexadecimal digits, with model.revision; "
+            "a branch or tag may change under a run",
+            2,
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as e:
+        raise UserError(f"{key}: '{path}' at revision '{revision}' cannot be fetched, and no such local folder: {e}") from e
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"model.path: '{path}' cannot be read: {e}") from e
+
+
+def load_transformer(place: Path, components: Path) -> FluxTransformer2DModel:
+    """The denoiser in its stored dtype, from diffusers' folder or from one file with diffusers' or BFL's names.
+
+    Its depth is what the files hold, whatever a config says. Raises UserError when a tensor is missing, unknown, or of
+    another shape.
+    """
+    tensors = _read(place)
+    if place.is_file():
+        return _from_file(tensors, place, components)
+    if not tensors:
+        raise UserError(f"model.path: no safetensors in '{place}'")
+    config = {k: v for k, v in _json(place / "config.json").items() if not k.startswith("_")}
+    stacks = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
+    config |= {key: _depth(tensors, stack) for key, stack in stacks.items()}
+    return build(config, tensors, str(place))
+
+
+PREFIX = "model.diffusion_model."
+"""Before every name in files that hold a whole pipeline's denoiser as ComfyUI saves it."""
+
+
+def _from_file(tensors: dict[str, Tensor], file: Path, components: Path) -> FluxTransformer2DModel:
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    bfl = any(name.startswith("double_blocks.") for name in tensors)
+    config = _config_of(tensors, _BFL_SIZES if bfl else _SIZES, str(file), components)
+    if bfl:
+        with torch.device("meta"):
+            shapes = {n: tuple(p.shape) for n, p in FluxTransformer2DModel.from_config(config).named_parameters()}
+        tensors = naming.from_bfl(tensors, shapes, str(file))
+    return build(config, tensors, str(file))
+
+
+_SIZES = {
+    "stacks": ("transformer_blocks", "single_transformer_blocks"),
+    "picture": "x_embedder.weight",
+    "text": "context_embedder.weight",
+    "pooled": "time_text_embed.text_embedder.linear_1.weight",
+    "head": "transformer_blocks.0.attn.norm_q.weight",
+    "guidance": "time_text_embed.guidance_embedder.linear_1.weight",
+}
+_BFL_SIZES = {
+    "stacks": ("double_blocks", "single_blocks"),
+    "picture": "img_in.weight",
+    "text": "txt_in.weight",
+    "pooled": "vector_in.in_layer.weight",
+    "head": "double_blocks.0.img_attn.norm.query_norm.scale",
+    "guidance": "guidance_in.in_layer.weight",
+}
+"""Which tensors tell a network's sizes, by either set of names."""
+
+
+def _config_of(tensors: dict[str, Tensor], names: dict, source: str, components: Path) -> dict:
+    """The config of a network from the shapes of its tensors; what shapes cannot tell from the folder of its components."""
+    if missing := [names[k] for k in ("picture", "text", "pooled", "head") if names[k] not in tensors]:
+        raise UserError(f"model.path: '{source}' is no FLUX denoiser: it has no tensor '{missing[0]}'")
+    hidden, channels = tensors[names["picture"]].shape
+    head = tensors[names["head"]].shape[0]
+    beside = components / "transformer" / "config.json"
+    known = _json(beside) if beside.exists() else {}
+    axes = known.get("axes_dims_rope", [16, 56, 56])
+    if sum(axes) != head:
+        raise UserError(f"model.path: '{source}' has heads of {head}; positions of {axes} do not fit them")
+    return {
+        "num_layers": _depth(tensors, names["stacks"][0]),
+        "num_single_layers": _depth(tensors, names["stacks"][1]),
+        "in_channels": channels,
+        "num_attention_heads": hidden // head,
+        "attention_head_dim": head,
+        "joint_attention_dim": tensors[names["text"]].shape[1],
+        "pooled_projection_dim": tensors[names["pooled"]].shape[1],
+        "guidance_embeds": names["guidance"] in tensors,
+        "axes_dims_rope": list(axes),
+    }
+
+
+def build(config: dict, tensors: dict[str, Tensor], source: str) -> FluxTransformer2DModel:
+    """A network whose parameters are ``tensors`` themselves: nothing is copied, and nothing may be left over."""
+    with torch.device("meta"):
+        net = FluxTransformer2DModel.from_config(config)
+    own = dict(net.named_parameters()) | dict(net.named_buffers())
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
+    for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape")):
+        if names:
+            raise UserError(f"model.path: '{source}': {len(names)} tensors are {what}, e.g. {names[0]}")
+    net.load_state_dict(tensors, assign=True)
+    return net.eval()
+
+
+def _read(place: Path) -> dict[str, Tensor]:
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    tensors = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                tensors |= {name: _aligned(f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"model.path: '{file}' cannot be read as safetensors: {e}") from e
+    return tensors
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Mapped tensors may start anywhere; some kernels crash on that."""
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+
+
+def _depth(tensors: dict[str, Tensor], stack: str) -> int:
+    return 1 + max((int(n.split(".")[1]) for n in tensors if n.startswith(f"{stack}.")), default=-1)

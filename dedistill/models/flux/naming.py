@@ -1,0 +1,197 @@
+"""FLUX's layers by name: diffusers', Black Forest Labs' own, and named sets of them.
+
+BFL fuses what diffusers keeps apart: q, k and v of a double block; q, k, v and the first MLP layer of a single block.
+Its last modulation has rows (shift, scale), diffusers' has (scale, shift). Everything else is a change of names.
+Sources: github.com/black-forest-labs/flux (src/flux/model.py), diffusers' single-file loader, which is the inverse.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dedistill.errors import UserError
+
+# --- FLUX's two sets of names ----------------------------------------------------------------------------------------
+
+
+# BFL module -> diffusers modules, in the order of its rows
+_TOP = {
+    "img_in": ("x_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "txt_in": ("context_embedder",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+_DOUBLE = {
+    "img_mod.lin": ("norm1.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+}
+_SINGLE = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+_TABLES = {"transformer_blocks": ("double_blocks", _DOUBLE), "single_transformer_blocks": ("single_blocks", _SINGLE)}
+_BFL_OF = {
+    kind: {part: (bfl, parts) for bfl, parts in table.items() for part in parts}
+    for kind, table in (("", _TOP), *((stack, table) for stack, (_, table) in _TABLES.items()))
+}
+_SWAPPED = "final_layer.adaLN_modulation.1"
+
+
+KOHYA_MODULE = "networks.lora_flux"
+"""What sd-scripts calls the code that reads its LoRA files of this network."""
+
+
+def bfl_parts(module: str) -> tuple[str, tuple[str, ...]]:
+    """The BFL module that holds diffusers' ``module``, and all diffusers modules it holds, in the order of its rows.
+
+    Raises UserError for a name that FluxTransformer2DModel does not have.
+    """
+    block = re.fullmatch(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.(.+)", module)
+    stack, number, rest = block.groups() if block else ("", "", module)
+    if rest not in _BFL_OF[stack]:
+        raise UserError(f"'{module}' is no layer of FLUX: it has no name in BFL's files")
+    bfl, parts = _BFL_OF[stack][rest]
+    if not block:
+        return bfl, parts
+    return f"{_TABLES[stack][0]}.{number}.{bfl}", tuple(f"{stack}.{number}.{part}" for part in parts)
+
+
+def bfl_name(linear: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, slice]:
+    """Where BFL keeps the weight of diffusers' ``linear``: the module's name and the rows of its weight.
+
+    shapes: name -> (out, in) of every linear. Rows of ``norm_out.linear`` are all rows, halves swapped.
+    """
+    bfl, parts = bfl_parts(linear)
+    start = sum(shapes[part][0] for part in parts[: parts.index(linear)])
+    return bfl, slice(start, start + shapes[linear][0])
+
+
+def kohya_name(bfl: str) -> str:
+    """A BFL module as kohya's sd-scripts and ComfyUI spell it in LoRA files."""
+    return "lora_unet_" + bfl.replace(".", "_")
+
+
+def is_swapped(bfl: str) -> bool:
+    """Whether the halves of this BFL module's rows stand the other way round than in diffusers."""
+    return bfl == _SWAPPED
+
+
+def swap_halves(rows: Tensor) -> Tensor:
+    """(scale, shift) <-> (shift, scale) along the first dimension; its own inverse."""
+    return torch.cat(rows.chunk(2)[::-1])
+
+
+def bfl_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """BFL tensor -> the diffusers tensors it is joined from, for all tensors of a network.
+
+    Raises UserError for an unknown name and for a fused tensor of which a part is missing.
+    """
+    names, plan = list(names), {}
+    for name in names:
+        module, _, kind = name.rpartition(".")
+        bfl, parts = bfl_parts(module)
+        # BFL calls the weight of an RMSNorm its scale
+        plan[f"{bfl}.{'scale' if bfl.endswith('_norm') else kind}"] = tuple(f"{part}.{kind}" for part in parts)
+    if missing := sorted({part for parts in plan.values() for part in parts} - set(names)):
+        raise UserError(f"{len(missing)} tensors are missing beside those they are fused with, e.g. '{missing[0]}'")
+    return plan
+
+
+def join(bfl: str, parts: list[Tensor]) -> Tensor:
+    """One BFL tensor from its diffusers parts, as ``bfl_plan`` lists them."""
+    tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return swap_halves(tensor) if is_swapped(bfl.rpartition(".")[0]) else tensor
+
+
+def to_bfl(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A whole state dict of FluxTransformer2DModel under BFL's names."""
+    return {bfl: join(bfl, [tensors[part] for part in parts]) for bfl, parts in bfl_plan(tensors).items()}
+
+
+def from_bfl(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, Tensor]:
+    """The inverse of :func:`to_bfl`: every tensor of a network with diffusers' ``shapes``, cut from BFL's.
+
+    Raises UserError, naming ``source``, unless the two sets of names agree exactly.
+    """
+    plan = bfl_plan(shapes)
+    for names, what in ((plan.keys() - tensors.keys(), "missing"), (tensors.keys() - plan.keys(), "unknown")):
+        if names:
+            raise UserError(f"model.path: '{source}': {len(names)} tensors are {what}, e.g. {min(names)}")
+    found = {}
+    for bfl, parts in plan.items():
+        tensor, sizes = tensors[bfl], [shapes[part][0] for part in parts]
+        if tensor.shape[0] != sum(sizes):
+            raise UserError(f"model.path: '{source}': '{bfl}' has {tensor.shape[0]} rows, expected {sum(sizes)}")
+        tensor = swap_halves(tensor) if is_swapped(bfl.rpartition(".")[0]) else tensor
+        found |= zip(parts, tensor.split(sizes))
+    return found
+
+
+# --- named sets of layers of any network with FLUX's blocks, whatever its depth --------------------------------------
+
+
+DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
+EDGE, FULL_DOUBLE, FULL_SINGLE = 8, 19, 38  # of FLUX.1, whose 19 double and 38 single blocks set the scale
+
+
+def presets(net: nn.Module) -> dict[str, list[str]]:
+    """Preset name -> name patterns of linears; no linear is matched by two patterns of one preset.
+
+    modulation, attention and mlp share out the linears of all blocks; blocks is all of them. edges: the blocks that
+    read the input and write the output, the first 8 of 19 double and the last 8 of 38 single blocks, in the same
+    proportion at other depths, at least one of each. libreflux: all double blocks, the last half of the single blocks
+    (rounded up) and the modulation of the others.
+    """
+    doubles, singles = len(net.transformer_blocks), len(net.single_transformer_blocks)
+    half, first, last = singles // 2, _edge(doubles, FULL_DOUBLE), _edge(singles, FULL_SINGLE)
+    double, single = f"{DOUBLE}.*", f"{SINGLE}.*"
+    return {
+        "modulation": [f"{double}.norm1.linear", f"{double}.norm1_context.linear", f"{single}.norm.linear"],
+        "attention": [
+            *(f"{double}.attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj")),
+            *(f"{double}.attn.{n}" for n in ("add_v_proj", "to_add_out")),
+            *(f"{single}.attn.{n}" for n in ("to_q", "to_k", "to_v")),
+        ],
+        "mlp": [
+            *(f"{double}.{ff}.net.{n}" for ff in ("ff", "ff_context") for n in ("0.proj", "2")),
+            f"{single}.proj_mlp",
+            f"{single}.proj_out",
+        ],
+        "blocks": [f"{double}.**", f"{single}.**"],
+        "edges": [
+            *(f"{DOUBLE}.{i}.**" for i in range(first)),
+            *(f"{SINGLE}.{i}.**" for i in range(singles - last, singles)),
+        ],
+        "libreflux": [
+            f"{double}.**",
+            *(f"{SINGLE}.{i}.norm.linear" for i in range(half)),
+            *(f"{SINGLE}.{i}.**" for i in range(half, singles)),
+        ],
+    }
+
+
+def _edge(count: int, full: int) -> int:
+    return min(count, max(1, round(count * EDGE / full)))

@@ -1,0 +1,209 @@
+"""A pipeline for those who use the result in diffusers: both branches of the guidance with their own text and mask."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline, ImagePipelineOutput
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
+from diffusers.utils import logging
+from torch import Tensor
+
+from dedistill.errors import UserError
+from dedistill.flow.guidance import classifier_free, needs_unconditional
+from dedistill.flow.timesteps import dynamic_shift
+from dedistill.models.conditioning import Text
+from dedistill.models.flux.encoders import encode
+from dedistill.models.flux.family import BypassedGuidance
+from dedistill.models.flux.network import MASKING_BACKENDS, MASKS, flux_velocity
+from dedistill.models.pretrained import check_folder
+
+GUIDANCE = 3.5
+"""dev's own default, for models that do not say what they were trained with."""
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TextUse:
+    """How a model was taught to read its text; what a model folder's ``dedistill.json`` may say."""
+
+    mask: str = "bool"
+    t5_mask: bool = True
+    text_length: int = 512
+
+    def __post_init__(self):
+        if self.mask not in MASKS:
+            raise UserError(f"mask = {self.mask!r}: one of {', '.join(MASKS)} is needed", exit_code=2)
+        if type(self.t5_mask) is not bool:
+            raise UserError(f"t5_mask = {self.t5_mask!r}: True or False is needed", exit_code=2)
+        if type(self.text_length) is not int or not 1 <= self.text_length <= 512:
+            raise UserError(f"text_length = {self.text_length!r}: 1 to 512 tokens are possible", exit_code=2)
+
+
+class MaskedFluxPipeline(FluxPipeline):
+    """Diffusers' FluxPipeline with masked text and classifier-free guidance between texts of different lengths.
+
+    ``MaskedFluxPipeline.from_pretrained(folder)`` loads any FLUX.1 folder; ``MaskedFluxPipeline(**pipe.components)`` turns
+    a loaded FluxPipeline into one. What it saves is a plain FluxPipeline folder.
+    """
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, **kwargs: Any) -> "MaskedFluxPipeline":
+        if "transformer" not in kwargs and _folder_facts(str(Path(folder) / "transformer")).get("quantized"):
+            raise UserError(
+                f"'{folder}' is an int8 export, whose codes are no weights: add "
+                "transformer=dedistill.release.export.load_int8(folder)"
+            )
+        for part in sorted(p for p in Path(folder).glob("*") if p.is_dir()):
+            check_folder(part, "MaskedFluxPipeline")
+        return super().from_pretrained(folder, **{"use_safetensors": True} | kwargs, trust_remote_code=False)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] = "",
+        *,
+        true_cfg_scale: float = 1.0,
+        skip_cfg_steps: int = 0,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        sigmas: list[float] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        mask: str | None = None,
+        t5_mask: bool | None = None,
+        max_sequence_length: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw pictures; prompts of a list may differ in length.
+
+        negative_prompt: what guidance leads away from, one for all or one for each. true_cfg_scale: guidance between the
+        two; 1 runs the prompt alone, and so do the first ``skip_cfg_steps`` steps. guidance_scale: the distilled
+        guidance, for models that have its embedding; others ignore it. By default what ``dedistill.json`` says of the
+        training (passed by, where it was passed by), else 3.5.
+        mask: "bool" hides padding from the transformer, "none" shows it, as plain FLUX.1 was trained, "libreflux" adds 1
+        to the attention scores of the rest, as LibreFLUX was trained. t5_mask: whether T5 ignores padding too.
+        max_sequence_length: T5 tokens. These three default to the model folder's ``dedistill.json``, else to "bool",
+        True and 512. The other arguments are those of FluxPipeline.
+        Raises UserError for settings outside these, and where the attention backend in use cannot hide padding.
+        """
+        use = self._text_use({"mask": mask, "t5_mask": t5_mask, "text_length": max_sequence_length})
+        height = height or self.default_sample_size * self.vae_scale_factor
+        width = width or self.default_sample_size * self.vae_scale_factor
+        self.check_inputs(prompt, None, height, width)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        positive, negative = self._encode(prompts, num_images_per_prompt, use), None
+        if needs_unconditional(true_cfg_scale, skip_cfg_steps, skip_cfg_steps):
+            negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+            if len(negatives) != len(prompts):
+                raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
+            negative = self._encode(negatives, num_images_per_prompt, use)
+        self._check_backends([text for text in (positive, negative) if text is not None], use.mask)
+
+        device, channels = self._execution_device, self.transformer.config.in_channels // 4
+        dtype = positive.embeds.dtype
+        packed, _ = self.prepare_latents(len(positive), channels, height, width, dtype, device, generator, latents)
+        noisy = self._unpack_latents(packed, height, width, self.vae_scale_factor)
+        timesteps = self._timesteps(num_inference_steps, sigmas, packed.shape[1])
+        guidance_scale = self._distilled(guidance_scale)
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
+
+        def velocity(text: Text, t: Tensor) -> Tensor:
+            sigma = (t.float() / 1000).expand(len(noisy))
+            guidance = torch.full_like(sigma, guidance_scale) if self.transformer.config.guidance_embeds else None
+            net = self.transformer
+            return flux_velocity(net, net.time_text_embed, noisy, sigma, text, patch=2, mask=use.mask, guidance=guidance)
+
+        with self.progress_bar(total=len(timesteps)) as progress:
+            for i, t in enumerate(timesteps):
+                out = velocity(positive, t)
+                if needs_unconditional(true_cfg_scale, i, skip_cfg_steps):
+                    out = classifier_free(out, velocity(negative, t), true_cfg_scale)
+                noisy = self.scheduler.step(out, t, noisy, return_dict=False)[0]
+                progress.update()
+        images = self._pictures(noisy, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        # under this class's name, programs without this package could not load the folder
+        FluxPipeline(**self.components).save_pretrained(*args, **kwargs)
+
+    def _text_use(self, asked: dict[str, Any]) -> TextUse:
+        own = {name: value for name, value in asked.items() if value is not None}
+        facts = _folder_facts(self.transformer.config.get("_name_or_path"))
+        return TextUse(**({name: facts[name] for name in asked if name in facts} | own))
+
+    def _distilled(self, asked: float | None) -> float:
+        """What the guidance embedding is fed; lets it be passed by where the model was trained so and nothing is asked."""
+        if not self.transformer.config.guidance_embeds:
+            return 0.0 if asked is None else asked
+        trained = _folder_facts(self.transformer.config.get("_name_or_path")).get("guidance", "unknown")
+        passed = asked is None and trained == "bypassed"
+        embedding = BypassedGuidance if passed else CombinedTimestepGuidanceTextProjEmbeddings
+        self.transformer.time_text_embed.__class__ = embedding
+        if asked is not None or passed:
+            return asked or 0.0
+        return float(trained) if trained.replace(".", "", 1).isdigit() else GUIDANCE
+
+    def _encode(self, prompts: list[str], copies: int, use: TextUse) -> Text:
+        """Every prompt ``copies`` times in a row, padded to ``use.text_length`` tokens."""
+        for prompt, ids in zip(prompts, self.tokenizer_2(prompts).input_ids):
+            if len(ids) > use.text_length:
+                logger.warning(f"only {use.text_length} of {len(ids)} tokens are used of the prompt '{prompt[:60]}...'")
+        encoders = self.tokenizer, self.tokenizer_2, self.text_encoder, self.text_encoder_2
+        text = encode(*encoders, prompts, use.text_length, t5_mask=use.t5_mask, device=self._execution_device)
+        dtype = self.transformer.dtype
+        text = Text(text.embeds.to(dtype), text.mask, text.pooled.to(dtype))
+        return text.rows(torch.arange(len(prompts)).repeat_interleave(copies))
+
+    def _check_backends(self, texts: list[Text], mask: str) -> None:
+        """Refuse a backend set for single layers; the one set for the whole process is checked where masks are made."""
+        texts = [text.trimmed() if mask == "bool" else text for text in texts]
+        if mask == "none" or all(bool(text.mask.all()) for text in texts):
+            return
+        for name, processor in self.transformer.attn_processors.items():
+            backend = getattr(processor, "_attention_backend", None)
+            if backend and AttentionBackendName(backend) not in MASKING_BACKENDS:
+                raise UserError(
+                    f"attention backend '{AttentionBackendName(backend).value}' (of {name}) would not hide the padding of text "
+                    "of mixed lengths; call pipe.transformer.set_attention_backend('native'), or draw prompts one by one"
+                )
+
+    def _timesteps(self, steps: int, sigmas: list[float] | None, tokens: int) -> Tensor:
+        names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+        mu = math.log(dynamic_shift(tokens, *(self.scheduler.config[name] for name in names)))
+        sigmas = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
+        self.scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=self._execution_device)
+        self.scheduler.set_begin_index(0)
+        return self.scheduler.timesteps
+
+    def _pictures(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return self._pack_latents(latents, *latents.shape)
+        config = self.vae.config
+        latents = (latents / config.scaling_factor + config.shift_factor).to(self.vae.dtype)
+        decoded = self.vae.decode(latents, return_dict=False)[0]
+        return self.image_processor.postprocess(decoded, output_type=output_type)
+
+
+def _folder_facts(transformer: str | None) -> dict[str, Any]:
+    """What the model folder around the transformer's folder says of its use; empty where it says nothing."""
+    file = Path(transformer or "").parent / "dedistill.json"
+    if not transformer or not file.is_file():
+        return {}
+    try:
+        facts = json.loads(file.read_text())
+        return dict(facts)
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"'{file}' cannot be read: {e}") from e

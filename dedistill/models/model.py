@@ -1,0 +1,187 @@
+"""From a recipe to a model that can be called: family, frozen base, adapter, in that order."""
+
+import os
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dedistill.adapters.attach import Adapter, compare_tensors, dense_shapes, detached
+from dedistill.adapters.delta import check_started, initialise
+from dedistill.adapters.files import read_tensors
+from dedistill.adapters.targets import Resolved, resolve_targets
+from dedistill.errors import UserError
+from dedistill.models.conditioning import Text, stack
+from dedistill.models.family import Components, Family
+from dedistill.models.pipeline_files import public_name
+from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
+from dedistill.models.registry import get_family, text_length
+from dedistill.recipe import Recipe
+
+CHUNK = 256
+
+
+@dataclass
+class Model:
+    """What is trained and what is called are one module, ``root``: the adapter, or the whole network without one."""
+
+    family: Family
+    parts: Components
+    root: nn.Module
+    text_length: int
+    bf16: bool = False
+    negative: str = ""
+    """Prompt of the unconditional branch when pictures are made."""
+    guidance: float | None = None
+    """Fed to a distilled guidance embedding when pictures are made; None: as in training."""
+    grid_shift: float = 1.0
+    """Shift of the solver's sigmas when pictures are made: the recipe's timesteps.shift in numbers."""
+    chunk: int = CHUNK
+    """Samples per forward pass when nothing is trained."""
+    adapter: Adapter | None = None
+    targets: list[Resolved] = field(default_factory=list)
+    known: dict[str, Text] = field(default_factory=dict)
+    """Captions that are encoded already, each as long as it is real; they never reach an encoder."""
+    facts: dict = field(default_factory=dict)
+    """What was really done: quantized layers, matched layers, sizes of the start. Recorded in the run directory."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The trained parameters under the names that files use."""
+        return self.adapter.trainable() if self.adapter else dict(self.parts.net.named_parameters())
+
+    def modules(self) -> list[list[str]]:
+        """Names of the trained parameters that work only together: those of each adapted layer; all, without an adapter."""
+        names = {id(parameter): name for name, parameter in self.trainable().items()}
+        if self.adapter is None:
+            return [list(names.values())]
+        return [[names[id(p)] for p in module.parameters()] for module in self.adapter.by_target.values()]
+
+    def tensors(self, *, copy: bool = True) -> dict[str, Tensor]:
+        """What a snapshot holds: private copies on the CPU, or as it stands."""
+        return self.adapter.tensors(copy=copy) if self.adapter else detached(self.trainable(), copy=copy)
+
+    def load_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Copy a snapshot in, all of it or nothing."""
+        if self.adapter:
+            return self.adapter.load_tensors(tensors, source)
+        own = self.trainable()
+        if problems := compare_tensors(own, tensors):
+            raise UserError(f"'{source}' does not fit this recipe's network: {problems}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    def load_file(self, path: Path, recipe: Recipe) -> None:
+        """Copy the weights of a snapshot in, trained as ``recipe`` says."""
+        tensors, header = read_tensors(path)
+        check_origin(header, recipe, path)
+        self.load_tensors(tensors, str(path))
+
+    def encode(self, captions: list[str], length: int | None = None) -> Text:
+        """One batch of encoded captions on the model's device; ``known`` ones are the very tensors of the cache."""
+        if captions and all(c in self.known for c in captions):
+            return stack([self.known[c] for c in captions]).to(self.device)
+        return self.family.encode_text(self.parts, captions, length or self.text_length).to(self.device)
+
+    def remember(self, captions: list[str]) -> None:
+        """Encode captions once and for all, and free the encoders: ``encode`` gives these tensors from now on."""
+        if new := [c for c in dict.fromkeys(captions) if c not in self.known]:
+            text = self.family.encode_text(self.parts, new, self.text_length).to("cpu")
+            self.known |= {c: text.rows(slice(i, i + 1)) for i, c in enumerate(new)}
+        self.parts.text.unload()
+
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None) -> Tensor:
+        """noise - data as the model predicts it, float32; the same arithmetic in training, validation and sampling."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.family.velocity(self.parts, self.root, noisy, sigma, text, guidance).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [B, C, H, W] on the CPU, about [-1, 1]."""
+        return self.family.decode(self.parts, latents).float().cpu()
+
+    def shift(self, shape: tuple[int, ...]) -> float:
+        """Resolution-dependent shift of sigma for samples of ``shape``."""
+        return self.family.shift(self.parts, self.family.tokens(self.parts, shape))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parts.net.parameters()).device
+
+
+def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
+    """Refuse adapter weights that were trained on another base, or in another form, than ``recipe`` says.
+
+    header: that of the file at ``path``. A base that is no longer where it was may have been moved: then only names of
+    tensors are compared. A released file tells no more of a local base than its name, which has to be the same.
+    """
+    made = tomllib.loads(header.get("dedistill.recipe", ""))
+    if not made or recipe.adapter is None:
+        return
+    kind, table, here = made.get("adapter", {}).get("kind"), made.get("model", {}), recipe.model.path
+    base = table.get("path")
+    if kind != recipe.adapter.kind:
+        raise UserError(f"'{path}' is a {kind}, the recipe's adapter a {recipe.adapter.kind}: use the file's own recipe")
+    if base is None or here is None:
+        return
+    other = f"'{path}' was trained on '{base}', the recipe's model.path is '{here}': use the file's own recipe"
+    if "out" not in made.get("run", {}) and not table.get("revision"):  # a release, which names a local base but not its place
+        if base != public_name(here, recipe.model.revision):
+            raise UserError(f"{other}; if it is the same model under another name, give its folder the name '{base}'")
+        return
+    moved = Path(base).exists() != Path(here).exists()
+    if not moved and Path(base).resolve() != Path(here).resolve():
+        raise UserError(other)
+
+
+def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
+    """Load, freeze, quantize and adapt as ``recipe`` says; every effect is checked and recorded in ``facts``."""
+    family = get_family(recipe.model.family, recipe.where("model.family"))
+    parts = family.load(recipe.model, seed=recipe.run.seed)
+    parts.device = device
+    if recipe.sample.height:
+        parts.picture = family.latent_shape(parts, recipe.sample.height, recipe.sample.width)
+    length = text_length(family, recipe.model.text_length, recipe.where("model.text_length"))
+    facts = {"network_parameters": sum(p.numel() for p in parts.net.parameters()), "picture": list(parts.picture)}
+    if recipe.adapter is None:
+        cast_float(parts.net, torch.float32)
+        model = Model(family, parts, parts.net.to(device), length, facts=facts)
+    else:
+        model = _adapt(recipe, family, parts, facts, device, length)
+    model.root.to(device)
+    model.negative, model.guidance = recipe.sample.negative, recipe.sample.guidance
+    model.bf16 = recipe.train.precision == "bf16"
+    model.grid_shift = recipe.timesteps.resolved_shift(model.shift(parts.picture))
+    model.chunk = recipe.train.micro_batch or CHUNK
+    if recipe.train.gradient_checkpointing:
+        parts.net.enable_gradient_checkpointing()
+    facts |= {"text_length": length, "mask": parts.mask, "guidance": parts.guidance}
+    facts["gradient_checkpointing"] = bool(getattr(parts.net, "is_gradient_checkpointing", False))
+    facts["trained_parameters"] = sum(p.numel() for p in model.trainable().values())
+    facts["storage_bytes"] = storage_bytes(parts.net)
+    return model
+
+
+def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict, device: torch.device | str, length: int) -> Model:
+    net, table = parts.net, recipe.adapter
+    cast_float(net, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    shapes = dense_shapes(net, linear_names(net))
+    quantized = prepare_base(net, recipe.base.quant, recipe.base.exclude, device, recipe.where)
+    facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
+    targets = resolve_targets(table, shapes, family.presets(net), recipe.where)
+    adapter = Adapter(net, table.kind, targets).to(next(net.parameters()).device)
+    weight = _weight_reader(net)
+    for name, module in adapter.by_target.items():
+        initialise(module, name, lambda n=name: weight(n), init=table.init, scale=table.init_scale, seed=recipe.run.seed)
+    if recipe.train.optimizer == "adamw_bf16":
+        for parameter in adapter.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    facts["lycoris_backend"] = os.environ["LYCORIS_KERNEL_BACKEND"]
+    facts["init"] = check_started(adapter.by_target, weight, init=table.init, scale=table.init_scale)
+    return Model(family, parts, adapter, length, adapter=adapter, targets=targets, facts=facts)
+
+
+def _weight_reader(net: nn.Module) -> Callable[[str], Tensor]:
+    return lambda name: dense_weight(net.get_submodule(name))

@@ -1,0 +1,130 @@
+"""FLUX in pixel space: diffusers' FluxTransformer2DModel on small pictures, with a frozen word-level text encoder."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from dedistill.errors import UserError
+from dedistill.flow.timesteps import dynamic_shift
+from dedistill.models.conditioning import Text
+from dedistill.models.family import MADE, Components
+from dedistill.models.flux import naming
+from dedistill.models.flux.network import flux_velocity
+from dedistill.models.pretrained import load_whole
+from dedistill.models.words import WordEncoder
+
+
+class PixelFlux:
+    name = "pixel_flux"
+    max_text_length = 512
+
+    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
+        """``spec`` is a recipe's [model] table. Raises UserError when the folder is not a model of this family."""
+        for key, plain in (("revision", None), ("components", None), ("guidance", None), ("t5_mask", True)):
+            if getattr(spec, key) != plain:
+                raise UserError(f"model.{key}: has no effect on {self.name}; leave it out", 2)
+        if spec.path is not None:
+            return self._from_folder(Path(spec.path), spec.mask)
+        return self.build(spec.new, mask=spec.mask, seed=seed)
+
+    def build(self, new: Any, *, mask: str = "bool", seed: int = 0) -> Components:
+        """A network with random weights that depend on ``seed`` alone; the global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = FluxTransformer2DModel(
+                patch_size=1,
+                in_channels=new.channels * new.patch**2,
+                num_layers=new.layers,
+                num_single_layers=new.single_layers,
+                attention_head_dim=new.head_dim,
+                num_attention_heads=new.heads,
+                joint_attention_dim=new.text_dim,
+                pooled_projection_dim=new.pooled_dim,
+                guidance_embeds=False,
+                axes_dims_rope=tuple(new.rope_axes),
+            )
+        picture = (new.channels, new.height, new.width)
+        return Components(net, WordEncoder(new.text_dim, new.pooled_dim), picture, mask)
+
+    def tiny(self, seed: int, shape: tuple[int, int, int] = (1, 8, 16)) -> Components:
+        picture = {"channels": shape[0], "height": shape[1], "width": shape[2], "patch": shape[1] // 2}
+        sizes = {"layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
+        return self.build(SimpleNamespace(**picture, **sizes, text_dim=16, pooled_dim=16), seed=seed)
+
+    def full_size(self, spec: Any) -> nn.Module:
+        with torch.device("meta"):
+            if spec.new is not None:
+                return self.build(spec.new).net
+            place = Path(spec.path) / "transformer"
+            if not place.exists():  # an earlier stage will make it
+                return self.tiny(0).net
+            return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(place))
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+        self.save(self.tiny(0, picture or (1, 8, 16)), folder)
+
+    def save(self, parts: Components, folder: Path) -> None:
+        parts.net.save_pretrained(folder / "transformer")
+        self.save_rest(parts, folder)
+
+    def save_rest(self, parts: Components, folder: Path) -> None:
+        made = {key: parts.facts[key] for key in MADE if key in parts.facts}
+        facts = made | {"family": self.name, "picture": parts.picture, "mask": parts.mask, "text": parts.text.config()}
+        (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    def _from_folder(self, folder: Path, mask: str) -> Components:
+        try:
+            facts = json.loads((folder / "dedistill.json").read_text())
+            family, picture, text = facts["family"], tuple(facts["picture"]), WordEncoder(**facts["text"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"model.path: no {self.name} model in '{folder}' (train it first): {e}") from e
+        if family != self.name:
+            raise UserError(f"model.path: '{folder}' holds a {family} model, not {self.name}")
+        net = load_whole(FluxTransformer2DModel, folder / "transformer", "model.path")
+        made = {key: facts[key] for key in MADE if key in facts}
+        made = {"base": {"path": str(folder), "revision": None}} | made
+        return Components(net, text, picture, mask, facts=made)
+
+    def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
+        return parts.text(captions, length)
+
+    def velocity(
+        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None
+    ) -> Tensor:
+        if guidance is not None:
+            raise UserError(f"{self.name} has no guidance embedding; leave guidance out")
+        patch = _patch(noisy.shape[1], parts.net)
+        return flux_velocity(net, parts.net.time_text_embed, noisy, sigma, text, patch=patch, mask=parts.mask)
+
+    def decode(self, parts: Components, latents: Tensor) -> Tensor:
+        return latents
+
+    def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
+        if (height, width) != parts.picture[1:]:
+            raise UserError(f"this network makes pictures of {parts.picture[2]} x {parts.picture[1]} pixels only", 2)
+        return parts.picture
+
+    def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
+        return _tokens(shape, parts.net)
+
+    def shift(self, parts: Components, tokens: int) -> float:
+        return dynamic_shift(tokens)
+
+    def blocks(self, net: nn.Module) -> list[nn.Module]:
+        return [*net.transformer_blocks, *net.single_transformer_blocks]
+
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        return naming.presets(net)
+
+
+def _patch(channels: int, net: nn.Module) -> int:
+    return round((net.config.in_channels / channels) ** 0.5)
+
+
+def _tokens(picture: tuple[int, int, int], net: nn.Module) -> int:
+    return picture[1] * picture[2] // _patch(picture[0], net) ** 2

@@ -1,0 +1,1 @@
+"""What one sample's loss is."""

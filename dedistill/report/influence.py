@@ -1,0 +1,54 @@
+"""What a measurement of layer influence leaves behind: numbers, a heat map, and a recipe with sizes to match."""
+
+import json
+import os
+from pathlib import Path
+
+from dedistill.evaluation.influence import STREAMS, Influence, recipe_fragment
+from dedistill.recipe.shipped import PREFIX
+from dedistill.report.pages import figure, render
+
+
+def write_influence(out: Path, found: Influence, factors: dict[str, int], used: int, budget: int, recipe: str) -> Path:
+    """Write ``influence.json``, ``influence.toml`` and ``index.html`` into ``out``; returns the page's path.
+
+    factors: block -> LoKr factor, ``used`` trained numbers within ``budget``; recipe: the one that was measured, a file or
+    dedistill:NAME, which influence.toml extends.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    influence = found.per_block()
+    numbers = {
+        "prompts": found.prompts,
+        "sigmas": found.sigmas,
+        "budget": budget,
+        "parameters": used,
+        "blocks": [
+            {"name": name, "influence": influence[name], "factor": factors[name], **dict(zip(STREAMS, rows.tolist()))}
+            for name, rows in zip(found.blocks, found.distance)
+        ],
+    }
+    (out / "influence.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    note = f"LoKr factors by layer influence: {used:,} trained numbers of {budget:,} allowed. Extend this file in a recipe."
+    extends = recipe if recipe.startswith(PREFIX) else Path(os.path.relpath(recipe, out)).as_posix()
+    (out / "influence.toml").write_text(recipe_fragment(factors, extends, note), encoding="utf-8")
+    page = out / "index.html"
+    page.write_text(render("influence.html.j2", **_values(numbers, found, recipe)), encoding="utf-8")
+    return page
+
+
+def _values(numbers: dict, found: Influence, recipe: str) -> dict:
+    means = found.distance.mean(2)
+    curves = {stream: [(i, float(means[i, s])) for i in range(len(means))] for s, stream in enumerate(STREAMS)}
+    return {
+        "title": f"Layer influence: {Path(recipe).stem}",
+        "numbers": numbers,
+        "streams": STREAMS,
+        "most": float(found.distance.max()) or 1.0,
+        "plot": figure(
+            curves,
+            title="Influence by block",
+            xlabel="block",
+            ylabel="angular distance",
+            help="Mean over noise levels; blocks in the order of the network.",
+        ),
+    }

@@ -1,0 +1,175 @@
+"""The page of a selection: the rule, every cell with its intervals and verdict, and what more of one number costs in others."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dedistill.io.atomic import replace_json
+from dedistill.report.pages import decimals, field, figure, render
+from dedistill.report.plots import tick_label
+
+UNJUDGED = "Prompt adherence was not judged, so no cell is chosen: look at the pictures of those that are not refused."
+
+
+def write_selection_page(folder: Path, found: dict, title: str) -> Path:
+    """Write ``selection.json`` and ``index.html`` into ``folder`` and return the page's path.
+
+    found: what ``dedistill.evaluation.selection.select`` returns.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_json(folder / "selection.json", found)
+    page = folder / "index.html"
+    html = render(
+        "selection.html.j2",
+        title=title,
+        rule=rule(found),
+        chosen=None if found["chosen"] is None else chosen_words(found),
+        unjudged=UNJUDGED,
+        price=_price(found),
+        prompts=found["prompts"],
+        plots=_plots(found),
+        table=_table(found),
+    )
+    page.write_text(html, encoding="utf-8")
+    return page
+
+
+def rule(found: dict) -> list[str]:
+    """How was selected: who is refused, and who of the others is chosen; a sentence each."""
+    numbers = {n["key"]: n for n in found["numbers"]}
+    limits = [f"{n['tolerance']:g} {n['label']}" for n in numbers.values() if "tolerance" in n]
+    lines = []
+    if limits:
+        lines = [
+            f"Refused is a cell that, prompt by prompt, may be worse by more than {', '.join(limits[:-1])}"
+            f"{' or ' if limits[:-1] else ''}{limits[-1]} than the same weights in their cell nearest CFG 1, in the most steps."
+        ]
+    if found["by"] is None:
+        return lines
+    chief = numbers[found["by"]]
+    end = "highest" if chief["better"] == "high" else "lowest"
+    unjudged = "" if chief.get("adherence") else " Prompt adherence was not judged."
+    return [*lines, f"Of the others the one of {end} {chief['label']} is chosen.{unjudged}"]
+
+
+def chosen_words(found: dict) -> str:
+    """The chosen cell, its number with its interval, and how many cells it cannot be told from."""
+    cell, key = found["cells"][found["chosen"]], found["by"]
+    label = next(n["label"] for n in found["numbers"] if n["key"] == key)
+    others = sum(bool(c.get("may_be_best")) for c in found["cells"]) - bool(cell.get("may_be_best"))
+    told = (
+        f"{others} other cell{' is' if others == 1 else 's are'} possibly the best as well" if others else "no other may be it"
+    )
+    cheapest = min((c for c in found["cells"] if c.get("may_be_best")), key=lambda c: c["passes"])
+    cheaper = f"; the cheapest of them is {place_words(cheapest)}" if cheapest["passes"] < cell["passes"] else ""
+    return f"{place_words(cell)}: {label} {number_words(cell, key)}; {told}{cheaper}"
+
+
+def place_words(cell: dict) -> str:
+    skip = f", the first {cell['skip']} without CFG" if cell["skip"] else ""
+    return f"{cell['candidate']} at CFG {tick_label(cell['cfg'])} in {cell['steps']} steps{skip}"
+
+
+def number_words(cell: dict, key: str) -> str:
+    """Value (low to high)."""
+    value = cell["numbers"][key]
+    places = decimals([value["high"]])
+    return f"{value['value']:.{places}f} ({value['low']:.{places}f} to {value['high']:.{places}f})"
+
+
+def verdict(found: dict, i: int) -> str:
+    """What became of cell ``i``, in words."""
+    cell, labels = found["cells"][i], {n["key"]: n["label"] for n in found["numbers"]}
+    if cell["refused"]:
+        return "refused: " + ", ".join(labels[key] for key in cell["refused"])
+    if i == found["chosen"]:
+        return "chosen"
+    if "may_be_best" not in cell:
+        return "not refused"
+    return "possibly the best" if cell["may_be_best"] else "not the best"
+
+
+def _price(found: dict) -> dict | None:
+    """The chosen cell's numbers beside those of the cell it is held against; None without a choice."""
+    if found["chosen"] is None:
+        return None
+    cell = found["cells"][found["chosen"]]
+    against = found["cells"][cell["against"]]
+    pair = [cell] if cell is against else [cell, against]
+    rows = [
+        {
+            "label": n["label"],
+            "texts": [number_words(own, n["key"]) for own in pair],
+            "limit": f"{n['tolerance']:g}" if "tolerance" in n else "–",
+        }
+        for n in found["numbers"]
+        if n["better"]
+    ]
+    return {"places": [place_words(own) for own in pair], "rows": rows}
+
+
+def _plots(found: dict) -> list[dict]:
+    """Every number over CFG; then the chosen one over each that has a limit, which is the price of it."""
+    numbers = {n["key"]: n for n in found["numbers"]}
+    wanted = [n for n in numbers.values() if n["better"]]
+    plots = [
+        figure(
+            _series(found, lambda cell: cell["cfg"], n["key"]),
+            title=n["label"],
+            xlabel="CFG scale",
+            ylabel=_direction(n),
+            help=n["help"],
+        )
+        for n in wanted
+    ]
+    if (chief := numbers.get(found["by"])) is None:
+        return plots
+    for n in wanted:
+        if "tolerance" in n and n is not chief:
+            across = _series(found, lambda cell, key=n["key"]: round(cell["numbers"][key]["value"], 3), chief["key"])
+            title = f"{chief['label']} against {n['label']}"
+            plots.append(
+                figure(
+                    across, title=title, xlabel=n["label"], ylabel=chief["label"], round_x=True, help="Every cell is a point."
+                )
+            )
+    return plots
+
+
+def _direction(number: dict) -> str:
+    return "higher is better →" if number["better"] == "high" else "← lower is better"
+
+
+def _series(found: dict, x: Callable[[dict], float], key: str) -> dict[str, list[tuple[float, ...]]]:
+    """Per candidate, and per skip and steps where there are several, points with their intervals."""
+    several = {k: len({cell[k] for cell in found["cells"]}) > 1 for k in ("skip", "steps")}
+    series = {}
+    for cell in found["cells"]:
+        name = cell["candidate"] + "".join(f", {k} {cell[k]}" for k in several if several[k])
+        value = cell["numbers"][key]
+        series.setdefault(name, []).append((x(cell), value["value"], value["low"], value["high"]))
+    return series
+
+
+def _table(found: dict) -> dict:
+    """All cells as a sortable table: place, cost, verdict, difference to the best of the others, numbers."""
+    cells, numbers = found["cells"], [n for n in found["numbers"] if n["better"]]
+    heads = [("candidate", False), ("CFG", True), ("skip", True), ("steps", True), ("passes", True), ("verdict", False)]
+    helps = {"passes": "Calls of the network for one picture.", "skip": "First steps without CFG."}
+    columns = [[field(cell[key], tick_label) for cell in cells] for key in ("candidate", "cfg", "skip", "steps", "passes")]
+    columns.append([field(verdict(found, i)) for i in range(len(cells))])
+    if found["by"]:
+        for label, part in (("ahead of the others", "difference"), ("from", "difference_low"), ("to", "difference_high")):
+            heads.append((label, True))
+            columns.append(_column([cell.get(part) for cell in cells]))
+    for n in numbers:
+        for label, part in ((n["label"], "value"), ("from", "low"), ("to", "high")):
+            heads.append((label, True))
+            columns.append(_column([cell["numbers"][n["key"]][part] for cell in cells]))
+    heads = [{"label": label, "numeric": numeric, "help": helps.get(label, "")} for label, numeric in heads]
+    return {"heads": heads, "rows": list(zip(*columns))}
+
+
+def _column(values: list[float | None]) -> list[dict]:
+    places = decimals(values)
+    return [field(value, lambda v: f"{v:z.{places}f}") for value in values]

@@ -1,0 +1,243 @@
+"""The run directory: one run, one recipe, one process at a time, and the bytes that it was made from."""
+
+import fcntl
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from dedistill.data.encode import data_files
+from dedistill.errors import UserError
+from dedistill.io import ownership
+from dedistill.io.atomic import make_folder, read_sealed, replace_file, sealed
+from dedistill.io.hashing import Hashed, Stamp, hash_file
+from dedistill.recipe import RESOLVED, Recipe, to_toml
+from dedistill.recipe.resolve import as_it_was_meant
+from dedistill.runs.checkpoint import sweep_temporaries
+from dedistill.runs.model import MARK
+from dedistill.runs.requests import request_files
+
+# --- what a run was made from ----------------------------------------------------------------------------------------
+
+
+_MODEL_FILES = ("*.safetensors", "config.json", "dedistill.json")
+
+
+def model_files(path: Path) -> list[Path]:
+    """The files that say what the model in folder ``path`` computes, sorted; ``path`` itself when it is a file."""
+    if path.is_file():
+        return [path]
+    return sorted(found for pattern in _MODEL_FILES for found in path.rglob(pattern))
+
+
+def input_files(recipe: Recipe) -> dict[str, list[Path]]:
+    """Recipe key -> files that training reads because of it."""
+    m = recipe.model  # a hub id has no files here; its commit stands in the recipe
+    places = {"model.path": m.path, "model.components": m.components}
+    files = {key: model_files(Path(place)) for key, place in places.items() if place is not None}
+    files["data.path"] = data_files(recipe.data)
+    return {key: found for key, found in files.items() if found}
+
+
+def fingerprint(files: list[Path], known: dict | None) -> dict:
+    """{"sha256", "files": {path: its stamp and "sha256"}}; a file is read only if its stamp is another one than in ``known``.
+
+    A large base is so hashed once per run, not at every start.
+    """
+    before, found = (known or {}).get("files", {}), {}
+    for path in files:
+        hashed = hash_file(path, _read_entry(before.get(str(path), {})))
+        found[str(path)] = {**hashed.stamp._asdict(), "sha256": hashed.sha256}
+    digest = hashlib.sha256("".join(f"{path}\0{entry['sha256']}\n" for path, entry in found.items()).encode())
+    return {"sha256": digest.hexdigest(), "files": found}
+
+
+def _read_entry(entry: dict) -> Hashed | None:
+    """None for one of an earlier version, which kept size and mtime only: the file is read once more."""
+    whole = entry.keys() == {*Stamp._fields, "sha256"}
+    return Hashed(Stamp(*(entry[key] for key in Stamp._fields)), entry["sha256"]) if whole else None
+
+
+def changed_files(before: dict, now: dict) -> list[str]:
+    """Paths whose bytes differ between two fingerprints, or that only one of them has."""
+    old, new = ({path: entry["sha256"] for path, entry in f["files"].items()} for f in (before, now))
+    return sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
+
+
+# --- the run directory -----------------------------------------------------------------------------------------------
+
+
+FREE_TO_CHANGE = (
+    *("run.name", "run.out", "run.resume", "run.stuck_after", "checkpoint.", "snapshot.every", "validate.", "meters.", "log."),
+    *("sample.", "preview.", "data.cache", "train.micro_batch", "train.gradient_checkpointing"),
+)
+"""Keys and tables that alter what is written, or how much memory a step takes, but not what is trained (to rounding);
+a continued run may change them."""
+_WRITTEN = ("recipe.json", "plan.json", "inputs.json", "metrics.jsonl", "timings.jsonl")
+
+SAMPLE = "base.sample"
+OTHER_NUMBERS = (
+    "the base's numbers, as loaded, are not those that the run was started with, though its files (of a hub id: its commit) "
+    "are: another device or version of torch rounds them otherwise, or what the hub's cache holds has changed"
+)
+
+
+class RunDirectory:
+    """Opened, locked and checked: ``out`` belongs to this recipe or is new. Use as a context manager."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.notes: list[str] = []
+        """Defaults that the run goes on with, of keys free to change, which are not those that it was started with."""
+        self.path = Path(recipe.run.out)
+        self.metrics = self.path / "metrics.jsonl"
+        self.timings = self.path / "timings.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.snapshots = self.path / "snapshots"
+        self.previews = self.path / "previews"
+        self.model = self.path / "model"
+
+    def __enter__(self) -> "RunDirectory":
+        self._refuse_foreign()
+        try:
+            make_folder(self.path)
+            self._lock = open(self.path / ".lock", "a")
+        except OSError as e:
+            raise UserError(f"{self.recipe.where('run.out')}: '{self.path}' cannot be written: {e.strerror}") from e
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            self._lock.close()
+            raise UserError(f"another process is running in '{self.path}'; wait for it, or choose another run.out") from e
+        try:
+            self._claim()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.close()
+
+    @property
+    def used(self) -> bool:
+        """Whether a run has left results here. A start that failed before its first step leaves none, and binds nothing."""
+        written = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        kept = [p for folder in (self.checkpoints, self.snapshots) for p in folder.glob("step-*")]
+        return written or bool(kept) or self.model.exists()
+
+    def _claim(self) -> None:
+        """Refuse the directory of another run; otherwise write this one's resolved recipe into it."""
+        known = self.path / "recipe.json"
+        if self.used:
+            self._compare(known)
+        sweep_temporaries(self.path)
+        ownership.mark(self.path, "run")
+        replace_file(known, json.dumps(self.recipe.resolved(), indent=1).encode())
+        self._write_recipe(to_toml(self.recipe).encode())
+
+    def _write_recipe(self, whole: bytes) -> None:
+        """The recipe with all that it extends goes to recipe.toml, or beside it where that is the user's own."""
+        file, beside = self.path / "recipe.toml", self.path / RESOLVED
+        own = ownership.same_file(file, self.recipe.files) and file.read_bytes() != whole
+        replace_file(beside if own or beside.exists() else file, whole)
+
+    def _refuse_foreign(self) -> None:
+        """Before the first byte is written. What looks like a run is compared with the recipe later on."""
+        if taken := [name for name in _WRITTEN if ownership.same_file(self.path / name, self.recipe.files)]:
+            raise UserError(
+                f"'{self.path / taken[0]}' would be replaced and is the recipe that is read: give it another name", 2
+            )
+        if not self.used:
+            kept = [*self.recipe.files, *request_files(self.path)]
+            ownership.refuse_foreign(self.path, "run", self.recipe.where("run.out"), kept=kept)
+        elif not (self.path / "recipe.json").exists():
+            raise UserError(f"'{self.path}' holds results but no recipe.json; choose another run.out")
+        if self.model.exists() and not any((self.model / name).exists() for name in (MARK, "dedistill.json")):
+            raise UserError(f"'{self.model}' is no export of a run and would be replaced: move it, or set another run.out")
+
+    def _compare(self, known: Path) -> None:
+        if self.recipe.run.resume == "never":
+            raise UserError(f"'{self.path}' already holds a run and run.resume = 'never'; choose another run.out")
+        differing, free = _differences(as_it_was_meant(self._read(known), self.recipe.model), self.recipe.resolved())
+        if differing:
+            raise UserError(
+                f"'{self.path}' holds a run of another recipe. It differs in:\n"
+                + "\n".join(f"  {key}: {old!r} there, {new!r} here{self._by_default(key)}" for key, old, new in differing)
+                + "\nChange it back, or set another run.out. A key that is None there may be newer than that run: then go on "
+                "with the version of dedistill that it was started with."
+            )
+        self.notes += [
+            f"{key} = {new!r} here by default; until now the run had {old!r}: set it to go on with that"
+            for key, old, new in free
+            if old is not None and new is not None and self._by_default(key)
+        ]
+
+    def _by_default(self, key: str) -> str:
+        """What to say of a key that the recipe leaves out: nobody changed it, but the default may have changed."""
+        return "" if self.recipe.says(key) else " by default"
+
+    def _read(self, file: Path) -> dict:
+        try:
+            if isinstance(table := json.loads(file.read_text()), dict):
+                return table
+            raise ValueError(f"a {type(table).__name__}")
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"'{file}' is damaged; restore it, or move '{self.path}' away to start over") from e
+
+    def bind(self, inputs: dict[str, list[Path]], pictures: str | None = None, sample: str | None = None) -> list[str]:
+        """Record in inputs.json which bytes the run is made from; refuse to continue it from others, naming them.
+
+        inputs: recipe key -> files. pictures: a hash of the pictures and captions that are drawn from. sample: a hash of a
+        few numbers of the base as it was loaded; where it is another one than before, stamps are not believed and every
+        file is read. Returns what a user should know. A run of an earlier version, without inputs.json, is bound to what is
+        there now.
+        """
+        file = self.path / "inputs.json"
+        before = self._inputs(file) if file.exists() else {}
+        other_base = self.used and before.get(SAMPLE, {}).get("sha256", sample) != sample
+        now = {key: fingerprint(files, None if other_base else before.get(key)) for key, files in inputs.items()}
+        if sample:
+            now[SAMPLE] = {"sha256": sample, "files": {}}
+        if pictures:
+            now["data.sets"] = {"sha256": pictures, "files": {}}
+            if self.used and before.get("data.sets", now["data.sets"])["sha256"] != pictures:
+                raise UserError(
+                    f"data.sets: pictures, captions or crops differ from those that the run in '{self.path}' was started with; "
+                    "steps would no longer be what they were. Put them back, or set another run.out."
+                )
+        for key in before.keys() & now.keys() if self.used else ():
+            if changed := changed_files(before[key], now[key]):
+                raise UserError(
+                    f"{key}: {len(changed)} files differ from those that the run in '{self.path}' was started with, "
+                    f"e.g. '{changed[0]}'. Put them back, or set another run.out."
+                )
+        replace_file(file, sealed(now))
+        return [OTHER_NUMBERS] if other_base else []
+
+    def _inputs(self, file: Path) -> dict:
+        try:
+            return read_sealed(file)
+        except ValueError as e:
+            way_out = "restore it, or delete it to bind the run to the files that are there now"
+            raise UserError(f"'{file}' {e}; {way_out}") from e
+
+
+def flat(table: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(table, dict):
+        return {k: v for name, value in table.items() for k, v in flat(value, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): table}
+
+
+Difference = tuple[str, Any, Any]
+"""A dotted key, its value in the recorded recipe, and its value now."""
+
+
+def _differences(before: dict, now: dict) -> tuple[list[Difference], list[Difference]]:
+    """(what another recipe is told by, what a continued run may change)."""
+    old, new = flat(before), flat(now)
+    free = FREE_TO_CHANGE
+    if now["train"]["schedule"] == "constant":
+        free += ("train.steps",)  # a longer constant run is the same run; a decay would be another one
+    differing = [(k, old.get(k), new.get(k)) for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)]
+    return [d for d in differing if not d[0].startswith(free)], [d for d in differing if d[0].startswith(free)]

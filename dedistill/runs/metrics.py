@@ -1,0 +1,175 @@
+"""metrics.jsonl: the record of a run, one JSON object per line, the same bytes for the same recipe.
+
+Wall-clock times go to timings.jsonl, so that two runs can be compared byte for byte.
+"""
+
+import json
+import netrc
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
+from typing import Any
+
+from dedistill.io.atomic import refused, replace_file, sync
+from dedistill.runs.directory import RunDirectory
+
+WANDB_HOST = "api.wandb.ai"
+WAITING = 1000
+"""Rows that may wait for W&B."""
+LAST_WORDS = 30.0
+"""Seconds that W&B gets at the end of a run."""
+
+
+class Journal:
+    """Append-only JSON lines. Rows of steps after ``step`` are cut off on opening: a continued run writes them again."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        replace_file(path, "".join(kept).encode())
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+
+    def write(self, row: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(row) + "\n")
+        except OSError as e:
+            raise refused(self.path, e) from e
+
+    def sync(self) -> None:
+        """Before a checkpoint: a run that goes on from there must find every row up to it, also after a loss of power."""
+        sync(self.path)
+
+    def close(self) -> None:
+        with suppress(OSError):  # every line went out when it was written; a full disk was reported then
+            self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Every whole row of a journal, also of one that is being written or whose last write was cut off."""
+    return [json.loads(line) for line in _lines(path)]
+
+
+def last_step(path: Path) -> int:
+    """The step of a journal's last row; 0 without one."""
+    lines = _lines(path)
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+class Record:
+    """Both journals of a run, opened together."""
+
+    def __init__(self, run: RunDirectory, step: int):
+        self.metrics, self.timings, self.clock = Journal(run.metrics, step), Journal(run.timings, step), Clock()
+
+    def write(self, row: dict[str, Any], waited: float) -> None:
+        """waited: seconds since the last row in which training stood still for data."""
+        self.metrics.write(row)
+        self.timings.write({"step": row["step"], "seconds": round(self.clock.lap(), 4), "waited": round(waited, 4)})
+
+    def reopened(self, run: RunDirectory, step: int) -> "Record":
+        """The record of a run that goes back to ``step``."""
+        self.close()
+        return Record(run, step)
+
+    def sync(self) -> None:
+        self.metrics.sync()
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.timings.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a journal; a torn one (a killed write) is left out, and what is no row."""
+    if not path.exists():
+        return []
+    text = path.read_text(errors="replace")
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n") and _is_row(line)]
+
+
+def _is_row(line: str) -> bool:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and isinstance(row.get("step"), int)
+
+
+def _has_key() -> bool:
+    """Whether W&B would find a key: in the environment, or where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        known = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return WANDB_HOST in known.hosts
+
+
+class Trackers:
+    """Weights & Biases through accelerate, in a thread of its own: it may refuse, fail or hang, and a run does not notice.
+
+    Offline without a key. Rows wait in a queue; those that find it full are left out, and counted.
+    """
+
+    def __init__(self, accelerator: Any, name: str, config: dict, folder: Path, wanted: bool):
+        self.rows: Queue[tuple[dict[str, Any], int] | None] = Queue(WAITING)
+        self.left_out, self.thread, self.failed = 0, None, False
+        if not wanted:
+            return
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        settings = {"wandb": {"name": name, "mode": mode, "dir": str(folder)}}
+        work = (accelerator, config, settings)
+        self.thread = Thread(target=self._work, args=work, name="wandb", daemon=True)
+        self.thread.start()
+        if mode == "offline":
+            print(f"W&B: no key, logging offline; later: wandb sync {folder}/wandb/offline-run-*", file=sys.stderr)
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        """Never waits."""
+        if not self.thread or not self.thread.is_alive():
+            return
+        try:
+            self.rows.put_nowait((row, step))
+        except Full:
+            self.left_out += 1
+
+    def close(self) -> None:
+        """Wait for what is under way, but not for long."""
+        if not self.thread:
+            return
+        with suppress(Full):
+            self.rows.put(None, timeout=LAST_WORDS)
+        self.thread.join(LAST_WORDS)
+        if self.thread.is_alive():
+            print(f"W&B does not answer and is left alone after {LAST_WORDS} s; metrics.jsonl has everything", file=sys.stderr)
+        if self.left_out and not self.failed:
+            print(f"W&B was too slow for {self.left_out:,} rows; metrics.jsonl has them", file=sys.stderr)
+
+    def _work(self, accelerator: Any, config: dict, settings: dict) -> None:
+        try:
+            accelerator.init_trackers("dedistill", config=config, init_kwargs=settings)
+            while item := self.rows.get():
+                row, step = item
+                accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
+            accelerator.end_training()
+        except Exception as e:  # any failure of a logging service is survivable
+            self.failed = True
+            print(f"W&B failed ({e}) and is switched off; metrics.jsonl has everything", file=sys.stderr)
+
+
+class Clock:
+    """Seconds per step, kept out of the deterministic record."""
+
+    def __init__(self):
+        self.last = time.monotonic()
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        return seconds

@@ -1,0 +1,107 @@
+"""What a run can be asked for while it goes on: by signals to a process, or by files in the run directory."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dedistill.distributed.launcher import launched
+from dedistill.errors import RUN_AGAIN
+
+ECHO, REPEAT = 5.0, 0.5
+"""Seconds in which a launcher passes on the signal that its processes have had already, and in which other programs send one
+twice; a person's second Ctrl-C comes later."""
+FILES = ("stop", "save", "sample")
+"""``touch RUN/stop``: save and end for good; ``RUN/save``: save and go on; ``RUN/sample``: previews now. Only what ``touch``
+makes, an empty file, is a request: what somebody wrote is not ours to remove."""
+BY_SIGNAL, BY_FILE = "signal", "file"
+
+
+def request_files(folder: Path) -> list[Path]:
+    """The requests in ``folder``: empty files with one of their names."""
+    return [path for name in FILES if (path := folder / name).is_file() and not path.is_symlink() and not path.stat().st_size]
+
+
+class Requests:
+    """Context manager around a whole run. Needs no torch, so that signals are heard before that is loaded.
+
+    SIGINT, SIGTERM and SIGHUP (a terminal that is gone) end the process at once as long as there is nothing to save, and else
+    after the step; a second one ends it now, whatever it does. SIGUSR1 asks for a save.
+    """
+
+    def __init__(self):
+        self.signalled = self.saves = False
+        self.deferred = False
+        """Whether there is something to save, so that a stop waits for the end of the step."""
+        self._first, self._folder, self._told = 0.0, None, set()
+
+    def __enter__(self) -> "Requests":
+        self._launcher = os.getppid() if launched() else None
+        self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._stop)
+        self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._save)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def watch(self, folder: Path) -> list[str]:
+        """Look for files in ``folder``, too. Those that are there already are of before: removed, with a note on each."""
+        self._folder = folder
+        return [f"'{folder / name}' was there before the start and is removed" for name in self._taken()]
+
+    def asked(self) -> dict[str, Any]:
+        """What was asked of this process since the last call. To be called once a step.
+
+        "stop": BY_SIGNAL (which is the larger word, and wins), BY_FILE or "". "save", "sample": bool.
+        """
+        files = self._taken()
+        stop = BY_SIGNAL if self.interrupted() else BY_FILE if "stop" in files else ""
+        save, self.saves = self.saves or "save" in files, False
+        return {"stop": stop, "save": save, "sample": "sample" in files}
+
+    def interrupted(self) -> bool:
+        """Whether a signal has asked for a stop.
+
+        A launcher that is gone counts as one: it does not pass its own on.
+        """
+        self.signalled = self.signalled or self._launcher not in (None, os.getppid())
+        return self.signalled
+
+    def _taken(self) -> list[str]:
+        """Names of the files that were there. Each is removed, so that it counts once."""
+        taken = []
+        for path in request_files(self._folder) if self._folder else ():
+            try:
+                os.unlink(path)
+                taken.append(path.name)
+            except OSError:  # gone, or not to be removed: then it would count again and again
+                continue
+        self._tell_of_others()
+        return taken
+
+    def _tell_of_others(self) -> None:
+        """Say once what has the name of a request and is none."""
+        for path in (self._folder / name for name in FILES) if self._folder else ():
+            if path.name not in self._told and os.path.lexists(path) and path not in request_files(self._folder):
+                self._told.add(path.name)
+                print(f"'{path}' is no empty file, so it is no request and stays; `touch` makes one", file=sys.stderr)
+
+    def _save(self, number: int, frame: FrameType | None) -> None:
+        self.saves = True
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signalled and now - self._first > (ECHO if launched() else REPEAT):
+            print("stopped now; what was saved is intact", file=sys.stderr, flush=True)
+            os._exit(RUN_AGAIN)  # threads that save or load may never end: nobody waits for them
+        if self.signalled:
+            return
+        self.signalled, self._first = True, now
+        if not self.deferred:
+            raise KeyboardInterrupt

@@ -1,0 +1,60 @@
+"""A frozen base in parts on all processes, put together block by block while it is used: FSDP2 of torch.
+
+The adapter is no part of the network, so it stays whole everywhere, and its gradients are summed as without sharding.
+"""
+
+import warnings
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from dedistill.distributed.world import World
+from dedistill.errors import UserError
+from dedistill.models.model import Model
+from dedistill.recipe import Recipe
+
+
+def check_shardable(recipe: Recipe) -> None:
+    """Raises UserError, before anything is loaded, for a recipe whose base cannot lie in parts."""
+    if recipe.adapter is None:
+        raise UserError(
+            "FSDP2 shards a frozen base, and without a table [adapter] the whole network is trained. Use launch/ddp.yaml.", 2
+        )
+    if recipe.base.quant == "int8-quanto":
+        raise UserError(
+            f"{recipe.where('base.quant')}: 'int8-quanto' would be sharded as the floats it stands for, without a word; "
+            "use 'int8' (the same codes), or launch/ddp.yaml",
+            2,
+        )
+
+
+def shard_base(model: Model, world: World, device: torch.device | str) -> None:
+    """Leave each process its part of the frozen base, about 1 / ``world.size`` of it, on ``device``, as it is stored.
+
+    ``model`` may lie in the memory of the CPU: one block after the other comes to ``device``, is cut and leaves it again.
+    Its forward then gathers a block, uses it and gives it back; backward does so again. All ranks must run equally many
+    passes. What reads the weights themselves must have done so before.
+    """
+    # it warns of writing into what a block returns, which would lose its hooks; no family does
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    net, device = model.parts.net, torch.device(device)
+    mesh = init_device_mesh(device.type, (world.size,))
+    blocks = model.family.blocks(net)
+    for block in blocks:
+        # the last one is needed again at once, where backward starts
+        fully_shard(block, mesh=mesh, reshard_after_forward=block is not blocks[-1])
+    fully_shard(net, mesh=mesh)
+    if whole := [name for name, parameter in net.named_parameters() if not isinstance(parameter, DTensor)]:
+        raise UserError(f"FSDP2 was asked for, and {len(whole)} tensors of the base are whole, e.g. {whole[0]}")
+    model.root.to(device)
+    model.parts.device = device
+    model.facts["storage_bytes_here"] = local_bytes(net)
+
+
+def local_bytes(net: nn.Module) -> int:
+    """Bytes of the parameters of a sharded network that this process holds between passes."""
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in net.parameters()]
+    return sum(part.numel() * part.element_size() for part in parts)

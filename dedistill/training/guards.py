@@ -1,0 +1,198 @@
+"""What must not pass in silence: bad gradients, samples that keep causing them, and training without an effect.
+
+A step that is not applied changes nothing. After ``PATIENCE`` of them in a row, or when a sample stands out for the
+``PATIENCE``-th time, the samples that stand out are quarantined and the run goes back to before the first of these steps; where
+none stands out, or going back did not help, it stops, as it does when more than half of its steps are bad. Everything
+here is a function of losses, sigmas and gradient norms, which are the same on every process.
+"""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from statistics import median
+from typing import Any
+
+from torch import Tensor
+
+from dedistill.errors import UserError
+
+# --- no optimizer step on a gradient that is not finite or far above its history -------------------------------------
+
+
+PATIENCE = 3
+WINDOW = 64
+"""Gradient norms of applied steps that a new one is compared with."""
+WARM_UP = 32
+"""Fewer of them say nothing yet about what is usual."""
+BINS = 16
+"""Equal bins of sigma in which the usual loss is known."""
+MEMORY = 0.98
+"""Weight of what was known against a new loss, once a bin has seen 50."""
+SUSPECT = 4.0
+"""A loss so many times the usual one of its sigma stands out."""
+RETURNS = 3
+"""Times a run goes back without getting further than the last time."""
+LIMIT = 256
+"""Quarantined samples beyond which samples are not what is wrong."""
+
+
+class BadSteps(UserError):
+    """The run was stopped by :class:`Guard`; the weights are those of the last good step."""
+
+
+class GoBack(Exception):
+    """To train again from step ``since`` on, without the samples that are now quarantined."""
+
+    def __init__(self, since: int):
+        super().__init__(since)
+        self.since = since
+
+
+class Guard:
+    """Judges steps. ``factor``: how many times the median of its history a gradient norm may be; 0 for any."""
+
+    def __init__(self, factor: float):
+        self.factor = factor
+        self.norms: list[float] = []
+        self.usual: list[list[float]] = [[0.0, 0] for _ in range(BINS)]
+        """[mean loss, losses seen] of applied steps, per bin of sigma."""
+        self.in_a_row = 0
+        self.refused: list[int] = []
+        """Steps among the last WINDOW that were not applied."""
+        self.hits: dict[str, list[int]] = {}
+        """Sample -> steps in which it stood out; of those that are not quarantined."""
+        self.suspects: dict[str, dict[str, Any]] = {}
+        """Samples that stood out in the steps that were not applied, since the last one that was."""
+        self.quarantine: dict[str, dict[str, Any]] = {}
+        """Sample -> {"since": the step from which on it is not drawn, "sigma", "loss": those it was found by}."""
+        self.returned = [-1, 0]
+        """The furthest step the run has gone back to, and how often it did so without getting beyond."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that later judgements depend on, as plain data."""
+        return deepcopy({key: value for key, value in vars(self).items() if key != "factor"})
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        vars(self).update(state)
+
+    def since(self) -> dict[str, int]:
+        """The quarantine as ``Substitutes`` takes it."""
+        return {name: entry["since"] for name, entry in self.quarantine.items()}
+
+    def judge(
+        self, step: int, losses: Tensor, sigmas: Tensor, norm: float, names: Callable[[list[int]], list[str]]
+    ) -> dict[str, Any]:
+        """What speaks against applying ``step``: {"not_finite" or "spike": samples that stand out}; empty when nothing does.
+
+        losses, sigmas: [B] in the order of positions; names: of the samples at given positions. Raises BadSteps or GoBack at
+        the last step that patience is had with.
+        """
+        finite = math.isfinite(norm) and bool(losses.isfinite().all())
+        if finite and not self._spikes(norm):
+            self._learn(losses, sigmas, norm)
+            return {}
+        stand_out = [p for p, ok in enumerate(losses.isfinite().tolist()) if not ok]
+        if finite:
+            stand_out = [p for p, (x, s) in enumerate(zip(losses.tolist(), sigmas.tolist())) if x > SUSPECT * self._usual(s)]
+        found = [
+            {"sample": name, "sigma": float(sigmas[p]), "loss": str(float(losses[p]))}
+            for p, name in zip(stand_out, names(stand_out) if stand_out else [])
+        ]
+        if len(stand_out) <= len(losses) / 2:  # where most of a batch is off, it is not for the samples
+            self.suspects |= {entry["sample"]: entry for entry in found}
+            for entry in found:
+                self.hits.setdefault(entry["sample"], []).append(step)
+        self.in_a_row += 1
+        self.refused = [s for s in self.refused if step - WINDOW < s < step] + [step]
+        again = any(len(self.hits.get(entry["sample"], [])) >= PATIENCE for entry in found)
+        if self.in_a_row >= PATIENCE or again or len(self.refused) > WINDOW / 2:
+            self._lose_patience(step, float(losses.mean()), norm, "a spike" if finite else "not finite", found)
+        return {"spike" if finite else "not_finite": found}
+
+    def _spikes(self, norm: float) -> bool:
+        return bool(self.factor) and len(self.norms) >= WARM_UP and norm > self.factor * median(self.norms)
+
+    def _usual(self, sigma: float) -> float:
+        mean, seen = self.usual[_bin(sigma)]
+        return mean if seen else math.inf
+
+    def _learn(self, losses: Tensor, sigmas: Tensor, norm: float) -> None:
+        self.in_a_row, self.suspects = 0, {}
+        self.norms = [*self.norms[1 - WINDOW :], norm]
+        for loss, sigma in zip(losses.tolist(), sigmas.tolist()):
+            entry = self.usual[_bin(sigma)]
+            keep = min(MEMORY, entry[1] / (entry[1] + 1))
+            entry[:] = [keep * entry[0] + (1 - keep) * loss, entry[1] + 1]
+
+    def _lose_patience(self, step: int, loss: float, norm: float, what: str, found: list[dict[str, Any]]) -> None:
+        """Quarantine what stood out and raise GoBack, or raise BadSteps."""
+        since = step + 1 - self.in_a_row
+        new = {name: entry for name, entry in self.suspects.items() if name not in self.quarantine}
+        times = self.returned[1] + 1 if since <= self.returned[0] else 1
+        if new and times <= RETURNS and len(self.quarantine) + len(new) <= LIMIT:
+            self.quarantine |= {name: {"since": since, "sigma": e["sigma"], "loss": e["loss"]} for name, e in new.items()}
+            self.returned = [max(since, self.returned[0]), times]
+            self.in_a_row, self.suspects = 0, {}
+            self.refused = [step for step in self.refused if step < since]
+            left = {name: [s for s in steps if s < since] for name, steps in self.hits.items()}
+            self.hits = {name: steps for name, steps in left.items() if steps and name not in self.quarantine}
+            raise GoBack(since)
+        why = f"; samples: {found[:4]}" if found else " in the gradient"
+        tried = f" {len(self.quarantine)} samples were quarantined before." if self.quarantine else ""
+        if self.in_a_row < PATIENCE and len(self.refused) <= WINDOW / 2:
+            return
+        often = f" {self.in_a_row} times in a row"
+        if self.in_a_row < PATIENCE:
+            often = f", one of {len(self.refused)} bad steps among the last {WINDOW}"
+        raise BadSteps(
+            f"step {step + 1}: loss {loss}, gradient norm {norm}: {what}{often}{why}.{tried} "
+            f"No such step was applied; the weights of step {step} are saved. Lower train.lr or set train.max_grad_norm."
+        )
+
+
+def _bin(sigma: float) -> int:
+    return min(int(sigma * BINS), BINS - 1)
+
+
+# --- whether training has an effect ----------------------------------------------------------------------------------
+
+
+EVERY = 100
+"""Steps between looks where nothing else is due."""
+ENOUGH = 3
+"""Applied steps that every module has moved after: behind an output that starts at zero the first gradients are zero."""
+
+
+class Ledger:
+    """Looks at the trained weights now and then.
+
+    ``modules``: names of the weights that belong together, which only as a whole must move: at the start of a LoKr or a
+    LoRA one factor has no gradient. A whole network is one module.
+    """
+
+    def __init__(self, bit_sums: Callable[[], dict[str, int]], modules: list[list[str]]):
+        """bit_sums: gives a number of each trained weight that changes with its bits."""
+        self.bit_sums, self.modules = bit_sums, modules
+        self.start()
+
+    def start(self) -> None:
+        """Begin anew with the weights as they are."""
+        self.applied = 0
+        """Steps applied since the last look."""
+        self.last = self.bit_sums()
+
+    def check(self, step: int) -> None:
+        """Raises UserError, naming weights, if a module is bit for bit as it was at the last look, ENOUGH applied steps ago."""
+        if self.applied < ENOUGH:
+            return
+        now = self.bit_sums()
+        still = {name for name, total in now.items() if total == self.last[name]}
+        dead = [names for names in self.modules if still.issuperset(names)]
+        if dead:
+            raise UserError(
+                f"after step {step}: {self.applied} steps were applied, but nothing has changed in {len(dead)} of "
+                f"{len(self.modules)} modules, e.g. {', '.join(dead[0][:3])}. Their gradient or learning rate is zero, or they "
+                "are frozen. Training on would be in vain; leave them out of the targets if they cannot learn."
+            )
+        self.last, self.applied = now, 0

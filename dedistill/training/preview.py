@@ -1,0 +1,98 @@
+"""Pictures while training: the same prompts, noise and scales at every preview, so that only the weights differ."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dedistill.distributed.heartbeat import pulse
+from dedistill.distributed.world import World
+from dedistill.errors import UserError
+from dedistill.evaluation.sweep import save_png
+from dedistill.flow.solvers import sigma_grid
+from dedistill.models.model import Model
+from dedistill.recipe import Recipe
+from dedistill.sampling.images import contact_sheet
+from dedistill.sampling.sampler import start_noise, trajectories
+
+
+class Preview:
+    """Writes ``folder/step-XXXXXXXX.png``, prompts as rows and scales as columns, and each picture by itself."""
+
+    def __init__(self, recipe: Recipe, model: Model, folder: Path, world: World | None = None):
+        """Rank 0 of ``world`` writes; the others are needed where the network cannot be called without them."""
+        self.settings, self.steps, self.model, self.folder = recipe.preview, recipe.sample.steps, model, folder
+        self.world = world or World()
+        self.out_of_memory = False
+
+    def __call__(self, step: int, interrupted: Callable[[], bool] = lambda: False) -> None:
+        """Never ends a run for lack of memory where one process can go on alone: says so once, and trains on.
+
+        Left unfinished once ``interrupted``.
+        """
+        latents = self._latents()
+        try:
+            if self.world.lockstep:  # all of them, before one that decodes may give up
+                latents = iter(_all(latents))
+            if self.world.main:
+                self._write(step, latents, interrupted)
+        except torch.OutOfMemoryError:
+            if not self.out_of_memory:
+                said = "out of memory; training goes on. Lower sample.height and sample.width."
+                print(f"preview at step {step}: {said}", file=sys.stderr)
+            self.out_of_memory = True
+        except OSError as e:
+            print(f"preview at step {step}: cannot write '{self.folder}': {e.strerror or e}; training goes on", file=sys.stderr)
+        finally:
+            _release(self.model)
+
+    def _latents(self) -> Iterator[Tensor]:
+        """What is to be decoded [1, C, h, w], scale by scale, prompt by prompt."""
+        p, prompts = self.settings, list(self.settings.prompts)
+        noise = start_noise(p.seed, len(prompts), self.model.parts.picture)
+        sigmas = sigma_grid(self.steps, self.model.grid_shift)
+        for cfg in p.cfgs:
+            for i, prompt in enumerate(prompts):  # one at a time: memory is what training has left over
+                pulse.beat("making previews")
+                (states,) = trajectories(self.model, [prompt], noise[i : i + 1], sigmas, cfg=cfg, skip=p.skip)
+                yield states[-1]
+
+    def _write(self, step: int, latents: Iterator[Tensor], interrupted: Callable[[], bool]) -> None:
+        p = self.settings
+        folder = self.folder / f"step-{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [(prompt, []) for prompt in p.prompts]
+        for cfg in p.cfgs:
+            for i, (prompt, row) in enumerate(rows):
+                if interrupted():
+                    return
+                with torch.no_grad():
+                    picture = self.model.decode(next(latents))[0]
+                file = folder / f"p{i:03d}_cfg{cfg:g}.png"
+                how = {"cfg": cfg, "skip": p.skip, "steps": self.steps, "prompt": prompt, "seed": p.seed}
+                save_png(picture, file, {"step": step, **how})
+                with Image.open(file) as image:
+                    row.append(image.copy())
+        sheet = contact_sheet(rows, [f"CFG {cfg:g}" for cfg in p.cfgs], title=f"step {step:,}")
+        sheet.save(folder.with_suffix(".png"))
+
+
+def _all(latents: Iterator[Tensor]) -> list[Tensor]:
+    try:
+        return list(latents)
+    except torch.OutOfMemoryError as e:
+        raise UserError(
+            "out of memory in a preview; with a base in parts no process can go on without the others. "
+            "Lower sample.height and sample.width, or set preview.every = 0."
+        ) from e
+
+
+def _release(model: Model) -> None:
+    """Give the memory of the codec and of the pictures back to training."""
+    if model.parts.vae is not None:
+        model.parts.vae.unload()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,196 @@
+"""From the gradients of micro-batches, on any number of processes, to one optimizer step."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dedistill.distributed.world import World
+from dedistill.models.model import Model
+from dedistill.recipe import Recipe
+from dedistill.recipe.resolve import Plan
+from dedistill.training.optim import load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors
+
+# --- from the gradients of a step's micro-batches, on any number of processes, to the gradient of the whole batch ----
+
+
+RESOLUTION = 2.0**-52
+"""Step of the fixed-point numbers: far below the epsilon of AdamW (1e-8); floats above 4e-9 keep all their bits."""
+LIMIT = 2.0**11
+"""Sums of gradients stay below this in size, or they would not fit 63 bits."""
+
+
+class SummedGradients:
+    """Sums as they come: fast, and equal on any number of processes to rounding."""
+
+    def __init__(self, parameters: list[nn.Parameter], world: World):
+        self.parameters, self.world = parameters, world
+
+    def add(self) -> None:
+        """Take in the gradients of one micro-batch. They are added up where they are."""
+
+    def finish(self) -> None:
+        """Leave the sum over all micro-batches of all ranks in ``.grad``. Once per step, on every rank."""
+        for parameter in self.parameters:
+            if parameter.grad is None:  # this rank had nothing to do
+                parameter.grad = torch.zeros_like(parameter)
+        self.world.sum_([p.grad for p in self.parameters])
+
+
+class ExactGradients:
+    """Sums of integers, which come out the same in any order: weights are bit-equal on any number of processes.
+
+    Each sample's gradient is rounded to a multiple of 2^-52 and added as int64. 8 bytes per parameter are kept, and
+    travel. A gradient too large for that makes the step's gradient NaN, so that the step is not applied.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], world: World, batch: int):
+        """batch: samples per step; each is added alone, its loss divided by ``batch``."""
+        self.parameters, self.world, self.limit = parameters, world, LIMIT / batch
+        self.sums = [torch.zeros_like(p, dtype=torch.int64) for p in parameters]
+        self.refused = torch.zeros((), dtype=torch.int64, device=parameters[0].device)
+
+    def add(self) -> None:
+        """Take in the gradients of one sample."""
+        used = [(total, p) for total, p in zip(self.sums, self.parameters) if p.grad is not None]
+        largest = torch.stack([p.grad.abs().amax().double() for _, p in used])
+        fits = (largest < self.limit).all()  # false for NaN, too
+        self.refused += ~fits
+        for total, parameter in used:
+            total += (parameter.grad.double() / RESOLUTION).round_().where(fits, 0.0).long()
+            parameter.grad = None
+
+    def finish(self) -> None:
+        self.world.sum_([*self.sums, self.refused])
+        for total, parameter in zip(self.sums, self.parameters):
+            exact = total.double() * RESOLUTION
+            parameter.grad = exact.where(self.refused == 0, torch.nan).to(parameter.dtype)
+            total.zero_()
+        self.refused.zero_()
+
+
+def gradients_for(parameters: list[nn.Parameter], world: World, batch: int, exact: bool) -> SummedGradients | ExactGradients:
+    return ExactGradients(parameters, world, batch) if exact else SummedGradients(parameters, world)
+
+
+# --- one optimizer step after another, where every process holds all gradients and the whole optimizer ---------------
+
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a number -> the integers that have its bits."""
+
+
+class Update(Protocol):
+    """What the loop asks of an engine. Every method must be called by all processes."""
+
+    optimizer: torch.optim.Optimizer
+
+    def backward(self, loss: Tensor, *, counts: bool) -> None:
+        """Add the gradient of ``loss``, the share of one micro-batch in the loss of the step. counts: False for a pass that
+        only keeps the others company; such passes come first in a step."""
+
+    def finish(self) -> None:
+        """Sum the gradient of the step over its micro-batches and processes."""
+
+    def norm(self) -> float:
+        """The norm of the finished gradient, which is clipped as the recipe says."""
+
+    def apply(self, lr: float) -> None:
+        """One step of the optimizer. The gradients are gone afterwards."""
+
+    def drop(self) -> None:
+        """Forget the gradients; nothing else changes."""
+
+    def spoilt(self) -> list[str]:
+        """Tensors of the optimizer that are not finite; the same on every process."""
+
+    def replicas(self) -> dict[str, nn.Parameter]:
+        """Trained parameters of which every process holds all, to be compared between them."""
+
+    def bit_sums(self) -> dict[str, int]:
+        """A number of each trained parameter that changes with its bits; the same on every process."""
+
+    def whole(self) -> AbstractContextManager:
+        """While it is open, the model's own parameters are whole and may be read."""
+
+    gathers: bool
+    """Whether ``weights`` and ``state`` put copies together on the CPU; otherwise they give what training goes on with."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a snapshot holds, whole, on rank 0; nothing elsewhere."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's state by the names of parameters, whole, on rank 0; nothing elsewhere."""
+
+    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
+        """The inverse of ``weights`` and ``state``. Raises UserError naming ``source``, changing nothing, unless all fits."""
+
+
+class WholeUpdate:
+    """One process alone, DDP, or a sharded base: gradients are summed over the processes, each steps by itself."""
+
+    gathers = False
+
+    def __init__(self, recipe: Recipe, plan: Plan, model: Model, world: World):
+        self.model, self.world, self.trainable = model, world, model.trainable()
+        self.limit = recipe.train.max_grad_norm or math.inf
+        self.optimizer = make_optimizer(recipe, self.trainable.values())
+        self.gradients = gradients_for(list(self.trainable.values()), world, plan.batch, recipe.train.exact)
+
+    def backward(self, loss: Tensor, *, counts: bool) -> None:
+        loss.backward()
+        if counts:
+            self.gradients.add()
+        else:
+            self.drop()
+
+    def finish(self) -> None:
+        self.gradients.finish()
+
+    def norm(self) -> float:
+        return float(torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.limit, foreach=True))
+
+    def apply(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.drop()
+
+    def drop(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def spoilt(self) -> list[str]:
+        return not_finite(optimizer_tensors(self.optimizer, self.trainable))
+
+    def replicas(self) -> dict[str, nn.Parameter]:
+        return self.trainable
+
+    def bit_sums(self) -> dict[str, int]:
+        return bit_sums(self.trainable, self.optimizer)
+
+    def whole(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.model.tensors(copy=False) if self.world.main else {}
+
+    def state(self) -> dict[str, Tensor]:
+        return optimizer_tensors(self.optimizer, self.trainable) if self.world.main else {}
+
+    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
+        self.model.load_tensors(weights, source)
+        load_optimizer_tensors(self.optimizer, self.trainable, state, source)
+
+
+def bit_sums(trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Of each parameter together with what rounding keeps from a bf16 weight for a while (KahanAdamW)."""
+    rests = {name: optimizer.state.get(p, {}).get("kahan_comp") for name, p in trainable.items()}
+    sums = [bits(p) + (bits(rests[name]) if rests[name] is not None else 0) for name, p in trainable.items()]
+    return dict(zip(trainable, torch.stack(sums).tolist()))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The sum of the bits of ``tensor``, read as integers: exact, and made where the tensor is."""
+    return tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)

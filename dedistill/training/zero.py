@@ -1,0 +1,257 @@
+"""One optimizer step after another under DeepSpeed: ZeRO-2 (gradients and optimizer in parts), ZeRO-3 (weights, too).
+
+Each process holds about 1 / size of what is in parts. DeepSpeed sums and cuts gradients during backward; its mean over
+processes is turned back into a sum. What is saved goes through the names of parameters, never through its own files.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dedistill.distributed.launcher import FIXED, zero_settings
+from dedistill.distributed.world import World
+from dedistill.errors import UserError
+from dedistill.models.model import Model
+from dedistill.recipe import Recipe
+from dedistill.training.optim import make_optimizer, not_finite, state_entries
+from dedistill.training.step import bits
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def check_zero(recipe: Recipe, engine: str) -> None:
+    """Raises UserError, before anything is loaded, for what ``engine`` cannot train as the recipe says."""
+    if recipe.train.exact:
+        raise UserError(
+            f"{recipe.where('train.exact')}: DeepSpeed ({engine}) sums gradients as floats, in an order of its own, so "
+            "weights differ with the number of processes. Set train.exact = false, or use ddp.yaml or fsdp2.yaml of launch/.",
+            2,
+        )
+    if recipe.train.optimizer != "adamw":
+        raise UserError(
+            f"{recipe.where('train.optimizer')}: DeepSpeed ({engine}) steps float32 copies of the weights, which "
+            f"'{recipe.train.optimizer}' is made to do without. Use train.optimizer = 'adamw': its state is in parts here.",
+            2,
+        )
+    if engine == "zero3" and recipe.snapshot.ema:
+        raise UserError(
+            f"{recipe.where('snapshot.ema')}: ZeRO-3 leaves no process whole weights to average; use launch/zero2.yaml, or "
+            "average the snapshots after training",
+            2,
+        )
+    if engine == "zero3" and recipe.base.quant == "int8-quanto" and recipe.adapter:
+        raise UserError(
+            f"{recipe.where('base.quant')}: 'int8-quanto' breaks when ZeRO-3 cuts it; use 'int8' (the same codes), "
+            "or launch/zero2.yaml",
+            2,
+        )
+
+
+class ZeroUpdate:
+    """The :class:`dedistill.training.step.Update` of ZeRO-2 and ZeRO-3. ``model.root`` is DeepSpeed's engine from now on."""
+
+    gathers = True
+
+    def __init__(self, recipe: Recipe, model: Model, world: World):
+        """Raises UserError when DeepSpeed does not come up with the stage that was asked for."""
+        self.model, self.world, self.trainable = model, world, model.trainable()
+        self.stage = int(world.engine.removeprefix("zero"))
+        self.deepspeed = _import_deepspeed()
+        config = _config(recipe)
+        root = _Root(model, whole=self.stage == 3)
+        if self.stage == 3:
+            self._cut(root, config)
+        optimizer = make_optimizer(recipe, self.trainable.values())
+        self.engine, *_ = self.deepspeed.initialize(model=root, optimizer=optimizer, config=config)
+        self.zero = self.engine.optimizer
+        self.optimizer: torch.optim.Optimizer = self.zero.optimizer
+        self.any_spoilt = False
+        model.root, model.parts.device = self.engine, self.engine.device
+        self._check(root)
+        model.facts["storage_bytes_here"] = local_bytes(model.parts.net)
+
+    def _cut(self, root: nn.Module, config: dict[str, Any]) -> None:
+        """Leave each process its part of every parameter, one after the other. Adapters work inside the layers they are
+        attached to, so their parts are to be gathered together with those of the layer."""
+        self.deepspeed.zero.Init(module=root, config_dict_or_path=config, dtype=torch.float32)
+        root.to(self.deepspeed.get_accelerator().current_device_name())  # buffers; of parameters there is nothing left here
+        for name, module in self.model.adapter.by_target.items() if self.model.adapter else ():
+            layer = self.model.parts.net.get_submodule(name)
+            for parameter in module.parameters():
+                self.deepspeed.zero.register_external_parameter(layer, parameter)
+
+    def _check(self, root: nn.Module) -> None:
+        stage, size = int(self.engine.zero_optimization_stage()), self.engine.dp_world_size
+        if (stage, size) != (self.stage, self.world.size):
+            raise UserError(f"ZeRO-{self.stage} on {self.world.size} processes was asked for; DeepSpeed made {stage} on {size}")
+        whole = [name for name, p in root.named_parameters() if self.stage == 3 and not hasattr(p, "ds_tensor")]
+        if whole:
+            raise UserError(f"ZeRO-3 was asked for, and {len(whole)} tensors are whole, e.g. {whole[0]}")
+
+    def backward(self, loss: Tensor, *, counts: bool) -> None:
+        self.engine.backward(loss * (self.world.size if counts else 0), scale_wrt_gas=False)
+
+    def finish(self) -> None:
+        self.zero.finalize_gradient_accumulation_boundary()
+
+    def _gradients(self) -> list[Tensor]:
+        """This process's parts of the finished gradient."""
+        return [part for group in self.zero.averaged_gradients.values() for part in group]
+
+    def norm(self) -> float:
+        """DeepSpeed clips in its step, by the same norm. What ``spoilt`` must know from the others travels along."""
+        square = torch.stack(torch._foreach_norm(self._gradients())).square().sum()
+        sums = torch.stack([square, square.new_tensor(float(len(self._spoilt_here())))])
+        self.world.sum_([sums])
+        self.any_spoilt = bool(sums[1])
+        return float(sums[0].sqrt())
+
+    def apply(self, lr: float) -> None:
+        for group in self.zero.param_groups:
+            group["lr"] = lr
+        self.zero.step()
+        self.zero.zero_grad()
+        if self.zero.overflow:
+            raise UserError("DeepSpeed did not apply a step whose gradient is finite; start again from the last checkpoint")
+
+    def drop(self) -> None:
+        """DeepSpeed itself forgets all about a step whose gradient is not finite, and changes nothing."""
+        for part in self._gradients():
+            part.fill_(torch.nan)
+        self.zero.step()
+        self.zero.zero_grad()
+
+    def spoilt(self) -> list[str]:
+        return sorted(name for names in self.world.gather(self._spoilt_here()) for name in names) if self.any_spoilt else []
+
+    def _spoilt_here(self) -> list[str]:
+        states = self.optimizer.state.values()
+        return not_finite({f"{key} of rank {self.world.rank}": state[key] for state in states for key in MOMENTS})
+
+    def replicas(self) -> dict[str, nn.Parameter]:
+        return self.trainable if self.stage == 2 else {}
+
+    def bit_sums(self) -> dict[str, int]:
+        if self.stage == 2:
+            return dict(zip(self.trainable, torch.stack([bits(p) for p in self.trainable.values()]).tolist()))
+        here = torch.stack([bits(p.ds_tensor) for p in self.trainable.values()]).tolist()
+        return dict(zip(self.trainable, map(sum, zip(*self.world.gather(here)))))
+
+    def whole(self) -> AbstractContextManager:
+        return self.deepspeed.zero.GatheredParameters(list(self.trainable.values()))
+
+    def weights(self) -> dict[str, Tensor]:
+        if self.stage == 2:
+            return self.model.tensors() if self.world.main else {}
+        whole = self._whole(self.deepspeed.utils.safe_get_full_fp32_param)
+        alphas = self.model.adapter.alphas() if self.model.adapter and self.world.main else {}
+        return whole | {name: alpha.detach().clone() for name, alpha in alphas.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        if not self.optimizer.state:
+            return {}
+        found, read = {}, self.deepspeed.utils.safe_get_full_optimizer_state
+        for key in MOMENTS:
+            found |= {f"{name}/{key}": t for name, t in self._whole(partial(read, optim_state_key=key)).items()}
+        if self.world.main:
+            steps = next(iter(self.optimizer.state.values()))["step"]
+            found |= {f"{name}/step": steps.to("cpu", copy=True) for name in self.trainable}
+        return found
+
+    def _whole(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        """What ``read`` puts together of each parameter; one by one, kept by rank 0 alone."""
+        found = {}
+        for name, parameter in self.trainable.items():
+            tensor = read(parameter)
+            if self.world.main:
+                found[name] = tensor.to("cpu", copy=True).contiguous()
+        return found
+
+    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
+        shapes = {name: torch.empty(getattr(p, "ds_shape", p.shape), device="meta") for name, p in self.trainable.items()}
+        entries = state_entries(self.optimizer, shapes, state, source)
+        steps = {int(value) for _, key, value in entries if key == "step"}
+        if state and ({key for _, key, _ in entries} != {*MOMENTS, "step"} or len(steps) != 1):
+            raise UserError(f"the optimizer state of '{source}' is not that of AdamW after one number of steps")
+        with self.deepspeed.zero.GatheredParameters(list(self.trainable.values()), modifier_rank=0):  # that cuts them anew
+            self.model.load_tensors(weights, source)
+        self.zero.refresh_fp32_params()
+        self._load_state([entry for entry in entries if entry[1] in MOMENTS], steps)
+
+    def _load_state(self, moments: list[tuple[str, str, Tensor]], steps: set[int]) -> None:
+        """moments: (parameter, key, whole value). steps: the one number of steps they have seen, or none to start anew."""
+        self.optimizer.state.clear()
+        for flat in self._parts() if steps else ():
+            moment = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+            self.optimizer.state[flat] = moment | {"step": torch.tensor(float(*steps), device=flat.device)}
+        if self.stage == 2:
+            self.zero._hp_optimizer_states_linked = False
+            if steps:
+                self.zero._lazy_init_hp_params_optimizer_state()
+        for name, key, value in moments:
+            self._set_moment(self.trainable[name], value, key)
+
+    def _parts(self) -> list[Tensor]:
+        """What the optimizer steps: this process's parts of all trained weights, end to end."""
+        return self.zero.single_partition_of_fp32_groups if self.stage == 2 else self.zero.fp32_partitioned_groups_flat
+
+    def _set_moment(self, parameter: nn.Parameter, value: Tensor, key: str) -> None:
+        if self.stage == 2:
+            self.deepspeed.utils.safe_set_full_optimizer_state(parameter, value.to(self.engine.device), key)
+            return
+        length = parameter.ds_tensor.numel()  # all parts are as long; the last is padded
+        padded = F.pad(value.flatten(), (0, length * self.world.size - value.numel()))
+        part = padded[self.world.rank * length : (self.world.rank + 1) * length].to(self.engine.device)
+        self.deepspeed.utils.safe_set_local_optimizer_state(parameter, part, key)
+
+
+def local_bytes(net: nn.Module) -> int:
+    """Bytes of the parameters of ``net`` that this process holds between passes: parts, and what is too small to be cut."""
+    held = [t for p in net.parameters() for t in (p, getattr(p, "ds_tensor", None)) if t is not None]
+    return sum(t.numel() * t.element_size() for t in held)
+
+
+class _Root(nn.Module):
+    """What DeepSpeed wraps. It calls the network in the precision of its caller, which DeepSpeed would not pass on."""
+
+    def __init__(self, model: Model, *, whole: bool):
+        """whole: register the base, too, for DeepSpeed to cut."""
+        super().__init__()
+        self.adapter, self._net, self.bf16 = model.adapter, [model.parts.net], model.bf16
+        if whole or model.adapter is None:
+            self.net = model.parts.net
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        net = self._net[0]
+        with torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=self.bf16):
+            return net(*args, **kwargs)
+
+
+def _config(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # counts nothing: losses come divided by the batch
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": recipe.train.max_grad_norm or 0.0,
+        "zero_allow_untested_optimizer": True,  # torch's own AdamW, not one of DeepSpeed's
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+        "zero_optimization": FIXED | zero_settings(),
+    }
+
+
+def _import_deepspeed() -> Any:
+    """It takes seconds to import, and prints."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}  # or it probes for a compiler and builds an all-reduce of its own, for minutes
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed

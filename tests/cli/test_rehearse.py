@@ -1,0 +1,134 @@
+"""``--rehearse``: every recipe passes, and what would fail later is caught, each with one clear error."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from dedistill.train import main
+
+ROOT = Path(__file__).parents[2]
+FLUX = [*sorted(p.stem for p in (ROOT / "dedistill" / "recipes").glob("fl*.toml")), "openflux"]
+DIGITS = ["digits/teacher", "digits/dedistill", "mnist/teacher", "mnist/dedistill", "mnist_flux"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Two photographs, large enough for every shipped recipe, each with a short and a long caption."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, pixels in zip(("china", "flower"), load_sample_images().images):
+        for i in range(2):
+            Image.fromarray(pixels).resize((1600 + 96 * i, 1200)).save(folder / f"{name}{i}.jpg")
+            (folder / f"{name}{i}.txt").write_text("a photo\na long caption " + "with many words " * 8)
+    return folder
+
+
+@pytest.fixture
+def rehearse(tmp_path, pictures, capsys):
+    def run(recipe: str, *settings: str) -> tuple[int, str]:
+        own = [f"data.sets=[{{path='{pictures}'}}]"] if recipe in FLUX else []
+        words = [w for s in (f"run.out='{tmp_path}/run'", *own, *settings) for w in ("--set", s)]
+        code = main([str(ROOT / "dedistill" / "recipes" / f"{recipe}.toml"), "--rehearse", *words])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def test_stages_and_what_they_leave(rehearse, tmp_path):
+    """The base is a hub id that is not there: a rehearsal needs no weights and no network."""
+    code, said = rehearse("flux_schnell_24gb")
+    assert code == 0, said
+    stages = [line.split(" s  ")[1] for line in said.splitlines() if line.startswith("ok")]
+    assert stages == [
+        "the plan can be reached",
+        "layers and sizes at full scale",
+        "your pictures and captions",
+        "a tiny model of the same classes",
+        "caches, training, validation, saving",
+        "a run that is killed and continued ends the same",
+        "post-hoc averages",
+        "CFG sweep",
+        "merge into the base",
+        "export of the merged model and of the adapter",
+    ]
+    assert "399 layers of a network of 11,891,178,560 parameters get 151,315,392 trained ones" in said
+    out = tmp_path / "run-rehearsal"
+    rows = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4] and all(r["applied"] for r in rows)
+    for made in ("sweep/index.html", "merged/transformer/config.json", "exported/bfl", "run/previews/step-00000000.png"):
+        assert (out / made).exists(), made
+    assert not (tmp_path / "run").exists(), "the real run's directory is not touched"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [*FLUX, *DIGITS])
+def test_every_recipe_passes_in_ninety_seconds(rehearse, recipe):
+    start = time.monotonic()
+    code, said = rehearse(recipe)
+    assert code == 0, said
+    print(f"{recipe}: {time.monotonic() - start:.0f} s")
+
+
+def uncaptioned(folder: Path) -> None:
+    for i in range(12):
+        Image.new("RGB", (1100, 1100), (20 * i, 0, 0)).save(folder / f"z{i:02}.png")
+        if i != 11:
+            (folder / f"z{i:02}.txt").write_text("a plain colour")
+
+
+def small(folder: Path) -> None:
+    Image.new("RGB", (40, 40)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a black square")
+
+
+def unreadable(folder: Path) -> None:
+    (folder / "a.jpg").write_bytes(b"no picture")
+    (folder / "a.txt").write_text("nothing")
+
+
+DATA_FAULTS = [
+    (uncaptioned, "1 pictures have no caption, e.g. "),
+    (small, "no usable picture; e.g. "),
+    (unreadable, "not a picture of a known format"),
+    (lambda folder: None, "no usable picture in"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), DATA_FAULTS, ids=["no caption", "too small", "no picture", "empty folder"])
+def test_faults_of_the_data(rehearse, tmp_path, spoil, message):
+    """A caption is missed beyond the few pictures that are looked at, too."""
+    folder = tmp_path / "spoilt"
+    folder.mkdir()
+    spoil(folder)
+    code, said = rehearse("flux_schnell_24gb", f"data.sets=[{{path='{folder}'}}]")
+    assert code != 0 and message in said and "Traceback" not in said, said
+    assert "stage 'your pictures and captions'" in said
+
+
+FAULTS = [
+    (["train.stpes=3"], "train.stpes: unknown key, did you mean 'steps'"),
+    (["adapter.targets=[{pattern='transformer_blocks.*.attn.q_proj'}]"], "matches no linear"),
+    (["adapter.targets=[{pattern='transformer_blocks.19.**'}]"], "matches no linear"),
+    (["adapter.targets=[{preset='mdoulation'}]"], "unknown preset 'mdoulation'"),
+    (["base.exclude=['*.norm1']"], "matches no linear"),
+    (["model.text_length=640"], "model.text_length: 640 tokens; flux takes at most 512"),
+    (["model.guidance=1.0"], "model.guidance: this network has no guidance embedding"),
+    (["snapshot.every=50000"], "snapshot.every: 50,000 is never reached, train.steps is 20,000"),
+    (["validate.every=20001"], "validate.every: 20,001 is never reached"),
+    (["snapshot.every=1"], "this run keeps"),  # 20,000 snapshots of .3 GB
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), FAULTS, ids=lambda v: v[0] if isinstance(v, list) else "")
+def test_faults_of_the_recipe(rehearse, settings, message):
+    code, said = rehearse("flux_schnell_24gb", *settings)
+    assert code != 0 and message in said and "Traceback" not in said and "internal" not in said, said
+
+
+def test_full_disk_is_caught(rehearse, small_disk, tmp_path):
+    with small_disk(30_000):
+        code, said = rehearse("flux_schnell_24gb")
+    assert code != 0 and "cannot write" in said and str(tmp_path) in said and "internal" not in said, said

@@ -1,0 +1,334 @@
+"""Meters of distillation on models whose every velocity is known: each equals its analytic value."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from closed_form import straightness
+from closed_form_models import ONE, PICTURE, PLANE, ClosedFormData, closed_form
+
+from dedistill.data.digits import load_digits
+from dedistill.errors import UserError
+from dedistill.evaluation.distillation import Questions, measure
+from dedistill.evaluation.judges import DigitJudge, precision_recall
+from dedistill.evaluation.meters import Reading, guidance_meters, interval, path_meters, resamples, response
+from dedistill.evaluation.sweep import Candidate
+from dedistill.evaluation.validation import held_out_meters
+from dedistill.flow import keyed
+from dedistill.flow.solvers import euler, sigma_grid
+from dedistill.objectives.objective import Objective
+from dedistill.recipe.resolve import recipe_of
+from dedistill.sampling.sampler import sample, start_noise
+
+RECIPE = recipe_of(
+    {
+        "run": {"name": "a", "out": "a"},
+        "model": {"family": "pixel_flux", "path": "a"},
+        "data": {"source": "digits"},
+        "train": {"steps": 1, "batch": 4, "lr": 1e-3},
+    }
+)
+BINS = 4
+
+
+def tasks(count: int, source=None, size: int = 500):
+    return Objective(RECIPE, source or ClosedFormData(), lambda shape: 1.0).held_out(count, size)
+
+
+def linear_paths(steps: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Euler's states [S + 1, N, 2] of the single Gaussian by its scalar recursion, and the noise [N, 2].
+
+    (noisy - (1 - sigma) mean) is multiplied by 1 + step (sigma - (1 - sigma) s^2) / ((1 - sigma)^2 s^2 + sigma^2).
+    """
+    noise = start_noise(0, count, PICTURE).flatten(1).double().numpy()
+    grid, mean, s2 = sigma_grid(steps), ONE.means[0].numpy(), 0.4**2
+    states, factor = [noise], 1.0
+    for here, there in pairwise(grid):
+        factor *= 1 + (there - here) * (here - (1 - here) * s2) / ((1 - here) ** 2 * s2 + here**2)
+        states.append((1 - there) * mean + factor * noise)
+    return np.stack(states), noise
+
+
+def test_paths_of_one_gaussian_are_measured_as_its_recursion_says():
+    """R1: straightness, bend and the few-step gap against Euler's scalar recursion, to float32."""
+    count, steps, few = 40, 16, (1, 2, 8)
+    found = path_meters(closed_form(ONE), ["0"] * count, start_noise(0, count, PICTURE), steps=steps, few=few)
+    states, noise = linear_paths(steps, count)
+    chord = noise - states[-1]
+    size = np.square(chord).mean()
+    velocity = np.diff(states, axis=0) * -steps
+    bend = np.square(chord - velocity).mean((1, 2)) / size
+    np.testing.assert_allclose(found["bend"].value, bend, rtol=1e-4, atol=1e-6)
+    assert found["straightness"].value[0] == pytest.approx(bend.mean(), rel=1e-5)
+    gaps = [np.square(linear_paths(n, count)[0][-1] - states[-1]).mean() / size for n in few]
+    np.testing.assert_allclose(found["few_steps"].value, gaps, rtol=1e-4, atol=1e-7)
+
+
+def test_many_steps_measure_the_exact_paths():
+    """R1, F3: with 256 steps, straightness is the integral's, and turning the angle between first and last velocity."""
+    count = 250
+    noise = start_noise(0, count, PICTURE)
+    found = path_meters(closed_form(ONE), ["0"] * count, noise, steps=256, few=(1,))
+    low, high = interval(found["straightness"].resampled())
+    assert low[0] < straightness(ONE) < high[0] and high[0] - low[0] < 0.3 * straightness(ONE)
+    e = noise.flatten(1).double()
+    first, last = e - ONE.means, -ONE.means - ONE.stds * e
+    angle = torch.rad2deg(torch.arccos(torch.cosine_similarity(first, last)))
+    assert found["turning"].value[0] == pytest.approx(float(angle.mean()), rel=0.02)
+    gap = (ONE.means - ONE.transport(e)).square().mean() / (e - ONE.transport(e)).square().mean()
+    assert found["few_steps"].value[0] == pytest.approx(float(gap), rel=0.02), "one step ends at the mean of the data"
+
+
+def test_a_straight_flow_has_no_bend_and_no_gap():
+    """R1: what reflow of the exact pairs would give needs one step."""
+    found = path_meters(closed_form(ONE, straight=True), ["0"] * 20, start_noise(0, 20, PICTURE), steps=8, few=(1, 4))
+    for key in ("straightness", "few_steps", "bend"):
+        assert found[key].value == pytest.approx(0, abs=1e-10)
+    assert found["turning"].value[0] == pytest.approx(0, abs=1e-3)
+
+
+def test_the_loss_of_the_exact_velocity_is_the_floor_bin_by_bin():
+    """F1: within four standard errors, in all bins of sigma and over all; given the label."""
+    count = 4000
+    found = held_out_meters(closed_form(), tasks(count), BINS)
+    sigmas = (np.arange(count) + 0.5) / count
+    grid = np.linspace(0, 1, 21)
+    at = [sum(float(w) * PLANE.given(k).floor(s) for k, w in enumerate(PLANE.weights)) for s in grid]
+    floors = np.interp(sigmas, grid, at).reshape(BINS, -1).mean(1)
+    low, high = interval(found["loss_by_sigma"].resampled())
+    np.testing.assert_array_less(np.abs(found["loss_by_sigma"].value - floors), (high - low))
+    low, high = interval(found["loss"].resampled())
+    assert abs(found["loss"].value[0] - floors.mean()) < high[0] - low[0] < 0.06
+
+
+def test_the_guidance_gap_is_the_distance_of_the_exact_fields():
+    """O19: E |v(. | label) - v|^2 by quadrature, bin by bin."""
+    count = 4000
+    found = held_out_meters(closed_form(), tasks(count), BINS)
+    grid = np.linspace(0, 1, 13)
+
+    def gap(sigma: float, label: int) -> float:
+        own = PLANE.given(label)
+        return own.expect(sigma, lambda x: (own.velocity(x, sigma) - PLANE.velocity(x, sigma)).square().mean(1))
+
+    at = [sum(float(w) * gap(s, k) for k, w in enumerate(PLANE.weights)) for s in grid]
+    wanted = np.interp((np.arange(count) + 0.5) / count, grid, at).reshape(BINS, -1).mean(1)
+    low, high = interval(found["guidance_by_sigma"].resampled())
+    np.testing.assert_array_less(np.abs(found["guidance_by_sigma"].value - wanted), high - low)
+
+
+@pytest.mark.parametrize("baked", [0.5, 2.0, 3.0])
+def test_baked_guidance_is_read_off_exactly(baked):
+    """With guidance w baked in, the gap is w^2 times the honest one, and the loss rises by (w - 1)^2 times it."""
+    honest, distilled = (held_out_meters(closed_form(baked=w), tasks(2000), BINS) for w in (1.0, baked))
+    np.testing.assert_allclose(distilled["guidance_by_sigma"].value, baked**2 * honest["guidance_by_sigma"].value, rtol=1e-4)
+    rise = distilled["loss"].resampled() - honest["loss"].resampled()
+    wanted = (baked - 1) ** 2 * honest["guidance"].value[0]
+    low, high = interval(rise)
+    assert low[0] - (high[0] - low[0]) / 2 < wanted < high[0] + (high[0] - low[0]) / 2
+
+
+def test_more_distillation_never_reads_as_less():
+    """Guidance baked in further and further: loss and guidance gap rise at every stage, beyond their intervals."""
+    stages = [held_out_meters(closed_form(baked=w), tasks(500), BINS) for w in (1.0, 1.5, 2.0, 3.0)]
+    for key in ("loss", "guidance"):
+        for before, after in pairwise(stages):
+            assert interval(after[key].resampled() - before[key].resampled())[0][0] > 0
+
+
+def test_the_response_to_cfg_is_that_of_the_exact_pictures():
+    """O19: saturation and contrast at each scale against pictures of the exact CFG field in float64."""
+    count, cfgs = 60, (1.0, 2.0, 4.0)
+    noise, prompts = start_noise(0, count, PICTURE), ["1"] * count
+    found = guidance_meters(closed_form(), prompts, noise, steps=16, cfgs=cfgs, judge=None)
+    assert set(found) == {"saturated", "contrast", "blur", "shadow"}
+    for i, cfg in enumerate(cfgs):
+        field = lambda x, s, _, cfg=cfg: PLANE.guided(x, s, 1, cfg)  # noqa: E731 - one line
+        *_, exact = euler(field, noise.flatten(1).double(), sigma_grid(16))
+        assert found["contrast"].value[i] == pytest.approx(float(exact.std(1, correction=0).mean()), rel=1e-5)
+        assert found["saturated"].value[i] == pytest.approx(float((exact.abs() > 1.1).double().mean()), abs=1e-9)
+    moved = response(found["contrast"])
+    assert moved.value[0] == pytest.approx(found["contrast"].value[2] - found["contrast"].value[0], abs=1e-12)
+
+
+@pytest.mark.parametrize(("cfg", "skip"), [(1.0, 0), (3.0, 0), (3.0, 4), (0.0, 0), (3.0, 16)])
+def test_the_sampler_follows_the_exact_cfg_field(cfg, skip):
+    """O19, N2: pictures of a whole model, mixed labels, guidance off for the first steps, against float64."""
+    labels, noise, grid = [0, 1] * 10, start_noise(0, 20, PICTURE), sigma_grid(16)
+    found = sample(closed_form(chunk=7), [str(k) for k in labels], noise, grid, cfg=cfg, skip=skip).flatten(1)
+    for label in (0, 1):
+        rows = torch.tensor(labels) == label
+        x = noise.flatten(1)[rows].double()
+        for i, (here, there) in enumerate(pairwise(grid)):
+            x = x + (there - here) * PLANE.guided(x, float(here), label, cfg if i >= skip else 1.0)
+        torch.testing.assert_close(found[rows].double(), x, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_do_not_matter():
+    """Samples are asked in the model's chunks, and come out in one order."""
+    whole, parts = (held_out_meters(closed_form(), tasks(100, size=n), BINS) for n in (100, 7))
+    torch.testing.assert_close(whole["loss"].top, parts["loss"].top, rtol=1e-6, atol=1e-7)
+    noise = start_noise(0, 10, PICTURE)
+    few = [path_meters(closed_form(chunk=n), ["0", "1"] * 5, noise, steps=4, few=(1,))["few_steps"] for n in (256, 3)]
+    torch.testing.assert_close(few[0].top, few[1].top, rtol=1e-6, atol=1e-9)
+
+
+def test_the_interval_of_a_mean_is_the_textbook_one():
+    """1.96 standard errors on both sides, within the bootstrap's own noise."""
+    x = np.random.default_rng(0).standard_normal((400, 1))
+    low, high = interval(Reading(x, np.ones_like(x)).resampled())
+    half = 1.96 * x.std() / 20
+    assert (x.mean() - low[0], high[0] - x.mean()) == (pytest.approx(half, rel=0.1), pytest.approx(half, rel=0.1))
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """95 % of intervals of a ratio of sums hold the true ratio: 300 sets of 60 skewed samples."""
+    weights, held = resamples(60), 0
+    for i in range(300):
+        rng = keyed.generator(i, "coverage")
+        bottom = rng.gamma(4, 1, (60, 1))
+        top = bottom * 0.5 + rng.standard_normal((60, 1)) * 0.3
+        low, high = interval((weights @ top) / (weights @ bottom))
+        held += low[0] < 0.5 < high[0]
+    assert 0.91 < held / 300 < 0.98
+
+
+def test_strata_are_resampled_apart():
+    """Each stratum keeps its size, so what differs between strata is no uncertainty."""
+    strata = np.repeat([0, 1, 2], [5, 10, 15])
+    weights = resamples(30, strata)
+    for k, size in enumerate((5, 10, 15)):
+        assert (weights[:, strata == k].sum(1) == size).all()
+    top = np.random.default_rng(0).standard_normal((30, 1)) * 0.01 + strata[:, None]
+    alike, apart = (interval(Reading(top, np.ones_like(top), s).resampled()) for s in (None, strata))
+    assert apart[1][0] - apart[0][0] < 0.1 * (alike[1][0] - alike[0][0])
+
+
+def test_pairs_cancel_what_samples_share():
+    """Two readings of the same samples draw the same ones: a constant difference has no uncertainty at all."""
+    top = np.random.default_rng(0).standard_normal((50, 1))
+    a, b = (Reading(x, np.ones_like(x)).resampled() for x in (top, top + 0.01))
+    np.testing.assert_allclose(b - a, 0.01, atol=1e-12)
+
+
+def test_samples_without_a_number_do_not_count():
+    """A prompt without digits has no accuracy."""
+    reading = Reading(np.array([[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
+    assert reading.value.tolist() == [0.5, 1.0] and response(reading).value.tolist() == [0.5]
+    assert np.isnan(Reading(np.zeros((3, 1)), np.zeros((3, 1))).value).all()
+
+
+def test_the_mean_fidelity_is_the_precision():
+    """arXiv 1904.06991: shares of single pictures add up to the precision of the set, which noise has none of."""
+    source = load_digits(0.0)
+    judge = DigitJudge(source)
+    pictures = source.draw(0, 0, np.arange(50), 50).pixels
+    assert judge.realistic(pictures).mean() > 0.85
+    mixed = pictures.clone()
+    mixed[::2] = start_noise(0, 25, (1, 8, 16))
+    shares = judge.realistic(mixed)
+    features = judge.pca.transform(judge._digits(mixed))
+    assert shares.mean() == pytest.approx(precision_recall(features, judge.real[:800])[0])
+    assert shares[1::2].mean() > 0.85 and shares[::2].mean() < 0.1
+
+
+def questions(**changes) -> Questions:
+    source = ClosedFormData()
+    asked = {"samples": 64, "steps": 4, "few": (1, 2), "cfgs": (1.0, 3.0), **changes}
+    return Questions(recipe=RECIPE, source=source, judge=None, **({"prompts": source.prompts(0, 12)} | asked))
+
+
+def candidates(**baked: float) -> list[Candidate]:
+    return [Candidate(name, name, 4, lambda w=w: closed_form(baked=w)) for name, w in baked.items()]
+
+
+def test_candidates_are_compared_with_the_reference():
+    """Every number of every candidate, in the order given, with differences to the one that was named."""
+    said = []
+    found = measure(candidates(b=2.0, a=1.0, c=1.0), questions(), reference="a", title="t", say=said.append)
+    assert [*found["candidates"]] == ["b", "a", "c"] and found["reference"] == "a" and len(said) == 3
+    b, a, c = found["candidates"].values()
+    assert set(b) == {m["key"] for m in found["meters"]} and "correct" not in b
+    assert "verdict" not in a["loss"][0] and c["loss"][0]["difference"] == 0
+    assert b["guidance"][0]["verdict"] == "higher" and c["guidance"][0]["verdict"] == "no difference seen"
+    assert [row["at"] for row in a["few_steps"]] == [1, 2] and [row["at"] for row in a["contrast"]] == [1.0, 3.0]
+    assert [row["at"] for row in a["bend"]] == [1, 0.75, 0.5, 0.25] and len(a["loss_by_sigma"]) == 8
+    for rows in (*a.values(), *b.values()):
+        assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
+
+
+def test_a_single_scale_has_no_response(tmp_path):
+    options = {"reference": None, "title": "t", "kept": tmp_path, "say": lambda line: None}
+    found = measure(candidates(a=1.0), questions(cfgs=(2.0,)), **options)
+    assert set(found["candidates"]["a"]) == {m["key"] for m in found["meters"]} >= {"saturated", "contrast"}
+    assert not any("response" in m["key"] for m in found["meters"])
+
+
+@pytest.mark.parametrize(
+    ("candidates", "reference", "message"),
+    [
+        (candidates(a=1.0) * 2, None, "two candidates share a name: a, a"),
+        (candidates(a=1.0), "b", "--reference: no candidate 'b'; there are a"),
+        (candidates(a=1.0, b=float("nan")), None, "b: loss: not every sample has a finite number"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(candidates, reference, message):
+    with pytest.raises(UserError, match=message):
+        measure(candidates, questions(), reference=reference, title="t", say=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 15}, "--samples: 15 are too few for intervals; at least 16"),
+        ({"prompts": ["0"]}, "--prompts: 1 is too few for intervals; at least 2"),
+    ],
+)
+def test_too_few_samples_have_no_interval(changes, message):
+    with pytest.raises(UserError, match=message):
+        measure(candidates(a=1.0), questions(**changes), reference=None, title="t", say=lambda line: None)
+
+
+def test_a_model_that_predicts_nothing_is_refused():
+    """A fresh network leaves the noise as it is: there is no path to measure."""
+
+    def nothing():
+        model = closed_form()
+        model.family.velocity = lambda parts, net, noisy, *_: torch.zeros_like(noisy)
+        return model
+
+    with pytest.raises(UserError, match="a: straightness: paths have no length; the model predicts velocities of 0"):
+        measure([Candidate("a", "a", 4, nothing)], questions(), reference=None, title="t", say=lambda line: None)
+
+
+def test_a_number_that_no_sample_has_is_left_out():
+    """Prompts without digits: the page goes without accuracy, and keeps the others."""
+
+    class Judge:
+        def correct(self, pictures, prompts):
+            return np.full(len(pictures), np.nan)
+
+        def realistic(self, pictures):
+            return np.ones(len(pictures))
+
+    q = replace(questions(), judge=Judge())
+    found = measure(candidates(a=1.0), q, reference=None, title="t", say=lambda line: None)
+    numbers = found["candidates"]["a"]
+    assert numbers["realistic"][0]["value"] == 1 and not {"correct", "response_correct"} & numbers.keys()
+    assert "correct" not in {m["key"] for m in found["meters"]}
+
+
+def test_pictures_of_another_shape_are_refused():
+    def wide():
+        model = closed_form()
+        model.parts.picture = (2, 1, 2)
+        return model
+
+    with pytest.raises(UserError, match="a and b make pictures of different shapes"):
+        measure(
+            [*candidates(a=1.0), Candidate("b", "b", 4, wide)], questions(), reference=None, title="t", say=lambda line: None
+        )
+    with pytest.raises(UserError, match="the held-out samples have 1 channels, the model's 2"):
+        measure([Candidate("b", "b", 4, wide)], questions(), reference=None, title="t", say=lambda line: None)

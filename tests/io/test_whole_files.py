@@ -1,0 +1,79 @@
+"""Files: whole or not there, and a disk that is really full says which one."""
+
+from pathlib import Path
+
+import pytest
+
+from dedistill.errors import UserError
+from dedistill.io.atomic import WholeFile, replace_file, step_name, step_of
+from dedistill.runs.metrics import Journal
+
+
+def test_a_full_disk_keeps_the_old_file_and_names_it(tmp_path, small_disk):
+    """T5."""
+    path = tmp_path / "a.json"
+    replace_file(path, b"old")
+    with small_disk(1000), pytest.raises(UserError, match=rf"cannot write '{path}' \(5,000 bytes\): File too large"):
+        replace_file(path, b"x" * 5000)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_written_in_pieces_appears_when_it_is_complete(tmp_path, small_disk):
+    path = tmp_path / "a"
+    with WholeFile(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+        file.write(b"two")
+    assert path.read_bytes() == b"onetwo" and list(tmp_path.iterdir()) == [path]
+    with small_disk(100_000), pytest.raises(UserError, match=f"cannot write '{path}'"), WholeFile(path) as file:
+        for _ in range(4):
+            file.write(b"y" * 40_000)
+    assert path.read_bytes() == b"onetwo" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"cannot write '{tmp_path / 'gone' / 'a'}': No such file"):
+        replace_file(tmp_path / "gone" / "a", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("step-00000030", 30),
+        ("step-00000030.safetensors", 30),
+        ("step-123456789", 123456789),
+        ("step-00000030.bad", None),
+        ("step-00000030.tmp-12", None),
+        ("last.safetensors", None),
+    ],
+)
+def test_steps_are_read_from_names(name, step):
+    assert step_of(Path("folder") / name) == step
+    assert step is None or name.startswith(step_name(step))
+
+
+def test_journal_on_a_full_disk(tmp_path, small_disk):
+    """T5: on opening, when it is rewritten, and on every line."""
+    path = tmp_path / "metrics.jsonl"
+    journal = Journal(path, 0)
+    for step in range(1, 50):
+        journal.write({"step": step, "text": "x" * 90})
+    journal.close()
+    before = path.read_bytes()
+    with small_disk(2000), pytest.raises(UserError, match=rf"cannot write '{path}' \([\d,]+ bytes\): File too large"):
+        Journal(path, 100)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    journal = Journal(path, 100)
+    with small_disk(len(before)), pytest.raises(UserError, match=f"cannot write '{path}'"):
+        try:
+            journal.write({"step": 101})
+        finally:
+            journal.close()  # must not hide the message behind an error of its own
+    assert path.read_bytes() == before
+
+
+def test_lines_that_are_no_rows_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n5\n"step"\n[]\n{"loss": 2}\n{"step": 2}\n{"step": 3')
+    Journal(path, 9).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -1,0 +1,367 @@
+"""What every family must do, on its own tiny network; facts of single families at the end."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dedistill.adapters.targets import matching
+from dedistill.errors import UserError
+from dedistill.flow import keyed
+from dedistill.models.flux.network import attention_mask, patchify, unpatchify
+from dedistill.models.flux.tiny import write_tiny_flux
+from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.registry import FAMILIES, get_family
+from dedistill.recipe import load_recipe
+
+CAPTIONS = ["sun", "one red cat", "the dog and the tree with hat"]  # 2, 4 and 8 tokens with the end
+LENGTH = 12
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
+MNIST = Path(__file__).parents[2] / "dedistill" / "recipes" / "mnist_flux.toml"
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return get_family(request.param)
+
+
+def spec(folder: Path, **changes) -> SimpleNamespace:
+    """A recipe's [model] table."""
+    plain = {"path": str(folder), "new": None, "revision": None, "components": None, "guidance": None, "text_length": 12}
+    return SimpleNamespace(**(plain | {"mask": "bool", "t5_mask": True} | changes))
+
+
+def tiny_pixel_flux(seed: int, folder: Path):
+    return PixelFlux().tiny(seed)
+
+
+def tiny_flux(seed: int, folder: Path):
+    write_tiny_flux(folder, seed=seed)
+    parts = get_family("flux").load(spec(folder), seed=0)
+    parts.picture = (16, 4, 6)
+    return parts
+
+
+TINY = {"pixel_flux": tiny_pixel_flux, "flux": tiny_flux}
+
+
+@pytest.fixture
+def parts(family, tmp_path):
+    return TINY[family.name](0, tmp_path / "model")
+
+
+@pytest.fixture
+def noisy(parts):
+    return keyed.noise(0, "test", 0, range(3), parts.picture)
+
+
+SIGMA = torch.tensor([0.05, 0.5, 1.0])
+
+
+def velocity(family, parts, noisy, sigma=SIGMA, captions=CAPTIONS, length=LENGTH, text=None):
+    text = text or family.encode_text(parts, captions, length)
+    return family.velocity(parts, parts.net, noisy, sigma, text)
+
+
+def linears(net: nn.Module) -> list[str]:
+    return [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+
+
+def flux_directly(parts, noisy, sigma, embeds, pooled, mask=None):
+    """diffusers' own call, with the packing of its FLUX pipeline: tokens row by row, ids (0, row, column)."""
+    b, c, h, w = noisy.shape
+    p = round((parts.net.config.in_channels / c) ** 0.5)
+    tokens = noisy.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
+    ids = torch.tensor([[0.0, row, column] for row in range(h // p) for column in range(w // p)])
+    extra = {} if mask is None else {"joint_attention_kwargs": {"attention_mask": mask}}
+    out = parts.net(
+        hidden_states=tokens,
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        timestep=sigma,
+        img_ids=ids,
+        txt_ids=torch.zeros(embeds.shape[1], 3),
+        **extra,
+    ).sample
+    return out.view(b, h // p, w // p, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+DIRECT = {"pixel_flux": flux_directly, "flux": flux_directly}  # a new family brings its library's own call
+
+
+def test_velocity_has_the_shape_of_the_picture(family, parts, noisy):
+    v = velocity(family, parts, noisy)
+    assert v.shape == noisy.shape == (3, *parts.picture) and v.dtype == torch.float32
+    assert v.isfinite().all() and v.std() > 0.1
+
+
+def test_velocity_equals_the_librarys_own_call(family, parts, noisy):
+    """F2: sigma in, no factor of 1000, no sign: what the library predicts for timestep sigma (t = .5 among them)."""
+    for i, caption in enumerate(CAPTIONS):
+        text = family.encode_text(parts, [caption], LENGTH)
+        real = text.embeds[:, text.mask[0]]
+        direct = DIRECT[family.name](parts, noisy[i : i + 1], SIGMA[i : i + 1], real, text.pooled)
+        torch.testing.assert_close(velocity(family, parts, noisy)[i : i + 1], direct, **TOLERANCE)
+
+
+def test_every_input_matters(family, parts, noisy):
+    v = velocity(family, parts, noisy)
+    others = [
+        velocity(family, parts, noisy.flip(3)),
+        velocity(family, parts, noisy, sigma=SIGMA - 0.04),
+        velocity(family, parts, noisy, captions=["moon", "one red dog", "the cat and the tree with hat"]),
+        velocity(family, parts, noisy, captions=["sun", "red one cat", "the tree and the dog with hat"])[1:],  # order alone
+    ]
+    for other in others:
+        assert (other - v[-len(other) :]).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+LOW = [SIGMA.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.int64)]
+
+
+@pytest.mark.parametrize("sigma", [*map(torch.tensor, ([0.0, 0.5, 1000.0], [1.001] * 3, [-0.01, 0.5, 0.5])), *LOW], ids=str)
+def test_sigma_out_of_range_raises(family, parts, noisy, sigma):
+    """F2, trap 13: sigma and 1000 sigma are not both accepted. Trap 11: nor a sigma that bf16 has moved by up to .002."""
+    with pytest.raises(ValueError, match=r"sigma must be float32 in \[0, 1\]"):
+        velocity(family, parts, noisy, sigma=sigma)
+
+
+def test_sigma_that_is_not_a_number_raises(family, parts, noisy):
+    """F2."""
+    with pytest.raises(ValueError, match="sigma must be"):
+        velocity(family, parts, noisy, sigma=torch.tensor([0.5, float("nan"), 0.5]))
+
+
+def test_bf16_arithmetic_keeps_sigma(family, parts, noisy):
+    """Trap 11: .5 and .5009 are one number in bf16; as timesteps 500 and 500.9 the network must tell them apart."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        here, there = (velocity(family, parts, noisy, sigma=torch.full((3,), s)) for s in (0.5, 0.5009))
+    assert not torch.equal(here, there)
+
+
+def test_gradient_reaches_every_linear_of_the_blocks(family, parts, noisy):
+    net = parts.net
+    velocity(family, parts, noisy).square().mean().backward()
+    names = {name for pattern in family.presets(net)["blocks"] for name in matching(pattern, linears(net))}
+    inside = {id(m) for block in family.blocks(net) for m in block.modules() if isinstance(m, nn.Linear)}
+    assert names == {name for name in linears(net) if id(net.get_submodule(name)) in inside} and names
+    for name in names:
+        gradient = net.get_submodule(name).weight.grad
+        assert gradient is not None and gradient.abs().max() > 1e-8, name
+
+
+def test_masked_is_dropped(family, parts, noisy):
+    """X1, X4: in a batch of captions of different lengths, each row is as if its padding had never been there."""
+    together = velocity(family, parts, noisy)
+    for i, caption in enumerate(CAPTIONS):
+        words = int(family.encode_text(parts, [caption], LENGTH).mask.sum())
+        alone = velocity(family, parts, noisy[i : i + 1], SIGMA[i : i + 1], [caption], length=words)
+        torch.testing.assert_close(together[i : i + 1], alone, **TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [8, 24, 48])
+def test_length_of_the_padding(family, parts, noisy, length):
+    """X4, LAB 3: with the mask, 8, 12, 24 and 48 tokens are one prompt; without, padding takes part."""
+    torch.testing.assert_close(velocity(family, parts, noisy, length=length), velocity(family, parts, noisy), **TOLERANCE)
+    parts.mask = "none"
+    difference = velocity(family, parts, noisy, length=length) - velocity(family, parts, noisy)
+    assert difference.abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_what_stands_in_the_padding_changes_nothing(family, parts, noisy):
+    """X1, trap 1: exactly nothing; without the mask, a lot."""
+    text = family.encode_text(parts, CAPTIONS, LENGTH)
+    other = replace(text, embeds=torch.where(text.mask[..., None], text.embeds, 100 * text.embeds.flip(1) - 7))
+    assert not torch.equal(other.embeds, text.embeds)
+    assert torch.equal(velocity(family, parts, noisy, text=other), velocity(family, parts, noisy, text=text))
+    parts.mask = "none"
+    difference = velocity(family, parts, noisy, text=other) - velocity(family, parts, noisy, text=text)
+    assert difference.abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_order_of_text_tokens_is_only_in_their_embeddings(family, parts, noisy):
+    """A5: text has no positions in the network, so any permutation of the tokens and their mask gives the same picture."""
+    parts.mask, text = "none", family.encode_text(parts, CAPTIONS, 8)
+    order = torch.tensor([6, 2, 0, 7, 1, 5, 3, 4])
+    turned = replace(text, embeds=text.embeds[:, order], mask=text.mask[:, order])
+    v = velocity(family, parts, noisy, text=text)
+    torch.testing.assert_close(velocity(family, parts, noisy, text=turned), v, **TOLERANCE)
+
+
+def test_empty_caption_has_one_real_token(family, parts):
+    """X6: and a caption cut short keeps its end token."""
+    text = family.encode_text(parts, ["", "a b c d e f g h i j k l m n"], LENGTH)
+    assert text.mask.dtype == torch.bool and text.mask.sum(1).tolist() == [1, LENGTH]
+    assert torch.equal(text.mask[0], torch.arange(LENGTH) == 0)
+    last = family.encode_text(parts, ["a b c d e f g h i j k"], LENGTH)
+    assert torch.equal(text.embeds[1, -1], last.embeds[0, -1])
+
+
+def test_dropped_captions_are_the_empty_prompt(family, parts, noisy):
+    """N8, trap 24: tokens, mask and pooled vector together, and the same velocity as asking for the empty caption."""
+    text, empty = family.encode_text(parts, CAPTIONS, LENGTH), family.encode_text(parts, [""], LENGTH)
+    mixed = text.where(torch.tensor([False, True, False]), empty)
+    for name in ("embeds", "mask", "pooled"):
+        assert torch.equal(getattr(mixed, name)[1], getattr(empty, name)[0])
+        assert torch.equal(getattr(mixed, name)[::2], getattr(text, name)[::2])
+    asked = velocity(family, parts, noisy, captions=[CAPTIONS[0], "", CAPTIONS[2]])
+    torch.testing.assert_close(velocity(family, parts, noisy, text=mixed), asked, **TOLERANCE)
+
+
+def test_text_of_a_batch_is_the_text_of_its_captions(family, parts):
+    text = family.encode_text(parts, CAPTIONS, LENGTH)
+    for i, caption in enumerate(CAPTIONS):
+        alone, row = family.encode_text(parts, [caption], LENGTH), text.rows(slice(i, i + 1))
+        assert all(torch.equal(getattr(alone, n), getattr(row, n)) for n in ("embeds", "mask", "pooled"))
+
+
+def test_saved_and_loaded_gives_the_same_velocity(family, parts, noisy, tmp_path):
+    """To the last bit, whatever seed the second load is given."""
+    parts.mask = "none"
+    family.save(parts, tmp_path / "saved")
+    again = family.load(spec(tmp_path / "saved", mask="none"), seed=5)
+    assert again.mask == "none"
+    assert torch.equal(velocity(family, again, noisy), velocity(family, parts, noisy))
+
+
+def halve_weights(folder: Path) -> None:
+    for file in folder.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def facts(content: str):
+    return lambda folder: (folder / "dedistill.json").write_text(content)
+
+
+DAMAGE = [
+    pytest.param(lambda folder: (folder / "dedistill.json").unlink(), id="no facts"),
+    pytest.param(facts('{"family": '), id="facts cut short"),
+    pytest.param(facts('{"family": "unet"}'), id="another family"),
+    pytest.param(facts("[]"), id="facts of another kind"),
+    pytest.param(facts('{"family": "pixel_flux"}'), id="facts without a picture"),
+    pytest.param(halve_weights, id="weights cut short"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_folder_that_is_no_model_is_named(tmp_path, damage):
+    family = PixelFlux()
+    family.save(family.tiny(0), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=r"^model\.path: ") as error:
+        family.load(spec(tmp_path), seed=0)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_weights_depend_on_the_seed_alone(family, tmp_path):
+    tiny = TINY[family.name]
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = tiny(0, tmp_path / "a").net.state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    again, other = tiny(0, tmp_path / "b").net.state_dict(), tiny(1, tmp_path / "c").net.state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_presets_match_something(family, parts):
+    """Trap 17: a pattern without a match is a mistake; modulation, attention and mlp share the blocks out among them."""
+    found = {}
+    for preset, patterns in family.presets(parts.net).items():
+        matches = [matching(pattern, linears(parts.net)) for pattern in patterns]
+        assert all(matches), f"{preset}: {patterns}"
+        found[preset] = [name for names in matches for name in names]
+        assert len(set(found[preset])) == len(found[preset]), preset
+    assert sorted(found["modulation"] + found["attention"] + found["mlp"]) == sorted(found["blocks"])
+
+
+@pytest.mark.parametrize(("name", "hint"), [("pixelflux", "did you mean 'pixel_flux'"), ("zzz", "known: flux, pixel_flux")])
+def test_unknown_family_names_the_nearest(name, hint):
+    with pytest.raises(UserError, match=hint) as error:
+        get_family(name)
+    assert error.value.exit_code == 2 and str(error.value).startswith(f"model.family: unknown family '{name}'")
+
+
+@pytest.mark.parametrize(("channels", "patch", "height", "width"), [(1, 4, 8, 16), (3, 2, 4, 6), (16, 2, 8, 4)])
+def test_packing(channels, patch, height, width):
+    """A4: tokens row by row, channels (c, row, column); and back again."""
+    c, h, w = torch.meshgrid(torch.arange(channels), torch.arange(height), torch.arange(width), indexing="ij")
+    picture = (10_000 * c + 100 * h + w)[None].expand(2, -1, -1, -1)
+    tokens = patchify(picture, patch)
+    assert tokens.shape == (2, height * width // patch**2, channels * patch**2)
+    assert torch.equal(unpatchify(tokens, patch, channels, height, width), picture)
+    for k in range(tokens.shape[1]):
+        corner = patch * (100 * (k // (width // patch)) + k % (width // patch))
+        expected = [10_000 * c + 100 * i + j + corner for c in range(channels) for i in range(patch) for j in range(patch)]
+        assert tokens[1, k].tolist() == expected
+
+
+@pytest.fixture
+def flux():
+    family = PixelFlux()
+    return family, family.tiny(0)
+
+
+def test_padded_with_bool_mask_equals_truncated(flux):
+    """X2, X3, X4: diffusers' own mask path, on 48 padded tokens. A float mask is an added +1 or 0, not a mask."""
+    family, parts = flux
+    noisy = keyed.noise(0, "test", 0, range(3), parts.picture)
+    text = family.encode_text(parts, CAPTIONS, 48)
+    tokens = family.tokens(parts, parts.picture)
+    mask = attention_mask(text.mask, tokens)["attention_mask"]
+    assert mask.dtype == torch.bool and mask.shape == (3, 1, 1, 48 + tokens)
+    padded = flux_directly(parts, noisy, SIGMA, text.embeds, text.pooled, mask)
+    added = flux_directly(parts, noisy, SIGMA, text.embeds, text.pooled, mask.float())
+    unmasked = flux_directly(parts, noisy, SIGMA, text.embeds, text.pooled)
+    for i in range(3):
+        row = slice(i, i + 1)
+        truncated = flux_directly(parts, noisy[row], SIGMA[row], text.embeds[row, text.mask[i]], text.pooled[row])
+        torch.testing.assert_close(padded[row], truncated, **TOLERANCE)
+        for wrong in (added[row], unmasked[row]):
+            assert (wrong - truncated).abs().max() > 1e-3
+
+
+def test_text_is_trimmed_to_the_longest_caption(flux):
+    """X4: the network is never given columns that are padding in every row; unmasked, it gets all of them."""
+    family, parts = flux
+    seen = []
+    parts.net.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    for parts.mask in ("bool", "none"):
+        velocity(family, parts, keyed.noise(0, "test", 0, range(3), parts.picture), length=48)
+    assert seen == [8, 48]
+
+
+def test_no_mask_where_nothing_is_padding():
+    """X4: equal lengths keep the fast kernels; text comes before the picture (trap 2)."""
+    assert attention_mask(torch.ones(2, 5, dtype=torch.bool), 8) is None
+    mask = attention_mask(torch.tensor([[True, False], [True, True]]), 3)["attention_mask"]
+    assert mask[:, 0, 0].tolist() == [[True, False, True, True, True], [True] * 5]
+
+
+def mnist(**changes):
+    """The network of recipes/mnist_flux.toml on the meta device: shapes without numbers."""
+    new = load_recipe(MNIST).model.new.model_copy(update=changes)
+    with torch.device("meta"):
+        return PixelFlux().build(new)
+
+
+def test_mnist_network_has_the_published_size():
+    """M1: 59,845,696 parameters, 16 tokens of 64."""
+    parts = mnist()
+    assert sum(p.numel() for p in parts.net.parameters()) == 59_845_696
+    assert (parts.net.config.in_channels, PixelFlux().tokens(parts, parts.picture), parts.picture) == (64, 16, (1, 32, 32))
+
+
+def test_mnist_network_in_colour():
+    """M2: 3 channels of patch 8 make tokens of 192."""
+    parts = mnist(channels=3)
+    assert (parts.net.config.in_channels, PixelFlux().tokens(parts, parts.picture), parts.picture) == (192, 16, (3, 32, 32))
+    # A3: two linears in each of 6 double blocks, one in each of 12 single
+    modulation = PixelFlux().presets(parts.net)["modulation"]
+    assert sum(len(matching(pattern, linears(parts.net))) for pattern in modulation) == 6 * 2 + 12

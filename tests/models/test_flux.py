@@ -1,0 +1,386 @@
+"""FLUX.1: loading, depth, guidance, text, latents, and the three ways of masking."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.attention_dispatch import attention_backend
+from safetensors.torch import load_file, save_file
+
+from dedistill.adapters.targets import matching
+from dedistill.errors import UserError
+from dedistill.flow import keyed
+from dedistill.models.conditioning import stack
+from dedistill.models.flux.family import Flux
+from dedistill.models.flux.naming import to_bfl
+from dedistill.models.flux.network import attention_mask
+from dedistill.models.flux.published import PUBLISHED, shape_of
+from dedistill.models.flux.tiny import write_tiny_flux
+
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
+CAPTIONS = ["sun", "the dog and the tree with hat"]
+SIGMA = torch.tensor([0.3, 0.9])
+NOISY = keyed.noise(0, "test", 0, range(2), (16, 4, 6))
+
+
+def spec(path, **changes) -> SimpleNamespace:
+    plain = {
+        "path": str(path),
+        "revision": None,
+        "components": None,
+        "mask": "bool",
+        "t5_mask": True,
+        "guidance": 1.0 if shape_of(str(path)).guidance else None,
+        "text_length": 512,
+    }
+    return SimpleNamespace(**(plain | changes))
+
+
+def load(path, **changes):
+    return Flux().load(spec(path, **changes), seed=0)
+
+
+@pytest.fixture(scope="module")
+def schnell(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("schnell")
+    write_tiny_flux(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dev")
+    write_tiny_flux(folder, guidance=True, layers=2)
+    return folder
+
+
+@pytest.fixture
+def copy(schnell, tmp_path):
+    """The schnell folder, free to be damaged."""
+    import shutil
+
+    return shutil.copytree(schnell, tmp_path / "copy")
+
+
+@torch.no_grad()
+def velocity(parts, text, noisy=NOISY, sigma=SIGMA, guidance=None):
+    return Flux().velocity(parts, parts.net, noisy, sigma, text, guidance)
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize(("guidance", "count", "linears"), [(False, 11_891_178_560, 502), (True, 11_901_408_320, 504)])
+def test_published_size(guidance, count, linears):
+    """A1: schnell and dev, on the meta device."""
+    with torch.device("meta"):
+        net = FluxTransformer2DModel(guidance_embeds=guidance)
+    assert sum(p.numel() for p in net.parameters()) == count
+    assert sum(isinstance(m, torch.nn.Linear) for m in net.modules()) == linears
+    assert (len(net.transformer_blocks), len(net.single_transformer_blocks), net.inner_dim) == (19, 38, 3072)
+
+
+def test_modulation_is_every_block_once():
+    """A3: two modulation linears in each of 19 double blocks, one in each of 38 single: 27 % of the blocks' weights."""
+    with torch.device("meta"):
+        net = FluxTransformer2DModel()
+    names = [n for n, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
+    found = [n for pattern in Flux().presets(net)["modulation"] for n in matching(pattern, names)]
+    assert len(found) == 19 * 2 + 38
+    assert sum(net.get_submodule(n).weight.numel() for n in found) == 3_227_516_928
+
+
+def test_flex_and_the_others_are_known():
+    """A8: Flex.1-alpha has 8 double blocks and a guidance embedder."""
+    assert (PUBLISHED["ostris/Flex.1-alpha"].layers, PUBLISHED["ostris/Flex.1-alpha"].guidance) == (8, True)
+    assert shape_of("someone/unknown") == PUBLISHED["black-forest-labs/FLUX.1-schnell"]
+
+
+def test_shape_is_read_from_a_local_config(dev):
+    assert (shape_of(str(dev)).layers, shape_of(str(dev)).guidance) == (2, True)
+
+
+# --- loading ---
+
+
+def test_loads_what_diffusers_loads(schnell):
+    parts = load(schnell)
+    theirs = FluxTransformer2DModel.from_pretrained(schnell / "transformer").state_dict()
+    ours = parts.net.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert not parts.text.loaded and not parts.vae.loaded, "encoders are loaded when first used"
+
+
+def test_depth_is_what_the_files_hold(copy):
+    """A8: blocks are counted; a config that promises more would leave random weights, here it is corrected."""
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = {k: v for k, v in load_file(file).items() if not k.startswith("single_transformer_blocks.1.")}
+    save_file(tensors, file)
+    parts = load(copy)
+    assert (len(parts.net.transformer_blocks), len(parts.net.single_transformer_blocks)) == (1, 1)
+    assert parts.net.config.num_single_layers == 1
+
+
+def drop(name):
+    def damage(folder):
+        file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        del tensors[next(k for k in tensors if name in k)]
+        save_file(tensors, file)
+
+    return damage
+
+
+def add(folder):
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"surplus.weight": torch.ones(2)}, file)
+
+
+def reshape(folder):
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"proj_out.bias": torch.ones(3)}, file)
+
+
+def halve(folder):
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def remove(*names):
+    import shutil
+
+    return lambda folder: [shutil.rmtree(folder / n) for n in names]
+
+
+FAULTS = [
+    pytest.param(
+        drop("to_add_out.bias"), "1 tensors are missing, e.g. transformer_blocks.0.attn.to_add_out.bias", id="missing"
+    ),
+    pytest.param(add, "1 tensors are unknown, e.g. surplus.weight", id="unknown"),
+    pytest.param(reshape, "1 tensors are of another shape, e.g. proj_out.bias", id="shape"),
+    pytest.param(halve, "cannot be read as safetensors", id="torn"),
+    pytest.param(remove("transformer"), "no folder 'transformer'", id="no transformer"),
+    pytest.param(remove("tokenizer_2"), "no folder 'tokenizer_2'", id="no tokenizer"),
+    pytest.param(remove("vae"), "no VAE in", id="no VAE"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), FAULTS)
+def test_nothing_is_loaded_by_halves(copy, damage, message):
+    damage(copy)
+    with pytest.raises(UserError, match=r"^model\.path: ") as error:
+        load(copy)
+    assert message in str(error.value)
+
+
+def test_hub_id_needs_its_revision():
+    for revision in (None, "main", "741f7c3"):
+        with pytest.raises(UserError, match=r"pin its commit, 40 hexadecimal digits, with model\.revision"):
+            load("black-forest-labs/FLUX.1-schnell", revision=revision)
+    with pytest.raises(UserError, match="does not exist"):
+        load("/no/such/folder")
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+@pytest.mark.parametrize("spelling", ["bfl", "diffusers", "comfy"])
+def test_single_file_is_the_same_network(schnell, dev, tmp_path, spelling, guidance):
+    """A2, A8: BFL's names, diffusers' names, and either behind ComfyUI's prefix; sizes are read from the tensors."""
+    folder = dev if guidance else schnell
+    parts = load(folder)
+    tensors = parts.net.state_dict()
+    if spelling != "diffusers":
+        tensors = to_bfl(tensors)
+    if spelling == "comfy":
+        tensors = {f"model.diffusion_model.{name}": t for name, t in tensors.items()}
+    file = tmp_path / "flux.safetensors"
+    save_file({name: t.contiguous() for name, t in tensors.items()}, file)
+    again = load(file, components=str(folder))
+    text = parts.text(CAPTIONS, 32)
+    assert torch.equal(velocity(again, text), velocity(parts, text)) and again.guidance == parts.guidance
+    save_file({name: t.contiguous() for name, t in list(tensors.items())[:-1]}, file)
+    with pytest.raises(UserError, match=r"1 tensors are missing|no tensor"):
+        load(file, components=str(folder))
+
+
+def test_single_file_needs_its_components(schnell, tmp_path):
+    file = tmp_path / "flux.safetensors"
+    save_file({"x": torch.ones(1)}, file)
+    with pytest.raises(UserError, match=r"^model\.components: a single file holds the denoiser alone"):
+        load(file)
+    with pytest.raises(UserError, match="is no FLUX denoiser"):
+        load(file, components=str(schnell))
+
+
+# --- guidance ---
+
+
+def test_guidance_is_one_in_training_and_matters(dev):
+    """A7, O18: dev is trained at guidance 1; another value gives another picture."""
+    parts = load(dev)
+    text = parts.text(CAPTIONS, 32)
+    assert parts.guidance == 1.0
+    told = velocity(parts, text)
+    assert torch.equal(told, velocity(parts, text, guidance=1.0))
+    assert (told - velocity(parts, text, guidance=3.5)).abs().max() > 1e-4
+
+
+def test_guidance_without_an_embedding_is_an_error(schnell):
+    """A7."""
+    with pytest.raises(UserError, match=r"model\.guidance: this network has no guidance embedding"):
+        load(schnell, guidance=1.0)
+    parts = load(schnell)
+    with pytest.raises(UserError, match="no guidance embedding"):
+        velocity(parts, parts.text(CAPTIONS, 32), guidance=3.5)
+
+
+def test_bypassed_guidance_is_not_looked_at(dev):
+    """A8: the embedder's weights change nothing, are kept, and the rest is what it was without its share."""
+    parts = load(dev, guidance="bypass")
+    text = parts.text(CAPTIONS, 32)
+    plain = velocity(parts, text)
+    with torch.no_grad():
+        for p in parts.net.time_text_embed.guidance_embedder.parameters():
+            p.normal_()
+    assert torch.equal(velocity(parts, text), plain)
+    assert (velocity(load(dev), text) - plain).abs().max() > 1e-4
+    silent = load(dev)
+    with torch.no_grad():  # an embedder that says 0 is one that is passed by
+        silent.net.time_text_embed.guidance_embedder.linear_2.weight.zero_()
+        silent.net.time_text_embed.guidance_embedder.linear_2.bias.zero_()
+    torch.testing.assert_close(velocity(silent, text), plain, **TOLERANCE)
+    with pytest.raises(UserError, match="goes past it"):
+        velocity(parts, text, guidance=3.5)
+
+
+def test_shift_is_the_schedulers(schnell, dev):
+    """F6, F7: 1 for schnell at any size; exp(.5) at 256 tokens and exp(1.15) at 4096 for dev."""
+    flux = Flux()
+    assert [flux.shift(load(schnell), n) for n in (256, 4096)] == [1.0, 1.0]
+    assert flux.shift(load(dev), 256) == pytest.approx(2.718281828**0.5)
+    assert flux.shift(load(dev), 4096) == pytest.approx(2.718281828**1.15)
+
+
+# --- noise level ---
+
+
+def test_sigma_reaches_the_embedding_exactly(schnell):
+    """Trap 11: in bf16, diffusers tells the network 1000 sigma up to 4 away; here it is exact."""
+    parts = load(schnell)
+    net = parts.net.to(torch.bfloat16)
+    heard = []
+    net.time_text_embed.time_proj.register_forward_pre_hook(lambda _, args: heard.append(args[0].clone()))
+    text = parts.text(CAPTIONS, 32)
+    sigma = torch.tensor([0.9973, 0.5009])
+    velocity(parts, text.__class__(text.embeds.bfloat16(), text.mask, text.pooled.bfloat16()), NOISY.bfloat16(), sigma)
+    assert heard[0].dtype == torch.float32 and torch.equal(heard[0], 1000 * sigma)
+    theirs = sigma.to(torch.bfloat16) * 1000
+    assert (theirs.float() - 1000 * sigma).abs().max() > 1
+
+
+# --- text ---
+
+
+def test_text_equals_the_pipelines(schnell):
+    """A9: with t5_mask off, embeddings and pooled vector are those of diffusers' own FluxPipeline."""
+    pipe = FluxPipeline.from_pretrained(schnell)
+    embeds, pooled, _ = pipe.encode_prompt(CAPTIONS, None, max_sequence_length=64)
+    text = load(schnell, t5_mask=False).text(CAPTIONS, 64)
+    torch.testing.assert_close(text.embeds, embeds.float(), **TOLERANCE)
+    torch.testing.assert_close(text.pooled, pooled.float(), **TOLERANCE)
+
+
+def test_padding_leaks_into_real_tokens_unless_t5_is_masked(schnell):
+    """A9, X7: the length a caption is padded to changes what it means; with the mask it does not."""
+    for t5_mask in (True, False):
+        text = load(schnell, t5_mask=t5_mask).text
+        short, long = text(CAPTIONS[:1], 16), text(CAPTIONS[:1], 64)
+        real = int(short.mask.sum())
+        same = torch.allclose(short.embeds[:, :real], long.embeds[:, :real], atol=1e-5)
+        assert same == t5_mask
+
+
+def test_empty_prompt_is_one_token(schnell):
+    """X6."""
+    assert load(schnell).text([""], 512).mask.sum() == 1
+
+
+# --- masks ---
+
+
+def test_padded_truncated_and_packed_are_one(schnell):
+    """X4: padded to 512 and masked = truncated = a batch of both lengths; outputs and gradients to 1e-5."""
+    parts = load(schnell)
+    outputs, gradients = [], []
+    padded = parts.text(CAPTIONS, 512)
+    alone = [parts.text([c], int(padded.mask[i].sum())) for i, c in enumerate(CAPTIONS)]
+    for texts in ([padded], [stack(alone)], alone):
+        parts.net.zero_grad()
+        rows = torch.arange(2).split([len(t) for t in texts])
+        v = [Flux().velocity(parts, parts.net, NOISY[r], SIGMA[r], t) for r, t in zip(rows, texts)]
+        v = torch.cat(v)
+        v.square().sum().backward()
+        outputs.append(v.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in parts.net.parameters() if p.grad is not None]))
+    for v, g in zip(outputs[1:], gradients[1:]):
+        torch.testing.assert_close(v, outputs[0], **TOLERANCE)
+        torch.testing.assert_close(g, gradients[0], rtol=1e-5, atol=1e-5)
+
+
+def test_libreflux_mask_is_a_bias(schnell):
+    """X3: +1 on real tokens and 0 on padding, so padding keeps a share: neither masked nor unmasked."""
+    parts = load(schnell)
+    text = parts.text(CAPTIONS, 64)
+    mask = attention_mask(text.mask, 6, "libreflux")["attention_mask"]
+    assert mask.dtype == torch.float32 and mask.shape == (2, 1, 1, 70)
+    assert torch.equal(mask[:, 0, 0, :64] == 1, text.mask) and (mask[..., 64:] == 1).all()
+    found = {}
+    for parts.mask in ("bool", "none", "libreflux"):
+        found[parts.mask] = velocity(parts, text)
+    assert (found["libreflux"] - found["bool"]).abs().max() > 1e-4
+    assert (found["libreflux"] - found["none"]).abs().max() > 1e-4
+
+
+def test_backend_that_drops_masks_is_refused(schnell):
+    """X5: where a mask is needed. Batches of one length need none."""
+    parts = load(schnell)
+    with attention_backend("_native_flash"):
+        with pytest.raises(UserError, match="'_native_flash' cannot hide the padding"):
+            velocity(parts, parts.text(CAPTIONS, 64))
+        assert attention_mask(torch.ones(2, 5, dtype=torch.bool), 6) is None
+
+
+# --- pictures ---
+
+
+def test_latents_are_standardised_samples(schnell):
+    """A6: a sample of the posterior, (z - shift) * scale with the config's numbers; decoding inverts the scaling."""
+    parts = load(schnell)
+    vae = AutoencoderKL.from_pretrained(schnell / "vae")
+    pixels = keyed.noise(0, "pixels", 0, [0], (3, 32, 48)).clamp(-1, 1)
+    noise = keyed.noise(0, "vae", 0, [0], Flux().latent_shape(parts, 32, 48))
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+        z = posterior.mean + posterior.std * noise
+        wanted = (z - vae.config.shift_factor) * vae.config.scaling_factor
+        latents = Flux().encode_pictures(parts, pixels, noise)
+        torch.testing.assert_close(latents, wanted, **TOLERANCE)
+        torch.testing.assert_close(Flux().decode(parts, latents), vae.decode(z).sample, **TOLERANCE)
+    other = Flux().encode_pictures(parts, pixels, noise + 1)
+    assert (other - latents).abs().max() > 1e-3, "a sample, not the mode"
+
+
+def test_sides_are_multiples_of_sixteen(schnell):
+    with pytest.raises(UserError, match="both sides must be multiples of 16"):
+        Flux().latent_shape(load(schnell), 40, 64)
+
+
+def test_saved_model_points_to_its_components(schnell, tmp_path):
+    """What training exports loads again by its folder alone, encoders and VAE included."""
+    parts = load(schnell)
+    Flux().save(parts, tmp_path / "out")
+    assert not (tmp_path / "out" / "vae").exists()
+    again = load(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "dedistill.json").read_text())["components"] == str(schnell.resolve())
+    assert torch.equal(velocity(again, again.text(CAPTIONS, 32)), velocity(parts, parts.text(CAPTIONS, 32)))

@@ -1,0 +1,280 @@
+"""The frozen base: our int8 against quanto's, what is excluded, what is frozen, what it occupies."""
+
+import copy
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from optimum.quanto import QLinear, freeze, qint8, quantize
+from safetensors.torch import load, save
+from torch import nn
+from torch.nn import functional as F
+
+from dedistill.errors import UserError
+from dedistill.flow import keyed
+from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.quantize import (
+    Int8Linear,
+    cast_float,
+    dense_weight,
+    linear_names,
+    prepare_base,
+    quantize_rows,
+    storage_bytes,
+)
+
+MODES = {"none": nn.Linear, "int8": Int8Linear, "int8-quanto": QLinear}
+LIBREFLUX = ["*.norm", "*.norm1", "*.norm2", "*.norm2_context", "proj_out", "x_embedder", "norm_out", "context_embedder"]
+
+
+def linear(inputs: int = 48, outputs: int = 20, dtype=torch.float32, bias: bool = True) -> nn.Linear:
+    """Weights of row sizes from 1e-3 to 1, and one row of zeros."""
+    layer = nn.Linear(inputs, outputs, bias)
+    with torch.no_grad():
+        layer.weight.copy_(keyed.noise(0, "weight", 0, [0], (outputs, inputs))[0] * torch.logspace(-3, 0, outputs)[:, None])
+        layer.weight[3] = 0
+    return layer.to(dtype)
+
+
+def prepared(layer: nn.Linear, quant: str) -> nn.Linear:
+    holder = nn.Sequential(copy.deepcopy(layer))
+    assert prepare_base(holder, quant, [], "cpu") == ([] if quant == "none" else ["0"])
+    return holder[0]
+
+
+@pytest.fixture
+def flux():
+    family = PixelFlux()
+    return family, family.tiny(0)
+
+
+@pytest.mark.parametrize("outputs", [20, 5, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_and_scales_equal_quantos(dtype, outputs):
+    """Q1: symmetric, one scale per output row, in the weight's own dtype; an all-zero row stays zero."""
+    layer = linear(outputs=outputs, dtype=dtype)
+    theirs = prepared(layer, "int8-quanto").weight
+    codes, scale = quantize_rows(layer.weight.detach())
+    assert codes.dtype == torch.int8 and scale.dtype == dtype and scale.shape == (outputs, 1)
+    assert torch.equal(codes, theirs._data) and torch.equal(scale, theirs._scale)
+    assert not codes[3].any() and codes[-1].abs().max() == 127
+
+
+@pytest.mark.parametrize(("width", "error"), [(256, 0.0069), (3072, 0.0086)])
+def test_forward_error(width, error):
+    """Q1: weight-only error of Gaussian weights, .69 % at 256 inputs and .86 % at 3,072; below 1 %."""
+    layer = nn.Linear(width, 64, bias=False)
+    layer.weight.data = keyed.noise(0, "weight", 0, [0], (64, width))[0]
+    x = keyed.noise(0, "x", 0, range(64), (width,))
+    exact, ours = layer(x).detach(), prepared(layer, "int8")(x)
+    assert ((ours - exact).norm() / exact.norm()).item() == pytest.approx(error, abs=3e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 48), (2, 5, 48)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_passes_equal_those_of_the_dense_weight(shape, dtype, bias):
+    """Q1: output and input gradient are those of a plain linear with the dequantized weight."""
+    layer = linear(dtype=dtype, bias=bias)
+    ours = prepared(layer, "int8")
+    x = keyed.noise(0, "x", 0, [0], shape)[0].to(dtype).requires_grad_()
+    y = ours(x)
+    direction = torch.cos(y.detach())
+    y.backward(direction)
+    reference = x.detach().clone().requires_grad_()
+    expected = F.linear(reference, ours.dequantized(), layer.bias)
+    expected.backward(direction)
+    assert torch.equal(y, expected) and torch.equal(x.grad, reference.grad) and x.grad.any()
+
+
+def test_output_and_gradient_equal_quantos():
+    layer = linear()
+    grads, outputs = [], []
+    for quant in ("int8", "int8-quanto"):
+        x = keyed.noise(0, "x", 0, range(7), (48,)).requires_grad_()
+        y = prepared(layer, quant)(x)
+        y.sin().sum().backward()
+        outputs.append(y.detach())
+        grads.append(x.grad)
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-5)
+
+
+def test_autocast_computes_in_bf16():
+    """Under autocast the layer is the bf16 layer to the bit, near the float32 one, and the gradient comes in float32."""
+    layer, x = prepared(linear(), "int8"), keyed.noise(0, "x", 0, range(7), (48,)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, layer(x.bfloat16()))
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.02, atol=0.05)
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32 and x.grad.any()
+
+
+@pytest.mark.parametrize("quant", MODES)
+def test_prepared_base_is_frozen_and_lets_gradients_through(flux, quant):
+    """Q3: nothing of the base requires a gradient (quanto's freeze() turns that on), and backward reaches the input."""
+    family, parts = flux
+    names = prepare_base(parts.net, quant, [], "cpu")
+    assert not [n for n, p in parts.net.named_parameters() if p.requires_grad]
+    assert names == ([] if quant == "none" else linear_names(parts.net)) and len(linear_names(parts.net)) == 28
+    assert {type(parts.net.get_submodule(n)) for n in linear_names(parts.net)} == {MODES[quant]}
+    noisy = keyed.noise(0, "noise", 0, range(2), parts.picture).requires_grad_()
+    text = family.encode_text(parts, ["3 seven", ""], 12)
+    for _ in range(2):
+        family.velocity(parts, parts.net, noisy, torch.tensor([0.2, 0.8]), text).square().sum().backward()
+    assert noisy.grad.isfinite().all() and noisy.grad.abs().amax((1, 2, 3)).min() > 0.1
+    assert all(p.grad is None for p in parts.net.parameters())
+
+
+def test_velocity_of_the_quantized_network(flux):
+    """Q1: both int8 modes are the same network, within 1 % of the original."""
+    family, parts = flux
+    noisy, sigma = keyed.noise(0, "noise", 0, range(4), parts.picture), torch.tensor([0.1, 0.4, 0.7, 1.0])
+    text, results = family.encode_text(parts, ["3 seven"] * 4, 12), {}
+    for quant in MODES:
+        net = copy.deepcopy(parts.net)
+        prepare_base(net, quant, [], "cpu")
+        results[quant] = family.velocity(SimpleNamespace(net=net, mask="bool"), net, noisy, sigma, text).detach()
+    torch.testing.assert_close(results["int8"], results["int8-quanto"], rtol=0, atol=1e-5)
+    error = (results["int8"] - results["none"]).norm() / results["none"].norm()
+    assert 1e-4 < error < 0.01
+
+
+@pytest.mark.parametrize("quant", MODES)
+@pytest.mark.parametrize("pattern", [p for p in LIBREFLUX if "norm" in p] + ["**.norm1", "norm", "transformer_blocks.0", "a**"])
+def test_exclude_that_matches_no_linear_is_an_error(flux, quant, pattern):
+    """Q2, trap 15: LibreFLUX's patterns name containers and protect nothing; ours refuse, whatever the mode."""
+    _, parts = flux
+    with pytest.raises(UserError) as error:
+        prepare_base(parts.net, quant, ["proj_out", pattern], "cpu", lambda key: f"r.toml:7: {key}")
+    assert error.value.exit_code == 2
+    assert str(error.value).startswith("r.toml:7: base.exclude.1: ") and f"'{pattern}'" in str(error.value)
+    assert {type(m) for m in parts.net.modules() if isinstance(m, nn.Linear)} == {nn.Linear}  # nothing was done by halves
+
+
+EXCLUDED = {
+    "proj_out": ["proj_out"],
+    "x_embedder": ["x_embedder"],
+    "**.norm1.linear": ["transformer_blocks.0.norm1.linear"],
+    "**.norm*.linear": [
+        "norm_out.linear",
+        "single_transformer_blocks.0.norm.linear",
+        "transformer_blocks.0.norm1.linear",
+        "transformer_blocks.0.norm1_context.linear",
+    ],
+    "time_text_embed.**": [f"time_text_embed.{e}_embedder.linear_{i}" for e in ("text", "timestep") for i in (1, 2)],
+}
+
+
+@pytest.mark.parametrize("quant", ["int8", "int8-quanto"])
+@pytest.mark.parametrize("pattern", EXCLUDED)
+def test_excluded_linears_keep_their_weights(flux, quant, pattern):
+    """Q2: what the pattern names, and no more; the returned names are those that changed type."""
+    _, parts = flux
+    before = copy.deepcopy(parts.net)
+    names = prepare_base(parts.net, quant, [pattern], "cpu")
+    types = {n: type(parts.net.get_submodule(n)) for n in linear_names(parts.net)}
+    assert sorted(n for n, kind in types.items() if kind is nn.Linear) == EXCLUDED[pattern]
+    assert names == [n for n, kind in types.items() if kind is MODES[quant]]
+    for name in EXCLUDED[pattern]:
+        assert torch.equal(parts.net.get_submodule(name).weight, before.get_submodule(name).weight)
+
+
+def test_libreflux_list_under_quanto():
+    """Q2: quanto itself, given LibreFLUX's list, excludes 3 linears of 60 in a network of 2 + 4 blocks."""
+    picture = {"channels": 1, "height": 8, "width": 16, "patch": 4, "layers": 2, "single_layers": 4, "heads": 2}
+    new = SimpleNamespace(**picture, head_dim=16, rope_axes=[4, 6, 6], text_dim=16, pooled_dim=16)
+    net = PixelFlux().build(new).net
+    names = linear_names(net)
+    quantize(net, weights=qint8, exclude=LIBREFLUX)
+    kept = [n for n in names if type(net.get_submodule(n)) is nn.Linear]
+    assert len(names) == 60 and sorted(kept) == ["context_embedder", "proj_out", "x_embedder"]
+
+
+def test_quanto_takes_linears_only():
+    """Q2: the returned names are all that was quantized, in a network with convolutions too."""
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 8))
+    assert prepare_base(net, "int8-quanto", [], "cpu") == ["2"]
+    assert type(net[0]) is nn.Conv2d
+
+
+def test_quantos_freeze_asks_for_gradients():
+    """Q3, trap 32: the library's behaviour that decides the order of prepare_base; if it changes, this says so."""
+    holder = nn.Sequential(linear()).requires_grad_(False)
+    quantize(holder, weights=qint8)
+    freeze(holder)
+    assert holder[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_weight_is_one_for_both(dtype):
+    """The weight a layer stands for: float32, the same from ours and quanto's, and near the original."""
+    layer = linear(dtype=dtype)
+    ours, theirs = (dense_weight(prepared(layer, quant)) for quant in ("int8", "int8-quanto"))
+    assert torch.equal(ours, theirs) and ours.dtype == torch.float32 and type(theirs) is torch.Tensor
+    assert not ours.requires_grad and not theirs.requires_grad
+    plain = dense_weight(layer)
+    assert torch.equal(plain, layer.weight.detach().float()) and not plain.requires_grad
+    step = plain.abs().amax(1, keepdim=True) / 127
+    assert torch.all((ours - plain).abs() <= step * (0.501 if dtype == torch.float32 else 1.1))
+
+
+def test_storage_counts_int8_as_one_byte():
+    """Q1, Q4: codes 1 byte, scale and bias 4; quanto's weights report the float size they stand for."""
+    layer = nn.Linear(256, 64)
+    assert storage_bytes(nn.Sequential(layer)) == 4 * (256 * 64 + 64)
+    ours = nn.Sequential(prepared(layer, "int8"))
+    theirs = nn.Sequential(prepared(layer, "int8-quanto"))
+    expected = 256 * 64 + 4 * 64 + 4 * 64
+    assert storage_bytes(ours) == expected
+    assert storage_bytes(theirs) == expected + sum(4 * b.numel() for b in theirs.buffers())
+    assert storage_bytes(nn.Sequential(prepared(layer.bfloat16(), "int8"))) == 256 * 64 + 2 * 64 + 2 * 64
+
+
+@pytest.mark.parametrize("move", ["deepcopy", "bfloat16", "half", "double"])
+def test_codes_survive_copies_and_casts(move):
+    """Casts touch scale and bias only; a copy is equal and its own."""
+    layer = prepared(linear(), "int8")
+    codes = layer.weight.clone()
+    moved = copy.deepcopy(layer) if move == "deepcopy" else getattr(copy.deepcopy(layer), move)()
+    dtype = torch.float32 if move == "deepcopy" else getattr(torch, move)
+    assert moved.weight.dtype == torch.int8 and torch.equal(moved.weight, codes)
+    assert moved.weight_scale.dtype == moved.bias.dtype == dtype
+    assert Counter(p.requires_grad for p in moved.parameters()) == {False: 3}
+    x = keyed.noise(0, "x", 0, range(3), (48,))
+    assert moved(x.to(dtype)).dtype == dtype
+    torch.testing.assert_close(moved(x.to(dtype)).float(), layer(x), rtol=0.02, atol=0.05)
+    moved.weight.data.zero_()
+    assert torch.equal(layer.weight, codes)
+
+
+def test_cast_float_stores_floats_only():
+    """Before quantization, so that scales follow; int8 codes stay what they are."""
+    net = nn.Sequential(linear(), prepared(linear(), "int8"))
+    cast_float(net, torch.bfloat16)
+    assert Counter(p.dtype for p in net.parameters()) == {torch.bfloat16: 4, torch.int8: 1}
+    assert prepared(net[0], "int8").weight_scale.dtype == torch.bfloat16
+
+
+def test_state_dict_round_trip(flux):
+    """Plain tensors: a safetensors file of one prepared network fills another, and the velocity is equal to the bit."""
+    family, parts = flux
+    prepare_base(parts.net, "int8", ["**.norm*.linear"], "cpu")
+    raw = save(parts.net.state_dict())
+    other = family.tiny(1)
+    prepare_base(other.net, "int8", ["**.norm*.linear"], "cpu")
+    other.net.load_state_dict(load(raw), strict=True)
+    noisy, sigma = keyed.noise(0, "noise", 0, range(2), parts.picture), torch.tensor([0.3, 0.9])
+    text = family.encode_text(parts, ["3 seven", "one"], 12)
+    velocities = [family.velocity(p, p.net, noisy, sigma, text) for p in (parts, other)]
+    assert torch.equal(*velocities)
+    assert not torch.equal(velocities[0], family.velocity(parts, family.tiny(0).net, noisy, sigma, text))
+
+
+def test_layer_with_one_output():
+    """One output row: a scale [1, 1], and the same weight as quanto's single scale."""
+    layer = nn.Linear(16, 1)
+    assert prepared(layer, "int8").weight_scale.shape == (1, 1)
+    assert torch.equal(dense_weight(prepared(layer, "int8")), dense_weight(prepared(layer, "int8-quanto")))

@@ -1,0 +1,317 @@
+"""The questions of a run: keyed by (seed, step, position), of three kinds, and what is measured on them."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dedistill.data.digits import load_digits
+from dedistill.data.source import Batch, OneSize
+from dedistill.errors import UserError
+from dedistill.evaluation.validation import Validator, sigma_bins, stratified_error
+from dedistill.flow import keyed
+from dedistill.flow.path import flow_loss
+from dedistill.flow.timesteps import dynamic_shift
+from dedistill.models.conditioning import Text
+from dedistill.models.model import build_model
+from dedistill.models.pixel_flux import PixelFlux
+from dedistill.objectives.objective import Objective, Task, task_loss
+from dedistill.recipe.resolve import recipe_of
+from dedistill.recipe.schema import Recipe
+
+KINDS = ["flow", "distill", "reflow"]
+CAPTIONS = ["two then three", "a handwritten 4 then a seven", "9 9", "handwritten one and zero"]
+SIGMAS = np.array([1.0, 0.7, 0.25, 0.0])
+SLOPE = 0.5
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+class Pairs(OneSize):
+    """Endless pairs in memory: picture = SLOPE * noise + offset of its index, with two points on the way, not on the line."""
+
+    name, picture = "pairs", (1, 8, 16)
+    permuted = False
+
+    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
+        places = step * batch + np.asarray(positions) + 10**6 * held_out
+        noise = keyed.noise(seed, "pair", 0, places, self.picture)
+        pixels = SLOPE * noise + offset(places)
+        bend = keyed.noise(seed, "bend", 0, places, self.picture)
+        states = [s * noise + (1 - s) * pixels + s * (1 - s) * bend for s in SIGMAS]
+        given = noise.roll(1, 0) if self.permuted else noise
+        names = [f"pairs/{p}" for p in places]
+        return Batch(pixels, [CAPTIONS[p % 4] for p in places], names, given, torch.stack(states, 1), SIGMAS)
+
+
+def offset(places: np.ndarray) -> Tensor:
+    return torch.tensor(0.1 * (np.asarray(places) % 7)).float().reshape(-1, 1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits(0.2)
+
+
+def recipe(kind: str = "flow", batch: int = 16, seed: int = 0, **tables) -> Recipe:
+    sizes = {"layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
+    data = {"source": "digits"} if kind == "flow" else {"source": "pairs", "path": "a"}
+    return recipe_of(
+        {
+            "run": {"name": "a", "out": "a", "seed": seed},
+            "model": {"family": "pixel_flux", "new": {"height": 8, "width": 16, "patch": 4, **sizes}},
+            "data": data | tables.pop("data", {}),
+            "train": {"objective": kind, "steps": 10, "batch": batch, "lr": 1e-3},
+            **tables,
+        }
+    )
+
+
+def objective(kind: str = "flow", source=None, **kwargs) -> Objective:
+    return Objective(recipe(kind, **kwargs), source or Pairs(), lambda shape: dynamic_shift(8))
+
+
+def join(tasks: list[Task]) -> Task:
+    def both(name: str):
+        parts = [getattr(t, name) for t in tasks]
+        if parts[0] is None:
+            return None
+        return torch.cat(parts) if isinstance(parts[0], Tensor) else [x for p in parts for x in p]
+
+    return Task(*(both(f.name) for f in fields(Task)))
+
+
+def same(a: Task, b: Task) -> list[str]:
+    """Names of the fields in which two tasks agree."""
+    pairs = [(f.name, getattr(a, f.name), getattr(b, f.name)) for f in fields(Task)]
+    return [n for n, x, y in pairs if (torch.equal(x, y) if isinstance(x, Tensor) else x == y)]
+
+
+EVERYTHING = [f.name for f in fields(Task)]
+
+
+@every_kind
+def test_a_task_is_a_function_of_seed_step_and_position(kind, digits):
+    """B6, C4: asked again, by another object, it is the same to the bit; another seed or step is another question."""
+    source, slots = digits if kind == "flow" else Pairs(), np.arange(16)
+    first = objective(kind, source).task(3, slots)
+    torch.manual_seed(9)
+    again = objective(kind, source)
+    again.task(7, slots)
+    assert same(again.task(3, slots), first) == EVERYTHING
+    for other in (again.task(4, slots), objective(kind, source, seed=1).task(3, slots)):
+        assert not {"noisy", "sigma", "target"} & set(same(other, first))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 16, [4] * 4, [8, 8], [3, 5, 8], [16]], ids=str)
+@every_kind
+def test_micro_batches_ask_the_same_questions(kind, sizes, digits):
+    """B7, trap 10: samples, noise, sigmas, captions and dropout do not depend on how the slots of a step are grouped."""
+    dropping = {"data": {"caption_dropout": 0.5}} if kind == "flow" else {}
+    made = objective(kind, digits if kind == "flow" else None, **dropping)
+    whole = made.task(5, np.arange(16))
+    assert kind != "flow" or 0 < int(whole.dropped.sum()) < 16
+    parts = [made.task(5, p) for p in np.split(np.arange(16), np.cumsum(sizes)[:-1])]
+    assert same(join(parts), whole) == EVERYTHING
+    backwards = made.task(5, np.arange(16)[::-1])
+    assert torch.equal(backwards.noisy.flip(0), whole.noisy) and backwards.captions[::-1] == whole.captions
+
+
+def test_sigmas_of_a_step_cover_the_whole_range():
+    """B5, B7, traps 9 and 10: one sigma in each sixteenth of the global batch, at a place that changes from step to step."""
+    made = objective()
+    order = [(made.task(step, np.arange(16)).sigma * 16).long() for step in range(50)]
+    assert all(sorted(o.tolist()) == list(range(16)) for o in order)
+    first = [int(o[0]) for o in order]
+    assert len(set(first)) > 10
+
+
+def test_flow_matching_task(digits):
+    """The noisy sample is (1 - sigma) data + sigma noise and the target noise - data: both from one fresh noise."""
+    task = objective(source=digits).task(2, np.arange(16))
+    batch = digits.draw(0, 2, np.arange(16), 16)
+    noise, s = task.target + batch.pixels, task.sigma.reshape(-1, 1, 1, 1)
+    assert task.noisy.dtype == task.sigma.dtype == torch.float32
+    torch.testing.assert_close(task.noisy, (1 - s) * batch.pixels + s * noise, rtol=0, atol=1e-5)
+    assert float(noise.mean()) == pytest.approx(0, abs=0.1) and float(noise.std()) == pytest.approx(1, abs=0.05)
+    assert task.captions == batch.captions and task.names == batch.names
+
+
+def test_distillation_task_ends_at_the_next_stored_point():
+    """R4: asked at a stored point, the target times the width of the window leads exactly to the next stored point."""
+    seen = set()
+    for step in range(4):
+        task = objective("distill").task(step, np.arange(16))
+        batch = Pairs().draw(0, step, np.arange(16), 16)
+        for i, sigma in enumerate(task.sigma.tolist()):
+            k = int(np.argmin(np.abs(SIGMAS - sigma)))
+            assert torch.equal(task.noisy[i], batch.trajectory[i, k])
+            reached = task.noisy[i] + float(SIGMAS[k + 1] - SIGMAS[k]) * task.target[i]
+            torch.testing.assert_close(reached, batch.trajectory[i, k + 1], rtol=0, atol=1e-5)
+            seen.add(k)
+        counts = np.bincount([int(np.argmin(np.abs(SIGMAS - s))) for s in task.sigma.tolist()], minlength=4)
+        assert counts[3] == 0 and set(counts[:3]) <= {5, 6}, "strata give every window its share"
+    assert seen == {0, 1, 2}
+
+
+def test_distilling_needs_points_on_the_way():
+    """R4: pairs without a trajectory are refused, not guessed."""
+
+    class Ends(Pairs):
+        def draw(self, *args, **kwargs):
+            batch = super().draw(*args, **kwargs)
+            return replace(batch, trajectory=batch.trajectory[:, -1:], trajectory_sigmas=SIGMAS[-1:])
+
+    with pytest.raises(UserError, match="no trajectory points"):
+        objective("distill", Ends()).task(0, np.arange(4))
+
+
+def oracle_loss(task: Task, places: np.ndarray) -> float:
+    """Loss of the exact velocity field of ``Pairs``: noise and picture can both be read off the noisy sample."""
+    s, b = task.sigma.reshape(-1, 1, 1, 1), offset(places)
+    noise = (task.noisy - (1 - s) * b) / ((1 - s) * SLOPE + s)
+    return float(flow_loss((1 - SLOPE) * noise - b, task.target).mean())
+
+
+def test_reflow_uses_the_stored_noise():
+    """R2, trap 22: the field of the pairs has loss 0 on them; with permuted or fresh noise there is nothing to learn."""
+    slots = np.arange(64)
+    task = objective("reflow", batch=64).task(0, slots)
+    batch = Pairs().draw(0, 0, slots, 64)
+    torch.testing.assert_close(task.target + batch.pixels, batch.noise, rtol=0, atol=1e-6)
+    assert oracle_loss(task, slots) < 1e-10
+    permuted = Pairs()
+    permuted.permuted = True
+    assert oracle_loss(objective("reflow", permuted, batch=64).task(0, slots), slots) > 0.1
+    assert oracle_loss(objective("flow", batch=64).task(0, slots), slots) > 0.1
+    held_out = objective("reflow").held_out(64, 64)[0]
+    assert oracle_loss(held_out, slots + 10**6) < 1e-10
+
+
+@every_kind
+def test_held_out_questions_are_fixed(kind, digits):
+    """Neither density, shift, batch nor steps taken change them; no caption is dropped; sigmas are midpoints."""
+    source = digits if kind == "flow" else Pairs()
+    plain = objective(kind, source).held_out(32, 32)[0]
+    densities = [{"density": "beta", "alpha": 5.0}, {"density": "logit_normal", "shift": 3.0}, {"stratify": False}]
+    for settings in densities if kind != "distill" else [{}]:
+        other = objective(kind, source, batch=4, timesteps=settings)
+        other.task(0, np.arange(4))
+        assert same(other.held_out(32, 32)[0], plain) == EVERYTHING
+    assert not plain.dropped.any()
+    assert not set(plain.names) & {n for step in range(4) for n in objective(kind, source).task(step, np.arange(16)).names}
+    if kind == "distill":
+        assert set(plain.sigma.tolist()) == set(SIGMAS[:-1].astype(np.float32).tolist())
+    else:
+        torch.testing.assert_close(plain.sigma.sort().values, (torch.arange(32) + 0.5) / 32)
+
+
+def test_the_density_is_that_of_training_only(digits):
+    """The same settings do change what is trained on, or the test above would hold for the wrong reason."""
+    slots = np.arange(256)
+    means = [
+        float(objective(batch=256, timesteps=t).task(0, slots).sigma.mean()) for t in ({}, {"density": "beta", "alpha": 5.0})
+    ]
+    assert means == pytest.approx([0.5, 5 / 7], abs=0.01)
+    auto = objective(batch=256, timesteps={"shift": "auto"})
+    assert auto.shift_of((1, 8, 16)) == dynamic_shift(8) > 1 and float(auto.task(0, slots).sigma.mean()) > 0.55
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "wanted"),
+    [("flow", None, 0.1), ("flow", 0.25, 0.25), ("flow", 0.0, 0), ("distill", None, 0), ("reflow", None, 0)],
+)
+def test_rate_of_dropped_captions(kind, given, wanted):
+    """N8, trap 22: a tenth for pictures unless told otherwise, none for pairs; within a percent over 20,000 slots."""
+    settings = {} if given is None else {"data": {"caption_dropout": given}}
+    made = objective(kind, batch=2000, **settings)
+    drops = torch.stack([made.task(step, np.arange(2000)).dropped for step in range(10 if wanted else 1)]).float()
+    assert float(drops.mean()) == pytest.approx(wanted, abs=0.01 if wanted else 0)
+    if wanted:
+        assert float(drops.mean(0).max()) < 0.85, "no slot is always dropped"
+
+
+class Listening(PixelFlux):
+    """The real family, remembering the text it was given."""
+
+    heard: Text
+
+    def velocity(self, parts, net, noisy, sigma, text, guidance=None):
+        self.heard = text
+        return super().velocity(parts, net, noisy, sigma, text, guidance)
+
+
+def test_dropped_captions_are_the_empty_prompt_entirely(digits):
+    """N8, trap 24: embeds, mask and pooled vector of '' together, one real token; other rows keep their caption."""
+    model = build_model(recipe(data={"caption_dropout": 0.5}))
+    model.family = Listening()
+    task = objective(source=digits, data={"caption_dropout": 0.5}).task(0, np.arange(16))
+    assert 0 < int(task.dropped.sum()) < 16
+    with torch.no_grad():
+        losses = task_loss(model, task)
+        heard, empty, said = model.family.heard, model.encode([""]), model.encode(task.captions)
+        wanted = ["" if d else c for c, d in zip(task.captions, task.dropped)]
+        spoken = task_loss(model, replace(task, captions=wanted, dropped=torch.zeros(16, dtype=torch.bool)))
+    for i, dropped in enumerate(task.dropped.tolist()):
+        for part in ("embeds", "mask", "pooled"):
+            expected = getattr(empty, part)[0] if dropped else getattr(said, part)[i]
+            assert torch.equal(getattr(heard, part)[i], expected), part
+        assert int(heard.mask[i].sum()) == 1 or not dropped
+    torch.testing.assert_close(losses, spoken, rtol=1e-5, atol=1e-6)
+    assert losses.shape == (16,) and losses.dtype == torch.float32
+
+
+def test_validation_repeats_and_leaves_the_model_as_it_was(digits):
+    """Same number whenever asked, whatever was trained between, in chunks or not; mode and gradients are untouched."""
+    model = build_model(recipe())
+    made = objective(source=digits)
+    validate = Validator(made, 300, 256)
+    model.root.train()
+    first = validate(model)
+    task_loss(model, made.task(0, np.arange(8))).sum().backward()
+    before = {n: p.grad.clone() for n, p in model.trainable().items()}
+    assert validate(model) == first and model.root.training
+    model.chunk = 7
+    assert validate(model) == pytest.approx(first, rel=1e-5)
+    model.chunk = 256
+    assert all(torch.equal(p.grad, before[n]) for n, p in model.trainable().items())
+    task = made.held_out(300, 300)[0]
+    with torch.no_grad():
+        losses = task_loss(model, task).double()
+    assert first["val_loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert first["val_loss_se"] == pytest.approx(stratified_error(losses[task.sigma.argsort()].numpy()), rel=1e-3)
+    assert 0 < first["val_loss_se"] < float(losses.std()) / 300**0.5 * 1.2
+
+
+@pytest.mark.parametrize("count", [64, 63, 256])
+def test_standard_error_against_many_repetitions(count):
+    """The error of a mean whose sigmas are fixed, known by repeating it 2,000 times; within 25 %."""
+    sigma = (np.arange(count) + 0.5) / count
+    rng = np.random.default_rng(0)
+    losses = 1 + 10 * sigma**2 + 0.5 * (0.5 + sigma) * rng.standard_normal((2000, count))
+    truth = losses.mean(1).std()
+    found = np.array([stratified_error(row) for row in losses])
+    assert found.mean() == pytest.approx(truth, rel=0.25)
+    naive = losses.std(1).mean() / count**0.5
+    assert naive > 4 * truth, "the loss must depend strongly on sigma"
+    assert found.max() < naive / 2
+
+
+def test_standard_error_at_the_edges():
+    """One draw, or none, or no differences have no error; a scale passes through; order matters only between pairs."""
+    assert stratified_error(np.array([])) == stratified_error(np.array([3.0])) == stratified_error(np.full(8, 2.0)) == 0
+    losses = np.array([1.0, 2.0, 5.0, 3.0])
+    assert stratified_error(losses) == pytest.approx((1 + 4) ** 0.5 / 4)
+    assert stratified_error(10 * losses) == pytest.approx(10 * stratified_error(losses))
+    assert stratified_error(losses[[2, 3, 1, 0]]) == stratified_error(losses)
+
+
+def test_bins_of_sigma():
+    """Means of the losses in equal bins: edges belong to the upper bin, 1 to the last, an empty bin is None."""
+    sigmas = torch.tensor([0.0, 0.24, 0.25, 0.3, 0.8, 1.0])
+    losses = torch.tensor([1.0, 3.0, 10.0, 20.0, 5.0, 7.0])
+    assert sigma_bins(losses, sigmas, 4) == [2.0, 15.0, None, 6.0]
+    assert sigma_bins(losses, sigmas, 1) == [pytest.approx(float(losses.mean()))]
+    assert sigma_bins(losses[:0], sigmas[:0], 2) == [None, None]

@@ -1,0 +1,158 @@
+"""Whole runs: reproducible, resumable bit for bit, invariant to micro-batches."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dedistill.runs.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
+from dedistill.train import main
+
+
+def run(recipe: Path, out: Path, *settings: str) -> Path:
+    arguments = [str(recipe), "--debug", "--set", f"run.out={out}"]
+    assert main(arguments + [a for s in settings for a in ("--set", s)]) == 0
+    return out
+
+
+def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(list_checkpoints(run_folder / "checkpoints")[-1] / "trainable.safetensors")
+
+
+def metrics(run_folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_runs_give_the_same_bytes(adapter_recipe, tmp_path):
+    a, b = run(adapter_recipe, tmp_path / "a"), run(adapter_recipe, tmp_path / "b")
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    assert same(weights(a), weights(b))
+    c = run(adapter_recipe, tmp_path / "c", "run.seed=1")
+    assert (a / "metrics.jsonl").read_bytes() != (c / "metrics.jsonl").read_bytes()
+
+
+def test_metrics_rows_are_complete(adapter_recipe, tmp_path):
+    rows = metrics(run(adapter_recipe, tmp_path / "a"))
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    assert all({"loss", "lr", "grad_norm", "sigma_loss"} <= r.keys() and r["applied"] for r in rows)
+    assert [r["step"] for r in rows if "val_loss" in r] == [3, 6] and all(r["val_loss_se"] > 0 for r in rows if "val_loss" in r)
+    assert rows[0]["val_loss_start"] > 0
+    # validation has its own draws: without it, training is the same
+    silent = run(adapter_recipe, tmp_path / "b", "validate.every=100")
+    assert same(weights(tmp_path / "a"), weights(silent))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
+@pytest.mark.parametrize("stop", [2, 4])
+def test_resumed_equals_uninterrupted_and_differs_from_weights_only(adapter_recipe, tmp_path, stop, optimizer, monkeypatch):
+    """C4 and RELIABILITY 3, the three-way oracle: A uninterrupted, B stopped and continued, C with the optimizer lost."""
+    precision = ["train.precision=bf16"] if optimizer == "adamw_bf16" else []
+    settings = [f"train.optimizer={optimizer}", *precision]
+    a = run(adapter_recipe, tmp_path / "a", *settings)
+    b, c = tmp_path / "b", tmp_path / "c"
+    for folder in (b, c):
+        _stop_after(monkeypatch, stop)
+        code = main([str(adapter_recipe), "--set", f"run.out={folder}", *[x for s in settings for x in ("--set", s)]])
+        assert code == 75
+        monkeypatch.undo()
+    _forget_optimizer(c)
+    run(adapter_recipe, b, *settings)
+    run(adapter_recipe, c, *settings)
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    for name in ("trainable", "optimizer"):
+        left, right = (load_file(list_checkpoints(f / "checkpoints")[-1] / f"{name}.safetensors") for f in (a, b))
+        assert same(left, right)
+    assert sorted(p.name for p in (a / "snapshots").iterdir()) == sorted(p.name for p in (b / "snapshots").iterdir())
+    assert not same(weights(a), weights(c)), "the oracle must notice a lost optimizer"
+
+
+def _stop_after(monkeypatch, step: int) -> None:
+    """Ask for a stop, as Ctrl-C does, once ``step`` steps are done."""
+    from dedistill.training.trainer import Trainer
+
+    original = Trainer._train_step
+
+    def with_signal(self, index, tasks):
+        if index + 1 == step:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, index, tasks)
+
+    monkeypatch.setattr(Trainer, "_train_step", with_signal)
+
+
+def _forget_optimizer(folder: Path) -> None:
+    """A well-formed checkpoint that holds weights and step only."""
+    checkpoint = list_checkpoints(folder / "checkpoints")[-1]
+    groups, manifest = read_checkpoint(checkpoint)
+    shutil.rmtree(checkpoint)
+    facts = {key: manifest[key] for key in ("skipped", "guard", "unfinished")}
+    save_checkpoint(checkpoint.parent, manifest["step"], {"trainable": groups["trainable"]}, facts, keep=2)
+
+
+def test_micro_batches_change_nothing_but_rounding(adapter_recipe, tmp_path):
+    """B7, O6, trap 25: 32 x 1 and 8 x 4 see the same samples, noise and sigmas."""
+    big = run(adapter_recipe, tmp_path / "big", "train.batch=32", "train.lr=1e-3")
+    small = run(adapter_recipe, tmp_path / "small", "train.batch=32", "train.lr=1e-3", "train.micro_batch=8")
+    a, b = weights(big), weights(small)
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5
+    rows = [metrics(f) for f in (big, small)]
+    assert [r["sigma_mean"] for r in rows[0]] == [r["sigma_mean"] for r in rows[1]]
+    assert all(abs(x["loss"] - y["loss"]) < 1e-5 for x, y in zip(*rows))
+
+
+def test_gradient_checkpointing_gives_the_same_weights(adapter_recipe, tmp_path):
+    """G4."""
+    a = run(adapter_recipe, tmp_path / "a")
+    b = run(adapter_recipe, tmp_path / "b", "train.gradient_checkpointing=true")
+    assert max(float((weights(a)[k] - weights(b)[k]).abs().max()) for k in weights(a)) < 1e-6
+
+
+def test_training_helps(base_model, adapter_recipe, tmp_path):
+    """Forty steps of a tiny adapter lower the held-out loss by more than its error."""
+    out = run(adapter_recipe, tmp_path / "a", "train.steps=40", "validate.every=40", "validate.samples=256", "train.batch=32")
+    rows = metrics(out)
+    gain = rows[0]["val_loss_start"] - rows[-1]["val_loss"]
+    assert gain > 5 * rows[-1]["val_loss_se"]
+
+
+def test_finished_run_is_left_as_it_is(adapter_recipe, tmp_path, capsys):
+    out = run(adapter_recipe, tmp_path / "a")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name not in ("plan.json",)}
+    run(adapter_recipe, out)
+    assert "already finished" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_two_checkpoints_and_all_snapshots_are_kept(adapter_recipe, tmp_path):
+    out = run(adapter_recipe, tmp_path / "a")
+    assert [p.name for p in list_checkpoints(out / "checkpoints")] == ["step-00000004", "step-00000006"]
+    assert sorted(p.name for p in (out / "snapshots").iterdir()) == [f"step-{s:08d}.safetensors" for s in (2, 4, 6)]
+
+
+def test_constant_run_can_be_made_longer_but_a_decay_cannot(adapter_recipe, tmp_path, capsys):
+    long = run(adapter_recipe, tmp_path / "long", "train.steps=8")
+    short = run(adapter_recipe, tmp_path / "short")
+    run(adapter_recipe, short, "train.steps=8")
+    assert same(weights(long), weights(short))
+    cosine = ["--set", f"run.out={tmp_path / 'cos'}", "--set", "train.schedule=cosine"]
+    assert main([str(adapter_recipe), *cosine]) == 0
+    assert main([str(adapter_recipe), *cosine, "--set", "train.steps=8"]) == 1
+    assert "train.steps: 6 there, 8 here" in capsys.readouterr().err
+
+
+def test_what_is_only_written_may_change_on_the_way(adapter_recipe, tmp_path):
+    a = run(adapter_recipe, tmp_path / "a", "train.steps=8")
+    b = run(adapter_recipe, tmp_path / "b")
+    run(adapter_recipe, b, "train.steps=8", "log.sigma_bins=3", "validate.every=8", "snapshot.every=1", "checkpoint.every=1")
+    assert same(weights(a), weights(b))
+    assert len(metrics(b)[-1]["sigma_loss"]) == 3
