@@ -31,7 +31,8 @@ from dedistill.distributed.launcher import choose_kernels
 from dedistill.evaluation.sweep import save_png
 from dedistill.flow.path import flow_loss, interpolate, velocity
 from dedistill.flow.solvers import sigma_grid
-from dedistill.models.family import Components, Text
+from dedistill.models.conditioning import Conditioning
+from dedistill.models.family import Components
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux import PixelFlux
 from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
@@ -133,7 +134,7 @@ class Setup:
         data, noise = (draw(CHANNELS, pixels // VAE, pixels // VAE) for _ in range(2))
         sigma = torch.rand(batch, device=device, generator=generator)
         mask = torch.ones(batch, TEXT, dtype=torch.bool, device=device)
-        text = Text(draw(TEXT, new.text_dim), mask, draw(new.pooled_dim))
+        text = Conditioning.of(draw(TEXT, new.text_dim), mask, pooled=draw(new.pooled_dim))
         predicted = self.model.velocity(interpolate(data, noise, sigma), sigma, text)
         loss = flow_loss(predicted, velocity(data, noise)).sum() / batch
         loss.backward()

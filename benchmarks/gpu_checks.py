@@ -24,7 +24,7 @@ from dedistill.adapters.attach import Adapter, dense_shapes
 from dedistill.adapters.targets import Resolved
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.flow.path import flow_loss, interpolate, velocity
-from dedistill.models.family import Text
+from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux import PixelFlux
 from dedistill.models.quantize import cast_float, linear_names, prepare_base
@@ -65,7 +65,7 @@ def model(sizes: dict, kind: str, side: int, device: str, *, bf16: bool, mask: s
     return Model(FAMILY, parts, adapter, TOKENS, bf16=bf16, adapter=adapter, targets=targets)
 
 
-def batch(side: int, text_dim: int, pooled_dim: int, *, ragged: bool) -> tuple[Tensor, Tensor, Tensor, Text]:
+def batch(side: int, text_dim: int, pooled_dim: int, *, ragged: bool) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
     """Data, noise, sigma and text of two samples, on the CPU."""
     generator = torch.Generator().manual_seed(2)
     draw = lambda *shape: torch.randn(2, *shape, generator=generator)  # noqa: E731
@@ -75,11 +75,11 @@ def batch(side: int, text_dim: int, pooled_dim: int, *, ragged: bool) -> tuple[T
         draw(16, side, side),
         draw(16, side, side),
         torch.tensor([0.3, 0.8]),
-        Text(draw(TOKENS, text_dim), mask, draw(pooled_dim)),
+        Conditioning.of(draw(TOKENS, text_dim), mask, pooled=draw(pooled_dim)),
     )
 
 
-def gradients(built: Model, drawn: tuple[Tensor, Tensor, Tensor, Text]) -> dict[str, Tensor]:
+def gradients(built: Model, drawn: tuple[Tensor, Tensor, Tensor, Conditioning]) -> dict[str, Tensor]:
     """The loss and every gradient of one step, float32 on the CPU."""
     data, noise, sigma, text = (t.to(built.device) for t in drawn)
     loss = flow_loss(built.velocity(interpolate(data, noise, sigma), sigma, text), velocity(data, noise)).sum() / 2

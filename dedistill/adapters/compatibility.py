@@ -11,7 +11,7 @@ from peft.tuners.lokr.layer import factorization
 from torch import Tensor
 
 from dedistill.adapters.attach import file_name
-from dedistill.adapters.formats import LOKR, LORA, PEFT, by_layer, factor_shapes, is_lora, layer_of
+from dedistill.adapters.formats import LOKR, LORA, PEFT, LayerNames, by_layer, factor_shapes, is_lora, layer_of
 from dedistill.errors import UserError
 
 _LYCORIS = {*LORA, *LOKR, "lokr_t2", "alpha", "dora_scale"}
@@ -31,25 +31,30 @@ class Verdict:
 class _Names:
     """All spellings of the network's linears: each a set of names that stand before the factor's."""
 
-    def __init__(self, linears: Iterable[str], naming):
+    def __init__(self, linears: Iterable[str], naming: LayerNames | None, folder: str):
         self.linears = list(linears)
-        original = {naming.bfl_parts(name)[0] for name in self.linears}
-        blocks = {bfl for bfl in original if "_blocks." in bfl}
+        original = {naming.original_parts(name)[0] for name in self.linears} if naming else set()
+        kohya = {name: naming.kohya_name(name) for name in original} if naming else {}
         self.lycoris = {file_name(n) for n in self.linears}
-        self.transformer = {f"transformer.{n}" for n in self.linears}
-        self.onetrainer = {"lora_transformer_" + n.replace(".", "_") for n in self.linears}
-        self.original = {f"diffusion_model.{bfl}" for bfl in original}
-        self.kohya = {naming.kohya_name(bfl) for bfl in original}
-        self.kohya_blocks = {naming.kohya_name(bfl) for bfl in blocks}
+        self.transformer = {f"{folder}.{n}" for n in self.linears}
+        self.onetrainer = {f"lora_{folder}_" + n.replace(".", "_") for n in self.linears}
+        self.original = {f"diffusion_model.{name}" for name in original}
+        self.kohya = set(kohya.values())
+        self.kohya_blocks = {spelt for name, spelt in kohya.items() if "_blocks." in name}
 
 
-def check_adapter(tensors: Mapping[str, Tensor], linears: Iterable[str], naming) -> list[Verdict]:
+def check_adapter(
+    tensors: Mapping[str, Tensor], linears: Iterable[str], naming: LayerNames | None, folder: str = "transformer"
+) -> list[Verdict]:
     """One verdict per program on a file with these ``tensors`` for a network with these ``linears``.
 
-    naming: the network's key tables (models.registry.naming_of). Only names and shapes are looked at; tensors may be on meta.
+    naming: what the family calls its layers elsewhere; None for a family that other programs do not know, of whose files
+    only those read anything that go by the network's own names. folder: the denoiser's in a pipeline. Only names and shapes
+    are looked at; tensors may be on meta.
     """
-    names = _Names(linears, naming)
-    return [_verdict(program, rule(tensors, names), tensors) for program, rule in _RULES.items()]
+    names = _Names(linears, naming, folder)
+    rules = _RULES if naming else {program: _RULES[program] for program in _OWN_NAMES}
+    return [_verdict(program, rule(tensors, names), tensors) for program, rule in rules.items()]
 
 
 def _verdict(program: str, found: set[str] | str, tensors: Mapping[str, Tensor]) -> Verdict:
@@ -127,3 +132,5 @@ _RULES: dict[str, Callable[[Mapping[str, Tensor], _Names], set[str] | str]] = {
     "kohya sd-scripts": _sd_scripts,
     "ai-toolkit": _ai_toolkit,
 }
+_OWN_NAMES = ("LyCORIS", "diffusers, dedistill.load_lokr")
+"""Programs that take any network by the names of its layers; the others know the networks that they were written for."""

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dedistill.adapters.delta import scale
-from dedistill.adapters.formats import by_layer, check_shapes, is_lora
+from dedistill.adapters.formats import FOLDERS, by_layer, check_shapes, is_lora
 from dedistill.errors import UserError
 from dedistill.io.safetensors import SEAL, check_seal
 
@@ -47,7 +47,7 @@ def load_lokr(pipe: Any, file: str | Path, name: str = "dedistill") -> str:
     file: safetensors in the ``lycoris_`` or ``transformer.`` spelling. Raises UserError when any of its tensors has no
     place in the network, or the name is taken; then nothing has been loaded.
     """
-    net = getattr(pipe, "transformer", pipe)
+    net = next((getattr(pipe, folder) for folder in FOLDERS if hasattr(pipe, folder)), pipe)
     if name in getattr(net, "peft_config", {}):
         raise UserError(f"the network already has an adapter '{name}': give another name")
     source, (tensors, _) = str(file), read_tensors(Path(file))

@@ -1,12 +1,13 @@
 """Spellings of adapter files: what other programs call the same tensors.
 
-``lycoris_<path with _>.…`` is what we, LyCORIS and SimpleTuner write and ComfyUI reads; ``transformer.<path>.…`` is read by
-ComfyUI and diffusers; ``transformer.<path>.lora_A/B.weight`` is PEFT's LoRA; ``lora_unet_<original path with _>.…`` is
+``lycoris_<path with _>.…`` is what we, LyCORIS and SimpleTuner write and ComfyUI reads; ``<folder>.<path>.…`` is read by
+ComfyUI and diffusers, the folder being that of the denoiser in a pipeline; ``<folder>.<path>.lora_A/B.weight`` is PEFT's LoRA; ``lora_unet_<original path with _>.…`` is
 kohya's LoRA, on the fused layers of the model's own repository. A path with underscores cannot be taken apart again, so
 every reading here needs the names of the network's linears.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,18 +25,49 @@ _WHOLE = (
     *({*w1, *w2} for w1 in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}) for w2 in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})),
 )
 
+class LayerNames(Protocol):
+    """The tables, a module, of what a network's layers are called in the files of the model's own repository."""
+
+    KOHYA_MODULE: str
+    """What sd-scripts calls the code that reads its LoRA files of this network."""
+
+    def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
+        """The original module that holds ``module``, and all modules that it holds, in the order of its rows."""
+
+    def original_name(self, linear: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, slice]:
+        """The original module that holds the weight of ``linear``, and which of its rows."""
+
+    def original_plan(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Original tensor -> the tensors it is joined from, for all tensors of a network."""
+
+    def join(self, original: str, parts: list[Tensor]) -> Tensor:
+        """One original tensor of its parts, as ``original_plan`` lists them."""
+
+    def kohya_name(self, original: str) -> str:
+        """An original module as kohya's sd-scripts and ComfyUI spell it in LoRA files."""
+
+    def is_swapped(self, original: str) -> bool:
+        """Whether the halves of this original module's rows stand the other way round."""
+
+    def swap_halves(self, rows: Tensor) -> Tensor:
+        """The other order of halves along the first dimension; its own inverse."""
+
+
+FOLDERS = ("transformer", "unet")
+"""Where pipelines keep denoisers; tensors' names begin with it in files for them."""
+
 Layers = dict[str, dict[str, Tensor]]
 """Linear -> its factors under LyCORIS' names, alpha included where there is one."""
 
 
 def by_layer(tensors: Mapping[str, Tensor], linears: Iterable[str], source: str, *, dense: bool = False) -> Layers:
-    """A file in the ``lycoris_``, ``transformer.`` or PEFT spelling, taken apart by the ``linears`` it belongs to.
+    """A file in the ``lycoris_``, ``transformer.`` (or ``unet.``) or PEFT spelling, taken apart by the ``linears`` it belongs to.
 
     dense: a layer may also be a whole change of weight, ``diff``, as averages of deltas are.
     Raises UserError naming file and tensor for a name that fits no linear, a kind of tensor this program cannot apply
     (DoRA, LoHa, Tucker), and a layer of which a factor is missing: an adapter is read whole or not at all.
     """
-    known = {spelt: name for name in linears for spelt in (file_name(name), f"transformer.{name}")}
+    known = {spelt: name for name in linears for spelt in (file_name(name), *(f"{folder}.{name}" for folder in FOLDERS))}
     layers: Layers = {}
     for key, tensor in tensors.items():
         linear, factor = known.get(layer_of(key)), key.removeprefix(layer_of(key) + ".")
@@ -88,7 +120,7 @@ def is_lora(layers: Layers) -> bool:
     return all("lora_up.weight" in factors for factors in layers.values())
 
 
-def as_lycoris(layers: Layers) -> dict[str, Tensor]:
+def as_lycoris(layers: Layers, folder: str = FOLDERS[0]) -> dict[str, Tensor]:
     """``lycoris_<path with _>``, as our own snapshots are; a layer without alpha gets one, at which its scale is 1."""
     out = {}
     for linear, factors in layers.items():
@@ -97,26 +129,26 @@ def as_lycoris(layers: Layers) -> dict[str, Tensor]:
     return out
 
 
-def as_transformer(layers: Layers) -> dict[str, Tensor]:
-    """``transformer.<path>`` with the scale multiplied into the factors: diffusers takes no alpha beside a LoKr."""
-    return {f"transformer.{n}.{factor}": t for n, f in layers.items() for factor, t in baked(f).items()}
+def as_transformer(layers: Layers, folder: str = FOLDERS[0]) -> dict[str, Tensor]:
+    """``<folder>.<path>`` with the scale multiplied into the factors: diffusers takes no alpha beside a LoKr."""
+    return {f"{folder}.{n}.{factor}": t for n, f in layers.items() for factor, t in baked(f).items()}
 
 
-def as_peft(layers: Layers) -> dict[str, Tensor]:
-    """``transformer.<path>.lora_A.weight`` and ``lora_B.weight``, scale multiplied in. Raises UserError for a LoKr."""
+def as_peft(layers: Layers, folder: str = FOLDERS[0]) -> dict[str, Tensor]:
+    """``<folder>.<path>.lora_A.weight`` and ``lora_B.weight``, scale multiplied in. Raises UserError for a LoKr."""
     _only_lora(layers, "peft")
-    return {f"transformer.{n}.{peft}": baked(f)[own] for n, f in layers.items() for peft, own in reversed(PEFT.items())}
+    return {f"{folder}.{n}.{peft}": baked(f)[own] for n, f in layers.items() for peft, own in reversed(PEFT.items())}
 
 
-def as_kohya(layers: Layers, naming, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+def as_kohya(layers: Layers, naming: LayerNames, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
     """kohya's LoRA of the fused layers, exactly the same change of weight; alpha = rank. Raises UserError for a LoKr.
 
-    naming: the network's key tables (models.registry.naming_of); shapes: (out, in) of every linear. q, k and v of one fused
+    naming: what the family calls its layers elsewhere; shapes: (out, in) of every linear. q, k and v of one fused
     layer have different down matrices: these are stacked, and each up matrix fills its own rows and columns of the
     fused one, so ranks add up and nothing is approximated.
     """
     _only_lora(layers, "kohya")
-    groups = dict(map(naming.bfl_parts, layers))
+    groups = dict(map(naming.original_parts, layers))
     out = {}
     for bfl, parts in groups.items():
         factors = {part: baked(layers[part]) for part in parts if part in layers}
@@ -125,7 +157,7 @@ def as_kohya(layers: Layers, naming, shapes: Mapping[str, tuple[int, int]]) -> d
         column = 0
         for part, f in factors.items():
             own = f["lora_up.weight"]
-            up[naming.bfl_name(part, shapes)[1], column : column + own.shape[1]] = own
+            up[naming.original_name(part, shapes)[1], column : column + own.shape[1]] = own
             column += own.shape[1]
         if naming.is_swapped(bfl):
             up = naming.swap_halves(up)
@@ -149,4 +181,10 @@ def _only_lora(layers: Layers, spelling: str) -> None:
         raise UserError(f"the {spelling} spelling has LoRA only; write this LoKr as 'lycoris' or 'transformer'", exit_code=2)
 
 
-SPELLINGS: dict[str, Callable] = {"lycoris": as_lycoris, "transformer": as_transformer, "peft": as_peft, "kohya": as_kohya}
+SPELLINGS: dict[str, Callable[[Layers, str], dict[str, Tensor]]] = {
+    "lycoris": as_lycoris,
+    "transformer": as_transformer,
+    "peft": as_peft,
+}
+"""Those that need no tables of other names. Arguments: the layers, and the denoiser's folder in a pipeline."""
+KOHYA = "kohya"

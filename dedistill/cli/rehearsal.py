@@ -32,7 +32,7 @@ from dedistill.posthoc.average import average_run
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import resolve
 from dedistill.recipe.shipped import is_shipped
-from dedistill.release.export import FORMS, export_adapter, export_model
+from dedistill.release.export import export_adapter, export_model, forms_of
 from dedistill.release.merge import merge_adapter
 from dedistill.report.sweep import write_sweep_page
 from dedistill.runs.checkpoint import list_checkpoints
@@ -84,11 +84,11 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
     with stage("a run that is killed and continued ends the same"):
         _check_resume(small, train)
     if recipe.adapter is not None:
-        _after_training(recipe, small, out, stage)
+        _after_training(recipe, family, small, out, stage)
     say(f"rehearsed: {out}/")
 
 
-def _after_training(recipe: Recipe, small: Recipe, out: Path, stage) -> None:
+def _after_training(recipe: Recipe, family: Family, small: Recipe, out: Path, stage) -> None:
     with stage("post-hoc averages"):
         widths = [0.075] if recipe.snapshot.ema else None
         average_run(out / "run", alphas=[0.5, 0.9], widths=widths, say=lambda line: None)
@@ -99,11 +99,12 @@ def _after_training(recipe: Recipe, small: Recipe, out: Path, stage) -> None:
     with stage("merge into the base"):
         merge_adapter(small, last_weights(out / "run"), out / "merged", dtype="fp32")
         merged = small.model.model_copy(update={"path": str(out / "merged")})
-        get_family(recipe.model.family).load(merged, seed=0)
+        family.load(merged, seed=0)
     with stage("export of the merged model and of the adapter"):
-        for form in FORMS:
+        for form in forms_of(family.spec):
             export_model(out / "merged", out / "exported" / form, form)
-        spellings = ("lycoris", "transformer") if recipe.adapter.kind == "lokr" else ("lycoris", "peft", "kohya")
+        loras = ("lycoris", "peft", *(("kohya",) if family.spec.names else ()))
+        spellings = ("lycoris", "transformer") if recipe.adapter.kind == "lokr" else loras
         for spelling in spellings:
             file = out / "exported" / f"adapter-{spelling}.safetensors"
             export_adapter(last_weights(out / "run"), file, spelling, out / "merged")

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from dedistill.cli.command import command_parser, guarded, path
 from dedistill.cli.recipes import said_of
 from dedistill.errors import UserError
-from dedistill.models.registry import FAMILIES, get_family
+from dedistill.models.registry import families, get_family
 from dedistill.recipe import load_recipe
 from dedistill.recipe.schema import Model
 from dedistill.recipe.shipped import PREFIX, shipped_recipes
@@ -52,8 +52,8 @@ SIDES = (256, 192)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser("tiny", __doc__.replace("FAMILY", next(iter(FAMILIES))))
-    parser.add_argument("family", help=f"model family: {', '.join(FAMILIES)}")
+    parser = command_parser("tiny", __doc__.replace("FAMILY", families()[0]))
+    parser.add_argument("family", help=f"model family: {', '.join(families())}")
     parser.add_argument("folder", type=path, help="new folder of the model; named as a published model, it is built like that")
     parser.add_argument("--images", type=path, metavar="FOLDER", help="write a few captioned sample images there too")
     args: argparse.Namespace = parser.parse_args(argv)
@@ -70,8 +70,6 @@ def run(args: argparse.Namespace) -> int:
         family.write_tiny(Model(family=args.family, path=str(args.folder)), args.folder, None, full_depth=False)
     said = f"{args.folder}/: a tiny random {args.family} model"
     if args.images:
-        pass
-
         said += f"; {args.images}/: {write_samples(args.images, *SIDES)} captioned images"
     base = _recipe_for(args.family)
     print(_recipe(base, args), end="")

@@ -28,7 +28,7 @@ from dedistill.errors import UserError, enough_memory
 from dedistill.flow import keyed
 from dedistill.io.hashing import fingerprint
 from dedistill.io.ownership import claim, refuse_foreign
-from dedistill.models.conditioning import Text
+from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Components, Family
 from dedistill.models.registry import get_family, text_length
 from dedistill.recipe import Recipe
@@ -69,7 +69,7 @@ class Prepared:
     """A source to train on, and captions by which the model is asked for pictures, encoded where they can be."""
 
     source: Source
-    known: dict[str, Text] = field(default_factory=dict)
+    known: dict[str, Conditioning] = field(default_factory=dict)
     facts: dict = field(default_factory=dict)
     digest: str | None = None
     """Hash of pictures and captions; None for sources whose files are hashed instead."""
@@ -91,7 +91,7 @@ def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     family = get_family(recipe.model.family, recipe.where("model.family"))
     parts = family.load(recipe.model, seed=recipe.run.seed, net=False)
     if parts.vae is None:
-        raise UserError(f"{recipe.where('data.source')}: {family.name} has no codec that encodes 'pictures'", 2)
+        raise UserError(f"{recipe.where('data.source')}: {family.spec.name} has no codec that encodes 'pictures'", 2)
     return family, parts
 
 
@@ -178,7 +178,7 @@ def open_stores(recipe: Recipe, family: Family, parts: Components, cache: Path) 
     return Store(cache / "latents", inputs["latents"]), Store(cache / "text", inputs["text"])
 
 
-def known_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, Text]:
+def known_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, Conditioning]:
     """What the cache of ``recipe`` has of the empty prompt, the negative one and those of previews; nothing without a cache.
 
     A finished model that is given these uses the very tensors it was trained with. Raises as ``open_stores`` does.
@@ -273,14 +273,14 @@ def _encode_captions(captions: list[str], store: Store, family: Family, parts: C
         pulse.beat("encoding captions", patient=True)
         cut += sum(tokens > length for tokens in parts.text.tokens(chunk))
         text = family.encode_text(parts, chunk, length)
-        store.write({text_key(c): _stored(text.rows(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)})
+        store.write({text_key(c): _stored(text.index_select(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)})
     return cut
 
 
-def _stored(text: Text, mask: str) -> dict[str, Tensor]:
+def _stored(text: Conditioning, mask: str) -> dict[str, Tensor]:
     """One caption as it is kept: without its padding where that is invisible anyway."""
     text = text.trimmed() if mask == "bool" else text
-    return {"embeds": text.embeds[0].cpu(), "mask": text.mask[0].cpu(), "pooled": text.pooled[0].cpu()}
+    return {name: tensor[0].cpu() for name, tensor in text.tensors().items()}
 
 
 def _encode_pictures(pictures: list[Picture], index: Index, store: Store, family: Family, parts: Components, say: Say) -> None:

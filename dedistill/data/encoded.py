@@ -16,7 +16,7 @@ from dedistill.data.order import choose, draw_samples, sample_indices
 from dedistill.data.source import Batch
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.models.conditioning import Text, stack
+from dedistill.models.conditioning import Conditioning, Widths, collate, from_tensors, stored_shapes
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,9 @@ def text_key(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:32]
 
 
-def read_text(texts: Store, caption: str, widths: tuple[int, int]) -> Text:
-    """One caption of the cache, [1, T, D], as long as it was stored. widths: D and P. Raises as ``Store.read``."""
-    width, pooled = widths
-    parts = texts.read(text_key(caption), {"embeds": ("tokens", width), "mask": ("tokens",), "pooled": (pooled,)})
-    return Text(parts["embeds"][None], parts["mask"][None], parts["pooled"][None])
+def read_text(texts: Store, caption: str, widths: Widths) -> Conditioning:
+    """One caption of the cache, as long as it was stored. widths: of its encoders. Raises as ``Store.read``."""
+    return from_tensors(texts.read(text_key(caption), stored_shapes(widths))).each(lambda t: t[None])
 
 
 def split(pictures: Sequence[Picture], share: float) -> tuple[list[Picture], list[Picture]]:
@@ -69,7 +67,7 @@ class EncodedPictures:
     """A source whose samples are latents and text from stores. ``weights``: one per set of the recipe, in its order.
 
     latent_shape: what the latents of a crop of so many pixels (height, width) must be; text_widths: those
-    of embeddings and of pooled vectors. Raises UserError for a set of which nothing is left to train on.
+    of the text encoders. Raises UserError for a set of which nothing is left to train on.
     """
 
     name = "pictures"
@@ -84,7 +82,7 @@ class EncodedPictures:
         *,
         held_out: float,
         latent_shape: Callable[[int, int], tuple[int, ...]],
-        text_widths: tuple[int, int],
+        text_widths: Widths,
     ):
         train, self._held = split(pictures, held_out)
         self._sets = [[p for p in train if p.sample.source == i] for i in range(len(weights))]
@@ -134,7 +132,7 @@ class EncodedPictures:
         slots = [self._slots(seed, step, batch, held_out)[p] for p in positions]
         latents = [self._read_latent(s.picture.sample, s.crop) for s in slots]
         captions = [s.caption for s in slots]
-        text = stack([read_text(self._texts, c, self._text_widths) for c in captions])
+        text = collate([read_text(self._texts, c, self._text_widths) for c in captions])
         return Batch(torch.stack(latents).float(), captions, [s.name for s in slots], text=text)
 
     def _read_latent(self, sample: Sample, crop: Crop) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.models.conditioning import Text
+from dedistill.models.conditioning import Conditioning
 
 # --- what every source of samples provides ---------------------------------------------------------------------------
 
@@ -27,7 +27,7 @@ class Batch:
     noise: Tensor | None = None
     trajectory: Tensor | None = None
     trajectory_sigmas: np.ndarray | None = None
-    text: Text | None = None
+    text: Conditioning | None = None
 
 
 class OneSize:

@@ -82,56 +82,59 @@ def _size(rows: list[tuple[str, tuple[int, int]]], factor: int) -> int:
 # --- how far each block of a network turns the hidden states that pass through it while it makes pictures ------------
 
 
-STREAMS = ("picture", "text")
-
-
 @dataclass(frozen=True)
 class Influence:
-    """distance [blocks, 2, sigmas], float64: the mean over prompts of the mean over real tokens, picture and text."""
+    """distance [blocks, streams, sigmas], float64: the mean over prompts of the mean over what counts in a stream."""
 
     blocks: list[str]
+    streams: list[str]
+    """Kinds of hidden states, e.g. picture and text."""
     sigmas: list[float]
     distance: Tensor
     prompts: int
 
     def per_block(self) -> dict[str, float]:
-        """Mean over sigmas and both streams."""
+        """Mean over sigmas and all streams."""
         return dict(zip(self.blocks, self.distance.mean((1, 2)).tolist()))
 
 
 class Meter:
-    """Sums the angular distance between what goes into each of ``blocks`` and what comes out, over samples.
+    """Sums the angular distance between what goes into each of the blocks and what comes out, over samples."""
 
-    Blocks take ``hidden_states`` [B, I, D] and ``encoder_hidden_states`` [B, T, D] by name and return (text, picture),
-    as diffusers' joint-attention blocks do.
-    """
-
-    def __init__(self, blocks: list[nn.Module], sigmas: int):
-        self.blocks = blocks
-        self.sums = torch.zeros(len(blocks), len(STREAMS), sigmas, dtype=torch.float64)
+    def __init__(self, family: Family, blocks: list[nn.Module], sigmas: int):
+        self.family, self.blocks, self.sigmas = family, blocks, sigmas
+        self.sums: dict[str, Tensor] = {}
+        """Stream -> [blocks, sigmas]."""
         self.samples = torch.zeros(sigmas, dtype=torch.float64)
 
     @contextmanager
-    def watch(self, sigma: int, mask: Tensor) -> Iterator[None]:
-        """Count one call of the network at the sigma of that index; mask [B, T]: real text tokens, first in each row."""
-        hooks = [b.register_forward_hook(self._hook(i, sigma, mask), with_kwargs=True) for i, b in enumerate(self.blocks)]
+    def watch(self, sigma: int, text: Conditioning) -> Iterator[None]:
+        """Count one call of the network at the sigma of that index."""
+        hooks = [
+            block.register_forward_hook(partial(self._record, i, sigma, text), with_kwargs=True)
+            for i, block in enumerate(self.blocks)
+        ]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-        self.samples[sigma] += len(mask)
+        self.samples[sigma] += len(text)
 
-    def _hook(self, block: int, sigma: int, mask: Tensor) -> Callable[..., None]:
-        return partial(self._record, self.sums[block, :, sigma], mask)
+    def _record(
+        self, block: int, sigma: int, text: Conditioning, _block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        for stream, (before, after, counts) in self.family.states(args, kwargs, output, text).items():
+            turned = angular_distance(before, after)
+            if counts is None:
+                found = turned.mean(1)
+            else:
+                found = (turned * counts.double()).sum(1) / counts.double().sum(1)
+            sums = self.sums.setdefault(stream, torch.zeros(len(self.blocks), self.sigmas, dtype=torch.float64))
+            sums[block, sigma] += found.sum().cpu()
 
-    @staticmethod
-    def _record(sums: Tensor, mask: Tensor, _block: nn.Module, _args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
-        text, picture = output
-        real = mask[:, : text.shape[1]].double()
-        turned = angular_distance(kwargs["encoder_hidden_states"], text) * real
-        sums[0] += angular_distance(kwargs["hidden_states"], picture).mean(1).sum().cpu()
-        sums[1] += (turned.sum(1) / real.sum(1)).sum().cpu()
+    def distance(self) -> Tensor:
+        return torch.stack(list(self.sums.values()), 1) / self.samples
 
 
 @torch.no_grad()
@@ -143,7 +146,7 @@ def measure(model: Model, prompts: list[str], *, sigmas: int, batch: int, seed: 
     """
     names = {module: name for name, module in model.parts.net.named_modules()}
     blocks = model.family.blocks(model.parts.net)
-    grid, meter = sigma_grid(sigmas), Meter(blocks, sigmas)
+    grid, meter = sigma_grid(sigmas), Meter(model.family, blocks, sigmas)
     noise = start_noise(seed, len(prompts), model.parts.picture)
     training = model.root.training
     model.root.eval()
@@ -151,14 +154,14 @@ def measure(model: Model, prompts: list[str], *, sigmas: int, batch: int, seed: 
         text = model.encode(prompts[start : start + batch])
 
         def velocity(noisy: Tensor, sigma: float, index: int, text=text) -> Tensor:
-            with meter.watch(index, text.mask):
+            with meter.watch(index, text):
                 return model.velocity(noisy, torch.full((len(noisy),), sigma, device=noisy.device), text)
 
         for _ in euler(velocity, noise[start : start + batch].to(model.device), grid):
             pass
     model.root.train(training)
-    distance = meter.sums / meter.samples
+    distance = meter.distance()
     if not distance.isfinite().all():
         block, _, sigma = (~distance.isfinite()).nonzero()[0].tolist()
         raise UserError(f"hidden states of {names[blocks[block]]} are not finite at sigma {grid[sigma]:.3g}")
-    return Influence([names[b] for b in blocks], grid[:-1].tolist(), distance, len(prompts))
+    return Influence([names[b] for b in blocks], list(meter.sums), grid[:-1].tolist(), distance, len(prompts))

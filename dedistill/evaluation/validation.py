@@ -12,7 +12,7 @@ from dedistill.distributed.world import World
 from dedistill.evaluation.meters import Reading, path_numbers
 from dedistill.flow.path import flow_loss, implied_noise
 from dedistill.flow.solvers import euler, sigma_grid
-from dedistill.models.conditioning import Text
+from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 from dedistill.objectives.objective import Objective, Task, task_loss
 from dedistill.sampling.sampler import guided
@@ -53,7 +53,7 @@ def held_out_numbers(model: Model, task: Task) -> np.ndarray:
     return torch.stack(columns, 1).double().cpu().numpy()
 
 
-def text_of(model: Model, task: Task) -> Text:
+def text_of(model: Model, task: Task) -> Conditioning:
     """The captions of ``task``, none of them dropped."""
     return model.encode(task.captions) if task.text is None else task.text.to(model.device)
 

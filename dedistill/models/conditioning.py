@@ -1,7 +1,7 @@
-"""Encoded captions as tensors: what text encoders give, caches keep and networks take."""
+"""What a network is told beside the noisy sample: captions as encoders give them, caches keep them and networks take them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,49 +9,119 @@ from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
-class Text:
-    """Encoded captions: embeds [B, T, D], mask [B, T] bool (True: a real token), pooled [B, P]."""
+class Tokens:
+    """One sequence of each caption: embeds [B, T, D], mask [B, T] bool (True: a real token)."""
 
     embeds: Tensor
     mask: Tensor
-    pooled: Tensor
 
-    def __len__(self) -> int:
-        return self.embeds.shape[0]
-
-    def to(self, device: torch.device | str) -> "Text":
-        return Text(self.embeds.to(device), self.mask.to(device), self.pooled.to(device))
-
-    def rows(self, index: Tensor | slice) -> "Text":
-        return Text(self.embeds[index], self.mask[index], self.pooled[index])
-
-    def expand(self, count: int) -> "Text":
-        """A single caption repeated ``count`` times without copying."""
-        return Text(*(t.expand(count, *t.shape[1:]) for t in (self.embeds, self.mask, self.pooled)))
-
-    def padded(self, length: int) -> "Text":
-        """With columns of padding (zeros) added up to ``length`` tokens; longer text stays as it is."""
+    def padded(self, length: int) -> "Tokens":
+        """With columns of padding (zeros) added up to ``length`` tokens; longer ones stay as they are."""
         more = max(0, length - self.embeds.shape[1])
-        return replace(self, embeds=pad(self.embeds, (0, 0, 0, more)), mask=pad(self.mask, (0, more)))
+        return Tokens(pad(self.embeds, (0, 0, 0, more)), pad(self.mask, (0, more)))
 
-    def trimmed(self) -> "Text":
+    def trimmed(self) -> "Tokens":
         """Without the columns that are padding in every row. Real tokens come first in each row."""
         longest = int(self.mask.sum(1).max())
-        return replace(self, embeds=self.embeds[:, :longest], mask=self.mask[:, :longest])
-
-    def where(self, dropped: Tensor, empty: "Text") -> "Text":
-        """Rows where ``dropped`` [B] is True become ``empty``, a single caption: embeds, mask and pooled together."""
-        length = max(self.embeds.shape[1], empty.embeds.shape[1])
-        own, other = self.padded(length), empty.padded(length).expand(len(self))
-        return Text(
-            torch.where(dropped[:, None, None], other.embeds, own.embeds),
-            torch.where(dropped[:, None], other.mask, own.mask),
-            torch.where(dropped[:, None], other.pooled, own.pooled),
-        )
+        return Tokens(self.embeds[:, :longest], self.mask[:, :longest])
 
 
-def stack(texts: Sequence[Text]) -> Text:
+@dataclass(frozen=True)
+class Widths:
+    """Of each sequence's embeddings, and of each vector by name: what a cache is compared with."""
+
+    sequences: tuple[int, ...]
+    vectors: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """A batch of encoded captions: one or more sequences of tokens, and named vectors [B, P]; all of one length B."""
+
+    sequences: tuple[Tokens, ...]
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, embeds: Tensor, mask: Tensor, **vectors: Tensor) -> "Conditioning":
+        """Of networks with a single sequence."""
+        return cls((Tokens(embeds, mask),), vectors)
+
+    @property
+    def tokens(self) -> Tokens:
+        """The only sequence, of networks that take one."""
+        (only,) = self.sequences
+        return only
+
+    def __len__(self) -> int:
+        return len(self.sequences[0].mask)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+        """With every tensor changed alike."""
+        sequences = tuple(Tokens(change(s.embeds), change(s.mask)) for s in self.sequences)
+        return Conditioning(sequences, {name: change(vector) for name, vector in self.vectors.items()})
+
+    def to(self, device: torch.device | str) -> "Conditioning":
+        return self.each(lambda t: t.to(device))
+
+    def index_select(self, index: Tensor | slice) -> "Conditioning":
+        """Those rows."""
+        return self.each(lambda t: t[index])
+
+    def expand(self, count: int) -> "Conditioning":
+        """A single caption repeated ``count`` times without copying."""
+        return self.each(lambda t: t.expand(count, *t.shape[1:]))
+
+    def trimmed(self) -> "Conditioning":
+        """Every sequence without the columns that are padding in every row."""
+        return Conditioning(tuple(s.trimmed() for s in self.sequences), self.vectors)
+
+    def padded(self, lengths: Sequence[int]) -> "Conditioning":
+        """Every sequence at least as long as ``lengths`` says."""
+        return Conditioning(tuple(s.padded(n) for s, n in zip(self.sequences, lengths, strict=True)), self.vectors)
+
+    def lengths(self) -> list[int]:
+        return [s.mask.shape[1] for s in self.sequences]
+
+    def where(self, dropped: Tensor, empty: "Conditioning") -> "Conditioning":
+        """Rows where ``dropped`` [B] is True become ``empty``, a single caption: embeds, masks and vectors together."""
+        lengths = [max(pair) for pair in zip(self.lengths(), empty.lengths())]
+        own, other = self.padded(lengths), empty.padded(lengths).expand(len(self))
+        merged = {
+            name: torch.where(dropped.reshape(-1, *[1] * (tensor.ndim - 1)), other.tensors()[name], tensor)
+            for name, tensor in own.tensors().items()
+        }
+        return from_tensors(merged)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names of a cache: "embeds" and "mask" of the first sequence, "embeds.1" ... of others, vectors by their own."""
+        named = {}
+        for i, sequence in enumerate(self.sequences):
+            named |= {f"embeds{_ending(i)}": sequence.embeds, f"mask{_ending(i)}": sequence.mask}
+        return named | dict(self.vectors)
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> Conditioning:
+    """The inverse of ``Conditioning.tensors``."""
+    rest, sequences = dict(tensors), []
+    while (name := f"embeds{_ending(len(sequences))}") in rest:
+        sequences.append(Tokens(rest.pop(name), rest.pop(name.replace("embeds", "mask"))))
+    return Conditioning(tuple(sequences), rest)
+
+
+def stored_shapes(widths: Widths) -> dict[str, tuple[int | str, ...]]:
+    """Of one caption's tensors in a cache; a name stands for a length that those of one sequence share."""
+    shapes: dict[str, tuple[int | str, ...]] = {}
+    for i, width in enumerate(widths.sequences):
+        shapes |= {f"embeds{_ending(i)}": (f"tokens{_ending(i)}", width), f"mask{_ending(i)}": (f"tokens{_ending(i)}",)}
+    return shapes | {name: (width,) for name, width in widths.vectors.items()}
+
+
+def collate(captions: Sequence[Conditioning]) -> Conditioning:
     """One batch of several, padded to the longest."""
-    length = max(t.embeds.shape[1] for t in texts)
-    padded = [t.padded(length) for t in texts]
-    return Text(*(torch.cat([getattr(t, name) for t in padded]) for name in ("embeds", "mask", "pooled")))
+    lengths = [max(column) for column in zip(*(c.lengths() for c in captions))]
+    padded = [c.padded(lengths).tensors() for c in captions]
+    return from_tensors({name: torch.cat([tensors[name] for tensors in padded]) for name in padded[0]})
+
+
+def _ending(i: int) -> str:
+    return f".{i}" if i else ""

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from dedistill.models.conditioning import Text
+from dedistill.models.conditioning import Conditioning, Widths
+from dedistill.models.spec import ModelSpec
 
 MADE = ("base", "merges", "trained")
 """What a model folder says of how its weights were made; families write it and read it back."""
@@ -17,14 +18,14 @@ class Components:
     """A loaded model: the denoiser that is trained or adapted, and what stays frozen around it."""
 
     net: nn.Module
-    text: Any
-    """What encodes captions; where they are cached it says its ``widths``, those of embeddings and of pooled vectors."""
+    text: "TextEncoders"
+    """What encodes captions."""
     picture: tuple[int, int, int]
     """Channels, height and width of what the denoiser sees."""
     mask: str = "bool"
     text_length: int = 0
     """Tokens captions are padded to, where the family keeps it with the model."""
-    vae: Any = None
+    vae: "Codec | None" = None
     """Codec between pixels and what the denoiser sees; None where that is pixels."""
     guidance: float | None = None
     """What a distilled guidance embedding is fed in training; None without one."""
@@ -38,8 +39,33 @@ class Components:
     """Where encoders run when they are used."""
 
 
+class TextEncoders(Protocol):
+    """What makes conditioning of captions. ``widths`` and ``tokens`` are needed where captions are cached."""
+
+    @property
+    def widths(self) -> Widths:
+        """Of what it makes; loads nothing."""
+
+    def tokens(self, captions: list[str]) -> list[int]:
+        """Tokens of each caption in the longest sequence, end token included, however long."""
+
+    def unload(self) -> None:
+        """Free its memory; what is asked next loads again."""
+
+
+class Codec(Protocol):
+    """Between pixels and what the denoiser sees."""
+
+    def unload(self) -> None:
+        """Free its memory; what is asked next loads again."""
+
+
+States = dict[str, tuple[Tensor, Tensor, Tensor | None]]
+"""Stream of hidden states -> (before, after) a block, both [B, N, D], and which of the N count [B, N]; None: all."""
+
+
 class Family(Protocol):
-    name: str
+    spec: ModelSpec
     max_text_length: int
     """Tokens of a caption that its encoders take."""
 
@@ -65,9 +91,9 @@ class Family(Protocol):
         """Write ``parts`` so that ``load`` with ``path = folder`` gives them back."""
 
     def save_rest(self, parts: Components, folder: Path) -> None:
-        """What ``save`` writes beside ``folder/transformer``, for writers that stream the denoiser themselves."""
+        """What ``save`` writes beside the denoiser, for writers that stream the denoiser themselves."""
 
-    def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
+    def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
         """Captions padded to ``length`` tokens. The empty caption has exactly one real token."""
 
     def encode_pictures(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
@@ -80,7 +106,7 @@ class Family(Protocol):
         """Shape of what the denoiser sees of a picture. Raises UserError for a size it cannot have."""
 
     def velocity(
-        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None
+        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None
     ) -> Tensor:
         """noise - data as ``net`` (the denoiser, or a module that wraps it) predicts it; noisy [B, C, H, W], sigma [B].
 
@@ -98,3 +124,6 @@ class Family(Protocol):
 
     def presets(self, net: nn.Module) -> dict[str, list[str]]:
         """Named sets of layers of ``net`` as name patterns."""
+
+    def states(self, args: tuple, kwargs: dict[str, Any], output: Any, text: Conditioning) -> States:
+        """The hidden states that one of ``blocks`` was called with and returned. text: what the network was told."""

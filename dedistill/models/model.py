@@ -14,11 +14,10 @@ from dedistill.adapters.delta import check_started, initialise
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.errors import UserError
-from dedistill.models.conditioning import Text, stack
+from dedistill.models.conditioning import Conditioning, collate
 from dedistill.models.family import Components, Family
-from dedistill.models.pipeline_files import public_name
 from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
-from dedistill.models.registry import get_family, text_length
+from dedistill.models.registry import get_family, public_name, text_length
 from dedistill.recipe import Recipe
 
 CHUNK = 256
@@ -43,7 +42,7 @@ class Model:
     """Samples per forward pass when nothing is trained."""
     adapter: Adapter | None = None
     targets: list[Resolved] = field(default_factory=list)
-    known: dict[str, Text] = field(default_factory=dict)
+    known: dict[str, Conditioning] = field(default_factory=dict)
     """Captions that are encoded already, each as long as it is real; they never reach an encoder."""
     facts: dict = field(default_factory=dict)
     """What was really done: quantized layers, matched layers, sizes of the start. Recorded in the run directory."""
@@ -80,20 +79,20 @@ class Model:
         check_origin(header, recipe, path)
         self.load_tensors(tensors, str(path))
 
-    def encode(self, captions: list[str], length: int | None = None) -> Text:
+    def encode(self, captions: list[str], length: int | None = None) -> Conditioning:
         """One batch of encoded captions on the model's device; ``known`` ones are the very tensors of the cache."""
         if captions and all(c in self.known for c in captions):
-            return stack([self.known[c] for c in captions]).to(self.device)
+            return collate([self.known[c] for c in captions]).to(self.device)
         return self.family.encode_text(self.parts, captions, length or self.text_length).to(self.device)
 
     def remember(self, captions: list[str]) -> None:
         """Encode captions once and for all, and free the encoders: ``encode`` gives these tensors from now on."""
         if new := [c for c in dict.fromkeys(captions) if c not in self.known]:
             text = self.family.encode_text(self.parts, new, self.text_length).to("cpu")
-            self.known |= {c: text.rows(slice(i, i + 1)) for i, c in enumerate(new)}
+            self.known |= {c: text.index_select(slice(i, i + 1)) for i, c in enumerate(new)}
         self.parts.text.unload()
 
-    def velocity(self, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None) -> Tensor:
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None) -> Tensor:
         """noise - data as the model predicts it, float32; the same arithmetic in training, validation and sampling."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.family.velocity(self.parts, self.root, noisy, sigma, text, guidance).float()

@@ -1,87 +1,123 @@
-"""Model families by name: what each provides, where its code lives, and its names and defaults. Imported when asked for."""
+"""Model families by name, the package's own and those of others. A family's code is imported when it is asked for."""
 
+import re
+from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dedistill.errors import UserError
+from dedistill.models.spec import UNKNOWN, Config, Licence, ModelSpec, Published
+from dedistill.recipe.schema import Model
 
 if TYPE_CHECKING:
     from dedistill.models.family import Family
-from types import ModuleType
-from typing import Any
 
-from dedistill.models.flux.published import shape_of
-from dedistill.recipe.schema import Model
+OWN = {name: f"dedistill.models.{name}:SPEC" for name in ("flux", "pixel_flux", "example")}
+GROUP = "dedistill.families"
+"""Entry points by which other packages add a family: its name -> "package.module:SPEC"."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_IN_HUB_CACHE = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots(?:/|$)")
 
-# --- family names and where their code lives -------------------------------------------------------------------------
+
+def families() -> list[str]:
+    """Names of all families, the package's own first."""
+    return list(_places())
 
 
-FAMILIES = {"flux": "dedistill.models.flux.family:Flux", "pixel_flux": "dedistill.models.pixel_flux:PixelFlux"}
+@cache
+def _places() -> dict[str, str]:
+    return OWN | {point.name: point.value for point in entry_points(group=GROUP) if point.name not in OWN}
+
+
+def imported(place: str) -> Any:
+    """What "package.module:name" stands for."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+def get_spec(name: str, where: str = "model.family") -> ModelSpec:
+    """The family called ``name`` as data; ``where`` is the place in the recipe, for the error."""
+    places = _places()
+    if name not in places:
+        near = get_close_matches(name, places, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(places)}"
+        raise UserError(f"{where}: unknown family '{name}', {hint}", exit_code=2)
+    return imported(places[name])
 
 
 def get_family(name: str, where: str = "model.family") -> "Family":
-    """The family called ``name``; ``where`` is the place in the recipe, for the error."""
-    if name not in FAMILIES:
-        near = get_close_matches(name, FAMILIES, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(FAMILIES)}"
-        raise UserError(f"{where}: unknown family '{name}', {hint}", exit_code=2)
-    module, _, cls = FAMILIES[name].partition(":")
-    return getattr(import_module(module), cls)()
+    """The family called ``name``."""
+    return imported(get_spec(name, where).family)()
+
+
+def spec_of(config: Config, family: str | None = None) -> ModelSpec:
+    """The family of a denoiser with that config.json: the one that a recipe or folder names, else the first that has its class.
+
+    Raises UserError for a class that no family has.
+    """
+    kind = str(config.get("_class_name"))
+    for name in [family] if family in _places() else families():
+        if kind in (spec := get_spec(name)).networks:
+            return spec
+    known = sorted({network for name in families() for network in get_spec(name).networks})
+    raise UserError(f"config.json names a network of no family: _class_name is '{kind}', known: {', '.join(known)}")
 
 
 def text_length(family: "Family", asked: int, where: str = "model.text_length") -> int:
     """``asked`` tokens a caption is padded or cut to. Raises UserError for more than the family's text encoder takes."""
     if asked > family.max_text_length:
-        raise UserError(f"{where}: {asked} tokens; {family.name} takes at most {family.max_text_length}", exit_code=2)
+        raise UserError(f"{where}: {asked} tokens; {family.spec.name} takes at most {family.max_text_length}", exit_code=2)
     return asked
 
 
-# --- which other names a network's layers go by, found by the class that its config.json names -----------------------
-
-
-_TABLES = {"FluxTransformer2DModel": "dedistill.models.flux.naming"}
-_DEFAULT = "FluxTransformer2DModel"
-
-
-def naming_of(network_class: str) -> ModuleType:
-    """The key tables of a diffusers class: bfl_parts, bfl_name, bfl_plan, join, kohya_name."""
-    if network_class not in _TABLES:
-        raise UserError(f"no key tables for '{network_class}'; known: {', '.join(_TABLES)}")
-    return import_module(_TABLES[network_class])
-
-
-def published_config(source: str, *, guidance: bool = False) -> dict[str, Any]:
-    """A denoiser's config.json, full size, for a published hub id; FLUX.1-schnell's for any other ``source``.
-
-    guidance: with a guidance embedding, whatever the table says.
-    """
-    shape = shape_of(source)
-    sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
-    return {"_class_name": _DEFAULT, **sizes, "guidance_embeds": guidance or shape.guidance}
-
-
-# --- what a recipe's keys are by default in each family, as its [model] table alone tells ----------------------------
-
-
-NUMBERS = {
-    "flux": {"model.text_length": 512, "model.guidance": 1.0, "sample.height": 1024, "sample.width": 1024},
-    "pixel_flux": {"model.text_length": 12},
-}
-BEFORE = {"flux": {"model.text_length": 512, "model.guidance": 1.0}, "pixel_flux": {"model.text_length": 12}}
-"""Those of runs whose recipe.json does not hold them. They never change."""
+# --- defaults of a recipe that are the family's; recipe.resolve asks for them by name --------------------------------
 
 
 def family_defaults(model: Model) -> dict[str, Any]:
     """Dotted keys of a recipe with such a [model] table, and their values; empty for an unknown family."""
-    return _with_effect(NUMBERS.get(model.family, {}), model)
+    return get_spec(model.family).defaults(model) if model.family in _places() else {}
 
 
 def defaults_before(model: Model) -> dict[str, Any]:
     """The same in runs that were started before recipe.json held them."""
-    return _with_effect(BEFORE.get(model.family, {}), model)
+    return get_spec(model.family).defaults_before(model) if model.family in _places() else {}
 
 
-def _with_effect(numbers: dict[str, Any], model: Model) -> dict[str, Any]:
-    guided = "model.guidance" in numbers and model.path is not None and shape_of(model.path, model.revision).guidance
-    return {key: value for key, value in numbers.items() if guided or key != "model.guidance"}
+# --- bases as others know them ---------------------------------------------------------------------------------------
+
+
+def is_hub_id(text: str) -> bool:
+    return bool(_HUB_ID.fullmatch(text)) and not Path(text).exists()
+
+
+def public_name(path: str, revision: str | None = None) -> str:
+    """A base as others may know it: its hub id where that is known, else the last name of a local path.
+
+    path, revision: model.path and model.revision of a recipe. Only with a revision is a path a hub id, unless some family
+    has it among its published models.
+    """
+    if revision and is_hub_id(path):
+        return path
+    if cached := _IN_HUB_CACHE.search(path):
+        return f"{cached[1]}/{cached[2]}"
+    named = next((base for name in families() if (base := published(get_spec(name), path, {}))), None)
+    return named.id if named else Path(path).name
+
+
+def published(spec: ModelSpec, source: str, config: Mapping[str, Any]) -> Published | None:
+    """The published model behind ``source``, of a denoiser with that config. Raises UserError where these contradict."""
+    return spec.base_of(spec.published, source, config)
+
+
+def licence_for(base: Published | None, wanted: str | None) -> Licence:
+    """The licence a derivative of ``base`` is under. Raises UserError where ``wanted`` gives away what is not ours to give."""
+    if base is None:
+        return Licence(wanted) if wanted else UNKNOWN
+    own = base.licence
+    if own.binding and wanted not in (None, own.id, own.name):
+        raise UserError(f"a derivative of {base.id} is under its {own.name}, it cannot be released as '{wanted}' ({own.link})", 2)
+    return own if wanted is None or own.binding else Licence(wanted)

@@ -1,6 +1,6 @@
 """A small frozen text encoder for laboratories: every word has a fixed random vector.
 
-It stands where FLUX has T5 and CLIP: per-token embeddings with positions, padding, an end token, and an order-free
+It stands where large models have language models: per-token embeddings with positions, padding, an end token, and an order-free
 pooled vector from a second table, so that the order of words can only be read from the tokens.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dedistill.flow import keyed
-from dedistill.models.conditioning import Text
+from dedistill.models.conditioning import Conditioning
 
 END, PAD = "</s>", "<pad>"
 
@@ -37,14 +37,14 @@ class WordEncoder:
     def config(self) -> dict[str, int]:
         return {"dim": self.dim, "pooled_dim": self.pooled_dim, "max_length": self.max_length}
 
-    def __call__(self, captions: list[str], length: int) -> Text:
+    def __call__(self, captions: list[str], length: int) -> Conditioning:
         """Encode to ``length`` tokens; longer captions are cut but keep their end token."""
         rows = [[*_words(c)[: length - 1], END] for c in captions]
         padded = [row + [PAD] * (length - len(row)) for row in rows]
         embeds = torch.stack([torch.stack([self._token(w) for w in row]) for row in padded])
         mask = torch.tensor([[i < len(row) for i in range(length)] for row in rows])
         pooled = torch.stack([torch.stack([self._pooled(w) for w in row]).mean(0) for row in rows])
-        return Text(embeds + self._positions[:length], mask, pooled)
+        return Conditioning.of(embeds + self._positions[:length], mask, pooled=pooled)
 
 
 def _words(caption: str) -> list[str]:

@@ -15,7 +15,7 @@ from dedistill.distributed.world import World, deal
 from dedistill.errors import UserError
 from dedistill.flow import keyed, timesteps
 from dedistill.flow.path import flow_loss, interpolate, velocity
-from dedistill.models.conditioning import Text
+from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
 
@@ -31,7 +31,7 @@ class Task:
     dropped: Tensor
     """[B] bool: the caption is replaced by the empty prompt."""
     names: list[str]
-    text: Text | None = None
+    text: Conditioning | None = None
     """The captions, where they are encoded already."""
 
 

@@ -1,17 +1,19 @@
 """The README.md of a release: a Hugging Face model card with the right licence."""
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from dedistill.errors import UserError
 from dedistill.io.atomic import replace_file
-from dedistill.models.pipeline_files import base_of, is_hub_id, licence_for
+from dedistill.models.registry import is_hub_id, licence_for, published
+from dedistill.models.spec import ModelSpec
 from dedistill.release.headers import read_recipe, source_name, source_of, told_guidance
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_OWN = "dedistill.release"
 _TAGS = ["text-to-image", "de-distilled", "classifier-free-guidance"]
 
 
@@ -20,6 +22,7 @@ def write_card(
     title: str,
     form: str,
     config: dict[str, Any],
+    spec: ModelSpec,
     facts: dict[str, Any],
     source: str,
     *,
@@ -34,8 +37,8 @@ def write_card(
         raise UserError(
             f"--base {base}: no hub id; a card names the published model, such as black-forest-labs/FLUX.1-schnell", 2
         )
-    recorded = base_of(source_of(facts) or source, config)
-    claimed = base_of(base, config) if base else None
+    recorded = published(spec, source_of(facts) or source, config)
+    claimed = published(spec, base, config) if base else None
     if claimed and recorded and claimed != recorded:
         raise UserError(f"--base {base}: this model goes back to {recorded.id}", exit_code=2)
     known, name = recorded or claimed, base or (recorded.id if recorded else None)
@@ -45,29 +48,31 @@ def write_card(
         license=terms.id,
         license_name=terms.name or None,
         license_link=terms.link or None,
-        library_name="diffusers",
+        library_name="diffusers" if spec.card else "dedistill",
         pipeline_tag="text-to-image",
         base_model=name,
         base_model_relation=("quantized" if form == "int8" else "finetune") if name else None,
         tags=[*_TAGS, *sorted({_kind(m) for m in merges})],
     )
-    template = Environment(
-        loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-    ).get_template("card.md.j2")
+    told = told_guidance(spec.distilled_guidance(config), facts)
+    asked = {"title": title, "form": form, "base": name or source_name(facts), "family": spec.name, "guidance": told}
+    asked |= {"masked": facts.get("mask") == "bool", "call": _call(told)}
     recipes = [read_recipe(m["recipe"]) for m in merges]
     trained = [{"step": t["step"], "training": _training(read_recipe(t["recipe"]))} for t in facts.get("trained", [])]
-    body = template.render(
-        title=title,
-        form=form,
-        base=name or source_name(facts),
+    body = _template(_OWN, "templates/card.md.j2").render(
+        **asked,
+        use=_template(*(spec.card.split(":") if spec.card else (_OWN, "templates/use.md.j2"))).render(**asked).strip(),
         licence=terms,
-        masked=facts.get("mask") == "bool",
-        guidance=told_guidance(config, facts),
         trained=trained,
-        call=_call(told_guidance(config, facts)),
         merges=[{**m, "training": _training(r)} for m, r in zip(merges, recipes)],
     )
     replace_file(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")).encode())
+
+
+def _template(package: str, name: str) -> Template:
+    """A text of this room, or one that a family brings."""
+    own = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    return own.from_string((files(package) / name).read_text())
 
 
 def _call(guidance: str) -> str:

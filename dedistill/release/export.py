@@ -1,6 +1,7 @@
 """Models and adapters in the forms that other programs load."""
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ from torch import Tensor, nn
 
 from dedistill.adapters.compatibility import Verdict, check_adapter
 from dedistill.adapters.files import read_tensors
-from dedistill.adapters.formats import SPELLINGS, as_kohya, by_layer, check_shapes
+from dedistill.adapters.formats import FOLDERS, KOHYA, SPELLINGS, LayerNames, Layers, as_kohya, by_layer, check_shapes
 from dedistill.errors import UserError
 from dedistill.io.atomic import as_json, replace_file, replace_json
 from dedistill.io.safetensors import Layout, TensorFile
 from dedistill.models.pipeline_files import Files, copy_files, is_pipeline, pipeline_files, public_config
 from dedistill.models.quantize import Int8Linear, excluded, quantize_rows
-from dedistill.models.registry import naming_of, published_config
+from dedistill.models.registry import families, get_spec, spec_of
+from dedistill.models.spec import ModelSpec
 from dedistill.release.card import write_card
 from dedistill.release.folder import (
     FACTS,
@@ -50,8 +52,9 @@ def export_adapter(file: Path, out: Path, spelling: str, model: Path | None = No
         check_shapes(layers, shapes, str(file))
     except UserError as e:
         raise UserError(f"{e}; if its base is another network, name the base's folder with --model") from e
-    spelt = as_kohya(layers, naming_of(config["_class_name"]), shapes) if spelling == "kohya" else SPELLINGS[spelling](layers)
-    metadata = adapter_header(out.stem, spelling, header, layers, config)
+    spec = _spec_for(config, header)
+    spelt = _spelt(layers, spelling, spec, shapes)
+    metadata = adapter_header(out.stem, spelling, header, layers, config, spec)
     config_file = out.with_name("lycoris_config.json")
     told = as_json(lycoris_config(layers)) if spelling == "lycoris" else b""
     if told and config_file.exists() and config_file.read_bytes() != told:
@@ -69,7 +72,30 @@ def check_file(file: Path, model: Path | None = None) -> list[Verdict]:
     """What each program makes of adapter ``file`` on the network in folder ``model``, as in :func:`export_adapter`."""
     tensors, header = read_tensors(file)
     config = config_for(tensors, header, model)
-    return check_adapter(tensors, linear_shapes(skeleton(config)), naming_of(config["_class_name"]))
+    spec = _spec_for(config, header)
+    return check_adapter(tensors, linear_shapes(skeleton(config)), names_of(spec), spec.folder)
+
+
+def _spec_for(config: dict[str, Any], header: dict[str, str]) -> ModelSpec:
+    """The family of an adapter: the one of the recipe in its header, if it has networks of that class."""
+    return spec_of(config, read_recipe(header.get("dedistill.recipe", "")).get("model", {}).get("family"))
+
+
+def names_of(spec: ModelSpec) -> LayerNames | None:
+    """The tables of what other programs call a family's layers."""
+    return import_module(spec.names) if spec.names else None
+
+
+def _needed_names(spec: ModelSpec, form: str) -> LayerNames:
+    if names := names_of(spec):
+        return names
+    raise UserError(f"'{form}' is not for {spec.name}: other programs have no names of their own for its layers", 2)
+
+
+def _spelt(layers: Layers, spelling: str, spec: ModelSpec, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    if spelling == KOHYA:
+        return as_kohya(layers, _needed_names(spec, spelling), shapes)
+    return SPELLINGS[spelling](layers, spec.folder)
 
 
 def config_for(tensors: dict[str, Any], header: dict[str, str], model: Path | None) -> dict[str, Any]:
@@ -79,9 +105,12 @@ def config_for(tensors: dict[str, Any], header: dict[str, str], model: Path | No
     table = read_recipe(header.get("dedistill.recipe", "")).get("model", {})
     source = table.get("path") or ""
     for folder in (Path(source), Path(table.get("components") or source)):  # a single file has its shape beside its encoders
-        if (folder / "transformer" / "config.json").exists():
+        if any((folder / name / "config.json").exists() for name in FOLDERS):
             return network_config(folder)
-    return published_config(source, guidance=any("guidance" in name for name in tensors))
+    spec = get_spec(table.get("family") or next(iter(families())))
+    if spec.full_config is None:
+        raise UserError(f"the base of this adapter, '{source}', is not there: name its folder with --model")
+    return spec.full_config(source, any("guidance" in name for name in tensors))
 
 
 # --- A model folder in the forms other programs load -----------------------------------------------------------------
@@ -117,9 +146,9 @@ def export_model(
     facts = read_facts(source)
     if any(dtype == torch.int8 for _, dtype in net.layout.values()):
         raise UserError(f"'{source}' is an int8 export already; export the folder it was made from")
-    files, left_out = _around(source, facts) if form in _FOLDERS else ({}, [])
+    files, left_out = _around(source, facts, net.spec) if form in _FOLDERS else ({}, [])
     with new_folder(out) as folder:
-        write_card(folder, out.name, form, net.config, facts, str(source), base=base, licence=licence)
+        write_card(folder, out.name, form, net.config, net.spec, facts, str(source), base=base, licence=licence)
         _FORMS[form](net, folder, out.name, facts, exclude or [], shard_bytes)
         copy_files(files, folder)
     if left_out:
@@ -128,9 +157,9 @@ def export_model(
     return out
 
 
-def _around(source: Path, facts: dict) -> tuple[Files, list[str]]:
+def _around(source: Path, facts: dict, spec: ModelSpec) -> tuple[Files, list[str]]:
     """What the release of ``source`` holds beside the denoiser, from there and from where its components are."""
-    files, left_out = pipeline_files(source)
+    files, left_out = pipeline_files(source, spec.folder)
     if around := facts.get("components"):
         if not Path(around).is_dir():
             raise UserError(f"'{source}' takes text encoders and VAE from '{around}', which is not there")
@@ -139,7 +168,7 @@ def _around(source: Path, facts: dict) -> tuple[Files, list[str]]:
                 f"'{source / FACTS}' says that text encoders and VAE are in '{around}', which is no pipeline folder: it has no "
                 "vae/config.json or no text_encoder*/config.json. Nothing is taken from there; correct 'components'"
             )
-        others, more = pipeline_files(Path(around))
+        others, more = pipeline_files(Path(around), spec.folder)
         files, left_out = others | files, [*left_out, *(str(Path(around) / name) for name in more)]
     return files, left_out
 
@@ -149,19 +178,19 @@ def _diffusers(net: Denoiser, folder: Path, name: str, facts: dict, exclude: lis
 
 
 def _single(net: Denoiser, folder: Path, name: str, facts: dict, exclude: list[str], shard_bytes: int) -> None:
-    with TensorFile(folder / f"{name}.safetensors", net.layout, model_header(name, net.config, facts)) as out:
+    with TensorFile(folder / f"{name}.safetensors", net.layout, model_header(name, net.config, facts, net.spec)) as out:
         for key, tensor in net.items():
             out.write(key, tensor)
 
 
 def _bfl(net: Denoiser, folder: Path, name: str, facts: dict, exclude: list[str], shard_bytes: int) -> None:
-    naming = naming_of(net.config["_class_name"])
-    plan = naming.bfl_plan(net.layout)
+    naming = _needed_names(net.spec, "bfl")
+    plan = naming.original_plan(net.layout)
     layout = {}
     for bfl, parts in plan.items():
         shapes = [net.layout[part][0] for part in parts]
         layout[bfl] = ((sum(s[0] for s in shapes), *shapes[0][1:]), net.layout[parts[0]][1])
-    with TensorFile(folder / f"{name}.safetensors", layout, model_header(name, net.config, facts)) as out:
+    with TensorFile(folder / f"{name}.safetensors", layout, model_header(name, net.config, facts, net.spec)) as out:
         for bfl, parts in plan.items():
             out.write(bfl, naming.join(bfl, [net[part] for part in parts]))
 
@@ -189,9 +218,10 @@ def _quantized(net: Denoiser, weights: set[str]) -> Stream:
 
 
 def _write_folder(net: Denoiser, folder: Path, facts: dict, layout: Layout, stream: Stream, shard_bytes: int) -> None:
-    (folder / "transformer").mkdir()
-    replace_json(folder / "transformer" / "config.json", public_config(net.config))
-    write_weights(folder / "transformer", layout, stream, shard_bytes)
+    place = folder / net.spec.folder
+    place.mkdir()
+    replace_json(place / "config.json", public_config(net.config))
+    write_weights(place, layout, stream, shard_bytes)
     if facts:
         replace_json(folder / FACTS, public_facts(facts))
 
@@ -199,6 +229,11 @@ def _write_folder(net: Denoiser, folder: Path, facts: dict, layout: Layout, stre
 _FORMS: dict[str, Callable[..., None]] = {"diffusers": _diffusers, "single": _single, "bfl": _bfl, "int8": _int8}
 FORMS = tuple(_FORMS)
 _FOLDERS = ("diffusers", "int8")
+
+
+def forms_of(spec: ModelSpec) -> tuple[str, ...]:
+    """The forms that a family's models can be exported in."""
+    return tuple(form for form in FORMS if form != "bfl" or spec.names)
 
 
 def load_int8(folder: str | Path) -> nn.Module:

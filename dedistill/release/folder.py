@@ -6,14 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dedistill.adapters.formats import FOLDERS
 from dedistill.errors import UserError
 from dedistill.io.atomic import replace_json, whole_folder
 from dedistill.io.safetensors import DTYPES, Layout, TensorFile
+from dedistill.models.registry import imported, spec_of
 
 SHARD_BYTES = 10 * 1000**3
 """diffusers' own default: a larger network is written as several files with an index."""
@@ -25,12 +26,13 @@ _DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Denoiser:
-    """The ``transformer`` of a model folder: its config, the names, shapes and dtypes of its tensors, each read on demand."""
+    """The denoiser of a model folder: its family, its config, the names, shapes and dtypes of its tensors, each read on demand."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        place = folder / "transformer"
         self.config = network_config(folder)
+        self.spec = spec_of(self.config, read_facts(folder).get("family"))
+        place = folder / self.spec.folder
         self._files: dict[str, Any] = {}  # kept open: opening one again for each tensor costs milliseconds
         self.layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for path in sorted(place.glob("*.safetensors")):
@@ -54,22 +56,21 @@ class Denoiser:
             yield name, self[name]
 
     def skeleton(self) -> nn.Module:
-        """The network without weights (meta device), of the diffusers class that config.json names."""
+        """The network without weights (meta device), of the class that config.json names."""
         return skeleton(self.config)
 
 
 def network_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder's denoiser."""
-    return _read_json(folder / "transformer" / "config.json")
+    places = [folder / name / "config.json" for name in FOLDERS]
+    return _read_json(next((place for place in places if place.exists()), places[0]))
 
 
 def skeleton(config: dict[str, Any]) -> nn.Module:
-    """A diffusers network without weights (meta device) from its config.json. Raises UserError for an unknown class."""
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
-        raise UserError(f"config.json names no diffusers network: _class_name is '{config.get('_class_name')}'")
+    """A network without weights (meta device) from its config.json. Raises UserError for one of no family."""
+    network = imported(spec_of(config).networks[config["_class_name"]])
     with torch.device("meta"):
-        return kind.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        return network.from_config({k: v for k, v in config.items() if not k.startswith("_")})
 
 
 def linear_shapes(net: nn.Module) -> dict[str, tuple[int, int]]:

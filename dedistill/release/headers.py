@@ -16,8 +16,8 @@ from lycoris.functional import factorization
 from dedistill.adapters.delta import rank
 from dedistill.adapters.formats import Layers, factor_shapes, is_lora
 from dedistill.errors import UserError
-from dedistill.models.pipeline_files import DEFAULT_ARCHITECTURE, base_of, licence_for, public_name
-from dedistill.models.registry import naming_of
+from dedistill.models.registry import imported, licence_for, public_name, published
+from dedistill.models.spec import ModelSpec
 from dedistill.recipe.toml import table_to_toml
 
 # --- what a release tells of how it was made -------------------------------------------------------------------------
@@ -99,21 +99,23 @@ def read_recipe(text: str) -> dict[str, Any]:
 _SPEC = "1.0.1"
 
 
-def model_header(title: str, config: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
+def model_header(title: str, config: dict[str, Any], facts: dict[str, Any], spec: ModelSpec) -> dict[str, str]:
     """Of a whole denoiser in one file."""
     told = public_facts(facts)
     return {
         "format": "pt",
-        **_modelspec(title, config, read_recipe(last_recipe(told)), source=source_of(facts), name=source_name(facts)),
+        **_modelspec(title, config, spec, read_recipe(last_recipe(told)), source=source_of(facts), name=source_name(facts)),
         "dedistill.base": json.dumps(told.get("base", {})),
         "dedistill.masked_attention": str(told.get("mask", "none")),
-        "dedistill.guidance": told_guidance(config, told),
+        "dedistill.guidance": told_guidance(spec.distilled_guidance(config), told),
         "dedistill.recipe": last_recipe(told),
         "dedistill.facts": json.dumps(told),
     }
 
 
-def adapter_header(title: str, spelling: str, header: dict[str, str], layers: Layers, config: dict[str, Any]) -> dict[str, str]:
+def adapter_header(
+    title: str, spelling: str, header: dict[str, str], layers: Layers, config: dict[str, Any], spec: ModelSpec
+) -> dict[str, str]:
     """Of an adapter file; ``header`` is that of the snapshot it was made from, whose ``dedistill.*`` are kept.
 
     The recipe among them is the public one.
@@ -124,21 +126,21 @@ def adapter_header(title: str, spelling: str, header: dict[str, str], layers: La
     name = public_name(source, recipe.get("model", {}).get("revision"))
     own = {
         "format": "pt",
-        **_modelspec(title, config, recipe, source=source, name=name, kind="/lora"),
-        "ss_base_model_version": _architecture(source, config),
-        "ss_network_module": naming_of(config["_class_name"]).KOHYA_MODULE if spelling == "kohya" else "lycoris.kohya",
+        **_modelspec(title, config, spec, recipe, source=source, name=name, kind="/lora"),
+        "ss_base_model_version": _architecture(source, config, spec),
+        "ss_network_module": imported(f"{spec.names}:KOHYA_MODULE") if spelling == "kohya" else "lycoris.kohya",
         "ss_network_dim": str(ranks[-1]),
         "ss_network_alpha": str(ranks[-1]),
         "ss_network_args": json.dumps({"algo": "lora" if is_lora(layers) else "lokr"}),
         "ss_steps": header.get("dedistill.step", ""),
         "ss_learning_rate": str(train.get("lr", "")),
         "ss_seed": str(recipe.get("run", {}).get("seed", "")),
-        "dedistill.guidance": guidance_of(config, recipe),
+        "dedistill.guidance": guidance_of(spec.distilled_guidance(config), recipe),
     }
     if spelling == "lycoris":
         own["lycoris_config"] = json.dumps(lycoris_config(layers))
     if spelling == "peft":
-        own["lora_adapter_metadata"] = json.dumps({f"transformer.{k}": v for k, v in peft_config(layers).items()})
+        own["lora_adapter_metadata"] = json.dumps({f"{spec.folder}.{k}": v for k, v in peft_config(layers).items()})
     return own_entries(header) | {k: v for k, v in own.items() if v}
 
 
@@ -172,9 +174,9 @@ def peft_config(layers: Layers) -> dict[str, Any]:
     return {"r": most, "lora_alpha": most, "rank_pattern": others, "alpha_pattern": others, "target_modules": sorted(ranks)}
 
 
-def guidance_of(config: dict[str, Any], recipe: dict[str, Any]) -> str:
+def guidance_of(distilled: bool, recipe: dict[str, Any]) -> str:
     """What the distilled guidance embedding was fed in training: "none" without one, "bypassed", or the value."""
-    if not config.get("guidance_embeds"):
+    if not distilled:
         return "none"
     if not recipe:
         return "unknown"
@@ -182,9 +184,9 @@ def guidance_of(config: dict[str, Any], recipe: dict[str, Any]) -> str:
     return "bypassed" if value == "bypass" else str(value)
 
 
-def told_guidance(config: dict[str, Any], facts: dict[str, Any]) -> str:
+def told_guidance(distilled: bool, facts: dict[str, Any]) -> str:
     """The same of a model folder, by what it says of itself; "unknown" where it does not."""
-    return str(facts.get("guidance", "unknown")) if config.get("guidance_embeds") else "none"
+    return str(facts.get("guidance", "unknown")) if distilled else "none"
 
 
 def last_recipe(facts: dict[str, Any]) -> str:
@@ -199,26 +201,26 @@ def source_of(facts: dict[str, Any]) -> str:
 
 
 def _modelspec(
-    title: str, config: dict[str, Any], recipe: dict[str, Any], *, source: str, name: str, kind: str = ""
+    title: str, config: dict[str, Any], spec: ModelSpec, recipe: dict[str, Any], *, source: str, name: str, kind: str = ""
 ) -> dict[str, str]:
     """source: hub id or path of what the weights go back to; name: how a release calls it."""
-    base = base_of(source, config)
-    side = max(recipe.get("data", {}).get("resolutions") or [1024])
+    base = published(spec, source, config)
+    side = max(recipe.get("data", {}).get("resolutions") or [spec.resolution])
     licence = licence_for(base, None)
     found = {
         "sai_model_spec": _SPEC,
-        "architecture": _architecture(source, config) + kind,
+        "architecture": _architecture(source, config, spec) + kind,
         "implementation": "diffusers",
         "title": title,
         "resolution": f"{side}x{side}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "license": licence.name or licence.id,
-        "prediction_type": "flow",
+        "prediction_type": spec.prediction,
         "merged_from": base.id if base else name,
     }
     return {f"modelspec.{key}": value for key, value in found.items() if value}
 
 
-def _architecture(source: str, config: dict[str, Any]) -> str:
-    base = base_of(source, config)
-    return base.architecture if base else DEFAULT_ARCHITECTURE
+def _architecture(source: str, config: dict[str, Any], spec: ModelSpec) -> str:
+    base = published(spec, source, config)
+    return base.architecture if base else spec.architecture

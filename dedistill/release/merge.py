@@ -140,9 +140,10 @@ def merge_adapter(
     with new_folder(out) as folder:
         family.save_rest(parts, folder)  # first, since it may refuse: the weights take long
         stream = _merged_tensors(state, layers, DTYPES[dtype], rounding, recipe.run.seed, merged, digest, say)
-        (folder / "transformer").mkdir()
-        write_weights(folder / "transformer", layout, stream, shard_bytes)
-        parts.net.save_config(folder / "transformer")
+        place = folder / family.spec.folder
+        place.mkdir()
+        write_weights(place, layout, stream, shard_bytes)
+        parts.net.save_config(place)
         merged.base_sha256 = digest.hexdigest()
         facts = read_facts(folder) | provenance(recipe, parts.facts, weights, header, merged, dtype, rounding)
         replace_json(folder / FACTS, facts)

@@ -20,7 +20,7 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
     """Say what will happen, on stderr."""
     out = Console(stderr=True, highlight=False, soft_wrap=True)
     t, facts = recipe.train, model.facts
-    what = f"{t.objective} on {recipe.data.source}, {model.family.name} on {device}, {t.precision}"
+    what = f"{t.objective} on {recipe.data.source}, {model.family.spec.name} on {device}, {t.precision}"
     out.print(f"[bold]{recipe.run.name}[/bold]: {what}")
     source = recipe.model.path or f"random weights, seed {recipe.run.seed}"
     quant = f", {len(facts['quantized'])} linears as {recipe.base.quant}" if facts.get("quantized") else ""

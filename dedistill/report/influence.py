@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from dedistill.evaluation.influence import STREAMS, Influence, recipe_fragment
+from dedistill.evaluation.influence import Influence, recipe_fragment
 from dedistill.recipe.shipped import PREFIX
 from dedistill.report.pages import figure, render
 
@@ -23,7 +23,7 @@ def write_influence(out: Path, found: Influence, factors: dict[str, int], used: 
         "budget": budget,
         "parameters": used,
         "blocks": [
-            {"name": name, "influence": influence[name], "factor": factors[name], **dict(zip(STREAMS, rows.tolist()))}
+            {"name": name, "influence": influence[name], "factor": factors[name], **dict(zip(found.streams, rows.tolist()))}
             for name, rows in zip(found.blocks, found.distance)
         ],
     }
@@ -38,11 +38,11 @@ def write_influence(out: Path, found: Influence, factors: dict[str, int], used: 
 
 def _values(numbers: dict, found: Influence, recipe: str) -> dict:
     means = found.distance.mean(2)
-    curves = {stream: [(i, float(means[i, s])) for i in range(len(means))] for s, stream in enumerate(STREAMS)}
+    curves = {stream: [(i, float(means[i, s])) for i in range(len(means))] for s, stream in enumerate(found.streams)}
     return {
         "title": f"Layer influence: {Path(recipe).stem}",
         "numbers": numbers,
-        "streams": STREAMS,
+        "streams": found.streams,
         "most": float(found.distance.max()) or 1.0,
         "plot": figure(
             curves,

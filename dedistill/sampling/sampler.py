@@ -9,7 +9,7 @@ from torch import Tensor
 from dedistill.flow import keyed
 from dedistill.flow.guidance import classifier_free, needs_unconditional
 from dedistill.flow.solvers import Velocity, euler
-from dedistill.models.conditioning import Text
+from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 
 
@@ -57,7 +57,7 @@ def trajectories(
         model.root.train(training)
 
 
-def guided(model: Model, text: Text, negative: Text, cfg: float, skip: int) -> Velocity:
+def guided(model: Model, text: Conditioning, negative: Conditioning, cfg: float, skip: int) -> Velocity:
     """The velocity of ``text`` [B] steered away from ``negative`` [B] at scale ``cfg``, from solver step ``skip`` on.
 
     The two branches are two calls: each is trimmed to its own length and needs no mask when its prompts are alike.

@@ -164,7 +164,7 @@ def test_kohya_is_the_same_change_of_the_fused_weights():
     """FORMATS 1a, 1b: the rows BFL's fused weight gives each part change exactly as ours do; the rest stays as it is."""
     own = adapted("lora")
     tensors = as_kohya(own.layers, naming, own.shapes)
-    places = {name: naming.bfl_name(name, own.shapes) for name in own.shapes}
+    places = {name: naming.original_name(name, own.shapes) for name in own.shapes}
     assert {naming.kohya_name(bfl) for bfl, _ in places.values()} == {key.partition(".")[0] for key in tensors}
     for name, (bfl, rows) in places.items():
         change = comfy_change(tensors, naming.kohya_name(bfl))[rows]

@@ -76,7 +76,7 @@ def test_every_linear_of_the_full_network_has_a_name_in_every_table(guidance):
     """FORMATS 7: names are distinct, and the rows of every fused weight are taken exactly once."""
     shapes = linear_shapes(full_size(guidance))
     assert len(shapes) == 494 + (10 if guidance else 8)
-    places = {name: naming.bfl_name(name, shapes) for name in shapes}
+    places = {name: naming.original_name(name, shapes) for name in shapes}
     assert len({(bfl, rows.start) for bfl, rows in places.values()}) == len(shapes)
     bfl_rows = {n: len(t) for n, t in naming.to_bfl(full_size(guidance).state_dict()).items()}
     for bfl in {bfl for bfl, _ in places.values()}:

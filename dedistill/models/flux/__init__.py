@@ -1,1 +1,19 @@
 """FLUX.1: schnell, dev, Flex.1-alpha, LibreFLUX, OpenFLUX, and what was cut from them."""
+
+from dedistill.models.flux import published
+from dedistill.models.spec import ModelSpec
+
+SPEC = ModelSpec(
+    name="flux",
+    family="dedistill.models.flux.family:Flux",
+    networks={published.NETWORK: f"diffusers:{published.NETWORK}"},
+    architecture="flux-1",
+    defaults=published.defaults,
+    defaults_before=published.defaults_before,
+    published=published.PUBLISHED,
+    base_of=published.base_of,
+    full_config=published.full_config,
+    distilled_guidance=published.has_guidance,
+    names="dedistill.models.flux.naming",
+    card="dedistill.models.flux:card.md.j2",
+)

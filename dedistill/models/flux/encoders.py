@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dedistill.errors import UserError
-from dedistill.models.conditioning import Text
+from dedistill.models.conditioning import Conditioning, Widths, collate
 from dedistill.models.pretrained import check_vocabulary, load_tokenizer, load_whole
 
 # --- FLUX's text encoders --------------------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ VOCABULARIES = {
 
 
 class FluxText:
-    """Captions -> :class:`Text` from the folder of a pipeline.
+    """Captions -> conditioning from the folder of a pipeline.
 
     t5_mask: T5 does not look at padding either, so that a caption means the same at any length; False is how diffusers
     and LibreFLUX call it: there the padding leaks into the real tokens, so the length is part of the result.
@@ -47,11 +47,11 @@ class FluxText:
         return [file for part in parts for file in (self.folder / part).iterdir() if file.is_file()]
 
     @property
-    def widths(self) -> tuple[int, int]:
-        """Of embeddings and of the pooled vector, as the encoders' files say; loads nothing."""
+    def widths(self) -> Widths:
+        """Of T5's embeddings and of CLIP's pooled vector, as the encoders' files say; loads nothing."""
         try:
             t5, clip = (json.loads((self.folder / f / "config.json").read_text()) for f in ("text_encoder_2", "text_encoder"))
-            return int(t5["d_model"]), int(clip["hidden_size"])
+            return Widths((int(t5["d_model"]),), {"pooled": int(clip["hidden_size"])})
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(f"model.path: the text encoders in '{self.folder}' have no whole config.json: {e!r}") from e
 
@@ -85,14 +85,14 @@ class FluxText:
         return [len(ids) for ids in own(captions)["input_ids"]]
 
     @torch.no_grad()
-    def __call__(self, captions: list[str], length: int, device: torch.device | str = "cpu") -> Text:
+    def __call__(self, captions: list[str], length: int, device: torch.device | str = "cpu") -> Conditioning:
         """embeds [B, length, D], mask [B, length], pooled [B, P] on ``device``; longer captions are cut, keeping their end."""
         if not self.loaded:
             self.load(device)
         chunks = [captions[i : i + CHUNK] for i in range(0, len(captions), CHUNK)]
         on = self._loaded[2].device
         texts = [encode(*self._loaded, chunk, length, t5_mask=self.t5_mask, device=on) for chunk in chunks]
-        return Text(*(torch.cat([getattr(t, name) for t in texts]) for name in ("embeds", "mask", "pooled")))
+        return collate(texts)
 
 
 def encode(
@@ -105,14 +105,14 @@ def encode(
     *,
     t5_mask: bool,
     device: torch.device | str,
-) -> Text:
+) -> Conditioning:
     """Captions in T5's hidden states, padded or cut to ``length``, and CLIP's pooled vectors. device: where both run."""
     kind = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     pooled = clip(clip_tokenizer(captions, max_length=CLIP_TOKENS, **kind).input_ids.to(device)).pooler_output
     tokens = t5_tokenizer(captions, max_length=length, **kind).to(device)
     mask = tokens.attention_mask
     embeds = t5(tokens.input_ids, attention_mask=mask if t5_mask else None).last_hidden_state
-    return Text(embeds, mask.bool(), pooled)
+    return Conditioning.of(embeds, mask.bool(), pooled=pooled)
 
 
 # --- FLUX's picture codec --------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """FLUX.1: schnell, dev, Flex.1-alpha, LibreFLUX, OpenFLUX, and what was cut from them.
 
-The network works on latents [16, H/8, W/8] of its VAE in patches of 2 x 2. Text is T5's hidden states and CLIP's pooled vector.
+The network works on latents [16, H/8, W/8] of its VAE in patches of 2 x 2. Conditioning is T5's hidden states and CLIP's pooled vector.
 """
 
 import json
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
-from dedistill.models.conditioning import Text
-from dedistill.models.family import MADE, Components
-from dedistill.models.flux import loading, naming
+from dedistill.models.conditioning import Conditioning
+from dedistill.models.family import MADE, Components, States
+from dedistill.models.flux import SPEC, loading, naming
 from dedistill.models.flux.encoders import FluxText, FluxVae
-from dedistill.models.flux.network import flux_velocity
+from dedistill.models.flux.network import block_states, flux_velocity
 from dedistill.models.flux.published import shape_of
 from dedistill.models.pipeline_files import copy_files, pipeline_files
 
@@ -28,7 +28,7 @@ SAVED = ("model_index.json", "scheduler")
 
 
 class Flux:
-    name = "flux"
+    spec = SPEC
     max_text_length = 512
 
     def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
@@ -91,19 +91,19 @@ class Flux:
     def save_rest(self, parts: Components, folder: Path) -> None:
         kept = {key: parts.facts[key] for key in MADE if key in parts.facts}
         text = {"mask": parts.mask, "t5_mask": parts.text.t5_mask, "text_length": parts.text_length}
-        facts = kept | {"family": self.name, "guidance": _told(parts), **text}
+        facts = kept | {"family": self.spec.name, "guidance": _told(parts), **text}
         facts["components"] = str(parts.source.components.resolve())
-        copy_files(pipeline_files(parts.source.components, SAVED)[0], folder)
+        copy_files(pipeline_files(parts.source.components, SPEC.folder, SAVED)[0], folder)
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
         text = {"text_length": length, "t5_mask": parts.text.t5_mask, "padding": parts.mask != "bool"}
         return {
-            "latents": {"family": self.name, "vae": parts.vae.files()},
-            "text": {"family": self.name, "encoders": parts.text.files(), **text},
+            "latents": {"family": self.spec.name, "vae": parts.vae.files()},
+            "text": {"family": self.spec.name, "encoders": parts.text.files(), **text},
         }
 
-    def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
+    def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
         return parts.text(captions, length, parts.device)
 
     def encode_pictures(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Flux:
         return (parts.vae.channels, height // parts.vae.scale, width // parts.vae.scale)
 
     def velocity(
-        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None
+        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None
     ) -> Tensor:
         """``guidance`` None: the value of training."""
         value = parts.guidance if guidance is None else guidance
@@ -149,6 +149,9 @@ class Flux:
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         return [*net.transformer_blocks, *net.single_transformer_blocks]
+
+    def states(self, args: tuple, kwargs: dict[str, Any], output: Any, text: Conditioning) -> States:
+        return block_states(kwargs, output, text)
 
     def presets(self, net: nn.Module) -> dict[str, list[str]]:
         return naming.presets(net)
@@ -182,7 +185,7 @@ def _other_use(spec: Any, facts: dict[str, Any]) -> list[str]:
 def _cannot_be_saved(components: Path) -> list[str]:
     """Why ``save_rest`` will refuse, told before a training that would end with it."""
     try:
-        pipeline_files(components, SAVED)
+        pipeline_files(components, SPEC.folder, SAVED)
     except UserError as e:
         return [f"no model folder can be written with this base: {e}"]
     return []

@@ -64,7 +64,7 @@ KOHYA_MODULE = "networks.lora_flux"
 """What sd-scripts calls the code that reads its LoRA files of this network."""
 
 
-def bfl_parts(module: str) -> tuple[str, tuple[str, ...]]:
+def original_parts(module: str) -> tuple[str, tuple[str, ...]]:
     """The BFL module that holds diffusers' ``module``, and all diffusers modules it holds, in the order of its rows.
 
     Raises UserError for a name that FluxTransformer2DModel does not have.
@@ -79,12 +79,12 @@ def bfl_parts(module: str) -> tuple[str, tuple[str, ...]]:
     return f"{_TABLES[stack][0]}.{number}.{bfl}", tuple(f"{stack}.{number}.{part}" for part in parts)
 
 
-def bfl_name(linear: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, slice]:
+def original_name(linear: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, slice]:
     """Where BFL keeps the weight of diffusers' ``linear``: the module's name and the rows of its weight.
 
     shapes: name -> (out, in) of every linear. Rows of ``norm_out.linear`` are all rows, halves swapped.
     """
-    bfl, parts = bfl_parts(linear)
+    bfl, parts = original_parts(linear)
     start = sum(shapes[part][0] for part in parts[: parts.index(linear)])
     return bfl, slice(start, start + shapes[linear][0])
 
@@ -104,7 +104,7 @@ def swap_halves(rows: Tensor) -> Tensor:
     return torch.cat(rows.chunk(2)[::-1])
 
 
-def bfl_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def original_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """BFL tensor -> the diffusers tensors it is joined from, for all tensors of a network.
 
     Raises UserError for an unknown name and for a fused tensor of which a part is missing.
@@ -112,7 +112,7 @@ def bfl_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     names, plan = list(names), {}
     for name in names:
         module, _, kind = name.rpartition(".")
-        bfl, parts = bfl_parts(module)
+        bfl, parts = original_parts(module)
         # BFL calls the weight of an RMSNorm its scale
         plan[f"{bfl}.{'scale' if bfl.endswith('_norm') else kind}"] = tuple(f"{part}.{kind}" for part in parts)
     if missing := sorted({part for parts in plan.values() for part in parts} - set(names)):
@@ -121,14 +121,14 @@ def bfl_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def join(bfl: str, parts: list[Tensor]) -> Tensor:
-    """One BFL tensor from its diffusers parts, as ``bfl_plan`` lists them."""
+    """One BFL tensor from its diffusers parts, as ``original_plan`` lists them."""
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
     return swap_halves(tensor) if is_swapped(bfl.rpartition(".")[0]) else tensor
 
 
 def to_bfl(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A whole state dict of FluxTransformer2DModel under BFL's names."""
-    return {bfl: join(bfl, [tensors[part] for part in parts]) for bfl, parts in bfl_plan(tensors).items()}
+    return {bfl: join(bfl, [tensors[part] for part in parts]) for bfl, parts in original_plan(tensors).items()}
 
 
 def from_bfl(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ def from_bfl(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]
 
     Raises UserError, naming ``source``, unless the two sets of names agree exactly.
     """
-    plan = bfl_plan(shapes)
+    plan = original_plan(shapes)
     for names, what in ((plan.keys() - tensors.keys(), "missing"), (tensors.keys() - plan.keys(), "unknown")):
         if names:
             raise UserError(f"model.path: '{source}': {len(names)} tensors are {what}, e.g. {min(names)}")

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
-from dedistill.models.conditioning import Text
+from dedistill.models.conditioning import Conditioning
+from dedistill.models.family import States
 
 MASKS = ("bool", "none", "libreflux")
 MASKING_BACKENDS = {
@@ -30,7 +32,7 @@ def flux_velocity(
     time_text_embed: nn.Module,
     noisy: Tensor,
     sigma: Tensor,
-    text: Text,
+    text: Conditioning,
     *,
     patch: int,
     mask: str,
@@ -50,13 +52,13 @@ def flux_velocity(
     with exact_timestep(time_text_embed, sigma, guidance):
         out = net(
             hidden_states=patchify(noisy, patch),
-            encoder_hidden_states=text.embeds.to(noisy.dtype),  # cached text keeps its encoders' dtype
-            pooled_projections=text.pooled.to(noisy.dtype),
+            encoder_hidden_states=text.tokens.embeds.to(noisy.dtype),  # cached text keeps its encoders' dtype
+            pooled_projections=text.vectors["pooled"].to(noisy.dtype),
             timestep=sigma.float(),
             guidance=guidance,
             img_ids=picture_ids(height // patch, width // patch, noisy.device),
-            txt_ids=torch.zeros(text.embeds.shape[1], 3, device=noisy.device),
-            joint_attention_kwargs=attention_mask(text.mask, tokens, mask, noisy.dtype),
+            txt_ids=torch.zeros(text.tokens.embeds.shape[1], 3, device=noisy.device),
+            joint_attention_kwargs=attention_mask(text.tokens.mask, tokens, mask, noisy.dtype),
             return_dict=False,
         )[0]
     return unpatchify(out, patch, channels, height, width)
@@ -119,3 +121,13 @@ def picture_ids(rows: int, columns: int, device: torch.device) -> Tensor:
     ids[..., 1] += torch.arange(rows, device=device)[:, None]
     ids[..., 2] += torch.arange(columns, device=device)[None]
     return ids.reshape(-1, 3)
+
+
+def block_states(kwargs: dict[str, Any], output: tuple[Tensor, Tensor], text: Conditioning) -> States:
+    """The two streams of a joint-attention block of diffusers: called by name, it returns (text, image)."""
+    told, image = output
+    mask = text.tokens.mask[:, : told.shape[1]]
+    return {
+        "picture": (kwargs["hidden_states"], image, None),
+        "text": (kwargs["encoder_hidden_states"], told, mask),
+    }

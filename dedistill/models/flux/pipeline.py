@@ -17,7 +17,7 @@ from torch import Tensor
 from dedistill.errors import UserError
 from dedistill.flow.guidance import classifier_free, needs_unconditional
 from dedistill.flow.timesteps import dynamic_shift
-from dedistill.models.conditioning import Text
+from dedistill.models.conditioning import Conditioning
 from dedistill.models.flux.encoders import encode
 from dedistill.models.flux.family import BypassedGuidance
 from dedistill.models.flux.network import MASKING_BACKENDS, MASKS, flux_velocity
@@ -111,14 +111,14 @@ class MaskedFluxPipeline(FluxPipeline):
         self._check_backends([text for text in (positive, negative) if text is not None], use.mask)
 
         device, channels = self._execution_device, self.transformer.config.in_channels // 4
-        dtype = positive.embeds.dtype
+        dtype = positive.tokens.embeds.dtype
         packed, _ = self.prepare_latents(len(positive), channels, height, width, dtype, device, generator, latents)
         noisy = self._unpack_latents(packed, height, width, self.vae_scale_factor)
         timesteps = self._timesteps(num_inference_steps, sigmas, packed.shape[1])
         guidance_scale = self._distilled(guidance_scale)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
 
-        def velocity(text: Text, t: Tensor) -> Tensor:
+        def velocity(text: Conditioning, t: Tensor) -> Tensor:
             sigma = (t.float() / 1000).expand(len(noisy))
             guidance = torch.full_like(sigma, guidance_scale) if self.transformer.config.guidance_embeds else None
             net = self.transformer
@@ -156,7 +156,7 @@ class MaskedFluxPipeline(FluxPipeline):
             return asked or 0.0
         return float(trained) if trained.replace(".", "", 1).isdigit() else GUIDANCE
 
-    def _encode(self, prompts: list[str], copies: int, use: TextUse) -> Text:
+    def _encode(self, prompts: list[str], copies: int, use: TextUse) -> Conditioning:
         """Every prompt ``copies`` times in a row, padded to ``use.text_length`` tokens."""
         for prompt, ids in zip(prompts, self.tokenizer_2(prompts).input_ids):
             if len(ids) > use.text_length:
@@ -164,13 +164,13 @@ class MaskedFluxPipeline(FluxPipeline):
         encoders = self.tokenizer, self.tokenizer_2, self.text_encoder, self.text_encoder_2
         text = encode(*encoders, prompts, use.text_length, t5_mask=use.t5_mask, device=self._execution_device)
         dtype = self.transformer.dtype
-        text = Text(text.embeds.to(dtype), text.mask, text.pooled.to(dtype))
-        return text.rows(torch.arange(len(prompts)).repeat_interleave(copies))
+        text = text.each(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        return text.index_select(torch.arange(len(prompts)).repeat_interleave(copies))
 
-    def _check_backends(self, texts: list[Text], mask: str) -> None:
+    def _check_backends(self, texts: list[Conditioning], mask: str) -> None:
         """Refuse a backend set for single layers; the one set for the whole process is checked where masks are made."""
         texts = [text.trimmed() if mask == "bool" else text for text in texts]
-        if mask == "none" or all(bool(text.mask.all()) for text in texts):
+        if mask == "none" or all(bool(text.tokens.mask.all()) for text in texts):
             return
         for name, processor in self.transformer.attn_processors.items():
             backend = getattr(processor, "_attention_backend", None)

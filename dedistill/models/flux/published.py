@@ -2,10 +2,18 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from dedistill.errors import UserError
+from dedistill.models.spec import APACHE, Config, Licence, Published, named_in
+from dedistill.recipe.schema import Model
+
+NETWORK = "FluxTransformer2DModel"
 
 
 @dataclass(frozen=True)
@@ -17,20 +25,81 @@ class Shape:
     guidance: bool
 
 
-PUBLISHED = {
-    "black-forest-labs/FLUX.1-schnell": Shape(19, 38, False),
-    "black-forest-labs/FLUX.1-dev": Shape(19, 38, True),
-    "ostris/Flex.1-alpha": Shape(8, 38, True),
-    "ostris/OpenFLUX.1": Shape(19, 38, False),
-    "jimmycarter/LibreFLUX": Shape(19, 38, False),
-}
-SCHNELL = PUBLISHED["black-forest-labs/FLUX.1-schnell"]
+DEV = Licence(
+    "other",
+    "flux-1-dev-non-commercial-license",
+    "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+    binding=True,
+)
+FLEX_LAYERS = 8
+
+
+def _sizes(layers: int, single_layers: int, guidance: bool) -> dict[str, Any]:
+    return {"num_layers": layers, "num_single_layers": single_layers, "guidance_embeds": guidance}
+
+
+PUBLISHED = (
+    Published("black-forest-labs/FLUX.1-schnell", APACHE, "flux-1-schnell", _sizes(19, 38, False)),
+    Published("black-forest-labs/FLUX.1-Redux-dev", DEV, "flux-1-dev", _sizes(19, 38, True)),
+    Published("black-forest-labs/FLUX.1-dev", DEV, "flux-1-dev", _sizes(19, 38, True)),
+    Published("ostris/Flex.1-alpha", APACHE, "flux-1", _sizes(FLEX_LAYERS, 38, True)),
+    Published("ostris/OpenFLUX.1", APACHE, "flux-1-schnell", _sizes(19, 38, False)),
+    Published("jimmycarter/LibreFLUX", APACHE, "flux-1-schnell", _sizes(19, 38, False)),
+)
+_DEV = next(p for p in PUBLISHED if p.id.endswith("FLUX.1-dev"))
+
+
+def shape_in(sizes: Mapping[str, Any]) -> Shape:
+    """By a config.json; sizes that it leaves out are diffusers' own, schnell's."""
+    layers, single = sizes.get("num_layers", 19), sizes.get("num_single_layers", 38)
+    return Shape(layers, single, bool(sizes.get("guidance_embeds", False)))
+
+
+SCHNELL = shape_in(PUBLISHED[0].sizes)
+
+
+def has_guidance(config: Config) -> bool:
+    """Whether there is an embedding for distilled guidance."""
+    return bool(config.get("guidance_embeds"))
+
+
+def full_config(source: str, guidance: bool) -> dict[str, Any]:
+    """A denoiser's config.json, full size, for a published hub id; FLUX.1-schnell's for any other ``source``."""
+    shape = shape_of(source)
+    return {"_class_name": NETWORK} | _sizes(shape.layers, shape.single_layers, guidance or shape.guidance)
+
+
+def base_of(published: tuple[Published, ...], source: str, config: Config) -> Published | None:
+    """As ModelSpec.base_of. A guidance embedding means a derivative of FLUX.1-dev, whatever the path says, unless there are
+    only the 8 double blocks of Flex.1-alpha."""
+    named = named_in(published, source, config)
+    if not has_guidance(config):
+        return named
+    by_shape = next(p for p in published if "Flex" in p.id) if config.get("num_layers") == FLEX_LAYERS else _DEV
+    if named is None:
+        return by_shape
+    if by_shape is _DEV and named.licence is not DEV:
+        raise UserError(
+            f"'{source}' reads like {named.id}, but the network has FLUX.1-dev's guidance embedding: "
+            "it is a derivative of that, or its path is misleading; rename the folder or correct --base"
+        )
+    return named
+
+
+def defaults(model: Model) -> dict[str, Any]:
+    """Of a recipe, as ModelSpec.defaults."""
+    return defaults_before(model) | {"sample.height": 1024, "sample.width": 1024}
+
+
+def defaults_before(model: Model) -> dict[str, Any]:
+    guided = model.path is not None and shape_of(model.path, model.revision).guidance
+    return {"model.text_length": 512} | ({"model.guidance": 1.0} if guided else {})
 
 
 def shape_of(path: str, revision: str | None = None) -> Shape:
     """The shape of a local folder by its config, of a single file by its header, of a published model by its name in the
     table, of another hub id by its config there, else schnell's. No weights are read or fetched."""
-    named = {known.rpartition("/")[2]: shape for known, shape in PUBLISHED.items()}
+    named = {p.id.rpartition("/")[2]: shape_in(p.sizes) for p in PUBLISHED}
     place = Path(path)
     try:
         if place.is_file():
@@ -46,10 +115,7 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
 
 
 def _of_config(config: Path) -> Shape:
-    """Sizes that a config leaves out are diffusers' own, schnell's."""
-    sizes = json.loads(config.read_text())
-    layers, single = sizes.get("num_layers", SCHNELL.layers), sizes.get("num_single_layers", SCHNELL.single_layers)
-    return Shape(layers, single, bool(sizes.get("guidance_embeds", False)))
+    return shape_in(json.loads(config.read_text()))
 
 
 def _of_file(file: Path) -> Shape:

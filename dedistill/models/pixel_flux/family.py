@@ -11,23 +11,24 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
-from dedistill.models.conditioning import Text
-from dedistill.models.family import MADE, Components
+from dedistill.models.conditioning import Conditioning
+from dedistill.models.family import MADE, Components, States
 from dedistill.models.flux import naming
-from dedistill.models.flux.network import flux_velocity
+from dedistill.models.flux.network import block_states, flux_velocity
+from dedistill.models.pixel_flux import SPEC
 from dedistill.models.pretrained import load_whole
 from dedistill.models.words import WordEncoder
 
 
 class PixelFlux:
-    name = "pixel_flux"
+    spec = SPEC
     max_text_length = 512
 
     def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
         """``spec`` is a recipe's [model] table. Raises UserError when the folder is not a model of this family."""
         for key, plain in (("revision", None), ("components", None), ("guidance", None), ("t5_mask", True)):
             if getattr(spec, key) != plain:
-                raise UserError(f"model.{key}: has no effect on {self.name}; leave it out", 2)
+                raise UserError(f"model.{key}: has no effect on {self.spec.name}; leave it out", 2)
         if spec.path is not None:
             return self._from_folder(Path(spec.path), spec.mask)
         return self.build(spec.new, mask=spec.mask, seed=seed)
@@ -74,7 +75,7 @@ class PixelFlux:
 
     def save_rest(self, parts: Components, folder: Path) -> None:
         made = {key: parts.facts[key] for key in MADE if key in parts.facts}
-        facts = made | {"family": self.name, "picture": parts.picture, "mask": parts.mask, "text": parts.text.config()}
+        facts = made | {"family": self.spec.name, "picture": parts.picture, "mask": parts.mask, "text": parts.text.config()}
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def _from_folder(self, folder: Path, mask: str) -> Components:
@@ -82,22 +83,22 @@ class PixelFlux:
             facts = json.loads((folder / "dedistill.json").read_text())
             family, picture, text = facts["family"], tuple(facts["picture"]), WordEncoder(**facts["text"])
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"model.path: no {self.name} model in '{folder}' (train it first): {e}") from e
-        if family != self.name:
-            raise UserError(f"model.path: '{folder}' holds a {family} model, not {self.name}")
+            raise UserError(f"model.path: no {self.spec.name} model in '{folder}' (train it first): {e}") from e
+        if family != self.spec.name:
+            raise UserError(f"model.path: '{folder}' holds a {family} model, not {self.spec.name}")
         net = load_whole(FluxTransformer2DModel, folder / "transformer", "model.path")
         made = {key: facts[key] for key in MADE if key in facts}
         made = {"base": {"path": str(folder), "revision": None}} | made
         return Components(net, text, picture, mask, facts=made)
 
-    def encode_text(self, parts: Components, captions: list[str], length: int) -> Text:
+    def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
         return parts.text(captions, length)
 
     def velocity(
-        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Text, guidance: float | None = None
+        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None
     ) -> Tensor:
         if guidance is not None:
-            raise UserError(f"{self.name} has no guidance embedding; leave guidance out")
+            raise UserError(f"{self.spec.name} has no guidance embedding; leave guidance out")
         patch = _patch(noisy.shape[1], parts.net)
         return flux_velocity(net, parts.net.time_text_embed, noisy, sigma, text, patch=patch, mask=parts.mask)
 
@@ -117,6 +118,9 @@ class PixelFlux:
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         return [*net.transformer_blocks, *net.single_transformer_blocks]
+
+    def states(self, args: tuple, kwargs: dict[str, Any], output: Any, text: Conditioning) -> States:
+        return block_states(kwargs, output, text)
 
     def presets(self, net: nn.Module) -> dict[str, list[str]]:
         return naming.presets(net)
