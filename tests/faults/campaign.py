@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in (".", "faults"))  # as pytest finds helpers
+HELPERS = (".", "distributed", "faults", "runs", "training")
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in HELPERS)  # as pytest finds them
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import campaign_kinds as kinds
