@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-HELPERS = (".", "distributed", "faults", "runs", "training")
-sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in HELPERS)  # as pytest finds them
+sys.path.extend(  # as pytest finds helpers
+    str(Path(__file__).parents[1] / folder) for folder in (".", "distributed", "faults", "runs", "training")
+)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import campaign_kinds as kinds
