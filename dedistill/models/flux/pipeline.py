@@ -102,13 +102,8 @@ class MaskedFluxPipeline(FluxPipeline):
         width = width or self.default_sample_size * self.vae_scale_factor
         self.check_inputs(prompt, None, height, width)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        positive, negative = self._encode(prompts, num_images_per_prompt, use), None
-        if needs_unconditional(true_cfg_scale, skip_cfg_steps, skip_cfg_steps):
-            negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-            if len(negatives) != len(prompts):
-                raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
-            negative = self._encode(negatives, num_images_per_prompt, use)
-        self._check_backends([text for text in (positive, negative) if text is not None], use.mask)
+        guided = needs_unconditional(true_cfg_scale, skip_cfg_steps, skip_cfg_steps)
+        positive, negative = self._branches(prompts, negative_prompt if guided else None, num_images_per_prompt, use)
 
         device, channels = self._execution_device, self.transformer.config.in_channels // 4
         dtype = positive.tokens.embeds.dtype
@@ -155,6 +150,19 @@ class MaskedFluxPipeline(FluxPipeline):
         if asked is not None or passed:
             return asked or 0.0
         return float(trained) if trained.replace(".", "", 1).isdigit() else GUIDANCE
+
+    def _branches(
+        self, prompts: list[str], negative: str | list[str] | None, copies: int, use: TextUse
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Both branches of guidance, each with the text of its own; None for the second without a negative prompt."""
+        texts = [self._encode(prompts, copies, use)]
+        if negative is not None:
+            negatives = [negative] * len(prompts) if isinstance(negative, str) else negative
+            if len(negatives) != len(prompts):
+                raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
+            texts.append(self._encode(negatives, copies, use))
+        self._check_backends(texts, use.mask)
+        return texts[0], texts[1] if negative is not None else None
 
     def _encode(self, prompts: list[str], copies: int, use: TextUse) -> Conditioning:
         """Every prompt ``copies`` times in a row, padded to ``use.text_length`` tokens."""
