@@ -335,8 +335,7 @@ class Sample(Table):
     width: _Side = Field(None, description="Picture width in pixels. None for networks of one size.")
     negative: str = Field("", description="Prompt of the unconditional branch of CFG; the empty prompt is the trained one.")
     guidance: Annotated[float, Field(ge=0)] | None = Field(
-        None,
-        description="Fed to a distilled guidance embedding when pictures are made. As model.guidance, none where that is bypass.",
+        None, description="Fed to a distilled guidance embedding when pictures are made. As model.guidance; none for bypass."
     )
 
 
