@@ -34,7 +34,7 @@ from dedistill.flow.solvers import sigma_grid
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Components
 from dedistill.models.model import Model
-from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import recipe_of

@@ -26,7 +26,7 @@ from dedistill.distributed.launcher import choose_kernels
 from dedistill.flow.path import flow_loss, interpolate, velocity
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
-from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import cast_float, linear_names, prepare_base
 
 FAMILY = PixelFlux()

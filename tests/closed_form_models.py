@@ -9,7 +9,7 @@ from torch import nn
 
 from dedistill.data.source import Batch, OneSize
 from dedistill.flow import keyed
-from dedistill.models.conditioning import Text
+from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Components
 from dedistill.models.model import Model
 
@@ -24,19 +24,19 @@ class ClosedForm:
     straight: one step is enough, for mixtures of one component (what reflow of the exact pairs would give).
     """
 
-    name = "closed_form"
+    spec = SimpleNamespace(name="closed_form")
 
     def __init__(self, mixture: Mixture, straight: bool = False):
         self.mixture, self.straight = mixture, straight
 
     def encode_text(self, parts, captions, length):
         labels = torch.tensor([[float(c) if c else -1.0] for c in captions])
-        return Text(torch.zeros(len(captions), 1, 1), torch.ones(len(captions), 1, dtype=torch.bool), labels)
+        return Conditioning.of(torch.zeros(len(captions), 1, 1), torch.ones(len(captions), 1, dtype=torch.bool), pooled=labels)
 
     def velocity(self, parts, net, noisy, sigma, text, guidance=None):
         x, s, out = noisy.flatten(1).double(), sigma.double(), torch.zeros(noisy.flatten(1).shape, dtype=torch.float64)
-        for label in text.pooled[:, 0].unique().tolist():
-            rows = text.pooled[:, 0] == label
+        for label in text.vectors["pooled"][:, 0].unique().tolist():
+            rows = text.vectors["pooled"][:, 0] == label
             out[rows] = self._velocity(x[rows], s[rows], int(label), float(net.weight))
         return out.reshape(noisy.shape)
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dedistill.adapters.attach import Adapter, dense_shapes
 from dedistill.adapters.targets import count_parameters, resolve_targets
 from dedistill.models.family import Text
-from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import Int8Linear, linear_names, prepare_base
 
 PICTURE, TEXT, BATCH = 32, 5, 2

@@ -120,12 +120,13 @@ def packages(path: Path) -> set[str]:
 
 
 def test_family_names_stay_under_models():
-    from dedistill.models.registry import FAMILIES
+    from dedistill.models.registry import families
 
     outside = [f for f in FILES if part(f) != "models"]
-    for name in FAMILIES:
-        # whole words: "libreflux" is a way of masking
-        hits = [f for f in outside if re.search(rf"\b{name}\b", f.read_text().replace('"Model family, e.g. pixel_flux."', ""))]
+    for name in families():
+        # whole words: "libreflux" is a way of masking; an example is what it says, unless it is a family's name in quotes
+        word = rf'"{name}"' if name == "example" else rf"\b{name}\b"
+        hits = [f for f in outside if re.search(word, f.read_text().replace('"Model family, e.g. pixel_flux."', ""))]
         assert not hits, f"'{name}' occurs in {hits}"
 
 

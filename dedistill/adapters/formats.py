@@ -1,7 +1,8 @@
 """Spellings of adapter files: what other programs call the same tensors.
 
 ``lycoris_<path with _>.…`` is what we, LyCORIS and SimpleTuner write and ComfyUI reads; ``<folder>.<path>.…`` is read by
-ComfyUI and diffusers, the folder being that of the denoiser in a pipeline; ``<folder>.<path>.lora_A/B.weight`` is PEFT's LoRA; ``lora_unet_<original path with _>.…`` is
+ComfyUI and diffusers, the folder being that of the denoiser in a pipeline; ``<folder>.<path>.lora_A/B.weight`` is PEFT's LoRA;
+``lora_unet_<original path with _>.…`` is
 kohya's LoRA, on the fused layers of the model's own repository. A path with underscores cannot be taken apart again, so
 every reading here needs the names of the network's linears.
 """
@@ -24,6 +25,7 @@ _WHOLE = (
     {"lora_up.weight", "lora_down.weight"},
     *({*w1, *w2} for w1 in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}) for w2 in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})),
 )
+
 
 class LayerNames(Protocol):
     """The tables, a module, of what a network's layers are called in the files of the model's own repository."""
@@ -61,7 +63,7 @@ Layers = dict[str, dict[str, Tensor]]
 
 
 def by_layer(tensors: Mapping[str, Tensor], linears: Iterable[str], source: str, *, dense: bool = False) -> Layers:
-    """A file in the ``lycoris_``, ``transformer.`` (or ``unet.``) or PEFT spelling, taken apart by the ``linears`` it belongs to.
+    """A file in the ``lycoris_``, ``<folder>.`` or PEFT spelling, taken apart by the ``linears`` it belongs to.
 
     dense: a layer may also be a whole change of weight, ``diff``, as averages of deltas are.
     Raises UserError naming file and tensor for a name that fits no linear, a kind of tensor this program cannot apply

@@ -5,7 +5,7 @@ blocks that can be left out; here it finds blocks worth more trained numbers.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from dedistill.adapters.targets import Resolved, count_parameters, matching
 from dedistill.errors import UserError
 from dedistill.flow.solvers import euler, sigma_grid
+from dedistill.models.conditioning import Conditioning
+from dedistill.models.family import Family
 from dedistill.models.model import Model
 from dedistill.sampling.sampler import start_noise
 
@@ -126,10 +128,8 @@ class Meter:
     ) -> None:
         for stream, (before, after, counts) in self.family.states(args, kwargs, output, text).items():
             turned = angular_distance(before, after)
-            if counts is None:
-                found = turned.mean(1)
-            else:
-                found = (turned * counts.double()).sum(1) / counts.double().sum(1)
+            weights = torch.ones_like(turned) if counts is None else counts.double()
+            found = (turned * weights).sum(1) / weights.sum(1)
             sums = self.sums.setdefault(stream, torch.zeros(len(self.blocks), self.sigmas, dtype=torch.float64))
             sums[block, sigma] += found.sum().cpu()
 

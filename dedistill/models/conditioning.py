@@ -93,7 +93,7 @@ class Conditioning:
         return from_tensors(merged)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the names of a cache: "embeds" and "mask" of the first sequence, "embeds.1" ... of others, vectors by their own."""
+        """By the names of a cache: "embeds", "mask" of the first sequence, "embeds.1" ... of others, vectors by their own."""
         named = {}
         for i, sequence in enumerate(self.sequences):
             named |= {f"embeds{_ending(i)}": sequence.embeds, f"mask{_ending(i)}": sequence.mask}

@@ -119,5 +119,7 @@ def licence_for(base: Published | None, wanted: str | None) -> Licence:
         return Licence(wanted) if wanted else UNKNOWN
     own = base.licence
     if own.binding and wanted not in (None, own.id, own.name):
-        raise UserError(f"a derivative of {base.id} is under its {own.name}, it cannot be released as '{wanted}' ({own.link})", 2)
+        raise UserError(
+            f"a derivative of {base.id} is under its {own.name}, it cannot be released as '{wanted}' ({own.link})", 2
+        )
     return own if wanted is None or own.binding else Licence(wanted)

@@ -31,6 +31,10 @@ class WordEncoder:
         angle = place / 100.0 ** (2 * torch.arange((self.dim + 1) // 2)[None] / self.dim)
         return torch.cat([angle.sin(), angle.cos()], 1)[:, : self.dim]
 
+    def tokens(self, captions: list[str]) -> list[int]:
+        """Tokens of each caption, end token included, however long."""
+        return [len(_words(caption)) + 1 for caption in captions]
+
     def unload(self) -> None:
         """There is nothing to free."""
 

@@ -26,7 +26,7 @@ _DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Denoiser:
-    """The denoiser of a model folder: its family, its config, the names, shapes and dtypes of its tensors, each read on demand."""
+    """The denoiser of a model folder: its family, config, and the names, shapes and dtypes of its tensors, read on demand."""
 
     def __init__(self, folder: Path):
         self.folder = folder

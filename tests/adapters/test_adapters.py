@@ -16,7 +16,7 @@ from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base
 
 FAMILY = PixelFlux()

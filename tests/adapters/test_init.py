@@ -14,7 +14,7 @@ from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.model import build_model
-from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import dense_weight, linear_names, prepare_base
 from dedistill.recipe.resolve import recipe_of
 

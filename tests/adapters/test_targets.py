@@ -6,7 +6,7 @@ from tiny_recipes import adapter_table
 from dedistill.adapters.attach import dense_shapes
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.errors import UserError
-from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import linear_names
 
 SHAPES = {

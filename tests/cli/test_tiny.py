@@ -7,16 +7,17 @@ import pytest
 from PIL import Image
 
 from dedistill.cli.main import main
+from dedistill.models.registry import families
 
 FEW = ["train.steps=4", "train.warmup=0", "snapshot.every=2", "validate.samples=4", "validate.every=4", "checkpoint.every=4"]
 SETTINGS = [word for setting in FEW for word in ("--set", setting)]
 
 
-@pytest.mark.parametrize("family", ["flux", "pixel_flux"])
+@pytest.mark.parametrize("family", families())
 def test_a_whole_run_on_a_tiny_model(family, tmp_path, monkeypatch, capsys):
     """The recipe on stdout trains; averages, sweep and export follow as stderr says."""
     monkeypatch.chdir(tmp_path)
-    images = ["--images", "data/tiny"] if family == "flux" else []
+    images = ["--images", "data/tiny"] if family != "pixel_flux" else []
     assert main(["tiny", family, "models/tiny", *images]) == 0
     said = capsys.readouterr()
     Path("tiny.toml").write_text(said.out)

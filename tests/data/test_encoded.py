@@ -14,6 +14,7 @@ from dedistill.data.images.buckets import Crop
 from dedistill.data.images.index import Sample
 from dedistill.data.images.types import NOWHERE
 from dedistill.errors import UserError
+from dedistill.models.conditioning import Widths
 
 BATCH = 24
 CROPS = (Crop(64, 4, 4, (0.0, 0.0, 8.0, 8.0)), Crop(64, 4, 6, (0.0, 1.0, 12.0, 9.0)), Crop(64, 6, 4, (1.0, 0.0, 9.0, 12.0)))
@@ -51,7 +52,7 @@ def encoded(caption: str) -> dict[str, torch.Tensor]:
 
 
 def opened(pictures, weights, latents: Store, texts: Store, held_out: float) -> EncodedPictures:
-    shapes = {"latent_shape": lambda height, width: (16, height, width), "text_widths": (3, 2)}
+    shapes = {"latent_shape": lambda height, width: (16, height, width), "text_widths": Widths((3,), {"pooled": 2})}
     return EncodedPictures(pictures, weights, latents, texts, held_out=held_out, **shapes)
 
 
@@ -71,8 +72,8 @@ def draw(source, step, positions, **kind):
             crop = next(c for c in own.crops if batch.names[row] == f"{own.sample.name} [{c.width} x {c.height}]")
             assert batch.pixels.dtype == torch.float32 and batch.pixels[row].shape == (16, crop.height, crop.width)
             assert (batch.pixels[row] == number(latent_key(own.sample, crop))).all()
-            text, wanted = batch.text.rows(slice(row, row + 1)).trimmed(), encoded(batch.captions[row])
-            assert torch.equal(text.embeds[0], wanted["embeds"]) and torch.equal(text.pooled[0], wanted["pooled"])
+            text, wanted = batch.text.index_select(slice(row, row + 1)).trimmed(), encoded(batch.captions[row])
+            assert all(torch.equal(text.tensors()[name][0], wanted[name]) for name in ("embeds", "pooled"))
             found[int(position)] = batch.names[row], batch.captions[row]
     return found
 
@@ -166,7 +167,7 @@ def test_keys_are_of_content(stores):
     assert len(keys) == len(a.crops) + len(b.crops)
     assert latent_key(replace(a.sample, name="moved/else"), a.crops[0]) == latent_key(a.sample, a.crops[0])
     assert "np." not in f"{a.crops[0].box}" and text_key("a") != text_key("b")
-    assert len(read_text(stores[1], a.sample.captions[0], (3, 2))) == 1
+    assert len(read_text(stores[1], a.sample.captions[0], Widths((3,), {"pooled": 2}))) == 1
 
 
 def test_prompts_come_from_held_out_captions(source):

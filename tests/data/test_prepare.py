@@ -22,6 +22,7 @@ from dedistill.flow import keyed
 from dedistill.flow.solvers import sigma_grid
 from dedistill.io.atomic import read_sealed, sealed
 from dedistill.io.hashing import Stamp
+from dedistill.models.conditioning import Widths
 from dedistill.models.flux.family import Flux
 from dedistill.models.model import build_model
 from dedistill.objectives.objective import Objective, task_loss
@@ -29,6 +30,8 @@ from dedistill.recipe import load_recipe
 from dedistill.runs.model import open_finished
 from dedistill.sampling.sampler import sample, start_noise
 from dedistill.train import main
+
+WIDTHS = Widths((32,), {"pooled": 32})
 
 
 def encode(file, *settings):
@@ -77,16 +80,15 @@ def test_what_is_cached_is_what_encoding_gives(picture_recipe):
             assert (other - stored.float()).abs().max() > 1e-2, "a sample, not the mode"
         for caption in picture.sample.captions:
             live, cached = parts.text([caption], 64).trimmed(), read_text(texts, caption, parts.text.widths)
-            assert torch.equal(cached.mask, live.mask) and cached.embeds.shape == live.embeds.shape
-            torch.testing.assert_close(cached.embeds, live.embeds, rtol=0, atol=1e-6)
-            torch.testing.assert_close(cached.pooled, live.pooled, rtol=0, atol=1e-6)
+            assert torch.equal(cached.tokens.mask, live.tokens.mask)
+            torch.testing.assert_close(cached.tensors(), live.tensors(), rtol=0, atol=1e-6)
     assert crops == len(latents) > 3 * len(pictures)
 
 
 def test_the_empty_prompt_is_one_token(picture_recipe):
     """X6."""
     data, _ = encode(picture_recipe)
-    assert data.known[""].mask.sum() == data.known[""].embeds.shape[1] == 1
+    assert data.known[""].tokens.mask.sum() == data.known[""].tokens.embeds.shape[1] == 1
 
 
 def test_cached_text_takes_a_fraction_of_padded_text(picture_recipe, tmp_path, tiny_flux):
@@ -100,17 +102,17 @@ def test_cached_text_takes_a_fraction_of_padded_text(picture_recipe, tmp_path, t
     encode(picture_recipe, *settings)
     texts = stores(picture_recipe, *settings)[1]
     captions = [file.read_text() for file in folder.glob("*.txt")]
-    lengths = {read_text(texts, c, (32, 32)).embeds.shape[1] for c in captions}
+    lengths = {read_text(texts, c, WIDTHS).tokens.embeds.shape[1] for c in captions}
     assert lengths == {80}
-    one = read_text(texts, captions[0], (32, 32))
-    padded = 512 * one.embeds.shape[2] * one.embeds.element_size() + 512 + one.pooled.nbytes
+    one = read_text(texts, captions[0], WIDTHS)
+    padded = 512 * one.tokens.embeds.shape[2] * one.tokens.embeds.element_size() + 512 + one.vectors["pooled"].nbytes
     assert texts.bytes() / (len(captions) * padded) < 0.2
 
 
 @pytest.mark.parametrize("mask", ["none", "libreflux"])
 def test_padding_is_kept_where_it_is_seen(picture_recipe, mask):
     data, _ = encode(picture_recipe, f"model.mask={mask}")
-    assert data.known[""].embeds.shape[1] == 64 and data.known[""].mask.sum() == 1
+    assert data.known[""].tokens.embeds.shape[1] == 64 and data.known[""].tokens.mask.sum() == 1
 
 
 # --- what is encoded again, and what is refused ---
@@ -284,7 +286,7 @@ def test_dropout_and_sampler_use_the_cached_empty_prompt(picture_recipe):
     model = build_model(recipe)
     model.known |= data.known
     empty = model.encode([""])
-    assert same({"embeds": empty.embeds[0], "mask": empty.mask[0], "pooled": empty.pooled[0]}, cached)
+    assert same({name: tensor[0] for name, tensor in empty.tensors().items()}, cached)
     objective = Objective(recipe, data.source, model.shift)
     task = objective.task(0, objective.micro_batches(0, 4)[0])
     count = len(task.sigma)
@@ -299,7 +301,7 @@ def test_dropout_and_sampler_use_the_cached_empty_prompt(picture_recipe):
     assert not model.parts.text.loaded, "every prompt came from the cache"
     assert main([str(picture_recipe)]) == 0
     finished = open_finished(recipe)
-    assert same({k: getattr(finished.known[""], k)[0] for k in cached}, cached)
+    assert same({name: tensor[0] for name, tensor in finished.known[""].tensors().items()}, cached)
     sample(finished, [""], noise, sigmas, cfg=4.0)
     assert not finished.parts.text.loaded
 
@@ -346,4 +348,4 @@ def test_encoders_of_another_dtype_train_in_fp32(picture_recipe, tiny_flux, tmp_
     base = shutil.copytree(tiny_flux, tmp_path / "base")
     T5EncoderModel.from_pretrained(base / "text_encoder_2").to(torch.bfloat16).save_pretrained(base / "text_encoder_2")
     run(picture_recipe, tmp_path / "run", f"model.path={base}")
-    assert encode(picture_recipe, f"model.path={base}")[0].known[""].embeds.dtype == torch.bfloat16
+    assert encode(picture_recipe, f"model.path={base}")[0].known[""].tokens.embeds.dtype == torch.bfloat16

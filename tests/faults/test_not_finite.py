@@ -24,7 +24,7 @@ def in_latent(task, trainer):
 
 def in_caption(task, trainer):
     text = trainer.model.encode(task.captions)
-    embeds = text.embeds.clone()
+    embeds = text.tokens.embeds.clone()
     embeds[1, 0, 0] = torch.nan
     return replace(task, text=replace(text, embeds=embeds), dropped=torch.zeros_like(task.dropped))
 

@@ -13,7 +13,7 @@ from dedistill.flow.path import flow_loss
 from dedistill.flow.solvers import euler, sigma_grid
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.models.model import Model
-from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.sampling.sampler import sample, start_noise
 
 MEAN, STD = 1.5, 0.4

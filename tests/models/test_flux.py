@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from dedistill.adapters.targets import matching
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.models.conditioning import stack
+from dedistill.models.conditioning import collate
 from dedistill.models.flux.family import Flux
 from dedistill.models.flux.naming import to_bfl
 from dedistill.models.flux.network import attention_mask
-from dedistill.models.flux.published import PUBLISHED, shape_of
+from dedistill.models.flux.published import shape_of
 from dedistill.models.flux.tiny import write_tiny_flux
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
@@ -94,8 +94,8 @@ def test_modulation_is_every_block_once():
 
 def test_flex_and_the_others_are_known():
     """A8: Flex.1-alpha has 8 double blocks and a guidance embedder."""
-    assert (PUBLISHED["ostris/Flex.1-alpha"].layers, PUBLISHED["ostris/Flex.1-alpha"].guidance) == (8, True)
-    assert shape_of("someone/unknown") == PUBLISHED["black-forest-labs/FLUX.1-schnell"]
+    assert (shape_of("ostris/Flex.1-alpha").layers, shape_of("ostris/Flex.1-alpha").guidance) == (8, True)
+    assert shape_of("someone/unknown") == shape_of("black-forest-labs/FLUX.1-schnell")
 
 
 def test_shape_is_read_from_a_local_config(dev):
@@ -273,7 +273,7 @@ def test_sigma_reaches_the_embedding_exactly(schnell):
     net.time_text_embed.time_proj.register_forward_pre_hook(lambda _, args: heard.append(args[0].clone()))
     text = parts.text(CAPTIONS, 32)
     sigma = torch.tensor([0.9973, 0.5009])
-    velocity(parts, text.__class__(text.embeds.bfloat16(), text.mask, text.pooled.bfloat16()), NOISY.bfloat16(), sigma)
+    velocity(parts, text.each(lambda t: t.bfloat16() if t.is_floating_point() else t), NOISY.bfloat16(), sigma)
     assert heard[0].dtype == torch.float32 and torch.equal(heard[0], 1000 * sigma)
     theirs = sigma.to(torch.bfloat16) * 1000
     assert (theirs.float() - 1000 * sigma).abs().max() > 1
@@ -287,8 +287,8 @@ def test_text_equals_the_pipelines(schnell):
     pipe = FluxPipeline.from_pretrained(schnell)
     embeds, pooled, _ = pipe.encode_prompt(CAPTIONS, None, max_sequence_length=64)
     text = load(schnell, t5_mask=False).text(CAPTIONS, 64)
-    torch.testing.assert_close(text.embeds, embeds.float(), **TOLERANCE)
-    torch.testing.assert_close(text.pooled, pooled.float(), **TOLERANCE)
+    torch.testing.assert_close(text.tokens.embeds, embeds.float(), **TOLERANCE)
+    torch.testing.assert_close(text.vectors["pooled"], pooled.float(), **TOLERANCE)
 
 
 def test_padding_leaks_into_real_tokens_unless_t5_is_masked(schnell):
@@ -296,14 +296,14 @@ def test_padding_leaks_into_real_tokens_unless_t5_is_masked(schnell):
     for t5_mask in (True, False):
         text = load(schnell, t5_mask=t5_mask).text
         short, long = text(CAPTIONS[:1], 16), text(CAPTIONS[:1], 64)
-        real = int(short.mask.sum())
-        same = torch.allclose(short.embeds[:, :real], long.embeds[:, :real], atol=1e-5)
+        real = int(short.tokens.mask.sum())
+        same = torch.allclose(short.tokens.embeds[:, :real], long.tokens.embeds[:, :real], atol=1e-5)
         assert same == t5_mask
 
 
 def test_empty_prompt_is_one_token(schnell):
     """X6."""
-    assert load(schnell).text([""], 512).mask.sum() == 1
+    assert load(schnell).text([""], 512).tokens.mask.sum() == 1
 
 
 # --- masks ---
@@ -314,8 +314,8 @@ def test_padded_truncated_and_packed_are_one(schnell):
     parts = load(schnell)
     outputs, gradients = [], []
     padded = parts.text(CAPTIONS, 512)
-    alone = [parts.text([c], int(padded.mask[i].sum())) for i, c in enumerate(CAPTIONS)]
-    for texts in ([padded], [stack(alone)], alone):
+    alone = [parts.text([c], int(padded.tokens.mask[i].sum())) for i, c in enumerate(CAPTIONS)]
+    for texts in ([padded], [collate(alone)], alone):
         parts.net.zero_grad()
         rows = torch.arange(2).split([len(t) for t in texts])
         v = [Flux().velocity(parts, parts.net, NOISY[r], SIGMA[r], t) for r, t in zip(rows, texts)]
@@ -332,9 +332,9 @@ def test_libreflux_mask_is_a_bias(schnell):
     """X3: +1 on real tokens and 0 on padding, so padding keeps a share: neither masked nor unmasked."""
     parts = load(schnell)
     text = parts.text(CAPTIONS, 64)
-    mask = attention_mask(text.mask, 6, "libreflux")["attention_mask"]
+    mask = attention_mask(text.tokens.mask, 6, "libreflux")["attention_mask"]
     assert mask.dtype == torch.float32 and mask.shape == (2, 1, 1, 70)
-    assert torch.equal(mask[:, 0, 0, :64] == 1, text.mask) and (mask[..., 64:] == 1).all()
+    assert torch.equal(mask[:, 0, 0, :64] == 1, text.tokens.mask) and (mask[..., 64:] == 1).all()
     found = {}
     for parts.mask in ("bool", "none", "libreflux"):
         found[parts.mask] = velocity(parts, text)

@@ -13,7 +13,7 @@ from transformers import T5Config, T5EncoderModel
 
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.models.flux.network import MASKS
-from dedistill.models.flux.published import PUBLISHED
+from dedistill.models.flux.published import PUBLISHED, shape_of
 from dedistill.models.flux.tiny import write_tiny_flux
 from dedistill.models.quantize import prepare_base, storage_bytes
 from dedistill.recipe.schema import Model
@@ -55,9 +55,9 @@ def test_recipes_load(text):
 def test_models_are_the_published_ones():
     """A1, A8, F5, F7: blocks, guidance and shift as the program knows them."""
     rows = {row["model"].strip("`"): row for row in table("model")}
-    assert rows.keys() == PUBLISHED.keys()
-    for name, shape in PUBLISHED.items():
-        row = rows[name]
+    assert rows.keys() == {p.id for p in PUBLISHED if "Redux" not in p.id}
+    for name, row in rows.items():
+        shape = shape_of(name)
         assert row["blocks"] == f"{shape.layers} + {shape.single_layers}"
         assert row["guidance embedding"].startswith("yes") == shape.guidance
         assert row["mask"] in MASKS
@@ -68,7 +68,7 @@ def test_models_are_the_published_ones():
 @cache
 def full_size(name: str, quant: str) -> tuple[int, int]:
     """Bytes of a published network, and parameters of a LoRA of rank 16 on all its blocks."""
-    shape = next(s for n, s in PUBLISHED.items() if name in n)
+    shape = shape_of(next(p.id for p in PUBLISHED if name in p.id))
     with torch.device("meta"):
         net = FluxTransformer2DModel(num_layers=shape.layers, num_single_layers=shape.single_layers).bfloat16()
     linears = [m for n, m in net.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks." in n]

@@ -13,7 +13,8 @@ from torch import nn
 
 from dedistill.errors import UserError
 from dedistill.models.flux import naming
-from dedistill.models.registry import naming_of
+from dedistill.models.registry import spec_of
+from dedistill.release.export import names_of
 
 SMALL = {
     "patch_size": 1,
@@ -140,5 +141,5 @@ def test_what_does_not_fit_is_refused_by_name():
     with pytest.raises(UserError, match=r"single_transformer_blocks\.1\.attn\.to_k\.bias"):
         naming.to_bfl(state)
     with pytest.raises(UserError, match=r"NoSuchTransformer.*FluxTransformer2DModel"):
-        naming_of("NoSuchTransformer")
-    assert naming_of("FluxTransformer2DModel") is naming
+        spec_of({"_class_name": "NoSuchTransformer"})
+    assert names_of(spec_of({"_class_name": "FluxTransformer2DModel"})) is naming

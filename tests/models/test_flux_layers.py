@@ -8,7 +8,7 @@ from tiny_recipes import adapter_table
 from dedistill.adapters.attach import Adapter, dense_shapes
 from dedistill.adapters.targets import count_parameters, resolve_targets
 from dedistill.models.flux.naming import presets
-from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import linear_names
 
 

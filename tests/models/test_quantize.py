@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import (
     Int8Linear,
     cast_float,

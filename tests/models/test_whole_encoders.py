@@ -21,7 +21,7 @@ from dedistill.data.images.scan import scan
 from dedistill.errors import UserError
 from dedistill.models.flux.encoders import FluxText
 from dedistill.models.flux.pipeline import MaskedFluxPipeline
-from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.train import main
 
 Tensors = dict[str, Tensor]
@@ -135,7 +135,7 @@ def test_shards_that_lack_something_are_refused(model, refused, part, kind, faul
 
 def embeddings(folder: Path) -> list[Tensor]:
     text = FluxText(folder, t5_mask=True)(CAPTIONS, 16)
-    return [text.embeds, text.pooled]
+    return [text.tokens.embeds, text.vectors["pooled"]]
 
 
 def larger(tensors: Tensors) -> Tensors:

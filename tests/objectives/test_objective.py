@@ -14,9 +14,9 @@ from dedistill.evaluation.validation import Validator, sigma_bins, stratified_er
 from dedistill.flow import keyed
 from dedistill.flow.path import flow_loss
 from dedistill.flow.timesteps import dynamic_shift
-from dedistill.models.conditioning import Text
+from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import build_model
-from dedistill.models.pixel_flux import PixelFlux
+from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.objectives.objective import Objective, Task, task_loss
 from dedistill.recipe.resolve import recipe_of
 from dedistill.recipe.schema import Recipe
@@ -236,7 +236,7 @@ def test_rate_of_dropped_captions(kind, given, wanted):
 class Listening(PixelFlux):
     """The real family, remembering the text it was given."""
 
-    heard: Text
+    heard: Conditioning
 
     def velocity(self, parts, net, noisy, sigma, text, guidance=None):
         self.heard = text
@@ -256,9 +256,9 @@ def test_dropped_captions_are_the_empty_prompt_entirely(digits):
         spoken = task_loss(model, replace(task, captions=wanted, dropped=torch.zeros(16, dtype=torch.bool)))
     for i, dropped in enumerate(task.dropped.tolist()):
         for part in ("embeds", "mask", "pooled"):
-            expected = getattr(empty, part)[0] if dropped else getattr(said, part)[i]
-            assert torch.equal(getattr(heard, part)[i], expected), part
-        assert int(heard.mask[i].sum()) == 1 or not dropped
+            expected = empty.tensors()[part][0] if dropped else said.tensors()[part][i]
+            assert torch.equal(heard.tensors()[part][i], expected), part
+        assert int(heard.tokens.mask[i].sum()) == 1 or not dropped
     torch.testing.assert_close(losses, spoken, rtol=1e-5, atol=1e-6)
     assert losses.shape == (16,) and losses.dtype == torch.float32
 

@@ -19,8 +19,8 @@ from dedistill.adapters.targets import Resolved
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.flux import naming
+from dedistill.models.flux.published import full_config
 from dedistill.models.flux.tiny import write_tiny_flux
-from dedistill.models.registry import published_config
 from dedistill.release.export import check_file, config_for, export_adapter
 from dedistill.release.folder import linear_shapes, network_config, skeleton
 
@@ -159,7 +159,7 @@ def test_the_table_for_load_lora_weights_is_what_diffusers_does(base, tmp_path):
 @pytest.mark.parametrize("guidance", [False, True])
 def test_every_linear_at_full_size_is_in_comfyuis_table(guidance):
     """FORMATS 1b: 19 + 38 blocks on meta; a LoKr on every linear loads whole in ComfyUI, LyCORIS and load_lokr."""
-    config = published_config("black-forest-labs/FLUX.1-dev" if guidance else "")
+    config = full_config("black-forest-labs/FLUX.1-dev" if guidance else "", False)
     shapes = linear_shapes(skeleton(config))
     assert len(shapes) == 494 + (10 if guidance else 8)
     one = torch.empty(1, 1, device="meta")

@@ -14,10 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dedistill.errors import UserError
+from dedistill.models.flux import SPEC as FLUX
 from dedistill.models.flux.loading import load_transformer
+from dedistill.models.flux.published import DEV, PUBLISHED, base_of
 from dedistill.models.flux.tiny import write_tiny_flux
-from dedistill.models.pipeline_files import APACHE, BASES, DEV, UNKNOWN, Licence, base_of, licence_for
 from dedistill.models.quantize import Int8Linear, prepare_base
+from dedistill.models.registry import licence_for
+from dedistill.models.spec import APACHE, UNKNOWN, Licence
 from dedistill.release.card import write_card
 from dedistill.release.export import export_model, load_int8
 from dedistill.release.folder import Denoiser
@@ -169,7 +172,7 @@ def test_a_damaged_folder_is_refused_by_tensor(base, tmp_path):
 )
 def test_licences(source, config, licence):
     """FORMATS 1f: from the name, or from a guidance embedding where the name tells nothing; dev is never given away."""
-    base = base_of(source, config)
+    base = base_of(PUBLISHED, source, config)
     assert licence_for(base, None) == licence
     if licence == DEV:
         with pytest.raises(UserError, match="non-commercial"):
@@ -180,8 +183,8 @@ def test_licences(source, config, licence):
 
 def test_a_name_that_contradicts_the_network_is_refused():
     with pytest.raises(UserError, match="guidance embedding"):
-        base_of("black-forest-labs/FLUX.1-schnell", DEVELOPED)
-    assert len({b.id for b in BASES}) == len(BASES)
+        base_of(PUBLISHED, "black-forest-labs/FLUX.1-schnell", DEVELOPED)
+    assert len({b.id for b in PUBLISHED}) == len(PUBLISHED)
 
 
 def test_cards(base, tmp_path):
@@ -196,7 +199,7 @@ def test_cards(base, tmp_path):
         export_model(base, tmp_path / "no", "single", base="ostris/OpenFLUX.1")
 
     def written(config: dict, facts: dict, **terms) -> dict:
-        write_card(tmp_path, "t", "diffusers", config, facts, "somewhere", **terms)
+        write_card(tmp_path, "t", "diffusers", config, FLUX, facts, "somewhere", **terms)
         return card(tmp_path)
 
     dev = written(DEVELOPED, {"guidance": "1.0"})

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_recipes import PICTURES
 
-from dedistill.models.pipeline_files import public_name
+from dedistill.models.registry import public_name
 from dedistill.recipe.schema import Recipe, Table
 from dedistill.recipe.toml import fields_of, table_in
 from dedistill.release.headers import public_recipe

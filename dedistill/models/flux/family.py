@@ -1,6 +1,7 @@
 """FLUX.1: schnell, dev, Flex.1-alpha, LibreFLUX, OpenFLUX, and what was cut from them.
 
-The network works on latents [16, H/8, W/8] of its VAE in patches of 2 x 2. Conditioning is T5's hidden states and CLIP's pooled vector.
+The network works on latents [16, H/8, W/8] of its VAE in patches of 2 x 2. Captions are T5's hidden
+states and CLIP's pooled vector.
 """
 
 import json

@@ -1,0 +1,184 @@
+"""What the example does: its network, what its network is told, and between the two what models.family.Family asks for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dedistill.errors import UserError
+from dedistill.flow.parameterization import to_velocity
+from dedistill.models.conditioning import Conditioning, Widths
+from dedistill.models.example import SPEC
+from dedistill.models.family import MADE, Components, States
+from dedistill.models.pretrained import load_whole
+from dedistill.models.words import WordEncoder
+
+SCALE = 8
+"""Pixels per latent, each way."""
+SECOND = 4
+"""Tokens of the second sequence at most."""
+HIGHEST = 0.9
+"""Sigma up to which the network is asked: noise alone says nothing of the image."""
+
+
+class Block(nn.Module):
+    """A convolution, then attention of every place to both sequences of text."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(4, width), nn.Conv2d(width, width, 3, padding=1)
+        self.to_q, self.to_kv, self.to_out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """x [B, D, H, W], text [B, T, D], mask [B, T]."""
+        x = x + self.conv(F.silu(self.norm(x)))
+        key, value = self.to_kv(text).chunk(2, -1)
+        seen = F.scaled_dot_product_attention(self.to_q(x.flatten(2).mT), key, value, attn_mask=mask[:, None])
+        return x + self.to_out(seen).mT.unflatten(2, x.shape[2:])
+
+
+class ExampleNet(ModelMixin, ConfigMixin):
+    """Predicts the noise in ``noisy`` [B, C, H, W] at ``sigma`` [B]."""
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(self, channels: int = 3, width: int = 32, layers: int = 2, text_widths: tuple[int, ...] = (16, 24)):
+        super().__init__()
+        self.conv_in, self.conv_out = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, channels, 3, padding=1)
+        self.time, self.text = nn.Linear(16, width), nn.ModuleList(nn.Linear(n, width) for n in text_widths)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, noisy: Tensor, sigma: Tensor, embeds: list[Tensor], masks: list[Tensor]) -> Tensor:
+        angles = sigma[:, None] * 2.0 ** torch.arange(8, device=sigma.device)
+        x = self.conv_in(noisy) + self.time(torch.cat([angles.sin(), angles.cos()], 1))[:, :, None, None]
+        text, mask = torch.cat([linear(e) for linear, e in zip(self.text, embeds)], 1), torch.cat(masks, 1)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, text, mask)
+            else:
+                x = block(x, text, mask)
+        return self.conv_out(F.silu(x))
+
+
+class TwoTexts:
+    """Every word twice, in sequences of different widths; of the second only the first words."""
+
+    def __init__(self, widths: tuple[int, ...]):
+        self.widths, self._encoders = Widths(tuple(widths)), [WordEncoder(width, 0) for width in widths]
+
+    def __call__(self, captions: list[str], length: int) -> Conditioning:
+        lengths = (length, min(length, SECOND))
+        return Conditioning(tuple(e(captions, n).tokens for e, n in zip(self._encoders, lengths)))
+
+    def tokens(self, captions: list[str]) -> list[int]:
+        return self._encoders[0].tokens(captions)
+
+    def unload(self) -> None:
+        """There is nothing to free."""
+
+
+class MeanCodec:
+    """A latent is the mean colour of 8 x 8 pixels."""
+
+    def unload(self) -> None:
+        """There is nothing to free."""
+
+
+class Example:
+    spec = SPEC
+    max_text_length = 512
+
+    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
+        plain = {"revision": None, "components": None, "guidance": None, "t5_mask": True, "mask": "bool", "new": None}
+        for key, value in plain.items():
+            if getattr(spec, key) != value:
+                raise UserError(f"model.{key}: has no effect on {SPEC.name}; leave it out", 2)
+        folder = Path(spec.path)
+        try:
+            facts = json.loads((folder / "dedistill.json").read_text())
+            config = json.loads((folder / SPEC.folder / "config.json").read_text())
+            family, widths, channels = facts["family"], config["text_widths"], config["channels"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"model.path: no {SPEC.name} model in '{folder}': {e}") from e
+        if family != SPEC.name:
+            raise UserError(f"model.path: '{folder}' holds a {family} model, not {SPEC.name}")
+        denoiser = load_whole(ExampleNet, folder / SPEC.folder, "model.path") if net else None
+        made = {"base": {"path": str(folder), "revision": None}} | {key: facts[key] for key in MADE if key in facts}
+        picture = (channels, SPEC.resolution // SCALE, SPEC.resolution // SCALE)
+        return Components(denoiser, TwoTexts(widths), picture, vae=MeanCodec(), facts=made)
+
+    def full_size(self, spec: Any) -> nn.Module:
+        config = Path(spec.path) / SPEC.folder / "config.json"
+        with torch.device("meta"):
+            return (
+                ExampleNet.from_config(json.loads(config.read_text())) if config.exists() else ExampleNet(width=256, layers=8)
+            )
+
+    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+        self.save(self.tiny(0, layers=8 if full_depth else 2), folder)
+
+    def tiny(self, seed: int, layers: int = 2) -> Components:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = ExampleNet(layers=layers)
+        return Components(net, TwoTexts(net.config.text_widths), (3, 8, 8), vae=MeanCodec())
+
+    def save(self, parts: Components, folder: Path) -> None:
+        parts.net.save_pretrained(folder / SPEC.folder)
+        self.save_rest(parts, folder)
+
+    def save_rest(self, parts: Components, folder: Path) -> None:
+        made = {key: parts.facts[key] for key in MADE if key in parts.facts}
+        (folder / "dedistill.json").write_text(json.dumps(made | {"family": SPEC.name, "mask": "bool"}, indent=1) + "\n")
+
+    def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
+        told = {"family": SPEC.name, "widths": str(parts.text.widths.sequences), "text_length": length}
+        return {"latents": {"family": SPEC.name, "codec": f"mean of {SCALE} x {SCALE}"}, "text": told}
+
+    def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
+        return parts.text(captions, length)
+
+    def encode_pictures(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
+        return F.avg_pool2d(pixels, SCALE)
+
+    def decode(self, parts: Components, latents: Tensor) -> Tensor:
+        return F.interpolate(latents.float(), scale_factor=SCALE, mode="bilinear")
+
+    def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
+        if height % SCALE or width % SCALE:
+            raise UserError(f"pictures of {width} x {height} pixels: both sides must be multiples of {SCALE}", 2)
+        return (parts.picture[0], height // SCALE, width // SCALE)
+
+    def velocity(
+        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None
+    ) -> Tensor:
+        if guidance is not None:
+            raise UserError(f"{SPEC.name} has no guidance embedding; leave guidance out")
+        if sigma.dtype not in (torch.float32, torch.float64) or not (sigma.min() >= 0 and sigma.max() <= 1):
+            raise ValueError("sigma must be float32 in [0, 1]")
+        text = text.trimmed()
+        told = [s.embeds.to(noisy.dtype) for s in text.sequences], [s.mask for s in text.sequences]
+        noise = net(noisy, sigma.float().clamp(max=HIGHEST), *told)
+        return to_velocity("epsilon", noise, noisy, sigma, HIGHEST)
+
+    def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
+        return shape[1] * shape[2]
+
+    def shift(self, parts: Components, tokens: int) -> float:
+        return 1.0
+
+    def blocks(self, net: nn.Module) -> list[nn.Module]:
+        return list(net.blocks)
+
+    def states(self, args: tuple, kwargs: dict[str, Any], output: Tensor, text: Conditioning) -> States:
+        return {"picture": (args[0].flatten(2).mT, output.flatten(2).mT, None)}
+
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        return {"blocks": ["blocks.**"], "attention": ["blocks.*.to_*"]}
