@@ -31,6 +31,7 @@ def folder(tmp_path_factory) -> Path:
         assert main(["tiny", "example", "models/tiny", "--images", "data/tiny"]) == 0
         recipe = 'extends = "dedistill:example"\n[model]\npath = "models/tiny"\n[[data.sets]]\npath = "data/tiny"\n'
         Path("tiny.toml").write_text(recipe + MORE)
+        Path("prompts.txt").write_text("".join(f"{n} red circles\n" for n in range(16)))
         assert main(["train", "tiny.toml", *SETTINGS]) == 0
     finally:
         os.chdir(before)
@@ -98,7 +99,7 @@ def test_training_learns_and_goes_on_as_it_was(there):
         ["influence", "tiny.toml", "--budget", "20K", "--prompts", "2", "--sigmas", "2", "--out", "influence", *SETTINGS],
         ["sweep", "tiny.toml", "--cfg", "1", "3", "--prompts", "2", "--out", "sweep", *SETTINGS],
         ["measure", "tiny.toml", "--prompts", "4", "--out", "measured", *SETTINGS],
-        ["evaluate", "tiny.toml", "--cfg", "1", "3", "--prompts", "4", "--out", "evaluated", *SETTINGS],
+        ["evaluate", "tiny.toml", "--cfg", "1", "3", "--prompts", "prompts.txt", "--out", "evaluated", *SETTINGS],
         ["report", "runs/tiny"],
         ["pairs", "tiny.toml", "--out", "pairs", "--count", "4", "--steps", "2", "--points", "2", *SETTINGS],
     ],
