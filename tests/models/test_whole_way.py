@@ -163,11 +163,9 @@ def test_adapters_are_released_and_checked(there, average, tmp_path, capsys):
 
 
 def test_a_merged_model_is_trained_on(there, merged):
-    words = ["--set", f"model.path='{merged}'", "--set", "run.out=runs/again", "--set", "train.steps=2"]
-    settings = [
-        w for s in ("train.warmup=0", "snapshot.every=0", "validate.every=0", "checkpoint.every=2") for w in ("--set", s)
-    ]
-    assert main(["train", "tiny.toml", *words, *settings, "--set", "meters.every=0", "--set", "preview.every=0"]) == 0
+    others = [f"{table}.every=2" for table in ("snapshot", "validate", "meters", "preview", "checkpoint")]
+    settings = [f"model.path='{merged}'", "run.out=runs/again", "train.steps=2", "train.warmup=0", *others]
+    assert main(["train", "tiny.toml", *(word for setting in settings for word in ("--set", setting))]) == 0
     facts = json.loads((merged / "dedistill.json").read_text())
     assert facts["family"] == "example" and len(facts["merges"]) == 1
 
