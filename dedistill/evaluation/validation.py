@@ -10,12 +10,13 @@ from torch import Tensor
 from dedistill.distributed.heartbeat import pulse
 from dedistill.distributed.world import World
 from dedistill.evaluation.meters import Reading, path_numbers
+from dedistill.flow.guidance import CONDITIONAL
 from dedistill.flow.path import flow_loss, implied_noise
-from dedistill.flow.solvers import euler, sigma_grid
+from dedistill.flow.solvers import sigma_grid
 from dedistill.models.conditioning import Text
 from dedistill.models.model import Model
 from dedistill.objectives.objective import Objective, Task, task_loss
-from dedistill.sampling.sampler import guided
+from dedistill.sampling.sampler import Sampling, path
 
 # --- what a model predicts on held-out samples -----------------------------------------------------------------------
 
@@ -155,10 +156,8 @@ class Meters:
         return np.stack([sigma, gap, bend @ widths, np.square(short - end).mean(1), chord], 1).tolist()
 
     def _path(self, model: Model, task: Task, noise: Tensor, steps: int) -> list[Tensor]:
-        text = text_of(model, task)
-        velocity = guided(model, text, text, 1.0, 0)
         states = []
-        for state in euler(velocity, noise.to(model.device), sigma_grid(steps, model.grid_shift)):
+        for state in path(model, {CONDITIONAL: text_of(model, task)}, noise, Sampling(steps=steps)):
             pulse.beat("measuring")
             states.append(state.float().cpu())
         return states

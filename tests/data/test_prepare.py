@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from picture_files import write_picture, write_pictures
+from samplings import at
 from test_run import metrics, run, same, weights
 
 from dedistill.data import encode as module
@@ -19,7 +20,6 @@ from dedistill.data.images.buckets import apply_crop
 from dedistill.data.images.decode import decode
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.flow.solvers import sigma_grid
 from dedistill.io.atomic import read_sealed, sealed
 from dedistill.io.hashing import Stamp
 from dedistill.models.flux.family import Flux
@@ -293,14 +293,14 @@ def test_dropout_and_sampler_use_the_cached_empty_prompt(picture_recipe):
     with torch.no_grad():
         assert torch.equal(task_loss(model, all_dropped), task_loss(model, told_empty))
         assert not torch.equal(task_loss(model, all_dropped), task_loss(model, task))
-    noise, sigmas = start_noise(0, 1, (16, 8, 8)), sigma_grid(2, 1.0)
-    pictures = [sample(model, [""], noise, sigmas, cfg=cfg) for cfg in (1.0, 4.0)]
+    noise = start_noise(0, 1, (16, 8, 8))
+    pictures = [sample(model, [""], noise, at(2, cfg)) for cfg in (1.0, 4.0)]
     torch.testing.assert_close(*pictures, rtol=0, atol=1e-5)  # "" against "": guidance has nothing to steer by
     assert not model.parts.text.loaded, "every prompt came from the cache"
     assert main([str(picture_recipe)]) == 0
     finished = open_finished(recipe)
     assert same({k: getattr(finished.known[""], k)[0] for k in cached}, cached)
-    sample(finished, [""], noise, sigmas, cfg=4.0)
+    sample(finished, [""], noise, at(2, 4.0))
     assert not finished.parts.text.loaded
 
 
