@@ -100,7 +100,8 @@ def test_files_and_functions_are_short():
         assert text.count("\n") <= 400, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{node.name} in {path}"
+                told = len((ast.get_docstring(node) or "").splitlines())  # what it says of itself does not count
+                assert node.end_lineno - node.lineno + 1 - told <= 60, f"{node.name} in {path}"
 
 
 def test_study_benchmarks_and_tests_stand_above_the_package():

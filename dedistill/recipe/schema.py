@@ -17,8 +17,6 @@ Place = Annotated[str, StringConstraints(min_length=1), AfterValidator(with_home
 """A path, or a hub id; ``~`` is the home folder."""
 SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._ -]*$"
 """Names that are folders somewhere: no separators, nothing hidden, no way up."""
-
-
 BY_FAMILY = "the family's"
 
 
@@ -47,6 +45,7 @@ class Default:
         return f"{self.value} with {self.key} {where}"
 
 
+_RANKS = Default(16, "adapter.kind", ("lora",)), Default("full", "adapter.kind", ("lokr",))
 _OF_PICTURES = ("data.source", ("pictures",))
 
 
@@ -143,11 +142,9 @@ class Target(Table):
     factor: Annotated[Annotated[int, Field(ge=-1)] | None, Default(4, "adapter.kind", ("lokr",))] = Field(
         None, description="LoKr: side of the small Kronecker factor; -1 is the most even split."
     )
-    rank: Annotated[
-        Annotated[int, Field(ge=1)] | Literal["full"] | None,
-        Default(16, "adapter.kind", ("lora",)),
-        Default("full", "adapter.kind", ("lokr",)),
-    ] = Field(None, description="LoRA: rank. LoKr: rank of the large factor, or full.")
+    rank: Annotated[Positive | Literal["full"] | None, *_RANKS] = Field(
+        None, description="LoRA: rank. LoKr: rank of the large factor, or full."
+    )
 
 
 class Adapter(Table):
@@ -329,19 +326,16 @@ class Log(Table):
     wandb: bool = Field(False, description="Also log to Weights & Biases; offline when there is no key.")
 
 
+_Side = Annotated[Resolution | None, Default(BY_FAMILY)]
+
+
 class Sample(Table):
     steps: Positive = Field(16, description="Euler steps when pictures are made with this model.")
-    height: Annotated[Resolution | None, Default(BY_FAMILY)] = Field(
-        None, description="Picture height in pixels. None for networks of one size."
-    )
-    width: Annotated[Resolution | None, Default(BY_FAMILY)] = Field(
-        None, description="Picture width in pixels. None for networks of one size."
-    )
+    height: _Side = Field(None, description="Picture height in pixels. None for networks of one size.")
+    width: _Side = Field(None, description="Picture width in pixels. None for networks of one size.")
     negative: str = Field("", description="Prompt of the unconditional branch of CFG; the empty prompt is the trained one.")
     guidance: Annotated[float, Field(ge=0)] | None = Field(
-        None,
-        description="Fed to a distilled guidance embedding when pictures are made. Default model.guidance; "
-        "none where that is none or bypass.",
+        None, description="Fed to a distilled guidance embedding when pictures are made. As model.guidance; none for bypass."
     )
 
 

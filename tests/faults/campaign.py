@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in (".", "faults"))  # as pytest finds helpers
+sys.path.extend(  # as pytest finds helpers
+    str(Path(__file__).parents[1] / folder) for folder in (".", "distributed", "faults", "runs", "training")
+)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import campaign_kinds as kinds

@@ -102,13 +102,8 @@ class MaskedFluxPipeline(FluxPipeline):
         width = width or self.default_sample_size * self.vae_scale_factor
         self.check_inputs(prompt, None, height, width)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        texts = {CONDITIONAL: self._encode(prompts, num_images_per_prompt, use)}
-        if true_cfg_scale != 1:
-            negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-            if len(negatives) != len(prompts):
-                raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
-            texts[UNCONDITIONAL] = self._encode(negatives, num_images_per_prompt, use)
-        self._check_backends([*texts.values()], use.mask)
+        negative = negative_prompt if true_cfg_scale != 1 else None
+        texts = self._branches(prompts, negative, num_images_per_prompt, use)
 
         device, channels = self._execution_device, self.transformer.config.in_channels // 4
         dtype, count = texts[CONDITIONAL].embeds.dtype, len(texts[CONDITIONAL])
@@ -155,6 +150,17 @@ class MaskedFluxPipeline(FluxPipeline):
         if asked is not None or passed:
             return asked or 0.0
         return float(trained) if trained.replace(".", "", 1).isdigit() else GUIDANCE
+
+    def _branches(self, prompts: list[str], negative: str | list[str] | None, copies: int, use: TextUse) -> dict[str, Text]:
+        """Both branches of guidance, each with the text of its own; only the first without a negative prompt."""
+        texts = {CONDITIONAL: self._encode(prompts, copies, use)}
+        if negative is not None:
+            negatives = [negative] * len(prompts) if isinstance(negative, str) else negative
+            if len(negatives) != len(prompts):
+                raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
+            texts[UNCONDITIONAL] = self._encode(negatives, copies, use)
+        self._check_backends([*texts.values()], use.mask)
+        return texts
 
     def _encode(self, prompts: list[str], copies: int, use: TextUse) -> Text:
         """Every prompt ``copies`` times in a row, padded to ``use.text_length`` tokens."""
