@@ -87,10 +87,8 @@ def teacher_hash(model: Model) -> str:
     digest = hashlib.sha256()
     for tensors in (dict(model.parts.net.state_dict()), model.tensors(copy=False)):
         for name in sorted(tensors):
-            tensor = tensors[name]
-            tensor = tensor.dequantize() if hasattr(tensor, "qtype") else tensor
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
