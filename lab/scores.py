@@ -12,7 +12,7 @@ from dedistill.evaluation.validation import held_out_meters
 from dedistill.flow.guidance import ClassifierFree
 from dedistill.flow.solvers import sigma_grid
 from dedistill.models.model import Model
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import objective_for
 from dedistill.recipe import Recipe
 from dedistill.sampling.sampler import Sampling, sample, start_noise, trajectories
 
@@ -32,8 +32,8 @@ class Examiner:
 
     def losses(self, model: Model) -> dict[str, float]:
         """loss and guidance gap on held-out samples."""
-        tasks = Objective(self.recipe, self.source, model.shift).held_out(self.held_out, model.chunk)
-        found = held_out_meters(model, tasks, 8)
+        batches = objective_for(self.recipe, self.source, model.shift).validation_batches(self.held_out, model.chunk)
+        found = held_out_meters(model, batches, 8)
         return {key: float(found[key].value[0]) for key in ("loss", "guidance")}
 
     def pictures(self, model: Model, cfg: float, *, steps: int = STEPS, length: int | None = None) -> dict[str, float]:

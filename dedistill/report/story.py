@@ -18,7 +18,7 @@ from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, sweep
 from dedistill.evaluation.validation import Validator
 from dedistill.io.atomic import replace_json
 from dedistill.io.ownership import claim
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import objective_for
 from dedistill.recipe import Recipe
 from dedistill.report.console import say
 from dedistill.report.pages import (
@@ -244,7 +244,7 @@ def _held_out_losses(recipes: dict[str, Recipe], source) -> dict[str, dict[str, 
     found = {}
     for name in STAGES:
         model = open_finished(recipes[name])
-        objective = Objective(recipes["dedistilled"], source, model.shift)
+        objective = objective_for(recipes["dedistilled"], source, model.shift)
         result = Validator(objective, HELD_OUT, model.chunk)(model)
         found[name] = {"fm_loss": result["val_loss"], "fm_loss_se": result["val_loss_se"]}
     return found

@@ -19,7 +19,7 @@ from dedistill.evaluation.sweep import Candidate
 from dedistill.evaluation.validation import held_out_meters
 from dedistill.flow import keyed
 from dedistill.flow.solvers import sigma_grid, solve
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import objective_for
 from dedistill.recipe.resolve import recipe_of
 from dedistill.sampling.sampler import sample, start_noise
 
@@ -35,7 +35,7 @@ BINS = 4
 
 
 def tasks(count: int, source=None, size: int = 500):
-    return Objective(RECIPE, source or ClosedFormData(), lambda shape: 1.0).held_out(count, size)
+    return objective_for(RECIPE, source or ClosedFormData(), lambda shape: 1.0).validation_batches(count, size)
 
 
 def linear_paths(steps: int, count: int) -> tuple[np.ndarray, np.ndarray]:
