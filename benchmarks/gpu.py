@@ -30,7 +30,6 @@ from dedistill.adapters.targets import resolve_targets
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.evaluation.sweep import save_png
 from dedistill.flow.path import flow_loss, interpolate, velocity
-from dedistill.flow.solvers import sigma_grid
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Components
 from dedistill.models.model import Model
@@ -38,7 +37,7 @@ from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import recipe_of
-from dedistill.sampling.sampler import sample, start_noise
+from dedistill.sampling.sampler import Sampling, sample, start_noise
 from dedistill.training.optim import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
@@ -233,7 +232,7 @@ def cell(setup: Setup, sizes: Sizes, pixels: int, batch: int, peak: float, clock
 def preview(setup: Setup, sizes: Sizes, file: Path) -> None:
     """Four steps from noise by the trained model; three latent channels as RGB, to see that sampling runs."""
     side = sizes.pixels[0] // VAE
-    latents = sample(setup.model, ["a preview"], start_noise(0, 1, (CHANNELS, side, side)), sigma_grid(4))
+    latents = sample(setup.model, ["a preview"], start_noise(0, 1, (CHANNELS, side, side)), Sampling(steps=4))
     if not latents.isfinite().all():
         raise FloatingPointError("the preview is not finite")
     save_png(latents[0, :3], file)

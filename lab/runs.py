@@ -12,6 +12,7 @@ from torch import nn
 from dedistill.cli.train import train
 from dedistill.data.encode import open_source
 from dedistill.evaluation.judges import judge_for
+from dedistill.flow.guidance import ClassifierFree
 from dedistill.models.model import Model
 from dedistill.posthoc.average import average_run
 from dedistill.recipe import Recipe, load_recipe
@@ -20,6 +21,7 @@ from dedistill.recipe.schema import Base
 from dedistill.release.merge import merge_adapter
 from dedistill.runs.model import last_weights, open_finished
 from dedistill.sampling.pairs import make_pairs, teacher_hash
+from dedistill.sampling.sampler import Sampling
 from lab.scores import Examiner
 from lab.tricks import RUNS, Run, Scale
 from lab.variance import gradient_variances
@@ -67,8 +69,10 @@ class Seed:
     def pairs(self, recipe: Recipe, name: str, *, cfg: float, points: int) -> Path:
         """Pairs of a finished ``recipe``, in this folder."""
         out, model, count = self.folder / name, open_finished(recipe), self.scale.pairs
-        same = {"teacher": teacher_hash(model), "count": count, "steps": 16, "seed": self.seed, "shard_size": 512}
-        make_pairs(model, self.examiner.source, out, cfg=cfg, points=points, **same)
+        same = {"teacher": teacher_hash(model), "count": count, "seed": self.seed, "shard_size": 512}
+        make_pairs(
+            model, self.examiner.source, out, sampling=Sampling(steps=16, guidance=ClassifierFree(cfg)), points=points, **same
+        )
         return out
 
 

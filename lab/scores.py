@@ -9,11 +9,12 @@ from dedistill.evaluation.judges import DigitJudge
 from dedistill.evaluation.meters import path_numbers
 from dedistill.evaluation.numbers import picture_numbers
 from dedistill.evaluation.validation import held_out_meters
+from dedistill.flow.guidance import ClassifierFree
 from dedistill.flow.solvers import sigma_grid
 from dedistill.models.model import Model
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import objective_for
 from dedistill.recipe import Recipe
-from dedistill.sampling.sampler import sample, start_noise, trajectories
+from dedistill.sampling.sampler import Sampling, sample, start_noise, trajectories
 
 STEPS = 16
 SCALES = (1, 2, 4)
@@ -31,14 +32,14 @@ class Examiner:
 
     def losses(self, model: Model) -> dict[str, float]:
         """loss and guidance gap on held-out samples."""
-        tasks = Objective(self.recipe, self.source, model.shift).held_out(self.held_out, model.chunk)
-        found = held_out_meters(model, tasks, 8)
+        batches = objective_for(self.recipe, self.source, model.shift).validation_batches(self.held_out, model.chunk)
+        found = held_out_meters(model, batches, 8)
         return {key: float(found[key].value[0]) for key in ("loss", "guidance")}
 
     def pictures(self, model: Model, cfg: float, *, steps: int = STEPS, length: int | None = None) -> dict[str, float]:
         """accuracy, frechet, precision, recall, saturated of pictures at one scale."""
         noise = start_noise(0, len(self.prompts), model.parts.picture)
-        made = sample(model, self.prompts, noise, sigma_grid(steps, model.grid_shift), cfg=cfg, length=length)
+        made = sample(model, self.prompts, noise, Sampling(steps=steps, guidance=ClassifierFree(cfg)), length=length)
         numbers = {"accuracy": float(np.mean(self.judge.correct(made, self.prompts)))} | self.judge.numbers(made)
         return numbers | {"saturated": float(picture_numbers(made)["saturated"].mean())}
 
@@ -52,7 +53,8 @@ class Examiner:
     def paths(self, model: Model, cfg: float = 1.0) -> dict[str, float]:
         """straightness of the paths, and Frechet distances in one step and in 16."""
         noise, sigmas = start_noise(0, len(self.prompts), model.parts.picture), sigma_grid(32, model.grid_shift)
-        found = [path_numbers(states, sigmas)[:2] for states in trajectories(model, self.prompts, noise, sigmas, cfg=cfg)]
+        how = Sampling(steps=32, guidance=ClassifierFree(cfg))
+        found = [path_numbers(states, sigmas)[:2] for states in trajectories(model, self.prompts, noise, how)]
         chord, bend = (np.concatenate(part) for part in zip(*found))
         one, many = (self.pictures(model, cfg, steps=steps) for steps in (1, STEPS))
         straightness = float((bend @ -np.diff(sigmas)).sum() / chord.sum())

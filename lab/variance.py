@@ -5,17 +5,17 @@ import torch
 
 from dedistill.data.source import Source
 from dedistill.models.model import Model
-from dedistill.objectives.objective import Objective, task_loss
+from dedistill.objectives.base import objective_for
 from dedistill.recipe import Recipe
 
 
 def gradient_variances(model: Model, recipe: Recipe, source: Source, batches: int) -> dict[str, float]:
     """Variances over batches of the loss and of the gradient's norm, and the gradient's total variance E|g - E g|^2."""
-    objective, parameters = Objective(recipe, source, model.shift), [*model.trainable().values()]
+    objective, parameters = objective_for(recipe, source, model.shift), [*model.trainable().values()]
     losses, gradients = [], []
     model.root.train()
     for step in range(batches):
-        loss = task_loss(model, objective.task(step, np.arange(recipe.train.batch))).mean()
+        loss = objective.loss(model, objective.noisy_batch(step, np.arange(recipe.train.batch))).mean()
         parts = torch.autograd.grad(loss, parameters)
         losses.append(float(loss.detach()))
         gradients.append(torch.cat([part.flatten() for part in parts]).double())

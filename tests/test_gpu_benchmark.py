@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dedistill.adapters.attach import Adapter, dense_shapes
 from dedistill.adapters.targets import count_parameters, resolve_targets
-from dedistill.models.family import Text
+from dedistill.models.conditioning import Conditioning
 from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import Int8Linear, linear_names, prepare_base
 
@@ -39,7 +39,7 @@ def counted(parts, call, *, backward: bool) -> int:
     """Operations of one call, as torch counts the matmuls that run; every input wants a gradient."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator).requires_grad_()  # noqa: E731
-    text = Text(draw(BATCH, TEXT, 16), torch.ones(BATCH, TEXT, dtype=torch.bool), draw(BATCH, 16))
+    text = Conditioning.of(draw(BATCH, TEXT, 16), torch.ones(BATCH, TEXT, dtype=torch.bool), pooled=draw(BATCH, 16))
     noisy = draw(BATCH, 1, 16, 32)
     # the plain kernel spells attention out as matmuls, which are counted one by one
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -11,7 +11,7 @@ from scipy import stats
 
 from dedistill.data.encode import open_source
 from dedistill.models.model import build_model
-from dedistill.objectives.objective import Objective, task_loss
+from dedistill.objectives.base import objective_for
 from dedistill.recipe import load_recipe
 from lab.forest import Row, forest_plot
 from lab.report import with_main_table, write_report
@@ -88,10 +88,10 @@ def test_variances_are_those_of_gradients_taken_one_by_one(tmp_path):
     )
     source, model = open_source(recipe.data), build_model(recipe)
     model.parts.net.requires_grad_(True)
-    objective, losses, gradients = Objective(recipe, source, model.shift), [], []
+    objective, losses, gradients = objective_for(recipe, source, model.shift), [], []
     for step in range(3):
         model.root.zero_grad()
-        loss = task_loss(model, objective.task(step, np.arange(4))).mean()
+        loss = objective.loss(model, objective.noisy_batch(step, np.arange(4))).mean()
         loss.backward()
         losses.append(float(loss.detach()))
         gradients.append(np.concatenate([p.grad.double().numpy().ravel() for p in model.trainable().values()]))

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         samples=args.samples,
         steps=32,
         few=(1, 2, 4, 8),
-        cfgs=tuple(sorted({min(grid.cfgs), max(grid.cfgs)})),
+        cfgs=tuple(sorted({min(args.cfg), max(args.cfg)})),
     )
     options = {"names": asked.names, "by": args.by, "reference": args.reference, "clip": clip, "say": say}
     found = evaluate(asked.runs, questions, grid, asked.out, **options)

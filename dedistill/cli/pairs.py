@@ -24,10 +24,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from dedistill.data.encode import open_data
+    from dedistill.flow.guidance import ClassifierFree
     from dedistill.recipe import load_recipe
     from dedistill.report.console import say
     from dedistill.runs.model import open_finished, sampling_device
     from dedistill.sampling.pairs import make_pairs, teacher_hash
+    from dedistill.sampling.sampler import Sampling
 
     recipe = load_recipe(args.recipe, args.set)
     model = open_finished(recipe)
@@ -37,8 +39,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         teacher=teacher_hash(model),
         count=args.count,
-        cfg=args.cfg,
-        steps=args.steps,
+        sampling=Sampling(steps=args.steps, guidance=ClassifierFree(args.cfg)),
         points=args.points,
         seed=args.seed,
         shard_size=args.shard_size,

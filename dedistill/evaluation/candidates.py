@@ -12,7 +12,7 @@ from dedistill.data.encode import open_data
 from dedistill.data.source import Source
 from dedistill.errors import UserError
 from dedistill.evaluation.judges import ClipJudge, DigitJudge, judge_for
-from dedistill.evaluation.sweep import Candidate, Grid
+from dedistill.evaluation.sweep import Candidate, Grid, classifier_free
 from dedistill.io.atomic import with_home
 from dedistill.io.hashing import file_sha256
 from dedistill.io.ownership import claim
@@ -72,7 +72,7 @@ def compared(args: Namespace, folder: str, say: Callable[[str], None], *, steps:
 def sweep_grid(args: Namespace, prompts: tuple[str, ...]) -> Grid:
     """The grid that the arguments of ``dedistill.cli.command.of_sweep`` ask for; what is said twice counts once."""
     cfgs, skips, seeds, steps = (tuple(dict.fromkeys(values)) for values in (args.cfg, args.skip, args.seeds, args.steps))
-    return Grid(cfgs, skips, prompts, seeds, steps)
+    return Grid(classifier_free(cfgs, skips), prompts, seeds, steps)
 
 
 def clip_judge(args: Namespace) -> ClipJudge | None:

@@ -19,7 +19,7 @@ from dedistill.evaluation.validation import held_out_meters
 from dedistill.flow.solvers import sigma_grid
 from dedistill.io.atomic import make_folder, read_sealed, replace_file, sealed
 from dedistill.models.model import CHUNK, Model
-from dedistill.objectives.objective import Objective, Task
+from dedistill.objectives.base import NoisyBatch, objective_for
 from dedistill.recipe import Recipe
 from dedistill.sampling.sampler import start_noise
 
@@ -138,17 +138,17 @@ class Questions:
     few: tuple[int, ...]
     cfgs: tuple[float, ...]
 
-    def tasks(self, model: Model) -> list[Task]:
-        return Objective(self.recipe, self.source, model.shift).held_out(self.samples, model.chunk)
+    def batches(self, model: Model) -> list[NoisyBatch]:
+        return objective_for(self.recipe, self.source, model.shift).validation_batches(self.samples, model.chunk)
 
     @cached_property
     def identity(self) -> str:
         """Hash of all that is asked: the held-out samples themselves, the prompts and the settings."""
         asked = [self.prompts, self.steps, self.few, self.cfgs, self.judge.identity if self.judge else None, BINS]
         digest = hashlib.sha256(json.dumps(asked).encode())
-        for task in Objective(self.recipe, self.source, lambda shape: 1.0).held_out(self.samples, CHUNK):
-            digest.update(json.dumps(task.captions).encode())
-            for tensor in (task.noisy, task.sigma, task.target):
+        for batch in objective_for(self.recipe, self.source, lambda shape: 1.0).validation_batches(self.samples, CHUNK):
+            digest.update(json.dumps(batch.captions).encode())
+            for tensor in (batch.noisy, batch.sigma, batch.target):
                 digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -177,12 +177,12 @@ def ask(candidate: Candidate, q: Questions, kept: Path | None = None, *, held_ou
 
 
 def _ask_held_out(candidate: str, model: Model, q: Questions) -> Answer:
-    tasks = q.tasks(model)
-    if tasks[0].noisy.shape[1] != model.parts.picture[0]:
-        there, here = tasks[0].noisy.shape[1], model.parts.picture[0]
+    batches = q.batches(model)
+    if batches[0].noisy.shape[1] != model.parts.picture[0]:
+        there, here = batches[0].noisy.shape[1], model.parts.picture[0]
         raise UserError(f"the held-out samples have {there} channels, the model's {here}: choose another recipe with --data")
-    model.remember([*q.prompts, model.negative, *(c for t in tasks if t.text is None for c in t.captions)])
-    found = held_out_meters(model, tasks, BINS)
+    model.remember([*q.prompts, model.negative, *(c for b in batches if b.text is None for c in b.captions)])
+    found = held_out_meters(model, batches, BINS)
     _check(candidate, found)
     return Answer(found, q.places(model), tuple(model.parts.picture))
 

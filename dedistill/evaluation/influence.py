@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dedistill.adapters.targets import Resolved, count_parameters, matching
 from dedistill.errors import UserError
-from dedistill.flow.solvers import euler, sigma_grid
+from dedistill.flow.solvers import sigma_grid, solve
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Family
 from dedistill.models.model import Model
@@ -157,7 +157,7 @@ def measure(model: Model, prompts: list[str], *, sigmas: int, batch: int, seed: 
             with meter.watch(index, text):
                 return model.velocity(noisy, torch.full((len(noisy),), sigma, device=noisy.device), text)
 
-        for _ in euler(velocity, noise[start : start + batch].to(model.device), grid):
+        for _ in solve("euler", velocity, noise[start : start + batch].to(model.device), grid):
             pass
     model.root.train(training)
     distance = meter.distance()

@@ -14,9 +14,10 @@ from dedistill.evaluation.influence import angular_distance
 from dedistill.evaluation.judges import DigitJudge
 from dedistill.evaluation.numbers import picture_numbers
 from dedistill.flow import keyed
+from dedistill.flow.guidance import ClassifierFree
 from dedistill.flow.solvers import sigma_grid
 from dedistill.models.model import Model
-from dedistill.sampling.sampler import sample, trajectories
+from dedistill.sampling.sampler import Sampling, sample, trajectories
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -76,11 +77,11 @@ def path_meters(model: Model, prompts: list[str], noise: Tensor, *, steps: int, 
     noise to data. few_steps: |end - end in few steps|^2 over |chord|^2.
     """
     sigmas = sigma_grid(steps, model.grid_shift)
-    paths = [path_numbers(states, sigmas) for states in trajectories(model, prompts, noise, sigmas, cfg=1.0)]
+    paths = [path_numbers(states, sigmas) for states in trajectories(model, prompts, noise, Sampling(steps=steps))]
     chord, bend, turning, ends = (np.concatenate(part) for part in zip(*paths))
     gaps = []
     for n in few:
-        short = torch.cat([s[-1] for s in trajectories(model, prompts, noise, sigma_grid(n, model.grid_shift), cfg=1.0)])
+        short = torch.cat([s[-1] for s in trajectories(model, prompts, noise, Sampling(steps=n))])
         gaps.append(((short.flatten(1).double().numpy() - ends) ** 2).mean(1))
     one = chord[:, None]
     return {
@@ -105,9 +106,9 @@ def guidance_meters(
     model: Model, prompts: list[str], noise: Tensor, *, steps: int, cfgs: tuple[float, ...], judge: DigitJudge | None
 ) -> dict[str, Reading]:
     """Numbers of the pictures at each scale of ``cfgs``: those of ``GUIDED``, and with a judge correct and realistic."""
-    sigmas, columns = sigma_grid(steps, model.grid_shift), []
+    columns = []
     for cfg in cfgs:
-        pictures = sample(model, prompts, noise, sigmas, cfg=cfg)
+        pictures = sample(model, prompts, noise, Sampling(steps=steps, guidance=ClassifierFree(cfg)))
         numbers = {key: value for key, value in picture_numbers(pictures).items() if key in GUIDED}
         if judge:
             numbers |= {"correct": judge.correct(pictures, prompts), "realistic": judge.realistic(pictures)}

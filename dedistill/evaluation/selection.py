@@ -15,7 +15,7 @@ from dedistill.evaluation.meters import LEVEL, Reading, interval, ratio, resampl
 
 LEAST_PROMPTS = 16
 """With fewer different prompts a bootstrap tells nothing."""
-CELL = ("candidate", "cfg", "skip", "steps")
+CELL = ("candidate", "cfg", "skip", "steps", "method")
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ def select(scores: dict, rows: list[dict], *, by: str | None = None, order: Sequ
     candidates, those first that are taken where number and cost are equal; default as listed. Returns what selection.json
     holds. Raises UserError for a number that there is not, too few prompts, or cells of different prompts.
     """
-    cells = [{key: cell[key] for key in CELL} for cell in scores["cells"]]
+    cells = [{key: cell[key] for key in (*CELL, "passes") if key in cell} for cell in scores["cells"]]
     known = {n["key"]: n for n in scores["numbers"] if "picture" in n}
     readings = {key: found for key, n in known.items() if (found := _reading(cells, rows, n["picture"]))}
     chief = _chief(known, readings, by)
     for cell in cells:
-        cell |= {"passes": passes(cell), "against": _mildest(cells, cell["candidate"]), "numbers": {}, "refused": []}
+        cell |= {"against": _mildest(cells, cell["candidate"]), "numbers": {}, "refused": []}
     for key, reading in readings.items():
         _fill(cells, known[key], reading)
     allowed = [i for i, cell in enumerate(cells) if not cell["refused"]]
@@ -118,11 +118,6 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise UserError(f"--prompts: {count} different ones are too few to choose by; at least {LEAST_PROMPTS}", 2)
 
 
-def passes(cell: dict) -> int:
-    """Calls of the network that one picture costs."""
-    return cell["steps"] if cell["cfg"] == 1 else cell["steps"] + max(cell["steps"] - cell["skip"], 0)
-
-
 def _mildest(cells: list[dict], candidate: str) -> int:
     """The candidate's cell nearest CFG 1, in the most steps: the same weights, prompts and noise, hardly guided."""
     own = [i for i, cell in enumerate(cells) if cell["candidate"] == candidate]
@@ -140,9 +135,9 @@ def _chief(known: dict[str, dict], readings: dict[str, Reading], by: str | None)
 
 def _reading(cells: list[dict], rows: list[dict], key: str) -> Reading | None:
     """A number of pictures as [prompts, cells]; pictures that lack it in some cell do not count. None where no cell has it."""
-    by_cell = {tuple(cell[k] for k in CELL): [] for cell in cells}
+    by_cell = {tuple(cell.get(k) for k in CELL): [] for cell in cells}
     for row in rows:
-        by_cell[tuple(row[k] for k in CELL)].append(row)
+        by_cell[tuple(row.get(k) for k in CELL)].append(row)
     if len({tuple((row["prompt"], row["seed"]) for row in own) for own in by_cell.values()}) > 1:
         raise UserError("the cells of this sweep were made from different prompts or seeds: run the sweep again")
     values = np.array([[row.get(key, np.nan) for row in own] for own in by_cell.values()]).T

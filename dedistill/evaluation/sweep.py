@@ -1,11 +1,12 @@
-"""Candidates x CFG x first-k-without-CFG x prompts x seeds: pictures, numbers, and what each cell scored.
+"""Candidates x ways of sampling x prompts x seeds: pictures, numbers, and what each cell scored.
 
 The folder holds ``index.json`` (a row per picture), ``scores.json`` (a row per cell) and the pictures as PNG at their
 own resolution. Cells whose pictures and rows are there already are not made again.
 """
 
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from torch import Tensor
 from dedistill.errors import UserError
 from dedistill.evaluation.judges import ClipJudge, DigitJudge
 from dedistill.evaluation.numbers import NUMBERS, VERSION, diversity, picture_numbers
-from dedistill.flow.solvers import sigma_grid
+from dedistill.flow.guidance import ClassifierFree, Guider
+from dedistill.flow.solvers import SOLVERS
 from dedistill.io.atomic import replace_json
 from dedistill.models.model import Model
 from dedistill.sampling.images import as_image
-from dedistill.sampling.sampler import sample, start_noise
+from dedistill.sampling.sampler import Sampling, sample, start_noise
 
-# --- candidates x CFG x first-k-without-CFG x prompts x seeds --------------------------------------------------------
+# --- candidates x ways of sampling x prompts x seeds -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,21 @@ class Candidate:
 class Grid:
     """steps: solver steps of every candidate; none: each its own."""
 
-    cfgs: tuple[float, ...]
-    skips: tuple[int, ...]
+    guiders: tuple[Guider, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     steps: tuple[int, ...] = ()
+    solvers: tuple[str, ...] = ("euler",)
 
-    def cells(self, own: int) -> list[tuple[float, int, int]]:
-        """(cfg, skip, steps) for a candidate of ``own`` steps; skipping the guidance of CFG 1 changes nothing: one cell."""
-        pairs = [(c, s) for s in self.skips for c in self.cfgs if not (c == 1 and s != self.skips[0])]
-        return [(c, s, n) for n in self.steps or (own,) for c, s in pairs]
+    def columns(self, own: int) -> list[Sampling]:
+        """The ways of sampling a candidate of ``own`` steps."""
+        steps = self.steps or (own,)
+        return [Sampling(solver=s, steps=n, guidance=g) for s in self.solvers for n in steps for g in self.guiders]
+
+
+def classifier_free(cfgs: Iterable[float], skips: Sequence[int] = (0,)) -> tuple[ClassifierFree, ...]:
+    """Every scale with every number of first steps without; skipping the guidance of CFG 1 changes nothing: it comes once."""
+    return tuple(ClassifierFree(c, s) for s in skips for c in cfgs if not (c == 1 and s != skips[0]))
 
 
 def sweep(
@@ -73,19 +80,18 @@ def sweep(
     rows, cells = [], []
     for candidate in candidates:
         model = None
-        for cfg, skip, steps in grid.cells(candidate.steps):
-            place = {"candidate": candidate.name, "cfg": cfg, "skip": skip, "steps": steps}
-            folder = out / "pictures" / candidate.name / _folder_name(candidate, cfg, skip, steps)
-            key = _cell_key(candidate, grid, cfg, skip, steps)
+        for column in grid.columns(candidate.steps):
+            folder = out / "pictures" / candidate.name / _folder_name(candidate, column)
+            key = _cell_key(candidate, grid, column)
             key |= {name: who.identity if who else None for name, who in (("judge", judge), ("clip", clip))}
             if (known := _reusable(folder, key, out)) is None:
                 if model is None:
                     model = candidate.open()
                     model.remember([*grid.prompts, model.negative])
-                known = _make_cell(model, place, grid, folder, out, judge, clip)
+                known = _make_cell(model, candidate.name, column, grid, folder, out, judge, clip)
                 replace_json(folder / "cell.json", {"key": key, **known})
-                own = f" steps {steps}" if len(grid.steps) > 1 else ""
-                say(f"{candidate.name} cfg {cfg:g} skip {skip}{own}: " + _short(known["cell"]))
+                say(f"{candidate.name}, {column.label}: " + _short(known["cell"]))
+            known["cell"].setdefault("passes", column.nfe())  # of a version that knew classifier-free guidance alone
             rows += known["rows"]
             cells.append(known["cell"])
     scores = {
@@ -93,7 +99,7 @@ def sweep(
         "settings": {
             "prompts": len(grid.prompts),
             "seeds": ", ".join(map(str, grid.seeds)),
-            "solver": "Euler",
+            "solver": ", ".join(SOLVERS[solver].name for solver in grid.solvers),
             **({"judge reads real held-out digits": f"{judge.held_out_accuracy:.1%}"} if judge else {}),
         },
         "numbers": [n for n in NUMBERS if any(n["key"] in c for c in cells)],
@@ -104,18 +110,19 @@ def sweep(
     return scores
 
 
-def _folder_name(candidate: Candidate, cfg: float, skip: int, steps: int) -> str:
-    return f"cfg{cfg:g}_skip{skip}" + (f"_steps{steps}" if steps != candidate.steps else "")
+def _folder_name(candidate: Candidate, column: Sampling) -> str:
+    told = column.facts
+    steps = f"_steps{column.steps}" if column.steps != candidate.steps else ""
+    method = "_" + re.sub("[^A-Za-z0-9.-]+", "-", told["method"]) if "method" in told else ""
+    return f"cfg{told['cfg']:g}_skip{told['skip']}{steps}{method}"
 
 
-def _cell_key(candidate: Candidate, grid: Grid, cfg: float, skip: int, steps: int) -> dict:
+def _cell_key(candidate: Candidate, grid: Grid, column: Sampling) -> dict:
     return {
         "version": VERSION,
         "numbers": [n["picture"] for n in NUMBERS if "picture" in n],  # a cell made before there was one lacks it
         "weights": candidate.weights,
-        "steps": steps,
-        "cfg": cfg,
-        "skip": skip,
+        **column.facts,
         "prompts": list(grid.prompts),
         "seeds": list(grid.seeds),
     }
@@ -133,15 +140,22 @@ def _reusable(folder: Path, key: dict, out: Path) -> dict | None:
 
 
 def _make_cell(
-    model: Model, place: dict, grid: Grid, folder: Path, out: Path, judge: DigitJudge | None, clip: ClipJudge | None
+    model: Model,
+    name: str,
+    column: Sampling,
+    grid: Grid,
+    folder: Path,
+    out: Path,
+    judge: DigitJudge | None,
+    clip: ClipJudge | None,
 ) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cell.json").unlink(missing_ok=True)  # its pictures are about to be overwritten
-    sigmas = sigma_grid(place["steps"], model.grid_shift)
+    place = {"candidate": name, **column.facts}
     everything, vectors, rows = [], [], []
     for seed in grid.seeds:
         noise = start_noise(seed, len(grid.prompts), model.parts.picture)
-        pictures = sample(model, list(grid.prompts), noise, sigmas, cfg=place["cfg"], skip=place["skip"])
+        pictures = sample(model, list(grid.prompts), noise, column)
         numbers = picture_numbers(pictures)
         if judge:
             numbers["correct"] = judge.correct(pictures, list(grid.prompts))
@@ -156,7 +170,7 @@ def _make_cell(
             row = {"file": file.relative_to(out).as_posix(), **facts}
             rows.append(row | {k: round(float(v[i]), 6) for k, v in numbers.items() if not np.isnan(v[i])})
         everything.append(pictures)
-    cell = {**place, "pictures": len(rows)}
+    cell = {**place, "pictures": len(rows), "passes": column.nfe(model.grid_shift)}
     cell |= {k: float(np.mean([r[k] for r in rows])) for k in numbers if k not in ("correct", "realistic")}
     if len(grid.seeds) > 1:
         cell["diversity"] = float(diversity(torch.stack(everything)).mean())

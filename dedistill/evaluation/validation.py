@@ -10,19 +10,19 @@ from torch import Tensor
 from dedistill.distributed.heartbeat import pulse
 from dedistill.distributed.world import World
 from dedistill.evaluation.meters import Reading, path_numbers
+from dedistill.flow.guidance import CONDITIONAL
 from dedistill.flow.path import flow_loss, implied_noise
-from dedistill.flow.solvers import euler, sigma_grid
-from dedistill.models.conditioning import Conditioning
+from dedistill.flow.solvers import sigma_grid
 from dedistill.models.model import Model
-from dedistill.objectives.objective import Objective, Task, task_loss
-from dedistill.sampling.sampler import guided
+from dedistill.objectives.base import NoisyBatch, Objective
+from dedistill.sampling.sampler import Sampling, path
 
 # --- what a model predicts on held-out samples -----------------------------------------------------------------------
 
 
 @torch.no_grad()
-def held_out_meters(model: Model, tasks: list[Task], bins: int) -> dict[str, Reading]:
-    """Meters of fixed held-out tasks, over all and (``_by_sigma``) in ``bins`` equal bins of sigma.
+def held_out_meters(model: Model, batches: list[NoisyBatch], bins: int) -> dict[str, Reading]:
+    """Meters of fixed validation batches, over all and (``_by_sigma``) in ``bins`` equal bins of sigma.
 
     loss: flow-matching loss of the captioned samples. guidance: |velocity with caption - without|^2 per element, by
     which one unit of CFG moves a velocity. A distilled guidance embedding is fed what it is fed in training.
@@ -30,7 +30,7 @@ def held_out_meters(model: Model, tasks: list[Task], bins: int) -> dict[str, Rea
     training = model.root.training
     model.root.eval()
     try:
-        numbers = np.concatenate([held_out_numbers(model, task) for task in tasks])
+        numbers = np.concatenate([held_out_numbers(model, batch) for batch in batches])
     finally:
         model.root.train(training)
     sigma, *columns = numbers[numbers[:, 0].argsort()].T  # every model's samples in one order, however they were batched
@@ -43,19 +43,19 @@ def held_out_meters(model: Model, tasks: list[Task], bins: int) -> dict[str, Rea
     return found
 
 
-def held_out_numbers(model: Model, task: Task) -> np.ndarray:
+def held_out_numbers(model: Model, batch: NoisyBatch) -> np.ndarray:
     """sigma, loss and squared difference between the two branches of each sample [B, 3]."""
-    text = text_of(model, task)
-    noisy, sigma = task.noisy.to(model.device), task.sigma.to(model.device)
+    text = text_of(model, batch)
+    noisy, sigma = batch.noisy.to(model.device), batch.sigma.to(model.device)
     own = model.velocity(noisy, sigma, text)
     other = model.velocity(noisy, sigma, model.encode([model.negative]).expand(len(text)))
-    columns = (sigma, flow_loss(own, task.target.to(model.device)), flow_loss(own, other))
+    columns = (sigma, flow_loss(own, batch.target.to(model.device)), flow_loss(own, other))
     return torch.stack(columns, 1).double().cpu().numpy()
 
 
-def text_of(model: Model, task: Task) -> Conditioning:
-    """The captions of ``task``, none of them dropped."""
-    return model.encode(task.captions) if task.text is None else task.text.to(model.device)
+def text_of(model: Model, batch: NoisyBatch) -> Conditioning:
+    """The captions of ``batch``, none of them dropped."""
+    return model.encode(batch.captions) if batch.text is None else batch.text.to(model.device)
 
 
 # --- loss on held-out samples, on fixed noise and fixed sigmas -------------------------------------------------------
@@ -66,8 +66,8 @@ class Validator:
 
     def __init__(self, objective: Objective, samples: int, size: int, world: World | None = None):
         """samples: held-out samples asked each time, at most ``size`` of them at once, shared by the processes of ``world``."""
-        self.samples, self.world = samples, world or World()
-        self.tasks, self.company = fixed_share(objective, samples, size, self.world)
+        self.objective, self.samples, self.world = objective, samples, world or World()
+        self.batches, self.company = fixed_share(objective, samples, size, self.world)
 
     @torch.no_grad()
     def __call__(self, model: Model, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
@@ -77,14 +77,14 @@ class Validator:
         """
         training = model.root.training
         model.root.eval()
-        for task in self.company:
-            task_loss(model, task)
+        for batch in self.company:
+            self.objective.loss(model, batch)
         own = []
-        for task in self.tasks:
+        for batch in self.batches:
             if interrupted():
                 break
             pulse.beat("validating")
-            own += zip(task.sigma.tolist(), task_loss(model, task).tolist())
+            own += zip(batch.sigma.tolist(), self.objective.loss(model, batch).tolist())
         model.root.train(training)
         heard = self.world.gather({"losses": own, "interrupted": interrupted()})
         if any(h["interrupted"] for h in heard):
@@ -93,11 +93,11 @@ class Validator:
         return {"val_loss": float(by_sigma.mean()), "val_loss_se": stratified_error(by_sigma)}
 
 
-def fixed_share(objective: Objective, samples: int, size: int, world: World) -> tuple[list[Task], list[Task]]:
-    """Held-out tasks of this process, and what it runs for nothing where all must run equally many passes."""
-    tasks = objective.held_out(samples, size, world)
-    passes = max(world.gather(len(tasks))) if world.lockstep else 0
-    return tasks, objective.held_out(1, 1) * (passes - len(tasks))
+def fixed_share(objective: Objective, samples: int, size: int, world: World) -> tuple[list[NoisyBatch], list[NoisyBatch]]:
+    """Validation batches of this process, and what it runs for nothing where all must run equally many passes."""
+    batches = objective.validation_batches(samples, size, world)
+    passes = max(world.gather(len(batches))) if world.lockstep else 0
+    return batches, objective.validation_batches(1, 1) * (passes - len(batches))
 
 
 def stratified_error(losses: np.ndarray) -> float:
@@ -130,35 +130,33 @@ class Meters:
     def __init__(self, objective: Objective, samples: int, steps: int, size: int, world: World | None = None):
         """samples: held-out samples, at most ``size`` at once, shared by the processes of ``world``; steps: of a path."""
         self.steps, self.world = steps, world or World()
-        self.tasks, self.company = fixed_share(objective, samples, size, self.world)
+        self.batches, self.company = fixed_share(objective, samples, size, self.world)
 
     @torch.no_grad()
     def __call__(self, model: Model) -> dict[str, float]:
         """{"guidance_gap", "straightness", "few_step_gap"} in evaluation mode, the same on every process."""
         training = model.root.training
         model.root.eval()
-        for task in self.company:
-            self._ask(model, task)
-        own = [row for task in self.tasks for row in self._ask(model, task)]
+        for batch in self.company:
+            self._ask(model, batch)
+        own = [row for batch in self.batches for row in self._ask(model, batch)]
         model.root.train(training)
         rows = sorted(row for rows in self.world.gather(own) for row in rows)  # by sigma, of which each sample has its own
         _, gap, bend, few, chord = np.array(rows).sum(0).tolist()
         return {"guidance_gap": gap / len(rows), "straightness": bend / chord, "few_step_gap": few / chord}
 
-    def _ask(self, model: Model, task: Task) -> list[list[float]]:
+    def _ask(self, model: Model, batch: NoisyBatch) -> list[list[float]]:
         """sigma, guidance gap, bend, few-step gap and chord of each sample."""
-        sigma, _, gap = held_out_numbers(model, task).T
-        noise = implied_noise(task.noisy, task.sigma, task.target)
-        chord, bend, _, end = path_numbers(self._path(model, task, noise, self.steps), sigma_grid(self.steps, model.grid_shift))
-        short = self._path(model, task, noise, FEW)[-1].flatten(1).double().numpy()
-        widths = -np.diff(sigma_grid(self.steps, model.grid_shift))
-        return np.stack([sigma, gap, bend @ widths, np.square(short - end).mean(1), chord], 1).tolist()
+        sigma, _, gap = held_out_numbers(model, batch).T
+        noise = implied_noise(batch.noisy, batch.sigma, batch.target)
+        sigmas = sigma_grid(self.steps, model.grid_shift)
+        chord, bend, _, end = path_numbers(self._path(model, batch, noise, self.steps), sigmas)
+        short = self._path(model, batch, noise, FEW)[-1].flatten(1).double().numpy()
+        return np.stack([sigma, gap, bend @ -np.diff(sigmas), np.square(short - end).mean(1), chord], 1).tolist()
 
-    def _path(self, model: Model, task: Task, noise: Tensor, steps: int) -> list[Tensor]:
-        text = text_of(model, task)
-        velocity = guided(model, text, text, 1.0, 0)
+    def _path(self, model: Model, batch: NoisyBatch, noise: Tensor, steps: int) -> list[Tensor]:
         states = []
-        for state in euler(velocity, noise.to(model.device), sigma_grid(steps, model.grid_shift)):
+        for state in path(model, {CONDITIONAL: text_of(model, batch)}, noise, Sampling(steps=steps)):
             pulse.beat("measuring")
             states.append(state.float().cpu())
         return states

@@ -1,10 +1,11 @@
-"""Freeze a network and store its linears in fewer bits, by exact name.
+"""Freeze a network and store its linears in fewer bits, by exact name. A way of storing is a class, named in ``QUANTIZERS``.
 
 Tensor subclasses (quanto, torchao) break under DDP, FSDP2, ZeRO-3, deepcopy or safetensors, each in its own way; two
 ordinary frozen parameters work everywhere. The codes equal optimum-quanto's qint8: symmetric, one scale per output row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from dedistill.adapters.targets import matching
 from dedistill.errors import UserError
 from dedistill.io.safetensors import tensors_sha256
+from dedistill.recipe import Recipe
 
 # --- an int8 linear made of plain tensors ----------------------------------------------------------------------------
 
@@ -68,6 +70,88 @@ class Int8Linear(nn.Linear):
         return self.weight.to(self.weight_scale.dtype) * self.weight_scale
 
 
+# --- ways of storing a frozen linear ---------------------------------------------------------------------------------
+
+
+class Quantizer:
+    """A way of storing frozen linears, and of reading them again."""
+
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Engines it does not work with -> why, and what to use instead."""
+
+    def convert(self, linear: nn.Linear) -> nn.Linear:
+        """What takes the place of ``linear``, on its device; ``linear`` itself is not used any more."""
+        raise NotImplementedError
+
+    def made(self, module: nn.Module) -> bool:
+        """Whether ``module`` comes of :meth:`convert`, or of a file that holds such."""
+        raise NotImplementedError
+
+    def dense(self, linear: nn.Linear) -> Tensor:
+        """The weight that a linear made by it stands for, [out, in], in any float type."""
+        raise NotImplementedError
+
+    def stored(self, linear: nn.Linear) -> dict[str, Tensor]:
+        """The plain tensors that a linear made by it really holds, by names within it."""
+        return dict([*linear.named_parameters(), *linear.named_buffers()])
+
+
+class Int8(Quantizer):
+    """Ours: :class:`Int8Linear`."""
+
+    def convert(self, linear: nn.Linear) -> nn.Linear:
+        return Int8Linear.of(linear)
+
+    def made(self, module: nn.Module) -> bool:
+        return isinstance(module, Int8Linear)
+
+    def dense(self, linear: Int8Linear) -> Tensor:
+        return linear.dequantized()
+
+
+class QuantoInt8(Quantizer):
+    """The same codes as optimum-quanto keeps them: a subclass of tensors."""
+
+    refused: ClassVar = {
+        "fsdp2": "would be sharded as the floats it stands for, without a word; use 'int8' (the same codes)",
+        "zero3": "breaks when ZeRO-3 cuts it; use 'int8' (the same codes)",
+    }
+
+    def convert(self, linear: nn.Linear) -> nn.Linear:
+        from optimum.quanto import freeze, qint8, quantize
+
+        holder = nn.Sequential(linear)
+        quantize(holder, weights=qint8)
+        freeze(holder)
+        return holder[0]
+
+    def made(self, module: nn.Module) -> bool:
+        return hasattr(module, "weight_qtype")
+
+    def dense(self, linear: nn.Linear) -> Tensor:
+        return linear.weight.detach().dequantize()
+
+    def stored(self, linear: nn.Linear) -> dict[str, Tensor]:
+        tensors = super().stored(linear)
+        weight = tensors.pop("weight")
+        return {"weight.data": weight._data, "weight.scale": weight._scale, **tensors}
+
+
+QUANTIZERS: dict[str, Quantizer | None] = {"none": None, "int8": Int8(), "int8-quanto": QuantoInt8()}
+"""By the names that recipes use; None leaves linears as they are."""
+
+
+def check_engine(recipe: Recipe, engine: str, otherwise: str) -> None:
+    """Raises UserError where the recipe's base cannot be stored as it says under ``engine``. otherwise: what else to use."""
+    quantizer = QUANTIZERS[recipe.base.quant]
+    if quantizer and (why := quantizer.refused.get(engine)):
+        raise UserError(f"{recipe.where('base.quant')}: '{recipe.base.quant}' {why}, or {otherwise}", exit_code=2)
+
+
+def _quantizer_of(module: nn.Module) -> Quantizer | None:
+    return next((q for q in QUANTIZERS.values() if q and q.made(module)), None)
+
+
 # --- freeze and quantize a network's linears by exact name -----------------------------------------------------------
 
 
@@ -81,19 +165,15 @@ def prepare_base(
 ) -> list[str]:
     """Quantize ``net`` in place, move it to ``device``, freeze all of it; returns the names of the quantized linears.
 
-    quant: "none", "int8" (ours) or "int8-quanto". A linear that matches a pattern of ``exclude`` keeps its dtype.
+    quant: a name of ``QUANTIZERS``. A linear that matches a pattern of ``exclude`` keeps its dtype.
     Raises UserError for a pattern that matches no linear.
     """
     names = linear_names(net)
     kept = excluded(exclude, names, where)
-    chosen = [name for name in names if name not in kept] if quant != "none" else []
-    if quant == "int8":
-        for name in chosen:  # one at a time, so that the whole dense network is never on the device
-            net.set_submodule(name, Int8Linear.of(net.get_submodule(name).to(device)))
-    elif quant == "int8-quanto":
-        _quantize_quanto(net.to(device), chosen)
-    elif quant != "none":
-        raise ValueError(f"unknown quantization {quant!r}")
+    quantizer = QUANTIZERS[quant]
+    chosen = [name for name in names if name not in kept] if quantizer else []
+    for name in chosen:  # one at a time, so that the whole dense network is never on the device
+        net.set_submodule(name, quantizer.convert(net.get_submodule(name).to(device)))
     net.to(device)
     # after quantization: quanto's freeze() makes the weights it rebuilds require gradients again
     net.requires_grad_(False)
@@ -102,10 +182,8 @@ def prepare_base(
 
 def dense_weight(linear: nn.Linear) -> Tensor:
     """The weight a linear stands for, dequantized, float32 [out, in], whatever its storage."""
-    if isinstance(linear, Int8Linear):
-        return linear.dequantized().float()
-    weight = linear.weight.detach()
-    return (weight.dequantize() if hasattr(weight, "dequantize") and hasattr(weight, "qtype") else weight).float()
+    quantizer = _quantizer_of(linear)
+    return (quantizer.dense(linear) if quantizer else linear.weight.detach()).float()
 
 
 def excluded(patterns: list[str], names: list[str], where: Callable[[str], str] = str) -> set[str]:
@@ -127,13 +205,6 @@ def _excluded(pattern: str, names: list[str], where: str) -> list[str]:
     return found
 
 
-def _quantize_quanto(net: nn.Module, chosen: list[str]) -> None:
-    from optimum.quanto import freeze, qint8, quantize
-
-    quantize(net, weights=qint8, include=chosen)
-    freeze(net)
-
-
 def storage_bytes(net: nn.Module) -> int:
     """Bytes that parameters and buffers really occupy (quanto reports the size its weights would have in float)."""
     return sum(part.numel() * part.element_size() for part in _stored(net).values())
@@ -148,12 +219,12 @@ def sample_sha256(net: nn.Module, tensors: int = 64, elements: int = 1024) -> st
 
 def _stored(net: nn.Module) -> dict[str, Tensor]:
     """The tensors that hold a network's numbers, as they are stored."""
-    parts = {}
-    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
-        if hasattr(tensor, "_data") and hasattr(tensor, "_scale"):
-            parts |= {f"{name}.data": tensor._data, f"{name}.scale": tensor._scale}
-        else:
-            parts[name] = tensor
+    parts = dict([*net.named_parameters(), *net.named_buffers()])
+    for name, module in net.named_modules():
+        if quantizer := _quantizer_of(module):
+            for own, _ in [*module.named_parameters(), *module.named_buffers()]:
+                del parts[f"{name}.{own}"]
+            parts |= {f"{name}.{own}": tensor for own, tensor in quantizer.stored(module).items()}
     return parts
 
 

@@ -1,5 +1,6 @@
 """Keys that are well formed alone but make no sense together."""
 
+from dedistill.recipe.objectives import OBJECTIVES
 from dedistill.recipe.schema import Adapter, Meters, Preview, Recipe, Timesteps
 
 
@@ -31,8 +32,9 @@ def _model_rules(r: Recipe) -> list[tuple[str, str]]:
         found.append(("preview", "has no effect while preview.every is 0"))
     if not r.meters.every and r.meters != Meters():
         found.append(("meters", "has no effect while meters.every is 0"))
-    if r.meters.every and r.train.objective == "distill":
-        found.append(("meters.every", "has no meaning with objective = 'distill', which knows the path at a few points only"))
+    if r.meters.every and OBJECTIVES[r.train.objective].own_sigmas:
+        named = f"objective = '{r.train.objective}'"
+        found.append(("meters.every", f"has no meaning with {named}, which knows the path at a few points only"))
     return found
 
 
@@ -87,8 +89,9 @@ def _timestep_rules(r: Recipe) -> list[tuple[str, str]]:
         for key in sorted(keys):
             if getattr(r.timesteps, key) is not None and r.timesteps.density != density:
                 found.append((f"timesteps.{key}", f"has no effect with density = '{r.timesteps.density}'; needs '{density}'"))
-    if r.train.objective == "distill" and r.timesteps != Timesteps():
-        found.append(("timesteps", "has no effect with objective = 'distill': sigma comes from the stored points"))
+    if OBJECTIVES[r.train.objective].own_sigmas and r.timesteps != Timesteps():
+        named = f"objective = '{r.train.objective}'"
+        found.append(("timesteps", f"has no effect with {named}: sigma comes from the stored points"))
     return found
 
 
@@ -113,7 +116,7 @@ def _training_rules(r: Recipe) -> list[tuple[str, str]]:
         found.append(("train.optimizer", "adamw_bf16 is for adapters; a whole network is trained in fp32 with 'adamw'"))
     if t.optimizer == "adamw_bf16" and t.precision == "fp32":
         found.append(("train.optimizer", "adamw_bf16 keeps parameters in bf16; set train.precision = 'bf16'"))
-    if (t.objective == "flow") == (r.data.source == "pairs"):
+    if OBJECTIVES[t.objective].pairs != (r.data.source == "pairs"):
         found.append(("train.objective", f"'{t.objective}' does not go with data.source = '{r.data.source}'"))
     if r.adapter is None and r.base.quant != "none":
         found.append(("base.quant", "a quantized base is frozen: add an [adapter] table or set quant = 'none'"))

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints
 
 from dedistill.io.atomic import with_home
+from dedistill.recipe.objectives import DROPOUTS, OBJECTIVES
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -211,11 +212,9 @@ class Data(Table):
     caption_noise: Share = Field(
         0.0, description="Share of digit words replaced at random, as in captions from the web; makes guidance matter."
     )
-    caption_dropout: Annotated[
-        Share | None,
-        Default(0.1, "train.objective", ("flow",)),
-        Default(0.0, "train.objective", ("distill", "reflow")),
-    ] = Field(None, description="Share of captions replaced by the empty prompt.")
+    caption_dropout: Annotated[Share | None, *(Default(r, "train.objective", names) for r, names in DROPOUTS.items())] = Field(
+        None, description="Share of captions replaced by the empty prompt."
+    )
 
 
 class Timesteps(Table):
@@ -248,7 +247,7 @@ class Timesteps(Table):
 
 
 class Train(Table):
-    objective: Literal["flow", "distill", "reflow"] = Field(
+    objective: Literal[tuple(OBJECTIVES)] = Field(
         "flow",
         description="flow: flow matching on data; distill: velocity between stored points of a teacher's trajectories; "
         "reflow: flow matching on the stored noise and its picture.",

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
+from dedistill.recipe.objectives import OBJECTIVES
 from dedistill.recipe.resolve import Plan
 
 LINE_EVERY = 100
@@ -32,7 +33,7 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
     else:
         out.print(f"  trained   all {facts['trained_parameters']:,} parameters")
     strata = "stratified" if recipe.timesteps.stratify else "independent"
-    density = "stored points" if t.objective == "distill" else recipe.timesteps.density
+    density = "stored points" if OBJECTIVES[t.objective].own_sigmas else recipe.timesteps.density
     out.print(f"  sigma     {density}, {strata}; text mask {recipe.model.mask}")
     micro = f" = {plan.micro_steps} x {plan.micro_batch}" if plan.micro_steps > 1 else ""
     out.print(f"  steps     {start:,} to {plan.steps:,}, batch {plan.batch}{micro}, lr {t.lr:g} {t.schedule}, {t.optimizer}")

@@ -152,9 +152,9 @@ def _pictures(out: Path, found: dict) -> tuple[list[str], list[dict]]:
         chosen = min(own, key=lambda i: (bool(cells[i]["refused"]), -cells[i]["cfg"]))
     pair = [home] if cells[chosen] is home else [home, cells[chosen]]
     labels = {n["picture"]: n["label"] for n in selection["numbers"]}
-    by_cell = {tuple(cell[key] for key in CELL): [] for cell in pair}
+    by_cell = {tuple(cell.get(key) for key in CELL): [] for cell in pair}
     for row in read_index(out / "sweep" / "index.json"):
-        if (place := tuple(row[key] for key in CELL)) in by_cell:
+        if (place := tuple(row.get(key) for key in CELL)) in by_cell:
             by_cell[place].append(row | {"file": f"sweep/{row['file']}"})
     rows = [
         {"label": entries[0]["prompt"], "key": i, "shots": [shot(out, entry, labels) for entry in entries]}

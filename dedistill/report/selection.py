@@ -6,6 +6,7 @@ from pathlib import Path
 from dedistill.io.atomic import replace_json
 from dedistill.report.pages import decimals, field, figure, render
 from dedistill.report.plots import tick_label
+from dedistill.report.sweep import named
 
 UNJUDGED = "Prompt adherence was not judged, so no cell is chosen: look at the pictures of those that are not refused."
 
@@ -67,7 +68,7 @@ def chosen_words(found: dict) -> str:
 
 def place_words(cell: dict) -> str:
     skip = f", the first {cell['skip']} without CFG" if cell["skip"] else ""
-    return f"{cell['candidate']} at CFG {tick_label(cell['cfg'])} in {cell['steps']} steps{skip}"
+    return f"{named(cell)} at CFG {tick_label(cell['cfg'])} in {cell['steps']} steps{skip}"
 
 
 def number_words(cell: dict, key: str) -> str:
@@ -145,7 +146,7 @@ def _series(found: dict, x: Callable[[dict], float], key: str) -> dict[str, list
     several = {k: len({cell[k] for cell in found["cells"]}) > 1 for k in ("skip", "steps")}
     series = {}
     for cell in found["cells"]:
-        name = cell["candidate"] + "".join(f", {k} {cell[k]}" for k in several if several[k])
+        name = named(cell) + "".join(f", {k} {cell[k]}" for k in several if several[k])
         value = cell["numbers"][key]
         series.setdefault(name, []).append((x(cell), value["value"], value["low"], value["high"]))
     return series
@@ -156,7 +157,8 @@ def _table(found: dict) -> dict:
     cells, numbers = found["cells"], [n for n in found["numbers"] if n["better"]]
     heads = [("candidate", False), ("CFG", True), ("skip", True), ("steps", True), ("passes", True), ("verdict", False)]
     helps = {"passes": "Calls of the network for one picture.", "skip": "First steps without CFG."}
-    columns = [[field(cell[key], tick_label) for cell in cells] for key in ("candidate", "cfg", "skip", "steps", "passes")]
+    columns = [[field(named(cell)) for cell in cells]]
+    columns += [[field(cell[key], tick_label) for cell in cells] for key in ("cfg", "skip", "steps", "passes")]
     columns.append([field(verdict(found, i)) for i in range(len(cells))])
     if found["by"]:
         for label, part in (("ahead of the others", "difference"), ("from", "difference_low"), ("to", "difference_high")):

@@ -14,11 +14,11 @@ from dedistill.data.encode import open_source
 from dedistill.errors import UserError
 from dedistill.evaluation.candidates import candidates_of, read_prompts
 from dedistill.evaluation.judges import judge_for
-from dedistill.evaluation.sweep import Candidate, Grid, sweep
+from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, sweep
 from dedistill.evaluation.validation import Validator
 from dedistill.io.atomic import replace_json
 from dedistill.io.ownership import claim
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import objective_for
 from dedistill.recipe import Recipe
 from dedistill.report.console import say
 from dedistill.report.pages import (
@@ -216,7 +216,7 @@ def tell(
     source = open_source(recipes["dedistilled"].data)
     candidates = [_candidate(name, recipes[name], steps) for name in STAGES]
     candidates.insert(2, _candidate("student_native", recipes["student"], recipes["student"].sample.steps))
-    grid = Grid(tuple(cfgs), (0,), read_prompts(str(prompts), lambda: source), (0,))
+    grid = Grid(classifier_free(cfgs), read_prompts(str(prompts), lambda: source), (0,))
     scores = sweep(candidates, grid, out / "sweep", title="Teacher, student, de-distilled", judge=judge_for(source), say=say)
     write_sweep_page(out / "sweep")
     losses = _held_out_losses(recipes, source)
@@ -228,8 +228,8 @@ def tell(
         summary[cell["candidate"]]["cfg"][f"{cell['cfg']:g}"] = numbers
     checks = story_checks(summary, MARGINS.get(source.name, Margins()))
     replace_json(out / "summary.json", summary)
-    _write_page(out, recipes, summary, checks, grid, commands)
-    _write_sheet(out, summary, grid)
+    _write_page(out, recipes, summary, checks, cfgs, grid.prompts, commands)
+    _write_sheet(out, cfgs, grid.prompts)
     print_table(summary, checks)
     return checks
 
@@ -244,7 +244,7 @@ def _held_out_losses(recipes: dict[str, Recipe], source) -> dict[str, dict[str, 
     found = {}
     for name in STAGES:
         model = open_finished(recipes[name])
-        objective = Objective(recipes["dedistilled"], source, model.shift)
+        objective = objective_for(recipes["dedistilled"], source, model.shift)
         result = Validator(objective, HELD_OUT, model.chunk)(model)
         found[name] = {"fm_loss": result["val_loss"], "fm_loss_se": result["val_loss_se"]}
     return found
@@ -284,9 +284,17 @@ def _check(text: str, value: float, bound: str, ok: bool) -> dict:
     }
 
 
-def _write_page(out: Path, recipes: dict, summary: dict, checks: list[dict], grid: Grid, commands: list[str]) -> None:
+def _write_page(
+    out: Path,
+    recipes: dict,
+    summary: dict,
+    checks: list[dict],
+    cfgs: list[float],
+    prompts: tuple[str, ...],
+    commands: list[str],
+) -> None:
     def files(name: str, cfg: float) -> list[str]:
-        return [f"sweep/pictures/{name}/cfg{cfg:g}_skip0/p{i:03d}_s0.png" for i in range(min(SHOWN, len(grid.prompts)))]
+        return [f"sweep/pictures/{name}/cfg{cfg:g}_skip0/p{i:03d}_s0.png" for i in range(len(prompts[:SHOWN]))]
 
     write_story_page(
         out,
@@ -295,21 +303,21 @@ def _write_page(out: Path, recipes: dict, summary: dict, checks: list[dict], gri
             "lead": LEAD,
             "models": list(LABELS),
             "labels": {n: f"{LABELS[n]} ({summary[n]['steps']} steps)" for n in LABELS},
-            "cfgs": list(grid.cfgs),
+            "cfgs": cfgs,
             "summary": summary,
             "checks": checks,
-            "pictures": {n: {f"{c:g}": files(n, c) for c in grid.cfgs} for n in LABELS},
-            "prompts": list(grid.prompts[:SHOWN]),
+            "pictures": {n: {f"{c:g}": files(n, c) for c in cfgs} for n in LABELS},
+            "prompts": list(prompts[:SHOWN]),
             "sweep_link": "sweep/index.html",
             "commands": commands,
         },
     )
 
 
-def _write_sheet(out: Path, summary: dict, grid: Grid) -> None:
+def _write_sheet(out: Path, cfgs: list[float], prompts: tuple[str, ...]) -> None:
     """``story.png``: the stages at a few scales as one picture."""
-    shown = [c for c in SHEET_CFGS if c in grid.cfgs]
-    prompts = grid.prompts[:SHEET_PROMPTS]
+    shown = [c for c in SHEET_CFGS if c in cfgs]
+    prompts = prompts[:SHEET_PROMPTS]
 
     def picture(name: str, cfg: float, i: int) -> Image.Image:
         with Image.open(out / f"sweep/pictures/{name}/cfg{cfg:g}_skip0/p{i:03d}_s0.png") as file:

@@ -37,6 +37,11 @@ PromptKey = tuple[str, int]  # the text, and how many earlier prompts of the swe
 RowKey = tuple[PromptKey, int]  # and the seed
 
 
+def named(entry: dict) -> str:
+    """The candidate of a cell or a picture, with the method of those that are not made by Euler's and plain CFG."""
+    return ", ".join(filter(None, (entry["candidate"], entry.get("method"))))
+
+
 Place = tuple[int, int | None]  # skip, and the solver's steps where a candidate has several step counts
 
 
@@ -174,6 +179,9 @@ def write_sweep_page(folder: Path, *, shown: int = 8) -> Path:
     """
     folder = Path(folder)
     scores, pictures = read_scores(folder / "scores.json"), read_index(folder / "index.json")
+    for entry in [*scores["cells"], *pictures]:  # another method is shown as another candidate
+        entry["candidate"] = named(entry)
+        entry.pop("method", None)
     names = list(dict.fromkeys(entry["candidate"] for entry in [*scores["cells"], *pictures]))
     place_of = places_of([*scores["cells"], *pictures])
     places = sorted({place_of(entry) for entry in [*scores["cells"], *pictures]})

@@ -22,7 +22,7 @@ from dedistill.io.atomic import WholeFile, read_sealed, replace_file, sealed
 from dedistill.io.hashing import file_sha256
 from dedistill.io.ownership import claim
 from dedistill.models.model import Model
-from dedistill.sampling.sampler import trajectories
+from dedistill.sampling.sampler import Sampling, trajectories
 
 
 def make_pairs(
@@ -32,8 +32,7 @@ def make_pairs(
     *,
     teacher: str,
     count: int,
-    cfg: float,
-    steps: int,
+    sampling: Sampling,
     points: int,
     seed: int,
     shard_size: int,
@@ -42,16 +41,18 @@ def make_pairs(
     """Write ``count`` pairs into ``out`` and return its facts (also ``pairs.json``).
 
     points: windows between stored states, so points + 1 states, the noise first and the picture last; must divide
-    steps. Raises UserError when ``out`` holds pairs made differently, or what is not ours.
+    ``sampling``'s steps. Raises UserError when ``out`` holds pairs made differently, or what is not ours.
     """
+    steps, told = sampling.steps, sampling.facts
     if steps % points:
         raise UserError(f"--points {points} does not divide --steps {steps}: only states of the solver are stored", exit_code=2)
     sigmas = sigma_grid(steps, model.grid_shift)
     kept = np.arange(0, steps + 1, steps // points)
     facts = {
         "teacher": teacher,
-        "cfg": cfg,
-        "solver": "euler",
+        "cfg": told["cfg"],
+        **{key: told[key] for key in ("skip", "method") if told.get(key)},
+        "solver": sampling.solver,
         "steps": steps,
         "shift": model.grid_shift,
         "negative_prompt": model.negative,
@@ -70,7 +71,7 @@ def make_pairs(
         ids = range(number * shard_size, min(count, (number + 1) * shard_size))
         noise = keyed.noise(seed, "pairs", 0, ids, model.parts.picture)
         captions = prompts[ids.start : ids.stop]
-        states = [torch.stack([c[k] for k in kept], 1) for c in trajectories(model, captions, noise, sigmas, cfg=cfg)]
+        states = [torch.stack([c[k] for k in kept], 1) for c in trajectories(model, captions, noise, sampling)]
         shards.append(_write_shard(out, number, ids, captions, noise, torch.cat(states)))
         replace_file(out / FACTS, sealed({**facts, "shards": shards, "complete": False}))
         progress(ids.stop, count)
@@ -86,10 +87,8 @@ def teacher_hash(model: Model) -> str:
     digest = hashlib.sha256()
     for tensors in (dict(model.parts.net.state_dict()), model.tensors(copy=False)):
         for name in sorted(tensors):
-            tensor = tensors[name]
-            tensor = tensor.dequantize() if hasattr(tensor, "qtype") else tensor
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,16 +1,44 @@
-"""Pictures from a model: prompts and noise in, Euler steps with classifier-free guidance, pictures out."""
+"""Pictures from a model: prompts, noise and a way of sampling in, pictures out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dedistill.flow import keyed
-from dedistill.flow.guidance import classifier_free, needs_unconditional
-from dedistill.flow.solvers import Velocity, euler
+from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, ClassifierFree, Guider
+from dedistill.flow.solvers import SOLVERS, sigma_grid, solve
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How pictures are made from noise, whatever the model: a solver of ``SOLVERS``, its steps, and the guidance."""
+
+    solver: str = "euler"
+    steps: int
+    guidance: Guider = field(default_factory=ClassifierFree)
+
+    @property
+    def facts(self) -> dict[str, float | str]:
+        """What files keep of it: those of the guider, steps, and a method where that is not Euler's with plain CFG."""
+        told = dict(self.guidance.facts)
+        solver = "" if self.solver == "euler" else SOLVERS[self.solver].name
+        method = ", ".join(filter(None, (solver, told.pop("method", ""))))
+        return {**told, "steps": self.steps} | ({"method": method} if method else {})
+
+    @property
+    def label(self) -> str:
+        """What people read of it."""
+        return f"{self.guidance.label}, {self.steps} {SOLVERS[self.solver].name} steps"
+
+    def nfe(self, shift: float = 1.0) -> int:
+        """Calls of the network that one picture costs, on sigmas of that shift."""
+        sigmas = sigma_grid(self.steps, shift)
+        branches = sum(len(self.guidance.branches(sigmas, i)) for i in range(self.steps))
+        return branches * SOLVERS[self.solver].evaluations
 
 
 def start_noise(seed: int, count: int, picture: tuple[int, ...]) -> Tensor:
@@ -19,55 +47,43 @@ def start_noise(seed: int, count: int, picture: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def sample(
-    model: Model,
-    prompts: list[str],
-    noise: Tensor,
-    sigmas: np.ndarray,
-    *,
-    cfg: float = 1.0,
-    skip: int = 0,
-    length: int | None = None,
-) -> Tensor:
+def sample(model: Model, prompts: list[str], noise: Tensor, sampling: Sampling, *, length: int | None = None) -> Tensor:
     """The final pictures [B, C, H, W] on the CPU, float32, about [-1, 1].
 
-    noise: [B, C, h, w] as the denoiser sees pictures. sigmas: falling from 1 to 0, len(sigmas) - 1 steps. cfg: guidance
-    scale against the model's negative prompt; the first ``skip`` steps run without. A distilled guidance embedding is fed
-    ``model.guidance`` besides. length: tokens to pad prompts to; default the model's own.
+    noise: [B, C, h, w] as the denoiser sees pictures. The unconditional branch is the model's negative prompt; a distilled
+    guidance embedding is fed ``model.guidance`` besides. length: tokens to pad prompts to; default the model's own.
     """
-    states = trajectories(model, prompts, noise, sigmas, cfg=cfg, skip=skip, length=length)
+    states = trajectories(model, prompts, noise, sampling, length=length)
     return torch.cat([model.decode(chunk[-1]) for chunk in states])
 
 
 @torch.no_grad()
 def trajectories(
-    model: Model, prompts: list[str], noise: Tensor, sigmas: np.ndarray, *, cfg: float, skip: int = 0, length: int | None = None
+    model: Model, prompts: list[str], noise: Tensor, sampling: Sampling, *, length: int | None = None
 ) -> Iterator[list[Tensor]]:
-    """Every state of the solver, chunk of prompts by chunk: lists of len(sigmas) tensors [b, C, H, W] on the CPU."""
+    """Every state of the solver, chunk of prompts by chunk: lists of steps + 1 tensors [b, C, H, W] on the CPU."""
     training = model.root.training
     model.root.eval()
     try:
         negative = model.encode([model.negative], length)
         for start in range(0, len(prompts), model.chunk):
             text = model.encode(prompts[start : start + model.chunk], length)
-            velocity = guided(model, text, negative.expand(len(text)), cfg, skip)
-            here = noise[start : start + model.chunk].to(model.device)
-            yield [state.float().cpu() for state in euler(velocity, here, sigmas)]
+            texts = {CONDITIONAL: text, UNCONDITIONAL: negative.expand(len(text))}
+            yield [s.float().cpu() for s in path(model, texts, noise[start : start + model.chunk], sampling)]
     finally:  # also when the caller stops reading early
         model.root.train(training)
 
 
-def guided(model: Model, text: Conditioning, negative: Conditioning, cfg: float, skip: int) -> Velocity:
-    """The velocity of ``text`` [B] steered away from ``negative`` [B] at scale ``cfg``, from solver step ``skip`` on.
+def path(model: Model, texts: Mapping[str, Conditioning], noise: Tensor, sampling: Sampling) -> Iterator[Tensor]:
+    """Every state of the solver [B, C, h, w] on the model's device, from ``noise`` on. texts: [B] of each branch.
 
-    The two branches are two calls: each is trimmed to its own length and needs no mask when its prompts are alike.
+    Two branches are two calls: each is trimmed to its own length and needs no mask when its prompts are alike.
     """
+    sigmas, guider = sigma_grid(sampling.steps, model.grid_shift), sampling.guidance
 
-    def velocity(noisy: Tensor, sigma: float, index: int) -> Tensor:
+    def velocity(noisy: Tensor, sigma: float, i: int) -> Tensor:
         s = torch.full((len(noisy),), sigma, device=noisy.device)
-        conditional = model.velocity(noisy, s, text, model.guidance)
-        if not needs_unconditional(cfg, index, skip):
-            return conditional
-        return classifier_free(conditional, model.velocity(noisy, s, negative, model.guidance), cfg)
+        branches = guider.branches(sigmas, i)
+        return guider.combine({b: model.velocity(noisy, s, texts[b], model.guidance) for b in branches}, sigmas, i)
 
-    return velocity
+    return solve(sampling.solver, velocity, noise.to(model.device), sigmas)

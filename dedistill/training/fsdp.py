@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.models.model import Model
+from dedistill.models.quantize import check_engine
 from dedistill.recipe import Recipe
 
 
@@ -23,12 +24,7 @@ def check_shardable(recipe: Recipe) -> None:
         raise UserError(
             "FSDP2 shards a frozen base, and without a table [adapter] the whole network is trained. Use launch/ddp.yaml.", 2
         )
-    if recipe.base.quant == "int8-quanto":
-        raise UserError(
-            f"{recipe.where('base.quant')}: 'int8-quanto' would be sharded as the floats it stands for, without a word; "
-            "use 'int8' (the same codes), or launch/ddp.yaml",
-            2,
-        )
+    check_engine(recipe, "fsdp2", "launch/ddp.yaml")
 
 
 def shard_base(model: Model, world: World, device: torch.device | str) -> None:

@@ -12,19 +12,21 @@ from dedistill.distributed.heartbeat import pulse
 from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.evaluation.sweep import save_png
-from dedistill.flow.solvers import sigma_grid
+from dedistill.flow.guidance import ClassifierFree
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
 from dedistill.sampling.images import contact_sheet
-from dedistill.sampling.sampler import start_noise, trajectories
+from dedistill.sampling.sampler import Sampling, start_noise, trajectories
 
 
 class Preview:
-    """Writes ``folder/step-XXXXXXXX.png``, prompts as rows and scales as columns, and each picture by itself."""
+    """Writes ``folder/step-XXXXXXXX.png``, prompts as rows and ways of sampling as columns, and each picture by itself."""
 
     def __init__(self, recipe: Recipe, model: Model, folder: Path, world: World | None = None):
         """Rank 0 of ``world`` writes; the others are needed where the network cannot be called without them."""
-        self.settings, self.steps, self.model, self.folder = recipe.preview, recipe.sample.steps, model, folder
+        self.settings, self.model, self.folder = recipe.preview, model, folder
+        guiders = [ClassifierFree(cfg, recipe.preview.skip) for cfg in recipe.preview.cfgs]
+        self.columns = [Sampling(steps=recipe.sample.steps, guidance=guider) for guider in guiders]
         self.world = world or World()
         self.out_of_memory = False
 
@@ -50,14 +52,13 @@ class Preview:
             _release(self.model)
 
     def _latents(self) -> Iterator[Tensor]:
-        """What is to be decoded [1, C, h, w], scale by scale, prompt by prompt."""
+        """What is to be decoded [1, C, h, w], column by column, prompt by prompt."""
         p, prompts = self.settings, list(self.settings.prompts)
         noise = start_noise(p.seed, len(prompts), self.model.parts.picture)
-        sigmas = sigma_grid(self.steps, self.model.grid_shift)
-        for cfg in p.cfgs:
+        for sampling in self.columns:
             for i, prompt in enumerate(prompts):  # one at a time: memory is what training has left over
                 pulse.beat("making previews")
-                (states,) = trajectories(self.model, [prompt], noise[i : i + 1], sigmas, cfg=cfg, skip=p.skip)
+                (states,) = trajectories(self.model, [prompt], noise[i : i + 1], sampling)
                 yield states[-1]
 
     def _write(self, step: int, latents: Iterator[Tensor], interrupted: Callable[[], bool]) -> None:
@@ -65,18 +66,18 @@ class Preview:
         folder = self.folder / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         rows = [(prompt, []) for prompt in p.prompts]
-        for cfg in p.cfgs:
+        for sampling in self.columns:
+            told = sampling.facts
             for i, (prompt, row) in enumerate(rows):
                 if interrupted():
                     return
                 with torch.no_grad():
                     picture = self.model.decode(next(latents))[0]
-                file = folder / f"p{i:03d}_cfg{cfg:g}.png"
-                how = {"cfg": cfg, "skip": p.skip, "steps": self.steps, "prompt": prompt, "seed": p.seed}
-                save_png(picture, file, {"step": step, **how})
+                file = folder / f"p{i:03d}_cfg{told['cfg']:g}.png"
+                save_png(picture, file, {"step": step, **told, "prompt": prompt, "seed": p.seed})
                 with Image.open(file) as image:
                     row.append(image.copy())
-        sheet = contact_sheet(rows, [f"CFG {cfg:g}" for cfg in p.cfgs], title=f"step {step:,}")
+        sheet = contact_sheet(rows, [sampling.guidance.label for sampling in self.columns], title=f"step {step:,}")
         sheet.save(folder.with_suffix(".png"))
 
 

@@ -16,7 +16,7 @@ from dedistill.errors import UserError, enough_memory
 from dedistill.evaluation.validation import Meters, Validator, sigma_bins
 from dedistill.io.safetensors import tensors_checksum
 from dedistill.models.model import Model
-from dedistill.objectives.objective import Objective, Task, task_loss
+from dedistill.objectives.base import NoisyBatch, objective_for
 from dedistill.posthoc.snapshots import write_snapshot
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import Plan
@@ -32,7 +32,7 @@ from dedistill.training.optim import learning_rate, not_finite
 from dedistill.training.preview import Preview
 from dedistill.training.step import Update, WholeUpdate
 
-Tasks = Iterator[tuple[np.ndarray, Task] | None]
+Tasks = Iterator[tuple[np.ndarray, NoisyBatch] | None]
 """Positions and task of one micro-batch after the other; None where a step ends. No positions: the task counts for nothing."""
 
 
@@ -44,7 +44,7 @@ class Trainer:
         self.recipe, self.plan, self.model, self.run, self.world = recipe, plan, model, run, world
         self.guard, self.saver = Guard(recipe.train.spike), Saver()
         self.source = Substitutes(source, self.guard.since())
-        self.objective = Objective(recipe, self.source, model.shift)
+        self.objective = objective_for(recipe, self.source, model.shift)
         self.trainable = model.trainable()
         self.update = _update(recipe, plan, model, world)
         self.ledger = Ledger(self.update.bit_sums, model.modules())
@@ -75,7 +75,7 @@ class Trainer:
     def facts(self) -> dict:
         """What the run's settings came to, for plan.json."""
         return {
-            "objective": self.objective.kind,
+            "objective": self.objective.name,
             "sigma": self.objective.sampling | {"shift": self.objective.shift_of(self.model.parts.picture)},
             "caption_dropout": self.objective.dropout,
             "optimizer": type(self.update.optimizer).__module__.split(".")[0] + "." + type(self.update.optimizer).__name__,
@@ -239,7 +239,7 @@ class Trainer:
             # company first, while there are no gradients yet that theirs could get into
             for positions, counted in [*((c, c[:0]) for c in company), *((o, o) for o in own)]:
                 with enough_memory(f"loading positions {positions.tolist()} of step {step + 1}"):
-                    task = self.objective.task(step, positions)
+                    task = self.objective.noisy_batch(step, positions)
                 yield counted, task
             yield None
 
@@ -282,7 +282,7 @@ class Trainer:
         slots = []
         while (item := self._next(tasks)) is not None:
             positions, task = item
-            loss = task_loss(self.model, task)  # one number per sample
+            loss = self.objective.loss(self.model, task)  # one number per sample
             self.update.backward(loss.sum() / self.plan.batch, counts=len(positions) > 0)
             slots += zip(positions.tolist(), loss.tolist(), task.sigma.tolist())
         heard = self.world.gather({"slots": slots, **self.stop.asked()})
@@ -292,7 +292,7 @@ class Trainer:
         _, losses, sigmas = zip(*sorted(slot for h in heard for slot in h["slots"]))
         return torch.tensor(losses), torch.tensor(sigmas)
 
-    def _next(self, tasks: Tasks) -> tuple[np.ndarray, Task] | None:
+    def _next(self, tasks: Tasks) -> tuple[np.ndarray, NoisyBatch] | None:
         start = time.monotonic()
         pulse.step = self.step
         pulse.beat("waiting for data")

@@ -19,6 +19,7 @@ from dedistill.distributed.launcher import FIXED, zero_settings
 from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.models.model import Model
+from dedistill.models.quantize import check_engine
 from dedistill.recipe import Recipe
 from dedistill.training.optim import make_optimizer, not_finite, state_entries
 from dedistill.training.step import bits
@@ -46,12 +47,7 @@ def check_zero(recipe: Recipe, engine: str) -> None:
             "average the snapshots after training",
             2,
         )
-    if engine == "zero3" and recipe.base.quant == "int8-quanto" and recipe.adapter:
-        raise UserError(
-            f"{recipe.where('base.quant')}: 'int8-quanto' breaks when ZeRO-3 cuts it; use 'int8' (the same codes), "
-            "or launch/zero2.yaml",
-            2,
-        )
+    check_engine(recipe, engine, "launch/zero2.yaml")
 
 
 class ZeroUpdate:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from picture_files import write_picture, write_pictures
+from samplings import at
 from test_run import metrics, run, same, weights
 
 from dedistill.data import encode as module
@@ -19,13 +20,12 @@ from dedistill.data.images.buckets import apply_crop
 from dedistill.data.images.decode import decode
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.flow.solvers import sigma_grid
 from dedistill.io.atomic import read_sealed, sealed
 from dedistill.io.hashing import Stamp
 from dedistill.models.conditioning import Widths
 from dedistill.models.flux.family import Flux
 from dedistill.models.model import build_model
-from dedistill.objectives.objective import Objective, task_loss
+from dedistill.objectives.base import objective_for
 from dedistill.recipe import load_recipe
 from dedistill.runs.model import open_finished
 from dedistill.sampling.sampler import sample, start_noise
@@ -287,22 +287,22 @@ def test_dropout_and_sampler_use_the_cached_empty_prompt(picture_recipe):
     model.known |= data.known
     empty = model.encode([""])
     assert same({name: tensor[0] for name, tensor in empty.tensors().items()}, cached)
-    objective = Objective(recipe, data.source, model.shift)
-    task = objective.task(0, objective.micro_batches(0, 4)[0])
+    objective = objective_for(recipe, data.source, model.shift)
+    task = objective.noisy_batch(0, objective.micro_batches(0, 4)[0])
     count = len(task.sigma)
     all_dropped = type(task)(**{**vars(task), "dropped": torch.ones(count, dtype=torch.bool)})
     told_empty = type(task)(**{**vars(task), "dropped": torch.zeros(count, dtype=torch.bool), "text": empty.expand(count)})
     with torch.no_grad():
-        assert torch.equal(task_loss(model, all_dropped), task_loss(model, told_empty))
-        assert not torch.equal(task_loss(model, all_dropped), task_loss(model, task))
-    noise, sigmas = start_noise(0, 1, (16, 8, 8)), sigma_grid(2, 1.0)
-    pictures = [sample(model, [""], noise, sigmas, cfg=cfg) for cfg in (1.0, 4.0)]
+        assert torch.equal(objective.loss(model, all_dropped), objective.loss(model, told_empty))
+        assert not torch.equal(objective.loss(model, all_dropped), objective.loss(model, task))
+    noise = start_noise(0, 1, (16, 8, 8))
+    pictures = [sample(model, [""], noise, at(2, cfg)) for cfg in (1.0, 4.0)]
     torch.testing.assert_close(*pictures, rtol=0, atol=1e-5)  # "" against "": guidance has nothing to steer by
     assert not model.parts.text.loaded, "every prompt came from the cache"
     assert main([str(picture_recipe)]) == 0
     finished = open_finished(recipe)
     assert same({name: tensor[0] for name, tensor in finished.known[""].tensors().items()}, cached)
-    sample(finished, [""], noise, sigmas, cfg=4.0)
+    sample(finished, [""], noise, at(2, 4.0))
     assert not finished.parts.text.loaded
 
 

@@ -17,7 +17,7 @@ from dedistill.distributed.launcher import start
 from dedistill.distributed.world import World, deal
 from dedistill.errors import UserError
 from dedistill.models.model import build_model
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import objective_for
 from dedistill.recipe import load_recipe
 from dedistill.recipe.resolve import make_plan
 from dedistill.runs.checkpoint import damage, list_checkpoints
@@ -89,14 +89,14 @@ def test_unequal_work_is_dealt_evenly():
 def test_a_step_is_the_same_on_any_number_of_processes(adapter_recipe, size):
     """B5-B7, F23: samples, noise, sigmas and captions of each position, and every position once."""
     recipe = load_recipe(adapter_recipe, ["train.batch=16"])
-    objective = Objective(recipe, open_data(recipe, "cpu", print).source, lambda shape: 1.0)
-    whole = objective.task(3, np.arange(16))
+    objective = objective_for(recipe, open_data(recipe, "cpu", print).source, lambda shape: 1.0)
+    whole = objective.noisy_batch(3, np.arange(16))
     seen = []
     for rank in range(size):
         own, company = objective.share(3, 2, one_of(rank, size))
         assert company == []
         for positions in own:
-            task = objective.task(3, positions)
+            task = objective.noisy_batch(3, positions)
             seen += positions.tolist()
             assert torch.equal(task.noisy, whole.noisy[positions]) and torch.equal(task.target, whole.target[positions])
             assert torch.equal(task.sigma, whole.sigma[positions]) and torch.equal(task.dropped, whole.dropped[positions])
@@ -107,12 +107,12 @@ def test_a_step_is_the_same_on_any_number_of_processes(adapter_recipe, size):
 def test_pictures_are_dealt_by_their_area(tmp_path, picture_recipe):
     recipe = load_recipe(picture_recipe, ["data.resolutions=[32, 64]", "data.max_upscale=4", "train.batch=12"])
     source = open_data(recipe, "cpu", lambda line: None).source
-    objective = Objective(recipe, source, lambda shape: 1.0)
+    objective = objective_for(recipe, source, lambda shape: 1.0)
     for step in range(4):
         areas = []
         for rank in range(3):
             mine = [int(p) for part in objective.share(step, 1, one_of(rank, 3))[0] for p in part]
-            areas.append(sum(math.prod(objective.task(step, np.array([p])).noisy.shape[-2:]) for p in mine))
+            areas.append(sum(math.prod(objective.noisy_batch(step, np.array([p])).noisy.shape[-2:]) for p in mine))
         assert max(areas) - min(areas) <= 64 * 64 // 64  # one picture of the larger kind, in latents
 
 

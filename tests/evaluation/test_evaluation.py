@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from closed_form_models import ClosedFormData, closed_form
+from samplings import at
 
 from dedistill.errors import UserError
 from dedistill.evaluation.distillation import Questions, answer_file, ask, measure
 from dedistill.evaluation.evaluate import evaluate, shortlist
 from dedistill.evaluation.meters import Reading
 from dedistill.evaluation.selection import select
-from dedistill.evaluation.sweep import Candidate, Grid
+from dedistill.evaluation.sweep import Candidate, Grid, classifier_free
 from dedistill.recipe import load_recipe
 from dedistill.report.evaluation import three_answers, write_evaluation
 from dedistill.report.selection import rule, verdict, write_selection_page
@@ -47,7 +48,7 @@ def questions(**changes) -> Questions:
     return Questions(recipe=RECIPE, source=ClosedFormData(), judge=None, prompts=PROMPTS, **asked)
 
 
-GRID = Grid((1.0, 3.0), (0,), tuple(PROMPTS), (0,))
+GRID = Grid(classifier_free((1.0, 3.0)), tuple(PROMPTS), (0,))
 
 
 def evaluated(out: Path, candidates: Candidates, last: str = "w") -> dict:
@@ -145,7 +146,7 @@ def test_evaluation_without_a_judge(tmp_path):
 
 def scored(accuracy: dict[tuple, float]) -> dict:
     """A selection from made-up accuracies of (candidate, cfg), right where a prompt is easier than that."""
-    cells = [{"candidate": name, "cfg": cfg, "skip": 0, "steps": 8} for name, cfg in accuracy]
+    cells = [{"candidate": name, **at(8, cfg).facts, "passes": at(8, cfg).nfe()} for name, cfg in accuracy]
     rows = []
     for cell, share in zip(cells, accuracy.values()):
         burnt = 0.1 if cell["cfg"] > 2 else 0.01

@@ -8,6 +8,7 @@ import pytest
 import torch
 from closed_form import straightness
 from closed_form_models import ONE, PICTURE, PLANE, ClosedFormData, closed_form
+from samplings import at
 
 from dedistill.data.digits import load_digits
 from dedistill.errors import UserError
@@ -17,8 +18,8 @@ from dedistill.evaluation.meters import Reading, guidance_meters, interval, path
 from dedistill.evaluation.sweep import Candidate
 from dedistill.evaluation.validation import held_out_meters
 from dedistill.flow import keyed
-from dedistill.flow.solvers import euler, sigma_grid
-from dedistill.objectives.objective import Objective
+from dedistill.flow.solvers import sigma_grid, solve
+from dedistill.objectives.base import objective_for
 from dedistill.recipe.resolve import recipe_of
 from dedistill.sampling.sampler import sample, start_noise
 
@@ -34,7 +35,7 @@ BINS = 4
 
 
 def tasks(count: int, source=None, size: int = 500):
-    return Objective(RECIPE, source or ClosedFormData(), lambda shape: 1.0).held_out(count, size)
+    return objective_for(RECIPE, source or ClosedFormData(), lambda shape: 1.0).validation_batches(count, size)
 
 
 def linear_paths(steps: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +147,7 @@ def test_the_response_to_cfg_is_that_of_the_exact_pictures():
     assert set(found) == {"saturated", "contrast", "blur", "shadow"}
     for i, cfg in enumerate(cfgs):
         field = lambda x, s, _, cfg=cfg: PLANE.guided(x, s, 1, cfg)  # noqa: E731 - one line
-        *_, exact = euler(field, noise.flatten(1).double(), sigma_grid(16))
+        *_, exact = solve("euler", field, noise.flatten(1).double(), sigma_grid(16))
         assert found["contrast"].value[i] == pytest.approx(float(exact.std(1, correction=0).mean()), rel=1e-5)
         assert found["saturated"].value[i] == pytest.approx(float((exact.abs() > 1.1).double().mean()), abs=1e-9)
     moved = response(found["contrast"])
@@ -157,7 +158,7 @@ def test_the_response_to_cfg_is_that_of_the_exact_pictures():
 def test_the_sampler_follows_the_exact_cfg_field(cfg, skip):
     """O19, N2: pictures of a whole model, mixed labels, guidance off for the first steps, against float64."""
     labels, noise, grid = [0, 1] * 10, start_noise(0, 20, PICTURE), sigma_grid(16)
-    found = sample(closed_form(chunk=7), [str(k) for k in labels], noise, grid, cfg=cfg, skip=skip).flatten(1)
+    found = sample(closed_form(chunk=7), [str(k) for k in labels], noise, at(16, cfg, skip)).flatten(1)
     for label in (0, 1):
         rows = torch.tensor(labels) == label
         x = noise.flatten(1)[rows].double()

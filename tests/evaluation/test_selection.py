@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from samplings import at
 
 from dedistill.errors import UserError
 from dedistill.evaluation import numbers as sweep_numbers
 from dedistill.evaluation.meters import Reading
 from dedistill.evaluation.numbers import artefacts
-from dedistill.evaluation.selection import compare_with_best, passes, select
+from dedistill.evaluation.selection import compare_with_best, select
 
 NUMBERS = [
     {"key": "accuracy", "picture": "correct", "adherence": True, "label": "accuracy", "better": "high", "help": ""},
@@ -91,7 +92,7 @@ def sweep_of(cells: dict[tuple, tuple[float, float]], prompts: int = 40, seeds=(
             for p in range(prompts):
                 place = {"candidate": name, "cfg": cfg, "skip": skip, "steps": steps, "prompt": f"{p}", "seed": seed}
                 rows.append({**place, "correct": float(difficulty[s, p] < accuracy), "saturated": burnt})
-    places = [dict(zip(("candidate", "cfg", "skip", "steps"), cell)) for cell in cells]
+    places = [{"candidate": n, **at(s, c, k).facts, "passes": at(s, c, k).nfe()} for n, c, k, s in cells]
     return {"numbers": NUMBERS, "cells": places}, rows
 
 
@@ -129,7 +130,7 @@ def test_guidance_that_shadows_is_refused():
     """Sharpened, darkened pictures of one candidate: the meter itself, in the tolerance that selection gives it."""
     even = np.random.default_rng(0).uniform(0.2, 0.8, (20, 1, 64, 64))
     falling = 1 - 0.7 * np.linspace(0, 1, 64)
-    cells = [{"candidate": "last", "cfg": cfg, "skip": 0, "steps": 8} for cfg in (1.0, 2.0, 6.0)]
+    cells = [{"candidate": "last", **at(8, cfg).facts, "passes": 8} for cfg in (1.0, 2.0, 6.0)]
     rows = []
     for cell, light in zip(cells, (1.0, 0.9, falling)):
         found = artefacts(torch.from_numpy(2 * even * light - 1))
@@ -188,8 +189,3 @@ def test_what_cannot_be_selected_is_refused(change, options, message):
     change(scores, rows)
     with pytest.raises(UserError, match=message):
         select(scores, rows, **options)
-
-
-def test_passes():
-    cells = [{"cfg": 1, "skip": 0, "steps": 8}, {"cfg": 3, "skip": 2, "steps": 8}, {"cfg": 3, "skip": 9, "steps": 8}]
-    assert [passes(cell) for cell in cells] == [8, 14, 8]

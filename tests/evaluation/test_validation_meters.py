@@ -15,7 +15,7 @@ from dedistill.evaluation.validation import FEW, Meters, held_out_meters
 from dedistill.flow import keyed
 from dedistill.flow.path import implied_noise
 from dedistill.models.model import Model, build_model
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import Objective, objective_for
 from dedistill.train import main
 
 KEYS = ("guidance_gap", "straightness", "few_step_gap")
@@ -49,14 +49,14 @@ def digits() -> tuple[Model, Objective]:
     with torch.no_grad():  # velocities of a fresh network are zero
         for parameter in model.root.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model, Objective(made, load_digits(0.2), model.shift)
+    return model, objective_for(made, load_digits(0.2), model.shift)
 
 
 def test_the_numbers_are_those_of_the_tool(digits):
     """The same meters as dedistill measure, on the samples' own captions and noise."""
     model, objective = digits
     found = Meters(objective, 12, 5, 12)(model)
-    (task,) = objective.held_out(12, 12)
+    (task,) = objective.validation_batches(12, 12)
     noise = implied_noise(task.noisy, task.sigma, task.target)
     torch.testing.assert_close(
         noise, keyed.noise(objective.seed, "validation/noise", 0, range(12), (1, 8, 16)), atol=1e-6, rtol=0

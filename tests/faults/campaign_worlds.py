@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from benchmarks.async_save import lost, state
 from dedistill.data.encode import open_data
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import objective_for
 from dedistill.recipe import load_recipe
 from dedistill.training.background import Saver
 
@@ -64,15 +64,15 @@ def worlds(recipe: Path, folder: Path) -> Row:
 def _questions(recipe_file: Path) -> int:
     """How often the questions of all ranks together were those of one process. Raises AssertionError when they were not."""
     recipe = load_recipe(recipe_file, ["train.batch=16"])
-    objective = Objective(recipe, open_data(recipe, "cpu", print).source, lambda shape: 1.0)
+    objective = objective_for(recipe, open_data(recipe, "cpu", print).source, lambda shape: 1.0)
     count = 0
     for step in range(8):
-        whole = objective.task(step, np.arange(16))
+        whole = objective.noisy_batch(step, np.arange(16))
         for size in (2, 3, 5, 7):
             seen = []
             for rank in range(size):
                 for positions in objective.share(step, 2, test_world.one_of(rank, size))[0]:
-                    task = objective.task(step, positions)
+                    task = objective.noisy_batch(step, positions)
                     seen += positions.tolist()
                     assert task.names == [whole.names[p] for p in positions]
                     for part in ("noisy", "sigma", "target", "dropped"):

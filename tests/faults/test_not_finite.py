@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from losses import in_training
 from runs import arguments, last_row
 from safetensors.torch import load_file
 
+from dedistill.objectives.base import Objective
 from dedistill.runs.checkpoint import list_checkpoints, read_checkpoint
 from dedistill.train import main
-from dedistill.training import trainer as loop
 from dedistill.training.trainer import Trainer
 
 AT = 2
@@ -45,7 +46,7 @@ PLACES = {"latent": in_latent, "caption embedding": in_caption, "loss": None, "g
 
 def poison(monkeypatch, place, *, steps) -> list:
     """Inject at ``steps``; returns the weights before and after each of them, as the steps come."""
-    real_loss, real_step, seen, now = loop.task_loss, Trainer._train_step, [], {}
+    real_step, seen, now = Trainer._train_step, [], {}
 
     def step(self, number, tasks):
         now.update(step=number, trainer=self)
@@ -56,14 +57,14 @@ def poison(monkeypatch, place, *, steps) -> list:
             if before is not None:
                 seen.append(all(torch.equal(before[n], p) for n, p in self.trainable.items()))
 
-    def loss(model, task):
+    def loss(real_loss, model, task):
         if now["step"] not in steps:
             return real_loss(model, task)
         if place is None:
             return real_loss(model, task) * torch.nan
         return real_loss(model, place(task, now["trainer"]))
 
-    monkeypatch.setattr(loop, "task_loss", loss)
+    monkeypatch.setattr(Objective, "loss", in_training(loss))
     monkeypatch.setattr(Trainer, "_train_step", step)
     return seen
 

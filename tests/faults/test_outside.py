@@ -19,7 +19,7 @@ from dedistill.data import encode as prepare
 from dedistill.errors import RUN_AGAIN
 from dedistill.io.atomic import read_sealed, sealed
 from dedistill.io.ownership import claim
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import Objective
 from dedistill.runs import metrics
 from dedistill.runs.checkpoint import list_checkpoints
 from dedistill.runs.metrics import Trackers
@@ -111,7 +111,7 @@ def test_a_run_with_a_dead_service_is_the_same(recipe, plain, tmp_path, answers)
 
 def test_a_loader_that_fails_ends_the_run_with_the_place_named(recipe, plain, tmp_path, monkeypatch, capsys):
     """T13: out of memory in the thread that loads; what was saved is gone on with."""
-    real = Objective.task
+    real = Objective.noisy_batch
 
     def task(self, step, positions):
         if step == 4:
@@ -119,7 +119,7 @@ def test_a_loader_that_fails_ends_the_run_with_the_place_named(recipe, plain, tm
         return real(self, step, positions)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Objective, "task", task)
+        patch.setattr(Objective, "noisy_batch", task)
         assert main(arguments(recipe, tmp_path / "run", *SETTINGS)) == RUN_AGAIN
     assert "out of memory while loading positions [0, 1, 2, 3, 4, 5, 6, 7] of step 5" in capsys.readouterr().err
     assert [c.name for c in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002", "step-00000004"]

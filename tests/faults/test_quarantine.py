@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from losses import in_training
 from ranks import run_ranks
 from runs import arguments, differences, train
 from tiny_recipes import ADAPTER
 
 from dedistill.data.digits import load_digits
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import Objective
 from dedistill.runs.checkpoint import list_checkpoints, read_checkpoint
 from dedistill.train import main
 from dedistill.training import guards
-from dedistill.training import trainer as loop
 from dedistill.training.trainer import Trainer
 
 SETTINGS = ("train.steps=12", "checkpoint.every=3", "checkpoint.keep=4", "snapshot.every=0", "validate.every=99")
@@ -45,7 +45,7 @@ def bad_names() -> list[str]:
 
 def spoil(monkeypatch, kind: str) -> None:
     """Each of ``bad_names`` is bad wherever it is drawn: not finite, or a thousand times too far away."""
-    real, names = Objective.task, set(bad_names())
+    real, names = Objective.noisy_batch, set(bad_names())
 
     def task(self, step, positions):
         found = real(self, step, positions)
@@ -55,7 +55,7 @@ def spoil(monkeypatch, kind: str) -> None:
                 target[row] = torch.nan if kind == "nan" else target[row] * 1000
         return replace(found, target=target)
 
-    monkeypatch.setattr(Objective, "task", task)
+    monkeypatch.setattr(Objective, "noisy_batch", task)
 
 
 def rows(run: Path) -> list[dict]:
@@ -88,13 +88,13 @@ def test_what_is_left_out_is_logged_between_logged_steps(recipe, tmp_path, monke
 
 def test_back_to_before_anything_was_applied(recipe, tmp_path, monkeypatch):
     """A first step that is not applied leaves a checkpoint without moments: going back to it is going back to none."""
-    real = Objective.task
+    real = Objective.noisy_batch
 
     def task(self, step, positions):
         found = real(self, step, positions)
         return replace(found, target=found.target * torch.nan) if step == 0 else found
 
-    monkeypatch.setattr(Objective, "task", task)
+    monkeypatch.setattr(Objective, "noisy_batch", task)
     spoil(monkeypatch, "nan")
     early, late = (train(recipe, tmp_path / e, *SETTINGS, f"checkpoint.every={e}") for e in ("1", "100"))
     monkeypatch.undo()
@@ -187,12 +187,11 @@ def test_every_number_of_processes_leaves_out_the_same(recipe, tmp_path):
 
 def test_where_going_back_does_not_help_the_run_stops(recipe, tmp_path, monkeypatch, capsys):
     """The first of the batch is bad whatever stands there: it is not for the sample."""
-    real = loop.task_loss
 
-    def loss(model, task):
+    def loss(real, model, task):
         return real(model, task) * torch.tensor([torch.nan] + [1.0] * (len(task.names) - 1))
 
-    monkeypatch.setattr(loop, "task_loss", loss)
+    monkeypatch.setattr(Objective, "loss", in_training(loss))
     assert main(arguments(recipe, tmp_path / "run", *SETTINGS)) == 1
     assert "samples were quarantined before" in capsys.readouterr().err
     assert list_checkpoints(tmp_path / "run" / "checkpoints")

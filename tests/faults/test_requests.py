@@ -15,12 +15,13 @@ from runs import arguments, differences, quietly, train
 from dedistill.data import encode as prepare
 from dedistill.errors import RUN_AGAIN
 from dedistill.evaluation.validation import Validator
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import Objective
 from dedistill.runs.checkpoint import damage, list_checkpoints
 from dedistill.train import main
 from dedistill.training import background as saver
 from dedistill.training import preview
 from dedistill.training import trainer as loop
+from dedistill.training.step import WholeUpdate
 
 SETTINGS = ("checkpoint.every=4", "validate.every=2", "validate.samples=8")
 PREVIEW = ("preview.every=2", "preview.prompts=['one two']", "preview.cfgs=[1]", "sample.steps=2")
@@ -65,10 +66,10 @@ def steps(run: Path) -> list[int]:
 
 # phase: whose method, which, at which call; the step that is saved
 PHASES = {
-    "step": (loop, "task_loss", 2, 2),
-    "loading": (Objective, "task", 3, None),
+    "step": (WholeUpdate, "backward", 2, 2),
+    "loading": (Objective, "noisy_batch", 3, None),
     "validation": (Validator, "__call__", 2, 2),
-    "inside a validation": ("dedistill.evaluation.validation", "task_loss", 2, 2),
+    "inside a validation": (Objective, "loss", 4, 2),  # after the first validation and two steps
     "preview": (preview, "trajectories", 2, 3),
     "save": (saver.Saver, "start", 1, None),
     "writing": (loop, "save_checkpoint", 1, None),
@@ -79,10 +80,6 @@ PHASES = {
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_stop_in_any_phase_saves_and_the_next_run_is_exact(recipe, uninterrupted, tmp_path, monkeypatch, phase, number):
     owner, name, call, saved = PHASES[phase]
-    if isinstance(owner, str):
-        import importlib
-
-        owner = importlib.import_module(owner)
     with monkeypatch.context() as patch:
         Once(patch, owner, name, call, send(number))
         assert main(arguments(recipe, tmp_path / "run", *SETTINGS, *PREVIEW)) == RUN_AGAIN
@@ -92,7 +89,7 @@ def test_a_stop_in_any_phase_saves_and_the_next_run_is_exact(recipe, uninterrupt
     assert differences(uninterrupted, train(recipe, tmp_path / "run", *SETTINGS, *PREVIEW)) == []
 
 
-@pytest.mark.parametrize("where", [(Validator, "__call__", 1), (loop, "task_loss", 1), (preview, "trajectories", 1)])
+@pytest.mark.parametrize("where", [(Validator, "__call__", 1), (WholeUpdate, "backward", 1), (preview, "trajectories", 1)])
 def test_a_stop_before_anything_was_trained_ends_at_once(recipe, uninterrupted, tmp_path, monkeypatch, where, capsys):
     """The first validation, the first preview, the first batch: nothing is lost by ending there."""
     with monkeypatch.context() as patch:
@@ -127,7 +124,7 @@ def test_signals_while_a_cache_is_encoded(picture_recipe, tmp_path, monkeypatch,
 
 
 def test_sigusr1_saves_and_goes_on(recipe, uninterrupted, tmp_path, monkeypatch):
-    Once(monkeypatch, loop, "task_loss", 3, send(signal.SIGUSR1))
+    Once(monkeypatch, WholeUpdate, "backward", 3, send(signal.SIGUSR1))
     run = train(recipe, tmp_path / "run", *SETTINGS, *PREVIEW, "checkpoint.keep=9")
     assert steps(run) == [3, 4, 6] and differences(uninterrupted, run) == []
 
@@ -140,8 +137,8 @@ def test_a_second_signal_ends_at_once(recipe, tmp_path):
         time.sleep(60)
 
     def action() -> None:
-        real = Objective.task
-        Objective.task = lambda self, step, positions: hang() if step == 3 else real(self, step, positions)
+        real = Objective.noisy_batch
+        Objective.noisy_batch = lambda self, step, positions: hang() if step == 3 else real(self, step, positions)
         threading.Timer(1.0, send(signal.SIGTERM)).start()
         main(arguments(recipe, tmp_path / "run", *SETTINGS))
 
@@ -152,20 +149,20 @@ def test_a_second_signal_ends_at_once(recipe, tmp_path):
 
 def _touching(given: list[str], name: str, out: Path) -> int:
     """``main``, where someone touches a file in the run directory during the third step."""
-    real = loop.task_loss
+    real = WholeUpdate.backward
     calls = []
 
-    def loss(model, task):
+    def backward(*arguments, **options):
         calls.append(0)
         if len(calls) == 3 and os.environ.get("RANK", "0") == "0":
             (out / name).touch()
-        return real(model, task)
+        return real(*arguments, **options)
 
-    loop.task_loss = loss
+    WholeUpdate.backward = backward
     try:
         return main(given)
     finally:
-        loop.task_loss = real
+        WholeUpdate.backward = real
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -7,15 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
+from losses import in_training
 from ranks import run_ranks, start_ranks
 from runs import arguments, last_row
 from tiny_recipes import ADAPTER
 
 from dedistill.data.images.index import Index
 from dedistill.errors import RUN_AGAIN
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import Objective
 from dedistill.train import main
-from dedistill.training import trainer as loop
 from dedistill.training import watcher
 from dedistill.training.watchdog import PATIENCE
 
@@ -65,18 +65,18 @@ def _stuck(given: list[str], how: str) -> int:
     """``main``, where something hangs in the fourth step."""
     sleep = {"asleep": lambda: time.sleep(600), "holding the interpreter": locked}
     if how == "loading":
-        real = Objective.task
-        Objective.task = lambda self, step, positions: time.sleep(600) if step == 3 else real(self, step, positions)
+        real = Objective.noisy_batch
+        Objective.noisy_batch = lambda self, step, positions: time.sleep(600) if step == 3 else real(self, step, positions)
     else:
-        real_loss, calls = loop.task_loss, []
+        calls = []
 
-        def loss(model, task):
+        def loss(real, model, task):
             calls.append(0)
             if len(calls) == 4:
                 sleep[how]()
-            return real_loss(model, task)
+            return real(model, task)
 
-        loop.task_loss = loss
+        Objective.loss = in_training(loss)
     return main(given)
 
 
@@ -122,8 +122,7 @@ def test_a_process_that_is_killed_takes_all_with_it(recipe, tmp_path):
 
 def _slow(given: list[str]) -> int:
     """``main``, where every step takes at least twenty times what it should."""
-    real = loop.task_loss
-    loop.task_loss = lambda model, task: (time.sleep(0.6), real(model, task))[1]
+    Objective.loss = in_training(lambda real, model, task: (time.sleep(0.6), real(model, task))[1])
     return main(given)
 
 

@@ -9,9 +9,9 @@ from closed_form import Mixture, straightness
 from scipy import integrate, stats
 
 from dedistill.flow import timesteps
-from dedistill.flow.guidance import needs_unconditional
+from dedistill.flow.guidance import UNCONDITIONAL, ClassifierFree
 from dedistill.flow.path import flow_loss, interpolate, velocity
-from dedistill.flow.solvers import euler, sigma_grid
+from dedistill.flow.solvers import sigma_grid, solve
 
 LINE = Mixture.of([0.3, 0.5, 0.2], [[-1.5], [0.4], [2.0]], [[0.3], [0.5], [0.2]], [0, 1, 1])
 PLANE = Mixture.of([0.4, 0.6], [[-1.0, 0.5], [1.2, -0.3]], [[0.4, 0.7], [0.5, 0.3]], [0, 1])
@@ -24,7 +24,7 @@ def normal(count: int, dims: int, seed: int = 0) -> torch.Tensor:
 
 
 def end(field, noise: torch.Tensor, steps: int) -> torch.Tensor:
-    *_, data = euler(field, noise, sigma_grid(steps))
+    *_, data = solve("euler", field, noise, sigma_grid(steps))
     return data
 
 
@@ -204,9 +204,10 @@ def test_skipped_guidance_is_the_plain_field_first_and_the_guided_one_after():
     noise, steps, skip = normal(20, 2), 1024, 256
 
     def field(x, s, i):
-        return PLANE.guided(x, s, 1, 3.0 if needs_unconditional(3.0, i, skip) else 1.0)
+        guided = UNCONDITIONAL in ClassifierFree(3.0, skip).branches(sigma_grid(steps), i)
+        return PLANE.guided(x, s, 1, 3.0 if guided else 1.0)
 
-    states = list(euler(field, noise, sigma_grid(steps)))
+    states = list(solve("euler", field, noise, sigma_grid(steps)))
     turn = PLANE.given(1).transport(noise, 0.75)
     torch.testing.assert_close(states[skip], turn, rtol=0, atol=8e-3)
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from samplings import at
 
-from dedistill.flow.guidance import classifier_free, needs_unconditional
+from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, ClassifierFree
 from dedistill.flow.path import flow_loss
-from dedistill.flow.solvers import euler, sigma_grid
+from dedistill.flow.solvers import sigma_grid, solve
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
@@ -29,7 +30,7 @@ def gaussian_velocity(noisy, sigma, index):
 def gaussian_error(steps: int, shift: float = 1.0) -> float:
     """Largest distance of Euler's end from the exact one, MEAN + STD noise."""
     noise = torch.linspace(-3, 3, 31, dtype=torch.float64)
-    *_, data = euler(gaussian_velocity, noise, sigma_grid(steps, shift))
+    *_, data = solve("euler", gaussian_velocity, noise, sigma_grid(steps, shift))
     return float((data - (MEAN + STD * noise)).abs().max())
 
 
@@ -54,7 +55,7 @@ def test_euler_is_exact_on_straight_paths_and_reports_every_state():
         calls.append((sigma, index))
         return noise - data
 
-    states = list(euler(velocity, noise, sigma_grid(4)))
+    states = list(solve("euler", velocity, noise, sigma_grid(4)))
     assert calls == [(1.0, 0), (0.75, 1), (0.5, 2), (0.25, 3)]
     assert len(states) == 5 and states[0] is noise
     for state, sigma in zip(states, [1, 0.75, 0.5, 0.25, 0], strict=True):
@@ -94,12 +95,16 @@ def test_grid_needs_a_step(steps):
         sigma_grid(steps)
 
 
+def guided(cond: torch.Tensor, uncond: torch.Tensor, cfg: float) -> torch.Tensor:
+    return ClassifierFree(cfg).combine({CONDITIONAL: cond, UNCONDITIONAL: uncond}, sigma_grid(1), 0)
+
+
 def test_guidance_formula():
     """O19: v_uncond + cfg (v_cond - v_uncond)."""
     cond, uncond = torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 2.0]])
-    assert classifier_free(cond, uncond, 4.0).tolist() == [[9.0, -2.0]]
-    assert torch.equal(classifier_free(cond, uncond, 0.0), uncond)
-    assert torch.equal(classifier_free(cond, uncond, 1.0), cond)
+    assert guided(cond, uncond, 4.0).tolist() == [[9.0, -2.0]]
+    assert torch.equal(guided(cond, uncond, 0.0), uncond)
+    assert torch.equal(guided(cond, uncond, 1.0), cond)
 
 
 @pytest.mark.parametrize(
@@ -108,15 +113,16 @@ def test_guidance_formula():
 )
 def test_sampler_counts_skipped_guidance_in_steps(cfg, steps, skip, unconditional):
     """N2, N3, O19: the first ``skip`` steps and cfg = 1 evaluate once per step; all others twice. Counted on a network."""
-    guided = [i for i in range(steps) if needs_unconditional(cfg, i, skip)]
+    how = at(steps, cfg, skip)
+    guided = [i for i in range(steps) if UNCONDITIONAL in how.guidance.branches(sigma_grid(steps), i)]
     assert guided == list(range(steps))[steps - unconditional :]
     family = PixelFlux()
     parts = family.tiny(0)
     calls = []
     parts.net.register_forward_hook(lambda *_: calls.append(1))
     model = Model(family, parts, parts.net, text_length=12)
-    sample(model, ["3 seven"], start_noise(0, 1, parts.picture), sigma_grid(steps), cfg=cfg, skip=skip)
-    assert len(calls) == steps + unconditional
+    sample(model, ["3 seven"], start_noise(0, 1, parts.picture), how)
+    assert len(calls) == steps + unconditional == how.nfe()
 
 
 def test_batched_branches_equal_sequential_ones():
@@ -129,7 +135,7 @@ def test_batched_branches_equal_sequential_ones():
         texts = [family.encode_text(parts, said, 12) for said in (captions, [""] * 3, [*captions, *[""] * 3])]
         cond, uncond = (family.velocity(parts, parts.net, noisy, sigma, text) for text in texts[:2])
         both = family.velocity(parts, parts.net, noisy.repeat(2, 1, 1, 1), sigma.repeat(2), texts[2])
-    sequential, batched = classifier_free(cond, uncond, 4.0), classifier_free(both[:3], both[3:], 4.0)
+    sequential, batched = guided(cond, uncond, 4.0), guided(both[:3], both[3:], 4.0)
     torch.testing.assert_close(both, torch.cat([cond, uncond]), rtol=0, atol=1e-6)
     torch.testing.assert_close(batched, sequential, rtol=0, atol=7e-6)  # cfg 4 weighs the two with 4 and -3
 

@@ -11,7 +11,7 @@ from scipy.special import expit, logit
 
 from dedistill.data.digits import load_digits
 from dedistill.flow import timesteps as ts
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import Objective, objective_for
 from dedistill.recipe.schema import Timesteps
 
 P = np.arange(1, 20_000) / 20_000
@@ -247,7 +247,7 @@ def objective(batch: int, seed: int = 0) -> Objective:
         data=SimpleNamespace(caption_dropout=0.1),
         timesteps=Timesteps(density="beta", **BETA),
     )
-    return Objective(recipe, load_digits(0.0), lambda shape: 1.0)
+    return objective_for(recipe, load_digits(0.0), lambda shape: 1.0)
 
 
 @pytest.mark.parametrize("cuts", [[], [12], [6, 12, 18], [5, 10, 15, 20], [1, 23], list(range(1, 24))], ids=len)
@@ -256,7 +256,7 @@ def test_micro_batches_and_ranks_share_one_vector(cuts):
     step, batch = 3, 24
     whole = ts.draw(0, step, batch, density="beta", params=BETA).astype(np.float32)
     questions = objective(batch)
-    tasks = [questions.task(step, positions) for positions in np.split(np.arange(batch), cuts)]
+    tasks = [questions.noisy_batch(step, positions) for positions in np.split(np.arange(batch), cuts)]
     assert np.array_equal(np.concatenate([t.sigma.numpy() for t in tasks]), whole)
     for a, b in itertools.pairwise(tasks):
         assert not np.isin(a.sigma.numpy(), b.sigma.numpy()).any()
@@ -267,11 +267,11 @@ def test_resumed_run_draws_the_same_step():
     slots = np.arange(16)
     fresh, used = objective(16), objective(16)
     for step in range(3):
-        used.task(step, slots)
-    sigma = fresh.task(3, slots).sigma
-    assert np.array_equal(used.task(3, slots).sigma, sigma)
-    assert not np.array_equal(fresh.task(4, slots).sigma, sigma)
-    assert not np.array_equal(objective(16, seed=1).task(3, slots).sigma, sigma)
+        used.noisy_batch(step, slots)
+    sigma = fresh.noisy_batch(3, slots).sigma
+    assert np.array_equal(used.noisy_batch(3, slots).sigma, sigma)
+    assert not np.array_equal(fresh.noisy_batch(4, slots).sigma, sigma)
+    assert not np.array_equal(objective(16, seed=1).noisy_batch(3, slots).sigma, sigma)
 
 
 def test_validation_midpoints():

@@ -1,21 +1,30 @@
 """The frozen base: our int8 against quanto's, what is excluded, what is frozen, what it occupies."""
 
 import copy
+import json
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar, get_args
 
 import pytest
 import torch
 from optimum.quanto import QLinear, freeze, qint8, quantize
+from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import nn
 from torch.nn import functional as F
 
+from dedistill.cli.export import main as export
+from dedistill.cli.train import train
 from dedistill.errors import UserError
 from dedistill.flow import keyed
+from dedistill.models.model import build_model
 from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import (
+    QUANTIZERS,
     Int8Linear,
+    Quantizer,
     cast_float,
     dense_weight,
     linear_names,
@@ -23,6 +32,9 @@ from dedistill.models.quantize import (
     quantize_rows,
     storage_bytes,
 )
+from dedistill.recipe import Recipe, load_recipe
+from dedistill.recipe.schema import Base
+from dedistill.training.fsdp import check_shardable
 
 MODES = {"none": nn.Linear, "int8": Int8Linear, "int8-quanto": QLinear}
 LIBREFLUX = ["*.norm", "*.norm1", "*.norm2", "*.norm2_context", "proj_out", "x_embedder", "norm_out", "context_embedder"]
@@ -278,3 +290,82 @@ def test_layer_with_one_output():
     layer = nn.Linear(16, 1)
     assert prepared(layer, "int8").weight_scale.shape == (1, 1)
     assert torch.equal(dense_weight(prepared(layer, "int8")), dense_weight(prepared(layer, "int8-quanto")))
+
+
+def test_quanto_one_by_one_is_quanto_at_once(flux):
+    """Converting linears each alone gives the tensors that the library gives for the whole network."""
+    _, parts = flux
+    whole = copy.deepcopy(parts.net)
+    quantize(whole, weights=qint8, include=linear_names(whole))
+    freeze(whole)
+    prepare_base(parts.net, "int8-quanto", [], "cpu")
+    ours, theirs = parts.net.state_dict(), whole.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# -- a way of storing that only this file knows -----------------------------------------------------------------------
+
+
+class OneScale(nn.Linear):
+    """int8 codes with a single scale for the whole weight."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        scale = linear.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("one_scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight * self.one_scale, self.bias)
+
+
+class ByTensor(Quantizer):
+    refused: ClassVar = {"fsdp2": "is of this test alone"}
+
+    def convert(self, linear: nn.Linear) -> nn.Linear:
+        return OneScale(linear)
+
+    def made(self, module: nn.Module) -> bool:
+        return isinstance(module, OneScale)
+
+    def dense(self, linear: nn.Linear) -> torch.Tensor:
+        return linear.weight * linear.one_scale
+
+
+@pytest.fixture
+def by_tensor_recipe(adapter_recipe, monkeypatch) -> Recipe:
+    monkeypatch.setitem(QUANTIZERS, "by-tensor", ByTensor())
+    recipe = load_recipe(adapter_recipe)
+    return recipe.model_copy(update={"base": recipe.base.model_copy(update={"quant": "by-tensor"})})
+
+
+def test_recipes_know_the_quantizers():
+    assert get_args(Base.model_fields["quant"].annotation) == tuple(QUANTIZERS)
+
+
+def test_a_new_quantizer_builds_the_network_it_says(by_tensor_recipe):
+    """Stored at a byte a weight, read back by adapters, within a step of its scale of the dense network."""
+    plain = build_model(load_recipe(Path(by_tensor_recipe.files[0]), ["base.quant=none"]))
+    model = build_model(by_tensor_recipe)
+    assert model.facts["quantized"] == linear_names(model.parts.net) and not model.facts["unquantized"]
+    assert model.facts["storage_bytes"] < 0.35 * plain.facts["storage_bytes"]
+    for name in linear_names(model.parts.net):
+        linear, exact = model.parts.net.get_submodule(name), dense_weight(plain.parts.net.get_submodule(name))
+        assert type(linear) is OneScale
+        assert (dense_weight(linear) - exact).abs().max() <= 0.501 * float(linear.one_scale)
+    with pytest.raises(UserError, match=r"'by-tensor' is of this test alone, or launch/ddp\.yaml"):
+        check_shardable(by_tensor_recipe)
+
+
+def test_a_run_on_a_new_quantizer_trains_and_is_released(by_tensor_recipe, tmp_path):
+    """Through the trainer, and what was trained leaves as an adapter that others load."""
+    assert train(by_tensor_recipe, []) == 0
+    out = Path(by_tensor_recipe.run.out)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["applied"] for row in rows] == [True] * 6 and rows[-1]["val_loss"] < rows[0]["val_loss_start"]
+    released = tmp_path / "released" / "x.safetensors"
+    last = out / "snapshots" / "step-00000006.safetensors"
+    assert export([str(last), "--format", "lycoris", "--out", str(released)]) == 0
+    with safe_open(released, "pt") as tensors:
+        assert len(tensors.keys()) > 0

@@ -17,7 +17,7 @@ from dedistill.flow.timesteps import dynamic_shift
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import build_model
 from dedistill.models.pixel_flux.family import PixelFlux
-from dedistill.objectives.objective import Objective, Task, task_loss
+from dedistill.objectives.base import NoisyBatch, Objective, objective_for
 from dedistill.recipe.resolve import recipe_of
 from dedistill.recipe.schema import Recipe
 
@@ -70,38 +70,38 @@ def recipe(kind: str = "flow", batch: int = 16, seed: int = 0, **tables) -> Reci
 
 
 def objective(kind: str = "flow", source=None, **kwargs) -> Objective:
-    return Objective(recipe(kind, **kwargs), source or Pairs(), lambda shape: dynamic_shift(8))
+    return objective_for(recipe(kind, **kwargs), source or Pairs(), lambda shape: dynamic_shift(8))
 
 
-def join(tasks: list[Task]) -> Task:
+def join(tasks: list[NoisyBatch]) -> NoisyBatch:
     def both(name: str):
         parts = [getattr(t, name) for t in tasks]
         if parts[0] is None:
             return None
         return torch.cat(parts) if isinstance(parts[0], Tensor) else [x for p in parts for x in p]
 
-    return Task(*(both(f.name) for f in fields(Task)))
+    return NoisyBatch(*(both(f.name) for f in fields(NoisyBatch)))
 
 
-def same(a: Task, b: Task) -> list[str]:
+def same(a: NoisyBatch, b: NoisyBatch) -> list[str]:
     """Names of the fields in which two tasks agree."""
-    pairs = [(f.name, getattr(a, f.name), getattr(b, f.name)) for f in fields(Task)]
+    pairs = [(f.name, getattr(a, f.name), getattr(b, f.name)) for f in fields(NoisyBatch)]
     return [n for n, x, y in pairs if (torch.equal(x, y) if isinstance(x, Tensor) else x == y)]
 
 
-EVERYTHING = [f.name for f in fields(Task)]
+EVERYTHING = [f.name for f in fields(NoisyBatch)]
 
 
 @every_kind
 def test_a_task_is_a_function_of_seed_step_and_position(kind, digits):
     """B6, C4: asked again, by another object, it is the same to the bit; another seed or step is another question."""
     source, slots = digits if kind == "flow" else Pairs(), np.arange(16)
-    first = objective(kind, source).task(3, slots)
+    first = objective(kind, source).noisy_batch(3, slots)
     torch.manual_seed(9)
     again = objective(kind, source)
-    again.task(7, slots)
-    assert same(again.task(3, slots), first) == EVERYTHING
-    for other in (again.task(4, slots), objective(kind, source, seed=1).task(3, slots)):
+    again.noisy_batch(7, slots)
+    assert same(again.noisy_batch(3, slots), first) == EVERYTHING
+    for other in (again.noisy_batch(4, slots), objective(kind, source, seed=1).noisy_batch(3, slots)):
         assert not {"noisy", "sigma", "target"} & set(same(other, first))
 
 
@@ -111,18 +111,18 @@ def test_micro_batches_ask_the_same_questions(kind, sizes, digits):
     """B7, trap 10: samples, noise, sigmas, captions and dropout do not depend on how the slots of a step are grouped."""
     dropping = {"data": {"caption_dropout": 0.5}} if kind == "flow" else {}
     made = objective(kind, digits if kind == "flow" else None, **dropping)
-    whole = made.task(5, np.arange(16))
+    whole = made.noisy_batch(5, np.arange(16))
     assert kind != "flow" or 0 < int(whole.dropped.sum()) < 16
-    parts = [made.task(5, p) for p in np.split(np.arange(16), np.cumsum(sizes)[:-1])]
+    parts = [made.noisy_batch(5, p) for p in np.split(np.arange(16), np.cumsum(sizes)[:-1])]
     assert same(join(parts), whole) == EVERYTHING
-    backwards = made.task(5, np.arange(16)[::-1])
+    backwards = made.noisy_batch(5, np.arange(16)[::-1])
     assert torch.equal(backwards.noisy.flip(0), whole.noisy) and backwards.captions[::-1] == whole.captions
 
 
 def test_sigmas_of_a_step_cover_the_whole_range():
     """B5, B7, traps 9 and 10: one sigma in each sixteenth of the global batch, at a place that changes from step to step."""
     made = objective()
-    order = [(made.task(step, np.arange(16)).sigma * 16).long() for step in range(50)]
+    order = [(made.noisy_batch(step, np.arange(16)).sigma * 16).long() for step in range(50)]
     assert all(sorted(o.tolist()) == list(range(16)) for o in order)
     first = [int(o[0]) for o in order]
     assert len(set(first)) > 10
@@ -130,7 +130,7 @@ def test_sigmas_of_a_step_cover_the_whole_range():
 
 def test_flow_matching_task(digits):
     """The noisy sample is (1 - sigma) data + sigma noise and the target noise - data: both from one fresh noise."""
-    task = objective(source=digits).task(2, np.arange(16))
+    task = objective(source=digits).noisy_batch(2, np.arange(16))
     batch = digits.draw(0, 2, np.arange(16), 16)
     noise, s = task.target + batch.pixels, task.sigma.reshape(-1, 1, 1, 1)
     assert task.noisy.dtype == task.sigma.dtype == torch.float32
@@ -143,7 +143,7 @@ def test_distillation_task_ends_at_the_next_stored_point():
     """R4: asked at a stored point, the target times the width of the window leads exactly to the next stored point."""
     seen = set()
     for step in range(4):
-        task = objective("distill").task(step, np.arange(16))
+        task = objective("distill").noisy_batch(step, np.arange(16))
         batch = Pairs().draw(0, step, np.arange(16), 16)
         for i, sigma in enumerate(task.sigma.tolist()):
             k = int(np.argmin(np.abs(SIGMAS - sigma)))
@@ -165,10 +165,10 @@ def test_distilling_needs_points_on_the_way():
             return replace(batch, trajectory=batch.trajectory[:, -1:], trajectory_sigmas=SIGMAS[-1:])
 
     with pytest.raises(UserError, match="no trajectory points"):
-        objective("distill", Ends()).task(0, np.arange(4))
+        objective("distill", Ends()).noisy_batch(0, np.arange(4))
 
 
-def oracle_loss(task: Task, places: np.ndarray) -> float:
+def oracle_loss(task: NoisyBatch, places: np.ndarray) -> float:
     """Loss of the exact velocity field of ``Pairs``: noise and picture can both be read off the noisy sample."""
     s, b = task.sigma.reshape(-1, 1, 1, 1), offset(places)
     noise = (task.noisy - (1 - s) * b) / ((1 - s) * SLOPE + s)
@@ -178,15 +178,15 @@ def oracle_loss(task: Task, places: np.ndarray) -> float:
 def test_reflow_uses_the_stored_noise():
     """R2, trap 22: the field of the pairs has loss 0 on them; with permuted or fresh noise there is nothing to learn."""
     slots = np.arange(64)
-    task = objective("reflow", batch=64).task(0, slots)
+    task = objective("reflow", batch=64).noisy_batch(0, slots)
     batch = Pairs().draw(0, 0, slots, 64)
     torch.testing.assert_close(task.target + batch.pixels, batch.noise, rtol=0, atol=1e-6)
     assert oracle_loss(task, slots) < 1e-10
     permuted = Pairs()
     permuted.permuted = True
-    assert oracle_loss(objective("reflow", permuted, batch=64).task(0, slots), slots) > 0.1
-    assert oracle_loss(objective("flow", batch=64).task(0, slots), slots) > 0.1
-    held_out = objective("reflow").held_out(64, 64)[0]
+    assert oracle_loss(objective("reflow", permuted, batch=64).noisy_batch(0, slots), slots) > 0.1
+    assert oracle_loss(objective("flow", batch=64).noisy_batch(0, slots), slots) > 0.1
+    held_out = objective("reflow").validation_batches(64, 64)[0]
     assert oracle_loss(held_out, slots + 10**6) < 1e-10
 
 
@@ -194,14 +194,15 @@ def test_reflow_uses_the_stored_noise():
 def test_held_out_questions_are_fixed(kind, digits):
     """Neither density, shift, batch nor steps taken change them; no caption is dropped; sigmas are midpoints."""
     source = digits if kind == "flow" else Pairs()
-    plain = objective(kind, source).held_out(32, 32)[0]
+    plain = objective(kind, source).validation_batches(32, 32)[0]
     densities = [{"density": "beta", "alpha": 5.0}, {"density": "logit_normal", "shift": 3.0}, {"stratify": False}]
     for settings in densities if kind != "distill" else [{}]:
         other = objective(kind, source, batch=4, timesteps=settings)
-        other.task(0, np.arange(4))
-        assert same(other.held_out(32, 32)[0], plain) == EVERYTHING
+        other.noisy_batch(0, np.arange(4))
+        assert same(other.validation_batches(32, 32)[0], plain) == EVERYTHING
     assert not plain.dropped.any()
-    assert not set(plain.names) & {n for step in range(4) for n in objective(kind, source).task(step, np.arange(16)).names}
+    trained = [objective(kind, source).noisy_batch(step, np.arange(16)) for step in range(4)]
+    assert not set(plain.names) & {name for batch in trained for name in batch.names}
     if kind == "distill":
         assert set(plain.sigma.tolist()) == set(SIGMAS[:-1].astype(np.float32).tolist())
     else:
@@ -211,12 +212,11 @@ def test_held_out_questions_are_fixed(kind, digits):
 def test_the_density_is_that_of_training_only(digits):
     """The same settings do change what is trained on, or the test above would hold for the wrong reason."""
     slots = np.arange(256)
-    means = [
-        float(objective(batch=256, timesteps=t).task(0, slots).sigma.mean()) for t in ({}, {"density": "beta", "alpha": 5.0})
-    ]
+    made = [objective(batch=256, timesteps=t) for t in ({}, {"density": "beta", "alpha": 5.0})]
+    means = [float(one.noisy_batch(0, slots).sigma.mean()) for one in made]
     assert means == pytest.approx([0.5, 5 / 7], abs=0.01)
     auto = objective(batch=256, timesteps={"shift": "auto"})
-    assert auto.shift_of((1, 8, 16)) == dynamic_shift(8) > 1 and float(auto.task(0, slots).sigma.mean()) > 0.55
+    assert auto.shift_of((1, 8, 16)) == dynamic_shift(8) > 1 and float(auto.noisy_batch(0, slots).sigma.mean()) > 0.55
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_rate_of_dropped_captions(kind, given, wanted):
     """N8, trap 22: a tenth for pictures unless told otherwise, none for pairs; within a percent over 20,000 slots."""
     settings = {} if given is None else {"data": {"caption_dropout": given}}
     made = objective(kind, batch=2000, **settings)
-    drops = torch.stack([made.task(step, np.arange(2000)).dropped for step in range(10 if wanted else 1)]).float()
+    drops = torch.stack([made.noisy_batch(step, np.arange(2000)).dropped for step in range(10 if wanted else 1)]).float()
     assert float(drops.mean()) == pytest.approx(wanted, abs=0.01 if wanted else 0)
     if wanted:
         assert float(drops.mean(0).max()) < 0.85, "no slot is always dropped"
@@ -247,13 +247,14 @@ def test_dropped_captions_are_the_empty_prompt_entirely(digits):
     """N8, trap 24: embeds, mask and pooled vector of '' together, one real token; other rows keep their caption."""
     model = build_model(recipe(data={"caption_dropout": 0.5}))
     model.family = Listening()
-    task = objective(source=digits, data={"caption_dropout": 0.5}).task(0, np.arange(16))
+    made = objective(source=digits, data={"caption_dropout": 0.5})
+    task = made.noisy_batch(0, np.arange(16))
     assert 0 < int(task.dropped.sum()) < 16
     with torch.no_grad():
-        losses = task_loss(model, task)
+        losses = made.loss(model, task)
         heard, empty, said = model.family.heard, model.encode([""]), model.encode(task.captions)
         wanted = ["" if d else c for c, d in zip(task.captions, task.dropped)]
-        spoken = task_loss(model, replace(task, captions=wanted, dropped=torch.zeros(16, dtype=torch.bool)))
+        spoken = made.loss(model, replace(task, captions=wanted, dropped=torch.zeros(16, dtype=torch.bool)))
     for i, dropped in enumerate(task.dropped.tolist()):
         for part in ("embeds", "mask", "pooled"):
             expected = empty.tensors()[part][0] if dropped else said.tensors()[part][i]
@@ -270,16 +271,16 @@ def test_validation_repeats_and_leaves_the_model_as_it_was(digits):
     validate = Validator(made, 300, 256)
     model.root.train()
     first = validate(model)
-    task_loss(model, made.task(0, np.arange(8))).sum().backward()
+    made.loss(model, made.noisy_batch(0, np.arange(8))).sum().backward()
     before = {n: p.grad.clone() for n, p in model.trainable().items()}
     assert validate(model) == first and model.root.training
     model.chunk = 7
     assert validate(model) == pytest.approx(first, rel=1e-5)
     model.chunk = 256
     assert all(torch.equal(p.grad, before[n]) for n, p in model.trainable().items())
-    task = made.held_out(300, 300)[0]
+    task = made.validation_batches(300, 300)[0]
     with torch.no_grad():
-        losses = task_loss(model, task).double()
+        losses = made.loss(model, task).double()
     assert first["val_loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
     assert first["val_loss_se"] == pytest.approx(stratified_error(losses[task.sigma.argsort()].numpy()), rel=1e-3)
     assert 0 < first["val_loss_se"] < float(losses.std()) / 300**0.5 * 1.2

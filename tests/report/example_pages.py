@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from closed_form_models import ClosedFormData, closed_form
 from PIL import Image
+from samplings import at
 from test_distillation_page import METERS, row
 from test_pages import story_of, write_sweep
 
@@ -17,7 +18,7 @@ from dedistill.evaluation.distillation import Questions
 from dedistill.evaluation.evaluate import evaluate
 from dedistill.evaluation.influence import Influence
 from dedistill.evaluation.selection import select
-from dedistill.evaluation.sweep import Candidate, Grid
+from dedistill.evaluation.sweep import Candidate, Grid, classifier_free
 from dedistill.recipe import load_recipe
 from dedistill.report.distillation import write_distillation_page
 from dedistill.report.evaluation import write_evaluation
@@ -99,7 +100,8 @@ def run(folder: Path) -> Path:
 
 def selection(folder: Path) -> Path:
     """Twelve cells, some of them burnt."""
-    cells = [{"candidate": name, "cfg": cfg, "skip": 0, "steps": 8} for name in ("base", "last <b>") for cfg in (1.0, 2.0, 4.0)]
+    how = [at(8, cfg) for cfg in (1.0, 2.0, 4.0)]
+    cells = [{"candidate": name, **a.facts, "passes": a.nfe()} for name in ("base", "last <b>") for a in how]
     rows = []
     for i, cell in enumerate(cells):
         burnt = 0.01 * cell["cfg"] ** 2
@@ -119,7 +121,7 @@ def evaluation(folder: Path) -> Path:
     ]
     recipe = load_recipe("dedistill:digits/teacher")
     asked = Questions(recipe, ClosedFormData(), prompts, judge=None, samples=32, steps=3, few=(1, 2), cfgs=(1.0, 3.0))
-    grid = Grid((1.0, 3.0), (0,), tuple(prompts), (0,))
+    grid = Grid(classifier_free((1.0, 3.0)), tuple(prompts), (0,))
     found = evaluate([run], asked, grid, folder, names="t", say=lambda line: None)
     return write_evaluation(folder, found, "t")[1]
 

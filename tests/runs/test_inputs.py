@@ -144,10 +144,11 @@ def test_other_pairs_are_refused(teacher_recipe, tmp_path, capsys):
     from dedistill.recipe import load_recipe
     from dedistill.runs.model import open_finished
     from dedistill.sampling.pairs import make_pairs
+    from dedistill.sampling.sampler import Sampling
 
     assert main([str(teacher_recipe)]) == 0
     recipe, folder = load_recipe(teacher_recipe), tmp_path / "pairs"
-    settings = {"teacher": "x", "count": 16, "cfg": 1.0, "steps": 2, "points": 2, "shard_size": 16}
+    settings = {"teacher": "x", "count": 16, "sampling": Sampling(steps=2), "points": 2, "shard_size": 16}
     make_pairs(open_finished(recipe), open_source(recipe.data), folder, **settings, seed=0)
     values = ["data.source=pairs", f"data.path={folder}", "data.caption_noise=0.0", "train.objective=distill"]
     student = [str(teacher_recipe), *(a for v in [f"run.out={tmp_path / 's'}", *values] for a in ("--set", v))]

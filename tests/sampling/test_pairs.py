@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from samplings import at
 
 from dedistill.data.digits import DigitSource, load_digits
 from dedistill.data.pairs import PairSource
@@ -15,8 +16,14 @@ from dedistill.io.atomic import read_sealed, sealed
 from dedistill.io.hashing import file_sha256
 from dedistill.models.model import Model, build_model
 from dedistill.recipe.resolve import recipe_of
-from dedistill.sampling.pairs import make_pairs, teacher_hash
+from dedistill.sampling import pairs
+from dedistill.sampling.pairs import teacher_hash
 from dedistill.sampling.sampler import sample, trajectories
+
+
+def make_pairs(*args, steps: int, cfg: float, **settings) -> dict:
+    return pairs.make_pairs(*args, sampling=at(steps, cfg), **settings)
+
 
 SETTINGS = {"teacher": "hash", "count": 40, "cfg": 2.5, "steps": 6, "points": 3, "seed": 4, "shard_size": 16}
 SHARDS = ["00000.tar", "00001.tar", "00002.tar"]
@@ -89,14 +96,14 @@ def test_pictures_come_again_from_the_stored_noise(made, teacher):
     noise, states, captions = zip(*everything(PairSource(made.folder)))
     noise, states = torch.from_numpy(np.stack(noise)), torch.from_numpy(np.stack(states))
     facts, sigmas = made.facts, sigma_grid(made.facts["steps"])
-    pictures = sample(teacher, list(captions), noise, sigmas, cfg=facts["cfg"])
+    pictures = sample(teacher, list(captions), noise, at(6, facts["cfg"]))
     torch.testing.assert_close(states[:, -1], pictures, rtol=0, atol=1e-5)
-    (way,) = trajectories(teacher, list(captions), noise, sigmas, cfg=facts["cfg"])
+    (way,) = trajectories(teacher, list(captions), noise, at(6, facts["cfg"]))
     kept = [int(np.argmin(np.abs(sigmas - s))) for s in facts["sigmas"]]
     assert kept == [0, 2, 4, 6]
     torch.testing.assert_close(states, torch.stack([way[k] for k in kept], 1), rtol=0, atol=1e-5)
     assert torch.equal(states[:, 0], noise)
-    other = sample(teacher, list(captions), noise, sigmas, cfg=1.0)
+    other = sample(teacher, list(captions), noise, at(6))
     assert float((other - pictures).abs().max()) > 1e-3, "the scale must matter"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from samplings import at
 from scipy.linalg import sqrtm
 from test_judges import write_clip
 
@@ -16,9 +17,9 @@ from dedistill.data.digits import load_digits
 from dedistill.errors import UserError
 from dedistill.evaluation.judges import ClipJudge, DigitJudge, frechet_distance, judge_for, precision_recall
 from dedistill.evaluation.numbers import picture_numbers
-from dedistill.evaluation.sweep import Candidate, Grid, save_png, sweep
+from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, save_png, sweep
 from dedistill.flow import keyed
-from dedistill.flow.guidance import classifier_free
+from dedistill.flow.guidance import ClassifierFree
 from dedistill.flow.solvers import sigma_grid
 from dedistill.models.model import Model, build_model
 from dedistill.recipe.resolve import recipe_of
@@ -82,7 +83,8 @@ def by_hand(own: Model, noise: torch.Tensor, sigmas: np.ndarray, cfg: float, ski
     for i in range(len(sigmas) - 1):
         s = torch.full((len(noise),), float(sigmas[i]))
         w = 1.0 if i < skip else cfg
-        v = classifier_free(own.velocity(noise, s, text), own.velocity(noise, s, empty), w)
+        with_text, without = own.velocity(noise, s, text), own.velocity(noise, s, empty)
+        v = without + w * (with_text - without)
         noise = noise + float(sigmas[i + 1] - sigmas[i]) * v
     return noise
 
@@ -104,24 +106,24 @@ def test_guidance_costs_and_gives_what_it_says(cfg, skip, steps, evaluations):
     """O19, N2, N3: CFG 1 needs one evaluation per step, the first ``skip`` steps too; the result is that of the formula."""
     own, noise = model(), start_noise(0, len(PROMPTS), PICTURE)
     calls = count_calls(own.parts.net)
-    found = sample(own, PROMPTS, noise, sigma_grid(steps), cfg=cfg, skip=skip)
+    found = sample(own, PROMPTS, noise, at(steps, cfg, skip))
     assert calls == [len(PROMPTS)] * evaluations
     torch.testing.assert_close(found, by_hand(own, noise, sigma_grid(steps), cfg, skip), rtol=0, atol=1e-5)
-    plain = sample(own, PROMPTS, noise, sigma_grid(steps))
+    plain = sample(own, PROMPTS, noise, at(steps))
     assert (float((found - plain).abs().max()) > 1e-4) == (cfg != 1 and skip < steps)
     assert found.dtype == torch.float32 and not found.requires_grad
 
 
 def test_chunks_make_the_same_pictures(masked, monkeypatch):
     """The size of a chunk is no setting of the picture: a prompt alone, or among others, gives the same one."""
-    noise, sigmas = start_noise(0, 3, PICTURE), sigma_grid(3)
-    whole = sample(masked, PROMPTS, noise, sigmas, cfg=3)
+    noise, how = start_noise(0, 3, PICTURE), at(3, 3)
+    whole = sample(masked, PROMPTS, noise, how)
     monkeypatch.setattr(masked, "chunk", 2)
-    states = list(trajectories(masked, PROMPTS, noise, sigmas, cfg=3))
+    states = list(trajectories(masked, PROMPTS, noise, how))
     assert [(len(c), len(c[0])) for c in states] == [(4, 2), (4, 1)]
     assert torch.equal(torch.cat([c[0] for c in states]), noise)
     torch.testing.assert_close(torch.cat([c[-1] for c in states]), whole, rtol=0, atol=1e-5)
-    torch.testing.assert_close(sample(masked, PROMPTS[1:2], noise[1:2], sigmas, cfg=3), whole[1:2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(sample(masked, PROMPTS[1:2], noise[1:2], how), whole[1:2], rtol=0, atol=1e-5)
 
 
 def test_a_micro_batch_bounds_sampling_too():
@@ -134,10 +136,10 @@ def test_pictures_are_made_on_the_shifted_sigmas_of_the_recipe(tmp_path):
     own = model(timesteps={"shift": 3.0})
     auto = model(timesteps={"shift": "auto"})
     assert own.grid_shift == 3.0 and auto.grid_shift == auto.shift(auto.parts.picture) != 1.0 == model().grid_shift
-    grid = Grid(cfgs=(1.0,), skips=(0,), prompts=tuple(PROMPTS), seeds=(0,))
+    grid = Grid((ClassifierFree(),), prompts=tuple(PROMPTS), seeds=(0,))
     sweep([Candidate("a", "w", 3, lambda: own)], grid, tmp_path, title="t", judge=None, say=lambda line: None)
     noise = start_noise(0, 3, PICTURE)
-    wanted, plain = (sample(own, PROMPTS, noise, sigma_grid(3, shift))[0] for shift in (3.0, 1.0))
+    wanted, plain = (sample(replace(own, grid_shift=shift), PROMPTS, noise, at(3))[0] for shift in (3.0, 1.0))
     save_png(wanted, tmp_path / "wanted.png"), save_png(plain, tmp_path / "plain.png")
     made = pixels(tmp_path / "pictures/a/cfg1_skip0/p000_s0.png")
     assert made == pixels(tmp_path / "wanted.png") != pixels(tmp_path / "plain.png")
@@ -146,9 +148,9 @@ def test_pictures_are_made_on_the_shifted_sigmas_of_the_recipe(tmp_path):
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
 def test_padding_is_invisible_to_a_masked_model_only(cfg, masked):
     """X1, X4, trap 1: padded to 8, 12, 24 or 48 tokens a prompt gives one picture; without the mask it gives four."""
-    noise, sigmas = start_noise(0, 3, PICTURE), sigma_grid(4)
+    noise, how = start_noise(0, 3, PICTURE), at(4, cfg)
     for own, same in ((masked, True), (model("none"), False)):
-        first, *others = (sample(own, PROMPTS, noise, sigmas, cfg=cfg, length=n) for n in (8, 12, 24, 48))
+        first, *others = (sample(own, PROMPTS, noise, how, length=n) for n in (8, 12, 24, 48))
         for other in others:
             assert (float((other - first).abs().max()) < 1e-5) == same
             assert same or float((other - first).abs().max()) > 1e-3
@@ -158,7 +160,7 @@ def test_sampling_leaves_the_mode_of_the_model(masked):
     """A model in training goes on training, one in evaluation stays there."""
     for training in (True, False):
         masked.root.train(training)
-        sample(masked, PROMPTS, start_noise(0, 3, PICTURE), sigma_grid(2))
+        sample(masked, PROMPTS, start_noise(0, 3, PICTURE), at(2))
         assert masked.root.training is training
 
 
@@ -166,7 +168,7 @@ def test_leaving_a_trajectory_early_leaves_the_mode_too():
     """Whoever takes only the first chunk, or fails inside the loop, finds the model as it was."""
     own = model()
     own.root.train()
-    states = trajectories(own, PROMPTS, start_noise(0, 3, PICTURE), sigma_grid(2), cfg=1)
+    states = trajectories(own, PROMPTS, start_noise(0, 3, PICTURE), at(2))
     next(states)
     states.close()
     assert own.root.training
@@ -245,11 +247,11 @@ def test_prompts_without_digits_have_no_accuracy(judge, tmp_path):
     source = load_digits(0.0)
     batch = source.draw(0, 0, np.arange(2), 2)
     assert np.isnan(judge.correct(batch.pixels, [batch.captions[0], "a cat"])).tolist() == [False, True]
-    mixed = Grid(cfgs=(1.0,), skips=(0,), prompts=("two, then three!", "a cat"), seeds=(0,))
+    mixed = Grid((ClassifierFree(),), prompts=("two, then three!", "a cat"), seeds=(0,))
     (cell,) = run([Opened().candidate("a")], tmp_path / "mixed", mixed, judge)["cells"]
     rows = strict(tmp_path / "mixed" / "index.json")
     assert ["correct" in row for row in rows] == [True, False] and cell["accuracy"] == rows[0]["correct"]
-    none = Grid(cfgs=(1.0,), skips=(0,), prompts=("a cat", "a dog"), seeds=(0,))
+    none = Grid((ClassifierFree(),), prompts=("a cat", "a dog"), seeds=(0,))
     scores = run([Opened().candidate("a")], tmp_path / "none", none, judge)
     assert "accuracy" not in scores["cells"][0] and "accuracy" not in [n["key"] for n in scores["numbers"]]
     write_sweep_page(tmp_path / "none"), write_sweep_page(tmp_path / "mixed")
@@ -279,7 +281,7 @@ def test_the_judge_measures_distance_to_real_digits(judge):
         assert far["frechet"] > 10 * near["frechet"] and far["precision"] < 0.1 and far["recall"] < 0.1
 
 
-GRID = Grid(cfgs=(1.0, 3.0), skips=(0, 2), prompts=tuple(PROMPTS), seeds=(0, 7))
+GRID = Grid(classifier_free((1.0, 3.0), (0, 2)), prompts=tuple(PROMPTS), seeds=(0, 7))
 
 
 class Opened:
@@ -333,7 +335,7 @@ def test_a_sweep_is_complete(tmp_path, judge):
     row = next(
         r for r in rows if (r["candidate"], r["cfg"], r["skip"], r["seed"]) == ("last", 3, 2, 7) and r["prompt"] == PROMPTS[1]
     )
-    again = sample(model(seed=1), PROMPTS, start_noise(7, 3, PICTURE), sigma_grid(3), cfg=3, skip=2)
+    again = sample(model(seed=1), PROMPTS, start_noise(7, 3, PICTURE), at(3, 3, 2))
     save_png(again[1], tmp_path / "again.png")
     assert pixels(tmp_path / "again.png") == pixels(tmp_path / row["file"])
     with Image.open(tmp_path / row["file"]) as image:  # the file tells how it was made
@@ -343,11 +345,11 @@ def test_a_sweep_is_complete(tmp_path, judge):
 def test_a_sweep_with_clip(tmp_path):
     """Its score stands in rows and cells, its identity in the key; diversity needs two seeds."""
     clip = ClipJudge(write_clip(tmp_path / "clip"))
-    grid = Grid((1.0,), (0,), tuple(PROMPTS), (0,))
+    grid = Grid((ClassifierFree(),), tuple(PROMPTS), (0,))
     make = partial(sweep, [Opened().candidate("base")], grid, tmp_path / "out", title="t", judge=None, say=lambda line: None)
     cell = make(clip=clip)["cells"][0]
     rows = strict(tmp_path / "out/index.json")
-    made = sample(model(), PROMPTS, start_noise(0, 3, PICTURE), sigma_grid(3), cfg=1)
+    made = sample(model(), PROMPTS, start_noise(0, 3, PICTURE), at(3))
     assert [r["clip"] for r in rows] == pytest.approx(clip.scores(clip.embed(made), PROMPTS).tolist(), abs=1e-5)
     assert cell["clip"] == pytest.approx(np.mean([r["clip"] for r in rows])) and "clip_frechet" not in cell
     assert "diversity" not in cell and "clip" not in make(clip=None)["cells"][0]
@@ -367,13 +369,13 @@ def test_a_sweep_makes_only_what_is_missing(tmp_path):
     assert run(opened.pair(weights="other"), tmp_path) == first and opened.names == ["last"]
     assert {f for f, t in stamps(tmp_path).items() if t != before[f]} == {f for f in before if f.startswith("last/")}
     opened = Opened()
-    run(opened.pair(weights="other"), tmp_path, Grid((1.0, 3.0), (0, 2), tuple(PROMPTS), (0, 8)))
+    run(opened.pair(weights="other"), tmp_path, Grid(classifier_free((1.0, 3.0), (0, 2)), tuple(PROMPTS), (0, 8)))
     assert opened.names == ["base", "last"]
 
 
 def test_several_step_counts_are_cells_of_their_own(tmp_path):
     """N1: the candidate's own count keeps the plain folder, so that cells made before are found; pictures differ by steps."""
-    once = Grid((1.0, 3.0), (0, 2), tuple(PROMPTS), (0,))
+    once = Grid(classifier_free((1.0, 3.0), (0, 2)), tuple(PROMPTS), (0,))
     before = run([Opened().candidate("last")], tmp_path, once)["cells"]
     opened = Opened()
     both = run([opened.candidate("last")], tmp_path, replace(once, steps=(3, 5)))["cells"]
@@ -381,7 +383,7 @@ def test_several_step_counts_are_cells_of_their_own(tmp_path):
     assert {p.name for p in (tmp_path / "pictures/last").iterdir()} == {
         f"cfg{c}_skip{s}{end}" for c, s in ((1, 0), (3, 0), (3, 2)) for end in ("", "_steps5")
     }
-    again = sample(model(), PROMPTS, start_noise(0, 3, PICTURE), sigma_grid(5), cfg=3, skip=2)
+    again = sample(model(), PROMPTS, start_noise(0, 3, PICTURE), at(5, 3, 2))
     save_png(again[1], tmp_path / "again.png")
     assert pixels(tmp_path / "again.png") == pixels(tmp_path / "pictures/last/cfg3_skip2_steps5/p001_s0.png")
     run([Opened().candidate("last")], tmp_path, replace(once, steps=(3, 5)))

@@ -10,9 +10,11 @@ import time
 
 import pytest
 import torch
+from losses import in_training
 from safetensors.torch import load_file
 
 from dedistill.io.atomic import step_of
+from dedistill.objectives.base import Objective
 from dedistill.runs.checkpoint import damage, list_checkpoints
 from dedistill.train import main
 
@@ -107,17 +109,15 @@ def test_unwritable_directory(adapter_recipe, tmp_path, capsys):
 
 def test_non_finite_steps_change_nothing_and_stop_the_run(adapter_recipe, tmp_path, capsys, monkeypatch):
     """T10: named samples and sigmas, no update, stop at the third in a row; weights are those of the last good step."""
-    from dedistill.training import trainer as loop
+    calls = 0
 
-    real, calls = loop.task_loss, 0
-
-    def poisoned(model, task):
+    def poisoned(real, model, task):
         nonlocal calls
         calls += 1
         loss = real(model, task)
         return loss * torch.nan if calls in (2, 4, 5, 6) else loss
 
-    monkeypatch.setattr(loop, "task_loss", poisoned)
+    monkeypatch.setattr(Objective, "loss", in_training(poisoned))
     err = fails(capsys, adapter_recipe, "checkpoint.every=1", "snapshot.every=1", code=1)
     assert "not finite 3 times in a row" in err and "digits/train/" in err
     rows = [json.loads(line) for line in (tmp_path / "dedistill/metrics.jsonl").read_text().splitlines()]
@@ -130,17 +130,15 @@ def test_non_finite_steps_change_nothing_and_stop_the_run(adapter_recipe, tmp_pa
 
 def test_a_stop_at_non_finite_steps_keeps_the_good_ones_and_remembers_the_bad(adapter_recipe, tmp_path, capsys, monkeypatch):
     """T10: the weights are saved before stopping, and starting again does not grant three more bad steps."""
-    from dedistill.training import trainer as loop
+    calls = []
 
-    real, calls = loop.task_loss, []
-
-    def poisoned(model, task):
+    def poisoned(real, model, task):
         calls.append(0)
         return real(model, task) * (torch.nan if len(calls) >= 3 else 1)
 
     plain = ["--set", "checkpoint.every=0"]
     assert main([str(adapter_recipe), *plain, "--set", f"run.out={tmp_path / 'good'}", "--set", "train.steps=2"]) == 0
-    monkeypatch.setattr(loop, "task_loss", poisoned)
+    monkeypatch.setattr(Objective, "loss", in_training(poisoned))
     assert main([str(adapter_recipe), *plain]) == 1
     assert "not finite 3 times in a row" in capsys.readouterr().err and len(calls) == 5
     (saved,) = list_checkpoints(tmp_path / "dedistill" / "checkpoints")

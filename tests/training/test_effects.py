@@ -253,10 +253,11 @@ def _pairs(teacher_recipe: Path, tmp_path: Path) -> tuple[list[str], list[str]]:
     from dedistill.data.encode import open_source
     from dedistill.runs.model import open_finished
     from dedistill.sampling.pairs import make_pairs
+    from dedistill.sampling.sampler import Sampling
 
     assert main([str(teacher_recipe)]) == 0
     recipe = load_recipe(teacher_recipe)
-    settings = {"teacher": "x", "count": 32, "cfg": 1.0, "steps": 4, "points": 2, "seed": 0, "shard_size": 16}
+    settings = {"teacher": "x", "count": 32, "sampling": Sampling(steps=4), "points": 2, "seed": 0, "shard_size": 16}
     make_pairs(open_finished(recipe), open_source(recipe.data), tmp_path / "pairs", **settings)
     pairs = ["data.source=pairs", f"data.path={tmp_path / 'pairs'}", "data.caption_noise=0.0"]
     return [*pairs, "train.objective=reflow"], [*pairs, "train.objective=distill"]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dedistill.data.encode import open_data
 from dedistill.distributed.launcher import UNHEEDED, engine_asked
 from dedistill.errors import RUN_AGAIN
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import objective_for
 from dedistill.recipe import load_recipe
 from dedistill.runs.checkpoint import damage, list_checkpoints
 from dedistill.train import main
@@ -112,7 +112,7 @@ def test_flux_with_buckets_masks_and_previews(picture_recipe, tmp_path):
 def test_all_run_equally_many_passes(picture_recipe, tmp_path, size):
     """Also where slots are fewer than processes, and of several shapes; who trains on what is as without sharding."""
     recipe = load_recipe(picture_recipe, ["train.batch=12", "data.resolutions=[32, 64]", "data.max_upscale=4"])
-    objective = Objective(recipe, open_data(recipe, "cpu", lambda line: None).source, lambda shape: 1.0)
+    objective = objective_for(recipe, open_data(recipe, "cpu", lambda line: None).source, lambda shape: 1.0)
     for step in range(3):
         passes = set()
         for rank in range(size):
@@ -121,7 +121,7 @@ def test_all_run_equally_many_passes(picture_recipe, tmp_path, size):
             world.engine = "fsdp2"
             own, company = objective.share(step, 2, world)
             assert nothing == [] and all(np.array_equal(a, b) for a, b in zip(own, plain, strict=True))
-            assert all(objective.task(step, positions).noisy.isfinite().all() for positions in company)
+            assert all(objective.noisy_batch(step, positions).noisy.isfinite().all() for positions in company)
             passes.add(len(own) + len(company))
         assert len(passes) == 1
 

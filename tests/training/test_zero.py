@@ -22,7 +22,7 @@ from test_world import BF16, LORA, arguments, furthest, same, saved, train
 from dedistill.data.digits import load_digits
 from dedistill.distributed.launcher import engine_asked
 from dedistill.errors import UserError
-from dedistill.objectives.objective import Objective
+from dedistill.objectives.base import Objective
 from dedistill.recipe import load_recipe
 from dedistill.runs.checkpoint import list_checkpoints
 from dedistill.train import main
@@ -346,7 +346,7 @@ def test_a_real_launch(adapter_recipe, tmp_path, stage):
 
 def _spoilt(given: list[str]) -> int:
     """``main``, where the first sample of steps 3, 4 and 5 is not finite wherever it is drawn."""
-    real, bad = Objective.task, {load_digits(0.2).names(0, step, np.array([0]), 8)[0] for step in (2, 3, 4)}
+    real, bad = Objective.noisy_batch, {load_digits(0.2).names(0, step, np.array([0]), 8)[0] for step in (2, 3, 4)}
 
     def task(self, step, positions):
         found = real(self, step, positions)
@@ -354,7 +354,7 @@ def _spoilt(given: list[str]) -> int:
         target[[name in bad for name in found.names]] = torch.nan
         return replace(found, target=target)
 
-    Objective.task = task
+    Objective.noisy_batch = task
     return main(given)
 
 

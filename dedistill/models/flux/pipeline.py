@@ -15,7 +15,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.flow.guidance import classifier_free, needs_unconditional
+from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, ClassifierFree
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.flux.encoders import encode
@@ -102,12 +102,12 @@ class MaskedFluxPipeline(FluxPipeline):
         width = width or self.default_sample_size * self.vae_scale_factor
         self.check_inputs(prompt, None, height, width)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        guided = needs_unconditional(true_cfg_scale, skip_cfg_steps, skip_cfg_steps)
-        positive, negative = self._branches(prompts, negative_prompt if guided else None, num_images_per_prompt, use)
+        negative = negative_prompt if true_cfg_scale != 1 else None
+        texts = self._branches(prompts, negative, num_images_per_prompt, use)
 
         device, channels = self._execution_device, self.transformer.config.in_channels // 4
-        dtype = positive.tokens.embeds.dtype
-        packed, _ = self.prepare_latents(len(positive), channels, height, width, dtype, device, generator, latents)
+        dtype, count = texts[CONDITIONAL].tokens.embeds.dtype, len(texts[CONDITIONAL])
+        packed, _ = self.prepare_latents(count, channels, height, width, dtype, device, generator, latents)
         noisy = self._unpack_latents(packed, height, width, self.vae_scale_factor)
         timesteps = self._timesteps(num_inference_steps, sigmas, packed.shape[1])
         guidance_scale = self._distilled(guidance_scale)
@@ -119,11 +119,11 @@ class MaskedFluxPipeline(FluxPipeline):
             net = self.transformer
             return flux_velocity(net, net.time_text_embed, noisy, sigma, text, patch=2, mask=use.mask, guidance=guidance)
 
+        guider, grid = ClassifierFree(true_cfg_scale, skip_cfg_steps), np.array([*(timesteps / 1000).tolist(), 0.0])
         with self.progress_bar(total=len(timesteps)) as progress:
             for i, t in enumerate(timesteps):
-                out = velocity(positive, t)
-                if needs_unconditional(true_cfg_scale, i, skip_cfg_steps):
-                    out = classifier_free(out, velocity(negative, t), true_cfg_scale)
+                outputs = {branch: velocity(texts[branch], t) for branch in guider.branches(grid, i)}
+                out = guider.combine(outputs, grid, i)
                 noisy = self.scheduler.step(out, t, noisy, return_dict=False)[0]
                 progress.update()
         images = self._pictures(noisy, output_type)
@@ -153,16 +153,16 @@ class MaskedFluxPipeline(FluxPipeline):
 
     def _branches(
         self, prompts: list[str], negative: str | list[str] | None, copies: int, use: TextUse
-    ) -> tuple[Conditioning, Conditioning | None]:
-        """Both branches of guidance, each with the text of its own; None for the second without a negative prompt."""
-        texts = [self._encode(prompts, copies, use)]
+    ) -> dict[str, Conditioning]:
+        """Both branches of guidance, each with the text of its own; only the first without a negative prompt."""
+        texts = {CONDITIONAL: self._encode(prompts, copies, use)}
         if negative is not None:
             negatives = [negative] * len(prompts) if isinstance(negative, str) else negative
             if len(negatives) != len(prompts):
                 raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
-            texts.append(self._encode(negatives, copies, use))
-        self._check_backends(texts, use.mask)
-        return texts[0], texts[1] if negative is not None else None
+            texts[UNCONDITIONAL] = self._encode(negatives, copies, use)
+        self._check_backends([*texts.values()], use.mask)
+        return texts
 
     def _encode(self, prompts: list[str], copies: int, use: TextUse) -> Conditioning:
         """Every prompt ``copies`` times in a row, padded to ``use.text_length`` tokens."""

@@ -1,0 +1,161 @@
+"""What all objectives share: which samples a step is made of, what is drawn for each, and the loss of what comes of both.
+
+An objective is a file of this folder, named as recipes name it, with a subclass of :class:`Objective`; what a recipe must know
+of it stands in ``dedistill/recipe/objectives.py``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dedistill.data.source import Batch, Source
+from dedistill.distributed.world import World, deal
+from dedistill.errors import UserError
+from dedistill.flow import keyed, timesteps
+from dedistill.flow.path import flow_loss
+from dedistill.models.conditioning import Conditioning
+from dedistill.models.model import Model
+from dedistill.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """What the network is asked: velocity at ``noisy`` [B, C, H, W], ``sigma`` [B], given captions."""
+
+    noisy: Tensor
+    sigma: Tensor
+    target: Tensor
+    captions: list[str]
+    dropped: Tensor
+    """[B] bool: the caption is replaced by the empty prompt."""
+    names: list[str]
+    text: Conditioning | None = None
+    """The captions, where they are encoded already."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of B slots, each a function of (seed, step, position). For validation they are fixed."""
+
+    p: np.ndarray
+    """[B] in (0, 1), spread evenly over the slots of a step."""
+    sigma: Callable[[tuple[int, ...]], np.ndarray]
+    """Shape of a sample -> sigma [B], float64: ``p`` by the recipe's density and shift. For validation ``p`` itself."""
+    noise: Callable[[tuple[int, ...]], Tensor]
+    """Shape of a sample -> standard normal noise [B, ...]."""
+    dropped: Tensor
+    """[B] bool."""
+
+
+class Objective(ABC):
+    """The noisy batches of every step of a run, each a pure function of (seed, step, position), and their loss."""
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Fields of a :class:`Batch` without which it cannot do, and which not every source fills."""
+    known: ClassVar[dict[str, type["Objective"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):
+            cls.known[cls.name] = cls
+
+    def __init__(self, recipe: Recipe, source: Source, shift_of: Callable[[tuple[int, ...]], float]):
+        """shift_of: the family's shift for samples of a shape, used where the recipe says shift = "auto"."""
+        t = recipe.timesteps
+        self.seed, self.batch, self.source = recipe.run.seed, recipe.train.batch, source
+        self.dropout = recipe.data.caption_dropout
+        given = {k: getattr(t, k) for k in ("alpha", "beta", "mean", "std", "scale")}
+        self.shift_of = lambda shape: t.resolved_shift(shift_of(shape))
+        self.sampling = {
+            "density": t.density,
+            "params": {k: v for k, v in given.items() if v is not None},
+            "stratify": t.stratify,
+        }
+
+    @abstractmethod
+    def sample(self, batch: Batch, draws: Draws) -> NoisyBatch:
+        """What the network is asked about ``batch``."""
+
+    def loss(self, model: Model, batch: NoisyBatch) -> Tensor:
+        """The loss of each sample [B], float32, on the model's device; the same in training and validation."""
+        text = model.encode(batch.captions) if batch.text is None else batch.text.to(model.device)
+        if batch.dropped.any():
+            text = text.where(batch.dropped.to(model.device), model.encode([""]))
+        predicted = model.velocity(batch.noisy.to(model.device), batch.sigma.to(model.device), text)
+        return flow_loss(predicted, batch.target.to(model.device))
+
+    def micro_batches(self, step: int, size: int) -> list[np.ndarray]:
+        """All positions of a step in parts of at most ``size`` that share a shape."""
+        return _cut(self.source.groups(self.seed, step, np.arange(self.batch), self.batch), size)
+
+    def share(self, step: int, size: int, world: World) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(those of the step's micro-batches that are this process's, those that it only keeps the others company with).
+
+        Over all processes the first are all, and none twice. The second are empty unless all must run equally many
+        passes; then they are the least work of the step, as often as it takes.
+        """
+        parts = self.micro_batches(step, size)
+        work = [self.source.work(self.seed, step, part, self.batch) for part in parts]
+        dealt = deal(work, world.size)
+        own = [parts[i] for i in dealt[world.rank]]
+        missing = max(map(len, dealt)) - len(own) if world.lockstep else 0
+        return own, [parts[work.index(min(work))]] * missing
+
+    def noisy_batch(self, step: int, positions: np.ndarray) -> NoisyBatch:
+        """What is trained on at ``positions`` of ``step``. Raises UserError for a source without what it needs."""
+        stratify = self.sampling["stratify"]
+        draws = Draws(
+            p=timesteps.probabilities(self.seed, "sigma", step, self.batch, stratify)[positions],
+            sigma=lambda shape: self._sigmas(step, shape)[positions],
+            noise=lambda shape: keyed.noise(self.seed, "noise", step, positions, shape),
+            dropped=torch.from_numpy(keyed.uniforms(self.seed, "caption-dropout", step, self.batch)[positions] < self.dropout),
+        )
+        return self._sampled(self.source.draw(self.seed, step, positions, self.batch), draws)
+
+    def validation_batches(self, count: int, size: int, world: World | None = None) -> list[NoisyBatch]:
+        """``count`` held-out samples, at most ``size`` in each batch, in all the same whatever the size.
+
+        Their sigmas stand in the middle of equal intervals, whatever the training density. Of several processes each
+        gets its share of the batches.
+        """
+        world = world or World()
+        parts = _cut(self.source.groups(self.seed, 0, np.arange(count), count, held_out=True), size)
+        work = [self.source.work(self.seed, 0, part, count, held_out=True) for part in parts]
+        return [self._validation_batch(parts[i], count) for i in deal(work, world.size)[world.rank]]
+
+    def _validation_batch(self, positions: np.ndarray, count: int) -> NoisyBatch:
+        p = timesteps.midpoints(self.seed, count)[positions]
+        draws = Draws(
+            p=p,
+            sigma=lambda shape: p,
+            noise=lambda shape: keyed.noise(self.seed, "validation/noise", 0, positions, shape),
+            dropped=torch.zeros(len(positions), dtype=torch.bool),
+        )
+        return self._sampled(self.source.draw(self.seed, 0, positions, count, held_out=True), draws)
+
+    def _sigmas(self, step: int, shape: tuple[int, ...]) -> np.ndarray:
+        return timesteps.draw(self.seed, step, self.batch, shift=self.shift_of(shape), **self.sampling)
+
+    def _sampled(self, batch: Batch, draws: Draws) -> NoisyBatch:
+        if missing := [field for field in self.needs if getattr(batch, field) is None]:
+            needed = f"the {' and '.join(missing)} of every sample"
+            raise UserError(f"train.objective: '{self.name}' needs {needed}, which '{self.source.name}' does not have")
+        return self.sample(batch, draws)
+
+
+def objective_for(recipe: Recipe, source: Source, shift_of: Callable[[tuple[int, ...]], float]) -> Objective:
+    """The objective that ``recipe`` names; the arguments are those of :class:`Objective`."""
+    name = recipe.train.objective
+    if name not in Objective.known:
+        import_module(f"dedistill.objectives.{name}")
+    return Objective.known[name](recipe, source, shift_of)
+
+
+def _cut(groups: list[np.ndarray], size: int) -> list[np.ndarray]:
+    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]

@@ -1,0 +1,26 @@
+"""Objectives as far as a recipe must know them, which is read without torch; each is a file of ``dedistill/objectives``."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Traits:
+    pairs: bool = False
+    """It trains on stored pairs; otherwise on data."""
+    own_sigmas: bool = False
+    """Its sigmas come with the samples, so that [timesteps] has no effect, and paths between them are not known."""
+    caption_dropout: float = 0.0
+    """Default of data.caption_dropout."""
+
+
+OBJECTIVES = {
+    "flow": Traits(caption_dropout=0.1),
+    "distill": Traits(pairs=True, own_sigmas=True),
+    "reflow": Traits(pairs=True),
+}
+"""By the names that recipes use."""
+DROPOUTS = {
+    rate: tuple(name for name, o in OBJECTIVES.items() if o.caption_dropout == rate)
+    for rate in dict.fromkeys(o.caption_dropout for o in OBJECTIVES.values())
+}
+"""Defaults of data.caption_dropout, and the objectives that have them."""
