@@ -74,7 +74,7 @@ def recipe_for(sizes: Sizes, adapter: str) -> Recipe:
     return recipe_of(
         {
             "run": {"name": "benchmark", "out": "unused"},
-            "model": {"family": FAMILY.name, "new": new, "text_length": TEXT},
+            "model": {"family": FAMILY.spec.name, "new": new, "text_length": TEXT},
             "base": {"quant": "int8"},
             "adapter": ADAPTERS[adapter],
             "data": {"source": "digits"},

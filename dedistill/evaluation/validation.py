@@ -13,6 +13,7 @@ from dedistill.evaluation.meters import Reading, path_numbers
 from dedistill.flow.guidance import CONDITIONAL
 from dedistill.flow.path import flow_loss, implied_noise
 from dedistill.flow.solvers import sigma_grid
+from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 from dedistill.objectives.base import NoisyBatch, Objective
 from dedistill.sampling.sampler import Sampling, path

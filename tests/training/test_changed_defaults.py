@@ -79,7 +79,8 @@ def test_a_changed_default_is_refused_or_the_run_keeps_its_own(adapter_recipe, t
 def test_a_family_default_that_changed_is_refused(adapter_recipe, tmp_path, monkeypatch, capsys):
     cut = run(adapter_recipe, tmp_path / "cut", "train.steps=2")
     as_before_resolving(cut)
-    monkeypatch.setitem(families.NUMBERS, "pixel_flux", {"model.text_length": 9})
+    changed = replace(SPEC, defaults=lambda model: {"model.text_length": 9})
+    monkeypatch.setattr("dedistill.models.pixel_flux.SPEC", changed)
     assert "model.text_length: 12 there, 9 here by default" in refusal(adapter_recipe, cut, capsys)
     run(adapter_recipe, cut, "model.text_length=12")
 
