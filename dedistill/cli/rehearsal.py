@@ -23,7 +23,7 @@ from dedistill.data.encode import look, open_source, without_captions
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.errors import UserError
 from dedistill.evaluation.candidates import candidates_of
-from dedistill.evaluation.sweep import Grid, sweep
+from dedistill.evaluation.sweep import Grid, classifier_free, sweep
 from dedistill.io import ownership
 from dedistill.models.family import Family
 from dedistill.models.quantize import linear_names
@@ -93,7 +93,7 @@ def _after_training(recipe: Recipe, family: Family, small: Recipe, out: Path, st
         widths = [0.075] if recipe.snapshot.ema else None
         average_run(out / "run", alphas=[0.5, 0.9], widths=widths, say=lambda line: None)
     with stage("CFG sweep"):
-        grid = Grid((1.0, 3.0), (0,), PROMPTS, (0,))
+        grid = Grid(classifier_free((1.0, 3.0)), PROMPTS, (0,))
         sweep(candidates_of(small, None), grid, out / "sweep", title="rehearsal", judge=None, say=lambda line: None)
         write_sweep_page(out / "sweep")
     with stage("merge into the base"):

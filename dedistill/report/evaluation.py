@@ -59,7 +59,10 @@ def three_answers(found: dict) -> list[dict[str, str]]:
 
 
 def _chosen(selection: dict) -> dict | None:
-    return None if selection["chosen"] is None else {key: selection["cells"][selection["chosen"]][key] for key in CELL}
+    if selection["chosen"] is None:
+        return None
+    cell = selection["cells"][selection["chosen"]]
+    return {key: cell[key] for key in CELL if key in cell}
 
 
 def subject(found: dict) -> str:
