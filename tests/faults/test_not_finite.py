@@ -25,9 +25,9 @@ def in_latent(task, trainer):
 
 def in_caption(task, trainer):
     text = trainer.model.encode(task.captions)
-    embeds = text.tokens.embeds.clone()
-    embeds[1, 0, 0] = torch.nan
-    return replace(task, text=replace(text, embeds=embeds), dropped=torch.zeros_like(task.dropped))
+    text = text.each(torch.clone)
+    text.tokens.embeds[1, 0, 0] = torch.nan
+    return replace(task, text=text, dropped=torch.zeros_like(task.dropped))
 
 
 def in_gradient(task, trainer):

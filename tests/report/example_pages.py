@@ -53,7 +53,9 @@ def distillation(folder: Path) -> Path:
 
 def influence(folder: Path) -> Path:
     distance = torch.rand(3, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = Influence([f"transformer_blocks.{i}" for i in range(3)], ["picture", "text"], [1 - i / 8 for i in range(8)], distance, 5)
+    found = Influence(
+        [f"transformer_blocks.{i}" for i in range(3)], ["picture", "text"], [1 - i / 8 for i in range(8)], distance, 5
+    )
     return write_influence(folder, found, dict.fromkeys(found.blocks, 4), 90, 100, str(folder / "recipe.toml"))
 
 

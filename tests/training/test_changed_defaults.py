@@ -1,12 +1,13 @@
 """A default that another version changes never changes a run that was started before it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_run import run, same, weights
 
-from dedistill.models import registry as families
+from dedistill.models.pixel_flux import SPEC
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.schema import Adapter, Data, Default, Timesteps, Train, Validate
 from dedistill.train import main
