@@ -88,7 +88,7 @@ def verdicts(scores: list[dict]) -> list[tuple[str, str]]:
 
 
 def main_table(scores: list[dict]) -> list[str]:
-    """What README shows: the main comparisons, each by its own score."""
+    """What docs/tricks.md shows: the main comparisons, each by its own score."""
     rows = []
     for trick in TRICKS:
         for c in (c for c in trick.comparisons if c.main):

@@ -57,8 +57,8 @@ def publish(found: dict, root: Path, *, committed: bool) -> None:
     print("\n".join(main_table(found["scores"])))
     if committed:
         FIGURES.write_text(json.dumps(found, indent=1) + "\n")
-        readme = ROOT / "README.md"
-        readme.write_text(with_main_table(readme.read_text(), found["scores"]))
+        page = ROOT / "docs" / "tricks.md"
+        page.write_text(with_main_table(page.read_text(), found["scores"]))
     print(f"done: {write_report(found, ROOT / 'docs' if committed else root)}, {write_page(found, root)}", file=sys.stderr)
 
 

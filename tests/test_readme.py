@@ -1,4 +1,4 @@
-"""What the README says exists, exists; what it says a wrong recipe prints, is printed."""
+"""What the README and the pages say exists, exists; what they say is printed, is printed."""
 
 import io
 import json
@@ -16,8 +16,10 @@ from dedistill.train import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {p.name: p.read_text() for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "LOG.md"}  # the log is history
+TEXT = "\n".join([README, *PAGES.values()])
 ROOMS = "dedistill/recipes|tools|launch|benchmarks|tests|docs"
-PATHS = sorted(set(re.findall(rf"\b(?:{ROOMS})/[\w/.-]*\w|(?<!/)\blab/[\w/.-]*\w", README)))
+PATHS = sorted(set(re.findall(rf"\b(?:{ROOMS})/[\w/.-]*\w|(?<!/)\blab/[\w/.-]*\w", TEXT)))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -28,7 +30,7 @@ def test_named_files_exist(path):
 
 
 def test_commands_name_real_tools_and_flags():
-    commands = re.findall(r"(?:^    |^|`)dedistill (\w+)([^\n#`]*)", README, flags=re.M)
+    commands = re.findall(r"(?:^    |^|`)dedistill (\w+)([^\n#`]*)", TEXT, flags=re.M)
     assert len(commands) > 20 and {name for name, _ in commands} <= {*COMMANDS, "COMMAND"}
     for name, flags in commands:
         if wanted := re.findall(r"--[\w-]+", flags.partition(">")[0]):
@@ -43,8 +45,8 @@ def options_of(command: str) -> set[str]:
 
 
 def test_commands_of_the_study_are_real_modules_and_flags():
-    found = re.findall(r"python -m lab(?:\.(\w+))?([^\n#]*)", README)
-    assert {name for name, _ in found} == {"", "story"}
+    found = re.findall(r"python -m lab(?:\.(\w+))?([^\n#]*)", TEXT)
+    assert {name for name, _ in found} == {"", "artefacts", "story"}
     for name, flags in found:
         source = (ROOT / "lab" / f"{name or 'study'}.py").read_text()
         assert all(f'"{flag}"' in source for flag in re.findall(r"--[\w-]+", flags)), f"{name}{flags}"
@@ -76,7 +78,7 @@ def test_recipe_headers_say_how_to_run_them(name):
 
 
 def test_named_recipes_come_with_the_package():
-    named = re.findall(r"dedistill:([\w/]*)(?:\{([\w,]+)\})?(\w*)", README)
+    named = re.findall(r"dedistill:([\w/]*)(?:\{([\w,]+)\})?(\w*)", TEXT)
     names = {a + part + b for a, parts, b in named for part in parts.split(",")}
     assert names - {"NAME"} <= set(shipped_recipes()) and len(names) > 10
 
@@ -84,7 +86,7 @@ def test_named_recipes_come_with_the_package():
 def test_table_is_the_measured_one():
     """Every number of the README's table stands in the committed result."""
     summary = json.loads((ROOT / "lab/results/digits_story.json").read_text())
-    rows = re.findall(r"^    (\d)  +(\d\.\d{3}.*)$", README, flags=re.M)
+    rows = re.findall(r"^    (\d)  +(\d\.\d{3}.*)$", TEXT, flags=re.M)
     assert [r[0] for r in rows] == [str(c) for c in range(1, 9)]
     for cfg, numbers in rows:
         cells = [summary[name]["cfg"][cfg] for name in ("teacher", "student", "student_native", "dedistilled")]
@@ -96,8 +98,33 @@ def test_meters_are_the_measured_ones():
     """Every number of the README's second table stands in the committed result."""
     found = json.loads((ROOT / "lab/results/digits_distillation.json").read_text())
     keys = {m["label"]: m["key"] for m in found["meters"]} | {"few-step gap, 1 step": "few_steps"}
-    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, flags=re.M)
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGES["evaluation.md"], flags=re.M)
     assert len(rows) == 4
     for label, *values in rows:
         measured = [found["candidates"][name][keys[label]][0]["value"] for name in ("teacher", "dedistill", "student")]
         assert values == [f"{value:.3f}" for value in measured], label
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 900
+
+
+def test_links_lead_somewhere():
+    """Relative links of the README and the pages; and the index names every page."""
+    for place, text in {"README.md": README, **{f"docs/{name}": page for name, page in PAGES.items()}}.items():
+        for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
+            assert (ROOT / place).parent.joinpath(link).exists(), f"{place}: {link}"
+    named = set(re.findall(r"^\| \[([\w.]+)\]", PAGES["index.md"], flags=re.M))
+    assert named == {p.name for p in (ROOT / "docs").glob("*.md")} - {"index.md"}
+
+
+def test_code_that_pages_name_exists():
+    """Files of the package, and dotted names of its modules."""
+    for file in set(re.findall(r"\b(?:dedistill|lab|tests|benchmarks)/[\w/]+\.py\b", TEXT)):
+        assert (ROOT / file).exists(), file
+    rooms = {p.stem for p in (ROOT / "dedistill").iterdir()}
+    for name in set(re.findall(r"\bdedistill((?:\.\w+)+)", TEXT)):
+        _, first, *others = name.split(".")
+        if first in rooms and others:
+            place = ROOT / "dedistill" / first / others[0]
+            assert place.is_dir() or place.with_suffix(".py").exists(), f"dedistill{name}"

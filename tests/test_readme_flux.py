@@ -1,4 +1,4 @@
-"""The README's section on FLUX.1, run as it stands: its recipe, its commands, its snippet, on tiny weights."""
+"""The README's way from images to a result, run as it stands: its recipe, its commands, its snippet, on tiny weights."""
 
 import os
 import re
@@ -13,7 +13,8 @@ from dedistill.cli.main import main
 from dedistill.models.flux.tiny import write_tiny_flux
 
 ROOT = Path(__file__).parent.parent
-SECTION = (ROOT / "README.md").read_text().partition("## FLUX.1\n")[2].partition("\n## ")[0]
+SECTION = (ROOT / "README.md").read_text()
+RELEASE = (ROOT / "docs/flux.md").read_text().partition("## Images, rehearsal, release\n")[2]
 # what a test has no time for; everything else is the README's
 SMALL = """
 [data]
@@ -39,8 +40,8 @@ width = 64
 """
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", SECTION, flags=re.S)
+def blocks(language: str, text: str = SECTION) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def run(command: str) -> int:
 def test_the_whole_section(home, monkeypatch, capsys):
     """Every command in its order, then the snippet."""
     monkeypatch.chdir(home)
-    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    commands = [line for block in [*blocks("bash"), *blocks("bash", RELEASE)] for line in block.splitlines()]
     assert len(commands) == 9
     for command in commands:
         code = run(command)
@@ -106,7 +107,7 @@ def test_table_of_recipes():
     from dedistill.recipe import load_recipe
     from dedistill.recipe.shipped import shipped_recipes
 
-    rows = re.findall(r"^\| `dedistill:(\w+)` \|.*\| (\d+) M \|$", SECTION, flags=re.M)
+    rows = re.findall(r"^\| `dedistill:(\w+)` \|.*\| \d+ GB \| (\d+) M \|$", SECTION, flags=re.M)
     assert {name for name, _ in rows} == {n for n in shipped_recipes() if "/" not in n} - {"mnist_flux", "flux_tiny", "example"}
     for name, size in rows:
         recipe = load_recipe(f"dedistill:{name}")
