@@ -144,7 +144,7 @@ def tables(results: dict) -> str:
             ]
         lines.append("")
     meters = [*METERS, "diversity"]
-    lines += ["| fault | pictures | " + " | ".join(meters) + " |", "|---" * (len(meters) + 2) + "|"]
+    lines += ["| fault | images | " + " | ".join(meters) + " |", "|---" * (len(meters) + 2) + "|"]
     for name, s in sets.items():
         for fault, told in s["cross"].items():
             seen = (f"{told[m]['seen'][0]:.0%}" if m in told else "" for m in meters)

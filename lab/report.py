@@ -22,10 +22,10 @@ Differences are taken between runs of the same student and the same draws; brack
 seeds. *Helps*, *hurts* and *no difference seen* are told by one score, chosen before anything was run. *No difference seen*
 means that the interval holds zero, not that there is none: its width says how large one could be. Of {count} comparisons two
 or three would stand out by chance, and of the other scores more. All seeds are asked the same held-out samples, prompts and
-noise, whose chance is not in the intervals. A small network on small pictures shows mechanisms, not budgets; what follows for
+noise, whose chance is not in the intervals. A small network on small images shows mechanisms, not budgets; what follows for
 a model of 12 B is a guess.
 
-Held-out loss: flow matching, {held_out} held-out samples, all sigmas alike. Pictures: {prompts} prompts, 16 Euler steps.
+Held-out loss: flow matching, {held_out} held-out samples, all sigmas alike. Images: {prompts} prompts, 16 Euler steps.
 Accuracy: an independent classifier reads the digits as asked; at CFG 1 it has no better end, as an honest model of these
 noisy captions has the teacher's. Frechet distance and precision: against real digits, in 20 components. Saturated: share of
 pixels beyond the range of the data.

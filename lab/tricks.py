@@ -260,7 +260,7 @@ TRICKS = (
     ),
     Trick(
         "Reflow",
-        "The teacher retrained on its own pairs of noise and picture, made at CFG 1.5. One step; the teacher at CFG 1.5 too.",
+        "The teacher retrained on its own pairs of noise and image, made at CFG 1.5. One step; the teacher at CFG 1.5 too.",
         "frechet_one",
         ("straightness", "frechet_16"),
         (

@@ -72,14 +72,17 @@ def run(command: str) -> int:
 
 
 def test_the_whole_section(home, monkeypatch, capsys):
-    """Every command in its order, then the snippet."""
+    """Every command in its order, then the snippet, then the question whether it worked."""
     monkeypatch.chdir(home)
     commands = [line for block in [*blocks("bash"), *blocks("bash", RELEASE)] for line in block.splitlines()]
     assert len(commands) == 9
     for command in commands:
-        code = run(command)
-        assert code == 0, f"{command}\n{capsys.readouterr().err}"
-    assert "dedistill.load_lokr" in capsys.readouterr().out, "check_adapter names the programs"
+        code, said = run(command), capsys.readouterr()
+        assert code == 0, f"{command}\n{said.err}"
+        if "rehearse" in command:
+            assert len(re.findall(r"^ok ", said.out + said.err, flags=re.M)) == 10
+        if "check" in command:
+            assert "dedistill.load_lokr" in said.out, "it names the programs"
     for made in ("runs/scan/index.html", "runs/my_flux/sweep/index.html", "exports/my-model/model_index.json"):
         assert (home / made).exists(), made
     code = blocks("python")[0]
@@ -96,6 +99,19 @@ def test_the_whole_section(home, monkeypatch, capsys):
     with Image.open("fox.png") as picture:
         assert picture.size == (64, 64)
     os.remove("fox.png")
+    judge(home, capsys)
+
+
+def judge(home: Path, capsys) -> None:
+    """The two commands by which a user knows whether it worked, on few samples and scales."""
+    (home / "prompts.txt").write_text("".join(f"{n} red foxes\n" for n in range(16)))
+    evaluate, report = re.findall(r"^    (dedistill (?:evaluate|report) .*)$", SECTION, flags=re.M)
+    assert run(f"{evaluate} --candidates base last --cfg 1 3 --samples 16") == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert all(question in said for question in ("How distilled is it still?", "Which weights?", "How to sample?")), said
+    assert run(report) == 0, capsys.readouterr().err
+    for page in re.findall(r"`(runs/my_flux/[\w/]*index\.html)`", SECTION):
+        assert (home / page).exists(), page
 
 
 def test_table_of_recipes():

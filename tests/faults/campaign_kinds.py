@@ -247,7 +247,7 @@ def samples(recipe: Path, folder: Path) -> Row:
     wrong += len(rows.samples) != 5 or len(rows.quarantined) != len(ROWS)
     odd = sum(outcome == GOOD for _, _, outcome in (*PICTURES.values(), *CAPTIONS.values()))
     return (
-        "bad pictures, captions and rows of tables among good ones",
+        "bad images, captions and rows of tables among good ones",
         f"{len(expected) - 3 + len(ROWS)} kinds, {odd} of them odd but good",
         f"missing without a word, used although bad, or good but not used: {wrong}",
         wrong == 0,
