@@ -1,7 +1,4 @@
-"""A frozen base in parts on all processes, put together block by block while it is used: FSDP2 of torch.
-
-The adapter is no part of the network, so it stays whole everywhere, and its gradients are summed as without sharding.
-"""
+"""A frozen base in parts on all processes, put together block by block while it is used: FSDP2 of torch."""
 
 import warnings
 
@@ -14,21 +11,31 @@ from torch.distributed.tensor import DTensor
 from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.models.model import Model
-from dedistill.recipe import Recipe
+from dedistill.training.engine import Engine
 
 
-def check_shardable(recipe: Recipe) -> None:
-    """Raises UserError, before anything is loaded, for a recipe whose base cannot lie in parts."""
-    if recipe.adapter is None:
-        raise UserError(
-            "FSDP2 shards a frozen base, and without a table [adapter] the whole network is trained. Use launch/ddp.yaml.", 2
-        )
-    if recipe.base.quant == "int8-quanto":
-        raise UserError(
-            f"{recipe.where('base.quant')}: 'int8-quanto' would be sharded as the floats it stands for, without a word; "
-            "use 'int8' (the same codes), or launch/ddp.yaml",
-            2,
-        )
+class Fsdp2(Engine):
+    """The base in parts. Its adapter is no part of the network, so it is trained as where every process holds everything."""
+
+    name, in_parts = "fsdp2", ", the base in parts"
+    lockstep = cuts_on_cpu = True
+
+    def check(self) -> None:
+        if self.recipe.adapter is None:
+            raise UserError(
+                "FSDP2 shards a frozen base, and without a table [adapter] the whole network is trained. Use launch/ddp.yaml.",
+                2,
+            )
+        if self.recipe.base.quant == "int8-quanto":
+            raise UserError(
+                f"{self.recipe.where('base.quant')}: 'int8-quanto' would be sharded as the floats it stands for, without a "
+                "word; use 'int8' (the same codes), or launch/ddp.yaml",
+                2,
+            )
+
+    def place(self, model: Model, device: torch.device | str) -> None:
+        shard_base(model, self.world, device)
+        super().place(model, device)
 
 
 def shard_base(model: Model, world: World, device: torch.device | str) -> None:

@@ -19,7 +19,7 @@ from dedistill.objectives.objective import Objective
 from dedistill.runs.checkpoint import damage, list_checkpoints
 from dedistill.train import main
 from dedistill.training import background as saver
-from dedistill.training import preview
+from dedistill.training import keeping, preview
 from dedistill.training import trainer as loop
 
 SETTINGS = ("checkpoint.every=4", "validate.every=2", "validate.samples=8")
@@ -71,7 +71,7 @@ PHASES = {
     "inside a validation": ("dedistill.evaluation.validation", "task_loss", 2, 2),
     "preview": (preview, "trajectories", 2, 3),
     "save": (saver.Saver, "start", 1, None),
-    "writing": (loop, "save_checkpoint", 1, None),
+    "writing": (keeping, "save_checkpoint", 1, None),
 }
 
 
