@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dedistill.distributed.launcher import FIXED, zero_settings
 from dedistill.errors import UserError
 from dedistill.models.model import Model
+from dedistill.models.quantize import check_engine
 from dedistill.recipe import Recipe
 from dedistill.training.engine import Engine, bits
 from dedistill.training.optim import make_optimizer, not_finite, state_entries
