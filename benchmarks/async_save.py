@@ -44,7 +44,7 @@ def lost(groups: Groups, saver: Saver, folder: Path, step: int) -> tuple[float, 
     """Seconds lost to a save that is waited for, and to one beside training."""
 
     def write(number: int) -> Callable[[Groups], object]:
-        return lambda tensors: save_checkpoint(folder, number, tensors, {}, 2)
+        return lambda tensors: save_checkpoint(folder, number, tensors, {}, keep=2)
 
     plain = train()
     waited = train(lambda: write(step)(groups)) - plain

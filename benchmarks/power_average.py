@@ -56,12 +56,12 @@ def cost(batch: int) -> dict:
     """CPU seconds of an update over those of a training step, of the digits' teacher, all of whose weights are trained."""
     with tempfile.TemporaryDirectory() as folder:
         made = trainer(Path(folder), f"train.batch={batch}")
-        train, averages, steps, updates = step_of(made), Averages(STORED, made.trainable), [], []
+        train, averages, steps, updates = step_of(made), Averages(STORED, made.engine.trainable), [], []
         for step in range(23):
             steps.append(_seconds(train))
             updates.append(_seconds(lambda step=step: averages.update(step + 1)))
         share = statistics.median(updates[3:]) / statistics.median(steps[3:])
-        return {"share_of_a_step": round(share, 4), "trained_numbers": sum(p.numel() for p in made.trainable.values())}
+        return {"share_of_a_step": round(share, 4), "trained_numbers": sum(p.numel() for p in made.engine.trainable.values())}
 
 
 def _seconds(action: Callable[[], object]) -> float:

@@ -24,6 +24,7 @@ from dedistill.recipe.resolve import make_plan
 from dedistill.runs.directory import RunDirectory
 from dedistill.runs.metrics import Trackers
 from dedistill.runs.requests import Requests
+from dedistill.training.engine import Engine
 from dedistill.training.trainer import Trainer
 
 RECIPE = "dedistill:digits/teacher"
@@ -49,7 +50,9 @@ def trainer(folder: Path, *settings: str) -> Trainer:
     plain = [f"run.out={folder}", f"train.batch={BATCH}", "train.warmup=0", "log.every=100000", *ONLY_TRAINING]
     recipe = load_recipe(RECIPE, [*plain, *settings])
     data, run = open_data(recipe, "cpu", print), RunDirectory(recipe)
-    return Trainer(recipe, make_plan(recipe), build_model(recipe), data.source, run, World())
+    model, engine = build_model(recipe), Engine(recipe, World())
+    engine.place(model, "cpu")
+    return Trainer(recipe, make_plan(recipe), model=model, source=data.source, run=run, engine=engine)
 
 
 def step_of(made: Trainer) -> Callable[[], dict]:

@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from dedistill.runs.requests import Requests
     from dedistill.training.trainer import Trainer
 
-IN_PARTS = {
-    "fsdp2": ", the base in parts",
-    "zero2": ", the optimizer in parts (ZeRO-2)",
-    "zero3": ", base, adapter and optimizer in parts (ZeRO-3)",
-}
-"""What an engine spreads over the processes."""
 PLAN = """Print every number of a run that is decided before it starts; needs no GPU.
 
 dedistill plan my_recipe.toml
@@ -116,18 +110,16 @@ def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
     from dedistill.runs.directory import RunDirectory, flat, input_files
     from dedistill.runs.metrics import Trackers
     from dedistill.runs.requests import BY_FILE
-    from dedistill.training.fsdp import check_shardable, shard_base
+    from dedistill.training.engine import Engine
+    from dedistill.training.fsdp import Fsdp2
     from dedistill.training.trainer import Trainer
-    from dedistill.training.zero import check_zero
+    from dedistill.training.zero import Zero2, Zero3
 
     choose_kernels(exact=recipe.train.exact)
     accelerator, world = start(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
     plan, run = make_plan(recipe), RunDirectory(recipe)
-    sharded = world.engine == "fsdp2"
-    if sharded:
-        check_shardable(recipe)
-    if world.engine in ("zero2", "zero3"):
-        check_zero(recipe, world.engine)
+    engine = next(kind for kind in (Engine, Fsdp2, Zero2, Zero3) if kind.name == world.engine)(recipe, world)
+    engine.check()
     with ExitStack() as held:
         notes = []
         if world.main:
@@ -135,51 +127,50 @@ def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
             notes = stop.watch(run.path)
         world.same(flat(recipe.resolved()))
         data = open_data(recipe, accelerator.device, say, world)
-        model = build_model(recipe, "cpu" if world.engine in ("fsdp2", "zero3") else accelerator.device)
+        model = build_model(recipe, "cpu" if engine.cuts_on_cpu else accelerator.device)
         model.known |= data.known
         _check_pictures(recipe, data.source.picture, model.parts.picture)
         base = sample_sha256(model.parts.net)
         world.same({"hash of the data": data.digest, "hash of a sample of the base": base})
-        if sharded:
-            shard_base(model, world, accelerator.device)
+        engine.place(model, accelerator.device)
         if world.main:
             notes += run.bind(input_files(recipe), data.digest, base)
-        trainer = Trainer(recipe, plan, model, data.source, run, world)
-        trainer.resume()
-        trainer.notes += [*notes, *run.notes]
+        trainer = Trainer(recipe, plan, model=model, source=data.source, run=run, engine=engine)
+        notes = [*trainer.resume(), *notes, *run.notes]
         if world.main:
-            _announce(trainer, data.facts)
+            _announce(trainer, data.facts, notes)
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
         rows = trainer.fit(stop, trackers)
         with world.relying():
-            for _ in progress(rows, trainer.step, plan) if world.main else rows:
+            for _ in progress(rows, trainer.state.step, plan) if world.main else rows:
                 pass
-            exported = trainer.export() if trainer.step == plan.steps else None
+            exported = trainer.keeper.export() if trainer.state.step == plan.steps else None
         trackers.close()
         if world.main:
             _conclude(trainer, plan, again, exported)
         world.leave()
-    finished = trainer.step == plan.steps and not trainer.unfinished
+    finished = trainer.state.step == plan.steps and not trainer.state.unfinished
     return 0 if finished or trainer.stopping == BY_FILE else RUN_AGAIN
 
 
-def _announce(trainer: "Trainer", data: dict[str, Any]) -> None:
-    """Say, and write into plan.json, what will happen. data: what the samples came to."""
+def _announce(trainer: "Trainer", data: dict[str, Any], notes: list[str]) -> None:
+    """Say, and write into plan.json, what will happen. data: what the samples came to; notes: for the user alone."""
     from dedistill.io.atomic import replace_json
     from dedistill.report.console import header
 
     plan, model, world = trainer.plan, trainer.model, trainer.world
     replace_json(trainer.run.path / "plan.json", {"plan": plan.as_dict(), "effects": model.facts | data | trainer.facts()})
     devices = f"{world.size} x {model.device.type}" if world.size > 1 else str(model.device)
-    header(trainer.recipe, plan, model, trainer.step, devices + IN_PARTS.get(world.engine, ""), trainer.notes)
+    header(trainer.recipe, plan, model, trainer.state.step, devices + trainer.engine.in_parts, notes)
 
 
 def _conclude(trainer: "Trainer", plan: Plan, again: str, exported: "Path | None") -> None:
     """Say how a run ended."""
+    state = trainer.state
     if not trainer.trained_now:
-        print(f"already finished at step {trainer.step}; nothing to train", file=sys.stderr)
-    if trainer.step < plan.steps or trainer.unfinished:
-        print(f"stopped and saved at step {trainer.step}; continue with:\n  {again}", file=sys.stderr)
+        print(f"already finished at step {state.step}; nothing to train", file=sys.stderr)
+    if state.step < plan.steps or state.unfinished:
+        print(f"stopped and saved at step {state.step}; continue with:\n  {again}", file=sys.stderr)
         return
     where = f"{trainer.run.path}/" + (f", model in {exported}/" if exported else "")
     print(f"done: {plan.steps:,} steps; results in {where}", file=sys.stderr)

@@ -124,7 +124,7 @@ def _open_whole(shard: Path) -> tuple[dict[str, list[str]], safe_open]:
         found = file_sha256(shard)
     except OSError as e:
         raise UserError(f"data.cache: shard '{shard}' cannot be read: {e}; start again to encode what it held") from e
-    pulse.alive()  # a batch may be the first to open many shards, and training waits for it
+    pulse.beat()  # a batch may be the first to open many shards, and training waits for it
     if found[:NAME_LENGTH] != shard.stem:
         raise UserError(f"data.cache: shard '{shard}' is damaged (its SHA-256 is not its name); {AGAIN}")
     return _open_shard(shard)

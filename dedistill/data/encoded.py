@@ -7,7 +7,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dedistill.data.cache import Store
 from dedistill.data.images.buckets import Crop
@@ -32,11 +31,7 @@ class Slot:
     picture: Picture
     crop: Crop
     caption: str
-
-    @property
-    def name(self) -> str:
-        c = self.crop
-        return f"{self.picture.sample.name} [{c.width} x {c.height}]"
+    name: str
 
 
 def latent_key(sample: Sample, crop: Crop) -> str:
@@ -114,7 +109,8 @@ class EncodedPictures:
             chosen = [self._sets[s][i] for s, i in zip(sets, indices)]
         crops = choose(seed, f"{purpose}/crop", places, np.array([len(p.crops) for p in chosen]))
         captions = choose(seed, f"{purpose}/caption", places, np.array([len(p.sample.captions) for p in chosen]))
-        return [Slot(p, p.crops[c], p.sample.captions[t]) for p, c, t in zip(chosen, crops, captions)]
+        drawn = [(p, p.crops[c], p.sample.captions[t]) for p, c, t in zip(chosen, crops, captions)]
+        return [Slot(p, crop, caption, f"{p.sample.name} [{crop.width} x {crop.height}]") for p, crop, caption in drawn]
 
     def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
         slots = self._slots(seed, step, batch, held_out)
@@ -130,14 +126,13 @@ class EncodedPictures:
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         slots = [self._slots(seed, step, batch, held_out)[p] for p in positions]
-        latents = [self._read_latent(s.picture.sample, s.crop) for s in slots]
+        latents = []
+        for slot in slots:
+            shape = self._latent_shape(slot.crop.height, slot.crop.width)
+            latents.append(self._latents.read(latent_key(slot.picture.sample, slot.crop), {"latent": shape})["latent"])
         captions = [s.caption for s in slots]
         text = collate([read_text(self._texts, c, self._text_widths) for c in captions])
         return Batch(torch.stack(latents).float(), captions, [s.name for s in slots], text=text)
-
-    def _read_latent(self, sample: Sample, crop: Crop) -> Tensor:
-        shapes = {"latent": self._latent_shape(crop.height, crop.width)}
-        return self._latents.read(latent_key(sample, crop), shapes)["latent"]
 
     def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
         slots = self._slots(seed, step, batch, held_out)

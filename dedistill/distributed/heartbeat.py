@@ -16,13 +16,13 @@ class Pulse:
         self.memory: mmap | None = None
         self.signs, self.step, self.phase, self.patient = 0, 0, "starting", True
 
-    def beat(self, phase: str, *, patient: bool = False) -> None:
-        """The process is alive, and begins with ``phase``. patient: it may stay silent for as long as others are waited for."""
-        self.phase, self.patient = phase, patient
-        self.alive()
+    def beat(self, phase: str | None = None, *, patient: bool = False) -> None:
+        """The process is alive, and begins with ``phase``. patient: it may stay silent for as long as others are waited for.
 
-    def alive(self) -> None:
-        """Another sign in the same phase: for threads that the main one may be waiting for."""
+        Without a phase: another sign in the same one, for threads that the main one may be waiting for.
+        """
+        if phase is not None:
+            self.phase, self.patient = phase, patient
         self.signs += 1
         if self.memory:
             LAYOUT.pack_into(self.memory, 0, self.signs, self.step, self.patient, self.phase.encode())

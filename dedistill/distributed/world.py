@@ -16,8 +16,6 @@ from dedistill.errors import RUN_AGAIN, UserError
 PATIENCE = timedelta(hours=1)
 """How long ranks wait for one that still works, e.g. rank 0 at pictures. One that is gone is noticed at once."""
 GONE = "another process of this run has ended; its own message says why"
-LOCKSTEP = {"fsdp2", "zero2", "zero3"}
-"""Engines under which all ranks pass through the network together, each asking the others for weights or sums of gradients."""
 BUCKET = 2**26
 """Elements of gradients that travel in one piece: what summing costs in memory, for an adapter of any size."""
 
@@ -29,9 +27,12 @@ class World:
     def __init__(self):
         """One process alone."""
         self.rank, self.size, self._words = 0, 1, None
+        self.main = True
+        """Whether this process is the one that writes and speaks."""
         self.engine = "ddp"
-        """How the work is spread: "ddp", each rank with everything; "zero2", the optimizer in parts on all ranks; "fsdp2", the
-        base in parts; "zero3", both."""
+        """Name of the way in which the launcher wants work to be spread (dedistill.training.engine)."""
+        self.lockstep = False
+        """Whether all ranks must run equally many passes through the network, or wait for each other for ever."""
 
     @classmethod
     def joined(cls) -> "World":
@@ -39,18 +40,9 @@ class World:
         world = cls()
         if dist.is_initialized() and dist.get_world_size() > 1:
             world.rank, world.size = dist.get_rank(), dist.get_world_size()
+            world.main = world.rank == 0
             world._words = dist.new_group(backend="gloo", timeout=PATIENCE)
         return world
-
-    @property
-    def main(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
-        return self.rank == 0
-
-    @property
-    def lockstep(self) -> bool:
-        """Whether all ranks must run equally many passes through the network, or wait for each other for ever."""
-        return self.engine in LOCKSTEP
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, as JSON keeps it, in the order of ranks; the same list on all."""

@@ -110,12 +110,6 @@ def stratified_error(losses: np.ndarray) -> float:
     return math.sqrt(float(np.square(pairs[:, 0] - pairs[:, 1]).sum())) / max(len(losses), 1)
 
 
-def sigma_bins(losses: Tensor, sigmas: Tensor, bins: int) -> list[float | None]:
-    """Mean loss in ``bins`` equal bins of sigma; None where no sample fell."""
-    place = (sigmas * bins).long().clamp(0, bins - 1)
-    return [float(losses[place == b].mean()) if (place == b).any() else None for b in range(bins)]
-
-
 # --- how distilled the model still is while it trains ----------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ SCHEMA = 2
 """2: with the state of the guard, and a validation that is still to be made."""
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], facts: dict, keep: int) -> Path:
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], facts: dict, *, keep: int) -> Path:
     """Write ``folder/step-XXXXXXXX`` with one safetensors file per entry of ``tensors``; prune to ``keep`` good ones.
 
     Older checkpoints go only after the new one has been read back and verified. A failed write leaves nothing behind.

@@ -15,7 +15,7 @@ from dedistill.recipe import RESOLVED, Recipe, to_toml
 from dedistill.recipe.resolve import as_it_was_meant
 from dedistill.runs.checkpoint import sweep_temporaries
 from dedistill.runs.model import MARK
-from dedistill.runs.requests import request_files
+from dedistill.runs.requests import FILES, is_request
 
 # --- what a run was made from ----------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class RunDirectory:
                 f"'{self.path / taken[0]}' would be replaced and is the recipe that is read: give it another name", 2
             )
         if not self.used:
-            kept = [*self.recipe.files, *request_files(self.path)]
+            kept = [*self.recipe.files, *(self.path / name for name in FILES if is_request(self.path / name))]
             ownership.refuse_foreign(self.path, "run", self.recipe.where("run.out"), kept=kept)
         elif not (self.path / "recipe.json").exists():
             raise UserError(f"'{self.path}' holds results but no recipe.json; choose another run.out")

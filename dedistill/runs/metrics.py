@@ -60,15 +60,18 @@ def last_step(path: Path) -> int:
 
 
 class Record:
-    """Both journals of a run, opened together."""
+    """Both journals of a run, opened together. Seconds are kept out of the first, the deterministic one."""
 
     def __init__(self, run: RunDirectory, step: int):
-        self.metrics, self.timings, self.clock = Journal(run.metrics, step), Journal(run.timings, step), Clock()
+        self.metrics, self.timings = Journal(run.metrics, step), Journal(run.timings, step)
+        self._last = time.monotonic()
 
     def write(self, row: dict[str, Any], waited: float) -> None:
         """waited: seconds since the last row in which training stood still for data."""
         self.metrics.write(row)
-        self.timings.write({"step": row["step"], "seconds": round(self.clock.lap(), 4), "waited": round(waited, 4)})
+        now = time.monotonic()
+        self.timings.write({"step": row["step"], "seconds": round(now - self._last, 4), "waited": round(waited, 4)})
+        self._last = now
 
     def reopened(self, run: RunDirectory, step: int) -> "Record":
         """The record of a run that goes back to ``step``."""
@@ -161,15 +164,3 @@ class Trackers:
         except Exception as e:  # any failure of a logging service is survivable
             self.failed = True
             print(f"W&B failed ({e}) and is switched off; metrics.jsonl has everything", file=sys.stderr)
-
-
-class Clock:
-    """Seconds per step, kept out of the deterministic record."""
-
-    def __init__(self):
-        self.last = time.monotonic()
-
-    def lap(self) -> float:
-        now = time.monotonic()
-        seconds, self.last = now - self.last, now
-        return seconds

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,9 +21,9 @@ makes, an empty file, is a request: what somebody wrote is not ours to remove.""
 BY_SIGNAL, BY_FILE = "signal", "file"
 
 
-def request_files(folder: Path) -> list[Path]:
-    """The requests in ``folder``: empty files with one of their names."""
-    return [path for name in FILES if (path := folder / name).is_file() and not path.is_symlink() and not path.stat().st_size]
+def is_request(path: Path) -> bool:
+    """Whether there is an empty file of the user's at ``path``, which must have the name of a request."""
+    return path.is_file() and not path.is_symlink() and not path.stat().st_size
 
 
 class Requests:
@@ -74,23 +75,18 @@ class Requests:
         return self.signalled
 
     def _taken(self) -> list[str]:
-        """Names of the files that were there. Each is removed, so that it counts once."""
+        """Names of the files that were there. Each is removed, so that it counts once; of others by such a name it is said
+        once that they are no requests."""
         taken = []
-        for path in request_files(self._folder) if self._folder else ():
-            try:
-                os.unlink(path)
-                taken.append(path.name)
-            except OSError:  # gone, or not to be removed: then it would count again and again
-                continue
-        self._tell_of_others()
-        return taken
-
-    def _tell_of_others(self) -> None:
-        """Say once what has the name of a request and is none."""
-        for path in (self._folder / name for name in FILES) if self._folder else ():
-            if path.name not in self._told and os.path.lexists(path) and path not in request_files(self._folder):
+        for path in [self._folder / name for name in FILES] if self._folder else ():
+            if is_request(path):
+                with suppress(OSError):  # gone, or not to be removed: then it would count again and again
+                    os.unlink(path)
+                    taken.append(path.name)
+            elif path.name not in self._told and os.path.lexists(path):
                 self._told.add(path.name)
                 print(f"'{path}' is no empty file, so it is no request and stays; `touch` makes one", file=sys.stderr)
+        return taken
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         self.saves = True

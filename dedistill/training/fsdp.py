@@ -1,7 +1,4 @@
-"""A frozen base in parts on all processes, put together block by block while it is used: FSDP2 of torch.
-
-The adapter is no part of the network, so it stays whole everywhere, and its gradients are summed as without sharding.
-"""
+"""A frozen base in parts on all processes, put together block by block while it is used: FSDP2 of torch."""
 
 import warnings
 
@@ -15,16 +12,26 @@ from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.models.model import Model
 from dedistill.models.quantize import check_engine
-from dedistill.recipe import Recipe
+from dedistill.training.engine import Engine
 
 
-def check_shardable(recipe: Recipe) -> None:
-    """Raises UserError, before anything is loaded, for a recipe whose base cannot lie in parts."""
-    if recipe.adapter is None:
-        raise UserError(
-            "FSDP2 shards a frozen base, and without a table [adapter] the whole network is trained. Use launch/ddp.yaml.", 2
-        )
-    check_engine(recipe, "fsdp2", "launch/ddp.yaml")
+class Fsdp2(Engine):
+    """The base in parts. Its adapter is no part of the network, so it is trained as where every process holds everything."""
+
+    name, in_parts = "fsdp2", ", the base in parts"
+    lockstep = cuts_on_cpu = True
+
+    def check(self) -> None:
+        if self.recipe.adapter is None:
+            raise UserError(
+                "FSDP2 shards a frozen base, and without a table [adapter] the whole network is trained. Use launch/ddp.yaml.",
+                2,
+            )
+        check_engine(self.recipe, self.name, "launch/ddp.yaml")
+
+    def place(self, model: Model, device: torch.device | str) -> None:
+        shard_base(model, self.world, device)
+        super().place(model, device)
 
 
 def shard_base(model: Model, world: World, device: torch.device | str) -> None:

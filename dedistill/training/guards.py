@@ -89,12 +89,15 @@ class Guard:
         the last step that patience is had with.
         """
         finite = math.isfinite(norm) and bool(losses.isfinite().all())
-        if finite and not self._spikes(norm):
+        # the median: a few large norms among those that were applied do not move it
+        spike = self.factor and len(self.norms) >= WARM_UP and norm > self.factor * median(self.norms)
+        if finite and not spike:
             self._learn(losses, sigmas, norm)
             return {}
         stand_out = [p for p, ok in enumerate(losses.isfinite().tolist()) if not ok]
-        if finite:
-            stand_out = [p for p, (x, s) in enumerate(zip(losses.tolist(), sigmas.tolist())) if x > SUSPECT * self._usual(s)]
+        if finite:  # large, then: against what is usual at its sigma, since losses differ by far more between sigmas
+            usual = [self.usual[place] for place in _places(sigmas)]
+            stand_out = [p for p, (x, (mean, seen)) in enumerate(zip(losses.tolist(), usual)) if seen and x > SUSPECT * mean]
         found = [
             {"sample": name, "sigma": float(sigmas[p]), "loss": str(float(losses[p]))}
             for p, name in zip(stand_out, names(stand_out) if stand_out else [])
@@ -110,27 +113,24 @@ class Guard:
             self._lose_patience(step, float(losses.mean()), norm, "a spike" if finite else "not finite", found)
         return {"spike" if finite else "not_finite": found}
 
-    def _spikes(self, norm: float) -> bool:
-        return bool(self.factor) and len(self.norms) >= WARM_UP and norm > self.factor * median(self.norms)
-
-    def _usual(self, sigma: float) -> float:
-        mean, seen = self.usual[_bin(sigma)]
-        return mean if seen else math.inf
-
     def _learn(self, losses: Tensor, sigmas: Tensor, norm: float) -> None:
         self.in_a_row, self.suspects = 0, {}
         self.norms = [*self.norms[1 - WINDOW :], norm]
-        for loss, sigma in zip(losses.tolist(), sigmas.tolist()):
-            entry = self.usual[_bin(sigma)]
-            keep = min(MEMORY, entry[1] / (entry[1] + 1))
+        for loss, place in zip(losses.tolist(), _places(sigmas)):
+            entry = self.usual[place]
+            keep = min(MEMORY, entry[1] / (entry[1] + 1))  # a plain mean of the first 50, then a running one
             entry[:] = [keep * entry[0] + (1 - keep) * loss, entry[1] + 1]
 
     def _lose_patience(self, step: int, loss: float, norm: float, what: str, found: list[dict[str, Any]]) -> None:
-        """Quarantine what stood out and raise GoBack, or raise BadSteps."""
+        """Quarantine what stood out and raise GoBack, or raise BadSteps.
+
+        Neither where nothing but a sample that cannot be quarantined any more has brought it here.
+        """
         since = step + 1 - self.in_a_row
         new = {name: entry for name, entry in self.suspects.items() if name not in self.quarantine}
         times = self.returned[1] + 1 if since <= self.returned[0] else 1
         if new and times <= RETURNS and len(self.quarantine) + len(new) <= LIMIT:
+            # forget what was judged from ``since`` on: those steps come again, with other samples
             self.quarantine |= {name: {"since": since, "sigma": e["sigma"], "loss": e["loss"]} for name, e in new.items()}
             self.returned = [max(since, self.returned[0]), times]
             self.in_a_row, self.suspects = 0, {}
@@ -151,8 +151,9 @@ class Guard:
         )
 
 
-def _bin(sigma: float) -> int:
-    return min(int(sigma * BINS), BINS - 1)
+def _places(sigmas: Tensor) -> list[int]:
+    """The bin of each of ``sigmas`` [B]."""
+    return (sigmas * BINS).long().clamp(max=BINS - 1).tolist()
 
 
 # --- whether training has an effect ----------------------------------------------------------------------------------

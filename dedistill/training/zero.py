@@ -16,61 +16,53 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dedistill.distributed.launcher import FIXED, zero_settings
-from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.models.model import Model
 from dedistill.models.quantize import check_engine
 from dedistill.recipe import Recipe
+from dedistill.training.engine import Engine, bits
 from dedistill.training.optim import make_optimizer, not_finite, state_entries
-from dedistill.training.step import bits
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_zero(recipe: Recipe, engine: str) -> None:
-    """Raises UserError, before anything is loaded, for what ``engine`` cannot train as the recipe says."""
-    if recipe.train.exact:
-        raise UserError(
-            f"{recipe.where('train.exact')}: DeepSpeed ({engine}) sums gradients as floats, in an order of its own, so "
-            "weights differ with the number of processes. Set train.exact = false, or use ddp.yaml or fsdp2.yaml of launch/.",
-            2,
-        )
-    if recipe.train.optimizer != "adamw":
-        raise UserError(
-            f"{recipe.where('train.optimizer')}: DeepSpeed ({engine}) steps float32 copies of the weights, which "
-            f"'{recipe.train.optimizer}' is made to do without. Use train.optimizer = 'adamw': its state is in parts here.",
-            2,
-        )
-    if engine == "zero3" and recipe.snapshot.ema:
-        raise UserError(
-            f"{recipe.where('snapshot.ema')}: ZeRO-3 leaves no process whole weights to average; use launch/zero2.yaml, or "
-            "average the snapshots after training",
-            2,
-        )
-    check_engine(recipe, engine, "launch/zero2.yaml")
+class Zero(Engine):
+    """Stage ``stage`` of ZeRO. ``model.root`` is DeepSpeed's engine from ``place`` on."""
 
+    stage: int
+    gathers = lockstep = True
 
-class ZeroUpdate:
-    """The :class:`dedistill.training.step.Update` of ZeRO-2 and ZeRO-3. ``model.root`` is DeepSpeed's engine from now on."""
+    def check(self) -> None:
+        recipe = self.recipe
+        if recipe.train.exact:
+            raise UserError(
+                f"{recipe.where('train.exact')}: DeepSpeed ({self.name}) sums gradients as floats, in an order of its own, so "
+                "weights differ with the number of processes. Set train.exact = false, or use launch/ddp.yaml or fsdp2.yaml.",
+                2,
+            )
+        if recipe.train.optimizer != "adamw":
+            raise UserError(
+                f"{recipe.where('train.optimizer')}: DeepSpeed ({self.name}) steps float32 copies of the weights, which "
+                f"'{recipe.train.optimizer}' is made to do without. Use train.optimizer = 'adamw': its state is in parts here.",
+                2,
+            )
+        check_engine(recipe, self.name, "launch/zero2.yaml")
 
-    gathers = True
-
-    def __init__(self, recipe: Recipe, model: Model, world: World):
-        """Raises UserError when DeepSpeed does not come up with the stage that was asked for."""
-        self.model, self.world, self.trainable = model, world, model.trainable()
-        self.stage = int(world.engine.removeprefix("zero"))
+    def place(self, model: Model, device: torch.device | str) -> None:
+        """DeepSpeed chooses the device."""
+        self.model, self.trainable = model, model.trainable()
         self.deepspeed = _import_deepspeed()
-        config = _config(recipe)
+        config = _config(self.recipe)
         root = _Root(model, whole=self.stage == 3)
         if self.stage == 3:
             self._cut(root, config)
-        optimizer = make_optimizer(recipe, self.trainable.values())
+        optimizer = make_optimizer(self.recipe, self.trainable.values())
         self.engine, *_ = self.deepspeed.initialize(model=root, optimizer=optimizer, config=config)
         self.zero = self.engine.optimizer
-        self.optimizer: torch.optim.Optimizer = self.zero.optimizer
+        self.optimizer = self.zero.optimizer
         self.any_spoilt = False
         model.root, model.parts.device = self.engine, self.engine.device
-        self._check(root)
+        self._check_stage(root)
         model.facts["storage_bytes_here"] = local_bytes(model.parts.net)
 
     def _cut(self, root: nn.Module, config: dict[str, Any]) -> None:
@@ -83,7 +75,7 @@ class ZeroUpdate:
             for parameter in module.parameters():
                 self.deepspeed.zero.register_external_parameter(layer, parameter)
 
-    def _check(self, root: nn.Module) -> None:
+    def _check_stage(self, root: nn.Module) -> None:
         stage, size = int(self.engine.zero_optimization_stage()), self.engine.dp_world_size
         if (stage, size) != (self.stage, self.world.size):
             raise UserError(f"ZeRO-{self.stage} on {self.world.size} processes was asked for; DeepSpeed made {stage} on {size}")
@@ -206,6 +198,25 @@ class ZeroUpdate:
         padded = F.pad(value.flatten(), (0, length * self.world.size - value.numel()))
         part = padded[self.world.rank * length : (self.world.rank + 1) * length].to(self.engine.device)
         self.deepspeed.utils.safe_set_local_optimizer_state(parameter, part, key)
+
+
+class Zero2(Zero):
+    name, stage, in_parts = "zero2", 2, ", the optimizer in parts (ZeRO-2)"
+
+
+class Zero3(Zero):
+    name, stage, in_parts = "zero3", 3, ", base, adapter and optimizer in parts (ZeRO-3)"
+    cuts_on_cpu = True
+
+    def check(self) -> None:
+        super().check()
+        recipe = self.recipe
+        if recipe.snapshot.ema:
+            raise UserError(
+                f"{recipe.where('snapshot.ema')}: ZeRO-3 leaves no process whole weights to average; use launch/zero2.yaml, or "
+                "average the snapshots after training",
+                2,
+            )
 
 
 def local_bytes(net: nn.Module) -> int:

@@ -24,7 +24,7 @@ from dedistill.runs.checkpoint import damage, list_checkpoints
 from dedistill.runs.directory import RunDirectory
 from dedistill.runs.requests import Requests
 from dedistill.train import main
-from dedistill.training.step import LIMIT, RESOLUTION, ExactGradients, SummedGradients
+from dedistill.training.engine import LIMIT, RESOLUTION, Engine, ExactGradients
 from dedistill.training.trainer import Trainer
 
 FEW = ("validate.every=2", "validate.samples=6", "snapshot.every=0")
@@ -58,7 +58,7 @@ def furthest(a: dict, b: dict) -> float:
 def one_of(rank: int, size: int) -> World:
     """A world that only says who it is: enough for dealing."""
     world = World()
-    world.rank, world.size = rank, size
+    world.rank, world.size, world.main = rank, size, rank == 0
     return world
 
 
@@ -165,11 +165,13 @@ def _gradients(recipe_file: Path, out: Path, *settings: str) -> int:
     model = build_model(recipe)
     for module in (model.root.double(), model.parts.net.double(), model.parts.net.time_text_embed):
         module.register_forward_pre_hook(_widened, with_kwargs=True)
-    trainer = Trainer(recipe, make_plan(recipe), model, open_data(recipe, "cpu", print).source, RunDirectory(recipe), world)
+    engine, source = Engine(recipe, world), open_data(recipe, "cpu", print).source
+    engine.place(model, "cpu")
+    trainer = Trainer(recipe, make_plan(recipe), model=model, source=source, run=RunDirectory(recipe), engine=engine)
     with Requests() as trainer.stop:
         trainer._gradients(trainer._tasks(1))
     if world.main:
-        save_file({name: p.grad for name, p in trainer.trainable.items()}, out)
+        save_file({name: p.grad for name, p in trainer.engine.trainable.items()}, out)
     return 0
 
 
@@ -244,10 +246,12 @@ def test_the_largest_gradients_that_are_let_in_do_not_overflow():
     assert torch.equal(own.grad, torch.stack([largest * 8, -largest * 8]))
 
 
-def test_a_process_with_nothing_to_do_takes_part():
-    own = parameters()
-    SummedGradients(own, World()).finish()
-    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in own)
+def test_a_process_with_nothing_to_do_takes_part(adapter_recipe):
+    recipe = load_recipe(adapter_recipe)
+    engine = Engine(recipe, World())
+    engine.place(build_model(recipe), "cpu")
+    engine.finish()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in engine.trainable.values())
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
@@ -380,14 +384,15 @@ def test_a_signal_to_any_process_stops_all_after_one_save(adapter_recipe, tmp_pa
 
 def _poisoned(arguments: list[str]) -> int:
     """``main``, where rank 1 finds NaN in its own gradient in the second step."""
-    original = Trainer._next
+    original, steps = Engine.finish, []
 
-    def next_of(self, tasks):
-        if self.step == 1 and self.world.rank == 1 and (gradient := next(iter(self.trainable.values())).grad) is not None:
-            gradient.view(-1)[0] = math.nan
-        return original(self, tasks)
+    def finish(self):
+        steps.append(self)
+        if len(steps) == 2 and self.world.rank == 1:
+            next(iter(self.trainable.values())).grad.view(-1)[0] = math.nan
+        original(self)
 
-    Trainer._next = next_of
+    Engine.finish = finish
     return main(arguments)
 
 
@@ -410,7 +415,7 @@ def _astray(arguments: list[str]) -> int:
         row = original(self, index, tasks)
         if self.world.rank == 1:
             with torch.no_grad():
-                next(iter(self.trainable.values())).view(-1)[0] += 1e-6
+                next(iter(self.engine.trainable.values())).view(-1)[0] += 1e-6
         return row
 
     Trainer._train_step = step

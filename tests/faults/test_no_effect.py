@@ -9,9 +9,9 @@ from dedistill.models import model as assemble
 from dedistill.runs.checkpoint import list_checkpoints
 from dedistill.train import main
 from dedistill.training import trainer as loop
+from dedistill.training.engine import Engine, bit_sums
 from dedistill.training.guards import ENOUGH, EVERY, Ledger
 from dedistill.training.optim import KahanAdamW
-from dedistill.training.step import SummedGradients, bit_sums
 
 SETTINGS = ("train.steps=9", "checkpoint.every=3", "validate.every=99")
 
@@ -48,14 +48,14 @@ def frozen(patch):
 
 
 def no_gradient(patch):
-    real = SummedGradients.finish
+    real = Engine.finish
 
     def finish(self):
         real(self)
-        for parameter in self.parameters:
+        for parameter in self.trainable.values():
             parameter.grad.zero_()
 
-    patch.setattr(SummedGradients, "finish", finish)
+    patch.setattr(Engine, "finish", finish)
 
 
 def not_in_the_network(patch):

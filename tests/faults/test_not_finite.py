@@ -31,13 +31,13 @@ def in_caption(task, trainer):
 
 
 def in_gradient(task, trainer):
-    parameter = next(iter(trainer.trainable.values()))
+    parameter = next(iter(trainer.engine.trainable.values()))
     handle = parameter.register_hook(lambda grad: handle.remove() or grad * torch.inf)
     return task
 
 
 def in_optimizer(task, trainer):
-    next(s for s in trainer.update.optimizer.state.values() if s)["exp_avg"].view(-1)[0] = torch.nan
+    next(s for s in trainer.engine.optimizer.state.values() if s)["exp_avg"].view(-1)[0] = torch.nan
     return task
 
 
@@ -50,12 +50,12 @@ def poison(monkeypatch, place, *, steps) -> list:
 
     def step(self, number, tasks):
         now.update(step=number, trainer=self)
-        before = {n: p.detach().clone() for n, p in self.trainable.items()} if number in steps else None
+        before = {n: p.detach().clone() for n, p in self.engine.trainable.items()} if number in steps else None
         try:
             return real_step(self, number, tasks)
         finally:
             if before is not None:
-                seen.append(all(torch.equal(before[n], p) for n, p in self.trainable.items()))
+                seen.append(all(torch.equal(before[n], p) for n, p in self.engine.trainable.items()))
 
     def loss(real_loss, model, task):
         if now["step"] not in steps:

@@ -19,9 +19,8 @@ from dedistill.objectives.base import Objective
 from dedistill.runs.checkpoint import damage, list_checkpoints
 from dedistill.train import main
 from dedistill.training import background as saver
-from dedistill.training import preview
-from dedistill.training import trainer as loop
-from dedistill.training.step import WholeUpdate
+from dedistill.training import keeping, preview
+from dedistill.training.engine import Engine
 
 SETTINGS = ("checkpoint.every=4", "validate.every=2", "validate.samples=8")
 PREVIEW = ("preview.every=2", "preview.prompts=['one two']", "preview.cfgs=[1]", "sample.steps=2")
@@ -66,13 +65,13 @@ def steps(run: Path) -> list[int]:
 
 # phase: whose method, which, at which call; the step that is saved
 PHASES = {
-    "step": (WholeUpdate, "backward", 2, 2),
+    "step": (Engine, "backward", 2, 2),
     "loading": (Objective, "noisy_batch", 3, None),
     "validation": (Validator, "__call__", 2, 2),
     "inside a validation": (Objective, "loss", 4, 2),  # after the first validation and two steps
     "preview": (preview, "trajectories", 2, 3),
     "save": (saver.Saver, "start", 1, None),
-    "writing": (loop, "save_checkpoint", 1, None),
+    "writing": (keeping, "save_checkpoint", 1, None),
 }
 
 
@@ -89,7 +88,7 @@ def test_a_stop_in_any_phase_saves_and_the_next_run_is_exact(recipe, uninterrupt
     assert differences(uninterrupted, train(recipe, tmp_path / "run", *SETTINGS, *PREVIEW)) == []
 
 
-@pytest.mark.parametrize("where", [(Validator, "__call__", 1), (WholeUpdate, "backward", 1), (preview, "trajectories", 1)])
+@pytest.mark.parametrize("where", [(Validator, "__call__", 1), (Engine, "backward", 1), (preview, "trajectories", 1)])
 def test_a_stop_before_anything_was_trained_ends_at_once(recipe, uninterrupted, tmp_path, monkeypatch, where, capsys):
     """The first validation, the first preview, the first batch: nothing is lost by ending there."""
     with monkeypatch.context() as patch:
@@ -124,7 +123,7 @@ def test_signals_while_a_cache_is_encoded(picture_recipe, tmp_path, monkeypatch,
 
 
 def test_sigusr1_saves_and_goes_on(recipe, uninterrupted, tmp_path, monkeypatch):
-    Once(monkeypatch, WholeUpdate, "backward", 3, send(signal.SIGUSR1))
+    Once(monkeypatch, Engine, "backward", 3, send(signal.SIGUSR1))
     run = train(recipe, tmp_path / "run", *SETTINGS, *PREVIEW, "checkpoint.keep=9")
     assert steps(run) == [3, 4, 6] and differences(uninterrupted, run) == []
 
@@ -149,7 +148,7 @@ def test_a_second_signal_ends_at_once(recipe, tmp_path):
 
 def _touching(given: list[str], name: str, out: Path) -> int:
     """``main``, where someone touches a file in the run directory during the third step."""
-    real = WholeUpdate.backward
+    real = Engine.backward
     calls = []
 
     def backward(*arguments, **options):
@@ -158,11 +157,11 @@ def _touching(given: list[str], name: str, out: Path) -> int:
             (out / name).touch()
         return real(*arguments, **options)
 
-    WholeUpdate.backward = backward
+    Engine.backward = backward
     try:
         return main(given)
     finally:
-        WholeUpdate.backward = real
+        Engine.backward = real
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dedistill.cli.export import main as export
 from dedistill.cli.train import train
+from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.model import build_model
@@ -34,7 +35,7 @@ from dedistill.models.quantize import (
 )
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.schema import Base
-from dedistill.training.fsdp import check_shardable
+from dedistill.training.fsdp import Fsdp2
 
 MODES = {"none": nn.Linear, "int8": Int8Linear, "int8-quanto": QLinear}
 LIBREFLUX = ["*.norm", "*.norm1", "*.norm2", "*.norm2_context", "proj_out", "x_embedder", "norm_out", "context_embedder"]
@@ -355,7 +356,7 @@ def test_a_new_quantizer_builds_the_network_it_says(by_tensor_recipe):
         assert type(linear) is OneScale
         assert (dense_weight(linear) - exact).abs().max() <= 0.501 * float(linear.one_scale)
     with pytest.raises(UserError, match=r"'by-tensor' is of this test alone, or launch/ddp\.yaml"):
-        check_shardable(by_tensor_recipe)
+        Fsdp2(by_tensor_recipe, World()).check()
 
 
 def test_a_run_on_a_new_quantizer_trains_and_is_released(by_tensor_recipe, tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor
 from dedistill.data.digits import load_digits
 from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
-from dedistill.evaluation.validation import Validator, sigma_bins, stratified_error
+from dedistill.evaluation.validation import Validator, stratified_error
 from dedistill.flow import keyed
 from dedistill.flow.path import flow_loss
 from dedistill.flow.timesteps import dynamic_shift
@@ -307,12 +307,3 @@ def test_standard_error_at_the_edges():
     assert stratified_error(losses) == pytest.approx((1 + 4) ** 0.5 / 4)
     assert stratified_error(10 * losses) == pytest.approx(10 * stratified_error(losses))
     assert stratified_error(losses[[2, 3, 1, 0]]) == stratified_error(losses)
-
-
-def test_bins_of_sigma():
-    """Means of the losses in equal bins: edges belong to the upper bin, 1 to the last, an empty bin is None."""
-    sigmas = torch.tensor([0.0, 0.24, 0.25, 0.3, 0.8, 1.0])
-    losses = torch.tensor([1.0, 3.0, 10.0, 20.0, 5.0, 7.0])
-    assert sigma_bins(losses, sigmas, 4) == [2.0, 15.0, None, 6.0]
-    assert sigma_bins(losses, sigmas, 1) == [pytest.approx(float(losses.mean()))]
-    assert sigma_bins(losses[:0], sigmas[:0], 2) == [None, None]

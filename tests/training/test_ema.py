@@ -91,7 +91,7 @@ def test_resumed_equals_uninterrupted(adapter_recipe, tmp_path, settings, stop, 
     groups, manifest = read_checkpoint(last)
     groups["ema"] = {name: torch.zeros_like(t) for name, t in groups["ema"].items()}
     shutil.rmtree(last)
-    save_checkpoint(last.parent, manifest["step"], groups, {k: v for k, v in manifest.items() if k != "files"}, 2)
+    save_checkpoint(last.parent, manifest["step"], groups, {k: v for k, v in manifest.items() if k != "files"}, keep=2)
     assert files(a) != files(run(adapter_recipe, tmp_path / "c", *settings))
 
 
@@ -129,7 +129,9 @@ def test_a_checkpoint_without_its_averages_is_refused(adapter_recipe, tmp_path, 
         groups, manifest = read_checkpoint(checkpoint)
         del groups["ema"]
         shutil.rmtree(checkpoint)
-        save_checkpoint(checkpoint.parent, manifest["step"], groups, {k: v for k, v in manifest.items() if k != "files"}, 2)
+        save_checkpoint(
+            checkpoint.parent, manifest["step"], groups, {k: v for k, v in manifest.items() if k != "files"}, keep=2
+        )
     assert main(arguments(adapter_recipe, tmp_path / "a", *settings, "train.steps=6")) == 1
     assert "the averages in" in capsys.readouterr().err
 

@@ -118,7 +118,7 @@ def test_all_run_equally_many_passes(picture_recipe, tmp_path, size):
         for rank in range(size):
             world = one_of(rank, size)
             plain, nothing = objective.share(step, 2, world)
-            world.engine = "fsdp2"
+            world.lockstep = True
             own, company = objective.share(step, 2, world)
             assert nothing == [] and all(np.array_equal(a, b) for a, b in zip(own, plain, strict=True))
             assert all(objective.noisy_batch(step, positions).noisy.isfinite().all() for positions in company)
@@ -128,16 +128,16 @@ def test_all_run_equally_many_passes(picture_recipe, tmp_path, size):
 
 def _poisoned_company(arguments: list[str]) -> int:
     """``main``, where all that counts for nothing is NaN."""
-    original, seen = Trainer._next, []
+    original, seen = Trainer._tasks, []
 
-    def next_of(self, tasks):
-        item = original(self, tasks)
-        if item is not None and not len(item[0]):
-            item[1].noisy.fill_(math.nan)
-            seen.append(self.step)
-        return item
+    def tasks(self, start):
+        for item in original(self, start):
+            if item is not None and not len(item[0]):
+                item[1].noisy.fill_(math.nan)
+                seen.append(item)
+            yield item
 
-    Trainer._next = next_of
+    Trainer._tasks = tasks
     code = main(arguments)
     assert bool(seen) == (os.environ["RANK"] != "0")
     return code
@@ -327,7 +327,7 @@ def _hidden() -> int:
     assert is_fsdp_enabled() and engine_asked() == "fsdp2"
     accelerator, world = start(cpu=True)
     assert not is_fsdp_enabled() and accelerator.distributed_type == DistributedType.MULTI_CPU
-    assert world.engine == "fsdp2" and world.lockstep
+    assert world.engine == sharding.Fsdp2.name
     world.leave()
     return 0
 

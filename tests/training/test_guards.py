@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dedistill.training.guards import LIMIT, RETURNS, SUSPECT, WARM_UP, BadSteps, GoBack, Guard
+from dedistill.training.trainer import sigma_bins
 
 SIGMAS = torch.linspace(0.05, 0.95, 8)
 
@@ -149,3 +150,12 @@ def test_more_bad_steps_than_good_ones_stop_the_run():
         for step in range(200):
             judge(guard, step, norm=1.0 if step % 3 == 0 else math.nan)
     assert step == 49
+
+
+def test_bins_of_sigma():
+    """Means of the losses in equal bins: edges belong to the upper bin, 1 to the last, an empty bin is None."""
+    sigmas = torch.tensor([0.0, 0.24, 0.25, 0.3, 0.8, 1.0])
+    losses = torch.tensor([1.0, 3.0, 10.0, 20.0, 5.0, 7.0])
+    assert sigma_bins(losses, sigmas, 4) == [2.0, 15.0, None, 6.0]
+    assert sigma_bins(losses, sigmas, 1) == [pytest.approx(float(losses.mean()))]
+    assert sigma_bins(losses[:0], sigmas[:0], 2) == [None, None]

@@ -10,7 +10,7 @@ from dedistill.errors import UserError
 from dedistill.runs import checkpoint
 from dedistill.runs.checkpoint import list_checkpoints
 from dedistill.train import main
-from dedistill.training import trainer as loop
+from dedistill.training import keeping
 from dedistill.training.background import Saver
 from dedistill.training.trainer import Trainer
 
@@ -60,13 +60,13 @@ def test_what_is_saved_is_of_its_step(adapter_recipe, tmp_path, monkeypatch):
     """T26, F9: training goes on, and changes every tensor, while a slow writer has not begun."""
     plain = tmp_path / "plain"
     assert main([str(adapter_recipe), "--set", f"run.out={plain}", "--set", "snapshot.every=1"]) == 0
-    released, real = threading.Event(), loop.save_checkpoint
+    released, real = threading.Event(), keeping.save_checkpoint
     steps = []
 
-    def slow(folder, step, *rest):
+    def slow(folder, step, *rest, keep):
         if step == 2:
             assert released.wait(30)
-        return real(folder, step, *rest)
+        return real(folder, step, *rest, keep=keep)
 
     step = Trainer._train_step
 
@@ -77,7 +77,7 @@ def test_what_is_saved_is_of_its_step(adapter_recipe, tmp_path, monkeypatch):
             released.set()
         return row
 
-    monkeypatch.setattr(loop, "save_checkpoint", slow)
+    monkeypatch.setattr(keeping, "save_checkpoint", slow)
     monkeypatch.setattr(Trainer, "_train_step", stepping)
     out = tmp_path / "slow"
     assert main([str(adapter_recipe), "--set", f"run.out={out}", "--set", "snapshot.every=1"]) == 0
@@ -93,14 +93,14 @@ def test_what_is_saved_is_of_its_step(adapter_recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize("fails_at", [2, 4, 6])
 def test_a_save_that_fails_stops_the_run_with_its_reason(adapter_recipe, tmp_path, monkeypatch, capsys, fails_at):
     """F8, T26: at the next step, or at the end for the last one; what was saved before is intact."""
-    real = loop.save_checkpoint
+    real = keeping.save_checkpoint
 
-    def failing(folder, step, *rest):
+    def failing(folder, step, *rest, keep):
         if step == fails_at:
             raise UserError(f"cannot write step {step}")
-        return real(folder, step, *rest)
+        return real(folder, step, *rest, keep=keep)
 
-    monkeypatch.setattr(loop, "save_checkpoint", failing)
+    monkeypatch.setattr(keeping, "save_checkpoint", failing)
     assert main([str(adapter_recipe)]) == 1
     assert f"cannot write step {fails_at}" in capsys.readouterr().err
     kept = list_checkpoints(tmp_path / "dedistill" / "checkpoints")

@@ -21,13 +21,14 @@ from test_world import BF16, LORA, arguments, furthest, same, saved, train
 
 from dedistill.data.digits import load_digits
 from dedistill.distributed.launcher import engine_asked
+from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.objectives.base import Objective
 from dedistill.recipe import load_recipe
 from dedistill.runs.checkpoint import list_checkpoints
 from dedistill.train import main
 from dedistill.training.trainer import Trainer
-from dedistill.training.zero import ZeroUpdate, check_zero
+from dedistill.training.zero import Zero, Zero2, Zero3
 
 NOTHING_KEPT = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
 SMALL = {2: {"reduce_bucket_size": 1000}, 3: {"reduce_bucket_size": 1000} | {f"stage3_{key}": 0 for key in NOTHING_KEPT}}
@@ -71,7 +72,7 @@ def _noting(given: list[str]) -> int:
         for module in net.modules():
             module.register_forward_pre_hook(lambda *_: peak.append(max(peak.pop(), live())))
         yield from original(self, *arguments)
-        state = self.update.optimizer.state.values()
+        state = self.engine.optimizer.state.values()
         held = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in net.parameters()]
         note = {
             "moments": sum(s["exp_avg"].numel() for s in state),
@@ -144,19 +145,19 @@ def test_a_spoilt_optimizer_stops_all(adapter_recipe, tmp_path, stage):
 
 
 def _bad_moment(given: list[str]) -> int:
-    original = ZeroUpdate.apply
+    original = Zero.apply
 
     def apply(self, lr):
         original(self, lr)
         if self.world.rank == 1:
             next(iter(self.optimizer.state.values()))["exp_avg"][0] = math.nan
 
-    ZeroUpdate.apply = apply
+    Zero.apply = apply
     return main(given)
 
 
 def _bad_gradient(given: list[str]) -> int:
-    original = ZeroUpdate.finish
+    original = Zero.finish
 
     def finish(self):
         original(self)
@@ -164,18 +165,18 @@ def _bad_gradient(given: list[str]) -> int:
         if self.calls == 2 and self.world.rank == 1:
             self._gradients()[0].view(-1)[0] = math.nan
 
-    ZeroUpdate.finish = finish
+    Zero.finish = finish
     return main(given)
 
 
 def _bad_norm(given: list[str]) -> int:
-    original = ZeroUpdate.norm
+    original = Zero.norm
 
     def norm(self):
         self.calls = getattr(self, "calls", 0) + 1
         return math.inf if self.calls == 2 else original(self)
 
-    ZeroUpdate.norm = norm
+    Zero.norm = norm
     return main(given)
 
 
@@ -219,14 +220,14 @@ def test_bf16_is_the_callers(adapter_recipe, tmp_path, stage):
 
 
 def _dying(given: list[str]) -> int:
-    original = ZeroUpdate.finish
+    original = Zero.finish
 
     def finish(self):
         original(self)
         if self.world.rank == 1:
             os._exit(5)
 
-    ZeroUpdate.finish = finish
+    Zero.finish = finish
     return main(given)
 
 
@@ -311,16 +312,16 @@ def test_one_process_has_nobody_to_share_with(adapter_recipe, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("setting", "engine", "said"),
     [
-        (["train.exact=true"], "zero2", r"train.exact: DeepSpeed .zero2. sums gradients as floats"),
-        (["train.exact=true"], "zero3", r"train.exact: DeepSpeed .zero3. sums gradients as floats"),
-        (BF16, "zero2", r"train.optimizer: DeepSpeed .zero2. steps float32 copies"),
-        (["snapshot.every=1", "snapshot.ema=[0.05, 0.1]"], "zero3", r"snapshot.ema: ZeRO-3 leaves no process whole weights"),
-        (["base.quant=int8-quanto"], "zero3", r"base.quant: 'int8-quanto' breaks"),
+        (["train.exact=true"], Zero2, r"train.exact: DeepSpeed .zero2. sums gradients as floats"),
+        (["train.exact=true"], Zero3, r"train.exact: DeepSpeed .zero3. sums gradients as floats"),
+        (BF16, Zero2, r"train.optimizer: DeepSpeed .zero2. steps float32 copies"),
+        (["snapshot.every=1", "snapshot.ema=[0.05, 0.1]"], Zero3, r"snapshot.ema: ZeRO-3 leaves no process whole weights"),
+        (["base.quant=int8-quanto"], Zero3, r"base.quant: 'int8-quanto' breaks"),
     ],
 )
 def test_recipes_that_zero_cannot_train(adapter_recipe, setting, engine, said):
     with pytest.raises(UserError, match=said):
-        check_zero(load_recipe(adapter_recipe, list(setting)), engine)
+        engine(load_recipe(adapter_recipe, list(setting)), World()).check()
 
 
 @pytest.mark.slow

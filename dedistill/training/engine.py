@@ -2,7 +2,6 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,33 +9,15 @@ from torch import Tensor, nn
 from dedistill.distributed.world import World
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
-from dedistill.recipe.resolve import Plan
 from dedistill.training.optim import load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors
 
-# --- from the gradients of a step's micro-batches, on any number of processes, to the gradient of the whole batch ----
+# --- the gradient of a batch to the last bit, whoever computed which part of it --------------------------------------
 
 
 RESOLUTION = 2.0**-52
 """Step of the fixed-point numbers: far below the epsilon of AdamW (1e-8); floats above 4e-9 keep all their bits."""
 LIMIT = 2.0**11
 """Sums of gradients stay below this in size, or they would not fit 63 bits."""
-
-
-class SummedGradients:
-    """Sums as they come: fast, and equal on any number of processes to rounding."""
-
-    def __init__(self, parameters: list[nn.Parameter], world: World):
-        self.parameters, self.world = parameters, world
-
-    def add(self) -> None:
-        """Take in the gradients of one micro-batch. They are added up where they are."""
-
-    def finish(self) -> None:
-        """Leave the sum over all micro-batches of all ranks in ``.grad``. Once per step, on every rank."""
-        for parameter in self.parameters:
-            if parameter.grad is None:  # this rank had nothing to do
-                parameter.grad = torch.zeros_like(parameter)
-        self.world.sum_([p.grad for p in self.parameters])
 
 
 class ExactGradients:
@@ -59,10 +40,12 @@ class ExactGradients:
         fits = (largest < self.limit).all()  # false for NaN, too
         self.refused += ~fits
         for total, parameter in used:
+            # where() instead of a branch on ``fits``: the device need not be waited for
             total += (parameter.grad.double() / RESOLUTION).round_().where(fits, 0.0).long()
             parameter.grad = None
 
     def finish(self) -> None:
+        """Leave the sum over all samples of all ranks in ``.grad``. Once per step, on every rank."""
         self.world.sum_([*self.sums, self.refused])
         for total, parameter in zip(self.sums, self.parameters):
             exact = total.double() * RESOLUTION
@@ -71,117 +54,110 @@ class ExactGradients:
         self.refused.zero_()
 
 
-def gradients_for(parameters: list[nn.Parameter], world: World, batch: int, exact: bool) -> SummedGradients | ExactGradients:
-    return ExactGradients(parameters, world, batch) if exact else SummedGradients(parameters, world)
+# --- one optimizer step after another --------------------------------------------------------------------------------
 
 
-# --- one optimizer step after another, where every process holds all gradients and the whole optimizer ---------------
+class Engine:
+    """How a run's work is spread over its processes. This one: every process holds everything (one alone, or DDP).
 
+    Gradients are summed over the processes, and each steps by itself. Other engines replace what they do otherwise. First
+    ``check``, then ``place``, then steps: ``backward`` for each micro-batch, ``finish``, ``norm``, and ``apply`` or ``drop``.
+    All methods after ``check`` must be called by all processes.
+    """
 
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a number -> the integers that have its bits."""
-
-
-class Update(Protocol):
-    """What the loop asks of an engine. Every method must be called by all processes."""
-
+    name = "ddp"
+    """What the launcher calls it (World.engine) and plan.json says."""
+    in_parts = ""
+    """What it spreads, as the header of a run goes on after the devices."""
+    lockstep = False
+    """Whether all processes must run equally many passes: each asks the others for weights or sums of gradients."""
+    cuts_on_cpu = False
+    """Whether the model is to be built in the memory of the CPU, since no device holds all of it."""
+    gathers = False
+    """Whether ``weights`` and ``state`` put copies together on the CPU; otherwise they give what training goes on with."""
     optimizer: torch.optim.Optimizer
+
+    def __init__(self, recipe: Recipe, world: World):
+        self.recipe, self.world = recipe, world
+        world.lockstep = self.lockstep
+
+    def check(self) -> None:
+        """Raises UserError, before anything is loaded, for a recipe that cannot be trained so."""
+
+    def place(self, model: Model, device: torch.device | str) -> None:
+        """Take ``model`` over, each process its part, and make the optimizer. What reads the weights themselves must have
+        done so before. Raises UserError when what was asked for is not what came of it."""
+        self.model, self.trainable = model, model.trainable()
+        parameters = list(self.trainable.values())
+        self.optimizer = make_optimizer(self.recipe, parameters)
+        self.exact = ExactGradients(parameters, self.world, self.recipe.train.batch) if self.recipe.train.exact else None
 
     def backward(self, loss: Tensor, *, counts: bool) -> None:
         """Add the gradient of ``loss``, the share of one micro-batch in the loss of the step. counts: False for a pass that
         only keeps the others company; such passes come first in a step."""
+        loss.backward()  # autograd adds to what is in .grad already
+        if not counts:
+            self.drop()
+        elif self.exact:
+            self.exact.add()
 
     def finish(self) -> None:
         """Sum the gradient of the step over its micro-batches and processes."""
+        if self.exact:
+            return self.exact.finish()
+        for parameter in self.trainable.values():
+            if parameter.grad is None:  # this rank had nothing to do
+                parameter.grad = torch.zeros_like(parameter)
+        self.world.sum_([p.grad for p in self.trainable.values()])
 
     def norm(self) -> float:
         """The norm of the finished gradient, which is clipped as the recipe says."""
+        limit = self.recipe.train.max_grad_norm or math.inf  # with infinity it is only measured
+        return float(torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit, foreach=True))
 
     def apply(self, lr: float) -> None:
         """One step of the optimizer. The gradients are gone afterwards."""
-
-    def drop(self) -> None:
-        """Forget the gradients; nothing else changes."""
-
-    def spoilt(self) -> list[str]:
-        """Tensors of the optimizer that are not finite; the same on every process."""
-
-    def replicas(self) -> dict[str, nn.Parameter]:
-        """Trained parameters of which every process holds all, to be compared between them."""
-
-    def bit_sums(self) -> dict[str, int]:
-        """A number of each trained parameter that changes with its bits; the same on every process."""
-
-    def whole(self) -> AbstractContextManager:
-        """While it is open, the model's own parameters are whole and may be read."""
-
-    gathers: bool
-    """Whether ``weights`` and ``state`` put copies together on the CPU; otherwise they give what training goes on with."""
-
-    def weights(self) -> dict[str, Tensor]:
-        """What a snapshot holds, whole, on rank 0; nothing elsewhere."""
-
-    def state(self) -> dict[str, Tensor]:
-        """The optimizer's state by the names of parameters, whole, on rank 0; nothing elsewhere."""
-
-    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
-        """The inverse of ``weights`` and ``state``. Raises UserError naming ``source``, changing nothing, unless all fits."""
-
-
-class WholeUpdate:
-    """One process alone, DDP, or a sharded base: gradients are summed over the processes, each steps by itself."""
-
-    gathers = False
-
-    def __init__(self, recipe: Recipe, plan: Plan, model: Model, world: World):
-        self.model, self.world, self.trainable = model, world, model.trainable()
-        self.limit = recipe.train.max_grad_norm or math.inf
-        self.optimizer = make_optimizer(recipe, self.trainable.values())
-        self.gradients = gradients_for(list(self.trainable.values()), world, plan.batch, recipe.train.exact)
-
-    def backward(self, loss: Tensor, *, counts: bool) -> None:
-        loss.backward()
-        if counts:
-            self.gradients.add()
-        else:
-            self.drop()
-
-    def finish(self) -> None:
-        self.gradients.finish()
-
-    def norm(self) -> float:
-        return float(torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.limit, foreach=True))
-
-    def apply(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.drop()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def drop(self) -> None:
+        """Forget the gradients; nothing else changes."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def spoilt(self) -> list[str]:
+        """Tensors of the optimizer that are not finite; the same on every process."""
         return not_finite(optimizer_tensors(self.optimizer, self.trainable))
 
     def replicas(self) -> dict[str, nn.Parameter]:
+        """Trained parameters of which every process holds all, to be compared between them."""
         return self.trainable
 
     def bit_sums(self) -> dict[str, int]:
+        """A number of each trained parameter that changes with its bits; the same on every process."""
         return bit_sums(self.trainable, self.optimizer)
 
     def whole(self) -> AbstractContextManager:
+        """While it is open, the model's own parameters are whole and may be read."""
         return nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
+        """What a snapshot holds, whole, on rank 0; nothing elsewhere."""
         return self.model.tensors(copy=False) if self.world.main else {}
 
     def state(self) -> dict[str, Tensor]:
+        """The optimizer's state by the names of parameters, whole, on rank 0; nothing elsewhere."""
         return optimizer_tensors(self.optimizer, self.trainable) if self.world.main else {}
 
     def load(self, weights: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
+        """The inverse of ``weights`` and ``state``. Raises UserError naming ``source``, changing nothing, unless all fits."""
         self.model.load_tensors(weights, source)
         load_optimizer_tensors(self.optimizer, self.trainable, state, source)
+
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a number -> the integers that have its bits."""
 
 
 def bit_sums(trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, int]:
