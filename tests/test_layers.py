@@ -154,6 +154,12 @@ def test_only_the_registry_names_a_family():
         assert not [name for name in OWN if f'"{name}"' in f.read_text()], f
 
 
+def test_files_that_are_called_long_are_there():
+    from conftest import LONG
+
+    assert not [name for name in LONG if not (ROOT / "tests" / f"{name}.py").exists()]
+
+
 def test_recipe_stays_light():
     """A recipe is read without torch, numpy or diffusers."""
     heavy = "[m for m in ('torch', 'numpy', 'diffusers') if m in sys.modules]"
