@@ -9,53 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from picture_files import write_pictures
+from tiers import LONG
 from tiny_recipes import ADAPTER, PICTURES, TEACHER
 
 from dedistill.io import hashing
 
 torch.set_num_threads(1)
-
-LONG = [
-    "cli/test_installed",
-    "cli/test_rehearse",
-    "cli/test_tiny",
-    "cli/test_tools",
-    "data/test_prepare",
-    "distributed/test_launch",
-    "distributed/test_world",
-    "evaluation/test_judges",
-    "evaluation/test_selection",
-    "evaluation/test_validation_meters",
-    "faults/test_crash_points",
-    "faults/test_damaged_cache",
-    "faults/test_fuzz",
-    "faults/test_oracle",
-    "faults/test_outside",
-    "faults/test_power_loss",
-    "faults/test_quarantine",
-    "faults/test_requests",
-    "faults/test_secrets",
-    "faults/test_stuck",
-    "io/test_users_files",
-    "models/test_flux_docs",
-    "models/test_flux_pipeline",
-    "models/test_whole_encoders",
-    "models/test_whole_way",
-    "release/test_merge",
-    "report/test_browser",
-    "runs/test_inputs",
-    "runs/test_run",
-    "sampling/test_sampling",
-    "test_gpu_benchmark",
-    "test_readme_flux",
-    "training/test_bad_input",
-    "training/test_effects",
-    "training/test_ema",
-    "training/test_fsdp2",
-    "training/test_one_step",
-    "training/test_zero",
-]
-"""Whole runs, several processes, browsers: what ``bash launch/test.sh quick`` leaves out."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

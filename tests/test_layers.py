@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import LONG
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dedistill"
@@ -155,8 +156,6 @@ def test_only_the_registry_names_a_family():
 
 
 def test_files_that_are_called_long_are_there():
-    from conftest import LONG
-
     assert not [name for name in LONG if not (ROOT / "tests" / f"{name}.py").exists()]
 
 
