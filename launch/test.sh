@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Set up .venv and run the checks: lint, then the tests. Arguments go to pytest, e.g. bash launch/test.sh -m slow
+# bash launch/test.sh quick leaves out whole runs, several processes and browsers: for while one works on something.
 # The pages are tested in Debian's chromium, which is installed where it is missing and this runs as root.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
@@ -11,4 +12,8 @@ fi
 ruff check .
 ruff format --check .
 export OMP_NUM_THREADS=1  # one test process per core instead
+if [ "${1:-}" = quick ]; then
+  shift
+  set -- -m "not slow and not long" "$@"
+fi
 python -m pytest -q -n auto --dist loadfile --durations=8 "$@"

@@ -9,11 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from picture_files import write_pictures
+from tiers import LONG
 from tiny_recipes import ADAPTER, PICTURES, TEACHER
 
 from dedistill.io import hashing
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if str(item.path.relative_to(here).with_suffix("")) in LONG:
+            item.add_marker("long")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import LONG
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dedistill"
@@ -152,6 +153,10 @@ def test_only_the_registry_names_a_family():
         if (inside.parts[0] == "models" and len(inside.parts) > 2) or str(inside) == "models/registry.py":
             continue
         assert not [name for name in OWN if f'"{name}"' in f.read_text()], f
+
+
+def test_files_that_are_called_long_are_there():
+    assert not [name for name in LONG if not (ROOT / "tests" / f"{name}.py").exists()]
 
 
 def test_recipe_stays_light():
