@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up .venv and run the checks: lint, then the tests. Arguments go to pytest, e.g. bash launch/test.sh -m slow
+# Set up .venv and run the checks: lint, types, then the tests. Arguments go to pytest, e.g. bash launch/test.sh -m slow
 # bash launch/test.sh quick leaves out whole runs, several processes and browsers: for while one works on something.
 # The pages are tested in Debian's chromium, which is installed where it is missing and this runs as root.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -11,6 +11,7 @@ if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get 
 fi
 ruff check .
 ruff format --check .
+mypy
 export OMP_NUM_THREADS=1  # one test process per core instead
 if [ "${1:-}" = quick ]; then
   shift

@@ -1,9 +1,10 @@
 """Put adapters on a frozen network, and take their tensors out and in by name."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lycoris.modules.base import LycorisBaseModule
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
@@ -27,17 +28,17 @@ class Adapter(nn.Module):
     def __init__(self, net: nn.Module, kind: str, targets: list[Resolved]):
         super().__init__()
         self._net = [net]
-        self.by_target: dict[str, nn.Module] = {}
+        self.by_target: dict[str, LycorisBaseModule] = {}
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         """Of each target's parameters. An engine may cut the parameters themselves."""
         for target in targets:
-            module = _build(kind, target, net.get_submodule(target.name))
+            module = _build(kind, target, _linear(net, target.name))
             module.apply_to()
             self.add_module(file_name(target.name), module)
             self.by_target[target.name] = module
             self.shapes[target.name] = {name: tuple(p.shape) for name, p in module.named_parameters()}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> object:
         return self._net[0](*args, **kwargs)
 
     def detach_from_base(self) -> None:
@@ -96,7 +97,7 @@ def _other_alphas(own: dict[str, Tensor], other: dict[str, Tensor]) -> str:
     return f"{len(differing)} of another scale, e.g. {name} {float(other[name]):g}, expected {float(own[name]):g}"
 
 
-def _build(kind: str, target: Resolved, linear: nn.Module) -> nn.Module:
+def _build(kind: str, target: Resolved, linear: nn.Linear) -> LycorisBaseModule:
     # bypass: rebuild mode forms (W + dW) - W in the base's dtype and rounds small deltas away
     # alpha = rank: the scale is 1 in every program that reads the file
     name = file_name(target.name)
@@ -108,4 +109,9 @@ def _build(kind: str, target: Resolved, linear: nn.Module) -> nn.Module:
 
 def dense_shapes(net: nn.Module, names: list[str]) -> dict[str, tuple[int, int]]:
     """name -> (out, in) of the linears ``names``."""
-    return {n: (net.get_submodule(n).out_features, net.get_submodule(n).in_features) for n in names}
+    return {n: (_linear(net, n).out_features, _linear(net, n).in_features) for n in names}
+
+
+def _linear(net: nn.Module, name: str) -> nn.Linear:
+    """Quantized ones are no ``nn.Linear``, but have its sizes."""
+    return cast(nn.Linear, net.get_submodule(name))

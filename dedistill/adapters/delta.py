@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from lycoris.modules.base import LycorisBaseModule
 from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from dedistill.flow import keyed
 # --- the weight change an adapter stands for -------------------------------------------------------------------------
 
 
-def delta(module: nn.Module) -> Tensor:
+def delta(module: LycorisBaseModule) -> Tensor:
     """The change of weight [out, in], float32, of one LyCORIS LoKr or LoRA module."""
     return weight_change({**dict(module.named_parameters()), "alpha": module.alpha})
 
@@ -48,16 +49,18 @@ def scale(factors: Mapping[str, Tensor]) -> float:
 
 
 @torch.no_grad()
-def merge(net: nn.Module, modules: dict[str, nn.Module]) -> None:
+def merge(net: nn.Module, modules: Mapping[str, LycorisBaseModule]) -> None:
     """Add every adapter's delta into the dense linear it sits on: float32 sum, rounded once to the weight's dtype.
 
     modules: linear name -> LyCORIS module. Raises ValueError for a quantized linear, whose codes would swallow
     most of a small delta: merge into the unquantized base and quantize again.
     """
-    linears = {name: net.get_submodule(name) for name in modules}
-    for name, linear in linears.items():
+    linears: dict[str, nn.Linear] = {}
+    for name in modules:
+        linear = net.get_submodule(name)
         if type(linear) is not nn.Linear:
             raise ValueError(f"'{name}' is a {type(linear).__name__}; merge into the unquantized base instead")
+        linears[name] = linear
     for name, linear in linears.items():
         linear.weight.copy_(linear.weight.float() + delta(modules[name]))
 
@@ -71,7 +74,7 @@ TOLERANCE = 0.01
 
 @torch.no_grad()
 def initialise(
-    module: nn.Module, name: str, weight: Callable[[], Tensor], *, init: str, scale: float | None, seed: int
+    module: LycorisBaseModule, name: str, weight: Callable[[], Tensor], *, init: str, scale: float | None, seed: int
 ) -> None:
     """Set the factors of one LyCORIS module, a function of (seed, name) alone.
 
@@ -82,28 +85,30 @@ def initialise(
     rng = keyed.generator(seed, f"adapter-init/{name}")
     lokr = isinstance(module, LokrModule)
     # the two factors of whatever is decomposed; the right one stays 0 unless perturbed
-    left, right = (None, None) if lokr and module.use_w2 else _factors(module)
+    pair = None if lokr and module.use_w2 else _factors(module)
     if init == "default":
-        for first in ([module.lokr_w1] if lokr else []) + ([left if lokr else right] if left is not None else []):
+        for first in ([module.lokr_w1] if lokr else []) + ([pair[0 if lokr else 1]] if pair else []):
             bound = first.shape[1] ** -0.5  # kaiming_uniform(a = sqrt 5)
             first.copy_(torch.from_numpy(rng.uniform(-bound, bound, tuple(first.shape)).astype("float32")))
         return
     if lokr:
         module.lokr_w1.fill_(1.0)
-    if init == "perturbed_normal" and left is None:
+    if init == "perturbed_normal" and pair is None:
         dense, draw = weight(), _normal(rng, module.lokr_w2)
         draw = (draw - draw.mean()) / draw.std(correction=0) * _deviation(dense) + float(dense.mean())
-        module.lokr_w2.copy_(draw * scale)
-    elif init == "perturbed_normal" and (deviation := _deviation(weight())) > 0:
+        module.lokr_w2.copy_(draw * (scale or 0.0))
+    elif pair and init == "perturbed_normal" and (deviation := _deviation(weight())) > 0:
+        left, right = pair
         a, b = _normal(rng, left), _normal(rng, right)
-        size = scale * deviation / (_deviation(a @ b) * module.scale)
+        size = (scale or 0.0) * deviation / (_deviation(a @ b) * module.scale)
         left.copy_(a * size**0.5)
         right.copy_(b * size**0.5)
-    elif left is not None:  # ones, or a layer of equal weights, which have no deviation to take a share of
+    elif pair:  # ones, or a layer of equal weights, which have no deviation to take a share of
+        left, _ = pair
         left.copy_(_normal(rng, left) * left.shape[1] ** -0.5)
 
 
-def _factors(module: nn.Module) -> tuple[Tensor, Tensor]:
+def _factors(module: LycorisBaseModule) -> tuple[Tensor, Tensor]:
     if isinstance(module, LokrModule):
         return module.lokr_w2_a, module.lokr_w2_b
     return module.lora_up.weight, module.lora_down.weight
@@ -120,13 +125,13 @@ def _normal(rng: np.random.Generator, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_started(
-    modules: dict[str, nn.Module], weight: Callable[[str], Tensor], *, init: str, scale: float | None
+    modules: Mapping[str, LycorisBaseModule], weight: Callable[[str], Tensor], *, init: str, scale: float | None
 ) -> dict[str, float]:
     """Deviation of each layer's delta relative to its weight's; raises UserError where it is not what was asked for.
 
     A trainer that drops its initialisation silently can train for weeks before anyone sees it (LibreFLUX did).
     """
-    wanted = scale if init == "perturbed_normal" else 0.0
+    wanted = (scale or 0.0) if init == "perturbed_normal" else 0.0
     sizes = {name: (_deviation(delta(m)), _deviation(weight(name))) for name, m in modules.items()}
     found = {name: d / w if w else d for name, (d, w) in sizes.items()}
     # "not within" also catches NaN
@@ -146,6 +151,6 @@ def check_started(
     return found
 
 
-def _rounding(module: nn.Module) -> float:
+def _rounding(module: LycorisBaseModule) -> float:
     """Relative rounding of one stored number: bf16 factors carry 8 bits."""
     return 0.0 if next(module.parameters()).dtype == torch.float32 else 2.0**-8

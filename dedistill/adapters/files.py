@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoKrConfig, inject_adapter_in_model
@@ -13,6 +13,9 @@ from dedistill.adapters.delta import scale
 from dedistill.adapters.formats import FOLDERS, by_layer, check_shapes, is_lora
 from dedistill.errors import UserError
 from dedistill.io.safetensors import SEAL, check_seal
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # --- adapter files ---------------------------------------------------------------------------------------------------
 
@@ -36,7 +39,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # --- A LoKr in a diffusers pipeline, whatever factors it has ---------------------------------------------------------
 
 
-def load_lokr(pipe: Any, file: str | Path, name: str = "dedistill") -> str:
+def load_lokr(pipe: "DiffusionPipeline | nn.Module", file: str | Path, name: str = "dedistill") -> str:
     """Load a LoKr file into a diffusers pipeline, or into its transformer, as the PEFT adapter ``name``; returns the name.
 
     diffusers' own loader (0.42) takes a LoKr only if one ``decompose_factor`` gives the factors of every layer, in
@@ -47,7 +50,8 @@ def load_lokr(pipe: Any, file: str | Path, name: str = "dedistill") -> str:
     file: safetensors in the ``lycoris_`` or ``transformer.`` spelling. Raises UserError when any of its tensors has no
     place in the network, or the name is taken; then nothing has been loaded.
     """
-    net = next((getattr(pipe, folder) for folder in FOLDERS if hasattr(pipe, folder)), pipe)
+    # set_adapters and the like come from mixins of diffusers, which no stub of a module has
+    net: Any = next((getattr(pipe, folder) for folder in FOLDERS if hasattr(pipe, folder)), pipe)
     if name in getattr(net, "peft_config", {}):
         raise UserError(f"the network already has an adapter '{name}': give another name")
     source, (tensors, _) = str(file), read_tensors(Path(file))

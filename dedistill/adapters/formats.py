@@ -8,7 +8,7 @@ every reading here needs the names of the network's linears.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -111,10 +111,11 @@ def check_shapes(layers: Layers, shapes: Mapping[str, tuple[int, int]], source: 
 
 def factor_shapes(factors: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of the two Kronecker factors of a LoKr layer, multiplied out."""
-    return tuple(
+    first, second = (
         tuple(factors[w].shape) if w in factors else (factors[f"{w}_a"].shape[0], factors[f"{w}_b"].shape[1])
         for w in ("lokr_w1", "lokr_w2")
     )
+    return cast(tuple[int, int], first), cast(tuple[int, int], second)
 
 
 def is_lora(layers: Layers) -> bool:
@@ -124,7 +125,7 @@ def is_lora(layers: Layers) -> bool:
 
 def as_lycoris(layers: Layers, folder: str = FOLDERS[0]) -> dict[str, Tensor]:
     """``lycoris_<path with _>``, as our own snapshots are; a layer without alpha gets one, at which its scale is 1."""
-    out = {}
+    out: dict[str, Tensor] = {}
     for linear, factors in layers.items():
         alpha = {"alpha": torch.tensor(float(rank(factors) or 1))}
         out |= {f"{file_name(linear)}.{factor}": tensor for factor, tensor in (alpha | factors).items()}
@@ -151,7 +152,7 @@ def as_kohya(layers: Layers, naming: LayerNames, shapes: Mapping[str, tuple[int,
     """
     _only_lora(layers, "kohya")
     groups = dict(map(naming.original_parts, layers))
-    out = {}
+    out: dict[str, Tensor] = {}
     for bfl, parts in groups.items():
         factors = {part: baked(layers[part]) for part in parts if part in layers}
         down = torch.cat([f["lora_down.weight"] for f in factors.values()])

@@ -4,10 +4,10 @@
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Protocol
 
 from lycoris.functional import factorization
 
@@ -40,6 +40,32 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
 # --- which linears get an adapter ------------------------------------------------------------------------------------
 
 
+class Target(Protocol):
+    """Linears that shall get an adapter of one shape, as in a recipe's [[adapter.targets]]."""
+
+    @property
+    def pattern(self) -> str | None: ...
+
+    @property
+    def preset(self) -> str | None: ...
+
+    @property
+    def factor(self) -> int | None: ...
+
+    @property
+    def rank(self) -> int | str | None: ...
+
+
+class Table(Protocol):
+    """A recipe's [adapter] table, as far as it says which linears."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def targets(self) -> Sequence[Target]: ...
+
+
 @dataclass(frozen=True)
 class Resolved:
     """One linear that gets an adapter. rank None: the large LoKr factor is a full matrix."""
@@ -52,7 +78,10 @@ class Resolved:
 
 
 def resolve_targets(
-    adapter: Any, shapes: dict[str, tuple[int, int]], presets: dict[str, list[str]], where: Callable[[str], str] = str
+    adapter: Table,
+    shapes: Mapping[str, tuple[int, int]],
+    presets: Mapping[str, list[str]],
+    where: Callable[[str], str] = str,
 ) -> list[Resolved]:
     """The linears that ``adapter`` (a recipe's [adapter] table) names, in the network's order.
 
@@ -64,7 +93,7 @@ def resolve_targets(
         place = where(f"adapter.targets.{i}.{'preset' if target.preset else 'pattern'}")
         found = _names(target, list(shapes), presets, place)
         new = [name for name in found if name not in chosen]
-        label = target.preset or target.pattern
+        label = target.preset or target.pattern or ""
         if not new:
             raise UserError(
                 f"{place}: '{label}' adds nothing: earlier targets took all {len(found)} of its linears", exit_code=2
@@ -83,29 +112,29 @@ def count_parameters(resolved: list[Resolved], kind: str) -> int:
 def _parameters(target: Resolved, kind: str) -> int:
     out, in_ = target.shape
     if kind == "lora":
-        return target.rank * (out + in_)
+        return (target.rank or 1) * (out + in_)
     (small_out, large_out), (small_in, large_in) = factorization(out, target.factor), factorization(in_, target.factor)
     large = large_out * large_in if target.rank is None else target.rank * (large_out + large_in)
     return small_out * small_in + large
 
 
-def _form(kind: str, target: Any, shape: tuple[int, int], where: str, name: str) -> tuple[int | None, int | None]:
+def _form(kind: str, target: Target, shape: tuple[int, int], where: str, name: str) -> tuple[int | None, int | None]:
     """(factor, rank) of one layer."""
+    rank = target.rank if isinstance(target.rank, int) else None  # or in full
     if kind == "lora":
-        rank = target.rank
-        if rank > min(shape):
+        if rank and rank > min(shape):
             raise UserError(f"{where}: {rank} is more than '{name}' has, {shape[0]} x {shape[1]}: at most {min(shape)}", 2)
         return None, rank
     factor = target.factor
     large = max(factorization(size, factor)[1] for size in shape)
     # from half the larger side on a decomposition saves nothing, and LyCORIS makes the factor full; so say it is
-    return factor, target.rank if isinstance(target.rank, int) and target.rank < large / 2 else None
+    return factor, rank if rank and rank < large / 2 else None
 
 
-def _names(target: Any, names: list[str], presets: dict[str, list[str]], where: str) -> list[str]:
+def _names(target: Target, names: list[str], presets: Mapping[str, list[str]], where: str) -> list[str]:
     if target.preset is not None and target.preset not in presets:
         raise UserError(f"{where}: unknown preset '{target.preset}'; this family has {', '.join(presets)}", exit_code=2)
-    patterns = presets[target.preset] if target.preset else [target.pattern]
+    patterns = presets[target.preset] if target.preset else [target.pattern or ""]
     try:
         found = {name for pattern in patterns for name in matching(pattern, names)}
     except ValueError as e:

@@ -4,6 +4,7 @@ Densities are inverse CDFs, increasing in p, so one stratified p serves them all
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from scipy import special
@@ -40,7 +41,14 @@ def cosmap(p: np.ndarray) -> np.ndarray:
     return 1 - 1 / (np.tan(math.pi / 2 * np.asarray(p, dtype=np.float64)) + 1)
 
 
-DENSITIES = {"uniform": uniform, "logit_normal": logit_normal, "beta": beta, "mode": mode, "cosmap": cosmap}
+DENSITIES: dict[str, Callable[..., np.ndarray]] = {
+    "uniform": uniform,
+    "logit_normal": logit_normal,
+    "beta": beta,
+    "mode": mode,
+    "cosmap": cosmap,
+}
+"""p [batch] and the density's own parameters, by name -> sigma [batch]."""
 
 
 def shift_sigma(sigma: np.ndarray, shift: float) -> np.ndarray:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from dedistill.errors import UserError
 
@@ -116,7 +116,7 @@ class WholeFile:
         except OSError as e:
             raise refused(self.path, e, self._size) from e
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self._publish()
@@ -169,11 +169,11 @@ def replace_file(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def as_json(value: Any) -> bytes:
+def as_json(value: object) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def replace_json(path: Path, value: Any) -> None:
+def replace_json(path: Path, value: object) -> None:
     """Put ``value`` at ``path`` as indented JSON, whole or not at all."""
     replace_file(path, as_json(value))
 

@@ -88,5 +88,6 @@ def fingerprint(files: Iterable[Path], memo: Path) -> str:
 
 def _read_entry(entry: object) -> Hashed | None:
     """One of ``fingerprint``'s lines; None where it is of another kind, or of a version that kept less."""
-    whole = isinstance(entry, list) and len(entry) == len(Stamp._fields) + 1
-    return Hashed(Stamp(*entry[:-1]), entry[-1]) if whole else None
+    if not isinstance(entry, list) or len(entry) != len(Stamp._fields) + 1:
+        return None
+    return Hashed(Stamp(*entry[:-1]), entry[-1])

@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +39,16 @@ _UNSEALED = "0" * 64
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Tensor name -> (shape, dtype), in the order of writing."""
 
+_Memory = TypeVar("_Memory", bytearray, memoryview)
+
+
+class Digest(Protocol):
+    """A hash that is fed piece by piece, as hashlib's are."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
 
 class TensorFile:
     """A safetensors file of a known layout, complete at ``path`` or not there. Use as a context manager.
@@ -47,9 +57,11 @@ class TensorFile:
     Raises UserError naming the path when the disk refuses, and ValueError when what is written is not the layout.
     """
 
-    def __init__(self, path: Path, layout: Layout, metadata: dict[str, str], digest: Any = None, *, seal: bool = False):
+    def __init__(
+        self, path: Path, layout: Layout, metadata: dict[str, str], digest: Digest | None = None, *, seal: bool = False
+    ):
         self.path, self._seal = path, seal
-        self._digest = hashlib.sha256() if seal else digest
+        self._digest: Digest | None = hashlib.sha256() if seal else digest
         self._layout, self._names = layout, iter(layout)
         self._name, self._left = "", 0
         header: dict = {"__metadata__": metadata | {SEAL: _UNSEALED} if seal else metadata}
@@ -89,13 +101,13 @@ class TensorFile:
         if self._digest:
             self._digest.update(data)
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
             if kind is None:
                 self._begin()
                 if missing := self._name if self._left else next(self._names, ""):
                     raise ValueError(f"'{missing}' was not written to its end")
-                if self._seal:
+                if self._seal and self._digest:
                     self._file.overwrite(self._seal_at, self._digest.hexdigest().encode())
         except BaseException as e:
             kind = type(e)
@@ -138,19 +150,19 @@ class SealedReader:
         self._digest = hashlib.sha256(head.replace(self.seal.encode(), _UNSEALED.encode(), 1))
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def read_into(self, part: Tensor) -> None:
         """Fill ``part``, contiguous and on the CPU, with the numbers that come next."""
-        self._digest.update(self._take(part.reshape(-1).view(torch.uint8).numpy()))
+        self._digest.update(self._take(part.reshape(-1).view(torch.uint8).numpy().data))
 
     def finish(self) -> None:
         """To be called when everything has been read."""
         if self._file.read(1) or self._digest.hexdigest() != self.seal:
             raise UserError(f"'{self.path}' is damaged: its bytes do not have the hash that they were written with")
 
-    def _take(self, buffer: Any) -> Any:
+    def _take(self, buffer: _Memory) -> _Memory:
         view, done = memoryview(buffer), 0
         while done < len(view):
             try:
@@ -180,7 +192,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name}\0".encode())
-        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
+
+from pydantic_core import ErrorDetails
 
 _KINDS = {
     "int_type": "an integer",
@@ -21,7 +22,7 @@ _LIMITS = {
 }
 
 
-def explain(errors: list[Any], key: str) -> str:
+def explain(errors: list[ErrorDetails], key: str) -> str:
     """One readable line from the errors of one key; there are several where a field has alternatives."""
     if errors[0]["type"] == "missing":
         return "required, not set"
@@ -45,7 +46,7 @@ def explain(errors: list[Any], key: str) -> str:
     return f"expects {any_of(kinds + quoted)}, got {shown(value)}{hint}"
 
 
-def _limit(error: Any) -> str:
+def _limit(error: ErrorDetails) -> str:
     """What is asked of a value whose kind is right."""
     kind, ctx = error["type"], error.get("ctx", {})
     if kind in _LIMITS:
@@ -68,19 +69,19 @@ def _limit(error: Any) -> str:
     return f"must {known.get(kind, 'be a value in range')}"
 
 
-def _bare(value: Any) -> str:
+def _bare(value: object) -> str:
     """A value whose kind needs no mention; of an array only the length."""
     if _huge(value):
         return "a number of more than 20 digits"
     return str(len(value)) if isinstance(value, list) else quote(value) if isinstance(value, str) else str(value)
 
 
-def _huge(value: Any) -> bool:
+def _huge(value: object) -> bool:
     """Too long for a message, and past 4300 digits Python refuses to write it out."""
     return isinstance(value, int) and abs(value) >= 10**20
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value from TOML with its kind, short enough for one line."""
     if isinstance(value, bool):
         return str(value).lower()

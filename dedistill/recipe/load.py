@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from dedistill.errors import UserError
 from dedistill.io.atomic import with_home
@@ -123,7 +124,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _read_chain(name: str) -> _Draft:
     """The recipe called ``name`` laid over the one it extends, and so on."""
     path, file = _find(name, Path(), "")
-    draft, layers, seen, via = _Draft(file), [], [], ""
+    draft, via = _Draft(file), ""
+    layers: list[tuple[dict[str, Any], dict[str, _Place]]] = []
+    seen: list[tuple[Path, str]] = []
     while True:
         data, places = _read(path, file, len(layers), via)
         if path.resolve() in [p.resolve() for p, _ in seen]:
@@ -188,7 +191,10 @@ def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], 
     except UnicodeDecodeError as exc:
         raise RecipeError([f"{via}{file}: not a text file in UTF-8 (byte {exc.start})"]) from None
     except (OSError, ValueError) as exc:
-        reasons = {FileNotFoundError: f"no such file{near_shipped(path)}", IsADirectoryError: "a folder, not a recipe"}
+        reasons: dict[type[Exception], str] = {
+            FileNotFoundError: f"no such file{near_shipped(path)}",
+            IsADirectoryError: "a folder, not a recipe",
+        }
         reason = reasons.get(type(exc), getattr(exc, "strerror", None) or str(exc))
         raise RecipeError([f"{via}{file}: {reason}"]) from None
     try:
@@ -296,7 +302,7 @@ def _check_keys(draft: _Draft, model: type[Table], table: dict[str, Any], path: 
 
 
 def _report_unknown(
-    draft: _Draft, table: dict[str, Any], path: tuple[str | int, ...], name: str, value: Any, known: dict[str, FieldInfo]
+    draft: _Draft, table: dict[str, Any], path: tuple[str | int, ...], name: str, value: object, known: dict[str, FieldInfo]
 ) -> bool:
     """Report one unknown key and put its value where it seems to belong; False if that is unclear."""
     key, kind = dotted((*path, name)), "table" if isinstance(value, dict) else "key"
@@ -334,7 +340,7 @@ def _check_values(draft: _Draft) -> Recipe | None:
     try:
         return Recipe.model_validate(draft.data, strict=True)
     except ValidationError as exc:
-        found: dict[tuple[str | int, ...], list[Any]] = {}
+        found: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
         for error in exc.errors(include_url=False):
             found.setdefault(_path(draft.data, error), []).append(error)
         for path, errors in found.items():
@@ -342,13 +348,14 @@ def _check_values(draft: _Draft) -> Recipe | None:
         return None
 
 
-def _path(data: Any, error: Any) -> tuple[str | int, ...]:
+def _path(data: dict[str, Any], error: ErrorDetails) -> tuple[str | int, ...]:
     """Where in ``data`` an error of pydantic is; what it adds for the alternatives of a field is cut off."""
     path: tuple[str | int, ...] = ()
+    at: Any = data
     for part in error["loc"]:
         if error["type"] != "missing":
             try:
-                data = data[part]
+                at = at[part]
             except (LookupError, TypeError):
                 break
         path += (part,)

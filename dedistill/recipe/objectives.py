@@ -1,6 +1,7 @@
 """Objectives as far as a recipe must know them, which is read without torch; each is a file of ``dedistill/objectives``."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ OBJECTIVES = {
     "reflow": Traits(pairs=True),
 }
 """By the names that recipes use."""
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:  # one of them; type checkers know only lists that are written out
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
 DROPOUTS = {
     rate: tuple(name for name, o in OBJECTIVES.items() if o.caption_dropout == rate)
     for rate in dict.fromkeys(o.caption_dropout for o in OBJECTIVES.values())

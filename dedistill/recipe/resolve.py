@@ -93,16 +93,16 @@ def _filled(data: dict[str, Any], defaults: Iterable[tuple[str, Default]], famil
     return data
 
 
-def _rows(data: Any, tables: list[str]) -> list[dict[str, Any]]:
+def _rows(data: dict[str, Any], tables: list[str]) -> list[dict[str, Any]]:
     """The tables at a dotted path, of which there are several in an array; none where the path ends early."""
-    rows = [data]
+    rows: list[Any] = [data]
     for table in tables:
         found = [row.get(table) for row in rows if isinstance(row, dict)]
         rows = [row for at in found for row in (at if isinstance(at, list) else [at])]
     return [row for row in rows if isinstance(row, dict)]
 
 
-def _value(data: dict[str, Any], key: str) -> Any:
+def _value(data: dict[str, Any], key: str) -> object:
     *tables, name = key.split(".")
     return next((row.get(name) for row in _rows(data, tables)), None)
 

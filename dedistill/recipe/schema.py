@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints
 
 from dedistill.io.atomic import with_home
-from dedistill.recipe.objectives import DROPOUTS, OBJECTIVES
+from dedistill.recipe.objectives import DROPOUTS, ObjectiveName
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -35,7 +35,7 @@ class Default:
     among: tuple[str, ...] = ()
     """Values of ``key`` with which it holds; empty: all but 0."""
 
-    def holds(self, found: Any) -> bool:
+    def holds(self, found: object) -> bool:
         """Whether it does where ``key`` is ``found``."""
         return not self.key or (found in self.among if self.among else bool(found))
 
@@ -247,7 +247,7 @@ class Timesteps(Table):
 
 
 class Train(Table):
-    objective: Literal[tuple(OBJECTIVES)] = Field(
+    objective: ObjectiveName = Field(
         "flow",
         description="flow: flow matching on data; distill: velocity between stored points of a teacher's trajectories; "
         "reflow: flow matching on the stored noise and its picture.",

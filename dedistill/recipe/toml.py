@@ -134,7 +134,7 @@ def fields_of(model: type[Table]) -> dict[str, FieldInfo]:
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
-def table_in(annotation: Any) -> type[Table] | None:
+def table_in(annotation: object) -> type[Table] | None:
     """The model of a field that is a table or an array of tables."""
     if isinstance(annotation, type) and issubclass(annotation, Table):
         return annotation
@@ -164,7 +164,7 @@ def _emit(table: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
             yield from _emit(row, (*path, name))
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
@@ -212,15 +212,18 @@ def _tell_defaults(table: type[Table], properties: dict[str, Any]) -> None:
                 node["default"] = defaults[0].value
 
 
-def _tidy(node: Any) -> Any:
+def _tidy(node: dict[str, Any]) -> dict[str, Any]:
     """Without null, which TOML cannot say, titles that repeat the key, defaults of whole tables, and ``required``."""
-    if isinstance(node, list):
-        return [_tidy(item) for item in node if item != {"type": "null"}]
-    if not isinstance(node, dict):
-        return node
-    noise = {"title": str, "default": (type(None), dict), "required": list}  # by type: a recipe key may have the same name
-    node = {k: _tidy(v) for k, v in node.items() if not (k in noise and isinstance(v, noise[k]))}
+    # by type: a recipe key may have the same name
+    noise: dict[str, tuple[type, ...]] = {"title": (str,), "default": (type(None), dict), "required": (list,)}
+    node = {k: _tidy_value(v) for k, v in node.items() if not (k in noise and isinstance(v, noise[k]))}
     return {**node.pop("anyOf")[0], **node} if len(node.get("anyOf", [])) == 1 else node
+
+
+def _tidy_value(value: object) -> object:
+    if isinstance(value, list):
+        return [_tidy_value(item) for item in value if item != {"type": "null"}]
+    return _tidy(value) if isinstance(value, dict) else value
 
 
 def _required(model: type[Table]) -> dict[str, Any]:
