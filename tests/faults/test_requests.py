@@ -133,17 +133,17 @@ def test_a_second_signal_ends_at_once(recipe, tmp_path):
 
     def hang() -> None:
         send(signal.SIGTERM)()
+        threading.Timer(1.0, send(signal.SIGTERM)).start()
         time.sleep(60)
 
     def action() -> None:
         real = Objective.noisy_batch
         Objective.noisy_batch = lambda self, step, positions: hang() if step == 3 else real(self, step, positions)
-        threading.Timer(1.0, send(signal.SIGTERM)).start()
         main(arguments(recipe, tmp_path / "run", *SETTINGS))
 
     start = time.monotonic()
     assert os.waitstatus_to_exitcode(forked(quietly(action))) == RUN_AGAIN
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
 
 
 def _touching(given: list[str], name: str, out: Path) -> int:
