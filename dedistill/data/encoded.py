@@ -136,7 +136,7 @@ class EncodedPictures:
         return Batch(torch.stack(latents).float(), captions, [s.name for s in slots], text=text)
 
     def _read_latent(self, sample: Sample, crop: Crop) -> Tensor:
-        shapes = {"latent": self._latent_shape(crop.height, crop.width)}
+        shapes: dict[str, tuple[int | str, ...]] = {"latent": self._latent_shape(crop.height, crop.width)}
         return self._latents.read(latent_key(sample, crop), shapes)["latent"]
 
     def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
