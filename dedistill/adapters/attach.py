@@ -32,7 +32,7 @@ class Adapter(nn.Module):
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         """Of each target's parameters. An engine may cut the parameters themselves."""
         for target in targets:
-            module = _build(kind, target, _linear(net, target.name))
+            module = _build(kind, target, linear_in(net, target.name))
             module.apply_to()
             self.add_module(file_name(target.name), module)
             self.by_target[target.name] = module
@@ -77,7 +77,7 @@ def detached(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in tensors.items()}
 
 
-def compare_tensors(own: dict[str, Tensor], other: dict[str, Tensor]) -> str:
+def compare_tensors(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
     """What keeps ``other`` from being loaded into ``own``; empty when nothing does."""
     missing, extra = sorted(own.keys() - other.keys()), sorted(other.keys() - own.keys())
     shapes = [n for n in own.keys() & other.keys() if own[n].shape != other[n].shape]
@@ -88,7 +88,7 @@ def compare_tensors(own: dict[str, Tensor], other: dict[str, Tensor]) -> str:
     return "; ".join(parts)
 
 
-def _other_alphas(own: dict[str, Tensor], other: dict[str, Tensor]) -> str:
+def _other_alphas(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
     """What alphas of a file would be scaled by another amount here; empty when they agree."""
     differing = [name for name in own if float(own[name]) != float(other[name])]
     if not differing:
@@ -109,9 +109,9 @@ def _build(kind: str, target: Resolved, linear: nn.Linear) -> LycorisBaseModule:
 
 def dense_shapes(net: nn.Module, names: list[str]) -> dict[str, tuple[int, int]]:
     """name -> (out, in) of the linears ``names``."""
-    return {n: (_linear(net, n).out_features, _linear(net, n).in_features) for n in names}
+    return {n: (linear_in(net, n).out_features, linear_in(net, n).in_features) for n in names}
 
 
-def _linear(net: nn.Module, name: str) -> nn.Linear:
+def linear_in(net: nn.Module, name: str) -> nn.Linear:
     """Quantized ones are no ``nn.Linear``, but have its sizes."""
     return cast(nn.Linear, net.get_submodule(name))

@@ -43,7 +43,7 @@ def _show(name: str) -> int:
         file = shipped_file(PREFIX + name.removeprefix(PREFIX))
     except LookupError as e:
         raise UserError(f"'{name}': {e.args[0]}", exit_code=2) from None
-    print(file.read_text(encoding="utf-8"), end="")
+    print(file.read_text(encoding="utf-8") if file else "", end="")
     return 0
 
 
@@ -64,6 +64,6 @@ def said_of(file: Path) -> tuple[str, dict[str, str]]:
 
 
 def _data(recipe: Recipe) -> str:
-    places = [s.path for s in recipe.data.sets] or [recipe.data.path]
+    places: list[str | None] = [s.path for s in recipe.data.sets] or [recipe.data.path]
     where = ", ".join(place for place in places if place)
     return f"{recipe.data.source} in {where}" if where else recipe.data.source

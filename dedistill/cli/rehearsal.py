@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,7 +31,7 @@ from dedistill.models.quantize import linear_names
 from dedistill.models.registry import get_family, text_length
 from dedistill.posthoc.average import average_run
 from dedistill.recipe import Recipe
-from dedistill.recipe.resolve import resolve
+from dedistill.recipe.resolve import filled, resolve
 from dedistill.recipe.shipped import is_shipped
 from dedistill.release.export import export_adapter, export_model, forms_of
 from dedistill.release.merge import merge_adapter
@@ -66,7 +67,7 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
     family = get_family(recipe.model.family, recipe.where("model.family"))
     with stage("the plan can be reached"):
         _check_reachable(recipe)
-        text_length(family, recipe.model.text_length, recipe.where("model.text_length"))
+        text_length(family, filled(recipe.model.text_length, "model.text_length"), recipe.where("model.text_length"))
     with stage("layers and sizes at full scale"):
         say("  " + _check_full_size(recipe, family))
     if recipe.data.source == "pictures":
@@ -104,7 +105,7 @@ def _after_training(recipe: Recipe, family: Family, small: Recipe, out: Path, st
         for form in forms_of(family.spec):
             export_model(out / "merged", out / "exported" / form, form)
         loras = ("lycoris", "peft", *(("kohya",) if family.spec.names else ()))
-        spellings = ("lycoris", "transformer") if recipe.adapter.kind == "lokr" else loras
+        spellings = ("lycoris", "transformer") if recipe.adapter and recipe.adapter.kind == "lokr" else loras
         for spelling in spellings:
             file = out / "exported" / f"adapter-{spelling}.safetensors"
             export_adapter(last_weights(out / "run"), file, spelling, out / "merged")
@@ -192,7 +193,7 @@ def _check_full_size(recipe: Recipe, family: Family) -> str:
 
 def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
     """The same recipe on a tiny model, a few steps, small pictures."""
-    model = {}
+    model: dict[str, str | None] = {}
     if recipe.model.new is None:
         picture = None if recipe.data.source == "pictures" else open_source(recipe.data).picture
         # blocks that the recipe names one by one must be there
@@ -201,7 +202,7 @@ def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
         model = {"path": str(out / "model"), "revision": None, "components": None}
     every = {"every": STEPS // 2}
     train = {"steps": STEPS, "batch": 4, "micro_batch": 2, "warmup": min(recipe.train.warmup, 1)}
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "run": {"out": str(out / "run"), "resume": "auto"},
         "model": model,
         "train": train,
@@ -214,7 +215,7 @@ def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
         "preview": every if recipe.preview.every else {},
     }
     if recipe.data.source == "pictures":
-        count = len(recipe.data.resolutions)
+        count = len(filled(recipe.data.resolutions, "data.resolutions"))
         changes["data"] = {
             "cache": str(out / "cache"),
             "resolutions": [SMALL + 16 * i for i in range(count)],

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +31,16 @@ from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Components, Family
 from dedistill.models.registry import get_family, text_length
 from dedistill.recipe import Recipe
+from dedistill.recipe.resolve import filled
+from dedistill.recipe.schema import Data
 
 # --- from a recipe's [data] table to a source ------------------------------------------------------------------------
 
 
-def open_source(data: Any) -> Source:
+def open_source(data: Data) -> Source:
     """The source that ``data`` (a recipe's [data] table) names, which has nothing to encode. Raises UserError if unreadable."""
     if data.source == "pairs":
-        return PairSource(Path(data.path))
+        return PairSource(Path(filled(data.path, "data.path")))
     if data.source == "mnist":
         return load_mnist(data.path, data.caption_noise)
     if data.source == "digits":
@@ -47,7 +48,7 @@ def open_source(data: Any) -> Source:
     raise ValueError(f"'{data.source}' must be encoded first: dedistill.data.encode.open_data")
 
 
-def data_files(data: Any) -> list[Path]:
+def data_files(data: Data) -> list[Path]:
     """The files whose bytes decide what ``data`` draws; pairs.json holds the hash of every shard. Empty for packages."""
     if data.path is None:  # pictures are bound by what the index says of them
         return []
@@ -122,13 +123,16 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
                 say(f"{cut:,} captions are longer than {length} tokens and were cut")
             parts.text.unload()
             _encode_pictures(pictures_left, index, latents, family, parts, say)
-            parts.vae.unload()
+            if parts.vae:
+                parts.vae.unload()
             world.wait()
         latents, texts = open_stores(recipe, family, parts, cache)
     known = {caption: read_text(texts, caption, parts.text.widths) for caption in asked}
     weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, parts)
-    settings = {"held_out": recipe.data.held_out, "latent_shape": latent_shape, "text_widths": parts.text.widths}
-    source = EncodedPictures(pictures, weights, latents, texts, **settings)
+    held_out, widths = filled(recipe.data.held_out, "data.held_out"), parts.text.widths
+    source = EncodedPictures(
+        pictures, weights, latents, texts, held_out=held_out, latent_shape=latent_shape, text_widths=widths
+    )
     facts = {
         "pictures": len(pictures),
         "crops": sum(len(p.crops) for p in pictures),
@@ -183,7 +187,7 @@ def known_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, C
 
     A finished model that is given these uses the very tensors it was trained with. Raises as ``open_stores`` does.
     """
-    if recipe.data.source != "pictures" or not (cache := Path(recipe.data.cache)).is_dir():
+    if recipe.data.source != "pictures" or not (cache := Path(filled(recipe.data.cache, "data.cache"))).is_dir():
         return {}
     refuse_foreign(cache, "cache", "data.cache")
     texts = Store(cache / "text", _inputs(recipe, family, parts, cache)["text"])
@@ -201,7 +205,7 @@ def _inputs(recipe: Recipe, family: Family, parts: Components, cache: Path) -> d
 
 
 def _length(recipe: Recipe, family: Family) -> int:
-    return text_length(family, recipe.model.text_length, recipe.where("model.text_length"))
+    return text_length(family, filled(recipe.model.text_length, "model.text_length"), recipe.where("model.text_length"))
 
 
 def picture_sets(recipe: Recipe) -> list[PictureSet]:
@@ -212,8 +216,8 @@ def picture_sets(recipe: Recipe) -> list[PictureSet]:
             s.path,
             name=s.name or "",
             fields=tuple(s.captions or ()),
-            split_lines=SPLIT_LINES[data.split_lines],
-            missing_captions=data.missing_captions,
+            split_lines=SPLIT_LINES[filled(data.split_lines, "data.split_lines")],
+            missing_captions=filled(data.missing_captions, "data.missing_captions"),
         )
         for s in data.sets
     ]
@@ -227,18 +231,19 @@ def without_captions(recipe: Recipe) -> list[str]:
 
 def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[Picture]]:
     """The cache's folder, the index of all sets, and the pictures that crops can be made of."""
-    data, cache = recipe.data, Path(recipe.data.cache)
+    data, cache = recipe.data, Path(filled(recipe.data.cache, "data.cache"))
     claim(cache, "cache", "data.cache")
     index = build_index(picture_sets(recipe), file=cache / "index.jsonl", say=say, limit=data.limit)
-    settings = {"resolutions": data.resolutions, "max_upscale": data.max_upscale}
+    resolutions, most = filled(data.resolutions, "data.resolutions"), filled(data.max_upscale, "data.max_upscale")
+    modes, each = filled(data.crops, "data.crops"), filled(data.crops_per_picture, "data.crops_per_picture")
     pictures, small = [], []
     for sample in index.samples:
         # a fixed seed: runs with other seeds share what is encoded
-        crops = crops_of(sample, modes=data.crops, per_picture=data.crops_per_picture, seed=0, **settings)
+        crops = crops_of(sample, modes=modes, per_picture=each, seed=0, resolutions=resolutions, max_upscale=most)
         if crops:
             pictures.append(Picture(sample, tuple(crops)))
         else:
-            small.append((sample.name, too_small(sample, **settings)))
+            small.append((sample.name, too_small(sample, resolutions=resolutions, max_upscale=most)))
     index.quarantined += small
     for name, reason in index.quarantined[:5]:
         say(f"left out: {name}: {reason}")
@@ -293,7 +298,7 @@ def _encode_pictures(pictures: list[Picture], index: Index, store: Store, family
 
     with ThreadPoolExecutor(READERS) as pool:  # decoding and resizing take as long as encoding does
         for chunk in _told(pictures, PICTURES_PER_SHARD, "pictures", say):
-            entries = {}
+            entries: dict[str, dict[str, Tensor]] = {}
             pulse.beat("decoding pictures")
             for picture, crops in zip(chunk, pool.map(pixels, chunk)):
                 pulse.beat("encoding pictures", patient=True)

@@ -41,8 +41,11 @@ SHORT_WORDS = 20
 
 
 class Captioned(Protocol):
-    name: str
-    captions: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def captions(self) -> tuple[str, ...]: ...
 
 
 def draw_samples(

@@ -33,7 +33,7 @@ class PairSource(OneSize):
         self.folder = folder
         self.facts = read_facts(folder)
         self.sigmas = np.array(self.facts["sigmas"])
-        self.picture = tuple(self.facts["picture"])
+        self.picture: tuple[int, int, int] = tuple(self.facts["picture"])
         self._members = [m for shard in self.facts["shards"] for m in _index_shard(folder, shard)]
         everything = np.arange(len(self._members))
         self.train_ids = everything[everything % HELD_OUT != 0]

@@ -1,7 +1,7 @@
 """What every source of samples provides, and training without some of its samples."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch import Tensor
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.conditioning import Conditioning
+
+T = TypeVar("T")
 
 # --- what every source of samples provides ---------------------------------------------------------------------------
 
@@ -30,6 +32,13 @@ class Batch:
     text: Conditioning | None = None
 
 
+def needed(part: T | None) -> T:
+    """A field of a :class:`Batch` of a source that fills it. Raises ValueError for another source."""
+    if part is None:
+        raise ValueError("the samples of this source do not have what is asked of them")
+    return part
+
+
 class OneSize:
     """A source whose samples all have one shape."""
 
@@ -41,9 +50,12 @@ class OneSize:
 
 
 class Source(Protocol):
-    name: str
-    picture: tuple[int, int, int] | None
-    """Shape of every sample, None where they differ."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def picture(self) -> tuple[int, int, int] | None:
+        """Shape of every sample, None where they differ."""
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         """The samples of ``positions`` in step ``step``; a function of the arguments alone."""

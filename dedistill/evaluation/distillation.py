@@ -5,8 +5,9 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -155,7 +156,7 @@ class Questions:
     def places(self, model: Model) -> dict[str, list[float]]:
         """Where each meter with an axis is read."""
         bins = [(b + 0.5) / BINS for b in range(BINS)]
-        places = {"few_steps": list(self.few), "loss_by_sigma": bins, "guidance_by_sigma": bins}
+        places: dict[str, list[float]] = {"few_steps": list(self.few), "loss_by_sigma": bins, "guidance_by_sigma": bins}
         places["bend"] = sigma_grid(self.steps, model.grid_shift)[:-1].tolist()
         return places | {key: list(self.cfgs) for key in RESPONSES}
 
@@ -166,12 +167,16 @@ def ask(candidate: Candidate, q: Questions, kept: Path | None = None, *, held_ou
     Raises UserError for a model that does not fit the data, or gives no finite answer.
     """
     opened = cache(candidate.open)
+
+    def fresh(make: Callable[[str, Model, Questions], Answer]) -> Answer:
+        return make(candidate.name, opened(), q)
+
     parts = {"held_out": _ask_held_out} if held_out_only else {"held_out": _ask_held_out, "paths": _ask_paths}
     answers = []
     for part, make in parts.items():
         file = kept and answer_file(kept, candidate.name, part)
         key = {"weights": candidate.weights, "questions": q.identity} if kept else {}
-        answers.append(remembered(file, key, lambda make=make: make(candidate.name, opened(), q)))
+        answers.append(remembered(file, key, partial(fresh, make)))
     readings = {key: reading for answer in answers for key, reading in answer.readings.items()}
     return Answer(readings, answers[-1].places, answers[-1].picture)
 
@@ -225,7 +230,9 @@ def measure(
     names = [c.name for c in candidates]
     reference = reference or names[0]
     check_comparable(names, reference, questions)
-    readings, places, shapes = {}, {}, {}
+    readings: dict[str, dict[str, Reading]] = {}
+    places: dict[str, dict[str, list[float]]] = {}
+    shapes: dict[tuple[int, ...], str] = {}
     for candidate in sorted(candidates, key=lambda c: c.name != reference):
         name, answer = candidate.name, ask(_of_one_shape(candidate, shapes), questions, kept)
         _check_shape(name, answer.picture, shapes)
@@ -292,7 +299,9 @@ def _rows(reading: Reading, reference: Reading, places: list[float] | None, own:
     """A row per place; differences are taken within each bootstrap sample, which both share."""
     draws, others = reading.resampled(), reference.resampled()
     low, high = interval(draws)
-    rows = [{"value": float(v), "low": float(a), "high": float(b)} for v, a, b in zip(reading.value, low, high)]
+    rows: list[dict[str, Any]] = [
+        {"value": float(v), "low": float(a), "high": float(b)} for v, a, b in zip(reading.value, low, high)
+    ]
     for row, place in zip(rows, places or []):
         row["at"] = place
     if not own:

@@ -19,7 +19,7 @@ from dedistill.adapters.targets import Resolved, count_parameters, matching
 from dedistill.errors import UserError
 from dedistill.flow.solvers import sigma_grid, solve
 from dedistill.models.conditioning import Conditioning
-from dedistill.models.family import Family
+from dedistill.models.family import Family, Output
 from dedistill.models.model import Model
 from dedistill.sampling.sampler import start_noise
 
@@ -124,7 +124,14 @@ class Meter:
         self.samples[sigma] += len(text)
 
     def _record(
-        self, block: int, sigma: int, text: Conditioning, _block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+        self,
+        block: int,
+        sigma: int,
+        text: Conditioning,
+        _block: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Output,
     ) -> None:
         for stream, (before, after, counts) in self.family.states(args, kwargs, output, text).items():
             turned = angular_distance(before, after)

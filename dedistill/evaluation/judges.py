@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dedistill.data.digits import DigitSource, digits_in
 from dedistill.data.images.decode import PILLOW_READS, BadPicture, decode
+from dedistill.data.source import needed
 from dedistill.errors import UserError
 from dedistill.io.hashing import file_sha256
 from dedistill.models.pretrained import check_vocabulary, load_tokenizer, load_whole, reading
@@ -96,7 +97,7 @@ def precision_recall(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:
 def among(points: np.ndarray, others: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
     """Whether each of ``points`` lies in the ball of some of ``others`` around it that reaches its k-th neighbour."""
     radius = np.sort(_distances(others, others), axis=1)[:, min(k, len(others) - 1)]
-    return (_distances(points, others) <= radius).any(1)
+    return np.asarray((_distances(points, others) <= radius).any(1))
 
 
 def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -145,7 +146,7 @@ class ClipJudge:
 
     def distance(self, vectors: np.ndarray) -> float:
         """Frechet distance of vectors [B, D] to those of the real pictures (arXiv 2203.06026). Few pictures raise it."""
-        return frechet_distance(vectors, self.real)
+        return frechet_distance(vectors, needed(self.real))
 
     def _vectors(self, images: list[Image.Image]) -> np.ndarray:
         pixels = self.processor(images, return_tensors="pt")["pixel_values"].to(self.device)

@@ -3,6 +3,8 @@
 Each is measured on pictures as they are saved, clamped to [-1, 1]; ``docs/artefacts.md`` has what they see and what not.
 """
 
+from typing import Any
+
 import numpy as np
 from scipy import ndimage
 from torch import Tensor
@@ -128,7 +130,7 @@ def detail(x: np.ndarray) -> np.ndarray:
 
 VERSION = 1
 """To be raised when a number is measured in another way: pictures and numbers of another version are not used."""
-NUMBERS = [
+NUMBERS: list[dict[str, Any]] = [
     {
         "key": "accuracy",
         "picture": "correct",

@@ -7,6 +7,7 @@ those that are called possibly best, however many there are.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ def compare_with_best(reading: Reading, better: str) -> Comparison:
     equal = 1e-12 * np.abs(value).max()  # sums of the same numbers differ by rounding
     may_be_best = (ahead <= chance + equal).all(1)
     rivals = others & may_be_best[None]
-    smallest = {"axis": 1, "initial": np.inf}
+    smallest: dict[str, Any] = {"axis": 1, "initial": np.inf}
     lower = np.min(-ahead - chance.T, where=rivals, **smallest)
     return Comparison(
         value,
@@ -135,7 +136,7 @@ def _chief(known: dict[str, dict], readings: dict[str, Reading], by: str | None)
 
 def _reading(cells: list[dict], rows: list[dict], key: str) -> Reading | None:
     """A number of pictures as [prompts, cells]; pictures that lack it in some cell do not count. None where no cell has it."""
-    by_cell = {tuple(cell.get(k) for k in CELL): [] for cell in cells}
+    by_cell: dict[tuple[Any, ...], list[dict[str, Any]]] = {tuple(cell.get(k) for k in CELL): [] for cell in cells}
     for row in rows:
         by_cell[tuple(row.get(k) for k in CELL)].append(row)
     if len({tuple((row["prompt"], row["seed"]) for row in own) for own in by_cell.values()}) > 1:
@@ -146,7 +147,7 @@ def _reading(cells: list[dict], rows: list[dict], key: str) -> Reading | None:
         return None
     prompts = np.array([row["prompt"] for row in next(iter(by_cell.values()))])[there]
     names, place = np.unique(prompts, return_inverse=True)
-    check_prompts(names)
+    check_prompts(names.tolist())
     top, bottom = np.zeros((len(names), len(cells))), np.zeros((len(names), len(cells)))
     np.add.at(top, place, values[there])
     np.add.at(bottom, place, 1.0)

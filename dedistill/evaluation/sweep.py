@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def sweep(
 def _folder_name(candidate: Candidate, column: Sampling) -> str:
     told = column.facts
     steps = f"_steps{column.steps}" if column.steps != candidate.steps else ""
-    method = "_" + re.sub("[^A-Za-z0-9.-]+", "-", told["method"]) if "method" in told else ""
+    method = "_" + re.sub("[^A-Za-z0-9.-]+", "-", str(told["method"])) if "method" in told else ""
     return f"cfg{told['cfg']:g}_skip{told['skip']}{steps}{method}"
 
 
@@ -165,7 +166,7 @@ def _make_cell(
             numbers["clip"] = clip.scores(vectors[-1], list(grid.prompts))
         for i, prompt in enumerate(grid.prompts):
             file = folder / f"p{i:03d}_s{seed}.png"
-            facts = {**place, "prompt": prompt, "seed": seed}
+            facts: dict[str, Any] = {**place, "prompt": prompt, "seed": seed}
             save_png(pictures[i], file, facts)
             row = {"file": file.relative_to(out).as_posix(), **facts}
             rows.append(row | {k: round(float(v[i]), 6) for k, v in numbers.items() if not np.isnan(v[i])})
@@ -233,7 +234,14 @@ def read_index(path: Path) -> list[dict]:
     pictures = read_json(path)
     if not isinstance(pictures, list) or not pictures:
         raise UserError(f"{path}: expected a list with one object per picture")
-    kinds = {"file": str, "candidate": str, "cfg": (int, float), "skip": int, "prompt": str, "seed": int}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "file": str,
+        "candidate": str,
+        "cfg": (int, float),
+        "skip": int,
+        "prompt": str,
+        "seed": int,
+    }
     _require(path, "picture", pictures, kinds)
     for entry in pictures:
         if Path(entry["file"]).is_absolute() or ".." in Path(entry["file"]).parts:

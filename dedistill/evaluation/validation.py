@@ -80,7 +80,7 @@ class Validator:
         model.root.eval()
         for batch in self.company:
             self.objective.loss(model, batch)
-        own = []
+        own: list[tuple[float, float]] = []
         for batch in self.batches:
             if interrupted():
                 break

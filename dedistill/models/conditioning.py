@@ -94,7 +94,7 @@ class Conditioning:
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names of a cache: "embeds", "mask" of the first sequence, "embeds.1" ... of others, vectors by their own."""
-        named = {}
+        named: dict[str, Tensor] = {}
         for i, sequence in enumerate(self.sequences):
             named |= {f"embeds{_ending(i)}": sequence.embeds, f"mask{_ending(i)}": sequence.mask}
         return named | dict(self.vectors)
@@ -102,7 +102,8 @@ class Conditioning:
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Conditioning:
     """The inverse of ``Conditioning.tensors``."""
-    rest, sequences = dict(tensors), []
+    rest = dict(tensors)
+    sequences: list[Tokens] = []
     while (name := f"embeds{_ending(len(sequences))}") in rest:
         sequences.append(Tokens(rest.pop(name), rest.pop(name.replace("embeds", "mask"))))
     return Conditioning(tuple(sequences), rest)

@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.spec import ModelSpec
+from dedistill.recipe.schema import Model
 
 MADE = ("base", "merges", "trained")
 """What a model folder says of how its weights were made; families write it and read it back."""
@@ -18,6 +20,7 @@ class Components:
     """A loaded model: the denoiser that is trained or adapted, and what stays frozen around it."""
 
     net: nn.Module
+    """An empty module where the denoiser was left out."""
     text: "TextEncoders"
     """What encodes captions."""
     picture: tuple[int, int, int]
@@ -29,13 +32,13 @@ class Components:
     """Codec between pixels and what the denoiser sees; None where that is pixels."""
     guidance: float | None = None
     """What a distilled guidance embedding is fed in training; None without one."""
-    source: Any = None
+    source: object = None
     """Where the files are and what they say beside weights; the family's own."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the folder or file says of how its weights were made: base, merges, masks."""
     notes: list[str] = field(default_factory=list)
     """What a user should know before training on it."""
-    device: Any = "cpu"
+    device: torch.device | str = "cpu"
     """Where encoders run when they are used."""
 
 
@@ -64,12 +67,24 @@ States = dict[str, tuple[Tensor, Tensor, Tensor | None]]
 """Stream of hidden states -> (before, after) a block, both [B, N, D], and which of the N count [B, N]; None: all."""
 
 
+Output = Tensor | tuple[Tensor, ...]
+"""What a block of a network returns."""
+
+
+class Denoiser(Protocol):
+    """What is asked of ``Components.net`` beside being a module; diffusers' models have it."""
+
+    def enable_gradient_checkpointing(self) -> None: ...
+
+    def save_config(self, save_directory: Path) -> None: ...
+
+
 class Family(Protocol):
     spec: ModelSpec
     max_text_length: int
     """Tokens of a caption that its encoders take."""
 
-    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
+    def load(self, spec: Model, *, seed: int, net: bool = True) -> Components:
         """The components a recipe's [model] table asks for, from a folder or with random weights.
 
         net False: all but the denoiser, for encoding before training.
@@ -78,10 +93,10 @@ class Family(Protocol):
     def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
         """What encoded "latents" and "text" depend on beside picture and caption: settings, and lists of weight files."""
 
-    def full_size(self, spec: Any) -> nn.Module:
+    def full_size(self, spec: Model) -> nn.Module:
         """The denoiser that ``spec`` names on the meta device: names and shapes without numbers, without its files."""
 
-    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+    def write_tiny(self, spec: Model, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small random model in the layout that ``load`` reads, built like the one ``spec`` names: for rehearsals.
 
         picture: the shape of samples where the data give it. full_depth: as many blocks, else a few of each kind.
@@ -125,5 +140,5 @@ class Family(Protocol):
     def presets(self, net: nn.Module) -> dict[str, list[str]]:
         """Named sets of layers of ``net`` as name patterns."""
 
-    def states(self, args: tuple, kwargs: dict[str, Any], output: Any, text: Conditioning) -> States:
+    def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
         """The hidden states that one of ``blocks`` was called with and returned. text: what the network was told."""

@@ -4,21 +4,25 @@ import os
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from dedistill.adapters.attach import Adapter, compare_tensors, dense_shapes, detached
+from dedistill.adapters.attach import Adapter, compare_tensors, dense_shapes, detached, linear_in
 from dedistill.adapters.delta import check_started, initialise
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.errors import UserError
 from dedistill.models.conditioning import Conditioning, collate
-from dedistill.models.family import Components, Family
+from dedistill.models.family import Components, Denoiser, Family
 from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
 from dedistill.models.registry import get_family, public_name, text_length
 from dedistill.recipe import Recipe
+from dedistill.recipe.resolve import filled
+from dedistill.recipe.schema import Adapter as AdapterTable
 
 CHUNK = 256
 
@@ -44,7 +48,7 @@ class Model:
     targets: list[Resolved] = field(default_factory=list)
     known: dict[str, Conditioning] = field(default_factory=dict)
     """Captions that are encoded already, each as long as it is real; they never reach an encoder."""
-    facts: dict = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     """What was really done: quantized layers, matched layers, sizes of the start. Recorded in the run directory."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -140,22 +144,25 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     family = get_family(recipe.model.family, recipe.where("model.family"))
     parts = family.load(recipe.model, seed=recipe.run.seed)
     parts.device = device
-    if recipe.sample.height:
+    if recipe.sample.height and recipe.sample.width:
         parts.picture = family.latent_shape(parts, recipe.sample.height, recipe.sample.width)
-    length = text_length(family, recipe.model.text_length, recipe.where("model.text_length"))
-    facts = {"network_parameters": sum(p.numel() for p in parts.net.parameters()), "picture": list(parts.picture)}
+    length = text_length(family, filled(recipe.model.text_length, "model.text_length"), recipe.where("model.text_length"))
+    facts: dict[str, Any] = {
+        "network_parameters": sum(p.numel() for p in parts.net.parameters()),
+        "picture": list(parts.picture),
+    }
     if recipe.adapter is None:
         cast_float(parts.net, torch.float32)
         model = Model(family, parts, parts.net.to(device), length, facts=facts)
     else:
-        model = _adapt(recipe, family, parts, facts, device, length)
+        model = _adapt(recipe, recipe.adapter, family, parts, facts, device, length)
     model.root.to(device)
     model.negative, model.guidance = recipe.sample.negative, recipe.sample.guidance
     model.bf16 = recipe.train.precision == "bf16"
     model.grid_shift = recipe.timesteps.resolved_shift(model.shift(parts.picture))
     model.chunk = recipe.train.micro_batch or CHUNK
     if recipe.train.gradient_checkpointing:
-        parts.net.enable_gradient_checkpointing()
+        cast(Denoiser, parts.net).enable_gradient_checkpointing()
     facts |= {"text_length": length, "mask": parts.mask, "guidance": parts.guidance}
     facts["gradient_checkpointing"] = bool(getattr(parts.net, "is_gradient_checkpointing", False))
     facts["trained_parameters"] = sum(p.numel() for p in model.trainable().values())
@@ -163,8 +170,16 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     return model
 
 
-def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict, device: torch.device | str, length: int) -> Model:
-    net, table = parts.net, recipe.adapter
+def _adapt(
+    recipe: Recipe,
+    table: AdapterTable,
+    family: Family,
+    parts: Components,
+    facts: dict[str, Any],
+    device: torch.device | str,
+    length: int,
+) -> Model:
+    net = parts.net
     cast_float(net, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     shapes = dense_shapes(net, linear_names(net))
     quantized = prepare_base(net, recipe.base.quant, recipe.base.exclude, device, recipe.where)
@@ -173,7 +188,7 @@ def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict, devic
     adapter = Adapter(net, table.kind, targets).to(next(net.parameters()).device)
     weight = _weight_reader(net)
     for name, module in adapter.by_target.items():
-        initialise(module, name, lambda n=name: weight(n), init=table.init, scale=table.init_scale, seed=recipe.run.seed)
+        initialise(module, name, partial(weight, name), init=table.init, scale=table.init_scale, seed=recipe.run.seed)
     if recipe.train.optimizer == "adamw_bf16":
         for parameter in adapter.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -183,4 +198,4 @@ def _adapt(recipe: Recipe, family: Family, parts: Components, facts: dict, devic
 
 
 def _weight_reader(net: nn.Module) -> Callable[[str], Tensor]:
-    return lambda name: dense_weight(net.get_submodule(name))
+    return lambda name: dense_weight(linear_in(net, name))

@@ -47,7 +47,8 @@ def pipeline_files(source: Path, denoiser: str, only: Collection[str] | None = N
     the denoiser; only: these files and folders alone. Raises UserError for a link that
     leads out of ``source``, and for a component that has its weights as pickles only.
     """
-    files, left_out = {}, []
+    files: Files = {}
+    left_out: list[str] = []
     folders = _components(source)
     for path in _visible(source):
         name = path.name

@@ -11,7 +11,7 @@ from torch import nn
 from dedistill.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -34,7 +34,8 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
     check_folder(folder, source)
     needed = needed or f"a folder of {kind.__name__}: config.json and its weights as safetensors"
     with reading(f"{source}: '{folder}' cannot be loaded; it must be {needed}"):
-        net, info = kind.from_pretrained(
+        loader: Any = kind  # from_pretrained is of both libraries' models, and of no common class
+        net, info = loader.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -59,7 +60,9 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
     return net
 
 
-def load_tokenizer(kind: type, folder: Path, source: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(
+    kind: "type[AutoTokenizer | PreTrainedTokenizerBase]", folder: Path, source: str
+) -> "PreTrainedTokenizerBase":
     """The tokenizer in ``folder``, of the class ``kind`` or of what AutoTokenizer finds. source: as for :func:`load_whole`.
 
     Raises UserError when none can be read or it knows no words, and as :func:`check_folder` does.

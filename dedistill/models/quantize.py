@@ -5,12 +5,13 @@ ordinary frozen parameters work everywhere. The codes equal optimum-quanto's qin
 """
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dedistill.adapters.attach import linear_in
 from dedistill.adapters.targets import matching
 from dedistill.errors import UserError
 from dedistill.io.safetensors import tensors_sha256
@@ -105,8 +106,8 @@ class Int8(Quantizer):
     def made(self, module: nn.Module) -> bool:
         return isinstance(module, Int8Linear)
 
-    def dense(self, linear: Int8Linear) -> Tensor:
-        return linear.dequantized()
+    def dense(self, linear: nn.Linear) -> Tensor:
+        return cast(Int8Linear, linear).dequantized()
 
 
 class QuantoInt8(Quantizer):
@@ -123,7 +124,7 @@ class QuantoInt8(Quantizer):
         holder = nn.Sequential(linear)
         quantize(holder, weights=qint8)
         freeze(holder)
-        return holder[0]
+        return cast(nn.Linear, holder[0])
 
     def made(self, module: nn.Module) -> bool:
         return hasattr(module, "weight_qtype")
@@ -133,7 +134,7 @@ class QuantoInt8(Quantizer):
 
     def stored(self, linear: nn.Linear) -> dict[str, Tensor]:
         tensors = super().stored(linear)
-        weight = tensors.pop("weight")
+        weight: Any = tensors.pop("weight")  # their tensor, whose parts have no public names
         return {"weight.data": weight._data, "weight.scale": weight._scale, **tensors}
 
 
@@ -171,9 +172,11 @@ def prepare_base(
     names = linear_names(net)
     kept = excluded(exclude, names, where)
     quantizer = QUANTIZERS[quant]
-    chosen = [name for name in names if name not in kept] if quantizer else []
-    for name in chosen:  # one at a time, so that the whole dense network is never on the device
-        net.set_submodule(name, quantizer.convert(net.get_submodule(name).to(device)))
+    chosen: list[str] = []
+    if quantizer:
+        chosen = [name for name in names if name not in kept]
+        for name in chosen:  # one at a time, so that the whole dense network is never on the device
+            net.set_submodule(name, quantizer.convert(linear_in(net, name).to(device)))
     net.to(device)
     # after quantization: quanto's freeze() makes the weights it rebuilds require gradients again
     net.requires_grad_(False)
@@ -224,7 +227,7 @@ def _stored(net: nn.Module) -> dict[str, Tensor]:
         if quantizer := _quantizer_of(module):
             for own, _ in [*module.named_parameters(), *module.named_buffers()]:
                 del parts[f"{name}.{own}"]
-            parts |= {f"{name}.{own}": tensor for own, tensor in quantizer.stored(module).items()}
+            parts |= {f"{name}.{own}": tensor for own, tensor in quantizer.stored(cast(nn.Linear, module)).items()}
     return parts
 
 

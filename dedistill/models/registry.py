@@ -7,7 +7,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dedistill.errors import UserError
 from dedistill.models.spec import UNKNOWN, Config, Licence, ModelSpec, Published
@@ -33,7 +33,7 @@ def _places() -> dict[str, str]:
     return OWN | {point.name: point.value for point in entry_points(group=GROUP) if point.name not in OWN}
 
 
-def imported(place: str) -> Any:
+def imported(place: str) -> object:
     """What "package.module:name" stands for."""
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
@@ -46,12 +46,12 @@ def get_spec(name: str, where: str = "model.family") -> ModelSpec:
         near = get_close_matches(name, places, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(places)}"
         raise UserError(f"{where}: unknown family '{name}', {hint}", exit_code=2)
-    return imported(places[name])
+    return cast(ModelSpec, imported(places[name]))
 
 
 def get_family(name: str, where: str = "model.family") -> "Family":
     """The family called ``name``."""
-    return imported(get_spec(name, where).family)()
+    return cast("type[Family]", imported(get_spec(name, where).family))()
 
 
 def spec_of(config: Config, family: str | None = None) -> ModelSpec:

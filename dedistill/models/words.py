@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dedistill.flow import keyed
-from dedistill.models.conditioning import Conditioning
+from dedistill.models.conditioning import Conditioning, Widths
 
 END, PAD = "</s>", "<pad>"
 
@@ -30,6 +30,10 @@ class WordEncoder:
         place = torch.arange(self.max_length)[:, None].float()
         angle = place / 100.0 ** (2 * torch.arange((self.dim + 1) // 2)[None] / self.dim)
         return torch.cat([angle.sin(), angle.cos()], 1)[:, : self.dim]
+
+    @property
+    def widths(self) -> Widths:
+        return Widths((self.dim,), {"pooled": self.pooled_dim})
 
     def tokens(self, captions: list[str]) -> list[int]:
         """Tokens of each caption, end token included, however long."""

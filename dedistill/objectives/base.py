@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 import numpy as np
 import torch
@@ -53,6 +53,14 @@ class Draws:
     """[B] bool."""
 
 
+class Sigmas(TypedDict):
+    """How sigmas are drawn, as :func:`timesteps.draw` takes it."""
+
+    density: str
+    params: dict[str, float]
+    stratify: bool
+
+
 class Objective(ABC):
     """The noisy batches of every step of a run, each a pure function of (seed, step, position), and their loss."""
 
@@ -72,7 +80,7 @@ class Objective(ABC):
         self.dropout = recipe.data.caption_dropout
         given = {k: getattr(t, k) for k in ("alpha", "beta", "mean", "std", "scale")}
         self.shift_of = lambda shape: t.resolved_shift(shift_of(shape))
-        self.sampling = {
+        self.sampling: Sigmas = {
             "density": t.density,
             "params": {k: v for k, v in given.items() if v is not None},
             "stratify": t.stratify,

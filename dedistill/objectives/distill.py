@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from dedistill.data.source import Batch
+from dedistill.data.source import Batch, needed
 from dedistill.errors import UserError
 from dedistill.objectives.base import Draws, NoisyBatch, Objective
 
@@ -14,12 +14,13 @@ class Distill(Objective):
     name, needs = "distill", ("trajectory",)
 
     def sample(self, batch: Batch, draws: Draws) -> NoisyBatch:
-        windows = batch.trajectory.shape[1] - 1
+        trajectory, points = needed(batch.trajectory), needed(batch.trajectory_sigmas)
+        windows = trajectory.shape[1] - 1
         if windows < 1:
             raise UserError("data.path: these pairs store no trajectory points to distil from")
         k = np.minimum((draws.p * windows).astype(int), windows - 1)
         rows = torch.arange(len(k))
-        here, there = batch.trajectory[rows, k], batch.trajectory[rows, k + 1]
-        sigmas = torch.from_numpy(batch.trajectory_sigmas.astype(np.float32))
+        here, there = trajectory[rows, k], trajectory[rows, k + 1]
+        sigmas = torch.from_numpy(points.astype(np.float32))
         width = (sigmas[k + 1] - sigmas[k]).reshape(-1, 1, 1, 1)
         return NoisyBatch(here, sigmas[k], (there - here) / width, batch.captions, draws.dropped, batch.names, batch.text)

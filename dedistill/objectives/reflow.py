@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dedistill.data.source import Batch
+from dedistill.data.source import Batch, needed
 from dedistill.objectives.base import Draws
 from dedistill.objectives.flow import Flow
 
@@ -11,4 +11,4 @@ class Reflow(Flow):
     name, needs = "reflow", ("noise",)
 
     def noise(self, batch: Batch, draws: Draws) -> Tensor:
-        return batch.noise  # the picture belongs to this very noise; another one would teach nothing
+        return needed(batch.noise)  # the picture belongs to this very noise; another one would teach nothing

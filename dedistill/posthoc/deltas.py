@@ -190,7 +190,8 @@ def _write(
 
 def _layers(readers: list[SealedReader], layout: Layout) -> Iterator[tuple[str, Factors]]:
     """(layer, its factors in all snapshots) as soon as the last of them has been read, in the order of :func:`_groups`."""
-    groups, begun = _groups(layout), {}
+    groups = _groups(layout)
+    begun: dict[str, Factors] = {}
     for name, (shape, dtype) in layout.items():
         tensors = [torch.empty(shape, dtype=dtype) for _ in readers]
         for reader, tensor in zip(readers, tensors):
@@ -203,7 +204,8 @@ def _layers(readers: list[SealedReader], layout: Layout) -> Iterator[tuple[str, 
 
 def _groups(layout: Layout) -> dict[str, list[str]]:
     """Layer -> its factors, in the order in which layers are complete."""
-    last, found = {layer_of(name): i for i, name in enumerate(layout)}, {}
+    last = {layer_of(name): i for i, name in enumerate(layout)}
+    found: dict[str, list[str]] = {}
     for name in layout:
         layer = layer_of(name)
         found.setdefault(layer, []).append(name.removeprefix(f"{layer}."))

@@ -93,7 +93,8 @@ def _link(snapshot: Snapshot) -> str:
 def _told(path: Path) -> str:
     """How the next snapshot names this one. Training does not end over an unreadable one; averaging will."""
     with suppress(UserError):
-        return _link(_opened(path, step_of(path)))
+        if (step := step_of(path)) is not None:
+            return _link(_opened(path, step))
     return f"{path.name} unreadable"
 
 
@@ -110,8 +111,8 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def _steps(folder: Path) -> list[int]:
-    found = [p for p in folder.glob("step-*.safetensors") if step_of(p) is not None]
-    return sorted(step_of(p) for p in found)
+    found = (step_of(p) for p in folder.glob("step-*.safetensors"))
+    return sorted(step for step in found if step is not None)
 
 
 # --- weighted sums of snapshots --------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from dedistill.recipe.schema import BY_FAMILY, Default, Model, Recipe, Table
 from dedistill.recipe.toml import fields_of, table_in
+
+T = TypeVar("T")
 
 # --- defaults that depend on other keys or on the family, made values before anything runs ---------------------------
 
@@ -53,6 +55,13 @@ def resolve(recipe: Recipe) -> Recipe:
     resolved._places.update(recipe._places)
     resolved._files = recipe._files
     return resolved
+
+
+def filled(value: T | None, key: str) -> T:
+    """``value`` of a key that :func:`resolve` fills in. Raises ValueError for a recipe that was not resolved."""
+    if value is None:
+        raise ValueError(f"{key} is left out: the recipe is not resolved")
+    return value
 
 
 def recipe_of(data: Mapping[str, Any]) -> Recipe:

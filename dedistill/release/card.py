@@ -55,7 +55,13 @@ def write_card(
         tags=[*_TAGS, *sorted({_kind(m) for m in merges})],
     )
     told = told_guidance(spec.distilled_guidance(config), facts)
-    asked = {"title": title, "form": form, "base": name or source_name(facts), "family": spec.name, "guidance": told}
+    asked: dict[str, Any] = {
+        "title": title,
+        "form": form,
+        "base": name or source_name(facts),
+        "family": spec.name,
+        "guidance": told,
+    }
     asked |= {"masked": facts.get("mask") == "bool", "call": _call(told)}
     recipes = [read_recipe(m["recipe"]) for m in merges]
     trained = [{"step": t["step"], "training": _training(read_recipe(t["recipe"]))} for t in facts.get("trained", [])]

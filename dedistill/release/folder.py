@@ -68,7 +68,7 @@ def network_config(folder: Path) -> dict[str, Any]:
 
 def skeleton(config: dict[str, Any]) -> nn.Module:
     """A network without weights (meta device) from its config.json. Raises UserError for one of no family."""
-    network = imported(spec_of(config).networks[config["_class_name"]])
+    network: Any = imported(spec_of(config).networks[config["_class_name"]])
     with torch.device("meta"):
         return network.from_config({k: v for k, v in config.items() if not k.startswith("_")})
 
@@ -115,8 +115,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return _read_json(folder / FACTS) if (folder / FACTS).exists() else {}
 
 
-def _shards(layout: Layout, limit: int) -> list[dict]:
-    shards, size = [{}], 0
+def _shards(layout: Layout, limit: int) -> list[dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    shards: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}]
+    size = 0
     for name, entry in layout.items():
         if shards[-1] and size + _bytes(entry) > limit:
             shards.append({})
@@ -137,7 +138,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"'{path}' cannot be read: {e}") from e
 
 
-def _opened(file: Path) -> Any:
+def _opened(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as e:

@@ -128,7 +128,7 @@ def adapter_header(
         "format": "pt",
         **_modelspec(title, config, spec, recipe, source=source, name=name, kind="/lora"),
         "ss_base_model_version": _architecture(source, config, spec),
-        "ss_network_module": imported(f"{spec.names}:KOHYA_MODULE") if spelling == "kohya" else "lycoris.kohya",
+        "ss_network_module": str(imported(f"{spec.names}:KOHYA_MODULE")) if spelling == "kohya" else "lycoris.kohya",
         "ss_network_dim": str(ranks[-1]),
         "ss_network_alpha": str(ranks[-1]),
         "ss_network_args": json.dumps({"algo": "lora" if is_lora(layers) else "lokr"}),
@@ -168,7 +168,7 @@ def _factor(w1: tuple[int, int], w2: tuple[int, int]) -> int:
 def peft_config(layers: Layers) -> dict[str, Any]:
     """PEFT's LoraConfig of a LoRA whose scale is in the weights: alpha = rank everywhere."""
     ranks = {name: rank(factors) for name, factors in layers.items()}
-    most = max(ranks.values())
+    most = max(inner for inner in ranks.values() if inner is not None)  # a LoRA always has one
     # ^: whole names, else PEFT would also take what ends alike
     others = {f"^{name}": inner for name, inner in ranks.items() if inner != most}
     return {"r": most, "lora_alpha": most, "rank_pattern": others, "alpha_pattern": others, "target_modules": sorted(ranks)}

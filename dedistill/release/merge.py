@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.io.atomic import replace_json
 from dedistill.io.hashing import file_sha256
+from dedistill.io.safetensors import Digest
+from dedistill.models.family import Denoiser
 from dedistill.models.model import check_origin
 from dedistill.models.registry import get_family
 from dedistill.recipe import Recipe, to_toml
@@ -143,7 +145,7 @@ def merge_adapter(
         place = folder / family.spec.folder
         place.mkdir()
         write_weights(place, layout, stream, shard_bytes)
-        parts.net.save_config(place)
+        cast(Denoiser, parts.net).save_config(place)
         merged.base_sha256 = digest.hexdigest()
         facts = read_facts(folder) | provenance(recipe, parts.facts, weights, header, merged, dtype, rounding)
         replace_json(folder / FACTS, facts)
@@ -159,7 +161,7 @@ def _merged_tensors(
     rounding: str,
     seed: int,
     merged: Merged,
-    digest: Any,
+    digest: Digest,
     say: Callable[[str, Kept], None],
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the new network one after the other, filling ``merged`` and the hash of the base on the way."""

@@ -8,6 +8,8 @@ from itertools import groupby
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dedistill.adapters.attach import Adapter
+from dedistill.adapters.targets import Resolved
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
 from dedistill.recipe.objectives import OBJECTIVES
@@ -27,9 +29,9 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
     quant = f", {len(facts['quantized'])} linears as {recipe.base.quant}" if facts.get("quantized") else ""
     size = f"{facts['network_parameters']:,} parameters, {facts['storage_bytes'] / 1e6:.1f} MB"
     out.print(f"  network   {size}, from {source}{quant}")
-    if model.adapter:
+    if model.adapter and recipe.adapter:
         out.print(f"  adapter   {facts['trained_parameters']:,} parameters, init {recipe.adapter.init}")
-        out.print(_targets_table(model), markup=False)
+        out.print(_targets_table(model.adapter, model.targets), markup=False)
     else:
         out.print(f"  trained   all {facts['trained_parameters']:,} parameters")
     strata = "stratified" if recipe.timesteps.stratify else "independent"
@@ -45,17 +47,17 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
         out.print(f"  continued from step {start:,}")
 
 
-def _targets_table(model: Model) -> str:
+def _targets_table(adapter: Adapter, targets: list[Resolved]) -> str:
     """One line per target and shape: how many layers, the real factor sizes, the parameters, one name."""
 
-    def form(t):
+    def form(t: Resolved) -> tuple[str, tuple[int, int], int | None, int | None]:
         return (t.pattern, t.shape, t.factor, t.rank)
 
     lines = [f"            {'target':24} layers      weight  factor (real)  rank   parameters  e.g."]
-    for (pattern, shape, factor, rank), group in groupby(sorted(model.targets, key=lambda t: str(form(t))), key=form):
+    for (pattern, shape, factor, rank), group in groupby(sorted(targets, key=lambda t: str(form(t))), key=form):
         names = [t.name for t in group]
-        count = sum(math.prod(shape) for n in names for shape in model.adapter.shapes[n].values())
-        w1 = model.adapter.shapes[names[0]].get("lokr_w1")
+        count = sum(math.prod(sizes) for n in names for sizes in adapter.shapes[n].values())
+        w1 = adapter.shapes[names[0]].get("lokr_w1")
         side = f"{factor} ({w1[0]}x{w1[1]})" if w1 is not None else "-"
         size = f"{shape[0]}x{shape[1]}"
         lines.append(

@@ -1,6 +1,7 @@
 """The first page after a run: three answers with their intervals, the pictures they are about, and where the rest stands."""
 
 from pathlib import Path
+from typing import Any
 
 from dedistill.evaluation.evaluate import MOST_AVERAGES
 from dedistill.evaluation.selection import CELL
@@ -82,11 +83,11 @@ def _distilled(found: dict) -> str:
     verdicts = {key: meters[name][key][0]["verdict"] for key, _ in _TOLD}
     seen = {"lower": "less distilled", "higher": "more distilled"}
     words = seen.get(verdicts["guidance"], "as far as one sees no less distilled")
-    told = [
+    compared = [
         f"{label} {_meter(meters[name], key)} against {_meter(meters[reference], key)}, {_difference(meters[name][key][0])}"
         for key, label in _TOLD
     ]
-    return f"By the guidance gap {name} is {words} than {reference}: {'; '.join(told)}."
+    return f"By the guidance gap {name} is {words} than {reference}: {'; '.join(compared)}."
 
 
 _TOLD = (("guidance", "guidance gap"), ("loss", "held-out loss"))
@@ -155,7 +156,7 @@ def _pictures(out: Path, found: dict) -> tuple[list[str], list[dict]]:
         chosen = min(own, key=lambda i: (bool(cells[i]["refused"]), -cells[i]["cfg"]))
     pair = [home] if cells[chosen] is home else [home, cells[chosen]]
     labels = {n["picture"]: n["label"] for n in selection["numbers"]}
-    by_cell = {tuple(cell.get(key) for key in CELL): [] for cell in pair}
+    by_cell: dict[tuple[Any, ...], list[dict[str, Any]]] = {tuple(cell.get(key) for key in CELL): [] for cell in pair}
     for row in read_index(out / "sweep" / "index.json"):
         if (place := tuple(row.get(key) for key in CELL)) in by_cell:
             by_cell[place].append(row | {"file": f"sweep/{row['file']}"})

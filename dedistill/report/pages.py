@@ -6,11 +6,12 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeGuard
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -123,12 +124,14 @@ def display_width(size: tuple[int, int], columns: int, most: int = 220) -> int:
     return round(min(max(920 / columns, 96), most) * width / root)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value read from JSON can be shown as a number: neither missing, nor NaN, nor true or false."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def figure(series: dict[str, Points], *, title: str, xlabel: str, ylabel: str, help: str = "", **options) -> dict[str, object]:
+def figure(
+    series: Mapping[str, Points], *, title: str, xlabel: str, ylabel: str, help: str = "", **options: Any
+) -> dict[str, object]:
     """A plot and its numbers, as the macro ``figure`` of parts.html.j2 takes them; options: those of ``line_plot``."""
     svg = line_plot(series, title=title, xlabel=xlabel, ylabel=ylabel, **options)
     rows = [

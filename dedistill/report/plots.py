@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -51,7 +51,7 @@ class _Axis:
 
 
 def line_plot(
-    series: dict[str, Points],
+    series: Mapping[str, Points],
     *,
     title: str,
     xlabel: str,
@@ -247,7 +247,7 @@ SHADES = 12
 
 
 def heat_map(
-    at: Sequence[float], rows: dict[str, Sequence[float | None]], *, title: str, xlabel: str, ylabel: str, unit: str
+    at: Sequence[float], rows: Mapping[str, Sequence[float | None]], *, title: str, xlabel: str, ylabel: str, unit: str
 ) -> str:
     """One line of cells per row as an ``<svg>`` string, a cell per place of ``at``; hovering over a cell tells its value.
 

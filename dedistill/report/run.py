@@ -169,8 +169,8 @@ def _table(rows: list[dict]) -> dict:
     lines = []
     for label, points in curves.items():
         if points:
-            values = [point[1] for point in points]
-            numbers = [values[0], values[-1], values[-1] - values[0], min(values), max(values)]
+            own: list[float] = [point[1] for point in points]
+            numbers = [own[0], own[-1], own[-1] - own[0], min(own), max(own)]
             lines.append([field(label), *(field(v, "{:.4g}".format) for v in numbers)])
     heads = ["number", "first", "last", "change", "least", "largest"]
     return {"heads": [{"label": h, "help": "", "numeric": h != "number"} for h in heads], "rows": lines}

@@ -1,6 +1,7 @@
 """The page of a selection: the rule, every cell with its intervals and verdict, and what more of one number costs in others."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from dedistill.io.atomic import replace_json
@@ -127,7 +128,7 @@ def _plots(found: dict) -> list[dict]:
         return plots
     for n in wanted:
         if "tolerance" in n and n is not chief:
-            across = _series(found, lambda cell, key=n["key"]: round(cell["numbers"][key]["value"], 3), chief["key"])
+            across = _series(found, partial(_rounded, n["key"]), chief["key"])
             title = f"{chief['label']} against {n['label']}"
             plots.append(
                 figure(
@@ -137,6 +138,10 @@ def _plots(found: dict) -> list[dict]:
     return plots
 
 
+def _rounded(key: str, cell: dict) -> float:
+    return round(cell["numbers"][key]["value"], 3)
+
+
 def _direction(number: dict) -> str:
     return "higher is better →" if number["better"] == "high" else "← lower is better"
 
@@ -144,7 +149,7 @@ def _direction(number: dict) -> str:
 def _series(found: dict, x: Callable[[dict], float], key: str) -> dict[str, list[tuple[float, ...]]]:
     """Per candidate, and per skip and steps where there are several, points with their intervals."""
     several = {k: len({cell[k] for cell in found["cells"]}) > 1 for k in ("skip", "steps")}
-    series = {}
+    series: dict[str, list[tuple[float, ...]]] = {}
     for cell in found["cells"]:
         name = named(cell) + "".join(f", {k} {cell[k]}" for k in several if several[k])
         value = cell["numbers"][key]
@@ -168,8 +173,8 @@ def _table(found: dict) -> dict:
         for label, part in ((n["label"], "value"), ("from", "low"), ("to", "high")):
             heads.append((label, True))
             columns.append(_column([cell["numbers"][n["key"]][part] for cell in cells]))
-    heads = [{"label": label, "numeric": numeric, "help": helps.get(label, "")} for label, numeric in heads]
-    return {"heads": heads, "rows": list(zip(*columns))}
+    columns_heads = [{"label": label, "numeric": numeric, "help": helps.get(label, "")} for label, numeric in heads]
+    return {"heads": columns_heads, "rows": list(zip(*columns))}
 
 
 def _column(values: list[float | None]) -> list[dict]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
@@ -11,6 +13,7 @@ from rich.table import Table
 
 from dedistill.data.digits import digits_in
 from dedistill.data.encode import open_source
+from dedistill.data.source import needed
 from dedistill.errors import UserError
 from dedistill.evaluation.candidates import candidates_of, read_prompts
 from dedistill.evaluation.judges import judge_for
@@ -136,7 +139,7 @@ def _gallery(folder: Path, story: dict) -> list[dict]:
     for model in story["models"]:
         rows = []
         for cfg in story["cfgs"]:
-            files = _at(story["pictures"].get(model, {}), cfg)
+            files: Any = _at(story["pictures"].get(model, {}), cfg)
             if files:
                 rows.append({"cfg": cfg, "shots": _shots(folder, story, model, cfg, files)})
         if rows:
@@ -205,7 +208,7 @@ SHEET_CFGS, SHEET_PROMPTS = (1, 2, 4, 8), 10
 
 
 def tell(
-    recipes: dict[str, Recipe], out: Path, *, cfgs: list[float], prompts: int, steps: int, commands: list[str]
+    recipes: dict[str, Recipe], out: Path, *, cfgs: Sequence[float], prompts: int, steps: int, commands: list[str]
 ) -> list[dict]:
     """Sweep the finished runs of the three ``recipes`` into ``out``/sweep, write ``out``/summary.json and the page.
 
@@ -220,7 +223,9 @@ def tell(
     scores = sweep(candidates, grid, out / "sweep", title="Teacher, student, de-distilled", judge=judge_for(source), say=say)
     write_sweep_page(out / "sweep")
     losses = _held_out_losses(recipes, source)
-    summary = {name: {"steps": c.steps, **losses.get(name, {}), "cfg": {}} for name, c in zip([*LABELS], candidates)}
+    summary: dict[str, dict[str, Any]] = {
+        name: {"steps": c.steps, **losses.get(name, {}), "cfg": {}} for name, c in zip([*LABELS], candidates)
+    }
     for cell in scores["cells"]:
         numbers = {
             k: cell[k] for k in ("accuracy", "frechet", "precision", "recall", "saturated", "contrast", "detail") if k in cell
@@ -245,7 +250,7 @@ def _held_out_losses(recipes: dict[str, Recipe], source) -> dict[str, dict[str, 
     for name in STAGES:
         model = open_finished(recipes[name])
         objective = objective_for(recipes["dedistilled"], source, model.shift)
-        result = Validator(objective, HELD_OUT, model.chunk)(model)
+        result = needed(Validator(objective, HELD_OUT, model.chunk)(model))  # nothing interrupts it here
         found[name] = {"fm_loss": result["val_loss"], "fm_loss_se": result["val_loss_se"]}
     return found
 
@@ -289,7 +294,7 @@ def _write_page(
     recipes: dict,
     summary: dict,
     checks: list[dict],
-    cfgs: list[float],
+    cfgs: Sequence[float],
     prompts: tuple[str, ...],
     commands: list[str],
 ) -> None:
@@ -314,7 +319,7 @@ def _write_page(
     )
 
 
-def _write_sheet(out: Path, cfgs: list[float], prompts: tuple[str, ...]) -> None:
+def _write_sheet(out: Path, cfgs: Sequence[float], prompts: tuple[str, ...]) -> None:
     """``story.png``: the stages at a few scales as one picture."""
     shown = [c for c in SHEET_CFGS if c in cfgs]
     prompts = prompts[:SHEET_PROMPTS]

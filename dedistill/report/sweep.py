@@ -262,5 +262,5 @@ def _table(scores: dict) -> dict:
         finite = [value for value in values if is_number(value)]
         places = decimals(finite)
         best = {"high": max, "low": min}[number["better"]](finite) if number["better"] and finite else None
-        columns.append([field(value, lambda v, n=places: f"{v:.{n}f}", best) for value in values])
+        columns.append([field(value, f"{{:.{places}f}}".format, best) for value in values])
     return {"heads": heads, "rows": list(zip(*columns))}

@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 SHORT_SIDE = 64  # a picture smaller than this is enlarged, or nobody can judge it
 GAP = 4
 MARGIN = 20
@@ -90,7 +92,7 @@ def _place(sheet: Image.Image, picture: Image.Image | None, corner: tuple[int, i
     sheet.paste(large, (corner[0] + (field[0] - large.width) // 2, corner[1] + (field[1] - large.height) // 2))
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(text: str, font: Font, width: int) -> list[str]:
     """Break a label into at most ``LABEL_LINES`` lines of ``width`` pixels; what does not fit becomes an ellipsis."""
     lines: list[str] = [""]
     for word in text.split():
@@ -109,7 +111,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines
 
 
-def _pieces(word: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _pieces(word: str, font: Font, width: int) -> list[str]:
     """The word itself, or its parts when it is wider than ``width``."""
     pieces = [""]
     for character in word:

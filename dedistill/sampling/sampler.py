@@ -26,7 +26,7 @@ class Sampling:
         """What files keep of it: those of the guider, steps, and a method where that is not Euler's with plain CFG."""
         told = dict(self.guidance.facts)
         solver = "" if self.solver == "euler" else SOLVERS[self.solver].name
-        method = ", ".join(filter(None, (solver, told.pop("method", ""))))
+        method = ", ".join(filter(None, (solver, str(told.pop("method", "")))))
         return {**told, "steps": self.steps} | ({"method": method} if method else {})
 
     @property

@@ -20,9 +20,14 @@ Bucket = tuple[int, int]
 class Sized(Protocol):
     """A picture as far as cropping goes; ``width`` and ``height`` in pixels, upright."""
 
-    name: str
-    width: int
-    height: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
 
 
 @dataclass(frozen=True)

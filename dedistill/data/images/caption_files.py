@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dedistill.data.images.types import PictureSet
 from dedistill.errors import UserError
@@ -57,7 +58,7 @@ def _from_json(text: str, fields: tuple[str, ...]) -> tuple[str, ...]:
 
 def as_captions(value: object, field: str) -> list[str]:
     """A cell or a JSON value: a string, a list of strings, or nothing. Raises ``BadCaption`` for other types."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
+    values: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     wrong = next((v for v in values if not isinstance(v, str)), None)
     if wrong is not None:
         raise BadCaption(f"{field!r} holds a {type(wrong).__name__}; expected a string or a list of strings")
@@ -100,7 +101,7 @@ def read_table(source: PictureSet, path: Path) -> list[tuple[str, tuple[str, ...
     joined: dict[str, tuple[list[str], str]] = {}
     for where, row in rows:
         file = row.get(source.file_column) if isinstance(row, dict) else None
-        if not isinstance(file, str) or not file:
+        if isinstance(row, str) or not isinstance(file, str) or not file:
             joined[f"{path.name} {where}"] = ([], row if isinstance(row, str) else f"no {source.file_column!r}")
             continue
         captions, problem = joined.setdefault(file, ([], ""))
@@ -152,7 +153,7 @@ def _csv(path: Path) -> list[tuple[str, Row | str]]:
         rows = []
         for row in reader:
             whole = "" not in row and None not in row.values()
-            rows.append((f"line {reader.line_num}", row if whole else f"expected {len(reader.fieldnames)} fields"))
+            rows.append((f"line {reader.line_num}", row if whole else f"expected {len(reader.fieldnames or ())} fields"))
         return rows
 
 

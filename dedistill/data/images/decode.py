@@ -1,6 +1,7 @@
 """From the bytes of a picture file to upright 8-bit RGB. Sizes are checked before anything is decoded."""
 
 import io
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -95,6 +96,7 @@ def _managed(image: Image.Image) -> Image.Image:
     """CMYK through its own profile; without a usable profile, Pillow's plain formula."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        managed = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return cast(Image.Image, managed)  # None comes of inPlace alone
     except (ImageCms.PyCMSError, OSError):
         return image.convert("RGB")

@@ -162,7 +162,9 @@ def build_index(
     saved = said = time.monotonic()
     with ThreadPoolExecutor(READERS) as pool:
         for chunk in _chunks(found):
-            jobs = [known.reuse(*pair) or pool.submit(_look, sources, *pair, known, limits) for pair in chunk]
+            jobs = [
+                known.reuse(number, item) or pool.submit(_look, sources, number, item, known, limits) for number, item in chunk
+            ]
             for job in jobs:
                 pulse.beat("looking at pictures")
                 entries.append(job if isinstance(job, Entry) else job.result())
@@ -209,15 +211,16 @@ class _Known:
         if self.old and self.old.limits == limits:
             numbers = {_settings(source): number for number, source in enumerate(sources)}
             now = [numbers.get(_settings(source)) for source in self.old.sources]
-            kept = [e for e in self.old.entries if now[e.sample.source] is not None]
-            self.entries = [replace(e, sample=replace(e.sample, source=now[e.sample.source])) for e in kept]
+            moved = [(e, now[e.sample.source]) for e in self.old.entries]
+            self.entries = [replace(e, sample=replace(e.sample, source=to)) for e, to in moved if to is not None]
         self.by_name = {entry.sample.name: entry for entry in self.entries}
 
     def covers(self, index: Index) -> bool:
         """Whether the file on disk says just what ``index`` says."""
         old = self.old
-        same = old and old.complete and old.sources == index.sources and old.limits == index.limits
-        return bool(same) and old.entries == index.entries
+        if old is None or not old.complete:
+            return False
+        return old.sources == index.sources and old.limits == index.limits and old.entries == index.entries
 
     def listing(self, source: int) -> Callable[[Place], list[Found] | None]:
         """A lookup of whole shards. Of an unfinished index none is known: it may hold half a shard."""
@@ -236,8 +239,9 @@ class _Known:
         old = self.by_name.get(f"{self.titles[source]}/{found.name}")
         if old is None or old.reason or found.problem or (old.sample.place, old.sidecars) != (found.place, found.sidecars):
             return None
-        same = found.captions is None or found.captions == old.sample.captions
-        return old if same else replace(old, sample=replace(old.sample, captions=found.captions))
+        if found.captions is None or found.captions == old.sample.captions:
+            return old
+        return replace(old, sample=replace(old.sample, captions=found.captions))
 
 
 def _settings(source: PictureSet) -> tuple:

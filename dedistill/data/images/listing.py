@@ -6,7 +6,7 @@ import stat
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from dedistill.data.images import caption_files, decode
 from dedistill.data.images.caption_files import read_table
@@ -117,7 +117,7 @@ def _of_shard(root: Path, shard: Place) -> Iterator[Found]:
                 if key and place.offset + place.size <= shard.size:
                     samples.setdefault(f"{folder}/{key}" if folder else key, []).append((extension.lower(), place))
             # tarfile takes a header that it cannot read, or that is zeroed, for the end: the rest would be lost without a word
-            if not _only_zeros_from(tar.fileobj, tar.offset):
+            if not _only_zeros_from(cast(BinaryIO, tar.fileobj), tar.offset):
                 raise tarfile.ReadError(f"no end mark at offset {tar.offset:,}")
     except OSError as e:
         yield Found(shard.file, problem=f"cannot be read: {e.strerror or e}")

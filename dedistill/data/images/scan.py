@@ -137,7 +137,7 @@ def _lengths(captions: list[str], tokenizer: Path | None) -> tuple[list[int], st
         encode = load_tokenizer(AutoTokenizer, tokenizer, "--tokenizer")
     except UserError as e:
         raise UserError(str(e), exit_code=2) from e
-    lengths = []
+    lengths: list[int] = []
     for start in range(0, len(captions), 1000):
         lengths += map(len, encode(captions[start : start + 1000], truncation=False, verbose=False)["input_ids"])
     return lengths, "tokens"

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -14,9 +14,10 @@ from dedistill.errors import UserError
 from dedistill.flow.parameterization import to_velocity
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.example import SPEC
-from dedistill.models.family import MADE, Components, States
+from dedistill.models.family import MADE, Components, Output, States
 from dedistill.models.pretrained import load_whole
 from dedistill.models.words import WordEncoder
+from dedistill.recipe.schema import Model
 
 SCALE = 8
 """Pixels per latent, each way."""
@@ -95,12 +96,12 @@ class Example:
     spec = SPEC
     max_text_length = 512
 
-    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
+    def load(self, spec: Model, *, seed: int, net: bool = True) -> Components:
         plain = {"revision": None, "components": None, "guidance": None, "t5_mask": True, "mask": "bool", "new": None}
         for key, value in plain.items():
             if getattr(spec, key) != value:
                 raise UserError(f"model.{key}: has no effect on {SPEC.name}; leave it out", 2)
-        folder = Path(spec.path)
+        folder = Path(spec.path or "")
         try:
             facts = json.loads((folder / "dedistill.json").read_text())
             config = json.loads((folder / SPEC.folder / "config.json").read_text())
@@ -109,19 +110,19 @@ class Example:
             raise UserError(f"model.path: no {SPEC.name} model in '{folder}': {e}") from e
         if family != SPEC.name:
             raise UserError(f"model.path: '{folder}' holds a {family} model, not {SPEC.name}")
-        denoiser = load_whole(ExampleNet, folder / SPEC.folder, "model.path") if net else None
+        denoiser = load_whole(ExampleNet, folder / SPEC.folder, "model.path") if net else nn.Module()
         made = {"base": {"path": str(folder), "revision": None}} | {key: facts[key] for key in MADE if key in facts}
         picture = (channels, SPEC.resolution // SCALE, SPEC.resolution // SCALE)
         return Components(denoiser, TwoTexts(widths), picture, vae=MeanCodec(), facts=made)
 
-    def full_size(self, spec: Any) -> nn.Module:
-        config = Path(spec.path) / SPEC.folder / "config.json"
+    def full_size(self, spec: Model) -> nn.Module:
+        config = Path(spec.path or "") / SPEC.folder / "config.json"
         with torch.device("meta"):
             return (
                 ExampleNet.from_config(json.loads(config.read_text())) if config.exists() else ExampleNet(width=256, layers=8)
             )
 
-    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+    def write_tiny(self, spec: Model, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         self.save(self.tiny(0, layers=8 if full_depth else 2), folder)
 
     def tiny(self, seed: int, layers: int = 2) -> Components:
@@ -131,7 +132,7 @@ class Example:
         return Components(net, TwoTexts(net.config.text_widths), (3, 8, 8), vae=MeanCodec())
 
     def save(self, parts: Components, folder: Path) -> None:
-        parts.net.save_pretrained(folder / SPEC.folder)
+        cast(ExampleNet, parts.net).save_pretrained(folder / SPEC.folder)
         self.save_rest(parts, folder)
 
     def save_rest(self, parts: Components, folder: Path) -> None:
@@ -143,7 +144,7 @@ class Example:
         return {"latents": {"family": SPEC.name, "codec": f"mean of {SCALE} x {SCALE}"}, "text": told}
 
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
-        return parts.text(captions, length)
+        return cast(TwoTexts, parts.text)(captions, length)
 
     def encode_pictures(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
         return F.avg_pool2d(pixels, SCALE)
@@ -175,10 +176,10 @@ class Example:
         return 1.0
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:
-        return list(net.blocks)
+        return list(cast(ExampleNet, net).blocks)
 
-    def states(self, args: tuple, kwargs: dict[str, Any], output: Tensor, text: Conditioning) -> States:
-        return {"picture": (args[0].flatten(2).mT, output.flatten(2).mT, None)}
+    def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
+        return {"picture": (args[0].flatten(2).mT, cast(Tensor, output).flatten(2).mT, None)}
 
     def presets(self, net: nn.Module) -> dict[str, list[str]]:
         return {"blocks": ["blocks.**"], "attention": ["blocks.*.to_*"]}

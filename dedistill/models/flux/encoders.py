@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from dedistill.errors import UserError
 from dedistill.models.conditioning import Conditioning, Widths, collate
 from dedistill.models.pretrained import check_vocabulary, load_tokenizer, load_whole
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 # --- FLUX's text encoders --------------------------------------------------------------------------------------------
 
@@ -21,6 +25,10 @@ VOCABULARIES = {
     "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
 }
 """Files by which either tokenizer knows its words; without any, transformers makes one that knows none."""
+
+
+_Loaded = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase, nn.Module, nn.Module]
+"""CLIP's tokenizer, T5's, CLIP, T5."""
 
 
 class FluxText:
@@ -39,7 +47,7 @@ class FluxText:
             if not any(all((folder / name / file).is_file() for file in files) for files in vocabularies):
                 told = ", or ".join(" and ".join(files) for files in vocabularies)
                 raise UserError(f"model.path: '{folder / name}' has no vocabulary; it needs {told}. Fetch it with all files")
-        self._loaded = None
+        self._loaded: _Loaded | None = None
 
     def files(self) -> list[Path]:
         """All that decides what a caption becomes."""
@@ -71,7 +79,7 @@ class FluxText:
         t5 = load_whole(T5EncoderModel, self.folder / "text_encoder_2", source, dtype="auto")
         check_vocabulary(tokenizers[0], clip.config.vocab_size, folders[0], source)
         check_vocabulary(tokenizers[1], t5.config.vocab_size, folders[1], source, padded=True)
-        self._loaded = (*tokenizers, clip.to(device).eval(), t5.to(device).eval())
+        self._loaded = (tokenizers[0], tokenizers[1], clip.to(device).eval(), t5.to(device).eval())
 
     def unload(self) -> None:
         """Free the memory of both encoders."""
@@ -87,11 +95,12 @@ class FluxText:
     @torch.no_grad()
     def __call__(self, captions: list[str], length: int, device: torch.device | str = "cpu") -> Conditioning:
         """embeds [B, length, D], mask [B, length], pooled [B, P] on ``device``; longer captions are cut, keeping their end."""
-        if not self.loaded:
+        if self._loaded is None:
             self.load(device)
+        clip_tokenizer, t5_tokenizer, clip, t5 = cast(_Loaded, self._loaded)
         chunks = [captions[i : i + CHUNK] for i in range(0, len(captions), CHUNK)]
-        on = self._loaded[2].device
-        texts = [encode(*self._loaded, chunk, length, t5_mask=self.t5_mask, device=on) for chunk in chunks]
+        on = next(clip.parameters()).device
+        texts = [encode(clip_tokenizer, t5_tokenizer, clip, t5, c, length, t5_mask=self.t5_mask, device=on) for c in chunks]
         return collate(texts)
 
 
@@ -163,7 +172,7 @@ class FluxVae:
         z = latents.to(device, torch.float32) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         return torch.cat([vae.decode(row[None], return_dict=False)[0] for row in z])
 
-    def _open(self, device: torch.device | str):
+    def _open(self, device: torch.device | str) -> "AutoencoderKL":
         if not self.loaded:
             self.load(device)
         return self._loaded

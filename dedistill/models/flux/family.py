@@ -6,7 +6,7 @@ states and CLIP's pooled vector.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.models.conditioning import Conditioning
-from dedistill.models.family import MADE, Components, States
+from dedistill.models.family import MADE, Components, Output, States
 from dedistill.models.flux import SPEC, loading, naming
 from dedistill.models.flux.encoders import FluxText, FluxVae
 from dedistill.models.flux.network import block_states, flux_velocity
 from dedistill.models.flux.published import shape_of
 from dedistill.models.pipeline_files import copy_files, pipeline_files
+from dedistill.recipe.resolve import filled
+from dedistill.recipe.schema import Model
 
 PATCH = 2
 SAVED = ("model_index.json", "scheduler")
@@ -32,15 +34,13 @@ class Flux:
     spec = SPEC
     max_text_length = 512
 
-    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
+    def load(self, spec: Model, *, seed: int, net: bool = True) -> Components:
         """``spec`` is a recipe's [model] table: a diffusers folder, a hub id with its revision, or one BFL file.
 
         Text encoders and VAE are found now and loaded when first used. Raises UserError when anything is missing.
         """
-        if spec.path is None:
-            raise UserError("model.path: this family starts from trained weights: a diffusers folder, a hub id, or a file", 2)
-        place = loading.locate(spec.path, spec.revision, spec.components)
-        denoiser = loading.load_transformer(place.transformer, place.components) if net else None
+        place = loading.locate(_path(spec), spec.revision, spec.components)
+        denoiser = loading.load_transformer(place.transformer, place.components) if net else nn.Module()
         vae = FluxVae(place.components / "vae")
         return Components(
             denoiser,
@@ -48,14 +48,14 @@ class Flux:
             (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
             spec.mask,
             vae=vae,
-            text_length=spec.text_length,
+            text_length=filled(spec.text_length, "model.text_length"),
             guidance=self._guidance(denoiser, spec.guidance) if net else None,
             source=place,
             facts={"base": {"path": spec.path, "revision": spec.revision}} | place.facts,
             notes=[*_other_use(spec, place.facts), *_cannot_be_saved(place.components)],
         )
 
-    def _guidance(self, net: nn.Module, wanted: Any) -> float | None:
+    def _guidance(self, net: FluxTransformer2DModel, wanted: float | str | None) -> float | None:
         """The value the guidance embedding is fed in training; None for a network that has none or goes past it."""
         if not net.config.guidance_embeds:
             if wanted is not None:
@@ -68,63 +68,63 @@ class Flux:
             raise UserError("model.guidance: this network has a guidance embedding; say what it is fed, usually 1.0", 2)
         return float(wanted)
 
-    def full_size(self, spec: Any) -> nn.Module:
+    def full_size(self, spec: Model) -> nn.Module:
         with torch.device("meta"):
-            if (config := Path(spec.path) / "transformer" / "config.json").exists():
+            if (config := Path(_path(spec)) / "transformer" / "config.json").exists():
                 return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(config.parent))
-            shape = shape_of(spec.path, spec.revision)
+            shape = shape_of(_path(spec), spec.revision)
             sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
             return FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)
 
-    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+    def write_tiny(self, spec: Model, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small pipeline folder with random weights, with the blocks and the guidance of ``spec``. For rehearsals."""
         from dedistill.models.flux.tiny import write_tiny_flux
 
-        shape = shape_of(spec.path, spec.revision)
+        shape = shape_of(_path(spec), spec.revision)
         layers, single_layers = (shape.layers, shape.single_layers) if full_depth else (2, 4)
         write_tiny_flux(folder, guidance=shape.guidance, layers=layers, single_layers=single_layers)
 
     def save(self, parts: Components, folder: Path) -> None:
         """The denoiser in ``folder/transformer``; encoders, VAE and scheduler stay where they are and are pointed to."""
-        parts.net.save_pretrained(folder / "transformer")
+        _net(parts).save_pretrained(folder / "transformer")
         self.save_rest(parts, folder)
 
     def save_rest(self, parts: Components, folder: Path) -> None:
         kept = {key: parts.facts[key] for key in MADE if key in parts.facts}
-        text = {"mask": parts.mask, "t5_mask": parts.text.t5_mask, "text_length": parts.text_length}
+        text = {"mask": parts.mask, "t5_mask": _text(parts).t5_mask, "text_length": parts.text_length}
         facts = kept | {"family": self.spec.name, "guidance": _told(parts), **text}
-        facts["components"] = str(parts.source.components.resolve())
-        copy_files(pipeline_files(parts.source.components, SPEC.folder, SAVED)[0], folder)
+        facts["components"] = str(_place(parts).components.resolve())
+        copy_files(pipeline_files(_place(parts).components, SPEC.folder, SAVED)[0], folder)
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
-        text = {"text_length": length, "t5_mask": parts.text.t5_mask, "padding": parts.mask != "bool"}
+        text = {"text_length": length, "t5_mask": _text(parts).t5_mask, "padding": parts.mask != "bool"}
         return {
-            "latents": {"family": self.spec.name, "vae": parts.vae.files()},
-            "text": {"family": self.spec.name, "encoders": parts.text.files(), **text},
+            "latents": {"family": self.spec.name, "vae": _vae(parts).files()},
+            "text": {"family": self.spec.name, "encoders": _text(parts).files(), **text},
         }
 
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
-        return parts.text(captions, length, parts.device)
+        return _text(parts)(captions, length, parts.device)
 
     def encode_pictures(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
-        return parts.vae.encode(pixels, noise, parts.device)
+        return _vae(parts).encode(pixels, noise, parts.device)
 
     def decode(self, parts: Components, latents: Tensor) -> Tensor:
-        return parts.vae.decode(latents, parts.device)
+        return _vae(parts).decode(latents, parts.device)
 
     def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
-        step = parts.vae.scale * PATCH
+        step = _vae(parts).scale * PATCH
         if height % step or width % step:
             raise UserError(f"pictures of {width} x {height} pixels: both sides must be multiples of {step}", 2)
-        return (parts.vae.channels, height // parts.vae.scale, width // parts.vae.scale)
+        return (_vae(parts).channels, height // _vae(parts).scale, width // _vae(parts).scale)
 
     def velocity(
         self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None
     ) -> Tensor:
         """``guidance`` None: the value of training."""
         value = parts.guidance if guidance is None else guidance
-        embedding = parts.net.time_text_embed
+        embedding = _net(parts).time_text_embed
         if value is not None and type(embedding) is not CombinedTimestepGuidanceTextProjEmbeddings:
             raise UserError("this network has no guidance embedding, or goes past it; leave the distilled guidance out")
         told = None if value is None else torch.full((len(noisy),), value, device=noisy.device)
@@ -137,7 +137,7 @@ class Flux:
 
     def shift(self, parts: Components, tokens: int) -> float:
         """As the model's own scheduler says: schnell has 1, dev grows with the number of picture tokens."""
-        s = parts.source.scheduler
+        s = _place(parts).scheduler
         if not s.get("use_dynamic_shifting", False):
             return float(s.get("shift", 1.0))
         return dynamic_shift(
@@ -149,9 +149,10 @@ class Flux:
         )
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:
-        return [*net.transformer_blocks, *net.single_transformer_blocks]
+        flux: FluxTransformer2DModel = net
+        return [*flux.transformer_blocks, *flux.single_transformer_blocks]
 
-    def states(self, args: tuple, kwargs: dict[str, Any], output: Any, text: Conditioning) -> States:
+    def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
         return block_states(kwargs, output, text)
 
     def presets(self, net: nn.Module) -> dict[str, list[str]]:
@@ -166,14 +167,39 @@ class BypassedGuidance(CombinedTimestepGuidanceTextProjEmbeddings):
         return time + self.text_embedder(pooled_projection)
 
 
+def _path(spec: Model) -> str:
+    if spec.path is None:
+        raise UserError("model.path: this family starts from trained weights: a diffusers folder, a hub id, or a file", 2)
+    return spec.path
+
+
+def _net(parts: Components) -> FluxTransformer2DModel:
+    return parts.net
+
+
+# what ``Flux.load`` has put there
+
+
+def _text(parts: Components) -> FluxText:
+    return cast(FluxText, parts.text)
+
+
+def _vae(parts: Components) -> FluxVae:
+    return cast(FluxVae, parts.vae)
+
+
+def _place(parts: Components) -> loading.Place:
+    return cast(loading.Place, parts.source)
+
+
 def _told(parts: Components) -> str:
     """What the guidance embedding is fed, for those who use the weights: "none" without one, "bypassed", or the value."""
-    if not parts.net.config.guidance_embeds:
+    if not _net(parts).config.guidance_embeds:
         return "none"
     return "bypassed" if parts.guidance is None else str(parts.guidance)
 
 
-def _other_use(spec: Any, facts: dict[str, Any]) -> list[str]:
+def _other_use(spec: Model, facts: dict[str, Any]) -> list[str]:
     """Settings in which a recipe differs from what the weights were trained with: allowed, but never unnoticed."""
     asked = {"mask": spec.mask, "t5_mask": spec.t5_mask}
     return [

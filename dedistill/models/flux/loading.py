@@ -182,7 +182,7 @@ def build(config: dict, tensors: dict[str, Tensor], source: str) -> FluxTransfor
 
 def _read(place: Path) -> dict[str, Tensor]:
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as f:

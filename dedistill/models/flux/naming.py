@@ -7,6 +7,7 @@ Sources: github.com/black-forest-labs/flux (src/flux/model.py), diffusers' singl
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from dedistill.errors import UserError
 
 
 # BFL module -> diffusers modules, in the order of its rows
-_TOP = {
+_TOP: dict[str, tuple[str, ...]] = {
     "img_in": ("x_embedder",),
     "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
     "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
@@ -29,7 +30,7 @@ _TOP = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
-_DOUBLE = {
+_DOUBLE: dict[str, tuple[str, ...]] = {
     "img_mod.lin": ("norm1.linear",),
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "img_attn.proj": ("attn.to_out.0",),
@@ -45,14 +46,17 @@ _DOUBLE = {
     "txt_attn.norm.query_norm": ("attn.norm_added_q",),
     "txt_attn.norm.key_norm": ("attn.norm_added_k",),
 }
-_SINGLE = {
+_SINGLE: dict[str, tuple[str, ...]] = {
     "modulation.lin": ("norm.linear",),
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     "linear2": ("proj_out",),
     "norm.query_norm": ("attn.norm_q",),
     "norm.key_norm": ("attn.norm_k",),
 }
-_TABLES = {"transformer_blocks": ("double_blocks", _DOUBLE), "single_transformer_blocks": ("single_blocks", _SINGLE)}
+_TABLES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
+    "transformer_blocks": ("double_blocks", _DOUBLE),
+    "single_transformer_blocks": ("single_blocks", _SINGLE),
+}
 _BFL_OF = {
     kind: {part: (bfl, parts) for bfl, parts in table.items() for part in parts}
     for kind, table in (("", _TOP), *((stack, table) for stack, (_, table) in _TABLES.items()))
@@ -140,7 +144,7 @@ def from_bfl(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]
     for names, what in ((plan.keys() - tensors.keys(), "missing"), (tensors.keys() - plan.keys(), "unknown")):
         if names:
             raise UserError(f"model.path: '{source}': {len(names)} tensors are {what}, e.g. {min(names)}")
-    found = {}
+    found: dict[str, Tensor] = {}
     for bfl, parts in plan.items():
         tensor, sizes = tensors[bfl], [shapes[part][0] for part in parts]
         if tensor.shape[0] != sum(sizes):
@@ -165,7 +169,7 @@ def presets(net: nn.Module) -> dict[str, list[str]]:
     proportion at other depths, at least one of each. libreflux: all double blocks, the last half of the single blocks
     (rounded up) and the modulation of the others.
     """
-    doubles, singles = len(net.transformer_blocks), len(net.single_transformer_blocks)
+    doubles, singles = (len(cast(nn.ModuleList, getattr(net, stack))) for stack in (DOUBLE, SINGLE))
     half, first, last = singles // 2, _edge(doubles, FULL_DOUBLE), _edge(singles, FULL_SINGLE)
     double, single = f"{DOUBLE}.*", f"{SINGLE}.*"
     return {

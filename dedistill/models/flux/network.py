@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.models.conditioning import Conditioning
-from dedistill.models.family import States
+from dedistill.models.family import Output, States
 
 MASKS = ("bool", "none", "libreflux")
 MASKING_BACKENDS = {
@@ -123,7 +123,7 @@ def picture_ids(rows: int, columns: int, device: torch.device) -> Tensor:
     return ids.reshape(-1, 3)
 
 
-def block_states(kwargs: dict[str, Any], output: tuple[Tensor, Tensor], text: Conditioning) -> States:
+def block_states(kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
     """The two streams of a joint-attention block of diffusers: called by name, it returns (text, image)."""
     told, image = output
     mask = text.tokens.mask[:, : told.shape[1]]

@@ -12,6 +12,7 @@ from diffusers import FluxPipeline, ImagePipelineOutput
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
 from diffusers.utils import logging
+from PIL.Image import Image
 from torch import Tensor
 
 from dedistill.errors import UserError
@@ -53,7 +54,7 @@ class MaskedFluxPipeline(FluxPipeline):
     """
 
     @classmethod
-    def from_pretrained(cls, folder: Any, **kwargs: Any) -> "MaskedFluxPipeline":
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "MaskedFluxPipeline":
         if "transformer" not in kwargs and _folder_facts(str(Path(folder) / "transformer")).get("quantized"):
             raise UserError(
                 f"'{folder}' is an int8 export, whose codes are no weights: add "
@@ -191,12 +192,12 @@ class MaskedFluxPipeline(FluxPipeline):
     def _timesteps(self, steps: int, sigmas: list[float] | None, tokens: int) -> Tensor:
         names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
         mu = math.log(dynamic_shift(tokens, *(self.scheduler.config[name] for name in names)))
-        sigmas = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
-        self.scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=self._execution_device)
+        grid = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
+        self.scheduler.set_timesteps(sigmas=grid, mu=mu, device=self._execution_device)
         self.scheduler.set_begin_index(0)
         return self.scheduler.timesteps
 
-    def _pictures(self, latents: Tensor, output_type: str) -> Any:
+    def _pictures(self, latents: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image]:
         if output_type == "latent":
             return self._pack_latents(latents, *latents.shape)
         config = self.vae.config

@@ -2,8 +2,7 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -12,28 +11,31 @@ from torch import Tensor, nn
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.models.conditioning import Conditioning
-from dedistill.models.family import MADE, Components, States
+from dedistill.models.family import MADE, Components, Output, States
 from dedistill.models.flux import naming
 from dedistill.models.flux.network import block_states, flux_velocity
 from dedistill.models.pixel_flux import SPEC
 from dedistill.models.pretrained import load_whole
 from dedistill.models.words import WordEncoder
+from dedistill.recipe.schema import Architecture, Model
 
 
 class PixelFlux:
     spec = SPEC
     max_text_length = 512
 
-    def load(self, spec: Any, *, seed: int, net: bool = True) -> Components:
+    def load(self, spec: Model, *, seed: int, net: bool = True) -> Components:
         """``spec`` is a recipe's [model] table. Raises UserError when the folder is not a model of this family."""
         for key, plain in (("revision", None), ("components", None), ("guidance", None), ("t5_mask", True)):
             if getattr(spec, key) != plain:
                 raise UserError(f"model.{key}: has no effect on {self.spec.name}; leave it out", 2)
         if spec.path is not None:
             return self._from_folder(Path(spec.path), spec.mask)
+        if spec.new is None:
+            raise UserError("model: a path of trained weights, or the sizes of a new network, are needed", 2)
         return self.build(spec.new, mask=spec.mask, seed=seed)
 
-    def build(self, new: Any, *, mask: str = "bool", seed: int = 0) -> Components:
+    def build(self, new: Architecture, *, mask: str = "bool", seed: int = 0) -> Components:
         """A network with random weights that depend on ``seed`` alone; the global generator is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -53,29 +55,40 @@ class PixelFlux:
         return Components(net, WordEncoder(new.text_dim, new.pooled_dim), picture, mask)
 
     def tiny(self, seed: int, shape: tuple[int, int, int] = (1, 8, 16)) -> Components:
-        picture = {"channels": shape[0], "height": shape[1], "width": shape[2], "patch": shape[1] // 2}
-        sizes = {"layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
-        return self.build(SimpleNamespace(**picture, **sizes, text_dim=16, pooled_dim=16), seed=seed)
+        sizes = Architecture(
+            channels=shape[0],
+            height=shape[1],
+            width=shape[2],
+            patch=shape[1] // 2,
+            layers=1,
+            single_layers=1,
+            heads=2,
+            head_dim=16,
+            rope_axes=[4, 6, 6],
+            text_dim=16,
+            pooled_dim=16,
+        )
+        return self.build(sizes, seed=seed)
 
-    def full_size(self, spec: Any) -> nn.Module:
+    def full_size(self, spec: Model) -> nn.Module:
         with torch.device("meta"):
             if spec.new is not None:
                 return self.build(spec.new).net
-            place = Path(spec.path) / "transformer"
+            place = Path(spec.path or "") / "transformer"
             if not place.exists():  # an earlier stage will make it
                 return self.tiny(0).net
             return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(place))
 
-    def write_tiny(self, spec: Any, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+    def write_tiny(self, spec: Model, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         self.save(self.tiny(0, picture or (1, 8, 16)), folder)
 
     def save(self, parts: Components, folder: Path) -> None:
-        parts.net.save_pretrained(folder / "transformer")
+        _net(parts).save_pretrained(folder / "transformer")
         self.save_rest(parts, folder)
 
     def save_rest(self, parts: Components, folder: Path) -> None:
         made = {key: parts.facts[key] for key in MADE if key in parts.facts}
-        facts = made | {"family": self.spec.name, "picture": parts.picture, "mask": parts.mask, "text": parts.text.config()}
+        facts = made | {"family": self.spec.name, "picture": parts.picture, "mask": parts.mask, "text": _text(parts).config()}
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def _from_folder(self, folder: Path, mask: str) -> Components:
@@ -92,15 +105,15 @@ class PixelFlux:
         return Components(net, text, picture, mask, facts=made)
 
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
-        return parts.text(captions, length)
+        return _text(parts)(captions, length)
 
     def velocity(
         self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None
     ) -> Tensor:
         if guidance is not None:
             raise UserError(f"{self.spec.name} has no guidance embedding; leave guidance out")
-        patch = _patch(noisy.shape[1], parts.net)
-        return flux_velocity(net, parts.net.time_text_embed, noisy, sigma, text, patch=patch, mask=parts.mask)
+        patch = _patch(noisy.shape[1], _net(parts))
+        return flux_velocity(net, _net(parts).time_text_embed, noisy, sigma, text, patch=patch, mask=parts.mask)
 
     def decode(self, parts: Components, latents: Tensor) -> Tensor:
         return latents
@@ -111,24 +124,33 @@ class PixelFlux:
         return parts.picture
 
     def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
-        return _tokens(shape, parts.net)
+        return _tokens(shape, _net(parts))
 
     def shift(self, parts: Components, tokens: int) -> float:
         return dynamic_shift(tokens)
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:
-        return [*net.transformer_blocks, *net.single_transformer_blocks]
+        flux: FluxTransformer2DModel = net
+        return [*flux.transformer_blocks, *flux.single_transformer_blocks]
 
-    def states(self, args: tuple, kwargs: dict[str, Any], output: Any, text: Conditioning) -> States:
+    def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
         return block_states(kwargs, output, text)
 
     def presets(self, net: nn.Module) -> dict[str, list[str]]:
         return naming.presets(net)
 
 
-def _patch(channels: int, net: nn.Module) -> int:
+def _net(parts: Components) -> FluxTransformer2DModel:
+    return parts.net
+
+
+def _text(parts: Components) -> WordEncoder:
+    return cast(WordEncoder, parts.text)
+
+
+def _patch(channels: int, net: FluxTransformer2DModel) -> int:
     return round((net.config.in_channels / channels) ** 0.5)
 
 
-def _tokens(picture: tuple[int, int, int], net: nn.Module) -> int:
+def _tokens(picture: tuple[int, ...], net: FluxTransformer2DModel) -> int:
     return picture[1] * picture[2] // _patch(picture[0], net) ** 2
