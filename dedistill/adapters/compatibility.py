@@ -32,7 +32,7 @@ class _Names:
     """All spellings of the network's linears: each a set of names that stand before the factor's."""
 
     def __init__(self, linears: Iterable[str], naming: LayerNames | None, folder: str):
-        self.linears = list(linears)
+        self.linears, self.folder = list(linears), folder
         original = {naming.original_parts(name)[0] for name in self.linears} if naming else set()
         kohya = {name: naming.kohya_name(name) for name in original} if naming else {}
         self.lycoris = {file_name(n) for n in self.linears}
@@ -99,7 +99,7 @@ def _load_lora_adapter(t: Mapping[str, Tensor], names: _Names) -> set[str] | str
     lokr = _take(t, names.transformer, LOKR)
     if not lokr:
         return _take(t, names.transformer, PEFT) or "nothing under 'transformer.'"
-    sizes = [factor_shapes(f) for f in by_layer({k: t[k] for k in lokr}, names.linears, "file").values()]
+    sizes = [factor_shapes(f) for f in by_layer({k: t[k] for k in lokr}, names.linears, "file", folder=names.folder).values()]
     for factor in {*(w1[0] for w1, _ in sizes), -1}:
         if all(factorization(a * b, factor) == (a, b) for w1, w2 in sizes for a, b in zip(w1, w2)):
             return lokr
@@ -108,7 +108,7 @@ def _load_lora_adapter(t: Mapping[str, Tensor], names: _Names) -> set[str] | str
 
 def _load_lokr(t: Mapping[str, Tensor], names: _Names) -> set[str] | str:
     try:
-        layers = by_layer(t, names.linears, "file")
+        layers = by_layer(t, names.linears, "file", folder=names.folder)
     except UserError as e:
         return str(e).removeprefix("'file': ")
     return "a LoRA; use load_lora_weights" if is_lora(layers) else set(t)

@@ -47,17 +47,18 @@ def load_lokr(pipe: "DiffusionPipeline | nn.Module", file: str | Path, name: str
     file's are put into them directly. ``pipe.transformer.set_adapters([name], weights=[.5])`` scales it,
     ``delete_adapters([name])`` takes it out again.
 
-    file: safetensors in the ``lycoris_`` or ``transformer.`` spelling. Raises UserError when any of its tensors has no
-    place in the network, or the name is taken; then nothing has been loaded.
+    file: safetensors in the ``lycoris_`` spelling, or with names that begin with the denoiser's folder. Raises UserError when any
+    of its tensors has no place in the network, or the name is taken; then nothing has been loaded.
     """
     # set_adapters and the like come from mixins of diffusers, which no stub of a module has
-    net: Any = next((getattr(pipe, folder) for folder in FOLDERS if hasattr(pipe, folder)), pipe)
+    folder = next((folder for folder in FOLDERS if hasattr(pipe, folder)), None)
+    net: Any = getattr(pipe, folder) if folder else pipe
     if name in getattr(net, "peft_config", {}):
         raise UserError(f"the network already has an adapter '{name}': give another name")
     source, (tensors, _) = str(file), read_tensors(Path(file))
     linears = {n.removesuffix(".base_layer"): m for n, m in net.named_modules() if isinstance(m, nn.Linear)}
     shapes = {n: (m.out_features, m.in_features) for n, m in linears.items()}
-    layers = by_layer(tensors, shapes, source)
+    layers = by_layer(tensors, shapes, source, folder=folder or FOLDERS[0])
     if is_lora(layers):
         raise UserError(f"'{source}' is a LoRA: use pipe.load_lora_weights, after dedistill export --format peft")
     check_shapes(layers, shapes, source)

@@ -62,14 +62,17 @@ Layers = dict[str, dict[str, Tensor]]
 """Linear -> its factors under LyCORIS' names, alpha included where there is one."""
 
 
-def by_layer(tensors: Mapping[str, Tensor], linears: Iterable[str], source: str, *, dense: bool = False) -> Layers:
+def by_layer(
+    tensors: Mapping[str, Tensor], linears: Iterable[str], source: str, *, dense: bool = False, folder: str = FOLDERS[0]
+) -> Layers:
     """A file in the ``lycoris_``, ``<folder>.`` or PEFT spelling, taken apart by the ``linears`` it belongs to.
 
-    dense: a layer may also be a whole change of weight, ``diff``, as averages of deltas are.
+    dense: a layer may also be a whole change of weight, ``diff``, as averages of deltas are. folder: where a pipeline keeps
+    this denoiser; names that begin with another one are not its own.
     Raises UserError naming file and tensor for a name that fits no linear, a kind of tensor this program cannot apply
     (DoRA, LoHa, Tucker), and a layer of which a factor is missing: an adapter is read whole or not at all.
     """
-    known = {spelt: name for name in linears for spelt in (file_name(name), *(f"{folder}.{name}" for folder in FOLDERS))}
+    known = {spelt: name for name in linears for spelt in (file_name(name), f"{folder}.{name}")}
     layers: Layers = {}
     for key, tensor in tensors.items():
         linear, factor = known.get(layer_of(key)), key.removeprefix(layer_of(key) + ".")

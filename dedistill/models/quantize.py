@@ -4,6 +4,7 @@ Tensor subclasses (quanto, torchao) break under DDP, FSDP2, ZeRO-3, deepcopy or 
 ordinary frozen parameters work everywhere. The codes equal optimum-quanto's qint8: symmetric, one scale per output row.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
@@ -74,23 +75,23 @@ class Int8Linear(nn.Linear):
 # --- ways of storing a frozen linear ---------------------------------------------------------------------------------
 
 
-class Quantizer:
+class Quantizer(ABC):
     """A way of storing frozen linears, and of reading them again."""
 
     refused: ClassVar[Mapping[str, str]] = {}
     """Engines it does not work with -> why, and what to use instead."""
 
+    @abstractmethod
     def convert(self, linear: nn.Linear) -> nn.Linear:
         """What takes the place of ``linear``, on its device; ``linear`` itself is not used any more."""
-        raise NotImplementedError
 
+    @abstractmethod
     def made(self, module: nn.Module) -> bool:
         """Whether ``module`` comes of :meth:`convert`, or of a file that holds such."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dense(self, linear: nn.Linear) -> Tensor:
         """The weight that a linear made by it stands for, [out, in], in any float type."""
-        raise NotImplementedError
 
     def stored(self, linear: nn.Linear) -> dict[str, Tensor]:
         """The plain tensors that a linear made by it really holds, by names within it."""

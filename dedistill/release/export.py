@@ -47,12 +47,12 @@ def export_adapter(file: Path, out: Path, spelling: str, model: Path | None = No
     tensors, header = read_tensors(file)
     config = config_for(tensors, header, model)
     shapes = linear_shapes(skeleton(config))
-    layers = by_layer(tensors, shapes, str(file))
+    spec = _spec_for(config, header)
+    layers = by_layer(tensors, shapes, str(file), folder=spec.folder)
     try:
         check_shapes(layers, shapes, str(file))
     except UserError as e:
         raise UserError(f"{e}; if its base is another network, name the base's folder with --model") from e
-    spec = _spec_for(config, header)
     spelt = _spelt(layers, spelling, spec, shapes)
     metadata = adapter_header(out.stem, spelling, header, layers, config, spec)
     config_file = out.with_name("lycoris_config.json")

@@ -265,3 +265,13 @@ def test_import_stays_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     with pytest.raises(AttributeError, match="no_such"):
         _ = dedistill.no_such
+
+
+@pytest.mark.parametrize(("written", "own"), [("unet", "transformer"), ("transformer", "unet")])
+def test_names_of_another_kind_of_pipeline_are_refused(written, own):
+    """A file for the denoiser of another folder is not taken for one of this network, whatever its layers are called."""
+    adapter = adapted("lokr")
+    tensors = as_transformer(adapter.layers, written)
+    assert by_layer(tensors, adapter.shapes, "x", folder=written).keys() == adapter.layers.keys()
+    with pytest.raises(UserError, match=rf"tensor '{written}\..*' belongs to no linear of this network"):
+        by_layer(tensors, adapter.shapes, "x", folder=own)

@@ -1,11 +1,10 @@
 """The way of the demo, from teacher to report, on tiny models: every tool, every file, and running it all again."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
+from by_file import tool
 from PIL import Image
 
 from dedistill.recipe import load_recipe
@@ -14,20 +13,6 @@ from dedistill.train import main
 
 ROOT = Path(__file__).parents[2]
 TINY = ["model.new.layers=1", "model.new.single_layers=1", "model.new.heads=2", "validate.samples=32"]
-
-
-def tool(name: str, *arguments: str) -> int:
-    before, sys.argv = sys.argv, [name, *map(str, arguments)]
-    try:
-        if name == "lab.story":
-            runpy.run_module(name, run_name="__main__")
-        else:
-            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
-    except SystemExit as e:
-        return e.code or 0
-    finally:
-        sys.argv = before
-    return 0
 
 
 def small(name: str, folder: Path) -> Path:

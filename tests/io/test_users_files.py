@@ -1,29 +1,17 @@
 """Whatever a command is told to write to, what the user keeps there stays as it was, and the refusal names it."""
 
 import json
-import runpy
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from by_file import tool
 from tiny_recipes import TEACHER
 
 from dedistill.io import ownership
 from dedistill.train import main
 
 ROOT = Path(__file__).parents[2]
-
-
-def tool(name: str, *arguments: object) -> int:
-    before, sys.argv = sys.argv, [name, *map(str, arguments)]
-    try:
-        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
-    except SystemExit as e:
-        return e.code or 0
-    finally:
-        sys.argv = before
-    return 0
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,12 +1,11 @@
 """Adapter files on their way out: header, every spelling, and who loads how much of it."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from by_file import tool
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from lycoris import LycorisNetwork
 from safetensors import safe_open
@@ -177,17 +176,6 @@ def test_the_network_is_found_by_itself(base, tmp_path):
     assert config_for({"lycoris_time_text_embed_guidance_embedder_linear_1.alpha": 0}, {}, None)["guidance_embeds"]
     local = {"dedistill.recipe": f'[model]\npath = "{base}"'}
     assert config_for({}, local, None) == config_for({}, dev, base) == network_config(base)
-
-
-def tool(name: str, *arguments: object) -> int:
-    before, sys.argv = sys.argv, [name, *map(str, arguments)]
-    try:
-        runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
-    except SystemExit as e:
-        return e.code or 0
-    finally:
-        sys.argv = before
-    return 0
 
 
 def test_tools(base, tmp_path, capsys):

@@ -1,14 +1,13 @@
 """Exports: every form read back by its reader gives the same network; headers and cards say what they must."""
 
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from by_file import tool
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -226,17 +225,6 @@ def test_python_in_cards_compiles(form, base, tmp_path):
     assert bool(blocks) == (form != "single")
     for block in blocks:
         compile(block, "card", "exec")
-
-
-def tool(name: str, *arguments: object) -> int:
-    before, sys.argv = sys.argv, [name, *map(str, arguments)]
-    try:
-        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
-    except SystemExit as e:
-        return e.code or 0
-    finally:
-        sys.argv = before
-    return 0
 
 
 def test_tool(base, tmp_path, capsys):

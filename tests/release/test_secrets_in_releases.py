@@ -2,14 +2,13 @@
 
 import json
 import os
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from by_file import tool
 from diffusers import FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -42,17 +41,6 @@ def home(tmp_path_factory, photos) -> Path:
     assert main([str(folder / "r.toml"), "--debug"]) == 0
     save_file(load_file(folder / "run/snapshots/step-00000002.safetensors"), folder / "tensors.safetensors")
     return folder
-
-
-def tool(name: str, *arguments: object) -> int:
-    before, sys.argv = sys.argv, [name, *map(str, arguments)]
-    try:
-        runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
-    except SystemExit as e:
-        return e.code or 0
-    finally:
-        sys.argv = before
-    return 0
 
 
 def export(source: Path, out: Path, form: str = "diffusers", *more: object) -> int:

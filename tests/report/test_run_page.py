@@ -2,12 +2,11 @@
 
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from by_file import tool
 from example_pages import run_rows
 from test_pages import Page
 
@@ -139,25 +138,17 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, file, content, message):
     assert not (run / "report").exists()
 
 
-def tool(*arguments: object) -> int:
-    before, sys.argv = sys.argv, ["report_run.py", *map(str, arguments)]
-    try:
-        runpy.run_path(str(ROOT / "tools/report_run.py"), run_name="__main__")
-    except SystemExit as e:
-        return e.code or 0
-    finally:
-        sys.argv = before
-    return 0
-
-
 def test_the_tool_takes_a_run_or_its_recipe(teacher_recipe, tmp_path, capsys):
     """The page of a real run, by its folder and by its recipe."""
     out = tmp_path / "run"
     assert main([str(teacher_recipe), "--set", f"run.out={out}", "--set", "validate.every=2"]) == 0
     capsys.readouterr()
-    assert tool(out) == 0
+    assert tool("report_run", out) == 0
     assert capsys.readouterr().err == f"done: {out / 'report' / 'index.html'}\n"
     page = (out / "report" / "index.html").read_bytes()
     assert b"4 of 4, finished" in page and b"held-out loss" in page and b"change by sigma" in page
-    assert tool(teacher_recipe, "--set", f"run.out={out}") == 0 and (out / "report" / "index.html").read_bytes() == page
-    assert tool(tmp_path / "none.toml") == 2 and "none.toml" in capsys.readouterr().err
+    assert (
+        tool("report_run", teacher_recipe, "--set", f"run.out={out}") == 0
+        and (out / "report" / "index.html").read_bytes() == page
+    )
+    assert tool("report_run", tmp_path / "none.toml") == 2 and "none.toml" in capsys.readouterr().err

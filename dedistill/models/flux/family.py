@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.models.conditioning import Conditioning
-from dedistill.models.family import MADE, Components, Output, States
-from dedistill.models.flux import SPEC, loading, naming
+from dedistill.models.family import MADE, Components
+from dedistill.models.flux import SPEC, loading
 from dedistill.models.flux.encoders import FluxText, FluxVae
-from dedistill.models.flux.network import block_states, flux_velocity
+from dedistill.models.flux.network import FluxBlocks, flux_velocity
 from dedistill.models.flux.published import shape_of
 from dedistill.models.pipeline_files import copy_files, pipeline_files
 from dedistill.recipe.resolve import filled
@@ -30,7 +30,7 @@ SAVED = ("model_index.json", "scheduler")
 """What a folder of ours takes from its base beside the denoiser; the rest it points to."""
 
 
-class Flux:
+class Flux(FluxBlocks):
     spec = SPEC
     max_text_length = 512
 
@@ -147,16 +147,6 @@ class Flux:
             s.get("base_image_seq_len", 256),
             s.get("max_image_seq_len", 4096),
         )
-
-    def blocks(self, net: nn.Module) -> list[nn.Module]:
-        flux: FluxTransformer2DModel = net
-        return [*flux.transformer_blocks, *flux.single_transformer_blocks]
-
-    def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
-        return block_states(kwargs, output, text)
-
-    def presets(self, net: nn.Module) -> dict[str, list[str]]:
-        return naming.presets(net)
 
 
 class BypassedGuidance(CombinedTimestepGuidanceTextProjEmbeddings):

@@ -5,12 +5,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Output, States
+from dedistill.models.flux import naming
 
 MASKS = ("bool", "none", "libreflux")
 MASKING_BACKENDS = {
@@ -123,11 +125,21 @@ def picture_ids(rows: int, columns: int, device: torch.device) -> Tensor:
     return ids.reshape(-1, 3)
 
 
-def block_states(kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
-    """The two streams of a joint-attention block of diffusers: called by name, it returns (text, image)."""
-    told, image = output
-    mask = text.tokens.mask[:, : told.shape[1]]
-    return {
-        "picture": (kwargs["hidden_states"], image, None),
-        "text": (kwargs["encoder_hidden_states"], told, mask),
-    }
+class FluxBlocks:
+    """What every family with FLUX's network says of its blocks."""
+
+    def blocks(self, net: nn.Module) -> list[nn.Module]:
+        flux: FluxTransformer2DModel = net
+        return [*flux.transformer_blocks, *flux.single_transformer_blocks]
+
+    def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
+        """Joint-attention blocks are called by name and return (text, image)."""
+        told, image = output
+        mask = text.tokens.mask[:, : told.shape[1]]
+        return {
+            "picture": (kwargs["hidden_states"], image, None),
+            "text": (kwargs["encoder_hidden_states"], told, mask),
+        }
+
+    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+        return naming.presets(net)

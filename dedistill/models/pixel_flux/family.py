@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.models.conditioning import Conditioning
-from dedistill.models.family import MADE, Components, Output, States
-from dedistill.models.flux import naming
-from dedistill.models.flux.network import block_states, flux_velocity
+from dedistill.models.family import MADE, Components
+from dedistill.models.flux.network import FluxBlocks, flux_velocity
 from dedistill.models.pixel_flux import SPEC
 from dedistill.models.pretrained import load_whole
 from dedistill.models.words import WordEncoder
 from dedistill.recipe.schema import Architecture, Model
 
 
-class PixelFlux:
+class PixelFlux(FluxBlocks):
     spec = SPEC
     max_text_length = 512
 
@@ -128,16 +127,6 @@ class PixelFlux:
 
     def shift(self, parts: Components, tokens: int) -> float:
         return dynamic_shift(tokens)
-
-    def blocks(self, net: nn.Module) -> list[nn.Module]:
-        flux: FluxTransformer2DModel = net
-        return [*flux.transformer_blocks, *flux.single_transformer_blocks]
-
-    def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
-        return block_states(kwargs, output, text)
-
-    def presets(self, net: nn.Module) -> dict[str, list[str]]:
-        return naming.presets(net)
 
 
 def _net(parts: Components) -> FluxTransformer2DModel:
