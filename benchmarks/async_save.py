@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.interleave import report
 from dedistill.runs.checkpoint import save_checkpoint
-from dedistill.training.background import Groups, Saver
+from dedistill.training.background import AsyncCheckpointWriter, Groups
 
 ROUNDS = 7
 STEP, STEPS = 0.02, 400
@@ -40,7 +40,7 @@ def state(megabytes: int) -> Groups:
     return {"trainable": {"w": part}, "optimizer": {"w/exp_avg": part + 1, "w/exp_avg_sq": part + 2}}
 
 
-def lost(groups: Groups, saver: Saver, folder: Path, step: int) -> tuple[float, float]:
+def lost(groups: Groups, saver: AsyncCheckpointWriter, folder: Path, step: int) -> tuple[float, float]:
     """Seconds lost to a save that is waited for, and to one beside training."""
 
     def write(number: int) -> Callable[[Groups], object]:
@@ -60,7 +60,7 @@ def main() -> None:
     rows = {}
     for megabytes in (64, 256):
         with tempfile.TemporaryDirectory() as folder:
-            groups, saver, checkpoints = state(megabytes), Saver(), Path(folder) / "checkpoints"
+            groups, saver, checkpoints = state(megabytes), AsyncCheckpointWriter(), Path(folder) / "checkpoints"
             lost(groups, saver, checkpoints, 0)  # the first save of a run gets the memory for its copies
             pairs = [lost(groups, saver, checkpoints, 2 * i) for i in range(1, ROUNDS + 1)]
             saver.close()

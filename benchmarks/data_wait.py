@@ -18,7 +18,7 @@ from dedistill.train import main as train
 from dedistill.training import trainer as loop
 from dedistill.training.background import ahead
 
-PICTURES, STEPS, PAIRS = 96, 41, 3
+IMAGES, STEPS, PAIRS = 96, 41, 3
 RECIPE = """
 [run]
 name = "data-wait"
@@ -35,7 +35,7 @@ source = "pictures"
 cache = "{folder}/cache"
 resolutions = [128, 192]
 [[data.sets]]
-path = "{folder}/pictures"
+path = "{folder}/images"
 [train]
 steps = {steps}
 batch = 8
@@ -47,15 +47,15 @@ every = 1000
 
 
 def prepare(folder: Path) -> Path:
-    """A tiny FLUX, pictures of two shapes with captions of 80 tokens, and the recipe."""
+    """A tiny FLUX, images of two shapes with captions of 80 tokens, and the recipe."""
     write_tiny_flux(folder / "model")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     rng = np.random.default_rng(0)
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         size = (256, 208, 3) if i % 2 else (208, 256, 3)
-        Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / "pictures" / f"{i:03d}.png")
+        Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / "images" / f"{i:03d}.png")
         words = rng.choice(["black", "cat", "dog", "house", "moon", "river", "sky", "tree"], 79)
-        (folder / "pictures" / f"{i:03d}.txt").write_text(" ".join(words))
+        (folder / "images" / f"{i:03d}.txt").write_text(" ".join(words))
     recipe = folder / "recipe.toml"
     recipe.write_text(RECIPE.format(folder=folder, steps=STEPS))
     return recipe

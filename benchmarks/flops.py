@@ -21,7 +21,7 @@ TEXT_LINEARS = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_cont
 class Tokens:
     """Real tokens of one sample."""
 
-    picture: int
+    image: int
     text: int
 
     def through(self, linear: str) -> int:
@@ -30,16 +30,16 @@ class Tokens:
         if parts[0] == "time_text_embed" or any(p.startswith("norm") for p in parts):  # modulation works per sample
             return 1
         if parts[0] == "single_transformer_blocks":
-            return self.picture + self.text
-        return self.text if TEXT_LINEARS & set(parts) else self.picture
+            return self.image + self.text
+        return self.text if TEXT_LINEARS & set(parts) else self.image
 
 
 def forward_flops(net: nn.Module, tokens: Tokens) -> tuple[int, int]:
-    """(L, A) of one sample: linears, and scores and sums of attention over picture and text together."""
+    """(L, A) of one sample: linears, and scores and sums of attention over image and text together."""
     shapes = dense_shapes(net, linear_names(net))
     linears = sum(2 * out * in_ * tokens.through(name) for name, (out, in_) in shapes.items())
     blocks = len(net.transformer_blocks) + len(net.single_transformer_blocks)
-    return linears, 4 * (tokens.picture + tokens.text) ** 2 * net.inner_dim * blocks
+    return linears, 4 * (tokens.image + tokens.text) ** 2 * net.inner_dim * blocks
 
 
 def model_flops(net: nn.Module, tokens: Tokens) -> int:

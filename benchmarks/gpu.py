@@ -4,7 +4,7 @@ python -m benchmarks.gpu                             # the whole table, under 8 
 python -m benchmarks.gpu --tiny --device cpu         # the same code on a small network, to see that it runs
 
 An int8 base, LoKr of 605 M numbers and LoRA of rank 16 on all blocks, 512 and 1024 px, 80 text tokens that are all real,
-batch 1 and 4, gradient checkpointing off and on, the optimizer in bf16. Weights, pictures and texts are random, never
+batch 1 and 4, gradient checkpointing off and on, the optimizer in bf16. Weights, images and texts are random, never
 zero: chips run faster on zeros. A cell that does not fit says "out of memory", one that the time did not allow "skipped".
 """
 
@@ -48,7 +48,7 @@ FAMILY = PixelFlux()  # FLUX without its encoders: 16 channels in patches of 2 a
 
 @dataclass(frozen=True)
 class Sizes:
-    """A network, the pictures it is shown, and how long it is timed."""
+    """A network, the images it is shown, and how long it is timed."""
 
     network: dict
     pixels: tuple[int, ...]

@@ -23,7 +23,7 @@ from dedistill.recipe import load_recipe
 from dedistill.recipe.resolve import make_plan
 from dedistill.runs.directory import RunDirectory
 from dedistill.runs.metrics import Trackers
-from dedistill.runs.requests import Requests
+from dedistill.runs.requests import StopRequests
 from dedistill.training.engine import Engine
 from dedistill.training.trainer import Trainer
 
@@ -57,7 +57,7 @@ def trainer(folder: Path, *settings: str) -> Trainer:
 
 def step_of(made: Trainer) -> Callable[[], dict]:
     """A function that trains one step."""
-    rows = made.fit(Requests().__enter__(), Trackers(None, "", {}, made.run.path, wanted=False))
+    rows = made.fit(StopRequests().__enter__(), Trackers(None, "", {}, made.run.path, wanted=False))
     return lambda: next(rows)
 
 

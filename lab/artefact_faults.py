@@ -1,4 +1,4 @@
-"""Pictures, faults that are put into them, and formulas that were tried and left out, for lab/artefacts.py."""
+"""Images, faults that are put into them, and formulas that were tried and left out, for lab/artefacts.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ def photographs(side: int, stride: int) -> np.ndarray:
     from sklearn.datasets import load_sample_images
 
     found = []
-    for picture in load_sample_images().images:
-        x = picture.transpose(2, 0, 1) / 127.5 - 1
+    for image in load_sample_images().images:
+        x = image.transpose(2, 0, 1) / 127.5 - 1
         rows, columns = (range(0, n - side + 1, stride) for n in x.shape[1:])
         found += [x[:, i : i + side, j : j + side] for i in rows for j in columns]
     return np.stack([x for x in found if x.std() >= 0.2])
@@ -24,13 +24,13 @@ def photographs(side: int, stride: int) -> np.ndarray:
 
 def handwritten(source: DigitSource, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Held-out digits [N, 1, h, w], of a source's usual width, and what they show [N]: the label of the first digit."""
-    (pictures, labels), n = source.held_out, source.per_picture
-    x = np.concatenate([pictures[k : n * count : n] for k in range(n)], axis=2)[:, None]
+    (images, labels), n = source.held_out, source.per_image
+    x = np.concatenate([images[k : n * count : n] for k in range(n)], axis=2)[:, None]
     return x.astype(float), labels[: n * count : n]
 
 
 def harmless(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another take of each picture, no worse: moved by up to a pixel, gain .9 to 1.1, brightness +-.05, noise of 8 bits."""
+    """Another take of each image, no worse: moved by up to a pixel, gain .9 to 1.1, brightness +-.05, noise of 8 bits."""
     moved = [np.roll(p, rng.integers(-1, 2, 2), (1, 2)) for p in x]
     one = (len(x), 1, 1, 1)
     return np.stack(moved) * rng.uniform(0.9, 1.1, one) + rng.uniform(-0.05, 0.05, one) + rng.normal(0, 1 / 255, x.shape)
@@ -44,12 +44,12 @@ def shadowed(x: np.ndarray, depth: float, rng: np.random.Generator) -> np.ndarra
     """Three soft dark blotches anywhere, of a radius of .12 to .25 of the shorter side; ``depth``: share of light they take."""
     y, z = np.mgrid[: x.shape[2], : x.shape[3]]
     side, found = min(x.shape[2:]), []
-    for picture in x:
+    for image in x:
         cover = np.zeros(x.shape[2:])
         for _ in range(3):
             radius, cy, cz = rng.uniform(0.12, 0.25) * side, rng.uniform(0, x.shape[2]), rng.uniform(0, x.shape[3])
             cover = np.maximum(cover, np.exp(-((y - cy) ** 2 + (z - cz) ** 2) / (2 * radius**2)))
-        found.append((picture + 1) * (1 - depth * cover) - 1)
+        found.append((image + 1) * (1 - depth * cover) - 1)
     return np.stack(found)
 
 
@@ -86,7 +86,7 @@ FAULTS = {
 
 
 def _laplacian(x: np.ndarray) -> np.ndarray:
-    """Variance of the Laplacian over that of the picture (Pech-Pacheco et al. 2000), in logarithms, falling."""
+    """Variance of the Laplacian over that of the image (Pech-Pacheco et al. 2000), in logarithms, falling."""
     grey = luma(x)
     edges = np.stack([ndimage.laplace(g) for g in grey])
     return np.log(grey.var((1, 2)) + 1e-9) - np.log(edges.var((1, 2)) + 1e-9)
@@ -146,7 +146,7 @@ RIVALS = {
 
 
 def mixed(x: np.ndarray, share: float) -> np.ndarray:
-    """[S, P, ...] -> each picture of a prompt with ``share`` of the mean over its seeds."""
+    """[S, P, ...] -> each image of a prompt with ``share`` of the mean over its seeds."""
     return (1 - share) * x + share * x.mean(0, keepdims=True)
 
 

@@ -1,8 +1,8 @@
-"""What the meters of dedistill.evaluation.numbers see: faults are put into real pictures at rising strength, and counted.
+"""What the meters of dedistill.evaluation.numbers see: faults are put into real images at rising strength, and counted.
 
-Paired: what a meter says of a faulty take of a picture, less what it says of the picture, against the same for harmless
+Paired: what a meter says of a faulty take of an image, less what it says of the image, against the same for harmless
 takes (a pixel's shift, 10 % of gain, a little brightness and noise). Unpaired: its value against those of other clean
-pictures. Both at the threshold that 5 % of the clean ones pass. Diversity is one of groups of four pictures.
+images. Both at the threshold that 5 % of the clean ones pass. Diversity is one of groups of four images.
 
 python -m lab.artefacts        minutes; writes lab/results/artefacts.json, the sheet and the tables of docs/artefacts.md
 """
@@ -23,7 +23,7 @@ from lab.artefact_faults import COLLAPSES, DIVERSITY_RIVALS, FAULTS, METERS, RIV
 
 FALSE_ALARMS = 0.05
 TAKES = 3
-"""Harmless takes of each picture."""
+"""Harmless takes of each image."""
 RESAMPLES = 1000
 GROUPS, GROUP = 20, 4
 RESULTS = Path(__file__).parent / "results" / "artefacts.json"
@@ -32,12 +32,12 @@ SHEET = PAGE.parent / "images" / "artefacts.png"
 START, END = "<!-- tables: python -m lab.artefacts -->\n", "<!-- /tables -->\n"
 """Between these the page's tables are written."""
 
-Pictures = np.ndarray
-Meters = dict[str, Callable[[Pictures], np.ndarray]]
+Images = np.ndarray
+Meters = dict[str, Callable[[Images], np.ndarray]]
 
 
-def picture_sets() -> dict[str, tuple[Pictures, np.ndarray]]:
-    """Pictures [N, C, H, W] and what they show [N]; crops of 256 pixels overlap, so their intervals are too narrow."""
+def image_sets() -> dict[str, tuple[Images, np.ndarray]]:
+    """Images [N, C, H, W] and what they show [N]; crops of 256 pixels overlap, so their intervals are too narrow."""
     found = {f"photographs, {side} px": photographs(side, stride) for side, stride in ((64, 64), (256, 85))}
     return {
         "MNIST, 32 px": handwritten(load_mnist(None, 0.0), 100),
@@ -47,7 +47,7 @@ def picture_sets() -> dict[str, tuple[Pictures, np.ndarray]]:
 
 
 def above(clean: np.ndarray, faulty: np.ndarray) -> np.ndarray:
-    """How often each faulty value [N] is above each picture's clean takes [T, N], ties half: [N, N]; its mean is the AUC."""
+    """How often each faulty value [N] is above each image's clean takes [T, N], ties half: [N, N]; its mean is the AUC."""
     return ((faulty[None, :, None] > clean[:, None]) + 0.5 * (faulty[None, :, None] == clean[:, None])).mean(0)
 
 
@@ -64,13 +64,13 @@ def judged(clean: np.ndarray, faulty: np.ndarray, *, folds: bool) -> dict:
 
 
 def curves(
-    take: Callable[[np.random.Generator | None], Pictures],
-    apply: Callable[[Pictures, float, np.random.Generator], Pictures],
+    take: Callable[[np.random.Generator | None], Images],
+    apply: Callable[[Images, float, np.random.Generator], Images],
     strengths: tuple[float, ...],
     meters: Meters,
     seed: int = 0,
 ) -> dict[str, list[dict]]:
-    """By meter, a row per strength. take: of a generator another take of the pictures, of None the pictures themselves."""
+    """By meter, a row per strength. take: of a generator another take of the images, of None the images themselves."""
     rng = keyed.generator(seed, "artefacts")
     read = lambda x: {name: meter(x.clip(-1, 1)) for name, meter in meters.items()}  # noqa: E731
     own, harmless_takes = read(take(None)), [read(take(rng)) for _ in range(TAKES)]
@@ -85,12 +85,12 @@ def curves(
     return rows
 
 
-def of_pictures(x: Pictures) -> Callable[[np.random.Generator | None], Pictures]:
+def of_images(x: Images) -> Callable[[np.random.Generator | None], Images]:
     return lambda rng: x if rng is None else harmless(x, rng)
 
 
-def of_groups(x: Pictures, shows: np.ndarray) -> Callable[[np.random.Generator | None], Pictures]:
-    """[S, P, C, H, W]: groups of pictures that show the same, in place of one prompt's seeds."""
+def of_groups(x: Images, shows: np.ndarray) -> Callable[[np.random.Generator | None], Images]:
+    """[S, P, C, H, W]: groups of images that show the same, in place of one prompt's seeds."""
     rng = keyed.generator(0, "artefacts/groups")
     labels = rng.choice(np.unique(shows), GROUPS)
     picks = np.stack([rng.choice(np.flatnonzero(shows == label), GROUP, replace=False) for label in labels], 1)
@@ -98,7 +98,7 @@ def of_groups(x: Pictures, shows: np.ndarray) -> Callable[[np.random.Generator |
     return lambda rng: groups if rng is None else harmless(groups.reshape(-1, *x.shape[1:]), rng).reshape(groups.shape)
 
 
-def of_set(x: Pictures, shows: np.ndarray) -> dict:
+def of_set(x: Images, shows: np.ndarray) -> dict:
     """Curves of each fault by its meter and the rival formulas, and what every meter says of every fault at one strength."""
     fits = {name: meter for name, meter in METERS.items() if x.shape[1] == 3 or name != "colour"}
     found, cross = {}, {}
@@ -107,8 +107,8 @@ def of_set(x: Pictures, shows: np.ndarray) -> dict:
             continue
         if name in METERS:
             meters = {name: METERS[name]} | RIVALS[name]
-            found[name] = curves(of_pictures(x), fault.apply, fault.strengths, meters)
-        rows = curves(of_pictures(x), fault.apply, (fault.cross,), fits)
+            found[name] = curves(of_images(x), fault.apply, fault.strengths, meters)
+        rows = curves(of_images(x), fault.apply, (fault.cross,), fits)
         cross[name] = {meter: row[0]["paired"] for meter, row in rows.items()}
     groups = of_groups(x, shows)
     meters = {"diversity": lambda g: -_diversity(g)} | {k: lambda g, f=f: -f(g) for k, f in DIVERSITY_RIVALS.items()}
@@ -119,10 +119,10 @@ def of_set(x: Pictures, shows: np.ndarray) -> dict:
             flat = lambda g, s, rng, f=fault: f.apply(g.reshape(-1, *g.shape[2:]), s, rng).reshape(g.shape)  # noqa: E731
             rows = curves(groups, flat, (fault.cross,), {"diversity": meters["diversity"]})
             cross[name]["diversity"] = rows["diversity"][0]["paired"]
-    return {"pictures": len(x), "curves": found, "cross": cross}
+    return {"images": len(x), "curves": found, "cross": cross}
 
 
-def _diversity(groups: Pictures) -> np.ndarray:
+def _diversity(groups: Images) -> np.ndarray:
     import torch
 
     return diversity(torch.from_numpy(groups))
@@ -152,8 +152,8 @@ def tables(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sheet(sets: dict[str, tuple[Pictures, np.ndarray]]) -> Image.Image:
-    """Some pictures with each fault at the strengths of the cross table."""
+def sheet(sets: dict[str, tuple[Images, np.ndarray]]) -> Image.Image:
+    """Some images with each fault at the strengths of the cross table."""
     shown = {"clean": None, **{f"{name} {FAULTS[name].cross:g}": FAULTS[name] for name in METERS}}
     rows = []
     for name, (x, _) in sets.items():
@@ -162,26 +162,22 @@ def sheet(sets: dict[str, tuple[Pictures, np.ndarray]]) -> Image.Image:
             for k, fault in enumerate(shown.values()):
                 y = x1 if fault is None else fault.apply(x1, fault.cross, keyed.generator(k, "artefacts/sheet", i))
                 y = ((y[0].clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
-                picture = Image.fromarray(y.squeeze(-1) if y.shape[2] == 1 else y)
-                scale = max(1, 128 // picture.height)
-                size = (
-                    (128 * picture.width // picture.height, 128)
-                    if scale == 1
-                    else (picture.width * scale, picture.height * scale)
-                )
-                line.append(picture.resize(size, Image.Resampling.BOX if scale == 1 else Image.Resampling.NEAREST))
+                image = Image.fromarray(y.squeeze(-1) if y.shape[2] == 1 else y)
+                scale = max(1, 128 // image.height)
+                size = (128 * image.width // image.height, 128) if scale == 1 else (image.width * scale, image.height * scale)
+                line.append(image.resize(size, Image.Resampling.BOX if scale == 1 else Image.Resampling.NEAREST))
             rows.append((name, line))
     return contact_sheet(rows, list(shown), title="Faults as they are injected", scale=1)
 
 
 def main() -> None:
-    sets = picture_sets()
+    sets = image_sets()
     sheet(sets).save(SHEET, optimize=True)
     results: dict = {"false_alarms": FALSE_ALARMS, "sets": {}}
     for name, chosen in sets.items():
         results["sets"][name] = of_set(*chosen)
         RESULTS.write_text(json.dumps(results) + "\n")
-        print(f"{name}: {len(chosen[0])} pictures", flush=True)
+        print(f"{name}: {len(chosen[0])} images", flush=True)
     before, told = PAGE.read_text().split(START)
     PAGE.write_text(before + START + "\n" + tables(results) + END + told.split(END)[1])
 

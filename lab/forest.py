@@ -23,7 +23,7 @@ class Row(NamedTuple):
 def forest_plot(rows: Sequence[Row], *, title: str, xlabel: str, paper: str | None = None) -> str:
     """An ``<svg>`` string. The axis has a square-root scale on both sides of zero: small effects show beside large ones.
 
-    paper: background colour, for a picture that stands alone; None: the page's own, and text in the page's own colour.
+    paper: background colour, for an image that stands alone; None: the page's own, and text in the page's own colour.
     """
     ink = "currentColor" if paper is None else "#1f2328"
     left = max(len(row.label) for row in rows) * CHARACTER + 14

@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from dedistill.io.atomic import make_folder
 from dedistill.report.pages import render
-from lab.report import PICTURES, forest, models_table, padding_table, trick_table, variance_table, verdicts
+from lab.report import IMAGES, forest, models_table, padding_table, trick_table, variance_table, verdicts
 from lab.tricks import SCORES, TRICKS
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -41,7 +41,7 @@ def write_page(found: dict, folder: Path) -> Path:
             "minutes of one core": round(found["cpu_seconds"] / 60),
         },
         verdicts=verdicts(scores),
-        forests=[(f"Differences of the {SCORES[key].label}", Markup(forest(scores, key))) for key in PICTURES],
+        forests=[(f"Differences of the {SCORES[key].label}", Markup(forest(scores, key))) for key in IMAGES],
         sections=sections,
     )
     page.write_text(html, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""docs/lab.md, its picture and the laboratory's page, from the scores of every seed."""
+"""docs/lab.md, its image and the laboratory's page, from the scores of every seed."""
 
 from pathlib import Path
 
@@ -35,14 +35,14 @@ pixels beyond the range of the data.
 def write_report(found: dict, folder: Path) -> Path:
     """Write ``lab.md`` and ``images/lab.svg`` into ``folder``; returns the former."""
     make_folder(folder / "images")
-    for key, file in PICTURES.items():
+    for key, file in IMAGES.items():
         (folder / "images" / file).write_text(forest(found["scores"], key, paper="#ffffff") + "\n")
     page = folder / "lab.md"
     page.write_text("\n".join(_document(found)))
     return page
 
 
-PICTURES = {"loss": "lab.svg", "frechet_4": "lab_frechet.svg"}
+IMAGES = {"loss": "lab.svg", "frechet_4": "lab_frechet.svg"}
 
 
 def forest(scores: list[dict], key: str, paper: str | None = None) -> str:
@@ -69,7 +69,7 @@ def _document(found: dict) -> list[str]:
         held_out=scale["held_out"],
         prompts=scale["prompts"],
     ).splitlines()
-    for key, file in PICTURES.items():
+    for key, file in IMAGES.items():
         lines += ["", f"![Differences of the {SCORES[key].label}, with intervals](images/{file})"]
     lines += ["", "## Verdicts", ""]
     lines += [*(f"- **{title}.** {text}" for title, text in verdicts(scores)), ""]

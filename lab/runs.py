@@ -200,7 +200,7 @@ def padding(lab: Seed) -> Scores:
     models = {"teacher": teacher_recipe(lab), "student": student_recipe(lab)}
     models |= {name: run_recipe(lab, name) for name in ("base", "mask_off")}
     return {
-        f"{name}, {length} tokens": lab.examiner.pictures(open_finished(recipe), 2, length=length)
+        f"{name}, {length} tokens": lab.examiner.images(open_finished(recipe), 2, length=length)
         for name, recipe in models.items()
         for length in LENGTHS
     }

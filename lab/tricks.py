@@ -139,7 +139,7 @@ class Trick:
     comparisons: tuple[Comparison, ...]
 
 
-PICTURES = ("accuracy_1", "accuracy_2", "frechet_2", "frechet_4", "precision_4", "saturated_4")
+IMAGES = ("accuracy_1", "accuracy_2", "frechet_2", "frechet_4", "precision_4", "saturated_4")
 
 
 def _starts(factor: int) -> Trick:
@@ -185,7 +185,7 @@ TRICKS = (
         "Caption dropout",
         "One caption in ten is replaced by the empty prompt, which guidance starts from.",
         "frechet_4",
-        ("loss", *PICTURES[:3], *PICTURES[4:]),
+        ("loss", *IMAGES[:3], *IMAGES[4:]),
         (
             Comparison("no dropout, against .1,", "dropout_0", "base", main=True),
             Comparison("dropout .2, against .1,", "dropout_20", "base"),
@@ -195,14 +195,14 @@ TRICKS = (
         "Text mask",
         "Padding is invisible to attention, where the student was trained with padding seen.",
         "loss",
-        PICTURES,
+        IMAGES,
         (Comparison("the mask, against none,", "base", "mask_off", main=True),),
     ),
     Trick(
         "Stratified timesteps",
         "One sigma in each of 32 equal shares of a batch, against independent draws.",
         "loss",
-        PICTURES[2:],
+        IMAGES[2:],
         (
             Comparison("stratifying under Beta(2,2), against independent draws,", "base", "beta_independent", main=True),
             Comparison("stratifying under uniform, against independent draws,", "uniform", "uniform_independent", main=True),
@@ -212,7 +212,7 @@ TRICKS = (
         "Density of timesteps",
         "Against uniform, all stratified. The held-out loss weighs all sigmas alike, which favours uniform.",
         "frechet_2",
-        ("loss", "accuracy_1", "accuracy_2", *PICTURES[3:]),
+        ("loss", "accuracy_1", "accuracy_2", *IMAGES[3:]),
         (
             Comparison("Beta(2,2), against uniform,", "base", "uniform", main=True),
             Comparison("logit-normal, against uniform,", "logit_normal", "uniform"),
@@ -223,7 +223,7 @@ TRICKS = (
         "Precision of the frozen base",
         "int8 by rows, as the recipe has it; int4 by rows (rounded before training; there is no int4 storage).",
         "loss",
-        PICTURES,
+        IMAGES,
         (
             Comparison("int8, against fp32,", "base", "unquantized", main=True),
             Comparison("int4, against fp32,", "int4", "unquantized", main=True),
@@ -233,7 +233,7 @@ TRICKS = (
         "Form of the adapter",
         "Each at one rate, untuned: 3e-3; all weights at 1e-3, on fp32 and so against LoKr on fp32. LoRA starts at 0.",
         "loss",
-        PICTURES,
+        IMAGES,
         (
             Comparison("LoKr of factor 2 (105 k), against factor 4 (27 k),", "lokr_2", "base", main=True),
             Comparison("LoKr of factor 8 (9 k), against factor 4,", "lokr_8", "base"),

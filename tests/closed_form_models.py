@@ -15,7 +15,7 @@ from dedistill.models.model import Model
 
 PLANE = Mixture.of([0.4, 0.6], [[-1.0, 0.5], [1.2, -0.3]], [[0.4, 0.7], [0.5, 0.3]], [0, 1])
 ONE = Mixture.of([1.0], [[0.8, -0.5]], [[0.4, 0.4]], [0])
-PICTURE = (1, 1, 2)
+IMAGE = (1, 1, 2)
 
 
 class ClosedForm:
@@ -60,14 +60,14 @@ class ClosedForm:
 def closed_form(mixture: Mixture = PLANE, *, baked: float = 1.0, straight: bool = False, chunk: int = 256) -> Model:
     net = nn.Linear(1, 1, bias=False)
     nn.init.constant_(net.weight, baked)
-    parts = Components(net, SimpleNamespace(unload=lambda: None), PICTURE)
+    parts = Components(net, SimpleNamespace(unload=lambda: None), IMAGE)
     return Model(ClosedForm(mixture, straight), parts, net, text_length=1, chunk=chunk)
 
 
 class ClosedFormData(OneSize):
     """Held-out samples of a mixture; the caption is the label."""
 
-    name, picture = "closed form", PICTURE
+    name, image = "closed form", IMAGE
 
     def __init__(self, mixture: Mixture = PLANE):
         self.mixture = mixture
@@ -75,7 +75,7 @@ class ClosedFormData(OneSize):
     def draw(self, seed, step, positions, batch, *, held_out=False):
         data, labels = self.mixture.draw(seed, batch)
         rows = torch.from_numpy(np.asarray(positions))
-        pixels = data[rows].float().reshape(-1, *PICTURE)
+        pixels = data[rows].float().reshape(-1, *IMAGE)
         return Batch(pixels, [str(int(k)) for k in labels[rows]], [f"closed/{p}" for p in positions])
 
     def prompts(self, seed, count):

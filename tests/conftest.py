@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from picture_files import write_pictures
+from image_files import write_images
 from tiers import LONG
-from tiny_recipes import ADAPTER, PICTURES, TEACHER
+from tiny_recipes import ADAPTER, IMAGES, TEACHER
 
 from dedistill.io import hashing
 
@@ -36,24 +36,24 @@ def tiny_flux(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """Twelve captioned pictures that no test may change."""
-    return write_pictures(tmp_path_factory.mktemp("photos") / "photos", 12)
+    """Twelve captioned images that no test may change."""
+    return write_images(tmp_path_factory.mktemp("photos") / "photos", 12)
 
 
 @pytest.fixture
-def picture_recipe(tmp_path, tiny_flux, photos) -> Path:
+def image_recipe(tmp_path, tiny_flux, photos) -> Path:
     """Recipe file of a tiny FLUX on ``photos``, with a cache of its own in ``tmp_path/cache``."""
-    file = tmp_path / "pictures.toml"
-    file.write_text(PICTURES.format(out=tmp_path, base=tiny_flux, pictures=photos, cache=tmp_path / "cache"))
+    file = tmp_path / "images.toml"
+    file.write_text(IMAGES.format(out=tmp_path, base=tiny_flux, images=photos, cache=tmp_path / "cache"))
     return file
 
 
 @pytest.fixture
-def own(picture_recipe, tmp_path, photos):
-    """The recipe on a copy of the pictures, free to be changed; returns (recipe file, folder)."""
+def own(image_recipe, tmp_path, photos):
+    """The recipe on a copy of the images, free to be changed; returns (recipe file, folder)."""
     folder = shutil.copytree(photos, tmp_path / "photos")
-    picture_recipe.write_text(picture_recipe.read_text().replace(str(photos), str(folder)))
-    return picture_recipe, folder
+    image_recipe.write_text(image_recipe.read_text().replace(str(photos), str(folder)))
+    return image_recipe, folder
 
 
 @pytest.fixture(scope="session")

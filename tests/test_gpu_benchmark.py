@@ -20,7 +20,7 @@ from dedistill.models.conditioning import Conditioning
 from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import Int8Linear, linear_names, prepare_base
 
-PICTURE, TEXT, BATCH = 32, 5, 2
+IMAGE, TEXT, BATCH = 32, 5, 2
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def root_on_path(monkeypatch, request):
 
 
 def network():
-    """Two double and three single blocks with 32 picture tokens."""
+    """Two double and three single blocks with 32 image tokens."""
     sizes = {"layers": 2, "single_layers": 3, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
     new = SimpleNamespace(channels=1, height=16, width=32, patch=4, text_dim=16, pooled_dim=16, **sizes)
     return PixelFlux().build(new)
@@ -54,7 +54,7 @@ def test_forward_is_exactly_what_torch_counts():
     from benchmarks.flops import Tokens, forward_flops
 
     parts = network()
-    assert counted(parts, parts.net, backward=False) == BATCH * sum(forward_flops(parts.net, Tokens(PICTURE, TEXT)))
+    assert counted(parts, parts.net, backward=False) == BATCH * sum(forward_flops(parts.net, Tokens(IMAGE, TEXT)))
 
 
 @pytest.mark.parametrize("quant", ["none", "int8"])
@@ -66,7 +66,7 @@ def test_training_step_on_a_frozen_base_is_2_l_and_3_a(quant):
     prepare_base(parts.net, quant, [], "cpu")
     embedder = parts.net.time_text_embed.timestep_embedder
     sigma = 2 * (embedder.linear_1.weight.numel() + embedder.linear_2.weight.numel())
-    assert counted(parts, parts.net, backward=True) == BATCH * (model_flops(parts.net, Tokens(PICTURE, TEXT)) - sigma)
+    assert counted(parts, parts.net, backward=True) == BATCH * (model_flops(parts.net, Tokens(IMAGE, TEXT)) - sigma)
 
 
 FORMS = [
@@ -90,7 +90,7 @@ def test_an_adapter_adds_its_factors_three_times(kind, target):
     targets = resolve_targets(table, dense_shapes(parts.net, linear_names(parts.net)), presets)
     adapter = Adapter(parts.net, kind, targets)
     added = counted(parts, adapter, backward=True) - before
-    assert added == BATCH * adapter_flops(targets, kind, Tokens(PICTURE, TEXT))
+    assert added == BATCH * adapter_flops(targets, kind, Tokens(IMAGE, TEXT))
 
 
 @pytest.mark.parametrize(("pixels", "linears", "attention", "model"), [(512, 14.3, 0.85, 31.1), (1024, 53.9, 12.2, 144.5)])

@@ -113,8 +113,8 @@ def test_documents_are_those_of_the_committed_figures(tmp_path):
     assert with_main_table(page, found["scores"]) == page
     text = write_report(found, tmp_path).read_text()
     assert text == (ROOT / "docs" / "lab.md").read_text()
-    for picture in ("lab.svg", "lab_frechet.svg"):
-        assert (tmp_path / "images" / picture).read_text() == (ROOT / "docs" / "images" / picture).read_text()
+    for image in ("lab.svg", "lab_frechet.svg"):
+        assert (tmp_path / "images" / image).read_text() == (ROOT / "docs" / "images" / image).read_text()
 
 
 def test_every_trick_has_a_verdict():

@@ -46,14 +46,14 @@ def blocks(language: str, text: str = SECTION) -> list[str]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A user's directory: a model, pictures."""
+    """A user's directory: a model, images."""
     folder = tmp_path_factory.mktemp("home")
     write_tiny_flux(folder / "models/FLUX.1-schnell")
-    (folder / "data/pictures").mkdir(parents=True)
+    (folder / "data/images").mkdir(parents=True)
     for name, pixels in zip(("china", "flower"), load_sample_images().images):
         for i in range(2):
-            Image.fromarray(pixels).resize((1100 + 96 * i, 800)).save(folder / f"data/pictures/{name}{i}.jpg")
-            (folder / f"data/pictures/{name}{i}.txt").write_text(f"a {name}\na long caption " + "with many words " * 8)
+            Image.fromarray(pixels).resize((1100 + 96 * i, 800)).save(folder / f"data/images/{name}{i}.jpg")
+            (folder / f"data/images/{name}{i}.txt").write_text(f"a {name}\na long caption " + "with many words " * 8)
     text = blocks("toml")[0]
     tables = {t.strip("[]") for t in re.findall(r"^\[\w+\]$", text, flags=re.M)}
     assert not tables & {t.strip("[]") for t in re.findall(r"^\[\w+\]$", SMALL, flags=re.M)}
@@ -96,8 +96,8 @@ def test_the_whole_section(home, monkeypatch, capsys):
         assert large in code
         code = code.replace(large, little)
     exec(code, {})
-    with Image.open("fox.png") as picture:
-        assert picture.size == (64, 64)
+    with Image.open("fox.png") as image:
+        assert image.size == (64, 64)
     os.remove("fox.png")
     judge(home, capsys)
 

@@ -77,9 +77,9 @@ every = 2
 every = 2
 """
 
-PICTURES = """
+IMAGES = """
 [run]
-name = "tiny-pictures"
+name = "tiny-images"
 out = "{out}/run"
 [model]
 family = "flux"
@@ -95,7 +95,7 @@ source = "pictures"
 cache = "{cache}"
 resolutions = [64]
 [[data.sets]]
-path = "{pictures}"
+path = "{images}"
 [train]
 steps = 2
 batch = 4

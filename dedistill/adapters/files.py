@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file and its header, without the seal of a sealed one, which is checked.
+    """All tensors of a safetensors file and its header, without the checksum of a checksummed one, which is checked.
 
-    Raises UserError naming the file when it is unreadable, or when a sealed one has changed since it was written.
+    Raises UserError naming the file when it is unreadable, or when a checksummed one has changed since it was written.
     """
     try:
         with safe_open(path, framework="pt") as f:

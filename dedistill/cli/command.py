@@ -30,7 +30,7 @@ def quiet_dependencies() -> None:
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 
 
-class Lasting:
+class BrokenPipeTolerant:
     """A text stream whose reader may go away, or whose disk may fill: what cannot be written is lost, and nothing else is."""
 
     def __init__(self, stream: TextIO):
@@ -52,7 +52,7 @@ class Lasting:
 @contextmanager
 def lasting_output() -> Iterator[None]:
     """What is said on the terminal never ends what is done meanwhile."""
-    with redirect_stdout(Lasting(sys.stdout)), redirect_stderr(Lasting(sys.stderr)):
+    with redirect_stdout(BrokenPipeTolerant(sys.stdout)), redirect_stderr(BrokenPipeTolerant(sys.stderr)):
         yield
 
 
@@ -205,16 +205,14 @@ def of_candidates(name: str, doc: str, folder: str) -> argparse.ArgumentParser:
 
 
 def of_sweep(name: str, doc: str, folder: str, cfgs: list[float]) -> argparse.ArgumentParser:
-    """``of_candidates`` for commands that make pictures; ``evaluation.candidates.sweep_grid`` and ``clip_judge`` read it."""
+    """``of_candidates`` for commands that make images; ``evaluation.candidates.sweep_grid`` and ``clip_judge`` read it."""
     parser = of_candidates(name, doc, folder)
     parser.add_argument("--cfg", type=finite, nargs="+", default=cfgs, help="guidance scales")
     parser.add_argument("--skip", type=whole, nargs="+", default=[0], help="first steps without guidance")
     parser.add_argument("--steps", type=positive, nargs="+", default=[], help="Euler steps; default each recipe's sample.steps")
     parser.add_argument("--seeds", type=whole, nargs="+", default=[0], help="seeds of the starting noise")
-    parser.add_argument(
-        "--clip", type=path, metavar="FOLDER", help="CLIPModel of transformers that scores pictures and prompts"
-    )
-    parser.add_argument("--real", type=path, metavar="FOLDER", help="real pictures to compare with in CLIP's space")
+    parser.add_argument("--clip", type=path, metavar="FOLDER", help="CLIPModel of transformers that scores images and prompts")
+    parser.add_argument("--real", type=path, metavar="FOLDER", help="real images to compare with in CLIP's space")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""After a run: how distilled it still is, which weights to take, and at which CFG, skip and steps; with intervals and pictures.
+"""After a run: how distilled it still is, which weights to take, and at which CFG, skip and steps; with intervals and images.
 
 dedistill evaluate dedistill:digits/dedistill
 dedistill evaluate dedistill:digits/dedistill --cfg 1 1.5 2 3 --steps 8 16 --prompts 128
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from dedistill.evaluation.candidates import clip_judge, compared, sweep_grid
-    from dedistill.evaluation.distillation import Questions
+    from dedistill.evaluation.distillation import EvalSettings
     from dedistill.evaluation.evaluate import evaluate
     from dedistill.report.console import say
     from dedistill.report.evaluation import write_evaluation
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if not any(c.average for c in asked.candidates):
         print("no averages among the candidates; dedistill posthoc RUN makes them", file=sys.stderr)
     grid, clip = sweep_grid(args, asked.prompts), clip_judge(args)
-    questions = Questions(
+    questions = EvalSettings(
         recipe=asked.data,
         source=asked.held_out(),
         prompts=list(asked.prompts),

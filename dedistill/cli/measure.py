@@ -25,12 +25,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from dedistill.evaluation.candidates import compared
-    from dedistill.evaluation.distillation import Questions, measure
+    from dedistill.evaluation.distillation import EvalSettings, measure
     from dedistill.report.console import say
     from dedistill.report.distillation import write_distillation_page
 
     asked = compared(args, "distillation", say)
-    questions = Questions(
+    questions = EvalSettings(
         recipe=asked.data,
         source=asked.held_out(),
         prompts=list(asked.prompts),

@@ -22,11 +22,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from dedistill.recipe import load_recipe
-    from dedistill.release.merge import REPORT, Kept, merge_adapter
+    from dedistill.release.merge import REPORT, RoundingStats, merge_adapter
 
     recipe = load_recipe(args.recipe, args.set)
 
-    def row(name: str, kept: Kept) -> None:
+    def row(name: str, kept: RoundingStats) -> None:
         print(f"{name:60}{''.join(f'{value:9.4f}' for value in kept.facts().values())}", flush=True)
 
     print(f"{'layer':60}{'lost':>9}{'error':>9}{'zeros':>9}")

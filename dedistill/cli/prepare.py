@@ -35,10 +35,10 @@ def check(recipe: Recipe) -> int:
 
 def encode(recipe: Recipe) -> int:
     """Encode what the cache lacks, shared among the processes of a launcher."""
-    from dedistill.runs.requests import Requests
+    from dedistill.runs.requests import StopRequests
     from dedistill.training.watchdog import Watchdog
 
-    with Requests(), Watchdog(recipe.run.stuck_after, Path(recipe.data.cache or recipe.run.out)):
+    with StopRequests(), Watchdog(recipe.run.stuck_after, Path(recipe.data.cache or recipe.run.out)):
         return _encode(recipe)
 
 
@@ -54,5 +54,5 @@ def _encode(recipe: Recipe) -> int:
     facts = open_data(recipe, accelerator.device, say, world).facts
     if world.main:
         say(", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in facts.items()))
-    world.leave()
+    world.shutdown()
     return 0

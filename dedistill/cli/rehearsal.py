@@ -1,7 +1,7 @@
 """What ``dedistill rehearse`` does: a recipe's whole pipeline in about a minute, on a tiny random model of the same classes.
 
 What the user brought is real: the recipe, its layer names at full size, the data. What is made small are the weights,
-the pictures' resolution and the number of steps. Whatever would fail after days should fail here.
+the images' resolution and the number of steps. Whatever would fail after days should fail here.
 """
 
 import io
@@ -39,7 +39,7 @@ from dedistill.report.sweep import write_sweep_page
 from dedistill.runs.checkpoint import list_checkpoints
 from dedistill.runs.model import last_weights
 
-PICTURES = 8
+IMAGES = 8
 """Of each set of the user's data."""
 STEPS = 4
 SMALL = 64
@@ -72,10 +72,10 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
         say("  " + _check_full_size(recipe, family))
     if recipe.data.source == "pictures":
         recipe, whose = _with_samples(recipe, out, say)
-        with stage(f"{whose} pictures and captions"):
-            real = _copy(recipe, data={"cache": str(out / "cache"), "limit": PICTURES})
-            pictures = look(real, lambda line: say(f"  {line}"))[2]
-            say(f"  {len(pictures)} pictures looked at, {sum(len(p.crops) for p in pictures)} crops")
+        with stage(f"{whose} images and captions"):
+            real = _copy(recipe, data={"cache": str(out / "cache"), "limit": IMAGES})
+            images = look(real, lambda line: say(f"  {line}"))[2]
+            say(f"  {len(images)} images looked at, {sum(len(p.crops) for p in images)} crops")
             shutil.rmtree(out / "cache", ignore_errors=True)
             _check_captions(recipe)
     with stage("a tiny model of the same classes"):
@@ -157,11 +157,11 @@ def _check_reachable(recipe: Recipe) -> None:
 
 
 def _check_captions(recipe: Recipe) -> None:
-    """Of all pictures, not only of those looked at."""
+    """Of all images, not only of those looked at."""
     missing = without_captions(recipe)
     if missing and recipe.data.missing_captions == "error":
         raise UserError(
-            f"{recipe.where('data.sets')}: {len(missing):,} pictures have no caption, e.g. {missing[0]}; write them, "
+            f"{recipe.where('data.sets')}: {len(missing):,} images have no caption, e.g. {missing[0]}; write them, "
             "or set data.missing_captions"
         )
 
@@ -192,13 +192,13 @@ def _check_full_size(recipe: Recipe, family: Family) -> str:
 
 
 def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
-    """The same recipe on a tiny model, a few steps, small pictures."""
+    """The same recipe on a tiny model, a few steps, small images."""
     model: dict[str, str | None] = {}
     if recipe.model.new is None:
-        picture = None if recipe.data.source == "pictures" else open_source(recipe.data).picture
+        image = None if recipe.data.source == "pictures" else open_source(recipe.data).image
         # blocks that the recipe names one by one must be there
         numbered = recipe.adapter is not None and any(re.search(r"\d", t.pattern or "") for t in recipe.adapter.targets)
-        family.write_tiny(recipe.model, out / "model", picture, full_depth=numbered)
+        family.write_tiny(recipe.model, out / "model", image, full_depth=numbered)
         model = {"path": str(out / "model"), "revision": None, "components": None}
     every = {"every": STEPS // 2}
     train = {"steps": STEPS, "batch": 4, "micro_batch": 2, "warmup": min(recipe.train.warmup, 1)}
@@ -219,7 +219,7 @@ def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
         changes["data"] = {
             "cache": str(out / "cache"),
             "resolutions": [SMALL + 16 * i for i in range(count)],
-            "limit": PICTURES,
+            "limit": IMAGES,
         }
     return _copy(recipe, **changes)
 

@@ -1,6 +1,6 @@
 """What is in a data set: counts, sizes, caption lengths, near-duplicates and what cannot be used, with a page to look at.
 
-dedistill scan photos/                                     # a folder of pictures with .txt, .caption or .json
+dedistill scan photos/                                     # a folder of images with .txt, .caption or .json
 dedistill scan shards/ list.parquet --out scan --tokenizer FLUX.1-schnell/tokenizer_2
 """
 
@@ -15,14 +15,12 @@ SPLIT = {"auto": None, "true": True, "false": False}
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("scan", __doc__)
-    parser.add_argument(
-        "paths", type=place, nargs="+", metavar="PATH", help="folder of pictures, folder of .tar shards, or list"
-    )
+    parser.add_argument("paths", type=place, nargs="+", metavar="PATH", help="folder of images, folder of .tar shards, or list")
     parser.add_argument("--out", type=path, help="folder for the page, scan.json and the index; default none is written")
     parser.add_argument("--tokenizer", type=path, help="folder of a tokenizer: caption lengths in tokens, not words")
     parser.add_argument("--resolutions", type=positive, nargs="+", default=[512, 1024], help="resolutions of the buckets")
     parser.add_argument("--fields", nargs="+", default=[], help="keys or columns that hold captions; default the usual names")
-    parser.add_argument("--file-column", default="file_name", help="column of a list that names the picture")
+    parser.add_argument("--file-column", default="file_name", help="column of a list that names the image")
     parser.add_argument("--split-lines", choices=SPLIT, default="auto", help="whether each line of a text is a caption")
     args = parser.parse_args(argv)
     return guarded(lambda: run(args), debug=args.debug)
@@ -48,12 +46,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _sources(args: argparse.Namespace) -> list:
     """One source per path, numbered where two would have the same name."""
-    from dedistill.data.images.types import PictureSet
+    from dedistill.data.images.types import ImageSet
 
     options = {"fields": tuple(args.fields), "split_lines": SPLIT[args.split_lines], "file_column": args.file_column}
-    sources = [PictureSet(path, missing_captions="quarantine", **options) for path in args.paths]
+    sources = [ImageSet(path, missing_captions="quarantine", **options) for path in args.paths]
     titles = Counter(source.title for source in sources)
     return [
-        PictureSet(s.path, f"{s.title}-{i}" if titles[s.title] > 1 else "", missing_captions="quarantine", **options)
+        ImageSet(s.path, f"{s.title}-{i}" if titles[s.title] > 1 else "", missing_captions="quarantine", **options)
         for i, s in enumerate(sources, 1)
     ]

@@ -1,4 +1,4 @@
-"""Pictures and numbers of trained models over CFG scales, as one page that opens from the file system.
+"""Images and numbers of trained models over CFG scales, as one page that opens from the file system.
 
 dedistill sweep dedistill:digits/dedistill                      # base, last snapshot, post-hoc averages
 dedistill sweep dedistill:digits/teacher dedistill:digits/dedistill --candidates last

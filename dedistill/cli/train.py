@@ -17,7 +17,7 @@ from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.resolve import Plan, make_plan
 
 if TYPE_CHECKING:
-    from dedistill.runs.requests import Requests
+    from dedistill.runs.requests import StopRequests
     from dedistill.training.trainer import Trainer
 
 PLAN = """Print every number of a run that is decided before it starts; needs no GPU.
@@ -90,16 +90,16 @@ def _rehearse(recipe: Recipe) -> int:
 def train(recipe: Recipe, argv: list[str]) -> int:
     """Train ``recipe`` to its end or to a stop request; returns the exit code."""
     from dedistill.distributed.launcher import resume_command
-    from dedistill.runs.requests import Requests
+    from dedistill.runs.requests import StopRequests
     from dedistill.training.watchdog import Watchdog
 
     again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
     # before libraries are loaded, which takes seconds
-    with Requests() as stop, Watchdog(recipe.run.stuck_after, Path(recipe.run.out)):
+    with StopRequests() as stop, Watchdog(recipe.run.stuck_after, Path(recipe.run.out)):
         return _train(recipe, again, stop)
 
 
-def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
+def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     import torch
 
     from dedistill.data.encode import open_data
@@ -129,7 +129,7 @@ def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
         data = open_data(recipe, accelerator.device, say, world)
         model = build_model(recipe, "cpu" if engine.cuts_on_cpu else accelerator.device)
         model.known |= data.known
-        _check_pictures(recipe, data.source.picture, model.parts.picture)
+        _check_images(recipe, data.source.image, model.parts.sample_shape)
         base = sample_sha256(model.parts.net)
         world.same({"hash of the data": data.digest, "hash of a sample of the base": base})
         engine.place(model, accelerator.device)
@@ -141,14 +141,14 @@ def _train(recipe: Recipe, again: str, stop: "Requests") -> int:
             _announce(trainer, data.facts, notes)
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
         rows = trainer.fit(stop, trackers)
-        with world.relying():
+        with world.translate_dist_errors():
             for _ in progress(rows, trainer.state.step, plan) if world.main else rows:
                 pass
             exported = trainer.keeper.export() if trainer.state.step == plan.steps else None
         trackers.close()
         if world.main:
             _conclude(trainer, plan, again, exported)
-        world.leave()
+        world.shutdown()
     finished = trainer.state.step == plan.steps and not trainer.state.unfinished
     return 0 if finished or trainer.stopping == BY_FILE else RUN_AGAIN
 
@@ -176,10 +176,10 @@ def _conclude(trainer: "Trainer", plan: Plan, again: str, exported: "Path | None
     print(f"done: {plan.steps:,} steps; results in {where}", file=sys.stderr)
 
 
-def _check_pictures(recipe: Recipe, data: tuple[int, ...] | None, network: tuple[int, ...]) -> None:
+def _check_images(recipe: Recipe, data: tuple[int, ...] | None, network: tuple[int, ...]) -> None:
     if data is not None and tuple(data) != tuple(network):
         raise UserError(
-            f"{recipe.where('data.source')}: pictures are {data[0]} x {data[1]} x {data[2]} (channels, height, width), "
+            f"{recipe.where('data.source')}: images are {data[0]} x {data[1]} x {data[2]} (channels, height, width), "
             f"the network takes {network[0]} x {network[1]} x {network[2]}",
             exit_code=2,
         )

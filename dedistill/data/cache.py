@@ -1,4 +1,4 @@
-"""Encoded pictures and captions on disk: tensors of any length under content keys, in shards that are whole or absent.
+"""Encoded images and captions on disk: tensors of any length under content keys, in shards that are whole or absent.
 
 A store is a folder of safetensors shards, each named by its own hash, and ``inputs.json``, which says what the
 entries depend on beside their key. Nothing is ever changed in place, so a killed preparation goes on where it was.
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dedistill.distributed.heartbeat import pulse
+from dedistill.distributed.heartbeat import heartbeat
 from dedistill.errors import UserError
 from dedistill.io.atomic import TEMPORARY, make_folder, refused, replace_file, replace_json
 from dedistill.io.hashing import file_sha256
@@ -124,7 +124,7 @@ def _open_whole(shard: Path) -> tuple[dict[str, list[str]], safe_open]:
         found = file_sha256(shard)
     except OSError as e:
         raise UserError(f"data.cache: shard '{shard}' cannot be read: {e}; start again to encode what it held") from e
-    pulse.beat()  # a batch may be the first to open many shards, and training waits for it
+    heartbeat.beat()  # a batch may be the first to open many shards, and training waits for it
     if found[:NAME_LENGTH] != shard.stem:
         raise UserError(f"data.cache: shard '{shard}' is damaged (its SHA-256 is not its name); {AGAIN}")
     return _open_shard(shard)
@@ -168,7 +168,7 @@ def sole_writer(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
             if not told:
                 say(f"another process is encoding into '{cache}'; waiting until it is done")
             told = True
-            pulse.beat("waiting for another run")
+            heartbeat.beat("waiting for another run")
             time.sleep(0.5)
         try:
             for unfinished in cache.glob("*/*.tmp-*"):

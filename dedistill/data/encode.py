@@ -14,14 +14,14 @@ from torch import Tensor
 
 from dedistill.data.cache import Store, sole_writer
 from dedistill.data.digits import idx_files, load_digits, load_mnist
-from dedistill.data.encoded import EncodedPictures, Picture, latent_key, read_text, text_key
+from dedistill.data.encoded import CroppedImage, EncodedImages, latent_key, read_text, text_key
 from dedistill.data.images.buckets import Crop, apply_crop, crops_of, too_small
 from dedistill.data.images.index import READERS, Index, Sample, build_index
-from dedistill.data.images.listing import PictureSet, pictures_of
+from dedistill.data.images.listing import ImageSet, images_of
 from dedistill.data.order import caption_warnings
 from dedistill.data.pairs import FACTS, PairSource
 from dedistill.data.source import Source
-from dedistill.distributed.heartbeat import pulse
+from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import World
 from dedistill.errors import UserError, enough_memory
 from dedistill.flow import keyed
@@ -50,7 +50,7 @@ def open_source(data: Data) -> Source:
 
 def data_files(data: Data) -> list[Path]:
     """The files whose bytes decide what ``data`` draws; pairs.json holds the hash of every shard. Empty for packages."""
-    if data.path is None:  # pictures are bound by what the index says of them
+    if data.path is None:  # images are bound by what the index says of them
         return []
     return [Path(data.path) / FACTS] if data.source == "pairs" else idx_files(Path(data.path))
 
@@ -58,7 +58,7 @@ def data_files(data: Data) -> list[Path]:
 # --- what is encoded once, before training ---------------------------------------------------------------------------
 
 
-PICTURES_PER_SHARD = 32
+IMAGES_PER_SHARD = 32
 CAPTIONS_PER_SHARD = 256
 SPLIT_LINES = {"auto": None, "always": True, "never": False}
 
@@ -67,17 +67,17 @@ Say = Callable[[str], None]
 
 @dataclass
 class Prepared:
-    """A source to train on, and captions by which the model is asked for pictures, encoded where they can be."""
+    """A source to train on, and captions by which the model is asked for images, encoded where they can be."""
 
     source: Source
     known: dict[str, Conditioning] = field(default_factory=dict)
     facts: dict = field(default_factory=dict)
     digest: str | None = None
-    """Hash of pictures and captions; None for sources whose files are hashed instead."""
+    """Hash of images and captions; None for sources whose files are hashed instead."""
 
 
 def open_data(recipe: Recipe, device: torch.device | str, say: Say, world: World | None = None) -> Prepared:
-    """The data that ``recipe`` trains on. Pictures of the user's own are encoded first, as far as they are not yet.
+    """The data that ``recipe`` trains on. Images of the user's own are encoded first, as far as they are not yet.
 
     The processes of ``world`` share that work; all must come here.
     """
@@ -105,24 +105,24 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
     say = say if world.main else _silence
     for rank in range(2):  # rank 0 looks first, and leaves the others an index to read
         if min(world.rank, 1) == rank:
-            cache, index, pictures = look(recipe, say)
+            cache, index, images = look(recipe, say)
             latents, texts = open_stores(recipe, family, parts, cache)
         world.wait()
     asked = _asked(recipe)
-    captions = list(dict.fromkeys([*asked, *(c for p in pictures for c in p.sample.captions)]))
-    if any(world.gather(bool(_missing_captions(captions, texts) or _missing_pictures(pictures, latents)))):
+    captions = list(dict.fromkeys([*asked, *(c for p in images for c in p.sample.captions)]))
+    if any(world.gather(bool(_missing_captions(captions, texts) or _missing_images(images, latents)))):
         with sole_writer(cache, say) if world.main else nullcontext():
             world.wait()
             latents, texts = open_stores(recipe, family, parts, cache)  # another run may have written meanwhile
             mine = slice(world.rank, None, world.size)
-            captions_left, pictures_left = _missing_captions(captions, texts)[mine], _missing_pictures(pictures, latents)[mine]
+            captions_left, images_left = _missing_captions(captions, texts)[mine], _missing_images(images, latents)[mine]
             world.wait()
             length = _length(recipe, family)
             cut = sum(world.gather(_encode_captions(captions_left, texts, family, parts, length, say)))
             if cut:
                 say(f"{cut:,} captions are longer than {length} tokens and were cut")
             parts.text.unload()
-            _encode_pictures(pictures_left, index, latents, family, parts, say)
+            _encode_images(images_left, index, latents, family, parts, say)
             if parts.vae:
                 parts.vae.unload()
             world.wait()
@@ -130,12 +130,10 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
     known = {caption: read_text(texts, caption, parts.text.widths) for caption in asked}
     weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, parts)
     held_out, widths = filled(recipe.data.held_out, "data.held_out"), parts.text.widths
-    source = EncodedPictures(
-        pictures, weights, latents, texts, held_out=held_out, latent_shape=latent_shape, text_widths=widths
-    )
+    source = EncodedImages(images, weights, latents, texts, held_out=held_out, latent_shape=latent_shape, text_widths=widths)
     facts = {
-        "pictures": len(pictures),
-        "crops": sum(len(p.crops) for p in pictures),
+        "images": len(images),
+        "crops": sum(len(p.crops) for p in images),
         "captions": len(captions),
         "quarantined": len(index.quarantined),
         "cache_bytes": latents.bytes() + texts.bytes(),
@@ -148,7 +146,7 @@ def _silence(line: str) -> None:
 
 
 def _asked(recipe: Recipe) -> list[str]:
-    """Captions beside those of pictures: the empty one, of dropout and guidance, and what previews are made with."""
+    """Captions beside those of images: the empty one, of dropout and guidance, and what previews are made with."""
     return ["", recipe.sample.negative, *recipe.preview.prompts]
 
 
@@ -162,11 +160,11 @@ def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
     """What is wrong with the cache of ``recipe``: one line per problem, nothing is encoded. Reads every shard."""
     check_cached(recipe)
     family, parts = _encoders(recipe)
-    cache, _, pictures = look(recipe, say)
+    cache, _, images = look(recipe, say)
     latents, texts = open_stores(recipe, family, parts, cache)
     problems = [f"'{shard}' is damaged: delete it, it is encoded again" for s in (latents, texts) for shard in s.damaged()]
-    wanted = {latent_key(p.sample, crop) for p in pictures for crop in p.crops}
-    captions = {text_key(c) for c in [*_asked(recipe), *(c for p in pictures for c in p.sample.captions)]}
+    wanted = {latent_key(p.sample, crop) for p in images for crop in p.crops}
+    captions = {text_key(c) for c in [*_asked(recipe), *(c for p in images for c in p.sample.captions)]}
     for store, keys, what in ((latents, wanted, "crops"), (texts, captions, "captions")):
         missing = sum(key not in store for key in keys)
         unused = len(store) - len(keys) + missing
@@ -208,11 +206,11 @@ def _length(recipe: Recipe, family: Family) -> int:
     return text_length(family, filled(recipe.model.text_length, "model.text_length"), recipe.where("model.text_length"))
 
 
-def picture_sets(recipe: Recipe) -> list[PictureSet]:
+def image_sets(recipe: Recipe) -> list[ImageSet]:
     """The recipe's [[data.sets]] with the settings they share."""
     data = recipe.data
     return [
-        PictureSet(
+        ImageSet(
             s.path,
             name=s.name or "",
             fields=tuple(s.captions or ()),
@@ -224,24 +222,24 @@ def picture_sets(recipe: Recipe) -> list[PictureSet]:
 
 
 def without_captions(recipe: Recipe) -> list[str]:
-    """Names of pictures that have no caption of any kind, in all sets; lists files and reads none of them."""
-    everything = (found for s in picture_sets(recipe) for found in pictures_of(s, lambda *stamp: None))
+    """Names of images that have no caption of any kind, in all sets; lists files and reads none of them."""
+    everything = (found for s in image_sets(recipe) for found in images_of(s, lambda *stamp: None))
     return [found.name for found in everything if not found.problem and not found.captions and not found.sidecars]
 
 
-def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[Picture]]:
-    """The cache's folder, the index of all sets, and the pictures that crops can be made of."""
+def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[CroppedImage]]:
+    """The cache's folder, the index of all sets, and the images that crops can be made of."""
     data, cache = recipe.data, Path(filled(recipe.data.cache, "data.cache"))
     claim(cache, "cache", "data.cache")
-    index = build_index(picture_sets(recipe), file=cache / "index.jsonl", say=say, limit=data.limit)
+    index = build_index(image_sets(recipe), file=cache / "index.jsonl", say=say, limit=data.limit)
     resolutions, most = filled(data.resolutions, "data.resolutions"), filled(data.max_upscale, "data.max_upscale")
     modes, each = filled(data.crops, "data.crops"), filled(data.crops_per_picture, "data.crops_per_picture")
-    pictures, small = [], []
+    images, small = [], []
     for sample in index.samples:
         # a fixed seed: runs with other seeds share what is encoded
-        crops = crops_of(sample, modes=modes, per_picture=each, seed=0, resolutions=resolutions, max_upscale=most)
+        crops = crops_of(sample, modes=modes, per_image=each, seed=0, resolutions=resolutions, max_upscale=most)
         if crops:
-            pictures.append(Picture(sample, tuple(crops)))
+            images.append(CroppedImage(sample, tuple(crops)))
         else:
             small.append((sample.name, too_small(sample, resolutions=resolutions, max_upscale=most)))
     index.quarantined += small
@@ -250,10 +248,10 @@ def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[Picture]]:
     if len(index.quarantined) > 5:
         say(f"left out: {len(index.quarantined) - 5:,} more (all in '{_write_quarantine(cache, index)}')")
     if warnings := caption_warnings(index.samples):
-        say(f"{len(warnings):,} pictures with several captions lack a short or a long one, e.g. {': '.join(warnings[0])}")
-    if not pictures:
-        raise UserError(f"{recipe.where('data.sets')}: no usable picture; e.g. {': '.join(index.quarantined[0])}")
-    return cache, index, pictures
+        say(f"{len(warnings):,} images with several captions lack a short or a long one, e.g. {': '.join(warnings[0])}")
+    if not images:
+        raise UserError(f"{recipe.where('data.sets')}: no usable image; e.g. {': '.join(index.quarantined[0])}")
+    return cache, index, images
 
 
 def _write_quarantine(cache: Path, index: Index) -> Path:
@@ -267,15 +265,15 @@ def _missing_captions(captions: list[str], store: Store) -> list[str]:
     return [c for c in captions if text_key(c) not in store]
 
 
-def _missing_pictures(pictures: list[Picture], store: Store) -> list[Picture]:
-    return [p for p in pictures if any(latent_key(p.sample, crop) not in store for crop in p.crops)]
+def _missing_images(images: list[CroppedImage], store: Store) -> list[CroppedImage]:
+    return [p for p in images if any(latent_key(p.sample, crop) not in store for crop in p.crops)]
 
 
 def _encode_captions(captions: list[str], store: Store, family: Family, parts: Components, length: int, say: Say) -> int:
     """Returns how many ``captions`` are longer than ``length`` tokens, and so were cut."""
     cut = 0
     for chunk in _told(captions, CAPTIONS_PER_SHARD, "captions", say):
-        pulse.beat("encoding captions", patient=True)
+        heartbeat.beat("encoding captions", patient=True)
         cut += sum(tokens > length for tokens in parts.text.tokens(chunk))
         text = family.encode_text(parts, chunk, length)
         store.write({text_key(c): _stored(text.index_select(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)})
@@ -288,25 +286,25 @@ def _stored(text: Conditioning, mask: str) -> dict[str, Tensor]:
     return {name: tensor[0].cpu() for name, tensor in text.tensors().items()}
 
 
-def _encode_pictures(pictures: list[Picture], index: Index, store: Store, family: Family, parts: Components, say: Say) -> None:
+def _encode_images(images: list[CroppedImage], index: Index, store: Store, family: Family, parts: Components, say: Say) -> None:
     place = {id(sample): i for i, sample in enumerate(index.samples)}
 
-    def pixels(picture: Picture) -> list[np.ndarray]:
-        with enough_memory(f"decoding '{picture.sample.name}'"):
-            image = index.picture(place[id(picture.sample)])
-            return [apply_crop(image, crop) for crop in picture.crops]
+    def pixels(image: CroppedImage) -> list[np.ndarray]:
+        with enough_memory(f"decoding '{image.sample.name}'"):
+            whole = index.image(place[id(image.sample)])
+            return [apply_crop(whole, crop) for crop in image.crops]
 
     with ThreadPoolExecutor(READERS) as pool:  # decoding and resizing take as long as encoding does
-        for chunk in _told(pictures, PICTURES_PER_SHARD, "pictures", say):
+        for chunk in _told(images, IMAGES_PER_SHARD, "images", say):
             entries: dict[str, dict[str, Tensor]] = {}
-            pulse.beat("decoding pictures")
-            for picture, crops in zip(chunk, pool.map(pixels, chunk)):
-                pulse.beat("encoding pictures", patient=True)
+            heartbeat.beat("decoding images")
+            for image, crops in zip(chunk, pool.map(pixels, chunk)):
+                heartbeat.beat("encoding images", patient=True)
                 entries |= {
-                    latent_key(picture.sample, crop): {"latent": _latent(picture.sample, crop, array, family, parts)}
-                    for crop, array in zip(picture.crops, crops)
+                    latent_key(image.sample, crop): {"latent": _latent(image.sample, crop, array, family, parts)}
+                    for crop, array in zip(image.crops, crops)
                 }
-                pulse.beat("decoding pictures")
+                heartbeat.beat("decoding images")
             store.write(entries)
 
 
@@ -315,9 +313,9 @@ def _latent(sample: Sample, crop: Crop, pixels: np.ndarray, family: Family, part
     x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
     shape = family.latent_shape(parts, crop.height, crop.width)
     noise = keyed.noise(0, f"vae/{latent_key(sample, crop)}", 0, [0], shape)
-    latent = family.encode_pictures(parts, x, noise)[0].to("cpu", torch.float16)
+    latent = family.encode_images(parts, x, noise)[0].to("cpu", torch.float16)
     if not latent.isfinite().all():
-        raise UserError(f"data: the latents of '{sample.name}' are not finite; leave this picture out")
+        raise UserError(f"data: the latents of '{sample.name}' are not finite; leave this image out")
     return latent
 
 

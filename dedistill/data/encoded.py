@@ -1,4 +1,4 @@
-"""Pictures and captions of the user's own, encoded beforehand: which sample, crop and caption a slot gets, and its tensors."""
+"""Images and captions of the user's own, encoded beforehand: which sample, crop and caption a slot gets, and its tensors."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from dedistill.models.conditioning import Conditioning, Widths, collate, from_te
 
 
 @dataclass(frozen=True)
-class Picture:
+class CroppedImage:
     """A sample with the crops that are encoded of it."""
 
     sample: Sample
@@ -28,14 +28,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Slot:
-    picture: Picture
+    image: CroppedImage
     crop: Crop
     caption: str
     name: str
 
 
 def latent_key(sample: Sample, crop: Crop) -> str:
-    """Content address of one encoded crop: the picture's bytes and the window, not its name."""
+    """Content address of one encoded crop: the image's bytes and the window, not its name."""
     return hashlib.sha256(f"{sample.sha256} {crop.height} {crop.width} {crop.box}".encode()).hexdigest()[:32]
 
 
@@ -48,29 +48,29 @@ def read_text(texts: Store, caption: str, widths: Widths) -> Conditioning:
     return from_tensors(texts.read(text_key(caption), stored_shapes(widths))).each(lambda t: t[None])
 
 
-def split(pictures: Sequence[Picture], share: float) -> tuple[list[Picture], list[Picture]]:
-    """(train, held out), by the hash of each picture's bytes: names and order do not matter.
+def split(images: Sequence[CroppedImage], share: float) -> tuple[list[CroppedImage], list[CroppedImage]]:
+    """(train, held out), by the hash of each image's bytes: names and order do not matter.
 
-    At least one is held out when ``share`` is above 0; copies of a picture stay together.
+    At least one is held out when ``share`` is above 0; copies of an image stay together.
     """
-    order = sorted({p.sample.sha256 for p in pictures})
+    order = sorted({p.sample.sha256 for p in images})
     held = set(order[: max(1, round(share * len(order))) if share else 0])
-    return [p for p in pictures if p.sample.sha256 not in held], [p for p in pictures if p.sample.sha256 in held]
+    return [p for p in images if p.sample.sha256 not in held], [p for p in images if p.sample.sha256 in held]
 
 
-class EncodedPictures:
+class EncodedImages:
     """A source whose samples are latents and text from stores. ``weights``: one per set of the recipe, in its order.
 
     latent_shape: what the latents of a crop of so many pixels (height, width) must be; text_widths: those
     of the text encoders. Raises UserError for a set of which nothing is left to train on.
     """
 
-    name = "pictures"
-    picture = None
+    name = "images"
+    image = None
 
     def __init__(
         self,
-        pictures: Sequence[Picture],
+        images: Sequence[CroppedImage],
         weights: Sequence[float],
         latents: Store,
         texts: Store,
@@ -79,23 +79,23 @@ class EncodedPictures:
         latent_shape: Callable[[int, int], tuple[int, ...]],
         text_widths: Widths,
     ):
-        train, self._held = split(pictures, held_out)
+        train, self._held = split(images, held_out)
         self._sets = [[p for p in train if p.sample.source == i] for i in range(len(weights))]
         self._weights = list(weights)
         for i, own in enumerate(self._sets):
             if not own:
                 raise UserError(
-                    f"data.sets.{i}: no picture of this set is left to train on: {len(pictures)} of all sets are usable, "
-                    f"{len(self._held)} of these are held out for validation. Add pictures, or lower data.held_out"
+                    f"data.sets.{i}: no image of this set is left to train on: {len(images)} of all sets are usable, "
+                    f"{len(self._held)} of these are held out for validation. Add images, or lower data.held_out"
                 )
         self._latents, self._texts, self._latent_shape, self._text_widths = latents, texts, latent_shape, text_widths
         self._slots = lru_cache(maxsize=4)(self._slots_of)
 
     @property
     def digest(self) -> str:
-        """Hash of everything a draw can come from: pictures, crops, captions, sets, weights, and how they are encoded."""
-        pictures = [[(p.sample.sha256, p.crops, p.sample.captions) for p in s] for s in (*self._sets, self._held)]
-        parts = [self._weights, pictures, self._latents.inputs, self._texts.inputs]
+        """Hash of everything a draw can come from: images, crops, captions, sets, weights, and how they are encoded."""
+        images = [[(p.sample.sha256, p.crops, p.sample.captions) for p in s] for s in (*self._sets, self._held)]
+        parts = [self._weights, images, self._latents.inputs, self._texts.inputs]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _slots_of(self, seed: int, step: int, batch: int, held_out: bool) -> list[Slot]:
@@ -103,7 +103,7 @@ class EncodedPictures:
         places = np.arange(step * batch, (step + 1) * batch)
         purpose = "held-out" if held_out else "train"
         if held_out:
-            chosen = [self._held[i] for i in sample_indices(seed, "pictures/held-out", places, len(self._held))]
+            chosen = [self._held[i] for i in sample_indices(seed, "images/held-out", places, len(self._held))]
         else:
             sets, indices = draw_samples(seed, places, [len(s) for s in self._sets], self._weights)
             chosen = [self._sets[s][i] for s, i in zip(sets, indices)]
@@ -129,7 +129,7 @@ class EncodedPictures:
         latents = []
         for slot in slots:
             shape = self._latent_shape(slot.crop.height, slot.crop.width)
-            latents.append(self._latents.read(latent_key(slot.picture.sample, slot.crop), {"latent": shape})["latent"])
+            latents.append(self._latents.read(latent_key(slot.image.sample, slot.crop), {"latent": shape})["latent"])
         captions = [s.caption for s in slots]
         text = collate([read_text(self._texts, c, self._text_widths) for c in captions])
         return Batch(torch.stack(latents).float(), captions, [s.name for s in slots], text=text)

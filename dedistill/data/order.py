@@ -84,7 +84,7 @@ def choose(seed: int, purpose: str, places: np.ndarray, counts: np.ndarray) -> n
 
 
 def caption_warnings(samples: Iterable[Captioned]) -> list[tuple[str, str]]:
-    """Pictures with several captions among which no short one, or no long one, is: (name, what is missing)."""
+    """Images with several captions among which no short one, or no long one, is: (name, what is missing)."""
     warnings = []
     for sample in samples:
         words = [len(caption.split()) for caption in sample.captions]

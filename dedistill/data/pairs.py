@@ -1,7 +1,7 @@
-"""Stored pairs of noise and picture with points of the trajectory between them: reading webdataset shards by offset.
+"""Stored pairs of noise and image with points of the trajectory between them: reading webdataset shards by offset.
 
 A folder of pairs holds ``pairs.json`` (how they were made, and each shard's SHA-256) and tar shards. A sample is
-``<key>.noise.npy``, ``<key>.trajectory.npy`` [K, C, H, W] (the last point is the picture) and ``<key>.txt``.
+``<key>.noise.npy``, ``<key>.trajectory.npy`` [K, C, H, W] (the last point is the image) and ``<key>.txt``.
 """
 
 import io
@@ -16,7 +16,7 @@ from dedistill.data.order import sample_indices
 from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.io.atomic import read_sealed
+from dedistill.io.atomic import read_checksummed
 from dedistill.io.hashing import file_sha256
 
 FACTS = "pairs.json"
@@ -33,7 +33,7 @@ class PairSource(OneSize):
         self.folder = folder
         self.facts = read_facts(folder)
         self.sigmas = np.array(self.facts["sigmas"])
-        self.picture: tuple[int, int, int] = tuple(self.facts["picture"])
+        self.image: tuple[int, int, int] = tuple(self.facts["picture"])
         self._members = [m for shard in self.facts["shards"] for m in _index_shard(folder, shard)]
         everything = np.arange(len(self._members))
         self.train_ids = everything[everything % HELD_OUT != 0]
@@ -82,7 +82,7 @@ def _names(picks: np.ndarray) -> list[str]:
 def read_facts(folder: Path) -> dict:
     """``pairs.json`` of a finished folder."""
     try:
-        facts = read_sealed(folder / FACTS)
+        facts = read_checksummed(folder / FACTS)
         _check_facts(facts)
     except OSError as e:
         raise UserError(f"data.path: no pairs in '{folder}' (make them with dedistill pairs): {e}") from e

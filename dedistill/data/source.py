@@ -54,7 +54,7 @@ class Source(Protocol):
     def name(self) -> str: ...
 
     @property
-    def picture(self) -> tuple[int, int, int] | None:
+    def image(self) -> tuple[int, int, int] | None:
         """Shape of every sample, None where they differ."""
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
@@ -70,7 +70,7 @@ class Source(Protocol):
         """The names that ``draw`` gives, without reading any sample."""
 
     def prompts(self, seed: int, count: int) -> list[str]:
-        """Captions to make pictures from, without noise."""
+        """Captions to make images from, without noise."""
 
 
 # --- training without some samples -----------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ TRIES = 64
 """Draws for one place until a sample that may be used is found."""
 
 
-class Substitutes:
+class QuarantineSource:
     """``source`` without the samples named in ``since``, each from the step on that stands there.
 
     The sample at a place is a function of (seed, step, position, since): where a named one would stand, the same place is
@@ -89,7 +89,7 @@ class Substitutes:
     """
 
     def __init__(self, source: Source, since: dict[str, int]):
-        self.source, self.name, self.picture, self.since = source, source.name, source.picture, since
+        self.source, self.name, self.image, self.since = source, source.name, source.image, since
 
     def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
         """As the source's; a substitute is a group of its own."""

@@ -38,5 +38,5 @@ class Pulse:
             self.beat(before[0], patient=before[1])
 
 
-pulse = Pulse()
-"""The pulse of this process: there is one, as there is one main thread."""
+heartbeat = Pulse()
+"""The heartbeat of this process: there is one, as there is one main thread."""

@@ -130,7 +130,7 @@ def start(*, cpu: bool, **options: Any) -> "tuple[Accelerator, World]":
 
     engine = engine_asked()
     _hide_engine()
-    with World().relying():
+    with World().translate_dist_errors():
         accelerator = Accelerator(cpu=cpu, **options)
         world = World.joined()
     asked = max(ranks(), promised(os.getppid()))

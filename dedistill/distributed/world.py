@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dedistill.distributed.heartbeat import pulse
+from dedistill.distributed.heartbeat import heartbeat
 from dedistill.errors import RUN_AGAIN, UserError
 
 PATIENCE = timedelta(hours=1)
-"""How long ranks wait for one that still works, e.g. rank 0 at pictures. One that is gone is noticed at once."""
+"""How long ranks wait for one that still works, e.g. rank 0 at images. One that is gone is noticed at once."""
 GONE = "another process of this run has ended; its own message says why"
 BUCKET = 2**26
 """Elements of gradients that travel in one piece: what summing costs in memory, for an adapter of any size."""
@@ -31,7 +31,7 @@ class World:
         """Whether this process is the one that writes and speaks."""
         self.engine = "ddp"
         """Name of the way in which the launcher wants work to be spread (dedistill.training.engine)."""
-        self.lockstep = False
+        self.requires_equal_forwards = False
         """Whether all ranks must run equally many passes through the network, or wait for each other for ever."""
 
     @classmethod
@@ -50,7 +50,7 @@ class World:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         try:
-            with pulse.during("waiting for other processes"):
+            with heartbeat.during("waiting for other processes"):
                 sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
                 dist.all_gather(sizes, torch.tensor([len(own)]), group=self._words)
                 longest = int(max(sizes))
@@ -60,12 +60,12 @@ class World:
             raise UserError(GONE, RUN_AGAIN) from e
         return [json.loads(bytes(words[: int(size)].numpy())) for words, size in zip(heard, sizes)]
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The ``value`` of rank 0, on every rank."""
         return self.gather(value if self.main else None)[0]
 
     @contextmanager
-    def relying(self) -> Iterator[None]:
+    def translate_dist_errors(self) -> Iterator[None]:
         """Around work in which torch exchanges things by itself. Raises UserError where another process has ended."""
         try:
             yield
@@ -78,7 +78,7 @@ class World:
         """Go on when every rank has come here."""
         self.gather(None)
 
-    def leave(self) -> None:
+    def shutdown(self) -> None:
         """The last thing a process does with the others."""
         if self.size > 1:
             self.wait()
@@ -95,7 +95,7 @@ class World:
                     "all processes of a run need the same recipe, files and hardware"
                 )
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
         """Add every rank's ``tensors`` up, in place, on all ranks. They travel in their own dtype, each element once."""
         if self.size == 1:
             return
@@ -121,7 +121,7 @@ def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return buckets
 
 
-def deal(costs: Sequence[int], size: int) -> list[list[int]]:
+def partition_by_cost(costs: Sequence[int], size: int) -> list[list[int]]:
     """Which of the items with ``costs`` each of ``size`` ranks works on: even by cost, the same wherever it is computed.
 
     Longest first, each to the rank with the least so far (Graham 1969): at most 4/3 of the best possible maximum.
@@ -135,6 +135,6 @@ def deal(costs: Sequence[int], size: int) -> list[list[int]]:
     return [sorted(items) for items in dealt]
 
 
-def even_share(count: int, size: int) -> int:
+def ceil_div(count: int, size: int) -> int:
     """The most that any of ``size`` ranks gets of ``count`` equal items."""
     return -(-count // size)

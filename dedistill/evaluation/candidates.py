@@ -78,7 +78,7 @@ def sweep_grid(args: Namespace, prompts: tuple[str, ...]) -> Grid:
 def clip_judge(args: Namespace) -> ClipJudge | None:
     """The judge in ``--clip``. Raises UserError for ``--real`` without it."""
     if args.real and not args.clip:
-        raise UserError("--real: CLIP compares with real pictures; name its folder with --clip", exit_code=2)
+        raise UserError("--real: CLIP compares with real images; name its folder with --clip", exit_code=2)
     return ClipJudge(args.clip, args.real, device=sampling_device()) if args.clip else None
 
 
@@ -123,7 +123,7 @@ def _opener(recipe: Recipe, path: Path | None) -> Callable[[], Model]:
 
 
 def _identity(recipe: Recipe, *places: Path | str) -> str:
-    """Hash of everything a picture depends on beside prompt, noise and steps: files of models, and how they are used."""
+    """Hash of everything an image depends on beside prompt, noise and steps: files of models, and how they are used."""
     settings = recipe.resolved()
     used = [settings[table] for table in ("model", "base", "adapter", "sample")]
     used += [settings["train"]["precision"], settings["timesteps"]["shift"], settings["run"]["seed"]]

@@ -14,11 +14,11 @@ import numpy as np
 from dedistill.data.source import Source
 from dedistill.errors import UserError
 from dedistill.evaluation.judges import DigitJudge
-from dedistill.evaluation.meters import GUIDED, Reading, guidance_meters, interval, path_meters, response
+from dedistill.evaluation.meters import GUIDED, RatioEstimate, guidance_meters, interval, path_meters, response
 from dedistill.evaluation.sweep import Candidate
 from dedistill.evaluation.validation import held_out_meters
 from dedistill.flow.solvers import sigma_grid
-from dedistill.io.atomic import make_folder, read_sealed, replace_file, sealed
+from dedistill.io.atomic import checksummed, make_folder, read_checksummed, replace_file
 from dedistill.models.model import CHUNK, Model
 from dedistill.objectives.base import NoisyBatch, objective_for
 from dedistill.recipe import Recipe
@@ -32,28 +32,28 @@ VERSION = 2
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Readings by meter, the places of those that have an axis, and the shape of the model's pictures."""
+class EvalResult:
+    """Readings by meter, the places of those that have an axis, and the shape of the model's images."""
 
-    readings: dict[str, Reading]
+    readings: dict[str, RatioEstimate]
     places: dict[str, list[float]]
-    picture: tuple[int, ...]
+    image: tuple[int, ...]
 
 
-def remembered(file: Path | None, key: dict, make: Callable[[], Answer]) -> Answer:
+def remembered(file: Path | None, key: dict, make: Callable[[], EvalResult]) -> EvalResult:
     """The answer kept in ``file`` under the same ``key``, else the one that ``make`` gives, which is kept. None: never kept."""
     if file is None:
         return make()
     key = json.loads(json.dumps({**key, "version": VERSION}))
     try:
-        known = read_sealed(file)
+        known = read_checksummed(file)
         if known["key"] == key:
             return _answer(known)
     except (OSError, ValueError, KeyError):
         pass  # not there yet, or damaged: asked again
     answer = make()
     make_folder(file.parent)
-    replace_file(file, sealed({"key": key, **_table(answer)}))
+    replace_file(file, checksummed({"key": key, **_table(answer)}))
     return answer
 
 
@@ -62,20 +62,20 @@ def answer_file(folder: Path, name: str, part: str) -> Path:
     return folder / f"{re.sub('[^A-Za-z0-9_.-]+', '_', name)}.{part}.json"
 
 
-def _table(answer: Answer) -> dict:
+def _table(answer: EvalResult) -> dict:
     readings = {
         key: {"top": r.top.tolist(), "bottom": r.bottom.tolist(), "strata": None if r.strata is None else r.strata.tolist()}
         for key, r in answer.readings.items()
     }
-    return {"picture": list(answer.picture), "places": answer.places, "readings": readings}
+    return {"image": list(answer.image), "places": answer.places, "readings": readings}
 
 
-def _answer(table: dict) -> Answer:
+def _answer(table: dict) -> EvalResult:
     readings = {
-        key: Reading(np.array(r["top"]), np.array(r["bottom"]), None if r["strata"] is None else np.array(r["strata"]))
+        key: RatioEstimate(np.array(r["top"]), np.array(r["bottom"]), None if r["strata"] is None else np.array(r["strata"]))
         for key, r in table["readings"].items()
     }
-    return Answer(readings, table["places"], tuple(table["picture"]))
+    return EvalResult(readings, table["places"], tuple(table["image"]))
 
 
 # --- how distilled candidates still are ------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ METERS = [
     Meter(
         "straightness", "straightness", "Distance of velocities from the chord of their path, as a share of it; 0 is straight."
     ),
-    Meter("turning", "turning", "Degrees by which the velocity turns between noise and picture; 0 is straight."),
+    Meter("turning", "turning", "Degrees by which the velocity turns between noise and image; 0 is straight."),
     Meter("loss_by_sigma", "held-out loss by sigma", "1 is noise.", "sigma"),
     Meter("guidance_by_sigma", "guidance gap by sigma", "1 is noise.", "sigma"),
     Meter(
@@ -127,7 +127,7 @@ RESPONSES = (*GUIDED, "correct", "realistic")
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvalSettings:
     """What every candidate is asked. samples: held-out samples of ``recipe``'s data; few: step counts; cfgs: rising."""
 
     recipe: Recipe
@@ -161,14 +161,14 @@ class Questions:
         return places | {key: list(self.cfgs) for key in RESPONSES}
 
 
-def ask(candidate: Candidate, q: Questions, kept: Path | None = None, *, held_out_only: bool = False) -> Answer:
+def ask(candidate: Candidate, q: EvalSettings, kept: Path | None = None, *, held_out_only: bool = False) -> EvalResult:
     """Every meter of one ``candidate``, or those of held-out samples only. kept: folder where answers stay for the next time.
 
     Raises UserError for a model that does not fit the data, or gives no finite answer.
     """
     opened = cache(candidate.open)
 
-    def fresh(make: Callable[[str, Model, Questions], Answer]) -> Answer:
+    def fresh(make: Callable[[str, Model, EvalSettings], EvalResult]) -> EvalResult:
         return make(candidate.name, opened(), q)
 
     parts = {"held_out": _ask_held_out} if held_out_only else {"held_out": _ask_held_out, "paths": _ask_paths}
@@ -178,33 +178,33 @@ def ask(candidate: Candidate, q: Questions, kept: Path | None = None, *, held_ou
         key = {"weights": candidate.weights, "questions": q.identity} if kept else {}
         answers.append(remembered(file, key, partial(fresh, make)))
     readings = {key: reading for answer in answers for key, reading in answer.readings.items()}
-    return Answer(readings, answers[-1].places, answers[-1].picture)
+    return EvalResult(readings, answers[-1].places, answers[-1].image)
 
 
-def _ask_held_out(candidate: str, model: Model, q: Questions) -> Answer:
+def _ask_held_out(candidate: str, model: Model, q: EvalSettings) -> EvalResult:
     batches = q.batches(model)
-    if batches[0].noisy.shape[1] != model.parts.picture[0]:
-        there, here = batches[0].noisy.shape[1], model.parts.picture[0]
+    if batches[0].noisy.shape[1] != model.parts.sample_shape[0]:
+        there, here = batches[0].noisy.shape[1], model.parts.sample_shape[0]
         raise UserError(f"the held-out samples have {there} channels, the model's {here}: choose another recipe with --data")
     model.remember([*q.prompts, model.negative, *(c for b in batches if b.text is None for c in b.captions)])
     found = held_out_meters(model, batches, BINS)
     _check(candidate, found)
-    return Answer(found, q.places(model), tuple(model.parts.picture))
+    return EvalResult(found, q.places(model), tuple(model.parts.sample_shape))
 
 
-def _ask_paths(candidate: str, model: Model, q: Questions) -> Answer:
+def _ask_paths(candidate: str, model: Model, q: EvalSettings) -> EvalResult:
     model.remember([*q.prompts, model.negative])
-    noise = start_noise(0, len(q.prompts), model.parts.picture)
+    noise = start_noise(0, len(q.prompts), model.parts.sample_shape)
     found = path_meters(model, q.prompts, noise, steps=q.steps, few=q.few)
     found |= guidance_meters(model, q.prompts, noise, steps=q.steps, cfgs=q.cfgs, judge=q.judge)
     _check(candidate, found)
     found = {key: reading for key, reading in found.items() if reading.bottom.any()}  # no accuracy without digits
     if len(q.cfgs) > 1:
         found |= {f"response_{key}": response(found[key]) for key in RESPONSES if key in found}
-    return Answer(found, q.places(model), tuple(model.parts.picture))
+    return EvalResult(found, q.places(model), tuple(model.parts.sample_shape))
 
 
-def _check(candidate: str, found: dict[str, Reading]) -> None:
+def _check(candidate: str, found: dict[str, RatioEstimate]) -> None:
     for key, reading in found.items():
         if not np.isfinite(reading.top).all():
             raise UserError(f"{candidate}: {key}: not every sample has a finite number; the weights are broken")
@@ -214,7 +214,7 @@ def _check(candidate: str, found: dict[str, Reading]) -> None:
 
 def measure(
     candidates: list[Candidate],
-    questions: Questions,
+    questions: EvalSettings,
     *,
     reference: str | None,
     title: str,
@@ -230,12 +230,12 @@ def measure(
     names = [c.name for c in candidates]
     reference = reference or names[0]
     check_comparable(names, reference, questions)
-    readings: dict[str, dict[str, Reading]] = {}
+    readings: dict[str, dict[str, RatioEstimate]] = {}
     places: dict[str, dict[str, list[float]]] = {}
     shapes: dict[tuple[int, ...], str] = {}
     for candidate in sorted(candidates, key=lambda c: c.name != reference):
         name, answer = candidate.name, ask(_of_one_shape(candidate, shapes), questions, kept)
-        _check_shape(name, answer.picture, shapes)
+        _check_shape(name, answer.image, shapes)
         readings[name], places[name] = answer.readings, answer.places
         say(f"{name}: " + _short(readings[name]))
     against = readings[reference]
@@ -258,23 +258,23 @@ def measure(
 
 
 def _of_one_shape(candidate: Candidate, shapes: dict[tuple[int, ...], str]) -> Candidate:
-    """The candidate, refused as soon as it is open where its pictures have not the one shape in ``shapes``."""
+    """The candidate, refused as soon as it is open where its images have not the one shape in ``shapes``."""
 
     def opened() -> Model:
         model = candidate.open()
-        _check_shape(candidate.name, tuple(model.parts.picture), shapes)
+        _check_shape(candidate.name, tuple(model.parts.sample_shape), shapes)
         return model
 
     return replace(candidate, open=opened)
 
 
-def _check_shape(name: str, picture: tuple[int, ...], shapes: dict[tuple[int, ...], str]) -> None:
-    shapes.setdefault(picture, name)
+def _check_shape(name: str, image: tuple[int, ...], shapes: dict[tuple[int, ...], str]) -> None:
+    shapes.setdefault(image, name)
     if len(shapes) > 1:
-        raise UserError(f"{' and '.join(shapes.values())} make pictures of different shapes: measure them apart")
+        raise UserError(f"{' and '.join(shapes.values())} make images of different shapes: measure them apart")
 
 
-def check_comparable(names: list[str], reference: str, questions: Questions) -> None:
+def check_comparable(names: list[str], reference: str, questions: EvalSettings) -> None:
     """Raise UserError for names that are not each one candidate's, and for too few samples or prompts."""
     if len(set(names)) != len(names):
         raise UserError(f"two candidates share a name: {', '.join(names)}", exit_code=2)
@@ -295,7 +295,7 @@ def _all_meters(cfgs: tuple[float, ...]) -> list[Meter]:
     return [*METERS, *moves]
 
 
-def _rows(reading: Reading, reference: Reading, places: list[float] | None, own: bool) -> list[dict]:
+def _rows(reading: RatioEstimate, reference: RatioEstimate, places: list[float] | None, own: bool) -> list[dict]:
     """A row per place; differences are taken within each bootstrap sample, which both share."""
     draws, others = reading.resampled(), reference.resampled()
     low, high = interval(draws)
@@ -315,5 +315,5 @@ def _verdict(low: float, high: float) -> str:
     return "higher" if low > 0 else "lower" if high < 0 else "no difference seen"
 
 
-def _short(readings: dict[str, Reading]) -> str:
+def _short(readings: dict[str, RatioEstimate]) -> str:
     return "  ".join(f"{m.label} {readings[m.key].value[0]:.4g}" for m in METERS if m.axis is None)

@@ -1,6 +1,6 @@
 """After a run: how distilled it still is, which average to take, and how to sample from it.
 
-Two stages, so that it ends in minutes: every candidate's loss on the same held-out samples; then pictures, and the other
+Two stages, so that it ends in minutes: every candidate's loss on the same held-out samples; then images, and the other
 meters, of those that may be worth it: the base, the last weights, and the averages that the loss cannot tell from the best.
 """
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
-from dedistill.evaluation.distillation import Questions, ask, check_comparable, measure
+from dedistill.evaluation.distillation import EvalSettings, ask, check_comparable, measure
 from dedistill.evaluation.judges import ClipJudge
-from dedistill.evaluation.meters import Reading
+from dedistill.evaluation.meters import RatioEstimate
 from dedistill.evaluation.numbers import check_by
 from dedistill.evaluation.selection import Comparison, check_prompts, compare_with_best, select
 from dedistill.evaluation.sweep import Candidate, Grid, read_index, sweep
 from dedistill.io.ownership import claim
 
 MOST_AVERAGES = 3
-"""Averages of a run whose pictures are made."""
+"""Averages of a run whose images are made."""
 
 
 def evaluate(
     runs: list[list[Candidate]],
-    questions: Questions,
+    questions: EvalSettings,
     grid: Grid,
     out: Path,
     *,
@@ -42,7 +42,7 @@ def evaluate(
     known = [c.name for c in candidates]
     reference = reference or known[0]
     check_comparable(known, reference, questions)
-    check_prompts(grid.prompts)  # select would say so, and of --by, after hours of pictures
+    check_prompts(grid.prompts)  # select would say so, and of --by, after hours of images
     check_by(by, {name for name, who in (("judge", questions.judge), ("clip", clip)) if who})
     for part in ("sweep", "distillation", "selection"):
         claim(out / part, part, "--out")
@@ -61,11 +61,11 @@ def evaluate(
     return {"losses": rows, "distillation": distillation, "selection": selection}
 
 
-def shortlist(run: list[Candidate], losses: dict[str, Reading]) -> list[Candidate]:
-    """The candidates of a run whose pictures are made: its base and last weights, and the best averages.
+def shortlist(run: list[Candidate], losses: dict[str, RatioEstimate]) -> list[Candidate]:
+    """The candidates of a run whose images are made: its base and last weights, and the best averages.
 
     Of its averages that may be the best of them by held-out loss, at most three, spread from the lowest loss to the highest:
-    neighbours among ten averages differ too little to be worth pictures of their own.
+    neighbours among ten averages differ too little to be worth images of their own.
     """
     averages = [c for c in run if c.average]
     if not averages:
@@ -76,10 +76,10 @@ def shortlist(run: list[Candidate], losses: dict[str, Reading]) -> list[Candidat
     return [c for c in run if not c.average or c in best]
 
 
-def _together(losses: dict[str, Reading], names: list[str]) -> Reading:
+def _together(losses: dict[str, RatioEstimate], names: list[str]) -> RatioEstimate:
     """The losses of several candidates as the places of one reading: all were asked the same samples in the same order."""
     own = [losses[name] for name in names]
-    return Reading(np.hstack([r.top for r in own]), np.hstack([r.bottom for r in own]), own[0].strata)
+    return RatioEstimate(np.hstack([r.top for r in own]), np.hstack([r.bottom for r in own]), own[0].strata)
 
 
 def _loss_rows(found: Comparison, names: list[str], looked_at: set[str]) -> list[dict]:

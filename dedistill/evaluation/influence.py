@@ -81,7 +81,7 @@ def _size(rows: list[tuple[str, tuple[int, int]]], factor: int) -> int:
     return count_parameters([Resolved(name, shape, factor, None, name) for name, shape in rows], "lokr")
 
 
-# --- how far each block of a network turns the hidden states that pass through it while it makes pictures ------------
+# --- how far each block of a network turns the hidden states that pass through it while it makes images ------------
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Influence:
 
     blocks: list[str]
     streams: list[str]
-    """Kinds of hidden states, e.g. picture and text."""
+    """Kinds of hidden states, e.g. image and text."""
     sigmas: list[float]
     distance: Tensor
     prompts: int
@@ -154,7 +154,7 @@ def measure(model: Model, prompts: list[str], *, sigmas: int, batch: int, seed: 
     names = {module: name for name, module in model.parts.net.named_modules()}
     blocks = model.family.blocks(model.parts.net)
     grid, meter = sigma_grid(sigmas), Meter(model.family, blocks, sigmas)
-    noise = start_noise(seed, len(prompts), model.parts.picture)
+    noise = start_noise(seed, len(prompts), model.parts.sample_shape)
     training = model.root.training
     model.root.eval()
     for start in range(0, len(prompts), batch):

@@ -1,6 +1,6 @@
 """Who reads an image: a classifier of digits, and CLIP from a folder that is already there. Nothing is downloaded.
 
-It never sees a generated picture in training, and the trained models never see it.
+It never sees a generated image in training, and the trained models never see it.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dedistill.data.digits import DigitSource, digits_in
-from dedistill.data.images.decode import PILLOW_READS, BadPicture, decode
+from dedistill.data.images.decode import PILLOW_READS, BadImage, decode
 from dedistill.data.source import needed
 from dedistill.errors import UserError
 from dedistill.io.hashing import file_sha256
@@ -25,54 +25,54 @@ from dedistill.sampling.images import as_image
 COMPONENTS = 20
 NEIGHBOURS = 3
 REAL = 800
-"""Pictures whose neighbours are looked at."""
+"""Images whose neighbours are looked at."""
 
 
 class DigitJudge:
-    """A support vector machine reads the digits; principal components measure how far the pictures are from real ones."""
+    """A support vector machine reads the digits; principal components measure how far the images are from real ones."""
 
     def __init__(self, source: DigitSource):
         from sklearn.decomposition import PCA
         from sklearn.svm import SVC
 
-        pictures, labels = source.train
+        images, labels = source.train
         self.identity = _identity(*source.train, *source.held_out)
-        flat = pictures.reshape(len(pictures), -1)
-        self.side = pictures.shape[2]
-        # gamma and C of the laboratory for 8x8; sklearn's own scale rule for larger pictures
+        flat = images.reshape(len(images), -1)
+        self.side = images.shape[2]
+        # gamma and C of the laboratory for 8x8; sklearn's own scale rule for larger images
         self.reader = SVC(C=10, gamma=0.02 if flat.shape[1] == 64 else "scale").fit(flat, labels)
         self.pca = PCA(COMPONENTS, svd_solver="full").fit(flat)
-        everything = np.concatenate([pictures, source.held_out[0]])
+        everything = np.concatenate([images, source.held_out[0]])
         self.real = self.pca.transform(everything.reshape(len(everything), -1))
         held_out, held_out_labels = source.held_out
         self.held_out_accuracy = float(self.reader.score(held_out.reshape(len(held_out), -1), held_out_labels))
 
-    def correct(self, pictures: Tensor, prompts: list[str]) -> np.ndarray:
-        """Share of each prompt's digits that its picture shows [B], reading left to right; NaN for a prompt without any."""
-        read = self.reader.predict(self._digits(pictures)).reshape(len(prompts), -1)
+    def correct(self, images: Tensor, prompts: list[str]) -> np.ndarray:
+        """Share of each prompt's digits that its image shows [B], reading left to right; NaN for a prompt without any."""
+        read = self.reader.predict(self._digits(images)).reshape(len(prompts), -1)
         asked = [digits_in(p) for p in prompts]
         return np.array([np.mean([r == w for r, w in zip(row, a)]) if a else np.nan for row, a in zip(read, asked)])
 
-    def realistic(self, pictures: Tensor) -> np.ndarray:
-        """Share of each picture's digits [B] that lie among real ones; their mean is the precision of the set."""
-        features = self.pca.transform(self._digits(pictures))
-        return among(features, self.real[:REAL]).reshape(len(pictures), -1).mean(1)
+    def realistic(self, images: Tensor) -> np.ndarray:
+        """Share of each image's digits [B] that lie among real ones; their mean is the precision of the set."""
+        features = self.pca.transform(self._digits(images))
+        return among(features, self.real[:REAL]).reshape(len(images), -1).mean(1)
 
-    def numbers(self, pictures: Tensor) -> dict[str, float]:
-        """frechet, precision and recall of a set of pictures against all real digits."""
-        features = self.pca.transform(self._digits(pictures))
+    def numbers(self, images: Tensor) -> dict[str, float]:
+        """frechet, precision and recall of a set of images against all real digits."""
+        features = self.pca.transform(self._digits(images))
         precision, recall = precision_recall(features[:REAL], self.real[:REAL])
         return {"frechet": frechet_distance(features, self.real), "precision": precision, "recall": recall}
 
-    def _digits(self, pictures: Tensor) -> np.ndarray:
-        """Single digits [B * n, h * w], clamped; a picture that is not finite reads as black."""
-        x = np.nan_to_num(pictures[:, 0].numpy(), nan=-1.0).clip(-1, 1)
+    def _digits(self, images: Tensor) -> np.ndarray:
+        """Single digits [B * n, h * w], clamped; an image that is not finite reads as black."""
+        x = np.nan_to_num(images[:, 0].numpy(), nan=-1.0).clip(-1, 1)
         parts = np.stack(np.split(x, x.shape[2] // self.side, axis=2), axis=1)
         return parts.reshape(-1, x.shape[1] * self.side)
 
 
 def _identity(*arrays: np.ndarray) -> str:
-    """Hash of the pictures and labels a judge was made from: another judge gives other scores."""
+    """Hash of the images and labels a judge was made from: another judge gives other scores."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
@@ -109,35 +109,35 @@ def judge_for(source: object) -> DigitJudge | None:
     return DigitJudge(source) if isinstance(source, DigitSource) else None
 
 
-# --- A judge for any picture with a caption --------------------------------------------------------------------------
+# --- A judge for any image with a caption --------------------------------------------------------------------------
 
 
 CHUNK = 16
-"""Pictures that CLIP looks at together."""
+"""Images that CLIP looks at together."""
 NEEDED = "a folder of transformers' CLIPModel: config.json, model.safetensors, preprocessor_config.json and the tokenizer"
 
 
 class ClipJudge:
-    """CLIP's view of pictures: how well they fit their prompts, and with ``real`` how far they are from real ones."""
+    """CLIP's view of images: how well they fit their prompts, and with ``real`` how far they are from real ones."""
 
     def __init__(self, folder: Path, real: Path | None = None, *, device: torch.device | str = "cpu"):
-        """folder: see ``NEEDED``; real: a folder with two pictures or more, at any depth.
+        """folder: see ``NEEDED``; real: a folder with two images or more, at any depth.
 
-        Raises UserError for a folder that holds something else, weights that do not fill the model, unreadable pictures.
+        Raises UserError for a folder that holds something else, weights that do not fill the model, unreadable images.
         """
         self.folder, self.device = Path(folder), device
         self.model, self.tokenizer, self.processor = _load(self.folder, device)
         files = [f for f in sorted(self.folder.iterdir()) if f.suffix in (".json", ".safetensors", ".txt")]
-        pictures = _pictures(Path(real)) if real is not None else []
-        self.identity = hashlib.sha256("".join(map(file_sha256, [*files, *pictures])).encode()).hexdigest()
-        self.real = np.concatenate([self._vectors([_read(f)]) for f in pictures]) if pictures else None
+        images = _images(Path(real)) if real is not None else []
+        self.identity = hashlib.sha256("".join(map(file_sha256, [*files, *images])).encode()).hexdigest()
+        self.real = np.concatenate([self._vectors([_read(f)]) for f in images]) if images else None
 
-    def embed(self, pictures: Tensor) -> np.ndarray:
-        """CLIP's vectors [B, D], of length 1, of pictures [B, C, H, W] in [-1, 1]; it sees their middle square."""
-        return np.concatenate([self._vectors([as_image(p) for p in chunk]) for chunk in pictures.split(CHUNK)])
+    def embed(self, images: Tensor) -> np.ndarray:
+        """CLIP's vectors [B, D], of length 1, of images [B, C, H, W] in [-1, 1]; it sees their middle square."""
+        return np.concatenate([self._vectors([as_image(p) for p in chunk]) for chunk in images.split(CHUNK)])
 
     def scores(self, vectors: np.ndarray, prompts: list[str]) -> np.ndarray:
-        """CLIP score [B], 0 or more: 100 times the cosine of a picture and its prompt (arXiv 2104.08718)."""
+        """CLIP score [B], 0 or more: 100 times the cosine of an image and its prompt (arXiv 2104.08718)."""
         limit = self.model.config.text_config.max_position_embeddings
         text = self.tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         with torch.inference_mode():
@@ -145,7 +145,7 @@ class ClipJudge:
         return np.maximum(0, 100 * (vectors * _unit(found)).sum(1))
 
     def distance(self, vectors: np.ndarray) -> float:
-        """Frechet distance of vectors [B, D] to those of the real pictures (arXiv 2203.06026). Few pictures raise it."""
+        """Frechet distance of vectors [B, D] to those of the real images (arXiv 2203.06026). Few images raise it."""
         return frechet_distance(vectors, needed(self.real))
 
     def _vectors(self, images: list[Image.Image]) -> np.ndarray:
@@ -171,11 +171,11 @@ def _load(folder: Path, device: torch.device | str) -> tuple:
     return model.eval().requires_grad_(False).to(device), tokenizer, processor
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
     found = [f for f in sorted(folder.rglob("*")) if f.suffix[1:].lower() in PILLOW_READS and f.is_file()]
     if len(found) < 2:
         raise UserError(
-            f"--real: {len(found)} pictures in '{folder}'; a distance needs two at least, and says little below 1,000", 2
+            f"--real: {len(found)} images in '{folder}'; a distance needs two at least, and says little below 1,000", 2
         )
     return found
 
@@ -183,5 +183,5 @@ def _pictures(folder: Path) -> list[Path]:
 def _read(file: Path) -> Image.Image:
     try:
         return decode(file.read_bytes())
-    except (BadPicture, OSError) as e:
+    except (BadImage, OSError) as e:
         raise UserError(f"--real: '{file}': {e}") from e

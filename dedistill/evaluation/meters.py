@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dedistill.evaluation.influence import angular_distance
 from dedistill.evaluation.judges import DigitJudge
-from dedistill.evaluation.numbers import picture_numbers
+from dedistill.evaluation.numbers import image_numbers
 from dedistill.flow import keyed
 from dedistill.flow.guidance import ClassifierFree
 from dedistill.flow.solvers import sigma_grid
@@ -22,11 +22,11 @@ from dedistill.sampling.sampler import Sampling, sample, trajectories
 RESAMPLES = 1000
 LEVEL = 0.95
 GUIDED = ("saturated", "contrast", "blur", "shadow")
-"""Numbers of pictures that are followed over CFG."""
+"""Numbers of images that are followed over CFG."""
 
 
 @dataclass(frozen=True)
-class Reading:
+class RatioEstimate:
     """A meter at M places (solver steps, bins of sigma, CFG scales): top and bottom [N, M]; its value is sum / sum [M].
 
     strata [N]: samples are resampled within equal numbers only; None: all alike.
@@ -45,7 +45,7 @@ class Reading:
         return ratio(resamples(len(self.top), self.strata), self)
 
 
-def ratio(weights: np.ndarray, reading: Reading) -> np.ndarray:
+def ratio(weights: np.ndarray, reading: RatioEstimate) -> np.ndarray:
     """weights [R, N] -> values [R, M]; NaN where the bottom is 0."""
     top, bottom = weights @ reading.top, weights @ reading.bottom
     return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom != 0)
@@ -69,7 +69,9 @@ def interval(resampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-def path_meters(model: Model, prompts: list[str], noise: Tensor, *, steps: int, few: tuple[int, ...]) -> dict[str, Reading]:
+def path_meters(
+    model: Model, prompts: list[str], noise: Tensor, *, steps: int, few: tuple[int, ...]
+) -> dict[str, RatioEstimate]:
     """Meters of the paths from noise [N, C, h, w] at CFG 1, in ``steps`` Euler steps and in fewer.
 
     straightness: int |chord - velocity|^2 dsigma over |chord|^2, with chord = noise - end (arXiv 2209.03003, S over its
@@ -85,10 +87,10 @@ def path_meters(model: Model, prompts: list[str], noise: Tensor, *, steps: int, 
         gaps.append(((short.flatten(1).double().numpy() - ends) ** 2).mean(1))
     one = chord[:, None]
     return {
-        "straightness": Reading((bend * -np.diff(sigmas)).sum(1, keepdims=True), one),
-        "bend": Reading(bend, np.repeat(one, steps, 1)),
-        "turning": Reading(turning[:, None], np.ones_like(one)),
-        "few_steps": Reading(np.stack(gaps, 1), np.repeat(one, len(few), 1)),
+        "straightness": RatioEstimate((bend * -np.diff(sigmas)).sum(1, keepdims=True), one),
+        "bend": RatioEstimate(bend, np.repeat(one, steps, 1)),
+        "turning": RatioEstimate(turning[:, None], np.ones_like(one)),
+        "few_steps": RatioEstimate(np.stack(gaps, 1), np.repeat(one, len(few), 1)),
     }
 
 
@@ -104,20 +106,20 @@ def path_numbers(states: list[Tensor], sigmas: np.ndarray) -> tuple[np.ndarray, 
 
 def guidance_meters(
     model: Model, prompts: list[str], noise: Tensor, *, steps: int, cfgs: tuple[float, ...], judge: DigitJudge | None
-) -> dict[str, Reading]:
-    """Numbers of the pictures at each scale of ``cfgs``: those of ``GUIDED``, and with a judge correct and realistic."""
+) -> dict[str, RatioEstimate]:
+    """Numbers of the images at each scale of ``cfgs``: those of ``GUIDED``, and with a judge correct and realistic."""
     columns = []
     for cfg in cfgs:
-        pictures = sample(model, prompts, noise, Sampling(steps=steps, guidance=ClassifierFree(cfg)))
-        numbers = {key: value for key, value in picture_numbers(pictures).items() if key in GUIDED}
+        images = sample(model, prompts, noise, Sampling(steps=steps, guidance=ClassifierFree(cfg)))
+        numbers = {key: value for key, value in image_numbers(images).items() if key in GUIDED}
         if judge:
-            numbers |= {"correct": judge.correct(pictures, prompts), "realistic": judge.realistic(pictures)}
+            numbers |= {"correct": judge.correct(images, prompts), "realistic": judge.realistic(images)}
         columns.append(numbers)
     stacked = {key: np.stack([numbers[key] for numbers in columns], 1) for key in columns[0]}
-    return {key: Reading(np.nan_to_num(top), np.isfinite(top).astype(float)) for key, top in stacked.items()}
+    return {key: RatioEstimate(np.nan_to_num(top), np.isfinite(top).astype(float)) for key, top in stacked.items()}
 
 
-def response(reading: Reading) -> Reading:
+def response(reading: RatioEstimate) -> RatioEstimate:
     """How far a number moves from the first place to the last, over samples that have it at both."""
     both = reading.bottom[:, :1] * reading.bottom[:, -1:]
-    return Reading((reading.top[:, -1:] - reading.top[:, :1]) * both, both)
+    return RatioEstimate((reading.top[:, -1:] - reading.top[:, :1]) * both, both)

@@ -1,4 +1,4 @@
-"""Which cell of a sweep is best: by one number, among cells whose pictures are not damaged, as far as the prompts tell.
+"""Which cell of a sweep is best: by one number, among cells whose images are not damaged, as far as the prompts tell.
 
 The statistics are multiple comparisons with the best (Hsu 1984, Ann. Statist. 12; Edwards & Hsu 1983, JASA 78): every
 place of a reading is compared with all the others at once, so that in 19 of 20 selections the truly best place is among
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dedistill.errors import UserError
-from dedistill.evaluation.meters import LEVEL, Reading, interval, ratio, resamples
+from dedistill.evaluation.meters import LEVEL, RatioEstimate, interval, ratio, resamples
 
 LEAST_PROMPTS = 16
 """With fewer different prompts a bootstrap tells nothing."""
@@ -33,7 +33,7 @@ class Comparison:
     may_be_best: np.ndarray
 
 
-def compare_with_best(reading: Reading, better: str) -> Comparison:
+def compare_with_best(reading: RatioEstimate, better: str) -> Comparison:
     """Compare the places of ``reading``, paired sample by sample. better: "high" or "low", which values are.
 
     For each place i the largest of (d*_ij - d_ij) / s_ij over the others j is bootstrapped (d: how much better j is than i,
@@ -89,23 +89,25 @@ def select(scores: dict, rows: list[dict], *, by: str | None = None, order: Sequ
 
     A cell is refused when a number with a tolerance may be worse by more than it, prompt by prompt, than in the cell
     ``against`` which it is held: its own candidate's nearest CFG 1, in the most steps. The rest is compared by number
-    ``by``, default the first that tells whether pictures show what was asked; without one nothing is chosen. order:
+    ``by``, default the first that tells whether images show what was asked; without one nothing is chosen. order:
     candidates, those first that are taken where number and cost are equal; default as listed. Returns what selection.json
     holds. Raises UserError for a number that there is not, too few prompts, or cells of different prompts.
     """
     cells = [{key: cell[key] for key in (*CELL, "passes") if key in cell} for cell in scores["cells"]]
-    known = {n["key"]: n for n in scores["numbers"] if "picture" in n}
-    readings = {key: found for key, n in known.items() if (found := _reading(cells, rows, n["picture"]))}
-    chief = _chief(known, readings, by)
+    known = {n["key"]: n for n in scores["numbers"] if "image" in n}
+    readings = {key: found for key, n in known.items() if (found := _reading(cells, rows, n["image"]))}
+    ranking_metric = _ranking_metric(known, readings, by)
     for cell in cells:
         cell |= {"against": _mildest(cells, cell["candidate"]), "numbers": {}, "refused": []}
     for key, reading in readings.items():
         _fill(cells, known[key], reading)
     allowed = [i for i, cell in enumerate(cells) if not cell["refused"]]
     order = [*order, *(cell["candidate"] for cell in cells)]
-    chosen = _compare(cells, allowed, readings[chief], known[chief]["better"], order) if chief else None
+    chosen = (
+        _compare(cells, allowed, readings[ranking_metric], known[ranking_metric]["better"], order) if ranking_metric else None
+    )
     return {
-        "by": chief,
+        "by": ranking_metric,
         "numbers": [known[key] for key in readings],
         "prompts": len({row["prompt"] for row in rows}),
         "chosen": chosen,
@@ -125,17 +127,17 @@ def _mildest(cells: list[dict], candidate: str) -> int:
     return min(own, key=lambda i: (abs(cells[i]["cfg"] - 1), -cells[i]["steps"]))
 
 
-def _chief(known: dict[str, dict], readings: dict[str, Reading], by: str | None) -> str | None:
+def _ranking_metric(known: dict[str, dict], readings: dict[str, RatioEstimate], by: str | None) -> str | None:
     usable = [key for key in readings if known[key]["better"]]
     if by is None:
         return next((key for key in usable if known[key].get("adherence")), None)
     if by not in usable:
-        raise UserError(f"--by: pictures were not scored by '{by}'; there are {', '.join(usable) or 'no such numbers'}", 2)
+        raise UserError(f"--by: images were not scored by '{by}'; there are {', '.join(usable) or 'no such numbers'}", 2)
     return by
 
 
-def _reading(cells: list[dict], rows: list[dict], key: str) -> Reading | None:
-    """A number of pictures as [prompts, cells]; pictures that lack it in some cell do not count. None where no cell has it."""
+def _reading(cells: list[dict], rows: list[dict], key: str) -> RatioEstimate | None:
+    """A number of images as [prompts, cells]; images that lack it in some cell do not count. None where no cell has it."""
     by_cell: dict[tuple[Any, ...], list[dict[str, Any]]] = {tuple(cell.get(k) for k in CELL): [] for cell in cells}
     for row in rows:
         by_cell[tuple(row.get(k) for k in CELL)].append(row)
@@ -151,10 +153,10 @@ def _reading(cells: list[dict], rows: list[dict], key: str) -> Reading | None:
     top, bottom = np.zeros((len(names), len(cells))), np.zeros((len(names), len(cells)))
     np.add.at(top, place, values[there])
     np.add.at(bottom, place, 1.0)
-    return Reading(top, bottom)
+    return RatioEstimate(top, bottom)
 
 
-def _fill(cells: list[dict], number: dict, reading: Reading) -> None:
+def _fill(cells: list[dict], number: dict, reading: RatioEstimate) -> None:
     """Each cell's value of ``number`` with its interval, and whether it may be too much worse than in the cell ``against``."""
     draws = reading.resampled()
     low, high = interval(draws)
@@ -166,9 +168,9 @@ def _fill(cells: list[dict], number: dict, reading: Reading) -> None:
             cell["refused"].append(number["key"])
 
 
-def _compare(cells: list[dict], allowed: list[int], reading: Reading, better: str, order: list[str]) -> int:
+def _compare(cells: list[dict], allowed: list[int], reading: RatioEstimate, better: str, order: list[str]) -> int:
     """Fill in how the ``allowed`` cells compare, and return the best; of equals the cheapest, then the first by ``order``."""
-    found = compare_with_best(Reading(reading.top[:, allowed], reading.bottom[:, allowed]), better)
+    found = compare_with_best(RatioEstimate(reading.top[:, allowed], reading.bottom[:, allowed]), better)
     for k, i in enumerate(allowed):
         cells[i]["may_be_best"] = bool(found.may_be_best[k])
         if len(allowed) > 1:

@@ -1,7 +1,7 @@
-"""Candidates x ways of sampling x prompts x seeds: pictures, numbers, and what each cell scored.
+"""Candidates x ways of sampling x prompts x seeds: images, numbers, and what each cell scored.
 
-The folder holds ``index.json`` (a row per picture), ``scores.json`` (a row per cell) and the pictures as PNG at their
-own resolution. Cells whose pictures and rows are there already are not made again.
+The folder holds ``index.json`` (a row per image), ``scores.json`` (a row per cell) and the images as PNG at their
+own resolution. Cells whose images and rows are there already are not made again.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dedistill.errors import UserError
 from dedistill.evaluation.judges import ClipJudge, DigitJudge
-from dedistill.evaluation.numbers import NUMBERS, VERSION, diversity, picture_numbers
+from dedistill.evaluation.numbers import NUMBERS, VERSION, diversity, image_numbers
 from dedistill.flow.guidance import ClassifierFree, Guider
 from dedistill.flow.solvers import SOLVERS
 from dedistill.io.atomic import replace_json
@@ -82,7 +82,7 @@ def sweep(
     for candidate in candidates:
         model = None
         for column in grid.columns(candidate.steps):
-            folder = out / "pictures" / candidate.name / _folder_name(candidate, column)
+            folder = out / "images" / candidate.name / _folder_name(candidate, column)
             key = _cell_key(candidate, grid, column)
             key |= {name: who.identity if who else None for name, who in (("judge", judge), ("clip", clip))}
             if (known := _reusable(folder, key, out)) is None:
@@ -121,7 +121,7 @@ def _folder_name(candidate: Candidate, column: Sampling) -> str:
 def _cell_key(candidate: Candidate, grid: Grid, column: Sampling) -> dict:
     return {
         "version": VERSION,
-        "numbers": [n["picture"] for n in NUMBERS if "picture" in n],  # a cell made before there was one lacks it
+        "numbers": [n["image"] for n in NUMBERS if "image" in n],  # a cell made before there was one lacks it
         "weights": candidate.weights,
         **column.facts,
         "prompts": list(grid.prompts),
@@ -130,7 +130,7 @@ def _cell_key(candidate: Candidate, grid: Grid, column: Sampling) -> dict:
 
 
 def _reusable(folder: Path, key: dict, out: Path) -> dict | None:
-    """Rows and scores of a cell made earlier from the same weights and settings, if all its pictures are there."""
+    """Rows and scores of a cell made earlier from the same weights and settings, if all its images are there."""
     try:
         known = json.loads((folder / "cell.json").read_text())
         if known["key"] == key and known["cell"] and all((out / row["file"]).exists() for row in known["rows"]):
@@ -151,47 +151,47 @@ def _make_cell(
     clip: ClipJudge | None,
 ) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cell.json").unlink(missing_ok=True)  # its pictures are about to be overwritten
+    (folder / "cell.json").unlink(missing_ok=True)  # its images are about to be overwritten
     place = {"candidate": name, **column.facts}
     everything, vectors, rows = [], [], []
     for seed in grid.seeds:
-        noise = start_noise(seed, len(grid.prompts), model.parts.picture)
-        pictures = sample(model, list(grid.prompts), noise, column)
-        numbers = picture_numbers(pictures)
+        noise = start_noise(seed, len(grid.prompts), model.parts.sample_shape)
+        images = sample(model, list(grid.prompts), noise, column)
+        numbers = image_numbers(images)
         if judge:
-            numbers["correct"] = judge.correct(pictures, list(grid.prompts))
-            numbers["realistic"] = judge.realistic(pictures)
+            numbers["correct"] = judge.correct(images, list(grid.prompts))
+            numbers["realistic"] = judge.realistic(images)
         if clip:
-            vectors.append(clip.embed(pictures))
+            vectors.append(clip.embed(images))
             numbers["clip"] = clip.scores(vectors[-1], list(grid.prompts))
         for i, prompt in enumerate(grid.prompts):
             file = folder / f"p{i:03d}_s{seed}.png"
             facts: dict[str, Any] = {**place, "prompt": prompt, "seed": seed}
-            save_png(pictures[i], file, facts)
+            save_png(images[i], file, facts)
             row = {"file": file.relative_to(out).as_posix(), **facts}
             rows.append(row | {k: round(float(v[i]), 6) for k, v in numbers.items() if not np.isnan(v[i])})
-        everything.append(pictures)
-    cell = {**place, "pictures": len(rows), "passes": column.nfe(model.grid_shift)}
+        everything.append(images)
+    cell = {**place, "images": len(rows), "passes": column.nfe(model.grid_shift)}
     cell |= {k: float(np.mean([r[k] for r in rows])) for k in numbers if k not in ("correct", "realistic")}
     if len(grid.seeds) > 1:
         cell["diversity"] = float(diversity(torch.stack(everything)).mean())
     if judge and (correct := [r["correct"] for r in rows if "correct" in r]):  # a prompt without digits has no accuracy
         cell["accuracy"] = float(np.mean(correct))
-    if len(rows) > 1:  # one picture has no spread to compare
+    if len(rows) > 1:  # one image has no spread to compare
         cell |= judge.numbers(torch.cat(everything)) if judge else {}
         cell |= {"clip_frechet": clip.distance(np.concatenate(vectors))} if clip and clip.real is not None else {}
     return {"rows": rows, "cell": cell}
 
 
-def save_png(picture: Tensor, path: Path, facts: dict[str, object] | None = None) -> None:
-    """One picture [C, H, W] in [-1, 1] as PNG at its own resolution.
+def save_png(image: Tensor, path: Path, facts: dict[str, object] | None = None) -> None:
+    """One image [C, H, W] in [-1, 1] as PNG at its own resolution.
 
     facts: how it was made, kept in the file as text chunks.
     """
     text = PngInfo()
     for key, value in (facts or {}).items():
         text.add_text(key, str(value))
-    as_image(picture).save(path, pnginfo=text)
+    as_image(image).save(path, pnginfo=text)
 
 
 def _short(cell: dict) -> str:
@@ -222,7 +222,7 @@ def read_scores(path: Path) -> dict:
     _require(path, "numbers", scores["numbers"], {"key": str, "label": str})
     _require(path, "cells", scores["cells"], {"candidate": str, "cfg": (int, float), "skip": int})
     if not scores["cells"]:
-        raise UserError(f"{path}: 'cells' is empty: the sweep made no pictures")
+        raise UserError(f"{path}: 'cells' is empty: the sweep made no images")
     for number in scores["numbers"]:
         number.setdefault("help", "")
         if number.setdefault("better", None) not in ("high", "low", None):
@@ -231,9 +231,9 @@ def read_scores(path: Path) -> dict:
 
 
 def read_index(path: Path) -> list[dict]:
-    pictures = read_json(path)
-    if not isinstance(pictures, list) or not pictures:
-        raise UserError(f"{path}: expected a list with one object per picture")
+    images = read_json(path)
+    if not isinstance(images, list) or not images:
+        raise UserError(f"{path}: expected a list with one object per image")
     kinds: dict[str, type | tuple[type, ...]] = {
         "file": str,
         "candidate": str,
@@ -242,11 +242,11 @@ def read_index(path: Path) -> list[dict]:
         "prompt": str,
         "seed": int,
     }
-    _require(path, "picture", pictures, kinds)
-    for entry in pictures:
+    _require(path, "image", images, kinds)
+    for entry in images:
         if Path(entry["file"]).is_absolute() or ".." in Path(entry["file"]).parts:
             raise UserError(f"{path}: {entry['file']!r} lies outside the sweep folder; paths must be relative to it")
-    return pictures
+    return images
 
 
 def _require(path: Path, what: str, entries: Iterable[object], kinds: dict[str, type | tuple[type, ...]]) -> None:

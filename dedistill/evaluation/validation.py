@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.distributed.heartbeat import pulse
+from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import World
-from dedistill.evaluation.meters import Reading, path_numbers
+from dedistill.evaluation.meters import RatioEstimate, path_numbers
 from dedistill.flow.guidance import CONDITIONAL
 from dedistill.flow.path import flow_loss, implied_noise
 from dedistill.flow.solvers import sigma_grid
@@ -22,7 +22,7 @@ from dedistill.sampling.sampler import Sampling, path
 
 
 @torch.no_grad()
-def held_out_meters(model: Model, batches: list[NoisyBatch], bins: int) -> dict[str, Reading]:
+def held_out_meters(model: Model, batches: list[NoisyBatch], bins: int) -> dict[str, RatioEstimate]:
     """Meters of fixed validation batches, over all and (``_by_sigma``) in ``bins`` equal bins of sigma.
 
     loss: flow-matching loss of the captioned samples. guidance: |velocity with caption - without|^2 per element, by
@@ -39,8 +39,8 @@ def held_out_meters(model: Model, batches: list[NoisyBatch], bins: int) -> dict[
     member = np.eye(bins)[place]
     found = {}
     for key, column in zip(("loss", "guidance"), columns):
-        found[key] = Reading(column[:, None], np.ones((len(column), 1)), place)
-        found[f"{key}_by_sigma"] = Reading(column[:, None] * member, member, place)
+        found[key] = RatioEstimate(column[:, None], np.ones((len(column), 1)), place)
+        found[f"{key}_by_sigma"] = RatioEstimate(column[:, None] * member, member, place)
     return found
 
 
@@ -68,7 +68,7 @@ class Validator:
     def __init__(self, objective: Objective, samples: int, size: int, world: World | None = None):
         """samples: held-out samples asked each time, at most ``size`` of them at once, shared by the processes of ``world``."""
         self.objective, self.samples, self.world = objective, samples, world or World()
-        self.batches, self.company = fixed_share(objective, samples, size, self.world)
+        self.batches, self.padding = fixed_share(objective, samples, size, self.world)
 
     @torch.no_grad()
     def __call__(self, model: Model, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
@@ -78,13 +78,13 @@ class Validator:
         """
         training = model.root.training
         model.root.eval()
-        for batch in self.company:
+        for batch in self.padding:
             self.objective.loss(model, batch)
         own: list[tuple[float, float]] = []
         for batch in self.batches:
             if interrupted():
                 break
-            pulse.beat("validating")
+            heartbeat.beat("validating")
             own += zip(batch.sigma.tolist(), self.objective.loss(model, batch).tolist())
         model.root.train(training)
         heard = self.world.gather({"losses": own, "interrupted": interrupted()})
@@ -97,7 +97,7 @@ class Validator:
 def fixed_share(objective: Objective, samples: int, size: int, world: World) -> tuple[list[NoisyBatch], list[NoisyBatch]]:
     """Validation batches of this process, and what it runs for nothing where all must run equally many passes."""
     batches = objective.validation_batches(samples, size, world)
-    passes = max(world.gather(len(batches))) if world.lockstep else 0
+    passes = max(world.gather(len(batches))) if world.requires_equal_forwards else 0
     return batches, objective.validation_batches(1, 1) * (passes - len(batches))
 
 
@@ -125,14 +125,14 @@ class Meters:
     def __init__(self, objective: Objective, samples: int, steps: int, size: int, world: World | None = None):
         """samples: held-out samples, at most ``size`` at once, shared by the processes of ``world``; steps: of a path."""
         self.steps, self.world = steps, world or World()
-        self.batches, self.company = fixed_share(objective, samples, size, self.world)
+        self.batches, self.padding = fixed_share(objective, samples, size, self.world)
 
     @torch.no_grad()
     def __call__(self, model: Model) -> dict[str, float]:
         """{"guidance_gap", "straightness", "few_step_gap"} in evaluation mode, the same on every process."""
         training = model.root.training
         model.root.eval()
-        for batch in self.company:
+        for batch in self.padding:
             self._ask(model, batch)
         own = [row for batch in self.batches for row in self._ask(model, batch)]
         model.root.train(training)
@@ -152,6 +152,6 @@ class Meters:
     def _path(self, model: Model, batch: NoisyBatch, noise: Tensor, steps: int) -> list[Tensor]:
         states = []
         for state in path(model, {CONDITIONAL: text_of(model, batch)}, noise, Sampling(steps=steps)):
-            pulse.beat("measuring")
+            heartbeat.beat("measuring")
             states.append(state.float().cpu())
         return states

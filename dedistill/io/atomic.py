@@ -178,20 +178,20 @@ def replace_json(path: Path, value: object) -> None:
     replace_file(path, as_json(value))
 
 
-def sealed(table: dict) -> bytes:
+def checksummed(table: dict) -> bytes:
     """``table`` as JSON with a hash of itself, in one canonical spelling, so that no bit of it can change unnoticed."""
     seal = hashlib.sha256(json.dumps(table).encode()).hexdigest()
     return (json.dumps({**table, "seal": seal}, indent=1) + "\n").encode()
 
 
-def read_sealed(path: Path) -> dict:
-    """What was given to :func:`sealed`. Raises ValueError, not naming the file, when a byte has changed since."""
+def read_checksummed(path: Path) -> dict:
+    """What was given to :func:`checksummed`. Raises ValueError, not naming the file, when a byte has changed since."""
     raw = path.read_bytes()
     try:
         table = json.loads(raw)
         table.pop("seal")
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as e:
         raise ValueError(f"is unreadable ({type(e).__name__})") from e
-    if raw != sealed(table):
+    if raw != checksummed(table):
         raise ValueError("differs from what was written")
     return table

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from dedistill.io.atomic import make_folder, read_sealed, replace_file, sealed
+from dedistill.io.atomic import checksummed, make_folder, read_checksummed, replace_file
 
 SETTLED_NS = 2_000_000_000
 """A file that changed less than this ago could change again within one tick of its file system's clock (FAT's is 2 s), with
@@ -70,7 +70,7 @@ def read_sha256(path: Path) -> str:
 def fingerprint(files: Iterable[Path], memo: Path) -> str:
     """One SHA-256 over names and bytes of ``files``; ``memo`` is a file that keeps their hashes from process to process."""
     try:
-        known = read_sealed(memo)
+        known = read_checksummed(memo)
     except (OSError, ValueError):
         known = None
     known = known if isinstance(known, dict) else {}
@@ -82,7 +82,7 @@ def fingerprint(files: Iterable[Path], memo: Path) -> str:
         digest.update(f"{file.parent.name}/{file.name} {found.sha256}\n".encode())
     if known != before:
         make_folder(memo.parent)
-        replace_file(memo, sealed(known))
+        replace_file(memo, checksummed(known))
     return digest.hexdigest()
 
 

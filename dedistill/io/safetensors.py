@@ -33,7 +33,7 @@ DTYPES = {
 CHUNK = 1 << 22
 """Bytes of a file looked at in one piece."""
 SEAL = "dedistill.sha256"
-"""Header entry of a sealed file: SHA-256 of all its bytes, the digits of this entry taken as zeros."""
+"""Header entry of a checksummed file: SHA-256 of all its bytes, the digits of this entry taken as zeros."""
 _UNSEALED = "0" * 64
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -117,7 +117,7 @@ class TensorFile:
 
 
 class SealedReader:
-    """A sealed file read once, from its first byte to its last, hashed on the way. Use as a context manager.
+    """A checksummed file read once, from its first byte to its last, hashed on the way. Use as a context manager.
 
     layout: in the order of the bytes; metadata: without the seal, which is ``seal``. Raises UserError naming the file for
     one that cannot be read or carries no seal, and when a whole reading ends at other bytes than were written.
@@ -176,7 +176,7 @@ class SealedReader:
 
 
 def check_seal(path: Path) -> None:
-    """Read a sealed file through. Raises UserError naming it unless its bytes are those that were written."""
+    """Read a checksummed file through. Raises UserError naming it unless its bytes are those that were written."""
     with SealedReader(path) as file:
         for shape, dtype in file.layout.values():
             left = math.prod(shape) * dtype.itemsize

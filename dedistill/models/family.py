@@ -23,7 +23,7 @@ class Components:
     """An empty module where the denoiser was left out."""
     text: "TextEncoders"
     """What encodes captions."""
-    picture: tuple[int, int, int]
+    sample_shape: tuple[int, int, int]
     """Channels, height and width of what the denoiser sees."""
     mask: str = "bool"
     text_length: int = 0
@@ -91,15 +91,15 @@ class Family(Protocol):
         """
 
     def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
-        """What encoded "latents" and "text" depend on beside picture and caption: settings, and lists of weight files."""
+        """What encoded "latents" and "text" depend on beside image and caption: settings, and lists of weight files."""
 
     def full_size(self, spec: Model) -> nn.Module:
         """The denoiser that ``spec`` names on the meta device: names and shapes without numbers, without its files."""
 
-    def write_tiny(self, spec: Model, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+    def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small random model in the layout that ``load`` reads, built like the one ``spec`` names: for rehearsals.
 
-        picture: the shape of samples where the data give it. full_depth: as many blocks, else a few of each kind.
+        image: the shape of samples where the data give it. full_depth: as many blocks, else a few of each kind.
         """
 
     def save(self, parts: Components, folder: Path) -> None:
@@ -111,14 +111,14 @@ class Family(Protocol):
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
         """Captions padded to ``length`` tokens. The empty caption has exactly one real token."""
 
-    def encode_pictures(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
+    def encode_images(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
         """What the denoiser sees of pixels [B, 3, H, W] in [-1, 1]; noise [B, C, h, w] samples the codec's posterior."""
 
     def decode(self, parts: Components, latents: Tensor) -> Tensor:
         """Pixels [B, C, H, W], about [-1, 1], of what the denoiser sees."""
 
     def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
-        """Shape of what the denoiser sees of a picture. Raises UserError for a size it cannot have."""
+        """Shape of what the denoiser sees of an image. Raises UserError for a size it cannot have."""
 
     def velocity(
         self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None
@@ -129,10 +129,10 @@ class Family(Protocol):
         """
 
     def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
-        """Picture tokens of a sample of that shape."""
+        """Image tokens of a sample of that shape."""
 
     def shift(self, parts: Components, tokens: int) -> float:
-        """Resolution-dependent shift of sigma for that many picture tokens."""
+        """Resolution-dependent shift of sigma for that many image tokens."""
 
     def blocks(self, net: nn.Module) -> list[nn.Module]:
         """The unit of checkpointing, compiling, offloading and sharding."""

@@ -37,11 +37,11 @@ class Model:
     text_length: int
     bf16: bool = False
     negative: str = ""
-    """Prompt of the unconditional branch when pictures are made."""
+    """Prompt of the unconditional branch when images are made."""
     guidance: float | None = None
-    """Fed to a distilled guidance embedding when pictures are made; None: as in training."""
+    """Fed to a distilled guidance embedding when images are made; None: as in training."""
     grid_shift: float = 1.0
-    """Shift of the solver's sigmas when pictures are made: the recipe's timesteps.shift in numbers."""
+    """Shift of the solver's sigmas when images are made: the recipe's timesteps.shift in numbers."""
     chunk: int = CHUNK
     """Samples per forward pass when nothing is trained."""
     adapter: Adapter | None = None
@@ -102,7 +102,7 @@ class Model:
             return self.family.velocity(self.parts, self.root, noisy, sigma, text, guidance).float()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, C, H, W] on the CPU, about [-1, 1]."""
+        """Images [B, C, H, W] on the CPU, about [-1, 1]."""
         return self.family.decode(self.parts, latents).float().cpu()
 
     def shift(self, shape: tuple[int, ...]) -> float:
@@ -145,11 +145,11 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     parts = family.load(recipe.model, seed=recipe.run.seed)
     parts.device = device
     if recipe.sample.height and recipe.sample.width:
-        parts.picture = family.latent_shape(parts, recipe.sample.height, recipe.sample.width)
+        parts.sample_shape = family.latent_shape(parts, recipe.sample.height, recipe.sample.width)
     length = text_length(family, filled(recipe.model.text_length, "model.text_length"), recipe.where("model.text_length"))
     facts: dict[str, Any] = {
         "network_parameters": sum(p.numel() for p in parts.net.parameters()),
-        "picture": list(parts.picture),
+        "picture": list(parts.sample_shape),
     }
     if recipe.adapter is None:
         cast_float(parts.net, torch.float32)
@@ -159,7 +159,7 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     model.root.to(device)
     model.negative, model.guidance = recipe.sample.negative, recipe.sample.guidance
     model.bf16 = recipe.train.precision == "bf16"
-    model.grid_shift = recipe.timesteps.resolved_shift(model.shift(parts.picture))
+    model.grid_shift = recipe.timesteps.resolved_shift(model.shift(parts.sample_shape))
     model.chunk = recipe.train.micro_batch or CHUNK
     if recipe.train.gradient_checkpointing:
         cast(Denoiser, parts.net).enable_gradient_checkpointing()

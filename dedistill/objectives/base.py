@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dedistill.data.source import Batch, Source
-from dedistill.distributed.world import World, deal
+from dedistill.distributed.world import World, partition_by_cost
 from dedistill.errors import UserError
 from dedistill.flow import keyed, timesteps
 from dedistill.flow.path import flow_loss
@@ -103,16 +103,16 @@ class Objective(ABC):
         return _cut(self.source.groups(self.seed, step, np.arange(self.batch), self.batch), size)
 
     def share(self, step: int, size: int, world: World) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """(those of the step's micro-batches that are this process's, those that it only keeps the others company with).
+        """(those of the step's micro-batches that are this process's, those that only pad its count to the others').
 
         Over all processes the first are all, and none twice. The second are empty unless all must run equally many
         passes; then they are the least work of the step, as often as it takes.
         """
         parts = self.micro_batches(step, size)
         work = [self.source.work(self.seed, step, part, self.batch) for part in parts]
-        dealt = deal(work, world.size)
+        dealt = partition_by_cost(work, world.size)
         own = [parts[i] for i in dealt[world.rank]]
-        missing = max(map(len, dealt)) - len(own) if world.lockstep else 0
+        missing = max(map(len, dealt)) - len(own) if world.requires_equal_forwards else 0
         return own, [parts[work.index(min(work))]] * missing
 
     def noisy_batch(self, step: int, positions: np.ndarray) -> NoisyBatch:
@@ -135,7 +135,7 @@ class Objective(ABC):
         world = world or World()
         parts = _cut(self.source.groups(self.seed, 0, np.arange(count), count, held_out=True), size)
         work = [self.source.work(self.seed, 0, part, count, held_out=True) for part in parts]
-        return [self._validation_batch(parts[i], count) for i in deal(work, world.size)[world.rank]]
+        return [self._validation_batch(parts[i], count) for i in partition_by_cost(work, world.size)[world.rank]]
 
     def _validation_batch(self, positions: np.ndarray, count: int) -> NoisyBatch:
         p = timesteps.midpoints(self.seed, count)[positions]

@@ -1,4 +1,4 @@
-"""Reflow (arXiv 2209.03003): flow matching on stored pairs of noise and picture, which straightens the paths between them."""
+"""Reflow (arXiv 2209.03003): flow matching on stored pairs of noise and image, which straightens the paths between them."""
 
 from torch import Tensor
 
@@ -11,4 +11,4 @@ class Reflow(Flow):
     name, needs = "reflow", ("noise",)
 
     def noise(self, batch: Batch, draws: Draws) -> Tensor:
-        return needed(batch.noise)  # the picture belongs to this very noise; another one would teach nothing
+        return needed(batch.noise)  # the image belongs to this very noise; another one would teach nothing

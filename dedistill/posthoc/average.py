@@ -15,7 +15,7 @@ from dedistill.posthoc.snapshots import Average, Snapshot, find_snapshots, write
 from dedistill.recipe import RESOLVED, load_recipe
 
 if TYPE_CHECKING:
-    from dedistill.posthoc.deltas import Misfit
+    from dedistill.posthoc.deltas import ApproximationError
 
 SPACES = {
     "factors": "each factor by itself, as LibreFLUX did: quick, but not the average of the weights",
@@ -28,7 +28,7 @@ SPACES = {
 @dataclass(frozen=True)
 class Written:
     paths: list[Path]
-    lost: "list[Misfit]"
+    lost: "list[ApproximationError]"
     """Of refactored averages, in the same order; else empty."""
 
 

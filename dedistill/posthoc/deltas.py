@@ -30,7 +30,7 @@ Factors = dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Outer:
+class LowRankDeltas:
     """Deltas of one layer in all snapshots, as columns whose outer products, weighted and added up, are their average.
 
     left [m, k], right [n, k]: each snapshot has k / snapshots neighbouring columns. The sum [m, n] is the weight itself
@@ -55,31 +55,31 @@ class Outer:
         return total.reshape(a, b, c, d).transpose(1, 2).reshape(a * c, b * d)
 
 
-def outer(factors: Factors) -> Outer:
+def outer(factors: Factors) -> LowRankDeltas:
     """Raises UserError for another kind of layer than LoKr and LoRA as this program trains them."""
     per_snapshot = [{name: tensors[i] for name, tensors in factors.items()} for i in range(len(next(iter(factors.values()))))]
     kind = factors.keys() - {"alpha"}
     if kind == LORA:
         left = [f["lora_up.weight"].float() * scale(f) for f in per_snapshot]
         right = [f["lora_down.weight"].float().T for f in per_snapshot]
-        return Outer(torch.cat(left, 1), torch.cat(right, 1), None)
+        return LowRankDeltas(torch.cat(left, 1), torch.cat(right, 1), None)
     if kind not in (LOKR, LOKR_LOW):
         raise UserError(f"factors {', '.join(sorted(kind))} are no LoKr or LoRA: average them with --space factors")
     seconds = [f["lokr_w2"].float() if kind == LOKR else f["lokr_w2_a"].float() @ f["lokr_w2_b"].float() for f in per_snapshot]
     left = [f["lokr_w1"].float().reshape(-1) * scale(f) for f in per_snapshot]
     blocks = (*factors["lokr_w1"][0].shape, *seconds[0].shape)
-    return Outer(torch.stack(left, 1), torch.stack([s.reshape(-1) for s in seconds], 1), blocks)
+    return LowRankDeltas(torch.stack(left, 1), torch.stack([s.reshape(-1) for s in seconds], 1), blocks)
 
 
 @dataclass
-class Misfit:
+class ApproximationError:
     """Squared sizes, which add up over layers: of the averages of deltas, and of what their new factors miss."""
 
     wanted: float = 0.0
     missed: float = 0.0
 
-    def __add__(self, other: "Misfit") -> "Misfit":
-        return Misfit(self.wanted + other.wanted, self.missed + other.missed)
+    def __add__(self, other: "ApproximationError") -> "ApproximationError":
+        return ApproximationError(self.wanted + other.wanted, self.missed + other.missed)
 
     @property
     def error(self) -> float:
@@ -87,7 +87,7 @@ class Misfit:
         return math.sqrt(self.missed / self.wanted) if self.wanted else 0.0
 
 
-def refactored(factors: Factors, rows: np.ndarray) -> Iterator[tuple[dict[str, Tensor], Misfit]]:
+def refactored(factors: Factors, rows: np.ndarray) -> Iterator[tuple[dict[str, Tensor], ApproximationError]]:
     """For each row of snapshot weights, the layer's nearest factors of the sizes that they have, and what is lost."""
     deltas, last = outer(factors), {name: tensors[-1] for name, tensors in factors.items()}
     (q_left, left), (q_right, right) = (torch.linalg.qr(side.double()) for side in (deltas.left, deltas.right))
@@ -96,7 +96,7 @@ def refactored(factors: Factors, rows: np.ndarray) -> Iterator[tuple[dict[str, T
         u, sizes, v = torch.linalg.svd((left * deltas.columns(weights)) @ right.T, full_matrices=False)
         kept = sizes[:rank].sqrt()
         first, second = (q @ vectors[:, :rank] * kept for q, vectors in ((q_left, u), (q_right, v.T)))
-        misfit = Misfit(float(sizes.square().sum()), float(sizes[rank:].square().sum()))
+        misfit = ApproximationError(float(sizes.square().sum()), float(sizes[rank:].square().sum()))
         if deltas.blocks is None:
             new = {"lora_up.weight": _padded(first, rank) / scale(last), "lora_down.weight": _padded(second, rank).T}
         else:
@@ -145,12 +145,12 @@ def write_dense(snapshots: Sequence[Snapshot], averages: Sequence[Average]) -> N
     _write(snapshots, averages, layout, parts)
 
 
-def write_refactored(snapshots: Sequence[Snapshot], averages: Sequence[Average]) -> list[Misfit]:
+def write_refactored(snapshots: Sequence[Snapshot], averages: Sequence[Average]) -> list[ApproximationError]:
     """Write the averages of the deltas as adapters of the snapshots' own sizes; what each of them loses, over all layers.
 
     Raises UserError as :func:`stream.write_averages`.
     """
-    lost = [Misfit() for _ in averages]
+    lost = [ApproximationError() for _ in averages]
 
     def layout(own: Layout) -> Layout:
         return {f"{layer}.{f}": own[f"{layer}.{f}"] for layer, found in _groups(own).items() for f in found}

@@ -1,4 +1,4 @@
-"""Snapshots of a run, sealed files in a chain, and weighted sums of any number of them in one pass."""
+"""Snapshots of a run, checksummed files in a chain, and weighted sums of any number of them in one pass."""
 
 import json
 import os

@@ -18,7 +18,7 @@ def _model_rules(r: Recipe) -> list[tuple[str, str]]:
         found.append(("model", "set exactly one of path (trained weights) and new (sizes of a new network)"))
     if new := r.model.new:
         if new.height % new.patch or new.width % new.patch:
-            found.append(("model.new.patch", f"{new.patch} does not divide the picture, {new.height} x {new.width}"))
+            found.append(("model.new.patch", f"{new.patch} does not divide the image, {new.height} x {new.width}"))
         if sum(new.rope_axes) != new.head_dim:
             found.append(("model.new.rope_axes", f"they add up to {sum(new.rope_axes)}, head_dim is {new.head_dim}"))
     for key in ("revision", "components", "guidance"):
@@ -38,7 +38,7 @@ def _model_rules(r: Recipe) -> list[tuple[str, str]]:
     return found
 
 
-_PICTURE_KEYS = (
+_IMAGE_KEYS = (
     "cache",
     "resolutions",
     "crops",
@@ -66,7 +66,7 @@ def _data_rules(r: Recipe) -> list[tuple[str, str]]:
             key = "validate" if r.validate_.every else "meters"
             found.append(("data.held_out", f"0 leaves nothing to validate on; raise it or set {key}.every = 0"))
     else:
-        for key in ("sets", *_PICTURE_KEYS):
+        for key in ("sets", *_IMAGE_KEYS):
             if getattr(r.data, key) not in (None, []):
                 found.append((f"data.{key}", f"has no effect with source = '{r.data.source}'; it belongs to 'pictures'"))
     if r.data.source == "pairs" and r.data.path is None:
@@ -74,7 +74,7 @@ def _data_rules(r: Recipe) -> list[tuple[str, str]]:
     if r.data.source == "digits" and r.data.path is not None:
         found.append(("data.path", "has no effect with source = 'digits', which ships with scikit-learn"))
     if r.data.source == "pairs" and r.data.caption_dropout:
-        found.append(("data.caption_dropout", "would pair the empty prompt with guided pictures; leave it out with 'pairs'"))
+        found.append(("data.caption_dropout", "would pair the empty prompt with guided images; leave it out with 'pairs'"))
     if r.data.source == "pairs" and r.data.caption_noise:
         found.append(("data.caption_noise", "has no effect with source = 'pairs', whose captions are stored"))
     return found

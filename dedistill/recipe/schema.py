@@ -47,7 +47,7 @@ class Default:
 
 
 _RANKS = Default(16, "adapter.kind", ("lora",)), Default("full", "adapter.kind", ("lokr",))
-_OF_PICTURES = ("data.source", ("pictures",))
+_OF_IMAGES = ("data.source", ("pictures",))
 
 
 class Table(BaseModel):
@@ -59,9 +59,9 @@ class Run(Table):
         min_length=1,
         max_length=100,
         pattern=SAFE_NAME,
-        description="Name of the run, for logs, trackers and folders of pictures.",
+        description="Name of the run, for logs, trackers and folders of images.",
     )
-    out: Place = Field(description="Run directory: metrics, checkpoints, snapshots, pictures.")
+    out: Place = Field(description="Run directory: metrics, checkpoints, snapshots, images.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Key of every random draw of the run.")
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue from the newest good checkpoint; never: refuse a directory that holds a run."
@@ -76,9 +76,9 @@ class Run(Table):
 class Architecture(Table):
     """Sizes of a network that starts from random weights."""
 
-    channels: Positive = Field(1, description="Channels of a picture.")
-    height: Positive = Field(description="Picture height in pixels.")
-    width: Positive = Field(description="Picture width in pixels.")
+    channels: Positive = Field(1, description="Channels of an image.")
+    height: Positive = Field(description="Image height in pixels.")
+    width: Positive = Field(description="Image width in pixels.")
     patch: Positive = Field(description="Side of the square of pixels that makes one token.")
     layers: Positive = Field(description="Double-stream blocks.")
     single_layers: Positive = Field(description="Single-stream blocks.")
@@ -161,10 +161,10 @@ class Adapter(Table):
     )
 
 
-class PictureSet(Table):
-    """Captioned pictures in one place."""
+class ImageSet(Table):
+    """Captioned images in one place."""
 
-    path: Place = Field(description="Folder of pictures, folder of tar shards, or a table (parquet, csv, jsonl).")
+    path: Place = Field(description="Folder of images, folder of tar shards, or a table (parquet, csv, jsonl).")
     name: str | None = Field(None, min_length=1, description="What it is called in messages. None: as the folder.")
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="Share of the samples, relative to the other sets.")
     captions: list[str] | None = Field(
@@ -177,37 +177,37 @@ Resolution = Annotated[int, Field(ge=16, multiple_of=16)]
 
 class Data(Table):
     source: Literal["digits", "mnist", "pairs", "pictures"] = Field(
-        description="digits: scikit-learn's 8x8 digits, two per picture; mnist: 28x28 digits padded to 32x32; "
-        "pairs: stored noise and pictures from dedistill pairs; pictures: captioned pictures of your own."
+        description="digits: scikit-learn's 8x8 digits, two per image; mnist: 28x28 digits padded to 32x32; "
+        "pairs: stored noise and images from dedistill pairs; pictures: captioned images of your own."
     )
     path: Place | None = Field(
         None, description="pairs: folder of shards (required). mnist: folder of IDX files. None: as installed."
     )
-    sets: list[PictureSet] = Field(default_factory=list, description="pictures: where they are, at least one.")
+    sets: list[ImageSet] = Field(default_factory=list, description="pictures: where they are, at least one.")
     cache: Place | None = Field(
-        None, description="pictures: folder for encoded pictures and captions (required). None elsewhere."
+        None, description="pictures: folder for encoded images and captions (required). None elsewhere."
     )
-    resolutions: Annotated[list[Resolution] | None, Default([1024], *_OF_PICTURES)] = Field(
-        None, min_length=1, description="pictures: sides of the squares whose area pictures are brought to."
+    resolutions: Annotated[list[Resolution] | None, Default([1024], *_OF_IMAGES)] = Field(
+        None, min_length=1, description="pictures: sides of the squares whose area images are brought to."
     )
-    crops: Annotated[
-        list[Literal["aspect", "square", "random_aspect", "center"]] | None, Default(["aspect"], *_OF_PICTURES)
-    ] = Field(None, min_length=1, description="pictures: how they are cut; several are used in turn.")
-    crops_per_picture: Annotated[Positive | None, Default(1, *_OF_PICTURES)] = Field(
+    crops: Annotated[list[Literal["aspect", "square", "random_aspect", "center"]] | None, Default(["aspect"], *_OF_IMAGES)] = (
+        Field(None, min_length=1, description="pictures: how they are cut; several are used in turn.")
+    )
+    crops_per_picture: Annotated[Positive | None, Default(1, *_OF_IMAGES)] = Field(
         None, description="pictures: crops of each, per resolution."
     )
-    max_upscale: Annotated[Annotated[float, Field(ge=1)] | None, Default(1.0, *_OF_PICTURES)] = Field(
+    max_upscale: Annotated[Annotated[float, Field(ge=1)] | None, Default(1.0, *_OF_IMAGES)] = Field(
         None, description="pictures: how much smaller ones may be enlarged; others are left out."
     )
-    missing_captions: Annotated[Literal["error", "quarantine", "empty"] | None, Default("error", *_OF_PICTURES)] = Field(
-        None, description="pictures: what becomes of a picture without a caption."
+    missing_captions: Annotated[Literal["error", "quarantine", "empty"] | None, Default("error", *_OF_IMAGES)] = Field(
+        None, description="pictures: what becomes of an image without a caption."
     )
-    split_lines: Annotated[Literal["auto", "always", "never"] | None, Default("auto", *_OF_PICTURES)] = Field(
+    split_lines: Annotated[Literal["auto", "always", "never"] | None, Default("auto", *_OF_IMAGES)] = Field(
         None, description="pictures: whether each line of a text file is a caption of its own."
     )
     limit: Positive | None = Field(None, description="pictures: only the first so many of each set, for trials. None: all.")
-    held_out: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, Default(0.02, *_OF_PICTURES)] = Field(
-        None, description="pictures: share kept for validation, at least one picture; 0 for none."
+    held_out: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, Default(0.02, *_OF_IMAGES)] = Field(
+        None, description="pictures: share kept for validation, at least one image; 0 for none."
     )
     caption_noise: Share = Field(
         0.0, description="Share of digit words replaced at random, as in captions from the web; makes guidance matter."
@@ -250,7 +250,7 @@ class Train(Table):
     objective: ObjectiveName = Field(
         "flow",
         description="flow: flow matching on data; distill: velocity between stored points of a teacher's trajectories; "
-        "reflow: flow matching on the stored noise and its picture.",
+        "reflow: flow matching on the stored noise and its image.",
     )
     steps: Positive = Field(description="Optimizer steps in all.")
     batch: Positive = Field(description="Global batch: samples per optimizer step, on any number of devices.")
@@ -329,12 +329,12 @@ _Side = Annotated[Resolution | None, Default(BY_FAMILY)]
 
 
 class Sample(Table):
-    steps: Positive = Field(16, description="Euler steps when pictures are made with this model.")
-    height: _Side = Field(None, description="Picture height in pixels. None for networks of one size.")
-    width: _Side = Field(None, description="Picture width in pixels. None for networks of one size.")
+    steps: Positive = Field(16, description="Euler steps when images are made with this model.")
+    height: _Side = Field(None, description="Image height in pixels. None for networks of one size.")
+    width: _Side = Field(None, description="Image width in pixels. None for networks of one size.")
     negative: str = Field("", description="Prompt of the unconditional branch of CFG; the empty prompt is the trained one.")
     guidance: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="Fed to a distilled guidance embedding when pictures are made. As model.guidance; none for bypass."
+        None, description="Fed to a distilled guidance embedding when images are made. As model.guidance; none for bypass."
     )
 
 

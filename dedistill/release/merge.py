@@ -47,7 +47,7 @@ def round_stochastic(values: Tensor, seed: int, name: str) -> Tensor:
 
 
 @dataclass
-class Kept:
+class RoundingStats:
     """Sums over weights from which the losses of a merge are read; they add up over layers."""
 
     wanted: float = 0.0
@@ -62,7 +62,7 @@ class Kept:
     """Weights whose delta is not 0."""
 
     @classmethod
-    def measure(cls, before: Tensor, after: Tensor, delta: Tensor) -> "Kept":
+    def measure(cls, before: Tensor, after: Tensor, delta: Tensor) -> "RoundingStats":
         """before, after: the weight without and with the delta, both as the file stores them; delta float32."""
         kept = after.float() - before.float()
         nonzero = delta != 0
@@ -74,8 +74,8 @@ class Kept:
             changed=int(nonzero.sum()),
         )
 
-    def __add__(self, other: "Kept") -> "Kept":
-        return Kept(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))
+    def __add__(self, other: "RoundingStats") -> "RoundingStats":
+        return RoundingStats(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))
 
     def facts(self) -> dict[str, float]:
         """lost: share of the delta, along itself, that is gone: 1 - <kept, delta> / <delta, delta>; negative when too
@@ -99,12 +99,12 @@ REPORT = "merge.json"
 class Merged:
     """What became of the delta, in all and per linear, and the hash of the base it went into."""
 
-    layers: dict[str, Kept] = field(default_factory=dict)
+    layers: dict[str, RoundingStats] = field(default_factory=dict)
     base_sha256: str = ""
 
     @property
-    def total(self) -> Kept:
-        return sum(self.layers.values(), Kept())
+    def total(self) -> RoundingStats:
+        return sum(self.layers.values(), RoundingStats())
 
 
 def merge_adapter(
@@ -115,7 +115,7 @@ def merge_adapter(
     dtype: str = "bf16",
     rounding: str = "stochastic",
     shard_bytes: int = SHARD_BYTES,
-    say: Callable[[str, Kept], None] = lambda linear, kept: None,
+    say: Callable[[str, RoundingStats], None] = lambda linear, kept: None,
 ) -> Merged:
     """Write base + adapter to ``out``: the recipe's ``model.path``, unquantized, plus the delta of ``weights`` (a snapshot).
 
@@ -162,7 +162,7 @@ def _merged_tensors(
     seed: int,
     merged: Merged,
     digest: Digest,
-    say: Callable[[str, Kept], None],
+    say: Callable[[str, RoundingStats], None],
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the new network one after the other, filling ``merged`` and the hash of the base on the way."""
     for name in list(state):
@@ -178,7 +178,7 @@ def _merged_tensors(
         if not total.isfinite().all():
             raise UserError(f"the merged weight of '{linear}' is not finite: the adapter or its base is damaged")
         new = round_stochastic(total, seed, name) if (dtype, rounding) == (torch.bfloat16, "stochastic") else total.to(dtype)
-        merged.layers[linear] = Kept.measure(base.to(dtype), new, delta)
+        merged.layers[linear] = RoundingStats.measure(base.to(dtype), new, delta)
         say(linear, merged.layers[linear])
         yield name, new
 

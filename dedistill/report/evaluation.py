@@ -1,4 +1,4 @@
-"""The first page after a run: three answers with their intervals, the pictures they are about, and where the rest stands."""
+"""The first page after a run: three answers with their intervals, the images they are about, and where the rest stands."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def write_evaluation(out: Path, found: dict, names: str) -> tuple[list[dict[str,
     answers, title = three_answers(found), f"Evaluation: {names}"
     summary = {"title": title, "answers": answers, "losses": found["losses"], "chosen": _chosen(found["selection"])}
     replace_json(out / "evaluation.json", summary)
-    columns, rows = _pictures(out, found)
+    columns, rows = _images(out, found)
     drop_old_thumbnails(out, (s for row in rows for s in row["shots"]))
     page = out / "index.html"
     shots = [s for row in rows for s in row["shots"]]
@@ -118,8 +118,8 @@ def _which(found: dict) -> str:
     name = selection["cells"][selection["chosen"]]["candidate"]
     cells = [cell for cell in selection["cells"] if cell.get("may_be_best") and cell["candidate"] != name]
     others = list(dict.fromkeys(cell["candidate"] for cell in cells))
-    pictures = f"; by its pictures it is not told apart from {', '.join(others)}" if others else ""
-    return f"{name}{pictures}; {by_loss}."
+    images = f"; by its images it is not told apart from {', '.join(others)}" if others else ""
+    return f"{name}{images}; {by_loss}."
 
 
 def _how(found: dict) -> str:
@@ -146,7 +146,7 @@ def _price(selection: dict, cell: dict, numbers: list[dict]) -> str:
     return f" Beside {place_words(against)}: {', '.join(told)}."
 
 
-def _pictures(out: Path, found: dict) -> tuple[list[str], list[dict]]:
+def _images(out: Path, found: dict) -> tuple[list[str], list[dict]]:
     """The chosen cell beside the reference's mildest; without a choice, the subject's most guided that is not refused."""
     selection, reference = found["selection"], found["distillation"]["reference"]
     cells, chosen = selection["cells"], selection["chosen"]
@@ -155,7 +155,7 @@ def _pictures(out: Path, found: dict) -> tuple[list[str], list[dict]]:
         own = [i for i, cell in enumerate(cells) if cell["candidate"] == subject(found)]
         chosen = min(own, key=lambda i: (bool(cells[i]["refused"]), -cells[i]["cfg"]))
     pair = [home] if cells[chosen] is home else [home, cells[chosen]]
-    labels = {n["picture"]: n["label"] for n in selection["numbers"]}
+    labels = {n["image"]: n["label"] for n in selection["numbers"]}
     by_cell: dict[tuple[Any, ...], list[dict[str, Any]]] = {tuple(cell.get(key) for key in CELL): [] for cell in pair}
     for row in read_index(out / "sweep" / "index.json"):
         if (place := tuple(row.get(key) for key in CELL)) in by_cell:
@@ -175,7 +175,7 @@ def _loss_table(losses: list[dict]) -> dict:
         ("from", True),
         ("to", True),
         ("verdict", False),
-        ("pictures", False),
+        ("images", False),
     ]
     best = min(row["value"] for row in losses)
     rows = [

@@ -1,4 +1,4 @@
-"""What the pages share: templates, links to pictures and small copies of them, numbers as text."""
+"""What the pages share: templates, links to images and small copies of them, numbers as text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dedistill.errors import UserError
 from dedistill.report.plots import Points, line_plot, tick_label
 
 TEMPLATES = Path(__file__).parent / "templates"
-TINY = 96  # pictures with a shorter side than this are shown with hard pixel edges
+TINY = 96  # images with a shorter side than this are shown with hard pixel edges
 PHONE_SIDE = 80  # side of a thumbnail on a phone
 _SMALL = re.compile(r"[0-9a-f]{24}\.webp")
 THUMB_SIDE, THUMB_QUALITY = 320, 75  # of the small copies: 15 kB for a photograph
@@ -30,9 +30,9 @@ THUMB_SIDE, THUMB_QUALITY = 320, 75  # of the small copies: 15 kB for a photogra
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture as the templates show it; ``where`` and ``numbers`` are the caption of the enlarged picture.
+    """One image as the templates show it; ``where`` and ``numbers`` are the caption of the enlarged image.
 
-    The grid shows ``small``, the enlarged picture is ``src``, both URLs; width and height are those of ``src``.
+    The grid shows ``small``, the enlarged image is ``src``, both URLs; width and height are those of ``src``.
     """
 
     file: str
@@ -63,27 +63,27 @@ def render(template: str, folder: Path = TEMPLATES, /, **values: object) -> str:
     return _environment(folder).get_template(template).render(**values)
 
 
-def picture_link(folder: Path, file: str) -> tuple[str, tuple[int, int]]:
-    """The URL of a picture relative to the page in ``folder``, and its size in pixels."""
-    with _readable(folder / file), Image.open(folder / file) as picture:
-        return quote(Path(file).as_posix()), picture.size
+def image_link(folder: Path, file: str) -> tuple[str, tuple[int, int]]:
+    """The URL of an image relative to the page in ``folder``, and its size in pixels."""
+    with _readable(folder / file), Image.open(folder / file) as image:
+        return quote(Path(file).as_posix()), image.size
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns what reading a picture raises into a UserError that names it."""
+    """Turns what reading an image raises into a UserError that names it."""
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{path}: no such picture; was the folder moved without its pictures?") from None
+        raise UserError(f"{path}: no such image; was the folder moved without its images?") from None
     except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from None
+        raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
 
 def thumbnail(folder: Path, file: str, size: tuple[int, int]) -> str:
-    """The URL of what the page in ``folder`` shows of a picture of ``size`` in its grid.
+    """The URL of what the page in ``folder`` shows of an image of ``size`` in its grid.
 
-    A WebP in ``folder``/thumbs, named by the hash of the picture; the picture itself where it is tiny, to keep its pixels.
+    A WebP in ``folder``/thumbs, named by the hash of the image; the image itself where it is tiny, to keep its pixels.
     """
     if min(size) < TINY:
         return quote(Path(file).as_posix())
@@ -91,21 +91,21 @@ def thumbnail(folder: Path, file: str, size: tuple[int, int]) -> str:
     name = f"thumbs/{hashlib.sha256(content).hexdigest()[:24]}.webp"
     if not (folder / name).is_file():
         (folder / "thumbs").mkdir(exist_ok=True)
-        with _readable(folder / file), Image.open(io.BytesIO(content)) as picture:
-            save_small(picture, folder / name)
+        with _readable(folder / file), Image.open(io.BytesIO(content)) as image:
+            save_small(image, folder / name)
     return name
 
 
-def save_small(picture: Image.Image, path: Path, side: int = THUMB_SIDE) -> tuple[int, int]:
-    """Write a WebP of ``picture`` that fits into a square of ``side`` pixels; returns its size."""
-    small = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+def save_small(image: Image.Image, path: Path, side: int = THUMB_SIDE) -> tuple[int, int]:
+    """Write a WebP of ``image`` that fits into a square of ``side`` pixels; returns its size."""
+    small = image.convert("RGBA" if image.has_transparency_data else "RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     small.save(path, quality=THUMB_QUALITY)
     return small.size
 
 
 def drop_old_thumbnails(folder: Path, shots: Iterable[Shot]) -> None:
-    """Remove small copies that none of ``shots`` shows; pictures under other names than they have are not ours."""
+    """Remove small copies that none of ``shots`` shows; images under other names than they have are not ours."""
     shown = {shot.small for shot in shots}
     for path in (folder / "thumbs").glob("*.webp"):
         if _SMALL.fullmatch(path.name) and f"thumbs/{path.name}" not in shown:
@@ -113,9 +113,9 @@ def drop_old_thumbnails(folder: Path, shots: Iterable[Shot]) -> None:
 
 
 def display_width(size: tuple[int, int], columns: int, most: int = 220) -> int:
-    """The width in CSS pixels of a thumbnail: tiny pictures by a whole factor, larger ones to fill the page.
+    """The width in CSS pixels of a thumbnail: tiny images by a whole factor, larger ones to fill the page.
 
-    ``most`` bounds the side of a square picture; long grids want less than the page would hold.
+    ``most`` bounds the side of a square image; long grids want less than the page would hold.
     """
     width, height = size
     root = math.sqrt(width * height)

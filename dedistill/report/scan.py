@@ -1,4 +1,4 @@
-"""The page of a data set: what its pictures and captions are like, what is left out, and what comes twice."""
+"""The page of a data set: what its images and captions are like, what is left out, and what comes twice."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LISTED = 500
 
 
 def write_scan_page(folder: Path, index: Index, facts: dict) -> Path:
-    """Write ``index.html``, ``scan.json`` and small copies of the pictures shown into ``folder``; return the page's path.
+    """Write ``index.html``, ``scan.json`` and small copies of the images shown into ``folder``; return the page's path.
 
-    ``facts`` are those of ``dedistill.data.images.scan.scan``. Shown are 24 pictures of each source, evenly spread over it, and
+    ``facts`` are those of ``dedistill.data.images.scan.scan``. Shown are 24 images of each source, evenly spread over it, and
     the first 40 groups of near-duplicates.
     """
     folder = Path(folder)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     groups = [group[:PER_GROUP] for group in facts["near_duplicates"][:GROUPS]]
     html = render(
         "scan.html.j2",
@@ -48,7 +48,7 @@ def _charts(facts: dict) -> list[dict]:
         ("Caption length", f"In {facts['unit']}" + _counted(facts["unit"]), facts["lengths"]),
     ]
     for resolution, rows in facts["buckets"].items():
-        note = f"Nearest bucket, width x height. Too small for it: {facts['too_small'][resolution]:,} pictures."
+        note = f"Nearest bucket, width x height. Too small for it: {facts['too_small'][resolution]:,} images."
         charts.append((f"Buckets at {resolution}", note, [(f"{w} x {h}", count) for h, w, count in rows]))
     drawn = []
     for title, note, bars in charts:
@@ -74,8 +74,8 @@ def _rows(folder: Path, index: Index, shown: list[int], unit: str) -> list[list[
 def _shot(folder: Path, index: Index, i: int) -> Shot:
     """A small copy of sample i, named by its hash: no name of the user's becomes a path."""
     sample = index.samples[i]
-    file = f"pictures/{sample.sha256[:24]}.webp"
-    width, height = save_small(index.picture(i), folder / file, SIDE)
+    file = f"images/{sample.sha256[:24]}.webp"
+    width, height = save_small(index.image(i), folder / file, SIDE)
     where = f"{sample.name}, {sample.width} x {sample.height}"
     captions = " | ".join(sample.captions)
     return Shot(file, file, file, captions or sample.name, captions, where, "", width, height)

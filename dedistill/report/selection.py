@@ -9,7 +9,7 @@ from dedistill.report.pages import decimals, field, figure, render
 from dedistill.report.plots import tick_label
 from dedistill.report.sweep import named
 
-UNJUDGED = "Prompt adherence was not judged, so no cell is chosen: look at the pictures of those that are not refused."
+UNJUDGED = "Prompt adherence was not judged, so no cell is chosen: look at the images of those that are not refused."
 
 
 def write_selection_page(folder: Path, found: dict, title: str) -> Path:
@@ -48,10 +48,10 @@ def rule(found: dict) -> list[str]:
         ]
     if found["by"] is None:
         return lines
-    chief = numbers[found["by"]]
-    end = "highest" if chief["better"] == "high" else "lowest"
-    unjudged = "" if chief.get("adherence") else " Prompt adherence was not judged."
-    return [*lines, f"Of the others the one of {end} {chief['label']} is chosen.{unjudged}"]
+    ranking_metric = numbers[found["by"]]
+    end = "highest" if ranking_metric["better"] == "high" else "lowest"
+    unjudged = "" if ranking_metric.get("adherence") else " Prompt adherence was not judged."
+    return [*lines, f"Of the others the one of {end} {ranking_metric['label']} is chosen.{unjudged}"]
 
 
 def chosen_words(found: dict) -> str:
@@ -124,15 +124,20 @@ def _plots(found: dict) -> list[dict]:
         )
         for n in wanted
     ]
-    if (chief := numbers.get(found["by"])) is None:
+    if (ranking_metric := numbers.get(found["by"])) is None:
         return plots
     for n in wanted:
-        if "tolerance" in n and n is not chief:
-            across = _series(found, partial(_rounded, n["key"]), chief["key"])
-            title = f"{chief['label']} against {n['label']}"
+        if "tolerance" in n and n is not ranking_metric:
+            across = _series(found, partial(_rounded, n["key"]), ranking_metric["key"])
+            title = f"{ranking_metric['label']} against {n['label']}"
             plots.append(
                 figure(
-                    across, title=title, xlabel=n["label"], ylabel=chief["label"], round_x=True, help="Every cell is a point."
+                    across,
+                    title=title,
+                    xlabel=n["label"],
+                    ylabel=ranking_metric["label"],
+                    round_x=True,
+                    help="Every cell is a point.",
                 )
             )
     return plots
@@ -161,7 +166,7 @@ def _table(found: dict) -> dict:
     """All cells as a sortable table: place, cost, verdict, difference to the best of the others, numbers."""
     cells, numbers = found["cells"], [n for n in found["numbers"] if n["better"]]
     heads = [("candidate", False), ("CFG", True), ("skip", True), ("steps", True), ("passes", True), ("verdict", False)]
-    helps = {"passes": "Calls of the network for one picture.", "skip": "First steps without CFG."}
+    helps = {"passes": "Calls of the network for one image.", "skip": "First steps without CFG."}
     columns = [[field(named(cell)) for cell in cells]]
     columns += [[field(cell[key], tick_label) for cell in cells] for key in ("cfg", "skip", "steps", "passes")]
     columns.append([field(verdict(found, i)) for i in range(len(cells))])

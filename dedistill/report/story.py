@@ -32,8 +32,8 @@ from dedistill.report.pages import (
     display_width,
     drop_old_thumbnails,
     figure,
+    image_link,
     is_number,
-    picture_link,
     render,
     thumbnail,
 )
@@ -45,12 +45,12 @@ from dedistill.sampling.images import contact_sheet
 # --- the page that tells one run's story -----------------------------------------------------------------------------
 
 
-NEEDED = {"title": str, "lead": str, "models": list, "cfgs": list, "summary": dict, "pictures": dict, "prompts": list}
+NEEDED = {"title": str, "lead": str, "models": list, "cfgs": list, "summary": dict, "images": dict, "prompts": list}
 # key, label, axis label, what it says; a summary without one of these simply lacks its row and its curve
 MEASURES = (
-    ("accuracy", "Accuracy", "higher is better →", "Share of pictures in which the judge reads what the prompt asked for."),
-    ("frechet", "Fréchet distance", "← lower is better", "Distance of the pictures from real ones, as the judge sees both."),
-    ("precision", "Precision", "higher is better →", "Share of pictures that lie among the real ones."),
+    ("accuracy", "Accuracy", "higher is better →", "Share of images in which the judge reads what the prompt asked for."),
+    ("frechet", "Fréchet distance", "← lower is better", "Distance of the images from real ones, as the judge sees both."),
+    ("precision", "Precision", "higher is better →", "Share of images that lie among the real ones."),
     ("saturated", "Saturated", "share of pixels", "Share of pixels at the end of their range: burnt out by guidance."),
 )
 
@@ -58,9 +58,9 @@ MEASURES = (
 def write_story_page(folder: Path, story: dict) -> Path:
     """Write ``index.html`` and ``thumbs`` for a story into ``folder`` and return the page's path.
 
-    ``story`` holds title, lead, models, labels, cfgs, summary, checks, pictures (files relative to ``folder``),
+    ``story`` holds title, lead, models, labels, cfgs, summary, checks, images (files relative to ``folder``),
     prompts, sweep_link and commands; checks, labels, sweep_link and commands may be left out. Raises ``UserError``
-    when another key or a picture is missing.
+    when another key or an image is missing.
     """
     folder = Path(folder)
     for key, kind in NEEDED.items():
@@ -139,7 +139,7 @@ def _gallery(folder: Path, story: dict) -> list[dict]:
     for model in story["models"]:
         rows = []
         for cfg in story["cfgs"]:
-            files: Any = _at(story["pictures"].get(model, {}), cfg)
+            files: Any = _at(story["images"].get(model, {}), cfg)
             if files:
                 rows.append({"cfg": cfg, "shots": _shots(folder, story, model, cfg, files)})
         if rows:
@@ -150,7 +150,7 @@ def _gallery(folder: Path, story: dict) -> list[dict]:
 def _shots(folder: Path, story: dict, model: str, cfg: float, files: list[str]) -> list[Shot | None]:
     prompts = story["prompts"]
     if len(files) != len(prompts):
-        raise UserError(f"story: {model} at CFG {tick_label(cfg)} has {len(files)} pictures for {len(prompts)} prompts")
+        raise UserError(f"story: {model} at CFG {tick_label(cfg)} has {len(files)} images for {len(prompts)} prompts")
     where = f"{_name(story, model)}, CFG {tick_label(cfg)}"
     measured = [(label.lower(), _value(story, model, cfg, key)) for key, label, *_ in MEASURES]
     numbers = ", ".join(f"{label} {value_label(value)}" for label, value in measured if value is not None)
@@ -160,7 +160,7 @@ def _shots(folder: Path, story: dict, model: str, cfg: float, files: list[str]) 
         if not file:
             shots.append(None)
             continue
-        src, (width, height) = picture_link(folder, file)
+        src, (width, height) = image_link(folder, file)
         small = thumbnail(folder, file, (width, height))
         shots.append(Shot(file, src, small, f"{prompt}: {where}", prompt, where, numbers, width, height))
     return shots
@@ -186,8 +186,8 @@ def _plots(story: dict) -> list[dict]:
 STAGES = ("teacher", "student", "dedistilled")
 LABELS = {"teacher": "teacher", "student": "student", "student_native": "student, its own steps", "dedistilled": "de-distilled"}
 LEAD = (
-    "A teacher learned pictures from noisy captions. Its student was distilled to a few steps with the guidance baked in: "
-    "it follows every prompt without guidance, and guidance only burns its pictures. De-distilling trains a small LoKr on "
+    "A teacher learned images from noisy captions. Its student was distilled to a few steps with the guidance baked in: "
+    "it follows every prompt without guidance, and guidance only burns its images. De-distilling trains a small LoKr on "
     "the frozen int8 student with plain flow matching: at CFG 1 it is an honest model again, and the CFG dial works."
 )
 HELD_OUT = 512
@@ -299,7 +299,7 @@ def _write_page(
     commands: list[str],
 ) -> None:
     def files(name: str, cfg: float) -> list[str]:
-        return [f"sweep/pictures/{name}/cfg{cfg:g}_skip0/p{i:03d}_s0.png" for i in range(len(prompts[:SHOWN]))]
+        return [f"sweep/images/{name}/cfg{cfg:g}_skip0/p{i:03d}_s0.png" for i in range(len(prompts[:SHOWN]))]
 
     write_story_page(
         out,
@@ -311,7 +311,7 @@ def _write_page(
             "cfgs": cfgs,
             "summary": summary,
             "checks": checks,
-            "pictures": {n: {f"{c:g}": files(n, c) for c in cfgs} for n in LABELS},
+            "images": {n: {f"{c:g}": files(n, c) for c in cfgs} for n in LABELS},
             "prompts": list(prompts[:SHOWN]),
             "sweep_link": "sweep/index.html",
             "commands": commands,
@@ -320,18 +320,16 @@ def _write_page(
 
 
 def _write_sheet(out: Path, cfgs: Sequence[float], prompts: tuple[str, ...]) -> None:
-    """``story.png``: the stages at a few scales as one picture."""
+    """``story.png``: the stages at a few scales as one image."""
     shown = [c for c in SHEET_CFGS if c in cfgs]
     prompts = prompts[:SHEET_PROMPTS]
 
-    def picture(name: str, cfg: float, i: int) -> Image.Image:
-        with Image.open(out / f"sweep/pictures/{name}/cfg{cfg:g}_skip0/p{i:03d}_s0.png") as file:
+    def image(name: str, cfg: float, i: int) -> Image.Image:
+        with Image.open(out / f"sweep/images/{name}/cfg{cfg:g}_skip0/p{i:03d}_s0.png") as file:
             return file.copy()
 
     rows = [
-        (f"{LABELS[name]}, CFG {cfg:g}", [picture(name, cfg, i) for i in range(len(prompts))])
-        for name in STAGES
-        for cfg in shown
+        (f"{LABELS[name]}, CFG {cfg:g}", [image(name, cfg, i) for i in range(len(prompts))]) for name in STAGES for cfg in shown
     ]
     columns = [" ".join(map(str, digits_in(p))) or p for p in prompts]  # short: a caption is wider than a digit
     sheet = contact_sheet(rows, columns, title="Guidance lost and found")

@@ -19,26 +19,26 @@ from dedistill.report.pages import (
     drop_old_thumbnails,
     field,
     figure,
+    image_link,
     is_number,
-    picture_link,
     render,
     thumbnail,
 )
 from dedistill.report.plots import tick_label, value_label
 from dedistill.sampling.images import contact_sheet
 
-# --- the pictures of a sweep as grids --------------------------------------------------------------------------------
+# --- the images of a sweep as grids --------------------------------------------------------------------------------
 
 
-IDENTITY = ("file", "candidate", "cfg", "skip", "steps", "prompt", "seed")  # every other key of a picture is a number
-SHEET_SIDE = 320  # contact sheets show larger pictures reduced to this
+IDENTITY = ("file", "candidate", "cfg", "skip", "steps", "prompt", "seed")  # every other key of an image is a number
+SHEET_SIDE = 320  # contact sheets show larger images reduced to this
 
 PromptKey = tuple[str, int]  # the text, and how many earlier prompts of the sweep have the same text
 RowKey = tuple[PromptKey, int]  # and the seed
 
 
 def named(entry: dict) -> str:
-    """The candidate of a cell or a picture, with the method of those that are not made by Euler's and plain CFG."""
+    """The candidate of a cell or an image, with the method of those that are not made by Euler's and plain CFG."""
     return ", ".join(filter(None, (entry["candidate"], entry.get("method"))))
 
 
@@ -46,20 +46,20 @@ Place = tuple[int, int | None]  # skip, and the solver's steps where a candidate
 
 
 def places_of(entries: list[dict]) -> Callable[[dict], Place]:
-    """Tells the place of a cell or a picture of a sweep; without several step counts of one candidate it has only a skip."""
+    """Tells the place of a cell or an image of a sweep; without several step counts of one candidate it has only a skip."""
     found = {(entry["candidate"], entry.get("steps")) for entry in entries}
     several = len({name for name, _ in found}) < len(found)
     return lambda entry: (entry["skip"], entry.get("steps") if several else None)
 
 
 def group(
-    pictures: list[dict], shown: int, place: Callable[[dict], Place]
+    images: list[dict], shown: int, place: Callable[[dict], Place]
 ) -> tuple[list[RowKey], dict[tuple[str, float, Place], dict[RowKey, dict]]]:
-    """The rows to show, and the pictures by candidate, scale and place, then by row."""
+    """The rows to show, and the images by candidate, scale and place, then by row."""
     grouped: dict[tuple[str, float, Place], dict[RowKey, dict]] = {}
     seen: dict[tuple, int] = {}
     rows: dict[RowKey, None] = {}
-    for entry in pictures:
+    for entry in images:
         cell = entry["candidate"], entry["cfg"], place(entry)
         # Two prompts may have the same text ("3 seven" twice among 256): the n-th of one cell is the n-th of another.
         same = (*cell, entry["prompt"], entry["seed"])
@@ -81,15 +81,15 @@ def make_gallery(folder: Path, scores: dict, cells: dict[float, dict], rows: lis
     """The grid of one candidate at one place: prompts as rows, scales as columns. cells, shots: by scale."""
     labels = {number["key"]: number["label"] for number in scores["numbers"]}
     several = len({seed for _, seed in rows}) > 1
-    heads = scores["numbers"][:2]  # shown above the pictures, the others only in the viewer
+    heads = scores["numbers"][:2]  # shown above the images, the others only in the viewer
     places = [decimals(cell.get(number["key"]) for cell in scores["cells"]) for number in heads]
     columns, scales = [], sorted(shots)
     for cfg in scales:
         cell = cells.get(cfg, {})
         numbers = [(number["label"], cell.get(number["key"])) for number in scores["numbers"]]
-        pictures = f"{cell['pictures']} pictures: " if "pictures" in cell else ""
+        images = f"{cell['images']} images: " if "images" in cell else ""
         texts = [f"{value:.{n}f}" if is_number(value) else "–" for (_, value), n in zip(numbers, places)]
-        columns.append({"cfg": cfg, "texts": texts, "caption": pictures + _caption(numbers) if cell else ""})
+        columns.append({"cfg": cfg, "texts": texts, "caption": images + _caption(numbers) if cell else ""})
     lines, sizes = [], []
     for i, row in enumerate(rows):
         entries = [shots[cfg].get(row) for cfg in scales]
@@ -110,8 +110,8 @@ def make_gallery(folder: Path, scores: dict, cells: dict[float, dict], rows: lis
 
 
 def shot(folder: Path, entry: dict, labels: dict[str, str]) -> Shot:
-    """The picture of a row of index.json, whose file is relative to ``folder``; labels: what numbers are called."""
-    src, (width, height) = picture_link(folder, entry["file"])
+    """The image of a row of index.json, whose file is relative to ``folder``; labels: what numbers are called."""
+    src, (width, height) = image_link(folder, entry["file"])
     numbers = [(labels.get(key, key), value) for key, value in entry.items() if key not in IDENTITY]
     correct = entry.get("correct")
     wrong = 1 - correct if isinstance(correct, (int, float)) else 0.0
@@ -119,7 +119,7 @@ def shot(folder: Path, entry: dict, labels: dict[str, str]) -> Shot:
     where = f"{entry['candidate']}, CFG {tick_label(entry['cfg'])}, skip {entry['skip']}{steps}, seed {entry['seed']}"
     misread = "" if wrong <= 0 else ", misread" if wrong >= 1 else ", partly misread"
     alt = f"{entry['prompt']}: {entry['candidate']} at CFG {tick_label(entry['cfg'])}{misread}"
-    own = f"This picture: {caption}" if (caption := _caption(numbers)) else ""
+    own = f"This image: {caption}" if (caption := _caption(numbers)) else ""
     small = thumbnail(folder, entry["file"], (width, height))
     return Shot(entry["file"], src, small, alt, entry["prompt"], where, own, width, height, max(wrong, 0.0))
 
@@ -144,13 +144,13 @@ def sheet_names(names: list[str], places: list[Place]) -> dict[tuple[str, Place]
 
 
 def write_sheet(folder: Path, name: str, gallery: dict, title: str) -> str:
-    """Save the gallery as one picture and return its URL."""
+    """Save the gallery as one image and return its URL."""
 
     def load(shot: Shot | None) -> Image.Image | None:
         if shot is None:
             return None
-        with Image.open(folder / shot.file) as picture:
-            plain = picture.convert("RGB")
+        with Image.open(folder / shot.file) as image:
+            plain = image.convert("RGB")
         plain.thumbnail((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS)
         return plain
 
@@ -174,18 +174,18 @@ LOG_RATIO = 40  # a lower-is-better number that spans more than this factor gets
 def write_sweep_page(folder: Path, *, shown: int = 8) -> Path:
     """Write ``index.html``, ``thumbs`` and ``sheets/*.png`` for the sweep in ``folder`` and return the page's path.
 
-    The pictures of the first ``shown`` prompts appear, all their seeds when those are few and else the first seed.
-    Raises ``UserError`` when ``index.json``, ``scores.json`` or a picture is missing or not what it should be.
+    The images of the first ``shown`` prompts appear, all their seeds when those are few and else the first seed.
+    Raises ``UserError`` when ``index.json``, ``scores.json`` or an image is missing or not what it should be.
     """
     folder = Path(folder)
-    scores, pictures = read_scores(folder / "scores.json"), read_index(folder / "index.json")
-    for entry in [*scores["cells"], *pictures]:  # another method is shown as another candidate
+    scores, images = read_scores(folder / "scores.json"), read_index(folder / "index.json")
+    for entry in [*scores["cells"], *images]:  # another method is shown as another candidate
         entry["candidate"] = named(entry)
         entry.pop("method", None)
-    names = list(dict.fromkeys(entry["candidate"] for entry in [*scores["cells"], *pictures]))
-    place_of = places_of([*scores["cells"], *pictures])
-    places = sorted({place_of(entry) for entry in [*scores["cells"], *pictures]})
-    rows, grouped = group(pictures, shown, place_of)
+    names = list(dict.fromkeys(entry["candidate"] for entry in [*scores["cells"], *images]))
+    place_of = places_of([*scores["cells"], *images])
+    places = sorted({place_of(entry) for entry in [*scores["cells"], *images]})
+    rows, grouped = group(images, shown, place_of)
     galleries = []
     sheets = sheet_names(names, places)
     for place in places:
@@ -210,12 +210,12 @@ def write_sweep_page(folder: Path, *, shown: int = 8) -> Path:
         plots=[{"skip": p[0], "steps": p[1], "plots": _plots(scores, names, p, place_of, len(places) == 1)} for p in places],
         table=_table(scores),
         marked=any(number["better"] for number in scores["numbers"]),
-        judged=any("correct" in entry for entry in pictures),
+        judged=any("correct" in entry for entry in images),
         galleries=galleries,
-        picture_count=len(pictures),
+        image_count=len(images),
         prompts_shown=len({prompt for prompt, _ in rows}),
         seeds=seeds,
-        scales=sorted({entry["cfg"] for entry in [*scores["cells"], *pictures]}),
+        scales=sorted({entry["cfg"] for entry in [*scores["cells"], *images]}),
     )
     page = folder / "index.html"
     page.write_text(html, encoding="utf-8")
@@ -252,7 +252,7 @@ def _plots(scores: dict, names: list[str], place: Place, place_of: Callable[[dic
 def _table(scores: dict) -> dict:
     """All cells as rows of ``{"text", "sort", "best"}``; every column has one number of decimals, so digits line up."""
     cells, numbers = scores["cells"], scores["numbers"]
-    fixed = [("candidate", "candidate"), ("cfg", "CFG"), ("skip", "skip"), ("steps", "steps"), ("pictures", "pictures")]
+    fixed = [("candidate", "candidate"), ("cfg", "CFG"), ("skip", "skip"), ("steps", "steps"), ("images", "images")]
     fixed = [(key, label) for key, label in fixed if any(cell.get(key) for cell in cells)]  # no column of zero skips
     heads = [{"label": label, "help": "", "numeric": key != "candidate"} for key, label in fixed]
     heads += [{"label": number["label"], "help": number["help"], "numeric": True} for number in numbers]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.io.atomic import TEMPORARY, make_folder, read_sealed, sealed, step_name, step_of, sync, write_synced
+from dedistill.io.atomic import TEMPORARY, checksummed, make_folder, read_checksummed, step_name, step_of, sync, write_synced
 from dedistill.io.hashing import file_sha256
 from dedistill.io.safetensors import TensorFile
 
@@ -41,7 +41,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
         for name, group in tensors.items():
             files[f"{name}.safetensors"] = _write(temporary / f"{name}.safetensors", group, step)
         manifest = {"schema": SCHEMA, "step": step, **facts, "files": files}
-        write_synced(temporary / MANIFEST, sealed(manifest))
+        write_synced(temporary / MANIFEST, checksummed(manifest))
         sync(temporary)
         if final.exists():  # damaged
             shutil.rmtree(final)
@@ -85,7 +85,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, naming the file; empty when every byte agrees with the manifest."""
     try:
-        manifest = read_sealed(checkpoint / MANIFEST)
+        manifest = read_checksummed(checkpoint / MANIFEST)
     except OSError as e:
         return f"{MANIFEST} is unreadable ({e.strerror})"
     except ValueError as e:
@@ -128,7 +128,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 def _refuse_other_version(checkpoint: Path) -> None:
     """Raises UserError for a whole manifest of another version of dedistill: it is not damaged, and not to be set aside."""
     try:
-        schema = read_sealed(checkpoint / MANIFEST).get("schema")
+        schema = read_checksummed(checkpoint / MANIFEST).get("schema")
     except (OSError, ValueError):
         return
     if schema != SCHEMA:
@@ -152,7 +152,7 @@ def drop_after(folder: Path, step: int, keep: int = 0) -> None:
 
 def read_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """({file stem: tensors}, manifest) of a checkpoint that :func:`damage` found good."""
-    manifest = read_sealed(checkpoint / MANIFEST)
+    manifest = read_checksummed(checkpoint / MANIFEST)
     groups = {}
     for name in manifest["files"]:
         with safe_open(checkpoint / name, framework="pt") as f:

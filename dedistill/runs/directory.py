@@ -9,7 +9,7 @@ from typing import Any
 from dedistill.data.encode import data_files
 from dedistill.errors import UserError
 from dedistill.io import ownership
-from dedistill.io.atomic import make_folder, read_sealed, replace_file, sealed
+from dedistill.io.atomic import checksummed, make_folder, read_checksummed, replace_file
 from dedistill.io.hashing import Hashed, Stamp, hash_file
 from dedistill.recipe import RESOLVED, Recipe, to_toml
 from dedistill.recipe.resolve import as_it_was_meant
@@ -185,10 +185,10 @@ class RunDirectory:
         except (ValueError, RecursionError) as e:
             raise UserError(f"'{file}' is damaged; restore it, or move '{self.path}' away to start over") from e
 
-    def bind(self, inputs: dict[str, list[Path]], pictures: str | None = None, sample: str | None = None) -> list[str]:
+    def bind(self, inputs: dict[str, list[Path]], images: str | None = None, sample: str | None = None) -> list[str]:
         """Record in inputs.json which bytes the run is made from; refuse to continue it from others, naming them.
 
-        inputs: recipe key -> files. pictures: a hash of the pictures and captions that are drawn from. sample: a hash of a
+        inputs: recipe key -> files. images: a hash of the images and captions that are drawn from. sample: a hash of a
         few numbers of the base as it was loaded; where it is another one than before, stamps are not believed and every
         file is read. Returns what a user should know. A run of an earlier version, without inputs.json, is bound to what is
         there now.
@@ -199,11 +199,11 @@ class RunDirectory:
         now = {key: fingerprint(files, None if other_base else before.get(key)) for key, files in inputs.items()}
         if sample:
             now[SAMPLE] = {"sha256": sample, "files": {}}
-        if pictures:
-            now["data.sets"] = {"sha256": pictures, "files": {}}
-            if self.used and before.get("data.sets", now["data.sets"])["sha256"] != pictures:
+        if images:
+            now["data.sets"] = {"sha256": images, "files": {}}
+            if self.used and before.get("data.sets", now["data.sets"])["sha256"] != images:
                 raise UserError(
-                    f"data.sets: pictures, captions or crops differ from those that the run in '{self.path}' was started with; "
+                    f"data.sets: images, captions or crops differ from those that the run in '{self.path}' was started with; "
                     "steps would no longer be what they were. Put them back, or set another run.out."
                 )
         for key in before.keys() & now.keys() if self.used else ():
@@ -212,12 +212,12 @@ class RunDirectory:
                     f"{key}: {len(changed)} files differ from those that the run in '{self.path}' was started with, "
                     f"e.g. '{changed[0]}'. Put them back, or set another run.out."
                 )
-        replace_file(file, sealed(now))
+        replace_file(file, checksummed(now))
         return [OTHER_NUMBERS] if other_base else []
 
     def _inputs(self, file: Path) -> dict:
         try:
-            return read_sealed(file)
+            return read_checksummed(file)
         except ValueError as e:
             way_out = "restore it, or delete it to bind the run to the files that are there now"
             raise UserError(f"'{file}' {e}; {way_out}") from e

@@ -24,7 +24,7 @@ LAST_WORDS = 30.0
 """Seconds that W&B gets at the end of a run."""
 
 
-class Journal:
+class JsonlWriter:
     """Append-only JSON lines. Rows of steps after ``step`` are cut off on opening: a continued run writes them again."""
 
     def __init__(self, path: Path, step: int):
@@ -59,11 +59,11 @@ def last_step(path: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-class Record:
+class MetricsLogger:
     """Both journals of a run, opened together. Seconds are kept out of the first, the deterministic one."""
 
     def __init__(self, run: RunDirectory, step: int):
-        self.metrics, self.timings = Journal(run.metrics, step), Journal(run.timings, step)
+        self.metrics, self.timings = JsonlWriter(run.metrics, step), JsonlWriter(run.timings, step)
         self._last = time.monotonic()
 
     def write(self, row: dict[str, Any], waited: float) -> None:
@@ -73,10 +73,10 @@ class Record:
         self.timings.write({"step": row["step"], "seconds": round(now - self._last, 4), "waited": round(waited, 4)})
         self._last = now
 
-    def reopened(self, run: RunDirectory, step: int) -> "Record":
+    def reopened(self, run: RunDirectory, step: int) -> "MetricsLogger":
         """The record of a run that goes back to ``step``."""
         self.close()
-        return Record(run, step)
+        return MetricsLogger(run, step)
 
     def sync(self) -> None:
         self.metrics.sync()

@@ -26,7 +26,7 @@ def is_request(path: Path) -> bool:
     return path.is_file() and not path.is_symlink() and not path.stat().st_size
 
 
-class Requests:
+class StopRequests:
     """Context manager around a whole run. Needs no torch, so that signals are heard before that is loaded.
 
     SIGINT, SIGTERM and SIGHUP (a terminal that is gone) end the process at once as long as there is nothing to save, and else
@@ -39,7 +39,7 @@ class Requests:
         """Whether there is something to save, so that a stop waits for the end of the step."""
         self._first, self._folder, self._told = 0.0, None, set()
 
-    def __enter__(self) -> "Requests":
+    def __enter__(self) -> "StopRequests":
         self._launcher = os.getppid() if launched() else None
         self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it

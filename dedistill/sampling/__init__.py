@@ -1,1 +1,1 @@
-"""Making pictures with a model, and storing pairs for distillation."""
+"""Making images with a model, and storing pairs for distillation."""

@@ -1,4 +1,4 @@
-"""Contact sheets: a labelled grid of pictures as one image, readable without a browser."""
+"""Contact sheets: a labelled grid of images as one image, readable without a browser."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-SHORT_SIDE = 64  # a picture smaller than this is enlarged, or nobody can judge it
+SHORT_SIDE = 64  # an image smaller than this is enlarged, or nobody can judge it
 GAP = 4
 MARGIN = 20
 LABEL_WIDTH = 14  # in units of the text size
 LABEL_LINES = 4
-TEXT_SIZES = 14, 24  # text grows with the pictures between these, or a large sheet shown small is unreadable
+TEXT_SIZES = 14, 24  # text grows with the images between these, or a large sheet shown small is unreadable
 PAPER, INK, EMPTY = (255, 255, 255), (32, 33, 36), (238, 238, 236)
 
 
 def integer_scale(width: int, height: int, short_side: int = SHORT_SIDE) -> int:
-    """The smallest whole factor that brings the shorter side to ``short_side`` pixels, and 1 for larger pictures."""
+    """The smallest whole factor that brings the shorter side to ``short_side`` pixels, and 1 for larger images."""
     return max(1, -(-short_side // max(1, min(width, height))))
 
 
-def as_image(picture: Tensor) -> Image.Image:
-    """One picture [C, H, W] in [-1, 1], clamped, at its own resolution; grey for one channel, RGB for three."""
-    x = ((torch.nan_to_num(picture).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+def as_image(image: Tensor) -> Image.Image:
+    """One image [C, H, W] in [-1, 1], clamped, at its own resolution; grey for one channel, RGB for three."""
+    x = ((torch.nan_to_num(image).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
     return Image.fromarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0))
 
 
@@ -37,17 +37,17 @@ def contact_sheet(
     title: str,
     scale: int | None = None,
 ) -> Image.Image:
-    """Lay pictures out in a grid with a label per row and per column.
+    """Lay images out in a grid with a label per row and per column.
 
-    ``scale`` enlarges every picture by a whole factor without smoothing; ``None`` picks one that makes tiny pictures
-    legible. ``None`` in place of a picture leaves an empty field. The sheet is RGB whatever the pictures are.
+    ``scale`` enlarges every image by a whole factor without smoothing; ``None`` picks one that makes tiny images
+    legible. ``None`` in place of an image leaves an empty field. The sheet is RGB whatever the images are.
     """
-    for label, pictures in rows:
-        if len(pictures) != len(columns):
-            raise ValueError(f"row {label!r} has {len(pictures)} pictures for {len(columns)} columns")
-    sizes = [picture.size for _, pictures in rows for picture in pictures if picture is not None]
+    for label, images in rows:
+        if len(images) != len(columns):
+            raise ValueError(f"row {label!r} has {len(images)} images for {len(columns)} columns")
+    sizes = [image.size for _, images in rows for image in images if image is not None]
     if not sizes:
-        raise ValueError("a contact sheet needs at least one picture")
+        raise ValueError("a contact sheet needs at least one image")
     width, height = max(w for w, _ in sizes), max(h for _, h in sizes)
     scale = scale or integer_scale(width, height)
     field = width * scale, height * scale
@@ -71,24 +71,24 @@ def contact_sheet(
     for i, name in enumerate(columns):
         centre = left + i * column_width + (column_width - GAP) // 2
         draw.text((centre, top - 6), name, fill=INK, font=font, anchor="ms")
-    for (_, pictures), lines, row_height in zip(rows, labels, row_heights):
+    for (_, images), lines, row_height in zip(rows, labels, row_heights):
         middle = top + (row_height - GAP) // 2
         for i, line in enumerate(lines):
             y = middle + round((i - (len(lines) - 1) / 2) * line_height)
             draw.text((left - 12, y), line, fill=INK, font=font, anchor="rm")
-        for i, picture in enumerate(pictures):
+        for i, image in enumerate(images):
             x = left + i * column_width + (column_width - GAP - field[0]) // 2
-            _place(sheet, picture, (x, middle - field[1] // 2), field, scale)
+            _place(sheet, image, (x, middle - field[1] // 2), field, scale)
         top += row_height
     return sheet
 
 
-def _place(sheet: Image.Image, picture: Image.Image | None, corner: tuple[int, int], field: tuple[int, int], scale: int):
-    """Paste one picture in the middle of its field; a missing one leaves a pale field."""
-    if picture is None:
+def _place(sheet: Image.Image, image: Image.Image | None, corner: tuple[int, int], field: tuple[int, int], scale: int):
+    """Paste one image in the middle of its field; a missing one leaves a pale field."""
+    if image is None:
         sheet.paste(EMPTY, (*corner, corner[0] + field[0], corner[1] + field[1]))
         return
-    large = picture.convert("RGB").resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    large = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     sheet.paste(large, (corner[0] + (field[0] - large.width) // 2, corner[1] + (field[1] - large.height) // 2))
 
 

@@ -1,4 +1,4 @@
-"""Pairs of noise and picture from a teacher's own ODE, for distilling it or straightening it (arXiv 2209.03003).
+"""Pairs of noise and image from a teacher's own ODE, for distilling it or straightening it (arXiv 2209.03003).
 
 Kept with each set: CFG scale, solver, steps, negative prompt, teacher hash; with each pair: the exact noise, the
 caption, and chosen points of the trajectory. Shards are whole or absent, so an interrupted run continues.
@@ -18,7 +18,7 @@ from dedistill.data.source import Source
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.flow.solvers import sigma_grid
-from dedistill.io.atomic import WholeFile, read_sealed, replace_file, sealed
+from dedistill.io.atomic import WholeFile, checksummed, read_checksummed, replace_file
 from dedistill.io.hashing import file_sha256
 from dedistill.io.ownership import claim
 from dedistill.models.model import Model
@@ -40,7 +40,7 @@ def make_pairs(
 ) -> dict:
     """Write ``count`` pairs into ``out`` and return its facts (also ``pairs.json``).
 
-    points: windows between stored states, so points + 1 states, the noise first and the picture last; must divide
+    points: windows between stored states, so points + 1 states, the noise first and the image last; must divide
     ``sampling``'s steps. Raises UserError when ``out`` holds pairs made differently, or what is not ours.
     """
     steps, told = sampling.steps, sampling.facts
@@ -60,7 +60,7 @@ def make_pairs(
         "count": count,
         "shard_size": shard_size,
         "sigmas": sigmas[kept].tolist(),
-        "picture": list(model.parts.picture),
+        "picture": list(model.parts.sample_shape),
         "source": source.name,
     }
     claim(out, "pairs", "--out")
@@ -69,14 +69,14 @@ def make_pairs(
     assert len(prompts) == count, f"source '{source.name}' gave {len(prompts)} prompts, {count} were asked for"
     for number in range(len(shards), -(-count // shard_size)):
         ids = range(number * shard_size, min(count, (number + 1) * shard_size))
-        noise = keyed.noise(seed, "pairs", 0, ids, model.parts.picture)
+        noise = keyed.noise(seed, "pairs", 0, ids, model.parts.sample_shape)
         captions = prompts[ids.start : ids.stop]
         states = [torch.stack([c[k] for k in kept], 1) for c in trajectories(model, captions, noise, sampling)]
         shards.append(_write_shard(out, number, ids, captions, noise, torch.cat(states)))
-        replace_file(out / FACTS, sealed({**facts, "shards": shards, "complete": False}))
+        replace_file(out / FACTS, checksummed({**facts, "shards": shards, "complete": False}))
         progress(ids.stop, count)
     facts = {**facts, "shards": shards, "complete": True}
-    replace_file(out / FACTS, sealed(facts))
+    replace_file(out / FACTS, checksummed(facts))
     return facts
 
 
@@ -95,7 +95,7 @@ def teacher_hash(model: Model) -> str:
 def _finished_shards(out: Path, facts: dict) -> list[dict]:
     """Shards of an earlier run with the same settings whose bytes still agree."""
     try:
-        before = read_sealed(out / FACTS)
+        before = read_checksummed(out / FACTS)
     except (OSError, ValueError):  # nothing yet, or damaged: shards are made again, byte for byte the same
         return []
     if differing := [k for k in facts if before.get(k) != facts[k]]:

@@ -1,4 +1,4 @@
-"""Pictures from a model: prompts, noise and a way of sampling in, pictures out."""
+"""Images from a model: prompts, noise and a way of sampling in, images out."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from dedistill.models.model import Model
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How pictures are made from noise, whatever the model: a solver of ``SOLVERS``, its steps, and the guidance."""
+    """How images are made from noise, whatever the model: a solver of ``SOLVERS``, its steps, and the guidance."""
 
     solver: str = "euler"
     steps: int
@@ -35,22 +35,22 @@ class Sampling:
         return f"{self.guidance.label}, {self.steps} {SOLVERS[self.solver].name} steps"
 
     def nfe(self, shift: float = 1.0) -> int:
-        """Calls of the network that one picture costs, on sigmas of that shift."""
+        """Calls of the network that one image costs, on sigmas of that shift."""
         sigmas = sigma_grid(self.steps, shift)
         branches = sum(len(self.guidance.branches(sigmas, i)) for i in range(self.steps))
         return branches * SOLVERS[self.solver].evaluations
 
 
-def start_noise(seed: int, count: int, picture: tuple[int, ...]) -> Tensor:
+def start_noise(seed: int, count: int, image: tuple[int, ...]) -> Tensor:
     """Noise [count, C, H, W] of a seed: row i is the same whatever the model, scale, steps or count."""
-    return keyed.noise(seed, "sample", 0, range(count), tuple(picture))
+    return keyed.noise(seed, "sample", 0, range(count), tuple(image))
 
 
 @torch.no_grad()
 def sample(model: Model, prompts: list[str], noise: Tensor, sampling: Sampling, *, length: int | None = None) -> Tensor:
-    """The final pictures [B, C, H, W] on the CPU, float32, about [-1, 1].
+    """The final images [B, C, H, W] on the CPU, float32, about [-1, 1].
 
-    noise: [B, C, h, w] as the denoiser sees pictures. The unconditional branch is the model's negative prompt; a distilled
+    noise: [B, C, h, w] as the denoiser sees images. The unconditional branch is the model's negative prompt; a distilled
     guidance embedding is fed ``model.guidance`` besides. length: tokens to pad prompts to; default the model's own.
     """
     states = trajectories(model, prompts, noise, sampling, length=length)

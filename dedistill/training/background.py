@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dedistill.distributed.heartbeat import pulse
+from dedistill.distributed.heartbeat import heartbeat
 
 # --- work done ahead of its use, while the caller is busy with the items before --------------------------------------
 
@@ -47,7 +47,7 @@ Groups = dict[str, dict[str, Tensor]]
 """Name of a file -> its tensors by name."""
 
 
-class Saver:
+class AsyncCheckpointWriter:
     """One save at a time. What goes wrong in one is raised by the next call of ``start`` or ``wait``.
 
     The memory of the copies is kept from save to save: to be given new memory takes longer than to copy into it.
@@ -85,7 +85,7 @@ class Saver:
         """Until what was started is safe on disk."""
         running, self._running = self._running, None
         if running:
-            with pulse.during("saving"):
+            with heartbeat.during("saving"):
                 running.result()
 
     def close(self) -> None:

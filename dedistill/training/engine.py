@@ -46,7 +46,7 @@ class ExactGradients:
 
     def finish(self) -> None:
         """Leave the sum over all samples of all ranks in ``.grad``. Once per step, on every rank."""
-        self.world.sum_([*self.sums, self.refused])
+        self.world.all_reduce_([*self.sums, self.refused])
         for total, parameter in zip(self.sums, self.parameters):
             exact = total.double() * RESOLUTION
             parameter.grad = exact.where(self.refused == 0, torch.nan).to(parameter.dtype)
@@ -69,7 +69,7 @@ class Engine:
     """What the launcher calls it (World.engine) and plan.json says."""
     in_parts = ""
     """What it spreads, as the header of a run goes on after the devices."""
-    lockstep = False
+    requires_equal_forwards = False
     """Whether all processes must run equally many passes: each asks the others for weights or sums of gradients."""
     cuts_on_cpu = False
     """Whether the model is to be built in the memory of the CPU, since no device holds all of it."""
@@ -79,7 +79,7 @@ class Engine:
 
     def __init__(self, recipe: Recipe, world: World):
         self.recipe, self.world = recipe, world
-        world.lockstep = self.lockstep
+        world.requires_equal_forwards = self.requires_equal_forwards
 
     def check(self) -> None:
         """Raises UserError, before anything is loaded, for a recipe that cannot be trained so."""
@@ -94,7 +94,7 @@ class Engine:
 
     def backward(self, loss: Tensor, *, counts: bool) -> None:
         """Add the gradient of ``loss``, the share of one micro-batch in the loss of the step. counts: False for a pass that
-        only keeps the others company; such passes come first in a step."""
+        only pads the others' count with; such passes come first in a step."""
         loss.backward()  # autograd adds to what is in .grad already
         if not counts:
             self.drop()
@@ -108,7 +108,7 @@ class Engine:
         for parameter in self.trainable.values():
             if parameter.grad is None:  # this rank had nothing to do
                 parameter.grad = torch.zeros_like(parameter)
-        self.world.sum_([p.grad for p in self.trainable.values()])
+        self.world.all_reduce_([p.grad for p in self.trainable.values()])
 
     def norm(self) -> float:
         """The norm of the finished gradient, which is clipped as the recipe says."""
@@ -126,11 +126,11 @@ class Engine:
         """Forget the gradients; nothing else changes."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def spoilt(self) -> list[str]:
+    def nonfinite_state(self) -> list[str]:
         """Tensors of the optimizer that are not finite; the same on every process."""
         return not_finite(optimizer_tensors(self.optimizer, self.trainable))
 
-    def replicas(self) -> dict[str, nn.Parameter]:
+    def replicated_params(self) -> dict[str, nn.Parameter]:
         """Trained parameters of which every process holds all, to be compared between them."""
         return self.trainable
 

@@ -19,7 +19,7 @@ class Fsdp2(Engine):
     """The base in parts. Its adapter is no part of the network, so it is trained as where every process holds everything."""
 
     name, in_parts = "fsdp2", ", the base in parts"
-    lockstep = cuts_on_cpu = True
+    requires_equal_forwards = cuts_on_cpu = True
 
     def check(self) -> None:
         if self.recipe.adapter is None:

@@ -56,7 +56,7 @@ class Guard:
         self.norms: list[float] = []
         self.usual: list[list[float]] = [[0.0, 0] for _ in range(BINS)]
         """[mean loss, losses seen] of applied steps, per bin of sigma."""
-        self.in_a_row = 0
+        self.consecutive_bad = 0
         self.refused: list[int] = []
         """Steps among the last WINDOW that were not applied."""
         self.hits: dict[str, list[int]] = {}
@@ -77,7 +77,7 @@ class Guard:
         vars(self).update(state)
 
     def since(self) -> dict[str, int]:
-        """The quarantine as ``Substitutes`` takes it."""
+        """The quarantine as ``QuarantineSource`` takes it."""
         return {name: entry["since"] for name, entry in self.quarantine.items()}
 
     def judge(
@@ -106,44 +106,44 @@ class Guard:
             self.suspects |= {entry["sample"]: entry for entry in found}
             for entry in found:
                 self.hits.setdefault(entry["sample"], []).append(step)
-        self.in_a_row += 1
+        self.consecutive_bad += 1
         self.refused = [s for s in self.refused if step - WINDOW < s < step] + [step]
         again = any(len(self.hits.get(entry["sample"], [])) >= PATIENCE for entry in found)
-        if self.in_a_row >= PATIENCE or again or len(self.refused) > WINDOW / 2:
-            self._lose_patience(step, float(losses.mean()), norm, "a spike" if finite else "not finite", found)
+        if self.consecutive_bad >= PATIENCE or again or len(self.refused) > WINDOW / 2:
+            self._on_too_many_bad_steps(step, float(losses.mean()), norm, "a spike" if finite else "not finite", found)
         return {"spike" if finite else "not_finite": found}
 
     def _learn(self, losses: Tensor, sigmas: Tensor, norm: float) -> None:
-        self.in_a_row, self.suspects = 0, {}
+        self.consecutive_bad, self.suspects = 0, {}
         self.norms = [*self.norms[1 - WINDOW :], norm]
         for loss, place in zip(losses.tolist(), _places(sigmas)):
             entry = self.usual[place]
             keep = min(MEMORY, entry[1] / (entry[1] + 1))  # a plain mean of the first 50, then a running one
             entry[:] = [keep * entry[0] + (1 - keep) * loss, entry[1] + 1]
 
-    def _lose_patience(self, step: int, loss: float, norm: float, what: str, found: list[dict[str, Any]]) -> None:
+    def _on_too_many_bad_steps(self, step: int, loss: float, norm: float, what: str, found: list[dict[str, Any]]) -> None:
         """Quarantine what stood out and raise GoBack, or raise BadSteps.
 
         Neither where nothing but a sample that cannot be quarantined any more has brought it here.
         """
-        since = step + 1 - self.in_a_row
+        since = step + 1 - self.consecutive_bad
         new = {name: entry for name, entry in self.suspects.items() if name not in self.quarantine}
         times = self.returned[1] + 1 if since <= self.returned[0] else 1
         if new and times <= RETURNS and len(self.quarantine) + len(new) <= LIMIT:
             # forget what was judged from ``since`` on: those steps come again, with other samples
             self.quarantine |= {name: {"since": since, "sigma": e["sigma"], "loss": e["loss"]} for name, e in new.items()}
             self.returned = [max(since, self.returned[0]), times]
-            self.in_a_row, self.suspects = 0, {}
+            self.consecutive_bad, self.suspects = 0, {}
             self.refused = [step for step in self.refused if step < since]
             left = {name: [s for s in steps if s < since] for name, steps in self.hits.items()}
             self.hits = {name: steps for name, steps in left.items() if steps and name not in self.quarantine}
             raise GoBack(since)
         why = f"; samples: {found[:4]}" if found else " in the gradient"
         tried = f" {len(self.quarantine)} samples were quarantined before." if self.quarantine else ""
-        if self.in_a_row < PATIENCE and len(self.refused) <= WINDOW / 2:
+        if self.consecutive_bad < PATIENCE and len(self.refused) <= WINDOW / 2:
             return
-        often = f" {self.in_a_row} times in a row"
-        if self.in_a_row < PATIENCE:
+        often = f" {self.consecutive_bad} times in a row"
+        if self.consecutive_bad < PATIENCE:
             often = f", one of {len(self.refused)} bad steps among the last {WINDOW}"
         raise BadSteps(
             f"step {step + 1}: loss {loss}, gradient norm {norm}: {what}{often}{why}.{tried} "
@@ -165,7 +165,7 @@ ENOUGH = 3
 """Applied steps that every module has moved after: behind an output that starts at zero the first gradients are zero."""
 
 
-class Ledger:
+class ParameterChangeCheck:
     """Looks at the trained weights now and then.
 
     ``modules``: names of the weights that belong together, which only as a whole must move: at the start of a LoKr or a

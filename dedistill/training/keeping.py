@@ -14,7 +14,7 @@ from dedistill.runs.checkpoint import drop_after, newest_until, newest_valid, re
 from dedistill.runs.directory import RunDirectory
 from dedistill.runs.metrics import last_step
 from dedistill.runs.model import export_model, exported_step, snapshot_header
-from dedistill.training.background import Saver
+from dedistill.training.background import AsyncCheckpointWriter
 from dedistill.training.ema import Averages
 from dedistill.training.engine import Engine
 from dedistill.training.guards import Guard
@@ -61,7 +61,7 @@ class Keeper:
         """Of the state, and of the tensors that ``engine`` trains together with their averages."""
         self.recipe, self.run, self.engine, self.world, self.state = recipe, run, engine, engine.world, state
         self.averages = Averages(recipe.snapshot.ema or [], engine.trainable)
-        self.saver = Saver()
+        self.saver = AsyncCheckpointWriter()
 
     def resume(self) -> list[str]:
         """Continue from the newest good checkpoint, if there is one. Every process ends up with the same state.
@@ -77,10 +77,10 @@ class Keeper:
                     f"'{self.run.metrics}' goes up to step {reached}, but there is no checkpoint in '{self.run.checkpoints}'. "
                     "Restore one, or move the run directory away to start over."
                 )
-        name = self.world.from_main(found.name if found else None)
+        name = self.world.broadcast_object(found.name if found else None)
         if name is not None:
             self.state.load(self._read(self.run.checkpoints / name))
-        self._compare("weights", self.engine.replicas())
+        self._compare("weights", self.engine.replicated_params())
         return notes
 
     def _read(self, checkpoint: Path) -> dict:
@@ -104,7 +104,7 @@ class Keeper:
         folder = self.run.checkpoints
         self.saver.wait()
         found = newest_until(folder, since) if self.world.main else None
-        name = self.world.from_main(found.name if found else None)
+        name = self.world.broadcast_object(found.name if found else None)
         if self.world.main:
             drop_after(folder, since, keep=0 if name else 1)  # at any instant there is one to go on from
         self.engine.drop()
@@ -116,7 +116,7 @@ class Keeper:
 
     def checkpoint(self, *, wait: bool) -> None:
         """Rank 0 saves beside training, after all have agreed on what. wait: until it is safe; nobody ends before that."""
-        self._compare("weights", self.engine.replicas())
+        self._compare("weights", self.engine.replicated_params())
         groups = {"trainable": self.engine.weights(), "optimizer": self.engine.state(), **self.averages.state()}
         groups = {name: self._good(tensors) for name, tensors in groups.items()}
         if self.world.main:
@@ -148,7 +148,7 @@ class Keeper:
 
     def _good(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """``tensors`` to be saved. Raises UserError, on every process, for those that a finite step has blown up."""
-        if bad := self.world.from_main(not_finite(tensors)):
+        if bad := self.world.broadcast_object(not_finite(tensors)):
             raise UserError(
                 f"after step {self.state.step} {len(bad)} tensors are not finite, e.g. {bad[0]}; not saved. "
                 "Lower train.lr or train.weight_decay; what was saved before is intact."

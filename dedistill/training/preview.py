@@ -1,4 +1,4 @@
-"""Pictures while training: the same prompts, noise and scales at every preview, so that only the weights differ."""
+"""Images while training: the same prompts, noise and scales at every preview, so that only the weights differ."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dedistill.distributed.heartbeat import pulse
+from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.evaluation.sweep import save_png
@@ -20,7 +20,7 @@ from dedistill.sampling.sampler import Sampling, start_noise, trajectories
 
 
 class Preview:
-    """Writes ``folder/step-XXXXXXXX.png``, prompts as rows and ways of sampling as columns, and each picture by itself."""
+    """Writes ``folder/step-XXXXXXXX.png``, prompts as rows and ways of sampling as columns, and each image by itself."""
 
     def __init__(self, recipe: Recipe, model: Model, folder: Path, world: World | None = None):
         """Rank 0 of ``world`` writes; the others are needed where the network cannot be called without them."""
@@ -37,7 +37,7 @@ class Preview:
         """
         latents = self._latents()
         try:
-            if self.world.lockstep:  # all of them, before one that decodes may give up
+            if self.world.requires_equal_forwards:  # all of them, before one that decodes may give up
                 latents = iter(_all(latents))
             if self.world.main:
                 self._write(step, latents, interrupted)
@@ -54,10 +54,10 @@ class Preview:
     def _latents(self) -> Iterator[Tensor]:
         """What is to be decoded [1, C, h, w], column by column, prompt by prompt."""
         p, prompts = self.settings, list(self.settings.prompts)
-        noise = start_noise(p.seed, len(prompts), self.model.parts.picture)
+        noise = start_noise(p.seed, len(prompts), self.model.parts.sample_shape)
         for sampling in self.columns:
             for i, prompt in enumerate(prompts):  # one at a time: memory is what training has left over
-                pulse.beat("making previews")
+                heartbeat.beat("making previews")
                 (states,) = trajectories(self.model, [prompt], noise[i : i + 1], sampling)
                 yield states[-1]
 
@@ -72,11 +72,11 @@ class Preview:
                 if interrupted():
                     return
                 with torch.no_grad():
-                    picture = self.model.decode(next(latents))[0]
+                    image = self.model.decode(next(latents))[0]
                 file = folder / f"p{i:03d}_cfg{told['cfg']:g}.png"
-                save_png(picture, file, {"step": step, **told, "prompt": prompt, "seed": p.seed})
-                with Image.open(file) as image:
-                    row.append(image.copy())
+                save_png(image, file, {"step": step, **told, "prompt": prompt, "seed": p.seed})
+                with Image.open(file) as stored:
+                    row.append(stored.copy())
         sheet = contact_sheet(rows, [sampling.guidance.label for sampling in self.columns], title=f"step {step:,}")
         sheet.save(folder.with_suffix(".png"))
 
@@ -92,7 +92,7 @@ def _all(latents: Iterator[Tensor]) -> list[Tensor]:
 
 
 def _release(model: Model) -> None:
-    """Give the memory of the codec and of the pictures back to training."""
+    """Give the memory of the codec and of the images back to training."""
     if model.parts.vae is not None:
         model.parts.vae.unload()
     if torch.cuda.is_available():

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.data.source import Source, Substitutes
-from dedistill.distributed.heartbeat import pulse
-from dedistill.distributed.world import even_share
+from dedistill.data.source import QuarantineSource, Source
+from dedistill.distributed.heartbeat import heartbeat
+from dedistill.distributed.world import ceil_div
 from dedistill.errors import UserError, enough_memory
 from dedistill.evaluation.validation import Meters, Validator
 from dedistill.models.model import Model
@@ -22,11 +22,11 @@ from dedistill.objectives.base import NoisyBatch, objective_for
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import Plan
 from dedistill.runs.directory import RunDirectory
-from dedistill.runs.metrics import Record, Trackers
-from dedistill.runs.requests import BY_SIGNAL, Requests
+from dedistill.runs.metrics import MetricsLogger, Trackers
+from dedistill.runs.requests import BY_SIGNAL, StopRequests
 from dedistill.training.background import ahead
 from dedistill.training.engine import Engine
-from dedistill.training.guards import EVERY, BadSteps, GoBack, Guard, Ledger
+from dedistill.training.guards import EVERY, BadSteps, GoBack, Guard, ParameterChangeCheck
 from dedistill.training.keeping import Keeper, RunState
 from dedistill.training.optim import learning_rate
 from dedistill.training.preview import Preview
@@ -48,14 +48,14 @@ class Trainer:
         self.state = RunState(Guard(recipe.train.spike))
         self.keeper = Keeper(recipe, run, engine, self.state)
         self.objective = objective_for(recipe, source, model.shift)
-        self.ledger = Ledger(engine.bit_sums, model.modules())
+        self.change_check = ParameterChangeCheck(engine.bit_sums, model.modules())
         self.trained_now = False
         self.stopping = ""
-        """How some process was asked to stop, as Requests.asked says it."""
+        """How some process was asked to stop, as StopRequests.asked says it."""
         self.asked = {"save": False, "sample": False}
         self.waited = 0.0
         """Seconds since the last line of timings.jsonl in which training stood still for data."""
-        self.micro_batch = min(plan.micro_batch, even_share(plan.batch, self.world.size))
+        self.micro_batch = min(plan.micro_batch, ceil_div(plan.batch, self.world.size))
         validate, meters, preview = recipe.validate_, recipe.meters, recipe.preview
         at_once, world = self._at_once, self.world
         self.validate = None
@@ -64,19 +64,19 @@ class Trainer:
         self.meters = None
         if meters.every:
             self.meters = Meters(self.objective, meters.samples, meters.steps, at_once(meters.samples), world)
-        here = preview.every and (world.main or world.lockstep)
+        here = preview.every and (world.main or world.requires_equal_forwards)
         self.preview = Preview(recipe, model, run.previews, world) if here else None
 
     def _at_once(self, samples: int) -> int:
         """How many of ``samples`` held-out ones go through in one pass."""
-        return 1 if self.recipe.train.exact else min(self.model.chunk, even_share(samples, self.world.size))
+        return 1 if self.recipe.train.exact else min(self.model.chunk, ceil_div(samples, self.world.size))
 
     def facts(self) -> dict:
         """What the run's settings came to, for plan.json."""
         optimizer = type(self.engine.optimizer)
         return {
             "objective": self.objective.name,
-            "sigma": self.objective.sampling | {"shift": self.objective.shift_of(self.model.parts.picture)},
+            "sigma": self.objective.sampling | {"shift": self.objective.shift_of(self.model.parts.sample_shape)},
             "caption_dropout": self.objective.dropout,
             "optimizer": optimizer.__module__.split(".")[0] + "." + optimizer.__name__,
             "betas": list(self.recipe.train.betas),
@@ -96,13 +96,13 @@ class Trainer:
 
     def _settle(self) -> None:
         """Take in a state that was loaded: weights to compare later ones with, and samples that are left out."""
-        self.ledger.start()
+        self.change_check.start()
         since = self.state.guard.since()
-        self.objective.source = Substitutes(self.source, since) if since else self.source
+        self.objective.source = QuarantineSource(self.source, since) if since else self.source
 
     # --- from step to step -------------------------------------------------------------------------------------------
 
-    def fit(self, stop: Requests, trackers: Trackers) -> Iterator[dict]:
+    def fit(self, stop: StopRequests, trackers: Trackers) -> Iterator[dict]:
         """Train to the last step, yielding one row per step; returns early, saved, when a stop is asked for.
 
         Every process yields the same rows.
@@ -113,7 +113,7 @@ class Trainer:
             before = {f"{key}_start": value for numbers in found for key, value in numbers.items()}
             if self.preview:
                 self.preview(0)
-        record = Record(self.run, state.step - bool(state.unfinished)) if self.world.main else None
+        record = MetricsLogger(self.run, state.step - bool(state.unfinished)) if self.world.main else None
         self.model.root.train()
         self.stop, tasks = stop, ahead(self._tasks(state.step))
         try:
@@ -149,9 +149,9 @@ class Trainer:
     def _tasks(self, start: int) -> Tasks:
         """Every micro-batch of this process, from step ``start`` on."""
         for step in range(start, self.plan.steps):
-            own, company = self.objective.share(step, self.micro_batch, self.world)
-            # company first, while there are no gradients yet that theirs could get into
-            for positions, counted in [*((c, c[:0]) for c in company), *((o, o) for o in own)]:
+            own, padding = self.objective.share(step, self.micro_batch, self.world)
+            # padding first, while there are no gradients yet that theirs could get into
+            for positions, counted in [*((c, c[:0]) for c in padding), *((o, o) for o in own)]:
                 with enough_memory(f"loading positions {positions.tolist()} of step {step + 1}"):
                     task = self.objective.noisy_batch(step, positions)
                 yield counted, task
@@ -170,13 +170,13 @@ class Trainer:
             self.state.skipped += 1
         else:
             # such a state would spoil every weight it touches, however good the gradient
-            if bad := self.engine.spoilt():
+            if bad := self.engine.nonfinite_state():
                 raise UserError(
                     f"before step {step + 1} the optimizer state holds {len(bad)} tensors that are not finite, e.g. {bad[0]}. "
                     "The step was not applied; start again to go on from the last checkpoint."
                 )
             self.engine.apply(lr)
-            self.ledger.applied += 1
+            self.change_check.applied += 1
             self.keeper.averages.update(step + 1)
         mean = float(losses.mean())
         row = {"step": step + 1, "loss": mean, "lr": lr, "grad_norm": grad_norm, "applied": not wrong}
@@ -191,12 +191,12 @@ class Trainer:
 
         What comes back is of all processes, in the order of positions, so that it does not depend on who did what.
         """
-        slots, pulse.step = [], self.state.step
+        slots, heartbeat.step = [], self.state.step
         while True:
             start = time.monotonic()
-            pulse.beat("waiting for data")
+            heartbeat.beat("waiting for data")
             item = next(tasks)
-            pulse.beat("training")
+            heartbeat.beat("training")
             self.waited += time.monotonic() - start
             if item is None:
                 break
@@ -214,7 +214,7 @@ class Trainer:
 
     # --- between two steps -------------------------------------------------------------------------------------------
 
-    def _conclude(self, row: dict, record: Record | None, trackers: Trackers) -> dict:
+    def _conclude(self, row: dict, record: MetricsLogger | None, trackers: Trackers) -> dict:
         """What belongs to the end of a step: validation, files, logs. Returns the whole row."""
         recipe, state = self.recipe, self.state
         state.unfinished = None
@@ -224,7 +224,7 @@ class Trainer:
         # where the learning rate goes to its end, steps may be below what weights can hold
         fading = recipe.train.schedule != "constant" and state.step > 0.95 * self.plan.steps
         if (validating or saving or state.step % EVERY == 0) and not fading:
-            self.ledger.check(state.step)
+            self.change_check.check(state.step)
         if validating:
             found = self.validate(self.model, self._interrupted)
             if found is None:  # the next start validates, and writes the row
@@ -233,7 +233,7 @@ class Trainer:
                 row |= found
         if self.meters and not state.unfinished and _due(recipe.meters.every, state.step, last):
             row |= self.meters(self.model)
-        pulse.beat("writing and saving", patient=True)
+        heartbeat.beat("writing and saving", patient=True)
         if not state.unfinished:
             if _due(recipe.snapshot.every, state.step, last):
                 self.keeper.snapshot()
@@ -258,7 +258,7 @@ class Trainer:
 
     def _interrupted(self) -> bool:
         """Whether this process may leave a validation or previews unfinished."""
-        return self.stop.interrupted() and not self.world.lockstep
+        return self.stop.interrupted() and not self.world.requires_equal_forwards
 
     def _roll_back(self, since: int) -> None:
         """Train again from step ``since`` or before, without the samples that are quarantined from there on."""

@@ -10,7 +10,7 @@ from mmap import mmap
 from pathlib import Path
 from types import FrameType
 
-from dedistill.distributed.heartbeat import LAYOUT, pulse
+from dedistill.distributed.heartbeat import LAYOUT, heartbeat
 from dedistill.errors import RUN_AGAIN
 from dedistill.training import watcher
 
@@ -35,8 +35,8 @@ class Watchdog:
         self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         memory, stacks = (file.fileno() for file in self._files)
         os.ftruncate(memory, LAYOUT.size)
-        pulse.memory = mmap(memory, LAYOUT.size)
-        pulse.beat("starting", patient=True)
+        heartbeat.memory = mmap(memory, LAYOUT.size)
+        heartbeat.beat("starting", patient=True)
         self._before = signal.signal(signal.SIGUSR2, self._end)  # while the interpreter runs, which is the safe way
         faulthandler.register(signal.SIGVTALRM, file=stacks, all_threads=True)  # if it does not
         rank = os.environ.get("RANK", "0")
@@ -57,7 +57,7 @@ class Watchdog:
         os.close(self._alive)
         faulthandler.unregister(signal.SIGVTALRM)
         signal.signal(signal.SIGUSR2, self._before)
-        pulse.memory = None
+        heartbeat.memory = None
         for file in self._files:
             file.close()
 

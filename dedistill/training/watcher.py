@@ -1,6 +1,6 @@
 """The watchdog's own process. Standard library only, run as a file without site-packages: it starts in 20 ms and stays small.
 
-Arguments: the watched process, file descriptors of its pulse and of its stacks, the limit in seconds, how many times that a
+Arguments: the watched process, file descriptors of its heartbeat and of its stacks, the limit in seconds, how many times that a
 patient phase may take, the file for stacks, the rank. Ends when the watched process does: its end of the pipe at stdin
 closes, or it is no longer the parent.
 """

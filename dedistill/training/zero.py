@@ -30,7 +30,7 @@ class Zero(Engine):
     """Stage ``stage`` of ZeRO. ``model.root`` is DeepSpeed's engine from ``place`` on."""
 
     stage: int
-    gathers = lockstep = True
+    gathers = requires_equal_forwards = True
 
     def check(self) -> None:
         recipe = self.recipe
@@ -94,10 +94,10 @@ class Zero(Engine):
         return [part for group in self.zero.averaged_gradients.values() for part in group]
 
     def norm(self) -> float:
-        """DeepSpeed clips in its step, by the same norm. What ``spoilt`` must know from the others travels along."""
+        """DeepSpeed clips in its step, by the same norm. What ``nonfinite_state`` must know from the others travels along."""
         square = torch.stack(torch._foreach_norm(self._gradients())).square().sum()
         sums = torch.stack([square, square.new_tensor(float(len(self._spoilt_here())))])
-        self.world.sum_([sums])
+        self.world.all_reduce_([sums])
         self.any_spoilt = bool(sums[1])
         return float(sums[0].sqrt())
 
@@ -116,14 +116,14 @@ class Zero(Engine):
         self.zero.step()
         self.zero.zero_grad()
 
-    def spoilt(self) -> list[str]:
+    def nonfinite_state(self) -> list[str]:
         return sorted(name for names in self.world.gather(self._spoilt_here()) for name in names) if self.any_spoilt else []
 
     def _spoilt_here(self) -> list[str]:
         states = self.optimizer.state.values()
         return not_finite({f"{key} of rank {self.world.rank}": state[key] for state in states for key in MOMENTS})
 
-    def replicas(self) -> dict[str, nn.Parameter]:
+    def replicated_params(self) -> dict[str, nn.Parameter]:
         return self.trainable if self.stage == 2 else {}
 
     def bit_sums(self) -> dict[str, int]:

@@ -62,7 +62,7 @@ def fill(adapter: Adapter, size: float, seed: int = 0) -> None:
 def velocity(parts, root: nn.Module) -> torch.Tensor:
     """The velocity [2, 1, 8, 16] of a fixed question."""
     text = FAMILY.encode_text(parts, ["two then three", "a handwritten seven then a 4"], 12)
-    noisy = keyed.noise(0, "question", 0, range(2), parts.picture)
+    noisy = keyed.noise(0, "question", 0, range(2), parts.sample_shape)
     return FAMILY.velocity(parts, root, noisy, torch.tensor([0.3, 0.8]), text)
 
 

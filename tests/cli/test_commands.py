@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from picture_files import write_pictures
+from image_files import write_images
 
 from dedistill import __version__
 from dedistill.cli.main import COMMANDS, main
@@ -48,7 +48,7 @@ for line in json.loads(sys.argv[1]):
 def test_light_commands_stay_light(tmp_path):
     """Nothing heavy for help, plan, recipes, checks of a recipe, and a look at a data set."""
     assert modules_after(LIGHT) == "[]"
-    write_pictures(tmp_path / "photos", 3)
+    write_images(tmp_path / "photos", 3)
     assert modules_after([["scan", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]]) == "[]"
     assert (tmp_path / "out/index.html").exists()
 

@@ -16,9 +16,9 @@ DIGITS = ["digits/teacher", "digits/dedistill", "mnist/teacher", "mnist/dedistil
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def images(tmp_path_factory) -> Path:
     """Two photographs, large enough for every shipped recipe, each with a short and a long caption."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for name, pixels in zip(("china", "flower"), load_sample_images().images):
         for i in range(2):
             Image.fromarray(pixels).resize((1600 + 96 * i, 1200)).save(folder / f"{name}{i}.jpg")
@@ -27,9 +27,9 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def rehearse(tmp_path, pictures, capsys):
+def rehearse(tmp_path, images, capsys):
     def run(recipe: str, *settings: str) -> tuple[int, str]:
-        own = [f"data.sets=[{{path='{pictures}'}}]"] if recipe in FLUX else []
+        own = [f"data.sets=[{{path='{images}'}}]"] if recipe in FLUX else []
         words = [w for s in (f"run.out='{tmp_path}/run'", *own, *settings) for w in ("--set", s)]
         code = main([str(ROOT / "dedistill" / "recipes" / f"{recipe}.toml"), "--rehearse", *words])
         return code, capsys.readouterr().err
@@ -45,7 +45,7 @@ def test_stages_and_what_they_leave(rehearse, tmp_path):
     assert stages == [
         "the plan can be reached",
         "layers and sizes at full scale",
-        "your pictures and captions",
+        "your images and captions",
         "a tiny model of the same classes",
         "caches, training, validation, saving",
         "a run that is killed and continued ends the same",
@@ -85,27 +85,27 @@ def small(folder: Path) -> None:
 
 
 def unreadable(folder: Path) -> None:
-    (folder / "a.jpg").write_bytes(b"no picture")
+    (folder / "a.jpg").write_bytes(b"no image")
     (folder / "a.txt").write_text("nothing")
 
 
 DATA_FAULTS = [
-    (uncaptioned, "1 pictures have no caption, e.g. "),
-    (small, "no usable picture; e.g. "),
-    (unreadable, "not a picture of a known format"),
-    (lambda folder: None, "no usable picture in"),
+    (uncaptioned, "1 images have no caption, e.g. "),
+    (small, "no usable image; e.g. "),
+    (unreadable, "not an image of a known format"),
+    (lambda folder: None, "no usable image in"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "message"), DATA_FAULTS, ids=["no caption", "too small", "no picture", "empty folder"])
+@pytest.mark.parametrize(("spoil", "message"), DATA_FAULTS, ids=["no caption", "too small", "no image", "empty folder"])
 def test_faults_of_the_data(rehearse, tmp_path, spoil, message):
-    """A caption is missed beyond the few pictures that are looked at, too."""
+    """A caption is missed beyond the few images that are looked at, too."""
     folder = tmp_path / "spoilt"
     folder.mkdir()
     spoil(folder)
     code, said = rehearse("flux_schnell_24gb", f"data.sets=[{{path='{folder}'}}]")
     assert code != 0 and message in said and "Traceback" not in said, said
-    assert "stage 'your pictures and captions'" in said
+    assert "stage 'your images and captions'" in said
 
 
 FAULTS = [

@@ -47,7 +47,7 @@ def test_a_shipped_recipe_rehearses_on_sample_images(tmp_path, monkeypatch, caps
     assert main(["rehearse", "dedistill:flux_lora"]) == 0
     said = capsys.readouterr().err
     assert "no images in 'data/subject' yet: rehearsing on 4 sample images of the package's own" in said
-    assert "sample pictures and captions" in said and "your pictures" not in said
+    assert "sample images and captions" in said and "your images" not in said
     shutil.rmtree("runs")
 
 
@@ -65,7 +65,7 @@ def test_places_that_the_user_names_are_looked_at(own, tmp_path, monkeypatch, ca
         Path("data/subject").mkdir(parents=True)
     assert main(["rehearse", *arguments]) != 0
     said = capsys.readouterr().err
-    assert "stage 'your pictures and captions'" in said and "sample images" not in said
+    assert "stage 'your images and captions'" in said and "sample images" not in said
 
 
 def test_sample_images_are_captioned(tmp_path):

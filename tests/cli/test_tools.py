@@ -109,7 +109,7 @@ def test_sweep_folder(story, monkeypatch):
     assert (folder / "index.html").exists() and len(list((folder / "sheets").glob("*.png"))) >= 3
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.png") if "sheets" not in str(p)}
     assert tool("cfg_sweep", "small/dedistill.toml", *chosen) == 0
-    assert before == {p: p.stat().st_mtime_ns for p in before}, "pictures that are there were made again"
+    assert before == {p: p.stat().st_mtime_ns for p in before}, "images that are there were made again"
 
 
 @pytest.mark.parametrize("name", ["cfg_sweep", "evaluate"])
@@ -146,7 +146,7 @@ def test_evaluation_answers_after_a_run(story, monkeypatch, capsys):
     assert "dedistill posthoc RUN makes them" not in said.err
     html = (folder / "sweep/index.html").read_text()
     assert 'data-kind="steps" value="3"' in html and (folder / "sweep/sheets/last_steps3.png").is_file()
-    assert (folder / "sweep/pictures/last/cfg3_skip0_steps3/p000_s0.png").is_file()
+    assert (folder / "sweep/images/last/cfg3_skip0_steps3/p000_s0.png").is_file()
 
 
 def test_influence_folder_is_a_recipe(story, monkeypatch, capsys):
@@ -182,21 +182,21 @@ def test_distillation_is_measured(story, monkeypatch, capsys):
     assert "digits-student" in json.loads((story / "measured/distillation.json").read_text())["candidates"]
 
 
-def test_distillation_of_another_family_is_measured(picture_recipe, tmp_path):
-    """Latents, cached captions, pictures of several sizes, no judge; during training and after it."""
+def test_distillation_of_another_family_is_measured(image_recipe, tmp_path):
+    """Latents, cached captions, images of several sizes, no judge; during training and after it."""
     settings = ["data.resolutions=[48, 64]", "data.max_upscale=2", "data.held_out=0.5", "meters.every=2", "meters.samples=4"]
     settings = [a for s in (*settings, "meters.steps=2") for a in ("--set", s)]
-    assert main([str(picture_recipe), "--debug", *settings]) == 0
+    assert main([str(image_recipe), "--debug", *settings]) == 0
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert last["guidance_gap"] > 0 and last["straightness"] > 0
     few = ["--prompts", "3", "--samples", "16", "--steps", "3", "--few", "1", "2", "--cfg", "1", "2"]
-    assert tool("measure_distillation", picture_recipe, "--candidates", "base", "last", *few, *settings) == 0
+    assert tool("measure_distillation", image_recipe, "--candidates", "base", "last", *few, *settings) == 0
     numbers = json.loads((tmp_path / "run/distillation/distillation.json").read_text())["candidates"]["last"]
     assert numbers["loss"][0]["value"] > 0 and len(numbers["contrast"]) == 2 and "correct" not in numbers
 
 
-def test_identity_follows_what_a_picture_depends_on(story, tmp_path, monkeypatch):
-    """N1: pictures of another base, arithmetic or grid are not taken for those of this one."""
+def test_identity_follows_what_a_image_depends_on(story, tmp_path, monkeypatch):
+    """N1: images of another base, arithmetic or grid are not taken for those of this one."""
     import shutil
 
     from dedistill.evaluation.candidates import candidates_of

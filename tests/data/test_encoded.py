@@ -1,4 +1,4 @@
-"""Encoded pictures as a source: which sample, crop and caption a slot gets, and that it gets their very tensors."""
+"""Encoded images as a source: which sample, crop and caption a slot gets, and that it gets their very tensors."""
 
 import hashlib
 from collections import Counter
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dedistill.data.cache import Store
-from dedistill.data.encoded import EncodedPictures, Picture, latent_key, read_text, split, text_key
+from dedistill.data.encoded import CroppedImage, EncodedImages, latent_key, read_text, split, text_key
 from dedistill.data.images.buckets import Crop
 from dedistill.data.images.index import Sample
 from dedistill.data.images.types import NOWHERE
@@ -20,14 +20,14 @@ BATCH = 24
 CROPS = (Crop(64, 4, 4, (0.0, 0.0, 8.0, 8.0)), Crop(64, 4, 6, (0.0, 1.0, 12.0, 9.0)), Crop(64, 6, 4, (1.0, 0.0, 9.0, 12.0)))
 
 
-def picture(source: int, i: int, *, copy_of: str = "") -> Picture:
+def image(source: int, i: int, *, copy_of: str = "") -> CroppedImage:
     """Two or three captions, and one to three crops of different shapes."""
     sha = copy_of or hashlib.sha256(f"{source} {i}".encode()).hexdigest()
     captions = tuple(f"caption {c} of {source}/{i}" for c in range(2 + i % 2))
-    return Picture(Sample(f"set{source}/{i}", captions, 12, 12, sha, source, NOWHERE), CROPS[: 1 + i % 3])
+    return CroppedImage(Sample(f"set{source}/{i}", captions, 12, 12, sha, source, NOWHERE), CROPS[: 1 + i % 3])
 
 
-PICTURES = [picture(0, i) for i in range(40)] + [picture(1, i) for i in range(7)]
+IMAGES = [image(0, i) for i in range(40)] + [image(1, i) for i in range(7)]
 
 
 def number(name: str) -> float:
@@ -39,9 +39,9 @@ def stores(tmp_path_factory) -> tuple[Store, Store]:
     """Every tensor is filled with a number that says what it belongs to; captions have lengths of their own."""
     folder = tmp_path_factory.mktemp("stores")
     latents, texts = Store(folder / "latents", {}), Store(folder / "text", {})
-    crops = {latent_key(p.sample, c): (p, c) for p in PICTURES for c in p.crops}
+    crops = {latent_key(p.sample, c): (p, c) for p in IMAGES for c in p.crops}
     latents.write({k: {"latent": torch.full((16, c.height, c.width), number(k)).half()} for k, (_, c) in crops.items()})
-    texts.write({text_key(c): encoded(c) for p in PICTURES for c in p.sample.captions})
+    texts.write({text_key(c): encoded(c) for p in IMAGES for c in p.sample.captions})
     return latents, texts
 
 
@@ -51,14 +51,14 @@ def encoded(caption: str) -> dict[str, torch.Tensor]:
     return {"embeds": embeds, "mask": torch.ones(long, dtype=torch.bool), "pooled": torch.full((2,), number(caption))}
 
 
-def opened(pictures, weights, latents: Store, texts: Store, held_out: float) -> EncodedPictures:
+def opened(images, weights, latents: Store, texts: Store, held_out: float) -> EncodedImages:
     shapes = {"latent_shape": lambda height, width: (16, height, width), "text_widths": Widths((3,), {"pooled": 2})}
-    return EncodedPictures(pictures, weights, latents, texts, held_out=held_out, **shapes)
+    return EncodedImages(images, weights, latents, texts, held_out=held_out, **shapes)
 
 
 @pytest.fixture
-def source(stores) -> EncodedPictures:
-    return opened(PICTURES, [1.0, 1.0], *stores, 0.1)
+def source(stores) -> EncodedImages:
+    return opened(IMAGES, [1.0, 1.0], *stores, 0.1)
 
 
 def draw(source, step, positions, **kind):
@@ -68,7 +68,7 @@ def draw(source, step, positions, **kind):
         batch = source.draw(5, step, group, BATCH, **kind)
         assert len(batch.pixels) == len(batch.text) == len(batch.names) == len(batch.captions) == len(group)
         for row, position in enumerate(group):
-            own = Picture(*next((p.sample, p.crops) for p in PICTURES if p.sample.captions.count(batch.captions[row])))
+            own = CroppedImage(*next((p.sample, p.crops) for p in IMAGES if p.sample.captions.count(batch.captions[row])))
             crop = next(c for c in own.crops if batch.names[row] == f"{own.sample.name} [{c.width} x {c.height}]")
             assert batch.pixels.dtype == torch.float32 and batch.pixels[row].shape == (16, crop.height, crop.width)
             assert (batch.pixels[row] == number(latent_key(own.sample, crop))).all()
@@ -85,7 +85,7 @@ def test_a_slot_is_a_pure_function(source, stores):
         assert sorted(whole) == list(range(BATCH)) and len(set(whole.values())) > BATCH // 4
         assert draw(source, 3, range(BATCH)[::-1], held_out=held_out) == whole
         ranks = [range(rank, BATCH, 3) for rank in range(3)]
-        fresh = opened(PICTURES, [1.0, 1.0], *stores, 0.1)
+        fresh = opened(IMAGES, [1.0, 1.0], *stores, 0.1)
         parts = [draw(fresh, 3, part, held_out=held_out) for part in reversed(ranks)]
         assert parts[0] | parts[1] | parts[2] == whole
         assert draw(source, 4, range(BATCH), held_out=held_out) != whole
@@ -100,69 +100,69 @@ def test_groups_share_a_shape_and_lose_nothing(source):
 
 
 def test_shares_of_sets_captions_and_crops(source):
-    """D7: two sets of 36 and 6 pictures are drawn half and half within 1 %; every caption and crop has its turn."""
+    """D7: two sets of 36 and 6 images are drawn half and half within 1 %; every caption and crop has its turn."""
     slots = [s for step in range(200) for s in source._slots(5, step, BATCH, False)]
-    sets = Counter(s.picture.sample.source for s in slots)
+    sets = Counter(s.image.sample.source for s in slots)
     assert abs(sets[0] / len(slots) - 0.5) < 0.01
-    drawn, crops = Counter(s.caption for s in slots), Counter((s.picture.sample.name, s.crop) for s in slots)
-    for p in {s.picture.sample.name: s.picture for s in slots}.values():
+    drawn, crops = Counter(s.caption for s in slots), Counter((s.image.sample.name, s.crop) for s in slots)
+    for p in {s.image.sample.name: s.image for s in slots}.values():
         visits = sum(drawn[c] for c in p.sample.captions)
         for part, of in ((drawn, list(p.sample.captions)), (crops, [(p.sample.name, c) for c in p.crops])):
             assert all(abs(part[x] / visits - 1 / len(of)) < 4 * (0.25 / visits) ** 0.5 for x in of)
 
 
 def test_weights_are_relative(stores):
-    source = opened(PICTURES, [3.0, 1.0], *stores, 0.1)
+    source = opened(IMAGES, [3.0, 1.0], *stores, 0.1)
     slots = [s for step in range(100) for s in source._slots(5, step, BATCH, False)]
-    assert abs(sum(s.picture.sample.source == 0 for s in slots) / len(slots) - 0.75) < 0.01
+    assert abs(sum(s.image.sample.source == 0 for s in slots) / len(slots) - 0.75) < 0.01
 
 
-def test_held_out_pictures_are_never_trained_on(source):
-    train = {s.picture.sample.sha256 for step in range(200) for s in source._slots(5, step, BATCH, False)}
-    held = {s.picture.sample.sha256 for s in source._slots(5, 0, 60, True)}
-    assert len(held) == 5 and len(train) == len(PICTURES) - 5 and not train & held
+def test_held_out_images_are_never_trained_on(source):
+    train = {s.image.sample.sha256 for step in range(200) for s in source._slots(5, step, BATCH, False)}
+    held = {s.image.sample.sha256 for s in source._slots(5, 0, 60, True)}
+    assert len(held) == 5 and len(train) == len(IMAGES) - 5 and not train & held
 
 
-def test_the_split_follows_the_bytes_of_a_picture():
+def test_the_split_follows_the_bytes_of_a_image():
     """Copies in two sets are on one side; another order or name changes nothing; at least one is held out."""
-    twins = [*PICTURES, *(picture(1, 100 + i, copy_of=PICTURES[i].sample.sha256) for i in range(20))]
+    twins = [*IMAGES, *(image(1, 100 + i, copy_of=IMAGES[i].sample.sha256) for i in range(20))]
     train, held = split(twins, 0.3)
     assert not {p.sample.sha256 for p in train} & {p.sample.sha256 for p in held} and len(train) + len(held) == len(twins)
     again = [replace(p, sample=replace(p.sample, name="x")) for p in reversed(twins)]
     assert {p.sample.sha256 for p in split(again, 0.3)[1]} == {p.sample.sha256 for p in held}
-    assert len(split(PICTURES, 0.001)[1]) == 1 and split(PICTURES, 0.0)[1] == []
+    assert len(split(IMAGES, 0.001)[1]) == 1 and split(IMAGES, 0.0)[1] == []
 
 
-@pytest.mark.parametrize("pictures", [PICTURES[:40], PICTURES[:1] * 2, [picture(0, i, copy_of="aa") for i in range(3)]])
-def test_a_set_without_training_pictures_is_an_error(stores, pictures):
+@pytest.mark.parametrize("images", [IMAGES[:40], IMAGES[:1] * 2, [image(0, i, copy_of="aa") for i in range(3)]])
+def test_a_set_without_training_images_is_an_error(stores, images):
     """Its share would go to the others without a word."""
-    with pytest.raises(UserError, match=r"data\.sets\.[01]: no picture of this set is left to train on"):
-        opened(pictures, [1.0, 1.0], *stores, 0.1)
+    with pytest.raises(UserError, match=r"data\.sets\.[01]: no image of this set is left to train on"):
+        opened(images, [1.0, 1.0], *stores, 0.1)
 
 
 def test_the_digest_knows_all_that_a_draw_depends_on(stores, tmp_path):
-    def digest(pictures=PICTURES, weights=(1.0, 1.0), stores=stores, share=0.1):
-        return opened(pictures, weights, *stores, share).digest
+    def digest(images=IMAGES, weights=(1.0, 1.0), stores=stores, share=0.1):
+        return opened(images, weights, *stores, share).digest
 
-    first = PICTURES[0]
+    first = IMAGES[0]
     other_caption = replace(first, sample=replace(first.sample, captions=("new", first.sample.captions[1])))
     other_crop = replace(first, crops=(Crop(64, 4, 4, (0.5, 0.0, 8.5, 8.0)),))
     changed = [
-        digest([other_caption, *PICTURES[1:]]),
-        digest([other_crop, *PICTURES[1:]]),
-        digest(PICTURES[1:]),
-        digest([*PICTURES[1:], first]),
+        digest([other_caption, *IMAGES[1:]]),
+        digest([other_crop, *IMAGES[1:]]),
+        digest(IMAGES[1:]),
+        digest([*IMAGES[1:], first]),
         digest(weights=(1.0, 2.0)),
         digest(share=0.2),
         digest(stores=(Store(tmp_path, {"vae": "other"}), stores[1])),
         digest(stores=(stores[0], Store(tmp_path, {"t5_mask": True}))),
     ]
     assert len({digest(), *changed}) == 1 + len(changed) and digest() == digest()
-    assert digest([replace(p, sample=replace(p.sample, name="moved")) for p in PICTURES]) == digest()
+    assert digest([replace(p, sample=replace(p.sample, name="moved")) for p in IMAGES]) == digest()
 
 
 def test_keys_are_of_content(stores):
-    a, b = PICTURES[1], PICTURES[2]
+    a, b = IMAGES[1], IMAGES[2]
     keys = {latent_key(p.sample, c) for p in (a, b) for c in p.crops}
     assert len(keys) == len(a.crops) + len(b.crops)
     assert latent_key(replace(a.sample, name="moved/else"), a.crops[0]) == latent_key(a.sample, a.crops[0])
@@ -171,7 +171,7 @@ def test_keys_are_of_content(stores):
 
 
 def test_prompts_come_from_held_out_captions(source):
-    held = {c for s in source._slots(5, 0, 60, True) for c in s.picture.sample.captions}
+    held = {c for s in source._slots(5, 0, 60, True) for c in s.image.sample.captions}
     assert set(source.prompts(1, 50)) <= held and source.prompts(1, 8) == source.prompts(1, 8) != source.prompts(2, 8)
 
 
@@ -180,13 +180,13 @@ def test_threads_may_read_and_draw_at_once(stores):
     from concurrent.futures import ThreadPoolExecutor
 
     many = Store(stores[0].folder.parent / "many", {})
-    for p in PICTURES:
+    for p in IMAGES:
         many.write({latent_key(p.sample, c): stores[0].read(latent_key(p.sample, c)) for c in p.crops})
     import dedistill.data.cache as cache
 
     before, cache.OPEN_SHARDS = cache.OPEN_SHARDS, 2
     try:
-        source = opened(PICTURES, [1.0, 1.0], Store(many.folder, {}), stores[1], 0.1)
+        source = opened(IMAGES, [1.0, 1.0], Store(many.folder, {}), stores[1], 0.1)
     finally:
         cache.OPEN_SHARDS = before
     wanted = [draw(source, step, range(BATCH), held_out=step % 2 == 1) for step in range(4)]

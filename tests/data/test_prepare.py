@@ -1,4 +1,4 @@
-"""Encoding beforehand, and training from what was encoded, on a tiny FLUX with pictures written here."""
+"""Encoding beforehand, and training from what was encoded, on a tiny FLUX with images written here."""
 
 import multiprocessing
 import random
@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from picture_files import write_picture, write_pictures
+from image_files import write_image, write_images
 from samplings import at
 from test_run import metrics, run, same, weights
 
@@ -20,7 +20,7 @@ from dedistill.data.images.buckets import apply_crop
 from dedistill.data.images.decode import decode
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.io.atomic import read_sealed, sealed
+from dedistill.io.atomic import checksummed, read_checksummed
 from dedistill.io.hashing import Stamp
 from dedistill.models.conditioning import Widths
 from dedistill.models.flux.family import Flux
@@ -46,7 +46,7 @@ def stores(file, *settings) -> tuple[Store, Store]:
 
 
 def encoded(said: list[str]) -> list[str]:
-    """What was encoded, e.g. ["25 captions", "12 pictures"]."""
+    """What was encoded, e.g. ["25 captions", "12 images"]."""
     return [" ".join(line.split()[3:5]).rstrip(",") for line in said if line.startswith("encoded") and _complete(line.split())]
 
 
@@ -57,19 +57,19 @@ def _complete(words: list[str]) -> bool:
 # --- what is encoded ---
 
 
-def test_what_is_cached_is_what_encoding_gives(picture_recipe):
+def test_what_is_cached_is_what_encoding_gives(image_recipe):
     """A6, A9: latents are the sampled posterior of each crop to float16's precision, text is bit for bit the encoders' own."""
     settings = ["data.resolutions=[48, 64]", "data.crops=['aspect', 'square']", "data.crops_per_picture=2"]
-    encode(picture_recipe, *settings)
-    recipe = load_recipe(picture_recipe, settings)
-    latents, texts = stores(picture_recipe, *settings)
+    encode(image_recipe, *settings)
+    recipe = load_recipe(image_recipe, settings)
+    latents, texts = stores(image_recipe, *settings)
     parts = Flux().load(recipe.model, seed=0, net=False)
-    _, index, pictures = look(recipe, lambda line: None)
+    _, index, images = look(recipe, lambda line: None)
     crops = 0
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         image = decode(index.read(i))
-        for crop in picture.crops:
-            key, crops = latent_key(picture.sample, crop), crops + 1
+        for crop in image.crops:
+            key, crops = latent_key(image.sample, crop), crops + 1
             pixels = torch.from_numpy(apply_crop(image, crop).astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
             noise = keyed.noise(0, f"vae/{key}", 0, [0], (16, crop.height // 8, crop.width // 8))
             wanted = parts.vae.encode(pixels, noise, "cpu")[0]
@@ -78,29 +78,29 @@ def test_what_is_cached_is_what_encoding_gives(picture_recipe):
             torch.testing.assert_close(stored.float(), wanted, rtol=2**-11, atol=2**-24)
             other = parts.vae.encode(pixels, -noise, "cpu")[0]
             assert (other - stored.float()).abs().max() > 1e-2, "a sample, not the mode"
-        for caption in picture.sample.captions:
+        for caption in image.sample.captions:
             live, cached = parts.text([caption], 64).trimmed(), read_text(texts, caption, parts.text.widths)
             assert torch.equal(cached.tokens.mask, live.tokens.mask)
             torch.testing.assert_close(cached.tensors(), live.tensors(), rtol=0, atol=1e-6)
-    assert crops == len(latents) > 3 * len(pictures)
+    assert crops == len(latents) > 3 * len(images)
 
 
-def test_the_empty_prompt_is_one_token(picture_recipe):
+def test_the_empty_prompt_is_one_token(image_recipe):
     """X6."""
-    data, _ = encode(picture_recipe)
+    data, _ = encode(image_recipe)
     assert data.known[""].tokens.mask.sum() == data.known[""].tokens.embeds.shape[1] == 1
 
 
-def test_cached_text_takes_a_fraction_of_padded_text(picture_recipe, tmp_path, tiny_flux):
+def test_cached_text_takes_a_fraction_of_padded_text(image_recipe, tmp_path, tiny_flux):
     """At most 0.3 of what 512 padded tokens take, for captions of 80."""
     folder = tmp_path / "eighty"
-    write_pictures(folder, 12)
+    write_images(folder, 12)
     words = ["black", "blue", "cat", "dog", "green", "hat", "house", "moon", "photo", "red", "river", "sky", "small"]
     for i, file in enumerate(sorted(folder.glob("*.txt"))):
         file.write_text(" ".join((words[i:] + words * 7)[:79]))
     settings = [f"data.sets.0.path={folder}", "model.text_length=512"]
-    encode(picture_recipe, *settings)
-    texts = stores(picture_recipe, *settings)[1]
+    encode(image_recipe, *settings)
+    texts = stores(image_recipe, *settings)[1]
     captions = [file.read_text() for file in folder.glob("*.txt")]
     lengths = {read_text(texts, c, WIDTHS).tokens.embeds.shape[1] for c in captions}
     assert lengths == {80}
@@ -110,8 +110,8 @@ def test_cached_text_takes_a_fraction_of_padded_text(picture_recipe, tmp_path, t
 
 
 @pytest.mark.parametrize("mask", ["none", "libreflux"])
-def test_padding_is_kept_where_it_is_seen(picture_recipe, mask):
-    data, _ = encode(picture_recipe, f"model.mask={mask}")
+def test_padding_is_kept_where_it_is_seen(image_recipe, mask):
+    data, _ = encode(image_recipe, f"model.mask={mask}")
     assert data.known[""].tokens.embeds.shape[1] == 64 and data.known[""].tokens.mask.sum() == 1
 
 
@@ -122,18 +122,18 @@ def test_only_what_is_new_is_encoded(own):
     recipe, folder = own
     first = encode(recipe)[0]
     assert encoded(encode(recipe)[1]) == []
-    write_pictures(folder, 1, first=60)
+    write_images(folder, 1, first=60)
     data, said = encode(recipe)
-    assert encoded(said) == ["2 captions", "1 pictures"] and data.digest != first.digest
-    write_picture(folder / "p03.png", 112, 96, seed=99)
-    assert encoded(encode(recipe)[1]) == ["1 pictures"]
+    assert encoded(said) == ["2 captions", "1 images"] and data.digest != first.digest
+    write_image(folder / "p03.png", 112, 96, seed=99)
+    assert encoded(encode(recipe)[1]) == ["1 images"]
     (folder / "p05.txt").write_text("the moon")
     assert encoded(encode(recipe)[1]) == ["1 captions"]
     (folder / "p60.png").rename(folder / "q60.png")
     (folder / "p60.txt").rename(folder / "q60.txt")
     encode(recipe)  # its crops go by its name, so another window may have to be encoded
     shutil.rmtree(recipe.parent / "cache" / "latents")
-    assert encoded(encode(recipe)[1]) == ["13 pictures"]
+    assert encoded(encode(recipe)[1]) == ["13 images"]
 
 
 @pytest.mark.parametrize(
@@ -144,57 +144,57 @@ def test_only_what_is_new_is_encoded(own):
         ("model.mask=none", "padding: False there, True here"),
     ],
 )
-def test_other_settings_are_refused_by_name(picture_recipe, capsys, setting, named):
-    encode(picture_recipe)
-    assert main([str(picture_recipe), "--set", setting]) == 1
+def test_other_settings_are_refused_by_name(image_recipe, capsys, setting, named):
+    encode(image_recipe)
+    assert main([str(image_recipe), "--set", setting]) == 1
     error = capsys.readouterr().err
     assert named in error and "is stale" in error and "data.cache" in error and error.count("there") == 1
 
 
 @pytest.mark.parametrize(("part", "named"), [("vae", "vae:"), ("text_encoder_2", "encoders:"), ("tokenizer", "encoders:")])
-def test_other_encoders_are_refused_by_name(picture_recipe, tiny_flux, tmp_path, part, named):
-    encode(picture_recipe)
+def test_other_encoders_are_refused_by_name(image_recipe, tiny_flux, tmp_path, part, named):
+    encode(image_recipe)
     other = shutil.copytree(tiny_flux, tmp_path / "other")
-    assert encode(picture_recipe, f"model.path={other}")[1], "a copy is the same model"
+    assert encode(image_recipe, f"model.path={other}")[1], "a copy is the same model"
     file = next(f for f in sorted((other / part).iterdir()) if f.suffix in (".safetensors", ".json") and "config" not in f.name)
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError, match=f"is stale.*{named}"):
-        encode(picture_recipe, f"model.path={other}")
+        encode(image_recipe, f"model.path={other}")
 
 
-def test_bad_pictures_are_left_out_and_named(own):
+def test_bad_images_are_left_out_and_named(own):
     recipe, folder = own
     whole = (folder / "p00.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    write_picture(folder / "small.png", 24, 24, seed=3)
+    write_image(folder / "small.png", 24, 24, seed=3)
     for name in ("cut", "small"):
         (folder / f"{name}.txt").write_text("a dog")
     data, said = encode(recipe)
-    assert data.facts["pictures"] == 12 and data.facts["quarantined"] == 2
+    assert data.facts["images"] == 12 and data.facts["quarantined"] == 2
     told = "\n".join(said)
     assert "cut.png" in told and "small.png: too small: 24 x 24 pixels" in told
 
 
-def test_no_usable_picture_is_one_clear_error(own, capsys):
+def test_no_usable_image_is_one_clear_error(own, capsys):
     recipe, folder = own
     for file in folder.glob("*.png"):
-        write_picture(file, 16, 16, seed=0)
+        write_image(file, 16, 16, seed=0)
     assert main([str(recipe)]) == 1
-    assert "data.sets: no usable picture; e.g. photos/p00.png: too small" in capsys.readouterr().err
+    assert "data.sets: no usable image; e.g. photos/p00.png: too small" in capsys.readouterr().err
     for file in folder.glob("*.png"):
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"no image")
     assert main([str(recipe)]) == 1
-    assert "no usable picture" in capsys.readouterr().err
+    assert "no usable image" in capsys.readouterr().err
 
 
 # --- encoding beforehand ---
 
 
-def test_cache_only_and_check(picture_recipe, tmp_path, capsys):
+def test_cache_only_and_check(image_recipe, tmp_path, capsys):
     """--check-cache says what is missing and encodes nothing; --cache-only leaves no run behind."""
-    check, fill = [str(picture_recipe), "--check-cache"], [str(picture_recipe), "--cache-only"]
+    check, fill = [str(image_recipe), "--check-cache"], [str(image_recipe), "--cache-only"]
     assert main(check) == 1 and not (tmp_path / "cache" / "latents").exists()
     assert "12 of 12 crops are not encoded yet" in capsys.readouterr().err
     assert main(fill) == 0 and not (tmp_path / "run").exists()
@@ -209,30 +209,30 @@ def test_cache_only_and_check(picture_recipe, tmp_path, capsys):
     assert main(check) == 1
     assert f"'{shard}' is damaged: delete it" in capsys.readouterr().err
     for argument in ("--check-cache", "--cache-only"):
-        assert main([str(picture_recipe), argument, "--set", "data.source=digits"]) != 0
+        assert main([str(image_recipe), argument, "--set", "data.source=digits"]) != 0
 
 
-def test_a_complete_cache_never_needs_its_encoders(picture_recipe, tiny_flux, tmp_path, capsys):
+def test_a_complete_cache_never_needs_its_encoders(image_recipe, tiny_flux, tmp_path, capsys):
     """Weights that cannot be loaded, under the hashes of those that were: nobody loads them."""
     base = shutil.copytree(tiny_flux, tmp_path / "base")
     settings = ["--set", f"model.path={base}", "--set", "validate.every=1", "--set", "validate.samples=4"]
-    assert main([str(picture_recipe), "--cache-only", *settings]) == 0
+    assert main([str(image_recipe), "--cache-only", *settings]) == 0
     memo = tmp_path / "cache" / "hashes.json"
-    known = read_sealed(memo)
+    known = read_checksummed(memo)
     for part in ("text_encoder", "text_encoder_2", "vae"):
         for file in (base / part).glob("*.safetensors"):
             file.write_bytes(b"x" * file.stat().st_size)
             known[str(file)] = [*Stamp.of(file.stat()), known[str(file)][-1]]
-    memo.write_bytes(sealed(known))
-    assert main([str(picture_recipe), *settings]) == 0
+    memo.write_bytes(checksummed(known))
+    assert main([str(image_recipe), *settings]) == 0
     capsys.readouterr()
-    assert main([str(picture_recipe), *settings, "--set", "sample.negative=new"]) == 1
+    assert main([str(image_recipe), *settings, "--set", "sample.negative=new"]) == 1
     assert "text encoders in" in capsys.readouterr().err, "or this test shows nothing"
 
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(module, "PICTURES_PER_SHARD", 1)
+    monkeypatch.setattr(module, "IMAGES_PER_SHARD", 1)
     monkeypatch.setattr(module, "CAPTIONS_PER_SHARD", 3)
 
 
@@ -242,14 +242,14 @@ def _forked(file):
     return process
 
 
-def test_killed_while_encoding_it_goes_on_and_ends_the_same(picture_recipe, tmp_path, small_shards):
+def test_killed_while_encoding_it_goes_on_and_ends_the_same(image_recipe, tmp_path, small_shards):
     rng = random.Random(1)
     whole = f"data.cache={tmp_path / 'whole'}"
     start = time.monotonic()
-    encode(picture_recipe, whole)
+    encode(image_recipe, whole)
     took, sizes = time.monotonic() - start, []
     for _ in range(5):
-        process, before = _forked(picture_recipe), len(list((tmp_path / "cache").glob("*/*.safetensors")))
+        process, before = _forked(image_recipe), len(list((tmp_path / "cache").glob("*/*.safetensors")))
         end = time.monotonic() + 30
         while process.is_alive() and len(list((tmp_path / "cache").glob("*/*.safetensors"))) <= before:
             assert time.monotonic() < end
@@ -259,30 +259,30 @@ def test_killed_while_encoding_it_goes_on_and_ends_the_same(picture_recipe, tmp_
         process.join()
         sizes.append(len(list((tmp_path / "cache").glob("*/*.safetensors"))))
     assert sizes == sorted(sizes) and sizes[-1] > 0
-    encode(picture_recipe)
-    wanted, found = ({k: s.read(k) for s in stores(picture_recipe, *x) for k in s._shard_of} for x in ([whole], []))
+    encode(image_recipe)
+    wanted, found = ({k: s.read(k) for s in stores(image_recipe, *x) for k in s._shard_of} for x in ([whole], []))
     assert wanted.keys() == found.keys() and all(same(wanted[k], found[k]) for k in wanted)
     assert not list((tmp_path / "cache").glob("*/*.tmp-*"))
 
 
-def test_two_preparations_at_once_share_one_cache(picture_recipe, small_shards):
-    both = [_forked(picture_recipe) for _ in range(2)]
+def test_two_preparations_at_once_share_one_cache(image_recipe, small_shards):
+    both = [_forked(image_recipe) for _ in range(2)]
     for process in both:
         process.join()
         assert process.exitcode == 0
-    latents, texts = stores(picture_recipe)
+    latents, texts = stores(image_recipe)
     assert len(latents) == 12 == len(list(latents.folder.glob("*.safetensors"))), "nothing was encoded twice"
-    assert encoded(encode(picture_recipe)[1]) == [] and latents.damaged() == texts.damaged() == []
+    assert encoded(encode(image_recipe)[1]) == [] and latents.damaged() == texts.damaged() == []
 
 
 # --- the unconditional branch ---
 
 
-def test_dropout_and_sampler_use_the_cached_empty_prompt(picture_recipe):
+def test_dropout_and_sampler_use_the_cached_empty_prompt(image_recipe):
     """DESIGN rule 5, N8: T5 and CLIP of "" together, the very tensors of the cache, in training, previews and afterwards."""
-    recipe = load_recipe(picture_recipe)
-    data, _ = encode(picture_recipe)
-    cached = stores(picture_recipe)[1].read(text_key(""))
+    recipe = load_recipe(image_recipe)
+    data, _ = encode(image_recipe)
+    cached = stores(image_recipe)[1].read(text_key(""))
     model = build_model(recipe)
     model.known |= data.known
     empty = model.encode([""])
@@ -296,10 +296,10 @@ def test_dropout_and_sampler_use_the_cached_empty_prompt(picture_recipe):
         assert torch.equal(objective.loss(model, all_dropped), objective.loss(model, told_empty))
         assert not torch.equal(objective.loss(model, all_dropped), objective.loss(model, task))
     noise = start_noise(0, 1, (16, 8, 8))
-    pictures = [sample(model, [""], noise, at(2, cfg)) for cfg in (1.0, 4.0)]
-    torch.testing.assert_close(*pictures, rtol=0, atol=1e-5)  # "" against "": guidance has nothing to steer by
+    images = [sample(model, [""], noise, at(2, cfg)) for cfg in (1.0, 4.0)]
+    torch.testing.assert_close(*images, rtol=0, atol=1e-5)  # "" against "": guidance has nothing to steer by
     assert not model.parts.text.loaded, "every prompt came from the cache"
-    assert main([str(picture_recipe)]) == 0
+    assert main([str(image_recipe)]) == 0
     finished = open_finished(recipe)
     assert same({name: tensor[0] for name, tensor in finished.known[""].tensors().items()}, cached)
     sample(finished, [""], noise, at(2, 4.0))
@@ -309,26 +309,26 @@ def test_dropout_and_sampler_use_the_cached_empty_prompt(picture_recipe):
 # --- training from it ---
 
 
-def test_micro_batches_see_the_same_samples(picture_recipe, tmp_path):
+def test_micro_batches_see_the_same_samples(image_recipe, tmp_path):
     settings = ["data.resolutions=[48, 64]", "train.batch=12", "train.lr=1e-3"]
-    big = run(picture_recipe, tmp_path / "big", *settings, "train.micro_batch=6")
-    small = run(picture_recipe, tmp_path / "small", *settings, "train.micro_batch=3")
+    big = run(image_recipe, tmp_path / "big", *settings, "train.micro_batch=6")
+    small = run(image_recipe, tmp_path / "small", *settings, "train.micro_batch=3")
     a, b = weights(big), weights(small)
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5
     assert all(abs(x["sigma_mean"] - y["sigma_mean"]) < 1e-6 for x, y in zip(metrics(big), metrics(small)))
 
 
-def test_resumed_equals_uninterrupted(picture_recipe, tmp_path):
+def test_resumed_equals_uninterrupted(image_recipe, tmp_path):
     """A run made longer is the run that was long from the start, bit for bit; prefetching leaves no trace."""
     settings = ["data.resolutions=[48, 64]", "data.crops_per_picture=2", "validate.every=2", "validate.samples=4"]
-    whole = run(picture_recipe, tmp_path / "whole", *settings, "train.steps=4")
-    run(picture_recipe, tmp_path / "parts", *settings, "train.steps=2")
-    parts = run(picture_recipe, tmp_path / "parts", *settings, "train.steps=4")
+    whole = run(image_recipe, tmp_path / "whole", *settings, "train.steps=4")
+    run(image_recipe, tmp_path / "parts", *settings, "train.steps=2")
+    parts = run(image_recipe, tmp_path / "parts", *settings, "train.steps=4")
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
     assert same(weights(whole), weights(parts))
 
 
-def test_changed_pictures_on_the_way_are_refused(own, tmp_path, capsys):
+def test_changed_images_on_the_way_are_refused(own, tmp_path, capsys):
     recipe, folder = own
     assert main([str(recipe)]) == 0
     text = (folder / "p01.txt").read_text()
@@ -336,16 +336,16 @@ def test_changed_pictures_on_the_way_are_refused(own, tmp_path, capsys):
     longer = [str(recipe), "--set", "train.steps=3"]
     capsys.readouterr()
     assert main(longer) == 1
-    assert "data.sets: pictures, captions or crops differ" in capsys.readouterr().err
+    assert "data.sets: images, captions or crops differ" in capsys.readouterr().err
     (folder / "p01.txt").write_text(text)
     assert main(longer) == 0
 
 
-def test_encoders_of_another_dtype_train_in_fp32(picture_recipe, tiny_flux, tmp_path):
+def test_encoders_of_another_dtype_train_in_fp32(image_recipe, tiny_flux, tmp_path):
     """Published T5 weights are bf16, and so is the cached text."""
     from transformers import T5EncoderModel
 
     base = shutil.copytree(tiny_flux, tmp_path / "base")
     T5EncoderModel.from_pretrained(base / "text_encoder_2").to(torch.bfloat16).save_pretrained(base / "text_encoder_2")
-    run(picture_recipe, tmp_path / "run", f"model.path={base}")
-    assert encode(picture_recipe, f"model.path={base}")[0].known[""].tokens.embeds.dtype == torch.bfloat16
+    run(image_recipe, tmp_path / "run", f"model.path={base}")
+    assert encode(image_recipe, f"model.path={base}")[0].known[""].tokens.embeds.dtype == torch.bfloat16

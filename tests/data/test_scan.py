@@ -15,7 +15,7 @@ from sklearn.datasets import load_sample_images
 from dedistill.data.images.buckets import buckets_for
 from dedistill.data.images.index import build_index
 from dedistill.data.images.scan import near_duplicates, scan, scan_lines
-from dedistill.data.images.types import PictureSet
+from dedistill.data.images.types import ImageSet
 from dedistill.errors import UserError
 from dedistill.report.scan import write_scan_page
 
@@ -30,7 +30,7 @@ def save(path: Path, image: Image.Image, *captions: str, **options) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two photographs, copies of them in another source (smaller and harder compressed), a flat picture, two bad files."""
+    """Two photographs, copies of them in another source (smaller and harder compressed), a flat image, two bad files."""
     root = tmp_path_factory.mktemp("data")
     photos, copies = root / "photos", root / "copies"
     photos.mkdir()
@@ -43,7 +43,7 @@ def folders(tmp_path_factory):
     (photos / "lonely & bare.png").write_bytes((photos / "china.png").read_bytes())
     save(copies / "c.jpg", china.resize((320, 214)), "four words of copy", quality=50)
     save(copies / "f.webp", flower.resize((500, 333)), "another")
-    return [PictureSet(str(photos), missing_captions="quarantine"), PictureSet(str(copies))]
+    return [ImageSet(str(photos), missing_captions="quarantine"), ImageSet(str(copies))]
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def facts(index):
 
 def test_numbers(facts):
     photos, copies = facts["sources"]
-    assert (photos["pictures"], photos["captions"], photos["several"], photos["left_out"]) == (3, 5, 2, 2)
+    assert (photos["images"], photos["captions"], photos["several"], photos["left_out"]) == (3, 5, 2, 2)
     assert (photos["shortest"], photos["median"], photos["longest"]) == (1, 2, 30)
-    assert (copies["pictures"], copies["captions"], copies["several"], copies["left_out"]) == (2, 2, 0, 0)
+    assert (copies["images"], copies["captions"], copies["several"], copies["left_out"]) == (2, 2, 0, 0)
     assert facts["unit"] == "words"
     assert dict(facts["lengths"]) | {"under 8": 6, "16 to 31": 1} == dict(facts["lengths"])
     assert sum(count for _, count in facts["lengths"]) == 7
@@ -123,21 +123,21 @@ def test_tokens(index, tmp_path):
 
 
 def test_page(index, facts, tmp_path):
-    """Every picture shown is in the folder, nothing leaves it, captions stay text."""
+    """Every image shown is in the folder, nothing leaves it, captions stay text."""
     page = write_scan_page(tmp_path, index, facts)
     html = page.read_text(encoding="utf-8")
     shown = re.findall(r'<img src="([^"]+)"', html)
     assert len(shown) == 5 + 4 and all((tmp_path / src).is_file() for src in shown)
-    assert not re.search(r'(?:src|href)="(?!pictures/|data:,)', html)
+    assert not re.search(r'(?:src|href)="(?!images/|data:,)', html)
     assert HOSTILE not in html and "&lt;script&gt;alert" in html
     assert "photos/lonely &amp; bare.png" in html and "image file is truncated" in html
-    assert "no tokenizer was given" in html and "5 pictures that can be used" in " ".join(html.split())
+    assert "no tokenizer was given" in html and "5 images that can be used" in " ".join(html.split())
     assert json.loads((tmp_path / "scan.json").read_text())["near_duplicates"] == facts["near_duplicates"]
 
 
 def test_lines(facts):
     text = "\n".join(scan_lines(facts))
-    assert "photos: 3 pictures, 5 captions (2 pictures have several), 2 left out; captions of 1 to 30 words, median 2" in text
+    assert "photos: 3 images, 5 captions (2 images have several), 2 left out; captions of 1 to 30 words, median 2" in text
     assert "photos/china.png = copies/c.jpg" in text and "too small: 2" in text
     assert "left out: photos/lonely & bare.png: no caption" in text
 
@@ -157,16 +157,16 @@ def test_tool(folders, tmp_path, capsys):
     paths = [source.path for source in folders]
     assert tool(*paths, "--out", tmp_path / "scan", "--resolutions", "256") == 0
     out = capsys.readouterr()
-    assert "near-duplicates: 2 groups, 4 pictures" in out.out and "done: " in out.err
+    assert "near-duplicates: 2 groups, 4 images" in out.out and "done: " in out.err
     assert {p.name for p in (tmp_path / "scan").iterdir()} == {
         ".dedistill",
         "index.html",
         "index.jsonl",
         "scan.json",
-        "pictures",
+        "images",
     }
     assert tool(paths[1], paths[1], "--resolutions", "256") == 0
-    assert "copies-1: 2 pictures" in capsys.readouterr().out
+    assert "copies-1: 2 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

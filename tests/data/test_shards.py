@@ -12,11 +12,11 @@ from PIL import Image
 from dedistill.data.images import index as module
 from dedistill.data.images import listing
 from dedistill.data.images.index import Index, build_index
-from dedistill.data.images.types import PictureSet
+from dedistill.data.images.types import ImageSet
 from dedistill.errors import UserError
 
 
-def picture(seed: int, kind: str = "JPEG") -> bytes:
+def image(seed: int, kind: str = "JPEG") -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(out, kind)
     return out.getvalue()
@@ -30,7 +30,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 @pytest.fixture
 def shards(tmp_path):
-    """img2dataset's layout: two shards, text and JSON beside each picture, a table and statistics beside each shard."""
+    """img2dataset's layout: two shards, text and JSON beside each image, a table and statistics beside each shard."""
     root = tmp_path / "laion"
     root.mkdir()
     for shard in range(2):
@@ -38,7 +38,7 @@ def shards(tmp_path):
             for i in range(4):
                 key = f"{shard:05d}{i:04d}"
                 facts = {"caption": f"caption {key}", "url": "http://x/y.jpg", "status": "success", "sha256": "0"}
-                add(tar, f"{key}.jpg", picture(10 * shard + i))
+                add(tar, f"{key}.jpg", image(10 * shard + i))
                 add(tar, f"{key}.json", json.dumps(facts).encode())
                 add(tar, f"{key}.txt", f"caption {key}".encode())
         (root / f"{shard:05d}_stats.json").write_text("{}")
@@ -47,7 +47,7 @@ def shards(tmp_path):
 
 
 def test_random_access_is_what_tarfile_reads(shards):
-    index = build_index([PictureSet(str(shards))])
+    index = build_index([ImageSet(str(shards))])
     assert len(index.samples) == 8 and index.quarantined == []
     for i in np.random.default_rng(0).permutation(8):
         sample = index.samples[i]
@@ -61,13 +61,13 @@ def test_random_access_is_what_tarfile_reads(shards):
 def test_samples_are_those_of_webdataset(shards):
     urls = [str(path) for path in sorted(shards.glob("*.tar"))]
     theirs = [(s["__key__"], s["jpg"], s["txt"].decode()) for s in webdataset.WebDataset(urls, shardshuffle=False)]
-    index = build_index([PictureSet(str(shards))])
+    index = build_index([ImageSet(str(shards))])
     ours = [(s.name.partition("::")[2].removesuffix(".jpg"), index.read(i), s.captions[0]) for i, s in enumerate(index.samples)]
     assert ours == theirs
 
 
 def test_one_shard_by_its_path(shards):
-    index = build_index([PictureSet(str(shards / "00001.tar"))])
+    index = build_index([ImageSet(str(shards / "00001.tar"))])
     assert [s.name for s in index.samples] == [f"00001/00001.tar::00001{i:04d}.jpg" for i in range(4)]
 
 
@@ -77,43 +77,43 @@ def test_an_unchanged_shard_is_not_opened(shards, tmp_path, monkeypatch):
     real, read = listing._of_shard, module._read
     monkeypatch.setattr(listing, "_of_shard", lambda root, shard: opened.append(shard.file) or real(root, shard))
     monkeypatch.setattr(module, "_read", lambda root, place: opened.append(place.file) or read(root, place))
-    first = build_index([PictureSet(str(shards))], file=file)
+    first = build_index([ImageSet(str(shards))], file=file)
     opened.clear()
-    assert build_index([PictureSet(str(shards))], file=file).samples == first.samples and opened == []
+    assert build_index([ImageSet(str(shards))], file=file).samples == first.samples and opened == []
     with tarfile.open(shards / "00001.tar", "a") as tar:
-        add(tar, "new.png", picture(99, "PNG"))
+        add(tar, "new.png", image(99, "PNG"))
         add(tar, "new.txt", b"new")
-    index = build_index([PictureSet(str(shards))], file=file)
+    index = build_index([ImageSet(str(shards))], file=file)
     assert len(index.samples) == 9 and index.samples[-1].captions == ("new",) and set(opened) == {"00001.tar"}
 
 
 def test_half_a_shard_from_an_unfinished_index_is_completed(shards, tmp_path):
     file = tmp_path / "index.jsonl"
-    whole = build_index([PictureSet(str(shards))])
+    whole = build_index([ImageSet(str(shards))])
     Index(whole.sources, whole.limits, whole.entries[:3], complete=False).save(file)
-    assert build_index([PictureSet(str(shards))], file=file).samples == whole.samples
+    assert build_index([ImageSet(str(shards))], file=file).samples == whole.samples
 
 
 def test_odd_members(tmp_path):
     with tarfile.open(tmp_path / "odd.tar", "w") as tar:
-        add(tar, "dir.x/a.b.jpg", b"an extension of two parts is no picture")
-        add(tar, "dir.x/k.JPG", picture(0))
+        add(tar, "dir.x/a.b.jpg", b"an extension of two parts is no image")
+        add(tar, "dir.x/k.JPG", image(0))
         add(tar, "dir.x/k.caption", b"upper case")
-        add(tar, "other/k.png", picture(1, "PNG"))
+        add(tar, "other/k.png", image(1, "PNG"))
         add(tar, "other/k.txt", b"same key elsewhere")
-        add(tar, "two.jpg", picture(2))
-        add(tar, "two.png", picture(2, "PNG"))
-        add(tar, "text.txt", b"no picture")
-        add(tar, "bad.jpg", picture(3)[:200])
+        add(tar, "two.jpg", image(2))
+        add(tar, "two.png", image(2, "PNG"))
+        add(tar, "text.txt", b"no image")
+        add(tar, "bad.jpg", image(3)[:200])
         add(tar, "bad.txt", b"cut short")
-        add(tar, "x" * 150 + ".jpg", picture(4))
+        add(tar, "x" * 150 + ".jpg", image(4))
         add(tar, "x" * 150 + ".txt", b"a long name")
         link = tarfile.TarInfo("link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     file = tmp_path / "index.jsonl"
     for _ in range(2):  # the second time from the index
-        index = build_index([PictureSet(str(tmp_path / "odd.tar"))], file=file)
+        index = build_index([ImageSet(str(tmp_path / "odd.tar"))], file=file)
         assert {s.name.partition("::")[2][-12:]: s.captions for s in index.samples} == {
             "dir.x/k.jpg": ("upper case",),
             "other/k.png": ("same key elsewhere",),
@@ -121,7 +121,7 @@ def test_odd_members(tmp_path):
         }
         reasons = {name.partition("::")[2]: reason for name, reason in index.quarantined}
         assert reasons.keys() == {"dir.x/a", "two", "text", "bad.jpg"}
-        assert reasons["two"].startswith("2 pictures") and reasons["text"].startswith("no picture")
+        assert reasons["two"].startswith("2 images") and reasons["text"].startswith("no image")
 
 
 def test_a_damaged_header_does_not_pass_for_the_end(shards):
@@ -130,7 +130,7 @@ def test_a_damaged_header_does_not_pass_for_the_end(shards):
         at = tar.getmember("000000002.jpg").offset
     data[at : at + 300] = b"\xff" * 300
     (shards / "00000.tar").write_bytes(data)
-    index = build_index([PictureSet(str(shards))])
+    index = build_index([ImageSet(str(shards))])
     assert len(index.samples) == 6
     assert f"no end mark at offset {at:,}" in dict(index.quarantined)["laion/00000.tar"]
 
@@ -138,24 +138,24 @@ def test_a_damaged_header_does_not_pass_for_the_end(shards):
 @pytest.mark.parametrize("share", [0.35, 0.6, 0.97])
 def test_a_shard_cut_short_gives_what_is_whole(shards, tmp_path, share):
     whole = (shards / "00000.tar").read_bytes()
-    used = build_index([PictureSet(str(shards / "00000.tar"))]).samples[-1].place
+    used = build_index([ImageSet(str(shards / "00000.tar"))]).samples[-1].place
     (shards / "00000.tar").write_bytes(whole[: int(share * (used.offset + used.size))])
     file = tmp_path / "index.jsonl"
     for _ in range(2):
-        index = build_index([PictureSet(str(shards), missing_captions="quarantine")], file=file)
+        index = build_index([ImageSet(str(shards), missing_captions="quarantine")], file=file)
         kept = [i for i, s in enumerate(index.samples) if "00000.tar" in s.name]
         assert 1 <= len(kept) <= 3 and len(index.samples) == 4 + len(kept)
-        assert all(index.read(i) == picture(i) for i in kept)
+        assert all(index.read(i) == image(i) for i in kept)
         assert "damaged" in dict(index.quarantined)["laion/00000.tar"]
 
 
 def test_compressed_and_foreign_files_are_not_shards(shards, tmp_path):
     with tarfile.open(shards / "00002.tar", "w:gz") as tar:
-        add(tar, "a.jpg", picture(0))
+        add(tar, "a.jpg", image(0))
     (shards / "00003.tar").write_bytes(b"nothing of the kind" * 100)
-    index = build_index([PictureSet(str(shards))])
+    index = build_index([ImageSet(str(shards))])
     assert len(index.samples) == 8
     assert [name for name, _ in index.quarantined] == ["laion/00002.tar", "laion/00003.tar"]
     assert all("not a plain tar file" in reason for _, reason in index.quarantined)
-    with pytest.raises(UserError, match="no usable picture"):
-        build_index([PictureSet(str(shards / "00003.tar"))])
+    with pytest.raises(UserError, match="no usable image"):
+        build_index([ImageSet(str(shards / "00003.tar"))])

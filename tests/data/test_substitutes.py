@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dedistill.data.digits import load_digits
-from dedistill.data.source import Substitutes
+from dedistill.data.source import QuarantineSource
 from dedistill.errors import UserError
 
 BATCH, STEPS = 8, 40
@@ -33,14 +33,14 @@ def same(a: tuple, b: tuple) -> bool:
 
 def test_without_a_quarantine_nothing_changes(digits):
     for step in (0, 7):
-        a, b = drawn(digits, step), drawn(Substitutes(digits, {}), step)
+        a, b = drawn(digits, step), drawn(QuarantineSource(digits, {}), step)
         assert list(a) == list(b) == list(range(BATCH)) and all(same(a[p], b[p]) for p in a)
 
 
 def test_others_stand_in_and_nothing_else_moves(digits):
     """A function of (seed, step, position, quarantine): the same whoever asks, from the step on that it stands there."""
     out = {drawn(digits, step)[p][0]: since for step, p, since in ((5, 2, 5), (5, 6, 5), (9, 0, 5), (4, 1, 6))}
-    source, again = Substitutes(digits, out), Substitutes(digits, dict(out))
+    source, again = QuarantineSource(digits, out), QuarantineSource(digits, dict(out))
     replaced = set()
     for step in range(STEPS):
         plain, found, other = drawn(digits, step), drawn(source, step), drawn(again, step)
@@ -57,17 +57,17 @@ def test_others_stand_in_and_nothing_else_moves(digits):
 
 def test_held_out_samples_stay(digits):
     name = drawn(digits, 0, held_out=True)[0][0]
-    assert drawn(Substitutes(digits, {name: 0}), 0, held_out=True)[0][0] == name
+    assert drawn(QuarantineSource(digits, {name: 0}), 0, held_out=True)[0][0] == name
 
 
 def test_too_few_others_is_an_error(digits):
     class Few:
         """Two samples in all."""
 
-        name, picture = "few", None
+        name, image = "few", None
 
         def names(self, seed, step, positions, batch, *, held_out=False):
             return [f"n{(seed + p) % 2}" for p in positions]
 
     with pytest.raises(UserError, match="quarantined samples only"):
-        Substitutes(Few(), {"n0": 0, "n1": 0}).groups(0, 0, np.arange(4), 4)
+        QuarantineSource(Few(), {"n0": 0, "n1": 0}).groups(0, 0, np.arange(4), 4)

@@ -1,4 +1,4 @@
-"""Lists of pictures (FORMATS §2): .jsonl, .csv and .parquet say the same, and a wrong row or column is named."""
+"""Lists of images (FORMATS §2): .jsonl, .csv and .parquet say the same, and a wrong row or column is named."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from PIL import Image
 
 from dedistill.data.images import index as module
 from dedistill.data.images.index import build_index
-from dedistill.data.images.types import PictureSet
+from dedistill.data.images.types import ImageSet
 from dedistill.errors import UserError
 
 ROWS = [
@@ -48,7 +48,7 @@ def write(folder, kind: str, rows: list[dict], name: str = "metadata"):
 @pytest.mark.parametrize("by", ["folder", "path"])
 def test_lists(folder, kind, by):
     path = write(folder, kind, ROWS, "metadata" if by == "folder" else "mine")
-    index = build_index([PictureSet(str(folder if by == "folder" else path), name="train")])
+    index = build_index([ImageSet(str(folder if by == "folder" else path), name="train")])
     assert {s.name: s.captions for s in index.samples} == {
         "train/a.png": ("a cat", "cat"),
         "train/sub/b.png": ('a dog, "big"\nand black',),
@@ -61,37 +61,37 @@ def test_lists_of_captions(folder, kind):
     write(
         folder, kind, [{"file_name": "a.png", "captions": ["one", "two", "one"]}, {"file_name": "sub/b.png", "captions": ["x"]}]
     )
-    assert [s.captions for s in build_index([PictureSet(str(folder))]).samples] == [("one", "two"), ("x",)]
+    assert [s.captions for s in build_index([ImageSet(str(folder))]).samples] == [("one", "two"), ("x",)]
 
 
 def test_columns_can_be_chosen(folder):
     write(folder, "csv", ROWS)
-    one = build_index([PictureSet(str(folder), fields=("license", "caption"))])
+    one = build_index([ImageSet(str(folder), fields=("license", "caption"))])
     assert one.samples[0].captions == ("mit", "a cat")
-    other = PictureSet(str(folder), fields=("license",), file_column="file_name", split_lines=True)
+    other = ImageSet(str(folder), fields=("license",), file_column="file_name", split_lines=True)
     assert build_index([other]).samples[1].captions == ("mit",)
 
 
 def test_the_only_column_of_text_holds_the_captions(folder):
     rows = [{"file_name": name, "beschreibung": "x", "width": 16} for name in ("a.png", "sub/b.png")]
     write(folder, "parquet", rows)
-    assert [s.captions for s in build_index([PictureSet(str(folder))]).samples] == [("x",), ("x",)]
+    assert [s.captions for s in build_index([ImageSet(str(folder))]).samples] == [("x",), ("x",)]
 
 
-def test_several_rows_of_one_picture_are_joined(folder):
+def test_several_rows_of_one_image_are_joined(folder):
     write(folder, "jsonl", [*ROWS, {"file_name": "a.png", "caption": "again"}])
-    assert build_index([PictureSet(str(folder))]).samples[0].captions == ("a cat", "cat", "again")
+    assert build_index([ImageSet(str(folder))]).samples[0].captions == ("a cat", "cat", "again")
 
 
-def test_a_new_caption_in_the_list_reads_no_picture(folder, tmp_path, monkeypatch):
+def test_a_new_caption_in_the_list_reads_no_image(folder, tmp_path, monkeypatch):
     file = tmp_path / "index.jsonl"
     write(folder, "jsonl", ROWS)
-    build_index([PictureSet(str(folder))], file=file)
+    build_index([ImageSet(str(folder))], file=file)
     write(folder, "jsonl", [ROWS[0] | {"caption": "renamed"}, ROWS[1]])
     reads = []
     real = module._read
     monkeypatch.setattr(module, "_read", lambda root, place: reads.append(place) or real(root, place))
-    assert build_index([PictureSet(str(folder))], file=file).samples[0].captions == ("renamed", "cat")
+    assert build_index([ImageSet(str(folder))], file=file).samples[0].captions == ("renamed", "cat")
     assert reads == []
 
 
@@ -107,7 +107,7 @@ def test_wrong_rows_are_left_out(folder):
     wrong += ['{"file_name": "../../etc/passwd", "caption": "x"}', '{"file_name": "/etc/passwd", "caption": "x"}']
     wrong += ['{"file_name": "a\\u0000.png", "caption": "x"}', '{"file_name": "sub", "caption": "x"}']
     (folder / "metadata.jsonl").write_text("\n".join([lines[1], *wrong]))
-    index = build_index([PictureSet(str(folder))])
+    index = build_index([ImageSet(str(folder))])
     assert [s.name for s in index.samples] == ["train/sub/b.png"]
     reasons = {name.removeprefix("train/"): reason for name, reason in index.quarantined}
     assert "not JSON" in reasons["metadata.jsonl line 2"] and "JSON object" in reasons["metadata.jsonl line 3"]
@@ -120,20 +120,20 @@ def test_wrong_rows_are_left_out(folder):
 
 def test_csv_rows_of_the_wrong_length(folder):
     (folder / "metadata.csv").write_text("file_name,caption\na.png,a cat, black\nsub/b.png\nsub/b.png,ok\n")
-    index = build_index([PictureSet(str(folder))])
+    index = build_index([ImageSet(str(folder))])
     assert [s.captions for s in index.samples] == [("ok",)]
     assert [reason for _, reason in index.quarantined] == ["expected 2 fields"] * 2
 
 
 def test_absolute_paths_inside_the_folder_are_fine(folder):
     write(folder, "csv", [{"file_name": str(folder / "a.png"), "text": "x"}])
-    assert [s.name for s in build_index([PictureSet(str(folder))]).samples] == ["train/a.png"]
+    assert [s.name for s in build_index([ImageSet(str(folder))]).samples] == ["train/a.png"]
 
 
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([{"image": "a.png", "caption": "x"}], {}, r"no column 'file_name' that names the picture \(columns: image, caption\)"),
+        ([{"image": "a.png", "caption": "x"}], {}, r"no column 'file_name' that names the image \(columns: image, caption\)"),
         ([{"file_name": "a.png", "licence": "x", "author": "y"}], {}, r"several columns of text \(licence, author\)"),
         ([{"file_name": "a.png", "caption": "x"}], {"fields": ("blip",)}, r"no column 'blip'"),
         ([{"file_name": "a.png", "width": 3}], {}, "no caption"),
@@ -143,11 +143,11 @@ def test_absolute_paths_inside_the_folder_are_fine(folder):
 def test_wrong_columns(folder, kind, rows, options, message):
     write(folder, kind, rows)
     with pytest.raises(UserError, match=message):
-        build_index([PictureSet(str(folder), **options)])
+        build_index([ImageSet(str(folder), **options)])
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_unreadable_lists(folder, kind):
     (folder / f"metadata.{kind}").write_bytes(b"\xff\xfe\x00 no text")
     with pytest.raises(UserError, match=f"metadata.{kind}' cannot be read"):
-        build_index([PictureSet(str(folder))])
+        build_index([ImageSet(str(folder))])

@@ -21,7 +21,7 @@ from dedistill.distributed.launcher import REFUSED, promised, resume_command
 from dedistill.errors import RUN_AGAIN
 from dedistill.recipe import load_recipe
 from dedistill.runs.checkpoint import damage, list_checkpoints
-from dedistill.runs.requests import BY_SIGNAL, ECHO, REPEAT, Requests
+from dedistill.runs.requests import BY_SIGNAL, ECHO, REPEAT, StopRequests
 from dedistill.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def test_a_signal_that_comes_twice_counts_once(monkeypatch, launcher, waited, en
     if launcher:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(os, "_exit", sys.exit)
-    with Requests() as stop:
+    with StopRequests() as stop:
         stop.deferred = True
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked()["stop"] == BY_SIGNAL

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dedistill.data.encode import open_data
 from dedistill.distributed.launcher import start
-from dedistill.distributed.world import World, deal
+from dedistill.distributed.world import World, partition_by_cost
 from dedistill.errors import UserError
 from dedistill.models.model import build_model
 from dedistill.objectives.base import objective_for
@@ -22,7 +22,7 @@ from dedistill.recipe import load_recipe
 from dedistill.recipe.resolve import make_plan
 from dedistill.runs.checkpoint import damage, list_checkpoints
 from dedistill.runs.directory import RunDirectory
-from dedistill.runs.requests import Requests
+from dedistill.runs.requests import StopRequests
 from dedistill.train import main
 from dedistill.training.engine import LIMIT, RESOLUTION, Engine, ExactGradients
 from dedistill.training.trainer import Trainer
@@ -68,7 +68,7 @@ def one_of(rank: int, size: int) -> World:
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 16, 20])
 def test_every_slot_is_dealt_once_and_evenly(size):
     """RELIABILITY promise 3: 16 slots on 3, 5 and 7 ranks, and on more ranks than slots."""
-    dealt = deal([1] * 16, size)
+    dealt = partition_by_cost([1] * 16, size)
     assert sorted(i for items in dealt for i in items) == list(range(16))
     assert max(map(len, dealt)) == math.ceil(16 / size) and max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
@@ -77,7 +77,7 @@ def test_unequal_work_is_dealt_evenly():
     rng = np.random.default_rng(0)
     for _ in range(200):
         costs, size = rng.integers(1, 100, rng.integers(1, 40)).tolist(), int(rng.integers(1, 9))
-        dealt = deal(costs, size)
+        dealt = partition_by_cost(costs, size)
         assert sorted(i for items in dealt for i in items) == list(range(len(costs)))
         loads = [sum(costs[i] for i in items) for items in dealt]
         best = max(max(costs), math.ceil(sum(costs) / size))  # no way of dealing is better than this
@@ -93,8 +93,8 @@ def test_a_step_is_the_same_on_any_number_of_processes(adapter_recipe, size):
     whole = objective.noisy_batch(3, np.arange(16))
     seen = []
     for rank in range(size):
-        own, company = objective.share(3, 2, one_of(rank, size))
-        assert company == []
+        own, padding = objective.share(3, 2, one_of(rank, size))
+        assert padding == []
         for positions in own:
             task = objective.noisy_batch(3, positions)
             seen += positions.tolist()
@@ -104,8 +104,8 @@ def test_a_step_is_the_same_on_any_number_of_processes(adapter_recipe, size):
     assert sorted(seen) == list(range(16))
 
 
-def test_pictures_are_dealt_by_their_area(tmp_path, picture_recipe):
-    recipe = load_recipe(picture_recipe, ["data.resolutions=[32, 64]", "data.max_upscale=4", "train.batch=12"])
+def test_images_are_dealt_by_their_area(tmp_path, image_recipe):
+    recipe = load_recipe(image_recipe, ["data.resolutions=[32, 64]", "data.max_upscale=4", "train.batch=12"])
     source = open_data(recipe, "cpu", lambda line: None).source
     objective = objective_for(recipe, source, lambda shape: 1.0)
     for step in range(4):
@@ -113,7 +113,7 @@ def test_pictures_are_dealt_by_their_area(tmp_path, picture_recipe):
         for rank in range(3):
             mine = [int(p) for part in objective.share(step, 1, one_of(rank, 3))[0] for p in part]
             areas.append(sum(math.prod(objective.noisy_batch(step, np.array([p])).noisy.shape[-2:]) for p in mine))
-        assert max(areas) - min(areas) <= 64 * 64 // 64  # one picture of the larger kind, in latents
+        assert max(areas) - min(areas) <= 64 * 64 // 64  # one image of the larger kind, in latents
 
 
 # -- words between processes -----------------------------------------------------------------------------------------
@@ -125,12 +125,12 @@ def _talk() -> int:
     heard = world.gather({"rank": world.rank, "loss": [math.nan, 0.1, math.inf], "said": "x" * 1000 * world.rank})
     assert [h["rank"] for h in heard] == [0, 1, 2] and [len(h["said"]) for h in heard] == [0, 1000, 2000]
     assert all(math.isnan(h["loss"][0]) and h["loss"][1:] == [0.1, math.inf] for h in heard)
-    assert world.from_main({"name": world.rank}) == {"name": 0}
+    assert world.broadcast_object({"name": world.rank}) == {"name": 0}
     world.same({"a": 1, "b": [1, 2]})
     with pytest.raises(UserError, match="rank 2 has another b than rank 0: 7 against 1"):
         world.same({"a": 1, "b": 7 if world.rank == 2 else 1})
     tensors = [torch.full((3, 2), float(world.rank)), torch.tensor(world.rank), torch.ones(5, dtype=torch.float64)]
-    world.sum_(tensors)
+    world.all_reduce_(tensors)
     assert (
         torch.equal(tensors[0], torch.full((3, 2), 3.0))
         and tensors[1] == 3
@@ -168,7 +168,7 @@ def _gradients(recipe_file: Path, out: Path, *settings: str) -> int:
     engine, source = Engine(recipe, world), open_data(recipe, "cpu", print).source
     engine.place(model, "cpu")
     trainer = Trainer(recipe, make_plan(recipe), model=model, source=source, run=RunDirectory(recipe), engine=engine)
-    with Requests() as trainer.stop:
+    with StopRequests() as trainer.stop:
         trainer._gradients(trainer._tasks(1))
     if world.main:
         save_file({name: p.grad for name, p in trainer.engine.trainable.items()}, out)
@@ -424,7 +424,7 @@ def _astray(arguments: list[str]) -> int:
 
 def _unshared(arguments: list[str]) -> int:
     """``main``, where gradients are not summed over processes."""
-    World.sum_ = lambda self, tensors: None
+    World.all_reduce_ = lambda self, tensors: None
     return main(arguments)
 
 
@@ -479,9 +479,9 @@ def test_a_process_that_dies_while_the_others_join_it(tmp_path):
     assert "another process of this run has ended" in (tmp_path / "1").read_text()
 
 
-def test_encoding_is_shared(picture_recipe, tmp_path):
+def test_encoding_is_shared(image_recipe, tmp_path):
     """Each process writes shards of its own; together they hold what one process would have written, to the bit."""
-    given = [str(picture_recipe), "--debug", "--cache-only", "--set"]
+    given = [str(image_recipe), "--debug", "--cache-only", "--set"]
     for size in (1, 3):
         said = tmp_path / f"said-{size}"
         codes = run_ranks(size, main, [*given, f"data.cache={tmp_path}/{size}"], said=said)
@@ -493,13 +493,13 @@ def test_encoding_is_shared(picture_recipe, tmp_path):
         assert same(one, three)
     assert (tmp_path / "said-3/1").read_text() == ""
     exact = (f"data.cache={tmp_path}/3", "train.exact=true", "data.resolutions=[48, 64]", "data.max_upscale=2")
-    a = train(1, picture_recipe, tmp_path / "a", *exact)
-    b = train(3, picture_recipe, tmp_path / "b", *exact)
+    a = train(1, image_recipe, tmp_path / "a", *exact)
+    b = train(3, image_recipe, tmp_path / "b", *exact)
     assert same(saved(a), saved(b)) and (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
 
 
-def test_work_for_one_process_is_done_by_the_first(picture_recipe, tmp_path):
+def test_work_for_one_process_is_done_by_the_first(image_recipe, tmp_path):
     """--check-cache and --rehearse under a launcher of several: the others end at once, and nobody waits for them."""
-    codes = run_ranks(2, main, [str(picture_recipe), "--check-cache"], said=tmp_path / "said")
+    codes = run_ranks(2, main, [str(image_recipe), "--check-cache"], said=tmp_path / "said")
     assert codes == [1, 0] and (tmp_path / "said/1").read_text() == ""
     assert "crops are not encoded yet" in (tmp_path / "said/0").read_text()

@@ -1,4 +1,4 @@
-"""Meters of single pictures: what they see of injected faults, known answers, invariances."""
+"""Meters of single images: what they see of injected faults, known answers, invariances."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_a_meter_sees_its_fault(what, fault, photos):
         pytest.skip("grey")
     x, f = photos if what == "photographs" else DIGITS[0], FAULTS[fault]
     strengths = (f.strengths[0], f.strengths[2], f.strengths[-1])
-    rows = benchmark.curves(benchmark.of_pictures(x), f.apply, strengths, {fault: METERS[fault]})[fault]
+    rows = benchmark.curves(benchmark.of_images(x), f.apply, strengths, {fault: METERS[fault]})[fault]
     none, some, most = (row["paired"]["auc"][0] for row in rows)
     assert 0.35 < none < 0.65 and none < some <= most + 0.01
     assert most > (0.88 if fault == "colour" else 0.95)
@@ -66,7 +66,7 @@ def test_meters_ignore_orientation_and_neighbours_in_the_batch(photos):
 
 
 def test_twice_the_resolution(photos):
-    """Shadow, colour and diversity are those of the picture, blur is one of its pixels."""
+    """Shadow, colour and diversity are those of the image, blur is one of its pixels."""
     double = photos.repeat(2, 2).repeat(2, 3)
     np.testing.assert_allclose(shadow(double), shadow(photos), atol=1e-12)
     np.testing.assert_allclose(colour(double), colour(photos), atol=1e-12)
@@ -77,7 +77,7 @@ def test_twice_the_resolution(photos):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_even_pictures_have_finite_numbers(channels):
+def test_even_images_have_finite_numbers(channels):
     made = torch.stack([torch.full((channels, 8, 16), value) for value in (-1.0, 0.3, 1.0, 7.0, torch.nan, torch.inf)])
     found = artefacts(made)
     assert found.keys() == {"blur", "shadow", "clipped"} | ({"colour"} if channels == 3 else set())

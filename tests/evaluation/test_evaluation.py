@@ -11,9 +11,9 @@ from closed_form_models import ClosedFormData, closed_form
 from samplings import at
 
 from dedistill.errors import UserError
-from dedistill.evaluation.distillation import Questions, answer_file, ask, measure
+from dedistill.evaluation.distillation import EvalSettings, answer_file, ask, measure
 from dedistill.evaluation.evaluate import evaluate, shortlist
-from dedistill.evaluation.meters import Reading
+from dedistill.evaluation.meters import RatioEstimate
 from dedistill.evaluation.selection import select
 from dedistill.evaluation.sweep import Candidate, Grid, classifier_free
 from dedistill.recipe import load_recipe
@@ -43,9 +43,9 @@ class Candidates:
         return [self.make("base", 3.0), *averages, self.make("average bad", 4.0), self.make("last", 1.0, last)]
 
 
-def questions(**changes) -> Questions:
+def questions(**changes) -> EvalSettings:
     asked = {"samples": 32, "steps": 3, "few": (1, 2), "cfgs": (1.0, 3.0), **changes}
-    return Questions(recipe=RECIPE, source=ClosedFormData(), judge=None, prompts=PROMPTS, **asked)
+    return EvalSettings(recipe=RECIPE, source=ClosedFormData(), judge=None, prompts=PROMPTS, **asked)
 
 
 GRID = Grid(classifier_free((1.0, 3.0)), tuple(PROMPTS), (0,))
@@ -60,7 +60,7 @@ def test_answers_are_kept_exactly_and_by_what_was_asked(tmp_path):
     c = Candidates()
     first = ask(c.make("a", 2.0), questions(), tmp_path)
     again = ask(c.make("a", 2.0), questions(), tmp_path)
-    assert c.opened == ["a"] and again.places == first.places and again.picture == first.picture
+    assert c.opened == ["a"] and again.places == first.places and again.image == first.image
     assert again.readings.keys() == first.readings.keys()
     for key, reading in first.readings.items():
         kept = again.readings[key]
@@ -96,8 +96,8 @@ def test_the_shortlist_spreads_over_averages_that_may_be_best():
     noise = rng.normal(size=(64, 1))
     names = ["base", "average bad", *(f"average {i}" for i in range(5)), "last"]
     run = [Candidates().make(name, 1.0) for name in names]
-    losses = {name: Reading(noise + 1e-3 * rng.normal(size=(64, 1)), np.ones((64, 1))) for name in names}
-    losses["average bad"] = Reading(noise + 1, np.ones((64, 1)))
+    losses = {name: RatioEstimate(noise + 1e-3 * rng.normal(size=(64, 1)), np.ones((64, 1))) for name in names}
+    losses["average bad"] = RatioEstimate(noise + 1, np.ones((64, 1)))
     order = sorted((n for n in names if n.startswith("average") and n != "average bad"), key=lambda n: losses[n].value[0])
     chosen = [c.name for c in shortlist(run, losses)]
     assert set(chosen) == {"base", "last", order[0], order[2], order[4]}
@@ -111,7 +111,7 @@ def test_the_shortlist_spreads_over_averages_that_may_be_best():
     [
         ("beauty", "there is no such number"),
         ("contrast", "neither end of it is better"),
-        ("recall", "single pictures have no such number"),
+        ("recall", "single images have no such number"),
         ("accuracy", "it needs a judge of digits"),
         ("clip", "it needs --clip"),
     ],
@@ -152,8 +152,8 @@ def scored(accuracy: dict[tuple, float]) -> dict:
         burnt = 0.1 if cell["cfg"] > 2 else 0.01
         rows += [{**cell, "prompt": f"{p}", "seed": 0, "correct": float(p < 40 * share), "saturated": burnt} for p in range(40)]
     numbers = [
-        {"key": "accuracy", "picture": "correct", "adherence": True, "label": "accuracy", "better": "high", "help": ""},
-        {"key": "saturated", "picture": "saturated", "tolerance": 0.02, "label": "<burnt>", "better": "low", "help": ""},
+        {"key": "accuracy", "image": "correct", "adherence": True, "label": "accuracy", "better": "high", "help": ""},
+        {"key": "saturated", "image": "saturated", "tolerance": 0.02, "label": "<burnt>", "better": "low", "help": ""},
     ]
     return select({"numbers": numbers, "cells": cells}, rows)
 
@@ -175,7 +175,7 @@ def test_selection_page_says_rule_and_verdicts(tmp_path):
 
 
 def test_answers_with_a_choice():
-    """The weights that were chosen by pictures, beside those that the loss cannot tell from its best."""
+    """The weights that were chosen by images, beside those that the loss cannot tell from its best."""
     row = {"value": 0.1, "low": 0.09, "high": 0.11}
     gone = {"difference": -0.4, "difference_low": -0.5, "difference_high": -0.3, "verdict": "lower"}
     meters = {"base": {"guidance": [row], "loss": [row]}, "last": {"guidance": [row | gone], "loss": [row | gone]}}

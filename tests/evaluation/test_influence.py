@@ -226,7 +226,7 @@ def test_names_in_a_fragment_are_quoted():
 def test_the_page_shows_every_number(tmp_path):
     """Every block, stream and sigma has its cell, with its value as text beside the colour."""
     distance = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = Influence(["b.0", "b.1", "b.2"], ["picture", "text"], [1.0, 0.75, 0.5, 0.25], distance, 5)
+    found = Influence(["b.0", "b.1", "b.2"], ["image", "text"], [1.0, 0.75, 0.5, 0.25], distance, 5)
     page = write_influence(tmp_path, found, {"b.0": 1, "b.1": 16, "b.2": 4}, 90, 100, str(tmp_path / "r.toml")).read_text()
     cells = [f">{value:.3f}</td>" for value in distance.flatten().tolist()]
     assert all(cell in page for cell in cells) and page.count('<td class="cell') == 24
@@ -234,6 +234,6 @@ def test_the_page_shows_every_number(tmp_path):
 
 
 def test_a_recipe_of_the_package_is_extended_by_its_name(tmp_path):
-    found = Influence(["b.0"], ["picture", "text"], [1.0], torch.rand(1, 2, 1, dtype=torch.float64), 5)
+    found = Influence(["b.0"], ["image", "text"], [1.0], torch.rand(1, 2, 1, dtype=torch.float64), 5)
     write_influence(tmp_path / "deep", found, {"b.0": 2}, 90, 100, "dedistill:digits/dedistill")
     assert load_recipe(tmp_path / "deep/influence.toml").adapter.targets[0].factor == 2

@@ -40,14 +40,14 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def pictures(seed: int, count: int = 3, channels: int = 3) -> torch.Tensor:
+def images(seed: int, count: int = 3, channels: int = 3) -> torch.Tensor:
     return keyed.noise(seed, "picture", 0, range(count), (channels, 40, 48)) / 2
 
 
-def write_pictures(folder: Path, made: torch.Tensor) -> Path:
+def write_images(folder: Path, made: torch.Tensor) -> Path:
     folder.mkdir()
-    for i, picture in enumerate(made):
-        as_image(picture).save(folder / f"{i:03d}.png")
+    for i, image in enumerate(made):
+        as_image(image).save(folder / f"{i:03d}.png")
     return folder
 
 
@@ -59,7 +59,7 @@ def clip(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_scores_are_those_of_transformers(clip, channels):
     """CLIP score is max(0, logits per image / scale of the logits x 100), long prompts cut; alike in any batch."""
-    judge, made = ClipJudge(clip), pictures(0, channels=channels)
+    judge, made = ClipJudge(clip), images(0, channels=channels)
     model, tokenizer = CLIPModel.from_pretrained(clip).eval(), CLIPTokenizer.from_pretrained(clip)
     text = tokenizer(PROMPTS, padding=True, truncation=True, return_tensors="pt")
     pixels = CLIPImageProcessorPil.from_pretrained(clip)([as_image(p).convert("RGB") for p in made], return_tensors="pt")
@@ -75,11 +75,11 @@ def test_scores_are_those_of_transformers(clip, channels):
 
 def test_distance_is_that_of_torchmetrics(clip, tmp_path):
     """Parity with torchmetrics' FrechetInceptionDistance on the same vectors; more noise is further away; 0 to itself."""
-    real = pictures(1, 40)
-    judge = ClipJudge(clip, write_pictures(tmp_path / "real", real))
+    real = images(1, 40)
+    judge = ClipJudge(clip, write_images(tmp_path / "real", real))
     distances = []
     for strength in (0.0, 0.5, 1.0):
-        vectors = judge.embed(real + strength * pictures(2, 40))
+        vectors = judge.embed(real + strength * images(2, 40))
         theirs = FrechetInceptionDistance(feature=torch.nn.Identity(), input_img_size=(12,)).set_dtype(torch.float64)
         theirs.inception.num_features = 12
         theirs = FrechetInceptionDistance(feature=theirs.inception).set_dtype(torch.float64)
@@ -90,8 +90,8 @@ def test_distance_is_that_of_torchmetrics(clip, tmp_path):
     assert distances[0] == pytest.approx(0, abs=1e-6) and distances[0] < distances[1] < distances[2]
 
 
-def test_identity_follows_weights_and_real_pictures(clip, tmp_path):
-    real, other = (write_pictures(tmp_path / f"real{k}", pictures(k, 2)) for k in (1, 2))
+def test_identity_follows_weights_and_real_images(clip, tmp_path):
+    real, other = (write_images(tmp_path / f"real{k}", images(k, 2)) for k in (1, 2))
     found = {ClipJudge(clip).identity, ClipJudge(clip, real).identity, ClipJudge(clip, other).identity}
     found.add(ClipJudge(write_clip(tmp_path / "clip", seed=1)).identity)
     assert len(found) == 4 and ClipJudge(clip, real).identity in found
@@ -133,12 +133,12 @@ def test_a_folder_that_holds_no_clip_is_refused_by_name(tmp_path, fault):
     assert len(str(e.value).splitlines()) == 1
 
 
-def test_real_pictures_that_cannot_be_used_are_named(clip, tmp_path):
+def test_real_images_that_cannot_be_used_are_named(clip, tmp_path):
     (tmp_path / "few").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "few" / "one.png")
-    with pytest.raises(UserError, match="--real: 1 pictures in"):
+    with pytest.raises(UserError, match="--real: 1 images in"):
         ClipJudge(clip, tmp_path / "few")
-    (tmp_path / "few" / "two.jpg").write_bytes(b"no picture")
+    (tmp_path / "few" / "two.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"--real: .*two\.jpg"):
         ClipJudge(clip, tmp_path / "few")
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from closed_form import straightness
-from closed_form_models import ONE, PICTURE, PLANE, ClosedFormData, closed_form
+from closed_form_models import IMAGE, ONE, PLANE, ClosedFormData, closed_form
 from samplings import at
 
 from dedistill.data.digits import load_digits
 from dedistill.errors import UserError
-from dedistill.evaluation.distillation import Questions, measure
+from dedistill.evaluation.distillation import EvalSettings, measure
 from dedistill.evaluation.judges import DigitJudge, precision_recall
-from dedistill.evaluation.meters import Reading, guidance_meters, interval, path_meters, resamples, response
+from dedistill.evaluation.meters import RatioEstimate, guidance_meters, interval, path_meters, resamples, response
 from dedistill.evaluation.sweep import Candidate
 from dedistill.evaluation.validation import held_out_meters
 from dedistill.flow import keyed
@@ -43,7 +43,7 @@ def linear_paths(steps: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
     (noisy - (1 - sigma) mean) is multiplied by 1 + step (sigma - (1 - sigma) s^2) / ((1 - sigma)^2 s^2 + sigma^2).
     """
-    noise = start_noise(0, count, PICTURE).flatten(1).double().numpy()
+    noise = start_noise(0, count, IMAGE).flatten(1).double().numpy()
     grid, mean, s2 = sigma_grid(steps), ONE.means[0].numpy(), 0.4**2
     states, factor = [noise], 1.0
     for here, there in pairwise(grid):
@@ -55,7 +55,7 @@ def linear_paths(steps: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 def test_paths_of_one_gaussian_are_measured_as_its_recursion_says():
     """R1: straightness, bend and the few-step gap against Euler's scalar recursion, to float32."""
     count, steps, few = 40, 16, (1, 2, 8)
-    found = path_meters(closed_form(ONE), ["0"] * count, start_noise(0, count, PICTURE), steps=steps, few=few)
+    found = path_meters(closed_form(ONE), ["0"] * count, start_noise(0, count, IMAGE), steps=steps, few=few)
     states, noise = linear_paths(steps, count)
     chord = noise - states[-1]
     size = np.square(chord).mean()
@@ -70,7 +70,7 @@ def test_paths_of_one_gaussian_are_measured_as_its_recursion_says():
 def test_many_steps_measure_the_exact_paths():
     """R1, F3: with 256 steps, straightness is the integral's, and turning the angle between first and last velocity."""
     count = 250
-    noise = start_noise(0, count, PICTURE)
+    noise = start_noise(0, count, IMAGE)
     found = path_meters(closed_form(ONE), ["0"] * count, noise, steps=256, few=(1,))
     low, high = interval(found["straightness"].resampled())
     assert low[0] < straightness(ONE) < high[0] and high[0] - low[0] < 0.3 * straightness(ONE)
@@ -84,7 +84,7 @@ def test_many_steps_measure_the_exact_paths():
 
 def test_a_straight_flow_has_no_bend_and_no_gap():
     """R1: what reflow of the exact pairs would give needs one step."""
-    found = path_meters(closed_form(ONE, straight=True), ["0"] * 20, start_noise(0, 20, PICTURE), steps=8, few=(1, 4))
+    found = path_meters(closed_form(ONE, straight=True), ["0"] * 20, start_noise(0, 20, IMAGE), steps=8, few=(1, 4))
     for key in ("straightness", "few_steps", "bend"):
         assert found[key].value == pytest.approx(0, abs=1e-10)
     assert found["turning"].value[0] == pytest.approx(0, abs=1e-3)
@@ -139,10 +139,10 @@ def test_more_distillation_never_reads_as_less():
             assert interval(after[key].resampled() - before[key].resampled())[0][0] > 0
 
 
-def test_the_response_to_cfg_is_that_of_the_exact_pictures():
-    """O19: saturation and contrast at each scale against pictures of the exact CFG field in float64."""
+def test_the_response_to_cfg_is_that_of_the_exact_images():
+    """O19: saturation and contrast at each scale against images of the exact CFG field in float64."""
     count, cfgs = 60, (1.0, 2.0, 4.0)
-    noise, prompts = start_noise(0, count, PICTURE), ["1"] * count
+    noise, prompts = start_noise(0, count, IMAGE), ["1"] * count
     found = guidance_meters(closed_form(), prompts, noise, steps=16, cfgs=cfgs, judge=None)
     assert set(found) == {"saturated", "contrast", "blur", "shadow"}
     for i, cfg in enumerate(cfgs):
@@ -156,8 +156,8 @@ def test_the_response_to_cfg_is_that_of_the_exact_pictures():
 
 @pytest.mark.parametrize(("cfg", "skip"), [(1.0, 0), (3.0, 0), (3.0, 4), (0.0, 0), (3.0, 16)])
 def test_the_sampler_follows_the_exact_cfg_field(cfg, skip):
-    """O19, N2: pictures of a whole model, mixed labels, guidance off for the first steps, against float64."""
-    labels, noise, grid = [0, 1] * 10, start_noise(0, 20, PICTURE), sigma_grid(16)
+    """O19, N2: images of a whole model, mixed labels, guidance off for the first steps, against float64."""
+    labels, noise, grid = [0, 1] * 10, start_noise(0, 20, IMAGE), sigma_grid(16)
     found = sample(closed_form(chunk=7), [str(k) for k in labels], noise, at(16, cfg, skip)).flatten(1)
     for label in (0, 1):
         rows = torch.tensor(labels) == label
@@ -171,7 +171,7 @@ def test_batches_do_not_matter():
     """Samples are asked in the model's chunks, and come out in one order."""
     whole, parts = (held_out_meters(closed_form(), tasks(100, size=n), BINS) for n in (100, 7))
     torch.testing.assert_close(whole["loss"].top, parts["loss"].top, rtol=1e-6, atol=1e-7)
-    noise = start_noise(0, 10, PICTURE)
+    noise = start_noise(0, 10, IMAGE)
     few = [path_meters(closed_form(chunk=n), ["0", "1"] * 5, noise, steps=4, few=(1,))["few_steps"] for n in (256, 3)]
     torch.testing.assert_close(few[0].top, few[1].top, rtol=1e-6, atol=1e-9)
 
@@ -179,7 +179,7 @@ def test_batches_do_not_matter():
 def test_the_interval_of_a_mean_is_the_textbook_one():
     """1.96 standard errors on both sides, within the bootstrap's own noise."""
     x = np.random.default_rng(0).standard_normal((400, 1))
-    low, high = interval(Reading(x, np.ones_like(x)).resampled())
+    low, high = interval(RatioEstimate(x, np.ones_like(x)).resampled())
     half = 1.96 * x.std() / 20
     assert (x.mean() - low[0], high[0] - x.mean()) == (pytest.approx(half, rel=0.1), pytest.approx(half, rel=0.1))
 
@@ -203,31 +203,31 @@ def test_strata_are_resampled_apart():
     for k, size in enumerate((5, 10, 15)):
         assert (weights[:, strata == k].sum(1) == size).all()
     top = np.random.default_rng(0).standard_normal((30, 1)) * 0.01 + strata[:, None]
-    alike, apart = (interval(Reading(top, np.ones_like(top), s).resampled()) for s in (None, strata))
+    alike, apart = (interval(RatioEstimate(top, np.ones_like(top), s).resampled()) for s in (None, strata))
     assert apart[1][0] - apart[0][0] < 0.1 * (alike[1][0] - alike[0][0])
 
 
 def test_pairs_cancel_what_samples_share():
     """Two readings of the same samples draw the same ones: a constant difference has no uncertainty at all."""
     top = np.random.default_rng(0).standard_normal((50, 1))
-    a, b = (Reading(x, np.ones_like(x)).resampled() for x in (top, top + 0.01))
+    a, b = (RatioEstimate(x, np.ones_like(x)).resampled() for x in (top, top + 0.01))
     np.testing.assert_allclose(b - a, 0.01, atol=1e-12)
 
 
 def test_samples_without_a_number_do_not_count():
     """A prompt without digits has no accuracy."""
-    reading = Reading(np.array([[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
+    reading = RatioEstimate(np.array([[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
     assert reading.value.tolist() == [0.5, 1.0] and response(reading).value.tolist() == [0.5]
-    assert np.isnan(Reading(np.zeros((3, 1)), np.zeros((3, 1))).value).all()
+    assert np.isnan(RatioEstimate(np.zeros((3, 1)), np.zeros((3, 1))).value).all()
 
 
 def test_the_mean_fidelity_is_the_precision():
-    """arXiv 1904.06991: shares of single pictures add up to the precision of the set, which noise has none of."""
+    """arXiv 1904.06991: shares of single images add up to the precision of the set, which noise has none of."""
     source = load_digits(0.0)
     judge = DigitJudge(source)
-    pictures = source.draw(0, 0, np.arange(50), 50).pixels
-    assert judge.realistic(pictures).mean() > 0.85
-    mixed = pictures.clone()
+    images = source.draw(0, 0, np.arange(50), 50).pixels
+    assert judge.realistic(images).mean() > 0.85
+    mixed = images.clone()
     mixed[::2] = start_noise(0, 25, (1, 8, 16))
     shares = judge.realistic(mixed)
     features = judge.pca.transform(judge._digits(mixed))
@@ -235,10 +235,10 @@ def test_the_mean_fidelity_is_the_precision():
     assert shares[1::2].mean() > 0.85 and shares[::2].mean() < 0.1
 
 
-def questions(**changes) -> Questions:
+def questions(**changes) -> EvalSettings:
     source = ClosedFormData()
     asked = {"samples": 64, "steps": 4, "few": (1, 2), "cfgs": (1.0, 3.0), **changes}
-    return Questions(recipe=RECIPE, source=source, judge=None, **({"prompts": source.prompts(0, 12)} | asked))
+    return EvalSettings(recipe=RECIPE, source=source, judge=None, **({"prompts": source.prompts(0, 12)} | asked))
 
 
 def candidates(**baked: float) -> list[Candidate]:
@@ -308,11 +308,11 @@ def test_a_number_that_no_sample_has_is_left_out():
     """Prompts without digits: the page goes without accuracy, and keeps the others."""
 
     class Judge:
-        def correct(self, pictures, prompts):
-            return np.full(len(pictures), np.nan)
+        def correct(self, images, prompts):
+            return np.full(len(images), np.nan)
 
-        def realistic(self, pictures):
-            return np.ones(len(pictures))
+        def realistic(self, images):
+            return np.ones(len(images))
 
     q = replace(questions(), judge=Judge())
     found = measure(candidates(a=1.0), q, reference=None, title="t", say=lambda line: None)
@@ -321,13 +321,13 @@ def test_a_number_that_no_sample_has_is_left_out():
     assert "correct" not in {m["key"] for m in found["meters"]}
 
 
-def test_pictures_of_another_shape_are_refused():
+def test_images_of_another_shape_are_refused():
     def wide():
         model = closed_form()
-        model.parts.picture = (2, 1, 2)
+        model.parts.sample_shape = (2, 1, 2)
         return model
 
-    with pytest.raises(UserError, match="a and b make pictures of different shapes"):
+    with pytest.raises(UserError, match="a and b make images of different shapes"):
         measure(
             [*candidates(a=1.0), Candidate("b", "b", 4, wide)], questions(), reference=None, title="t", say=lambda line: None
         )

@@ -7,29 +7,29 @@ from samplings import at
 
 from dedistill.errors import UserError
 from dedistill.evaluation import numbers as sweep_numbers
-from dedistill.evaluation.meters import Reading
+from dedistill.evaluation.meters import RatioEstimate
 from dedistill.evaluation.numbers import artefacts
 from dedistill.evaluation.selection import compare_with_best, select
 
 NUMBERS = [
-    {"key": "accuracy", "picture": "correct", "adherence": True, "label": "accuracy", "better": "high", "help": ""},
-    {"key": "saturated", "picture": "saturated", "tolerance": 0.02, "label": "saturated", "better": "low", "help": ""},
+    {"key": "accuracy", "image": "correct", "adherence": True, "label": "accuracy", "better": "high", "help": ""},
+    {"key": "saturated", "image": "saturated", "tolerance": 0.02, "label": "saturated", "better": "low", "help": ""},
     {"key": "frechet", "label": "Frechet distance", "better": "low", "help": ""},
 ]
 
 
-def simulate(rng, prompts: int, means: np.ndarray) -> Reading:
+def simulate(rng, prompts: int, means: np.ndarray) -> RatioEstimate:
     """Normal scores whose cells share half their variance, as cells share prompts and noise."""
     shared, own = rng.normal(size=(prompts, 1)), rng.normal(size=(prompts, len(means)))
     scores = means + np.sqrt(0.5) * (shared + own)
-    return Reading(scores, np.ones_like(scores))
+    return RatioEstimate(scores, np.ones_like(scores))
 
 
-def right_or_wrong(rng, prompts: int, chances: np.ndarray) -> Reading:
+def right_or_wrong(rng, prompts: int, chances: np.ndarray) -> RatioEstimate:
     """Readings of 0 and 1: a cell is right where a shared difficulty of the prompt is below its chance."""
     shape = prompts, len(chances)
     difficulty = np.where(rng.random(shape) < 0.7, rng.random((prompts, 1)), rng.random(shape))
-    return Reading((difficulty < chances).astype(float), np.ones(shape))
+    return RatioEstimate((difficulty < chances).astype(float), np.ones(shape))
 
 
 def coverage(draw, prompts: int, means: np.ndarray, better: str = "high", sweeps: int = 100) -> tuple[float, float, float]:
@@ -78,9 +78,9 @@ def test_many_cells_are_compared_at_once():
 def test_equal_and_single_cells():
     """Cells with the same numbers are all possibly best, whatever the rounding; a cell alone is the best there is."""
     column = np.random.default_rng(0).random((20, 1))
-    found = compare_with_best(Reading(np.repeat(column, 3, 1), np.ones((20, 3))), "high")
+    found = compare_with_best(RatioEstimate(np.repeat(column, 3, 1), np.ones((20, 3))), "high")
     assert found.may_be_best.all() and found.difference_low.max() <= 0 <= found.difference_high.min()
-    assert compare_with_best(Reading(column, np.ones((20, 1))), "low").may_be_best.tolist() == [True]
+    assert compare_with_best(RatioEstimate(column, np.ones((20, 1))), "low").may_be_best.tolist() == [True]
 
 
 def sweep_of(cells: dict[tuple, tuple[float, float]], prompts: int = 40, seeds=(0,)) -> tuple[dict, list[dict]]:
@@ -107,7 +107,7 @@ GUIDED = {
 
 
 def test_the_best_is_chosen_among_cells_that_are_not_burnt():
-    """Accuracy rises with CFG while pictures burn: the limit is the same weights' level at CFG 1 plus the tolerance."""
+    """Accuracy rises with CFG while images burn: the limit is the same weights' level at CFG 1 plus the tolerance."""
     found = select(*sweep_of(GUIDED))
     assert found["by"] == "accuracy" and [cell["against"] for cell in found["cells"]] == [0, 0, 2, 2, 2, 2]
     assert [cell["refused"] for cell in found["cells"]] == [[], ["saturated"], [], [], [], ["saturated"]]
@@ -127,7 +127,7 @@ def test_the_level_of_one_candidate_refuses_nothing_of_another(level):
 
 
 def test_guidance_that_shadows_is_refused():
-    """Sharpened, darkened pictures of one candidate: the meter itself, in the tolerance that selection gives it."""
+    """Sharpened, darkened images of one candidate: the meter itself, in the tolerance that selection gives it."""
     even = np.random.default_rng(0).uniform(0.2, 0.8, (20, 1, 64, 64))
     falling = 1 - 0.7 * np.linspace(0, 1, 64)
     cells = [{"candidate": "last", **at(8, cfg).facts, "passes": 8} for cfg in (1.0, 2.0, 6.0)]
@@ -168,7 +168,7 @@ def test_without_a_judge_nothing_is_chosen():
 
 
 def test_seeds_of_one_prompt_go_together():
-    """Sixteen pictures of a prompt that are alike are one piece of evidence: the interval is that of one of them."""
+    """Sixteen images of a prompt that are alike are one piece of evidence: the interval is that of one of them."""
     cells = {("base", 1.0, 0, 4): (0.5, 0.0), ("last", 1.0, 0, 4): (0.6, 0.0)}
     scores, rows = sweep_of(cells)
     many = [{**row, "seed": seed} for row in rows for seed in range(16)]
@@ -179,7 +179,7 @@ def test_seeds_of_one_prompt_go_together():
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda s, r: None, {"by": "frechet"}, "--by: pictures were not scored by 'frechet'; there are accuracy, saturated"),
+        (lambda s, r: None, {"by": "frechet"}, "--by: images were not scored by 'frechet'; there are accuracy, saturated"),
         (lambda s, r: r.pop(), {}, "different prompts or seeds"),
         (lambda s, r: [row.update(prompt="same") for row in r], {}, "--prompts: 1 different ones are too few to choose by"),
     ],

@@ -43,23 +43,23 @@ JPEG, PNG = encoded("JPEG"), encoded("PNG")
 _CIRCLE = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x87i\0\x04\0\0\0\x01\0\0\0\x08" + bytes(4)
 _BOMB = zlib.compress(bytes(200 << 20), 9)
 
-PICTURES: dict[str, tuple[str, bytes, str]] = {
+IMAGES: dict[str, tuple[str, bytes, str]] = {
     # kind: extension, bytes, a word of the reason or GOOD
     "empty": ("jpg", b"", "the file is empty"),
-    "one byte": ("jpg", b"\xff", "not a picture"),
-    "text": ("jpg", b"a text that says it is a picture", "not a picture"),
-    "an error page": ("jpg", b"<!DOCTYPE html><html>404</html>", "not a picture"),
-    "random bytes": ("png", np.random.default_rng(0).bytes(4000), "not a picture"),
-    "a program": ("png", b"\x7fELF" + bytes(200), "not a picture"),
-    "a pickle": ("png", b"cos\nsystem\n(S'true'\ntR.", "not a picture"),
-    "a zip": ("png", b"PK\x03\x04" + bytes(100), "not a picture"),
-    "gzip": ("jpg", b"\x1f\x8b\x08" + bytes(100), "not a picture"),
-    "SVG": ("png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
-    "PDF": ("jpg", b"%PDF-1.4\n1 0 obj\n", "not a picture"),
-    "EPS": ("jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not a picture"),
+    "one byte": ("jpg", b"\xff", "not an image"),
+    "text": ("jpg", b"a text that says it is an image", "not an image"),
+    "an error page": ("jpg", b"<!DOCTYPE html><html>404</html>", "not an image"),
+    "random bytes": ("png", np.random.default_rng(0).bytes(4000), "not an image"),
+    "a program": ("png", b"\x7fELF" + bytes(200), "not an image"),
+    "a pickle": ("png", b"cos\nsystem\n(S'true'\ntR.", "not an image"),
+    "a zip": ("png", b"PK\x03\x04" + bytes(100), "not an image"),
+    "gzip": ("jpg", b"\x1f\x8b\x08" + bytes(100), "not an image"),
+    "SVG": ("png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+    "PDF": ("jpg", b"%PDF-1.4\n1 0 obj\n", "not an image"),
+    "EPS": ("jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image"),
     "JPEG cut in its header": ("jpg", JPEG[:100], ""),
     "JPEG cut in its pixels": ("jpg", JPEG[: len(JPEG) * 2 // 3], "cut short|truncated|cannot be decoded"),
-    "JPEG header zeroed": ("jpg", bytes(64) + JPEG[64:], "not a picture"),
+    "JPEG header zeroed": ("jpg", bytes(64) + JPEG[64:], "not an image"),
     "PNG cut": ("png", PNG[: len(PNG) // 2], "cannot be decoded"),
     "PNG with a wrong sum": ("png", _flipped(PNG, len(PNG) // 2), "cannot be decoded"),
     "PNG of no width": ("png", _png(0, 8), ""),
@@ -74,8 +74,8 @@ PICTURES: dict[str, tuple[str, bytes, str]] = {
     "BMP that says it is huge": ("bmp", _flipped(_flipped(encoded("BMP"), 20), 24), ""),
     "TIFF of floats": ("tif", _raw(np.ones((8, 8), np.float32), "TIFF"), "floating-point"),
     "TIFF of large integers": ("tif", _raw(np.full((8, 8), 2**20, np.int32), "TIFF"), "integer pixels"),
-    "HEIC": ("heic", b"\0\0\0\x18ftypheic" + bytes(100), "not a picture"),
-    "JPEG XL": ("jxl", b"\xff\x0a" + bytes(100), "not a picture"),
+    "HEIC": ("heic", b"\0\0\0\x18ftypheic" + bytes(100), "not an image"),
+    "JPEG XL": ("jxl", b"\xff\x0a" + bytes(100), "not an image"),
     "CMYK": ("jpg", encoded("JPEG", "CMYK"), GOOD),
     "grey": ("png", encoded("PNG", "L"), GOOD),
     "16 bits": ("png", _raw(np.full((8, 8), 40_000, np.uint16), "PNG"), GOOD),
@@ -127,7 +127,7 @@ ROWS: dict[str, tuple[object, str]] = {
 
 
 def write_folder(folder: Path) -> dict[str, str]:
-    """All kinds in one folder beside three good pictures; {name of the picture: what must become of it}."""
+    """All kinds in one folder beside three good images; {name of the image: what must become of it}."""
     folder.mkdir()
     expected = {}
 
@@ -139,7 +139,7 @@ def write_folder(folder: Path) -> dict[str, str]:
         (folder / f"{kind}.txt").write_text("a caption")
         return file
 
-    for kind, (extension, data, outcome) in PICTURES.items():
+    for kind, (extension, data, outcome) in IMAGES.items():
         put(kind, extension, data, outcome)
     for kind, (extension, data, outcome) in CAPTIONS.items():
         put(kind, "jpg", JPEG, outcome)

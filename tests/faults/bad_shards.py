@@ -11,7 +11,7 @@ from pathlib import Path
 from bad_samples import encoded
 
 from dedistill.data.images.index import build_index
-from dedistill.data.images.types import PictureSet
+from dedistill.data.images.types import ImageSet
 from dedistill.errors import UserError
 
 SAMPLES = 8
@@ -27,7 +27,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes, **fields) -> None:
 
 
 def good_shard(first: int = 0) -> bytes:
-    """``SAMPLES`` pictures with their captions."""
+    """``SAMPLES`` images with their captions."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for i in range(first, first + SAMPLES):
@@ -127,7 +127,7 @@ def silently_short(folder: Path, number: int) -> str:
     (folder / "0.tar").write_bytes(DAMAGES[kind](rng, whole))
     (folder / "1.tar").write_bytes(good_shard(50))
     try:
-        index = build_index([PictureSet(str(folder), missing_captions="quarantine")])
+        index = build_index([ImageSet(str(folder), missing_captions="quarantine")])
     except UserError as e:
         return f"{kind}: the whole set was refused: {e}"
     kept = [s for s in index.samples if "/0.tar::" in s.name]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bad_samples import CAPTIONS, GOOD, PICTURES, ROWS, write_folder, write_table
+from bad_samples import CAPTIONS, GOOD, IMAGES, ROWS, write_folder, write_table
 from bad_shards import DAMAGES, silently_short
 from flows import FLOWS, MAY_BE_MADE_AGAIN
 from harness import Recorder, count_operations, full_disk_from, killed_before, lay_out
@@ -18,14 +18,14 @@ from runs import Killing, arguments, differences, last_row, quietly, train
 from test_not_finite import PLACES, in_optimizer, poison
 
 from dedistill.data.images.index import build_index
-from dedistill.data.images.types import PictureSet
+from dedistill.data.images.types import ImageSet
 from dedistill.errors import UserError
 from dedistill.io.atomic import step_of
 from dedistill.recipe import load_recipe
 from dedistill.recipe.load import RecipeError
 from dedistill.runs.checkpoint import list_checkpoints, newest_valid, read_checkpoint
 from dedistill.train import main as dedistill_train
-from dedistill.training.background import Saver
+from dedistill.training.background import AsyncCheckpointWriter
 
 SETTINGS = ("checkpoint.every=1", "snapshot.every=2", "validate.every=100")
 Row = tuple[str, str, str, bool]
@@ -106,7 +106,7 @@ def power_loss_of_a_run(recipe: Path, folder: Path, count: int) -> Row:
     disk.mkdir()
     with pytest.MonkeyPatch.context() as patch, Recorder(disk) as power:
         patch.setattr(
-            Saver, "start", lambda self, groups, save, **_: save(groups)
+            AsyncCheckpointWriter, "start", lambda self, groups, save, **_: save(groups)
         )  # the recorder needs one operation after the other
         train(recipe, disk / "run", *SETTINGS)
     reference, different, unloadable = train(recipe, folder / "reference", *SETTINGS), 0, 0
@@ -238,14 +238,14 @@ def not_finite(recipe: Path, folder: Path) -> Row:
 
 def samples(recipe: Path, folder: Path) -> Row:
     expected = write_folder(folder / "set")
-    index = build_index([PictureSet(str(folder / "set"), missing_captions="quarantine")])
+    index = build_index([ImageSet(str(folder / "set"), missing_captions="quarantine")])
     used = {s.name.removeprefix("set/") for s in index.samples}
     named = used | {name.removeprefix("set/") for name, _ in index.quarantined}
     wrong = len(expected.keys() ^ named) + len(used ^ {name for name, outcome in expected.items() if outcome == GOOD})
     write_table(folder / "table")
-    rows = build_index([PictureSet(str(folder / "table"), missing_captions="quarantine")])
+    rows = build_index([ImageSet(str(folder / "table"), missing_captions="quarantine")])
     wrong += len(rows.samples) != 5 or len(rows.quarantined) != len(ROWS)
-    odd = sum(outcome == GOOD for _, _, outcome in (*PICTURES.values(), *CAPTIONS.values()))
+    odd = sum(outcome == GOOD for _, _, outcome in (*IMAGES.values(), *CAPTIONS.values()))
     return (
         "bad images, captions and rows of tables among good ones",
         f"{len(expected) - 3 + len(ROWS)} kinds, {odd} of them odd but good",

@@ -18,7 +18,7 @@ from benchmarks.async_save import lost, state
 from dedistill.data.encode import open_data
 from dedistill.objectives.base import objective_for
 from dedistill.recipe import load_recipe
-from dedistill.training.background import Saver
+from dedistill.training.background import AsyncCheckpointWriter
 
 CHAINS = ((2, 1, 3), (1, 2, 1), (5, 7))
 STEPS = 12
@@ -118,7 +118,7 @@ def traffic(recipe: Path, folder: Path) -> Row:
 
 
 def beside(_: Path, folder: Path) -> Row:
-    groups, saver = state(256), Saver()
+    groups, saver = state(256), AsyncCheckpointWriter()
     lost(groups, saver, folder / "checkpoints", 0)  # the first save of a run gets the memory for its copies
     pairs = [lost(groups, saver, folder / "checkpoints", 2 * i) for i in range(1, 8)]
     saver.close()

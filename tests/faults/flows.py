@@ -11,11 +11,11 @@ from averages import lerp_snapshots
 
 from dedistill.data.cache import Store
 from dedistill.data.images.index import Entry, Index, Limits, Sample
-from dedistill.data.images.types import NOWHERE, PictureSet
+from dedistill.data.images.types import NOWHERE, ImageSet
 from dedistill.io.atomic import replace_json, whole_folder, write_synced
 from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
 from dedistill.runs.checkpoint import newest_valid, read_checkpoint, save_checkpoint
-from dedistill.runs.metrics import Journal
+from dedistill.runs.metrics import JsonlWriter
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,20 @@ def _read_store(disk: Path) -> list[int]:
 
 
 def _journal(disk: Path, step: int) -> None:
-    journal = Journal(disk / "metrics.jsonl", step - 1)
+    journal = JsonlWriter(disk / "metrics.jsonl", step - 1)
     journal.write({"step": step})
     journal.sync()
     journal.close()
 
 
 def _read_journal(disk: Path) -> list[int]:
-    Journal(disk / "metrics.jsonl", 9).close()
+    JsonlWriter(disk / "metrics.jsonl", 9).close()
     return [json.loads(line)["step"] for line in (disk / "metrics.jsonl").read_text().splitlines()]
 
 
 def _index(disk: Path, caption: str) -> None:
     sample = Sample("s/a.png", (caption,), 8, 8, "0" * 64, 0, NOWHERE)
-    Index([PictureSet("s")], Limits(), [Entry(sample, (), "")]).save(disk / "index.jsonl")
+    Index([ImageSet("s")], Limits(), [Entry(sample, (), "")]).save(disk / "index.jsonl")
 
 
 FLOWS = {

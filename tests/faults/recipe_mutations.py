@@ -2,7 +2,7 @@
 
 import random
 
-from tiny_recipes import ADAPTER, PICTURES, TEACHER
+from tiny_recipes import ADAPTER, IMAGES, TEACHER
 
 _VALUES = (
     *("0", "-1", "1", "3.5", "nan", "inf", "-inf", "1e400", "9" * 400, "0x7fffffffffffffffff", "true", '""', '"x"'),
@@ -52,8 +52,8 @@ _TABLES = (
 
 def hostile_recipe(rng: random.Random) -> tuple[bytes, list[str]]:
     """(bytes of the file, --set arguments), anything from a good recipe to no text at all."""
-    text = rng.choice([ADAPTER, PICTURES, TEACHER])
-    text = text.format(out="runs", base="base", pictures="pictures", cache="cache", steps=4)
+    text = rng.choice([ADAPTER, IMAGES, TEACHER])
+    text = text.format(out="runs", base="base", images="images", cache="cache", steps=4)
     for _ in range(rng.choice([0, 1, 1, 1, 2, 5])):
         text = _mutated(rng, text)
     raw = bytearray(text.encode("utf-8", "surrogatepass"))

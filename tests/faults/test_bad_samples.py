@@ -5,11 +5,11 @@ import re
 import stat
 
 import pytest
-from bad_samples import CAPTIONS, GOOD, PICTURES, ROWS, write_folder, write_table
+from bad_samples import CAPTIONS, GOOD, IMAGES, ROWS, write_folder, write_table
 from bad_shards import DAMAGES, silently_short
 
 from dedistill.data.images.index import build_index
-from dedistill.data.images.types import PictureSet
+from dedistill.data.images.types import ImageSet
 
 
 def bytes_of(folder) -> dict[str, str]:
@@ -21,9 +21,9 @@ def test_every_kind_of_bad_sample_is_quarantined_by_name(tmp_path):
     """T14, RELIABILITY promises 10 and 14; the second time from the index file."""
     expected = write_folder(tmp_path / "set")
     before = bytes_of(tmp_path / "set")
-    assert len(PICTURES) + len(CAPTIONS) + len(ROWS) >= 60
+    assert len(IMAGES) + len(CAPTIONS) + len(ROWS) >= 60
     for _ in range(2):
-        index = build_index([PictureSet(str(tmp_path / "set"), missing_captions="quarantine")], file=tmp_path / "i.jsonl")
+        index = build_index([ImageSet(str(tmp_path / "set"), missing_captions="quarantine")], file=tmp_path / "i.jsonl")
         used = {s.name.removeprefix("set/") for s in index.samples}
         reasons = {name.removeprefix("set/"): reason for name, reason in index.quarantined}
         assert used == {name for name, outcome in expected.items() if outcome == GOOD}
@@ -36,7 +36,7 @@ def test_every_kind_of_bad_sample_is_quarantined_by_name(tmp_path):
 def test_every_kind_of_bad_row_costs_that_row(tmp_path):
     """T14."""
     reasons = write_table(tmp_path / "set")
-    index = build_index([PictureSet(str(tmp_path / "set"), missing_captions="quarantine")])
+    index = build_index([ImageSet(str(tmp_path / "set"), missing_captions="quarantine")])
     assert [s.name for s in index.samples] == [f"set/good{i}.jpg" for i in range(5, 10)]
     assert len(index.quarantined) == len(reasons)
     found = [reason for _, reason in index.quarantined]
@@ -50,7 +50,7 @@ def test_bad_cells_of_a_csv_cost_that_row(tmp_path):
     rows = [b"file_name,text", *(b"good%d.jpg,caption %d" % (i, i) for i in range(5, 10))]
     bad = [b"good0.jpg,a,b", b"good1.jpg", b"good2.jpg,caf\xe9", b"good3.jpg," + b"word " * (2 << 20), b"good4.jpg,", b",a"]
     (folder / "metadata.csv").write_bytes(b"\n".join([*rows[:3], *bad, *rows[3:]]) + b"\n")
-    index = build_index([PictureSet(str(folder), missing_captions="quarantine")])
+    index = build_index([ImageSet(str(folder), missing_captions="quarantine")])
     assert [s.name for s in index.samples] == [f"set/good{i}.jpg" for i in range(5, 10)]
     assert len(index.quarantined) == len(bad)
 

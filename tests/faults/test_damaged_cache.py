@@ -85,17 +85,17 @@ FORGERIES = (part_missing, part_added, half_of_each, wider)
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory, tiny_flux, photos) -> Path:
     """A whole cache that no test may change."""
-    from tiny_recipes import PICTURES
+    from tiny_recipes import IMAGES
 
     folder = tmp_path_factory.mktemp("encoded")
     recipe = folder / "r.toml"
-    recipe.write_text(PICTURES.format(out=folder, base=tiny_flux, pictures=photos, cache=folder / "cache"))
+    recipe.write_text(IMAGES.format(out=folder, base=tiny_flux, images=photos, cache=folder / "cache"))
     assert main([str(recipe), "--cache-only"]) == 0
     return folder / "cache"
 
 
 @pytest.fixture
-def cache(encoded, picture_recipe, tmp_path) -> Path:
+def cache(encoded, image_recipe, tmp_path) -> Path:
     return shutil.copytree(encoded, tmp_path / "cache")
 
 
@@ -110,57 +110,57 @@ def refused(recipe: Path, shard: Path, capsys, *settings: str) -> str:
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", ["latents", "text"])
-def test_a_damaged_shard_is_refused_and_heals(cache, picture_recipe, tmp_path, capsys, kind, damage):
+def test_a_damaged_shard_is_refused_and_heals(cache, image_recipe, tmp_path, capsys, kind, damage):
     shard = next((cache / kind).glob("*.safetensors"))
     good = shard.read_bytes()
     spoilt = damage(good)
     assert spoilt != good
     shard.write_bytes(spoilt)
-    refused(picture_recipe, shard, capsys)
+    refused(image_recipe, shard, capsys)
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text()
     shard.unlink()
-    assert main([str(picture_recipe)]) == 0 and shard.read_bytes() == good
+    assert main([str(image_recipe)]) == 0 and shard.read_bytes() == good
 
 
 @pytest.mark.parametrize("damage", FORGERIES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", ["latents", "text"])
-def test_a_shard_of_other_contents_under_its_own_hash_is_refused(cache, picture_recipe, capsys, kind, damage):
+def test_a_shard_of_other_contents_under_its_own_hash_is_refused(cache, image_recipe, capsys, kind, damage):
     """As another program might write it: the name fits the bytes, and the entries do not fit what asks for them."""
     shard = next((cache / kind).glob("*.safetensors"))
     spoilt = damage(shard.read_bytes())
     shard.unlink()
     forged = cache / kind / f"{hashlib.sha256(spoilt).hexdigest()[:16]}.safetensors"
     forged.write_bytes(spoilt)
-    assert "is not of this cache: '" in refused(picture_recipe, forged, capsys)
+    assert "is not of this cache: '" in refused(image_recipe, forged, capsys)
 
 
-def test_a_shard_of_another_data_set_is_refused_in_the_place_of_one(cache, picture_recipe, tmp_path, photos, capsys):
+def test_a_shard_of_another_data_set_is_refused_in_the_place_of_one(cache, image_recipe, tmp_path, photos, capsys):
     """Beside the others, under its own name, it only lies there."""
     other = tmp_path / "other"
     settings = ["--set", f"data.cache={other}", "--set", "data.resolutions=[48]"]
-    assert main([str(picture_recipe), "--cache-only", *settings]) == 0
+    assert main([str(image_recipe), "--cache-only", *settings]) == 0
     (foreign,) = (other / "latents").glob("*.safetensors")
     shutil.copy(foreign, cache / "latents")
-    assert main([str(picture_recipe)]) == 0
+    assert main([str(image_recipe)]) == 0
     shard = next(f for f in (cache / "latents").glob("*.safetensors") if f.name != foreign.name)
     shutil.copy(foreign, shard)
     (cache / "latents" / foreign.name).unlink()
-    assert main([str(picture_recipe), "--check-cache"]) == 1 and f"'{shard}' is damaged" in capsys.readouterr().err
-    assert main([str(picture_recipe)]) == 0 and main([str(picture_recipe), "--check-cache"]) == 0
+    assert main([str(image_recipe), "--check-cache"]) == 1 and f"'{shard}' is damaged" in capsys.readouterr().err
+    assert main([str(image_recipe)]) == 0 and main([str(image_recipe), "--check-cache"]) == 0
 
 
-def test_a_shard_damaged_between_two_starts_is_refused_on_resume(cache, picture_recipe, capsys, files_read):
+def test_a_shard_damaged_between_two_starts_is_refused_on_resume(cache, image_recipe, capsys, files_read):
     """The same size and, as far as the user can set it, the same time."""
-    assert main([str(picture_recipe)]) == 0
+    assert main([str(image_recipe)]) == 0
     shard = next((cache / "latents").glob("*.safetensors"))
     status = shard.stat()
     shard.write_bytes(one_bit_in_the_middle(shard.read_bytes()))
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
-    refused(picture_recipe, shard, capsys, "--set", "train.steps=4")
+    refused(image_recipe, shard, capsys, "--set", "train.steps=4")
 
 
-def test_a_shard_is_read_whole_once_however_often_it_is_drawn_from(cache, picture_recipe, files_read):
-    assert main([str(picture_recipe), "--set", "train.steps=12"]) == 0
+def test_a_shard_is_read_whole_once_however_often_it_is_drawn_from(cache, image_recipe, files_read):
+    assert main([str(image_recipe), "--set", "train.steps=12"]) == 0
     shards = [file for file in files_read if file.suffix == ".safetensors" and file.is_relative_to(cache)]
     assert {file.parent.name for file in shards} == {"latents", "text"}
     assert all(files_read[file] == 1 for file in shards)

@@ -16,13 +16,13 @@ from dedistill.data.cache import Store
 from dedistill.data.images.index import Index
 from dedistill.data.pairs import PairSource
 from dedistill.errors import UserError
-from dedistill.io.atomic import sealed
+from dedistill.io.atomic import checksummed
 from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
 from dedistill.recipe import load_recipe
 from dedistill.recipe.load import RecipeError
 from dedistill.runs.checkpoint import damage, newest_valid
 from dedistill.runs.directory import RunDirectory
-from dedistill.runs.metrics import Journal
+from dedistill.runs.metrics import JsonlWriter
 from dedistill.runs.model import exported_step
 
 STRANGE = (
@@ -133,7 +133,7 @@ def test_pairs(tmp_path):
 def test_a_sealed_file_with_other_contents_is_no_pairs(tmp_path):
     shard = {"file": "../a.tar", "sha256": "0"}
     for table in ({}, {"shards": 1}, {"shards": []}, {"shards": [shard], "sigmas": [1, 0], "picture": [1, 8, 8]}):
-        (tmp_path / "pairs.json").write_bytes(sealed({"complete": True, **table}))
+        (tmp_path / "pairs.json").write_bytes(checksummed({"complete": True, **table}))
         with pytest.raises(UserError, match=r"pairs\.json' is not a list of pairs"):
             PairSource(tmp_path)
 
@@ -199,7 +199,7 @@ def test_journals(tmp_path):
     rng, file = random.Random(0), tmp_path / "metrics.jsonl"
     for _ in range(300):
         file.write_bytes(b'{"step": 1}\n' + broken_json(rng, b'{"step": 2, "loss": 0.5}') + b'\n{"step": 3}\n')
-        Journal(file, 3).close()
+        JsonlWriter(file, 3).close()
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert rows[0] == {"step": 1} and all(isinstance(row["step"], int) for row in rows)
 

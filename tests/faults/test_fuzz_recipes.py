@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_recipes import ADAPTER, PICTURES
+from tiny_recipes import ADAPTER, IMAGES
 
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.load import RecipeError
@@ -37,10 +37,10 @@ def toml(value: Any) -> str:
     return str(value)
 
 
-@pytest.mark.parametrize("text", [ADAPTER, PICTURES], ids=["adapter", "pictures"])
+@pytest.mark.parametrize("text", [ADAPTER, IMAGES], ids=["adapter", "images"])
 def test_any_value_for_any_key(tmp_path_factory, text):
     file = tmp_path_factory.mktemp("fuzz") / "r.toml"
-    file.write_text(text.format(out="runs", base="base", pictures="pictures", cache="cache", steps=4))
+    file.write_text(text.format(out="runs", base="base", images="images", cache="cache", steps=4))
     keys = sorted(flat(load_recipe(file).resolved()))
     assert len(keys) > 60
     seen = set()

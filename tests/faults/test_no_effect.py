@@ -10,7 +10,7 @@ from dedistill.runs.checkpoint import list_checkpoints
 from dedistill.train import main
 from dedistill.training import trainer as loop
 from dedistill.training.engine import Engine, bit_sums
-from dedistill.training.guards import ENOUGH, EVERY, Ledger
+from dedistill.training.guards import ENOUGH, EVERY, ParameterChangeCheck
 from dedistill.training.optim import KahanAdamW
 
 SETTINGS = ("train.steps=9", "checkpoint.every=3", "validate.every=99")
@@ -108,23 +108,23 @@ def test_steps_below_the_rounding_of_bf16_count(lr):
     optimizer = KahanAdamW([weight], lr=lr or 1.0, betas=(0.9, 0.99), decay=0.0)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    ledger = Ledger(lambda: bit_sums({"w": weight}, optimizer), [["w"]])
+    change_check = ParameterChangeCheck(lambda: bit_sums({"w": weight}, optimizer), [["w"]])
     for _ in range(ENOUGH):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
-        ledger.applied += 1
+        change_check.applied += 1
     assert (weight == 1).all()
     if lr:
-        return ledger.check(3)
+        return change_check.check(3)
     with pytest.raises(Exception, match=r"nothing has changed in 1 of 1 modules, e.g. w"):
-        ledger.check(3)
+        change_check.check(3)
 
 
 def test_one_bit_is_a_change():
     weight = torch.nn.Parameter(torch.full((1000,), 0.1))
     optimizer = torch.optim.AdamW([weight])
-    ledger = Ledger(lambda: bit_sums({"w": weight}, optimizer), [["w"]])
-    ledger.applied = ENOUGH
+    change_check = ParameterChangeCheck(lambda: bit_sums({"w": weight}, optimizer), [["w"]])
+    change_check.applied = ENOUGH
     weight.data.view(torch.int32)[77] ^= 1
-    ledger.check(3)
-    assert ledger.applied == 0
+    change_check.check(3)
+    assert change_check.applied == 0

@@ -17,7 +17,7 @@ from tiny_recipes import ADAPTER
 
 from dedistill.data import encode as prepare
 from dedistill.errors import RUN_AGAIN
-from dedistill.io.atomic import read_sealed, sealed
+from dedistill.io.atomic import checksummed, read_checksummed
 from dedistill.io.ownership import claim
 from dedistill.objectives.base import Objective
 from dedistill.runs import metrics
@@ -126,7 +126,7 @@ def test_a_loader_that_fails_ends_the_run_with_the_place_named(recipe, plain, tm
     assert differences(plain, train(recipe, tmp_path / "run", *SETTINGS)) == []
 
 
-def test_memory_that_runs_out_at_a_picture_costs_no_picture(picture_recipe, tmp_path, monkeypatch, capsys):
+def test_memory_that_runs_out_at_a_image_costs_no_image(image_recipe, tmp_path, monkeypatch, capsys):
     """It is named, and encoded by the next start."""
     real, calls = prepare.apply_crop, []
 
@@ -138,11 +138,11 @@ def test_memory_that_runs_out_at_a_picture_costs_no_picture(picture_recipe, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "apply_crop", crop)
-        assert main(arguments(picture_recipe, tmp_path / "run")) == RUN_AGAIN
+        assert main(arguments(image_recipe, tmp_path / "run")) == RUN_AGAIN
     assert "out of memory while decoding 'photos/p" in capsys.readouterr().err
-    assert main(arguments(picture_recipe, tmp_path / "run")) == 0
+    assert main(arguments(image_recipe, tmp_path / "run")) == 0
     effects = json.loads((tmp_path / "run" / "plan.json").read_text())["effects"]
-    assert (effects["pictures"], effects["quarantined"]) == (12, 0)
+    assert (effects["images"], effects["quarantined"]) == (12, 0)
 
 
 @pytest.mark.parametrize("clock", ["a day back", "ten years on", "stands still"])
@@ -225,7 +225,7 @@ def test_checkpoints_of_another_version_are_left_alone(recipe, plain, tmp_path, 
     run = shutil.copytree(plain, tmp_path / "run")
     manifests = [c / "manifest.json" for c in list_checkpoints(run / "checkpoints")]
     for manifest in manifests:
-        manifest.write_bytes(sealed(read_sealed(manifest) | {"schema": 1}))
+        manifest.write_bytes(checksummed(read_checksummed(manifest) | {"schema": 1}))
     assert main(arguments(recipe, run, *SETTINGS)) == 1
     assert "of another version of dedistill (schema 1, here 2)" in capsys.readouterr().err
     assert all(m.is_file() for m in manifests)

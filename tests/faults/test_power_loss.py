@@ -9,7 +9,7 @@ from harness import Recorder, lay_out
 
 from dedistill.io.atomic import write_synced
 from dedistill.runs.checkpoint import list_checkpoints
-from dedistill.runs.metrics import Journal
+from dedistill.runs.metrics import JsonlWriter
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_damaged_one_set_aside_leaves_the_good_one(disk, tmp_path):
 def test_the_journal_has_every_row_up_to_the_checkpoint(disk, tmp_path):
     """A run that goes on from step 3 must find the rows of steps 1 to 3, or metrics.jsonl would have a hole in it."""
     with Recorder(disk) as power:
-        journal = Journal(disk / "metrics.jsonl", 0)
+        journal = JsonlWriter(disk / "metrics.jsonl", 0)
         for step in range(1, 4):
             journal.write({"step": step})
         journal.sync()
@@ -65,7 +65,7 @@ def test_the_journal_has_every_row_up_to_the_checkpoint(disk, tmp_path):
     for _, state in power.states:
         folder = lay_out(state, tmp_path / "after")
         step = loaded(folder) or 0
-        Journal(folder / "metrics.jsonl", step).close()
+        JsonlWriter(folder / "metrics.jsonl", step).close()
         rows = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert rows[: min(step, 3)] == list(range(1, min(step, 3) + 1))
 

@@ -70,7 +70,7 @@ PHASES = {
     "validation": (Validator, "__call__", 2, 2),
     "inside a validation": (Objective, "loss", 4, 2),  # after the first validation and two steps
     "preview": (preview, "trajectories", 2, 3),
-    "save": (saver.Saver, "start", 1, None),
+    "save": (saver.AsyncCheckpointWriter, "start", 1, None),
     "writing": (keeping, "save_checkpoint", 1, None),
 }
 
@@ -100,9 +100,9 @@ def test_a_stop_before_anything_was_trained_ends_at_once(recipe, uninterrupted, 
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_signals_while_a_cache_is_encoded(picture_recipe, tmp_path, monkeypatch, number, size):
+def test_signals_while_a_cache_is_encoded(image_recipe, tmp_path, monkeypatch, number, size):
     """F15: what is encoded is kept, and not encoded again. A request to save has nothing to save and is no reason to end."""
-    monkeypatch.setattr(prepare, "PICTURES_PER_SHARD", 2)
+    monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 2)
     real = prepare.Store.write
 
     def write(self, entries):
@@ -111,7 +111,7 @@ def test_signals_while_a_cache_is_encoded(picture_recipe, tmp_path, monkeypatch,
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(prepare.Store, "write", write)
-    given = arguments(picture_recipe, tmp_path / "run")
+    given = arguments(image_recipe, tmp_path / "run")
     codes = run_ranks(size, main, given, said=tmp_path / "said")
     shards = len(list((tmp_path / "cache" / "latents").glob("*.safetensors")))
     if number == signal.SIGUSR1:

@@ -15,7 +15,7 @@ from runs import arguments
 from safetensors.torch import save
 
 from dedistill.data.images.index import build_index
-from dedistill.data.images.types import PictureSet
+from dedistill.data.images.types import ImageSet
 from dedistill.errors import UserError
 from dedistill.evaluation.candidates import candidates_of
 from dedistill.recipe import load_recipe
@@ -95,11 +95,11 @@ def test_names_of_samples_are_only_names(tmp_path):
         for i, name in enumerate(names):
             add(tar, f"{name}.jpg", encoded("JPEG", seed=i))
             add(tar, f"{name}.txt", b"a caption")
-    index = build_index([PictureSet(str(folder), missing_captions="quarantine")], file=tmp_path / "cache" / "index.jsonl")
+    index = build_index([ImageSet(str(folder), missing_captions="quarantine")], file=tmp_path / "cache" / "index.jsonl")
     assert len(index.samples) == len(names) and index.quarantined == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "set"] and not Path("/tmp/escaped-absolute.jpg").exists()
     for i in range(len(index.samples)):
-        assert np.asarray(index.picture(i)).shape == (24, 32, 3)
+        assert np.asarray(index.image(i)).shape == (24, 32, 3)
 
 
 def test_names_of_candidates_come_from_the_run_directory(adapter_recipe, tmp_path):

@@ -134,13 +134,13 @@ def test_a_slow_process_goes_on(recipe, tmp_path):
     assert time.monotonic() - start > LIMIT and not list((tmp_path / "run").glob("stacks*"))
 
 
-def test_a_decode_that_hangs(picture_recipe, tmp_path, monkeypatch):
-    """T13: in a thread of its own; the picture's reader is in the stacks."""
-    monkeypatch.setattr(Index, "picture", lambda self, i: time.sleep(600))
-    given = arguments(picture_recipe, tmp_path / "run", f"run.stuck_after={LIMIT}")
+def test_a_decode_that_hangs(image_recipe, tmp_path, monkeypatch):
+    """T13: in a thread of its own; the image's reader is in the stacks."""
+    monkeypatch.setattr(Index, "image", lambda self, i: time.sleep(600))
+    given = arguments(image_recipe, tmp_path / "run", f"run.stuck_after={LIMIT}")
     assert run_ranks(1, main, given, said=tmp_path / "said") == [RUN_AGAIN]
     stacks = written(tmp_path / "run")
-    assert "while decoding pictures" in stacks and "in pixels" in stacks
+    assert "while decoding images" in stacks and "in pixels" in stacks
 
 
 def test_nothing_is_left_behind(recipe, tmp_path):

@@ -121,7 +121,7 @@ def test_sampler_counts_skipped_guidance_in_steps(cfg, steps, skip, unconditiona
     calls = []
     parts.net.register_forward_hook(lambda *_: calls.append(1))
     model = Model(family, parts, parts.net, text_length=12)
-    sample(model, ["3 seven"], start_noise(0, 1, parts.picture), how)
+    sample(model, ["3 seven"], start_noise(0, 1, parts.sample_shape), how)
     assert len(calls) == steps + unconditional == how.nfe()
 
 
@@ -129,7 +129,7 @@ def test_batched_branches_equal_sequential_ones():
     """O19: both branches in one batch give the velocities of two calls, to 1e-6."""
     family = PixelFlux()
     parts = family.tiny(0)
-    noisy, sigma = start_noise(0, 3, parts.picture), torch.tensor([0.2, 0.5, 0.9])
+    noisy, sigma = start_noise(0, 3, parts.sample_shape), torch.tensor([0.2, 0.5, 0.9])
     captions = ["3 seven", "one", "the digit 2 and the digit 4"]
     with torch.no_grad():
         texts = [family.encode_text(parts, said, 12) for said in (captions, [""] * 3, [*captions, *[""] * 3])]

@@ -95,12 +95,12 @@ RECIPES = {"teacher": TEACHER, "student": STUDENT, "reflow": REFLOW, "dedistill"
 
 def record(folder: Path) -> dict:
     """The chains in ``folder``: {place: rows of metrics.jsonl, or digest of a file's tensors}."""
-    from picture_files import write_pictures
+    from image_files import write_images
 
     for name, text in RECIPES.items():
         (folder / f"{name}.toml").write_text(text)
     _digits(folder)
-    write_pictures(folder / "photos", 10)
+    write_images(folder / "photos", 10)
     _write_tiny_flux(folder / "base")
     _flux(folder)
     return _read(folder)

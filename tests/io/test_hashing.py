@@ -7,7 +7,7 @@ import time
 import pytest
 
 from dedistill.io import hashing
-from dedistill.io.atomic import read_sealed
+from dedistill.io.atomic import read_checksummed
 from dedistill.io.hashing import file_sha256, fingerprint
 
 
@@ -78,5 +78,5 @@ def test_the_hash_of_a_file_that_has_just_changed_is_not_remembered(files, tmp_p
 def test_a_damaged_memory_is_made_anew(files, tmp_path, text):
     memo = tmp_path / "hashes.json"
     first = fingerprint(files, memo)
-    memo.write_text(text if text != "DAMAGED" else json.dumps(dict.fromkeys(read_sealed(memo), 3)))
-    assert fingerprint(files, memo) == first and len(read_sealed(memo)) == 2
+    memo.write_text(text if text != "DAMAGED" else json.dumps(dict.fromkeys(read_checksummed(memo), 3)))
+    assert fingerprint(files, memo) == first and len(read_checksummed(memo)) == 2

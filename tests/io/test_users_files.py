@@ -189,9 +189,9 @@ def test_a_sweep_is_made_again_and_removes_only_its_own_thumbnails(teacher, tmp_
     assert [p.name for p in (tmp_path / "sweep" / "thumbs").iterdir()] == ["holiday.webp"]
 
 
-def test_a_cache_is_made_in_no_folder_of_pictures(picture_recipe, tmp_path, refused):
+def test_a_cache_is_made_in_no_folder_of_images(image_recipe, tmp_path, refused):
     filled(tmp_path / "cache", "index.jsonl", "quarantine.txt", "day/photo.tmp-1")
-    assert refused(lambda: main([str(picture_recipe), "--cache-only"]), tmp_path / "cache", "data.cache")
+    assert refused(lambda: main([str(image_recipe), "--cache-only"]), tmp_path / "cache", "data.cache")
 
 
 # --- single files
@@ -246,7 +246,7 @@ def test_a_tilde_is_the_home_folder_in_recipes_and_on_command_lines(tmp_path, mo
 
 
 def test_every_place_in_a_recipe_knows_the_home_folder(monkeypatch):
-    from dedistill.recipe.schema import Data, Model, PictureSet, Run
+    from dedistill.recipe.schema import Data, ImageSet, Model, Run
 
     monkeypatch.setenv("HOME", "/home/me")
     places = [
@@ -255,6 +255,6 @@ def test_every_place_in_a_recipe_knows_the_home_folder(monkeypatch):
         Model(family="a", components="~/x").components,
         Data(source="pairs", path="~/x").path,
         Data(source="pictures", cache="~/x").cache,
-        PictureSet(path="~/x").path,
+        ImageSet(path="~/x").path,
     ]
     assert set(places) == {"/home/me/x"} and Model(family="a", path="./~/x").path == "./~/x"

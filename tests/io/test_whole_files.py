@@ -6,7 +6,7 @@ import pytest
 
 from dedistill.errors import UserError
 from dedistill.io.atomic import WholeFile, replace_file, step_name, step_of
-from dedistill.runs.metrics import Journal
+from dedistill.runs.metrics import JsonlWriter
 
 
 def test_a_full_disk_keeps_the_old_file_and_names_it(tmp_path, small_disk):
@@ -55,15 +55,15 @@ def test_steps_are_read_from_names(name, step):
 def test_journal_on_a_full_disk(tmp_path, small_disk):
     """T5: on opening, when it is rewritten, and on every line."""
     path = tmp_path / "metrics.jsonl"
-    journal = Journal(path, 0)
+    journal = JsonlWriter(path, 0)
     for step in range(1, 50):
         journal.write({"step": step, "text": "x" * 90})
     journal.close()
     before = path.read_bytes()
     with small_disk(2000), pytest.raises(UserError, match=rf"cannot write '{path}' \([\d,]+ bytes\): File too large"):
-        Journal(path, 100)
+        JsonlWriter(path, 100)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-    journal = Journal(path, 100)
+    journal = JsonlWriter(path, 100)
     with small_disk(len(before)), pytest.raises(UserError, match=f"cannot write '{path}'"):
         try:
             journal.write({"step": 101})
@@ -75,5 +75,5 @@ def test_journal_on_a_full_disk(tmp_path, small_disk):
 def test_lines_that_are_no_rows_are_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n5\n"step"\n[]\n{"loss": 2}\n{"step": 2}\n{"step": 3')
-    Journal(path, 9).close()
+    JsonlWriter(path, 9).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -42,7 +42,7 @@ def tiny_pixel_flux(seed: int, folder: Path):
 def tiny_flux(seed: int, folder: Path):
     write_tiny_flux(folder, seed=seed)
     parts = get_family("flux").load(spec(folder), seed=0)
-    parts.picture = (16, 4, 6)
+    parts.sample_shape = (16, 4, 6)
     return parts
 
 
@@ -62,7 +62,7 @@ def parts(family, tmp_path):
 
 @pytest.fixture
 def noisy(parts):
-    return keyed.noise(0, "test", 0, range(3), parts.picture)
+    return keyed.noise(0, "test", 0, range(3), parts.sample_shape)
 
 
 SIGMA = torch.tensor([0.05, 0.5, 1.0])
@@ -112,9 +112,9 @@ DIRECT = {"pixel_flux": flux_of_text, "flux": flux_of_text, "example": example_d
 """A new family brings its library's own call. Captions come without padding."""
 
 
-def test_velocity_has_the_shape_of_the_picture(family, parts, noisy):
+def test_velocity_has_the_shape_of_the_image(family, parts, noisy):
     v = velocity(family, parts, noisy)
-    assert v.shape == noisy.shape == (3, *parts.picture) and v.dtype == torch.float32
+    assert v.shape == noisy.shape == (3, *parts.sample_shape) and v.dtype == torch.float32
     assert v.isfinite().all() and v.std() > 0.1
 
 
@@ -213,7 +213,7 @@ def permuted(sequence: Tokens, order: torch.Tensor) -> Tokens:
 
 
 def test_order_of_text_tokens_is_only_in_their_embeddings(family, parts, noisy):
-    """A5: text has no positions in the network, so any permutation of the tokens and their mask gives the same picture."""
+    """A5: text has no positions in the network, so any permutation of the tokens and their mask gives the same image."""
     parts.mask, text = "none", family.encode_text(parts, CAPTIONS, 8)
     order = torch.tensor([6, 2, 0, 7, 1, 5, 3, 4])
     turned = Conditioning(tuple(permuted(s, order[order < s.mask.shape[1]]) for s in text.sequences), text.vectors)
@@ -270,7 +270,7 @@ DAMAGE = [
     pytest.param(facts('{"family": '), id="facts cut short"),
     pytest.param(facts('{"family": "unet"}'), id="another family"),
     pytest.param(facts("[]"), id="facts of another kind"),
-    pytest.param(facts('{"family": "pixel_flux"}'), id="facts without a picture"),
+    pytest.param(facts('{"family": "pixel_flux"}'), id="facts without an image"),
     pytest.param(halve_weights, id="weights cut short"),
 ]
 
@@ -323,10 +323,10 @@ def test_unknown_family_names_the_nearest(name, hint):
 def test_packing(channels, patch, height, width):
     """A4: tokens row by row, channels (c, row, column); and back again."""
     c, h, w = torch.meshgrid(torch.arange(channels), torch.arange(height), torch.arange(width), indexing="ij")
-    picture = (10_000 * c + 100 * h + w)[None].expand(2, -1, -1, -1)
-    tokens = patchify(picture, patch)
+    image = (10_000 * c + 100 * h + w)[None].expand(2, -1, -1, -1)
+    tokens = patchify(image, patch)
     assert tokens.shape == (2, height * width // patch**2, channels * patch**2)
-    assert torch.equal(unpatchify(tokens, patch, channels, height, width), picture)
+    assert torch.equal(unpatchify(tokens, patch, channels, height, width), image)
     for k in range(tokens.shape[1]):
         corner = patch * (100 * (k // (width // patch)) + k % (width // patch))
         expected = [10_000 * c + 100 * i + j + corner for c in range(channels) for i in range(patch) for j in range(patch)]
@@ -342,9 +342,9 @@ def flux():
 def test_padded_with_bool_mask_equals_truncated(flux):
     """X2, X3, X4: diffusers' own mask path, on 48 padded tokens. A float mask is an added +1 or 0, not a mask."""
     family, parts = flux
-    noisy = keyed.noise(0, "test", 0, range(3), parts.picture)
+    noisy = keyed.noise(0, "test", 0, range(3), parts.sample_shape)
     text = family.encode_text(parts, CAPTIONS, 48)
-    tokens = family.tokens(parts, parts.picture)
+    tokens = family.tokens(parts, parts.sample_shape)
     mask = attention_mask(text.tokens.mask, tokens)["attention_mask"]
     assert mask.dtype == torch.bool and mask.shape == (3, 1, 1, 48 + tokens)
     padded = flux_directly(parts, noisy, SIGMA, text.tokens.embeds, text.vectors["pooled"], mask)
@@ -368,12 +368,12 @@ def test_text_is_trimmed_to_the_longest_caption(flux):
         lambda _, args, given: seen.append(given["encoder_hidden_states"].shape[1]), with_kwargs=True
     )
     for parts.mask in ("bool", "none"):
-        velocity(family, parts, keyed.noise(0, "test", 0, range(3), parts.picture), length=48)
+        velocity(family, parts, keyed.noise(0, "test", 0, range(3), parts.sample_shape), length=48)
     assert seen == [8, 48]
 
 
 def test_no_mask_where_nothing_is_padding():
-    """X4: equal lengths keep the fast kernels; text comes before the picture (trap 2)."""
+    """X4: equal lengths keep the fast kernels; text comes before the image (trap 2)."""
     assert attention_mask(torch.ones(2, 5, dtype=torch.bool), 8) is None
     mask = attention_mask(torch.tensor([[True, False], [True, True]]), 3)["attention_mask"]
     assert mask[:, 0, 0].tolist() == [[True, False, True, True, True], [True] * 5]
@@ -390,13 +390,21 @@ def test_mnist_network_has_the_published_size():
     """M1: 59,845,696 parameters, 16 tokens of 64."""
     parts = mnist()
     assert sum(p.numel() for p in parts.net.parameters()) == 59_845_696
-    assert (parts.net.config.in_channels, PixelFlux().tokens(parts, parts.picture), parts.picture) == (64, 16, (1, 32, 32))
+    assert (parts.net.config.in_channels, PixelFlux().tokens(parts, parts.sample_shape), parts.sample_shape) == (
+        64,
+        16,
+        (1, 32, 32),
+    )
 
 
 def test_mnist_network_in_colour():
     """M2: 3 channels of patch 8 make tokens of 192."""
     parts = mnist(channels=3)
-    assert (parts.net.config.in_channels, PixelFlux().tokens(parts, parts.picture), parts.picture) == (192, 16, (3, 32, 32))
+    assert (parts.net.config.in_channels, PixelFlux().tokens(parts, parts.sample_shape), parts.sample_shape) == (
+        192,
+        16,
+        (3, 32, 32),
+    )
     # A3: two linears in each of 6 double blocks, one in each of 12 single
     modulation = PixelFlux().presets(parts.net)["modulation"]
     assert sum(len(matching(pattern, linears(parts.net))) for pattern in modulation) == 6 * 2 + 12

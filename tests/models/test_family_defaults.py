@@ -40,7 +40,7 @@ def folders(tmp_path_factory) -> dict[bool, Path]:
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("form", ["folder", "file", "file with a prefix"])
 def test_the_resolved_number_is_the_one_the_network_is_fed(folders, tmp_path, guided, form):
-    """And none where there is nothing to feed, in training and in pictures."""
+    """And none where there is nothing to feed, in training and in images."""
     place = folders[guided]
     if form != "folder":
         (file,) = (place / "transformer").glob("*.safetensors")
@@ -52,7 +52,7 @@ def test_the_resolved_number_is_the_one_the_network_is_fed(folders, tmp_path, gu
     parts = get_family("flux").load(recipe.model, seed=0)
     assert parts.guidance == recipe.model.guidance
     assert parts.text_length == recipe.model.text_length == 512
-    assert get_family("flux").latent_shape(parts, recipe.sample.height, recipe.sample.width) == parts.picture
+    assert get_family("flux").latent_shape(parts, recipe.sample.height, recipe.sample.width) == parts.sample_shape
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_without_files_the_table_of_published_models_tells(path, wanted):
     assert resolved(path, revision=COMMIT if "/" in path[1:] else None).model.guidance == wanted
 
 
-def test_pictures_are_made_with_what_training_is_fed_unless_the_recipe_says_otherwise(folders):
+def test_images_are_made_with_what_training_is_fed_unless_the_recipe_says_otherwise(folders):
     assert resolved(folders[True], guidance=2.5).sample.guidance == 2.5
     assert resolved(folders[True], guidance="bypass").sample.guidance is None
 

@@ -217,7 +217,7 @@ def test_single_file_needs_its_components(schnell, tmp_path):
 
 
 def test_guidance_is_one_in_training_and_matters(dev):
-    """A7, O18: dev is trained at guidance 1; another value gives another picture."""
+    """A7, O18: dev is trained at guidance 1; another value gives another image."""
     parts = load(dev)
     text = parts.text(CAPTIONS, 32)
     assert parts.guidance == 1.0
@@ -351,7 +351,7 @@ def test_backend_that_drops_masks_is_refused(schnell):
         assert attention_mask(torch.ones(2, 5, dtype=torch.bool), 6) is None
 
 
-# --- pictures ---
+# --- images ---
 
 
 def test_latents_are_standardised_samples(schnell):
@@ -364,10 +364,10 @@ def test_latents_are_standardised_samples(schnell):
         posterior = vae.encode(pixels).latent_dist
         z = posterior.mean + posterior.std * noise
         wanted = (z - vae.config.shift_factor) * vae.config.scaling_factor
-        latents = Flux().encode_pictures(parts, pixels, noise)
+        latents = Flux().encode_images(parts, pixels, noise)
         torch.testing.assert_close(latents, wanted, **TOLERANCE)
         torch.testing.assert_close(Flux().decode(parts, latents), vae.decode(z).sample, **TOLERANCE)
-    other = Flux().encode_pictures(parts, pixels, noise + 1)
+    other = Flux().encode_images(parts, pixels, noise + 1)
     assert (other - latents).abs().max() > 1e-3, "a sample, not the mode"
 
 

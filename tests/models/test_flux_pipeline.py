@@ -48,7 +48,7 @@ def quiet(pipe):
 
 
 def draw(pipe, prompt=SHORT, *args, start: Tensor | None = None, **settings) -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1]; by default from the noise of ``latents``."""
+    """Images [B, 3, H, W] in [0, 1]; by default from the noise of ``latents``."""
     count = 1 if isinstance(prompt, str) else len(prompt)
     start = latents(count) if start is None else start
     return pipe(prompt, *args, latents=start, output_type="pt", **(SIZE | settings)).images
@@ -60,7 +60,7 @@ def far(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
 def test_unmasked_is_the_stock_pipeline(stock, cfg):
-    """A9, O19: without masks, at the same lengths, every picture is FluxPipeline's own, with and without guidance."""
+    """A9, O19: without masks, at the same lengths, every image is FluxPipeline's own, with and without guidance."""
     own = quiet(MaskedFluxPipeline(**stock.components))
     settings = {"true_cfg_scale": cfg, "guidance_scale": 2.0, "max_sequence_length": 24, "num_images_per_prompt": 2}
     for output_type in ("latent", "np"):
@@ -93,7 +93,7 @@ def test_padding_does_not_matter(pipe):
 
 @pytest.mark.parametrize(("mask", "changes"), [("bool", False), ("none", True), ("libreflux", True)])
 def test_what_padding_holds(pipe, mask, changes):
-    """X1, X3: whatever stands in the padding's embeddings, a masked picture does not change by a single bit."""
+    """X1, X3: whatever stands in the padding's embeddings, a masked image does not change by a single bit."""
     before = draw(pipe, [SHORT, LONG], mask=mask, max_sequence_length=32)
     pad = pipe.text_encoder_2.shared.weight[0]
     kept = pad.clone()
@@ -149,8 +149,8 @@ def test_steps_without_guidance(pipe):
 
 def test_guidance_of_two_kinds(pipe, folders):
     """A7, O18: distilled and true guidance act together and apart on dev's shape; schnell's has no distilled one."""
-    pictures = [draw(pipe, guidance_scale=g, true_cfg_scale=c) for g, c in ((3.5, 1.0), (1.0, 3.5), (2.0, 2.0), (1.0, 1.0))]
-    assert all(far(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
+    images = [draw(pipe, guidance_scale=g, true_cfg_scale=c) for g, c in ((3.5, 1.0), (1.0, 3.5), (2.0, 2.0), (1.0, 1.0))]
+    assert all(far(a, b) for i, a in enumerate(images) for b in images[:i])
     schnell = quiet(MaskedFluxPipeline.from_pretrained(folders["schnell"], local_files_only=True))
     assert torch.equal(draw(schnell, guidance_scale=9.0), draw(schnell, guidance_scale=1.0))
 

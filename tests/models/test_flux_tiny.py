@@ -78,7 +78,7 @@ def test_texts_are_told_apart(pipe):
 
 
 @pytest.mark.parametrize("guidance", [False, True])
-def test_draws_a_picture(tmp_path, guidance, pipe):
+def test_draws_a_image(tmp_path, guidance, pipe):
     """A7: schnell-like takes no guidance and no shift, dev-like answers to both; both draw."""
     if guidance:
         write_tiny_flux(tmp_path / "dev", guidance=True, layers=2, single_layers=1)

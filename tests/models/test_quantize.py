@@ -133,7 +133,7 @@ def test_prepared_base_is_frozen_and_lets_gradients_through(flux, quant):
     assert not [n for n, p in parts.net.named_parameters() if p.requires_grad]
     assert names == ([] if quant == "none" else linear_names(parts.net)) and len(linear_names(parts.net)) == 28
     assert {type(parts.net.get_submodule(n)) for n in linear_names(parts.net)} == {MODES[quant]}
-    noisy = keyed.noise(0, "noise", 0, range(2), parts.picture).requires_grad_()
+    noisy = keyed.noise(0, "noise", 0, range(2), parts.sample_shape).requires_grad_()
     text = family.encode_text(parts, ["3 seven", ""], 12)
     for _ in range(2):
         family.velocity(parts, parts.net, noisy, torch.tensor([0.2, 0.8]), text).square().sum().backward()
@@ -144,7 +144,7 @@ def test_prepared_base_is_frozen_and_lets_gradients_through(flux, quant):
 def test_velocity_of_the_quantized_network(flux):
     """Q1: both int8 modes are the same network, within 1 % of the original."""
     family, parts = flux
-    noisy, sigma = keyed.noise(0, "noise", 0, range(4), parts.picture), torch.tensor([0.1, 0.4, 0.7, 1.0])
+    noisy, sigma = keyed.noise(0, "noise", 0, range(4), parts.sample_shape), torch.tensor([0.1, 0.4, 0.7, 1.0])
     text, results = family.encode_text(parts, ["3 seven"] * 4, 12), {}
     for quant in MODES:
         net = copy.deepcopy(parts.net)
@@ -197,8 +197,8 @@ def test_excluded_linears_keep_their_weights(flux, quant, pattern):
 
 def test_libreflux_list_under_quanto():
     """Q2: quanto itself, given LibreFLUX's list, excludes 3 linears of 60 in a network of 2 + 4 blocks."""
-    picture = {"channels": 1, "height": 8, "width": 16, "patch": 4, "layers": 2, "single_layers": 4, "heads": 2}
-    new = SimpleNamespace(**picture, head_dim=16, rope_axes=[4, 6, 6], text_dim=16, pooled_dim=16)
+    image = {"channels": 1, "height": 8, "width": 16, "patch": 4, "layers": 2, "single_layers": 4, "heads": 2}
+    new = SimpleNamespace(**image, head_dim=16, rope_axes=[4, 6, 6], text_dim=16, pooled_dim=16)
     net = PixelFlux().build(new).net
     names = linear_names(net)
     quantize(net, weights=qint8, exclude=LIBREFLUX)
@@ -279,7 +279,7 @@ def test_state_dict_round_trip(flux):
     other = family.tiny(1)
     prepare_base(other.net, "int8", ["**.norm*.linear"], "cpu")
     other.net.load_state_dict(load(raw), strict=True)
-    noisy, sigma = keyed.noise(0, "noise", 0, range(2), parts.picture), torch.tensor([0.3, 0.9])
+    noisy, sigma = keyed.noise(0, "noise", 0, range(2), parts.sample_shape), torch.tensor([0.3, 0.9])
     text = family.encode_text(parts, ["3 seven", "one"], 12)
     velocities = [family.velocity(p, p.net, noisy, sigma, text) for p in (parts, other)]
     assert torch.equal(*velocities)

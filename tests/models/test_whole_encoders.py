@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from picture_files import write_pictures
+from image_files import write_images
 from safetensors.torch import load_file, save_file
-from tiny_recipes import ADAPTER, PICTURES
+from tiny_recipes import ADAPTER, IMAGES
 from torch import Tensor
 from transformers import T5EncoderModel
 
 from dedistill.data.images.index import build_index
-from dedistill.data.images.listing import PictureSet
+from dedistill.data.images.listing import ImageSet
 from dedistill.data.images.scan import scan
 from dedistill.errors import UserError
 from dedistill.models.flux.encoders import FluxText
@@ -29,8 +29,8 @@ CAPTIONS = ["the red sun", "two cats"]
 
 
 @pytest.fixture(scope="module")
-def two_pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "pictures", 2)
+def two_images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "images", 2)
 
 
 @pytest.fixture
@@ -40,12 +40,12 @@ def model(tiny_flux, tmp_path) -> Path:
 
 
 @pytest.fixture
-def refused(model, two_pictures, tmp_path, capsys) -> Callable[[], str]:
-    """Encodes captions and pictures with ``model``, which must fail before any is kept; returns what was said."""
+def refused(model, two_images, tmp_path, capsys) -> Callable[[], str]:
+    """Encodes captions and images with ``model``, which must fail before any is kept; returns what was said."""
 
     def run() -> str:
         recipe = tmp_path / "r.toml"
-        recipe.write_text(PICTURES.format(out=tmp_path, base=model, pictures=two_pictures, cache=tmp_path / "cache"))
+        recipe.write_text(IMAGES.format(out=tmp_path, base=model, images=two_images, cache=tmp_path / "cache"))
         code = main([str(recipe), "--cache-only"])
         said = capsys.readouterr().err
         assert code == 1 and "Traceback" not in said and "internal error" not in said, said
@@ -215,9 +215,9 @@ def test_a_folder_with_code_of_its_own_is_refused_without_a_question(model, refu
     assert "trust" not in said and "[y/N]" not in said + capsys.readouterr().out
 
 
-def test_a_tokenizer_with_code_is_not_measured_with(two_pictures, model, mark, tmp_path):
+def test_a_tokenizer_with_code_is_not_measured_with(two_images, model, mark, tmp_path):
     ask_for_code(model / "tokenizer_2", "tokenizer_config.json", tokenizer_class="Own")
-    index = build_index([PictureSet(str(two_pictures))], file=tmp_path / "index.jsonl", say=lambda line: None)
+    index = build_index([ImageSet(str(two_images))], file=tmp_path / "index.jsonl", say=lambda line: None)
     with pytest.raises(UserError, match=r"--tokenizer: .*tokenizer_2' comes with code of its own") as e:
         scan(index, resolutions=[64], tokenizer=model / "tokenizer_2")
     assert e.value.exit_code == 2 and not mark.exists()

@@ -114,7 +114,7 @@ def test_influence_has_one_stream(there):
     assert main(["influence", "tiny.toml", "--budget", "9K", "--prompts", "2", "--sigmas", "2", "--out", "one", *SETTINGS]) == 0
     blocks = json.loads(Path("one/influence.json").read_text())["blocks"]
     assert [block["name"] for block in blocks] == ["blocks.0", "blocks.1"]
-    assert all(min(block["picture"]) > 0 and "text" not in block for block in blocks)
+    assert all(min(block["image"]) > 0 and "text" not in block for block in blocks)
 
 
 @pytest.mark.parametrize("form", ["diffusers", "single", "int8"])

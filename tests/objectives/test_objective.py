@@ -30,16 +30,16 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 class Pairs(OneSize):
-    """Endless pairs in memory: picture = SLOPE * noise + offset of its index, with two points on the way, not on the line."""
+    """Endless pairs in memory: image = SLOPE * noise + offset of its index, with two points on the way, not on the line."""
 
-    name, picture = "pairs", (1, 8, 16)
+    name, image = "pairs", (1, 8, 16)
     permuted = False
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         places = step * batch + np.asarray(positions) + 10**6 * held_out
-        noise = keyed.noise(seed, "pair", 0, places, self.picture)
+        noise = keyed.noise(seed, "pair", 0, places, self.image)
         pixels = SLOPE * noise + offset(places)
-        bend = keyed.noise(seed, "bend", 0, places, self.picture)
+        bend = keyed.noise(seed, "bend", 0, places, self.image)
         states = [s * noise + (1 - s) * pixels + s * (1 - s) * bend for s in SIGMAS]
         given = noise.roll(1, 0) if self.permuted else noise
         names = [f"pairs/{p}" for p in places]
@@ -169,7 +169,7 @@ def test_distilling_needs_points_on_the_way():
 
 
 def oracle_loss(task: NoisyBatch, places: np.ndarray) -> float:
-    """Loss of the exact velocity field of ``Pairs``: noise and picture can both be read off the noisy sample."""
+    """Loss of the exact velocity field of ``Pairs``: noise and image can both be read off the noisy sample."""
     s, b = task.sigma.reshape(-1, 1, 1, 1), offset(places)
     noise = (task.noisy - (1 - s) * b) / ((1 - s) * SLOPE + s)
     return float(flow_loss((1 - SLOPE) * noise - b, task.target).mean())
@@ -224,7 +224,7 @@ def test_the_density_is_that_of_training_only(digits):
     [("flow", None, 0.1), ("flow", 0.25, 0.25), ("flow", 0.0, 0), ("distill", None, 0), ("reflow", None, 0)],
 )
 def test_rate_of_dropped_captions(kind, given, wanted):
-    """N8, trap 22: a tenth for pictures unless told otherwise, none for pairs; within a percent over 20,000 slots."""
+    """N8, trap 22: a tenth for images unless told otherwise, none for pairs; within a percent over 20,000 slots."""
     settings = {} if given is None else {"data": {"caption_dropout": given}}
     made = objective(kind, batch=2000, **settings)
     drops = torch.stack([made.noisy_batch(step, np.arange(2000)).dropped for step in range(10 if wanted else 1)]).float()

@@ -128,7 +128,7 @@ TRAINED = re.sub(r"\[model\.new\].*?\n\n", 'path = "w"\n\n', NEW, flags=re.DOTAL
 )
 MODE = NEW.replace('density = "beta"\nalpha = 2.0\nbeta = 2\n', 'density = "mode"\nscale = -0.5\n')
 MODE = MODE.replace("micro_batch = 4\n", "exact = true\n")
-PICTURES = re.sub(
+IMAGES = re.sub(
     r"\[data\].*?\n\n",
     """\
 [data]
@@ -161,4 +161,4 @@ for old, new in (
     ('"reflow"', '"flow"'),
     ("[sample]\nsteps = 4\n", "[sample]\nsteps = 4\nheight = 512\nwidth = 768\nguidance = 3.5\n"),
 ):
-    PICTURES = PICTURES.replace(old, new)
+    IMAGES = IMAGES.replace(old, new)

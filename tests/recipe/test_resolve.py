@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from full_recipes import MODE, NEW, PICTURES, SMALL, TRAINED
+from full_recipes import IMAGES, MODE, NEW, SMALL, TRAINED
 
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.resolve import as_it_was_meant, resolve
@@ -13,7 +13,7 @@ from dedistill.recipe.schema import BY_FAMILY, Default, Table
 from dedistill.recipe.toml import fields_of, table_in
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
-FULL = {"new": NEW, "trained": TRAINED, "mode": MODE, "pictures": PICTURES, "small": SMALL}
+FULL = {"new": NEW, "trained": TRAINED, "mode": MODE, "images": IMAGES, "small": SMALL}
 MEANS_SOMETHING = {
     **dict.fromkeys(
         ["model.path", "model.new", "adapter.targets.pattern", "adapter.targets.preset"], "the other of two is set"
@@ -113,7 +113,7 @@ def test_a_family_that_nobody_knows_resolves_the_rest(load):
 
 
 def test_defaults_do_not_share_their_arrays(load):
-    text = PICTURES.replace("resolutions = [512, 1024]\n", "")
+    text = IMAGES.replace("resolutions = [512, 1024]\n", "")
     one, other = load(text), load(text)
     one.data.resolutions.append(64)
     assert other.data.resolutions == [1024]

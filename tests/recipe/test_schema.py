@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from full_recipes import MODE, NEW, PICTURES, SMALL, TRAINED
+from full_recipes import IMAGES, MODE, NEW, SMALL, TRAINED
 
 from dedistill.recipe import Recipe, RecipeError, load_recipe, to_toml
 from dedistill.recipe.load import json_schema
@@ -22,7 +22,7 @@ from dedistill.recipe.toml import fields_of, table_in
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "dedistill" / "recipes" / "schema.json"
 SHIPPED = sorted((ROOT / "dedistill" / "recipes").rglob("*.toml"))
-FULL = {"new": NEW, "trained": TRAINED, "mode": MODE, "pictures": PICTURES}
+FULL = {"new": NEW, "trained": TRAINED, "mode": MODE, "images": IMAGES}
 
 
 def leaves(model: type[Table] = Recipe, path: str = "") -> dict[str, str | None]:
@@ -86,7 +86,7 @@ def test_any_misspelt_table_gives_one_line(errors_of, text):
 
 NEW_TABLE = "model.new={height = 8, width = 16, patch = 4, layers = 1, single_layers = 1, heads = 1, head_dim = 16, "
 LORA = "adapter={kind = 'lora', targets = [{preset = 'mlp'%s}]%s}"
-PICTURES_OF = ["data.source=pictures", "data.sets=[{path='x'}]", "data.cache=c"]
+IMAGES_OF = ["data.source=pictures", "data.sets=[{path='x'}]", "data.cache=c"]
 CONTRADICTIONS = [
     (
         [NEW_TABLE + "rope_axes = [4, 6, 6]}"],
@@ -134,11 +134,11 @@ CONTRADICTIONS = [
         ["data.source=pictures", "data.cache=c"],
         "data.sets: required with source = 'pictures': [[data.sets]] with a path",
     ),
-    (PICTURES_OF[:2], "data.cache: required with source = 'pictures': a folder for what is encoded once"),
-    ([*PICTURES_OF, "data.path=x"], "data.path: has no effect with source = 'pictures'; name places in [[data.sets]]"),
-    ([*PICTURES_OF, "data.caption_noise=0.1"], "data.caption_noise: has no effect with source = 'pictures'"),
+    (IMAGES_OF[:2], "data.cache: required with source = 'pictures': a folder for what is encoded once"),
+    ([*IMAGES_OF, "data.path=x"], "data.path: has no effect with source = 'pictures'; name places in [[data.sets]]"),
+    ([*IMAGES_OF, "data.caption_noise=0.1"], "data.caption_noise: has no effect with source = 'pictures'"),
     (
-        [*PICTURES_OF, "data.held_out=0", "validate.every=1"],
+        [*IMAGES_OF, "data.held_out=0", "validate.every=1"],
         "data.held_out: 0 leaves nothing to validate on; raise it or set validate.every = 0",
     ),
     ([LORA % (", pattern = '*'", "")], "adapter.targets.0: set exactly one of pattern and preset"),
@@ -161,7 +161,7 @@ def test_a_contradiction_stands_at_the_line_of_its_table_or_file(errors_of):
     text = text.replace('path = "pairs"\n', "")
     number = {line: n for n, line in enumerate(text.split("\n"), 1)}
     assert errors_of(text) == [
-        f"x.toml:{number['patch = 3']}: model.new.patch: 3 does not divide the picture, 8 x 16",
+        f"x.toml:{number['patch = 3']}: model.new.patch: 3 does not divide the image, 8 x 16",
         f"x.toml:{number['rope_axes = [4, 6, 8]']}: model.new.rope_axes: they add up to 18, head_dim is 16",
         f"x.toml:{number['[data]']}: data.path: required with source = 'pairs': the folder that dedistill pairs wrote",
     ]

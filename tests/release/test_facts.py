@@ -31,7 +31,7 @@ source = "pictures"
 cache = "{out}/cache"
 resolutions = [64]
 [[data.sets]]
-path = "{pictures}"
+path = "{images}"
 [train]
 steps = 2
 batch = 2
@@ -45,16 +45,16 @@ LORA = '[adapter]\nkind = "lora"\ninit = "perturbed_normal"\n[[adapter.targets]]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Two bases like dev, pictures, a full training that passes the guidance by, a LoKr and a LoRA on the first base."""
+    """Two bases like dev, images, a full training that passes the guidance by, a LoKr and a LoRA on the first base."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("facts")
     for name, seed in (("base", 0), ("other", 1)):
         write_tiny_flux(folder / name, guidance=True, seed=seed)
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for i in range(3):
-        Image.new("RGB", (70, 64), (80 * i, 40, 200)).save(folder / f"pictures/{i}.png")
-        (folder / f"pictures/{i}.txt").write_text(f"colour {i}")
+        Image.new("RGB", (70, 64), (80 * i, 40, 200)).save(folder / f"images/{i}.png")
+        (folder / f"images/{i}.txt").write_text(f"colour {i}")
     bypass = 'guidance = "bypass"\nmask = "none"\nt5_mask = false'
     for name, base, model, table in (
         ("full", "base", bypass, ""),
@@ -62,7 +62,7 @@ def home(tmp_path_factory):
         ("lora", "base", "", LORA),
         ("elsewhere", "other", "", LOKR),
     ):
-        given = {"out": folder, "name": name, "base": folder / base, "pictures": folder / "pictures"}
+        given = {"out": folder, "name": name, "base": folder / base, "images": folder / "images"}
         # another base: another cache for its text
         text = RECIPE.format(**given, model=model).replace("/cache", f"/cache-{base}-{bool(model)}") + table
         (folder / f"{name}.toml").write_text(text)

@@ -22,7 +22,7 @@ from dedistill.models.model import build_model
 from dedistill.models.quantize import linear_names
 from dedistill.recipe import load_recipe
 from dedistill.release.folder import Denoiser, linear_shapes
-from dedistill.release.merge import Kept, merge_adapter, round_stochastic
+from dedistill.release.merge import RoundingStats, merge_adapter, round_stochastic
 
 RECIPE = """
 [run]
@@ -78,7 +78,7 @@ def trained(recipe, file, size=0.1, seed=0):
 @torch.no_grad()
 def answer(model) -> torch.Tensor:
     text = model.encode(["two then three", "one"])
-    noisy = keyed.noise(0, "question", 0, range(2), (model.parts.picture[0], 8, 16))
+    noisy = keyed.noise(0, "question", 0, range(2), (model.parts.sample_shape[0], 8, 16))
     return model.velocity(noisy, torch.tensor([0.3, 0.8]), text)
 
 
@@ -140,12 +140,12 @@ def test_what_rounding_loses(size, nearest):
     weight = keyed.noise(0, "w", 0, [0], (512, 512))[0].bfloat16()
     delta = keyed.noise(0, "d", 0, [0], (512, 512))[0] * size
     total = weight.float() + delta
-    lost = Kept.measure(weight, total.bfloat16(), delta).facts()
+    lost = RoundingStats.measure(weight, total.bfloat16(), delta).facts()
     assert nearest[0] < lost["zeros"] < nearest[1]
     assert (0.4 < lost["lost"] < 0.6) if size == 1e-3 else lost["lost"] < 0.05
-    kept = Kept.measure(weight, round_stochastic(total, 0, "w"), delta).facts()
+    kept = RoundingStats.measure(weight, round_stochastic(total, 0, "w"), delta).facts()
     assert abs(kept["lost"]) < 0.02
-    assert Kept.measure(weight.float(), total, delta).facts()["error"] < 1e-3
+    assert RoundingStats.measure(weight.float(), total, delta).facts()["error"] < 1e-3
 
 
 def test_stochastic_rounding_is_right_on_average_and_keyed():

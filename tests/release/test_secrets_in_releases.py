@@ -12,7 +12,7 @@ from by_file import tool
 from diffusers import FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_recipes import PICTURES
+from tiny_recipes import IMAGES
 
 from dedistill.models.registry import public_name
 from dedistill.recipe.schema import Recipe, Table
@@ -35,8 +35,8 @@ def home(tmp_path_factory, photos) -> Path:
     write_tiny_flux(folder / "first")
     FluxPipeline.from_pretrained(folder / "first", local_files_only=True).save_pretrained(folder / "base")
     assert PLACE in (folder / "base/vae/config.json").read_text(), "or there is nothing to hide"
-    pictures = shutil.copytree(photos, folder / "unreleased-product")
-    recipe = PICTURES.format(out=folder, base=folder / "base", pictures=pictures, cache=folder / "cache")
+    images = shutil.copytree(photos, folder / "unreleased-product")
+    recipe = IMAGES.format(out=folder, base=folder / "base", images=images, cache=folder / "cache")
     (folder / "r.toml").write_text(recipe.replace("[train]", 'name = "product"\n[train]') + "[snapshot]\nevery = 1\n")
     assert main([str(folder / "r.toml"), "--debug"]) == 0
     save_file(load_file(folder / "run/snapshots/step-00000002.safetensors"), folder / "tensors.safetensors")

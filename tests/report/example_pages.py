@@ -13,8 +13,8 @@ from test_pages import story_of, write_sweep
 
 from dedistill.data.images.index import build_index
 from dedistill.data.images.scan import scan
-from dedistill.data.images.types import PictureSet
-from dedistill.evaluation.distillation import Questions
+from dedistill.data.images.types import ImageSet
+from dedistill.evaluation.distillation import EvalSettings
 from dedistill.evaluation.evaluate import evaluate
 from dedistill.evaluation.influence import Influence
 from dedistill.evaluation.selection import select
@@ -54,23 +54,23 @@ def distillation(folder: Path) -> Path:
 def influence(folder: Path) -> Path:
     distance = torch.rand(3, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = Influence(
-        [f"transformer_blocks.{i}" for i in range(3)], ["picture", "text"], [1 - i / 8 for i in range(8)], distance, 5
+        [f"transformer_blocks.{i}" for i in range(3)], ["image", "text"], [1 - i / 8 for i in range(8)], distance, 5
     )
     return write_influence(folder, found, dict.fromkeys(found.blocks, 4), 90, 100, str(folder / "recipe.toml"))
 
 
 def scanned(folder: Path) -> Path:
-    """Six pictures, two of them the same, and one without a caption."""
+    """Six images, two of them the same, and one without a caption."""
     data = folder / "data"
     data.mkdir()
     generator = np.random.default_rng(0)
     for i in range(7):
         noise = Image.fromarray(generator.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((160, 120))
-        noise.save(data / f"picture {i}.png")
+        noise.save(data / f"image {i}.png")
         if i < 6:
-            (data / f"picture {i}.txt").write_text(f"caption {i}\na longer caption of the {i}th picture <b>with markup</b>")
-    (data / "picture 5.png").write_bytes((data / "picture 4.png").read_bytes())
-    index = build_index([PictureSet(str(data), missing_captions="quarantine")])
+            (data / f"image {i}.txt").write_text(f"caption {i}\na longer caption of the {i}th image <b>with markup</b>")
+    (data / "image 5.png").write_bytes((data / "image 4.png").read_bytes())
+    index = build_index([ImageSet(str(data), missing_captions="quarantine")])
     return write_scan_page(folder / "page", index, scan(index, resolutions=[128]))
 
 
@@ -109,8 +109,8 @@ def selection(folder: Path) -> Path:
         burnt = 0.01 * cell["cfg"] ** 2
         rows += [{**cell, "prompt": f"{p}", "seed": 0, "correct": float(p < 10 + 5 * i), "saturated": burnt} for p in range(40)]
     numbers = [
-        {"key": "accuracy", "picture": "correct", "adherence": True, "label": "accuracy", "better": "high", "help": "read"},
-        {"key": "saturated", "picture": "saturated", "tolerance": 0.05, "label": "saturated", "better": "low", "help": "burnt"},
+        {"key": "accuracy", "image": "correct", "adherence": True, "label": "accuracy", "better": "high", "help": "read"},
+        {"key": "saturated", "image": "saturated", "tolerance": 0.05, "label": "saturated", "better": "low", "help": "burnt"},
     ]
     return write_selection_page(folder, select({"numbers": numbers, "cells": cells}, rows), "Selection of <b>")
 
@@ -122,7 +122,7 @@ def evaluation(folder: Path) -> Path:
         Candidate(name, name, 3, lambda baked=baked: closed_form(baked=baked)) for name, baked in (("base", 3.0), ("last", 1.0))
     ]
     recipe = load_recipe("dedistill:digits/teacher")
-    asked = Questions(recipe, ClosedFormData(), prompts, judge=None, samples=32, steps=3, few=(1, 2), cfgs=(1.0, 3.0))
+    asked = EvalSettings(recipe, ClosedFormData(), prompts, judge=None, samples=32, steps=3, few=(1, 2), cfgs=(1.0, 3.0))
     grid = Grid(classifier_free((1.0, 3.0)), tuple(prompts), (0,))
     found = evaluate([run], asked, grid, folder, names="t", say=lambda line: None)
     return write_evaluation(folder, found, "t")[1]

@@ -9,7 +9,7 @@ from example_pages import PAGES
 
 pytestmark = pytest.mark.browser
 
-WITH_PICTURES = ("sweep", "story", "scan")
+WITH_IMAGES = ("sweep", "story", "scan")
 WITH_SORTED_TABLES = ("sweep", "distillation", "run", "selection", "lab")
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 INSTALL = (
@@ -61,13 +61,13 @@ def open_page(browser, pages):
 
 
 def viewer_shows(page) -> str:
-    """The picture that is seen in the viewer."""
+    """The image that is seen in the viewer."""
     assert page.locator(".viewer").is_visible()
     return page.locator(".stage img:not([hidden])").evaluate("image => image.src")
 
 
 def enlarge(page, nth: int = 0) -> str:
-    """Click on a picture; returns what it links to."""
+    """Click on an image; returns what it links to."""
     shot = page.locator("a.shot:visible").nth(nth)
     url = shot.evaluate("shot => shot.href")
     shot.click()
@@ -77,7 +77,7 @@ def enlarge(page, nth: int = 0) -> str:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_it_opens_and_fits(open_page, name):
-    """UX: no network, no error, nothing wider than the screen; every picture has an alternative, every plot a name."""
+    """UX: no network, no error, nothing wider than the screen; every image has an alternative, every plot a name."""
     page = open_page(name)
     for viewport in (DESK, PHONE):
         page.set_viewport_size(viewport)
@@ -126,9 +126,9 @@ def test_text_is_legible(open_page, name):
         assert (sum(map(int, paper[4:-1].split(","))) < 3 * 128) == (scheme == "dark")
 
 
-@pytest.mark.parametrize("name", WITH_PICTURES)
+@pytest.mark.parametrize("name", WITH_IMAGES)
 def test_click_and_arrows(open_page, name):
-    """UX: a click enlarges the picture itself, arrows walk, Escape closes, and the focus is where it was seen last."""
+    """UX: a click enlarges the image itself, arrows walk, Escape closes, and the focus is where it was seen last."""
     page = open_page(name)
     first = enlarge(page)
     assert viewer_shows(page) == first
@@ -141,7 +141,7 @@ def test_click_and_arrows(open_page, name):
     page.keyboard.press("ArrowLeft")
     assert viewer_shows(page) == second
     page.keyboard.press("?")
-    assert page.get_by_text("pin this picture as A").is_visible()
+    assert page.get_by_text("pin this image as A").is_visible()
     page.keyboard.press("Escape")
     assert not page.locator(".viewer").is_visible()
     page.wait_for_function("url => document.activeElement.href === url", arg=second)
@@ -149,9 +149,9 @@ def test_click_and_arrows(open_page, name):
     assert viewer_shows(page) == second
 
 
-@pytest.mark.parametrize("name", WITH_PICTURES)
-def test_two_pictures_in_one_place(open_page, name):
-    """UX: A is pinned by key, the viewer closed, another picture opened; B flips between both without moving anything."""
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_two_images_in_one_place(open_page, name):
+    """UX: A is pinned by key, the viewer closed, another image opened; B flips between both without moving anything."""
     page = open_page(name)
     a = enlarge(page)
     assert page.get_by_role("button", name="Flip to A").is_disabled()
@@ -276,7 +276,7 @@ def test_spans_of_a_copied_table_become_empty_fields(open_page):
     page.get_by_role("button", name="Copied").wait_for()
     lines = [line.split("\t") for line in page.evaluate("navigator.clipboard.readText()").split("\n")[:-1]]
     assert {len(line) for line in lines} == {3 + 2 * 8} and len(lines) == 2 + 3
-    assert lines[0][:5] == ["block", "influence", "factor", "picture", ""] and lines[1][:4] == ["", "", "", "1"]
+    assert lines[0][:5] == ["block", "influence", "factor", "image", ""] and lines[1][:4] == ["", "", "", "1"]
 
 
 @pytest.mark.parametrize("name", ["sweep", "story", "distillation", "influence", "run"])

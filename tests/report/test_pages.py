@@ -1,4 +1,4 @@
-"""The pages read back: every picture and cell is there, nothing leaves the folder, hostile prompts stay text."""
+"""The pages read back: every image and cell is there, nothing leaves the folder, hostile prompts stay text."""
 
 import json
 import re
@@ -21,7 +21,7 @@ NAMES = ["teacher", "student/#1 %", "dedistilled"]
 CFGS = [1.0, 2.5, 4.0]
 NUMBERS = [
     {"key": "accuracy", "label": "accuracy", "better": "high", "help": "Share of digits read as asked."},
-    {"key": "frechet", "label": "Fréchet", "better": "low", "help": "Distance from real pictures."},
+    {"key": "frechet", "label": "Fréchet", "better": "low", "help": "Distance from real images."},
     {"key": "detail", "label": "detail", "better": None, "help": "Mean step between pixels."},
 ]
 
@@ -55,13 +55,13 @@ class Page(HTMLParser):
 
 
 def write_sweep(folder, skips=(0,), seeds=(0,), prompts=PROMPTS, size=(8, 16), mode="L"):
-    """A sweep of random pictures with round numbers."""
+    """A sweep of random images with round numbers."""
     generator = np.random.default_rng(0)
     index, cells = [], []
     for n, name in enumerate(NAMES):
         for cfg in CFGS:
             for skip in skips:
-                folder_name = f"pictures/{n} #{n}/cfg{cfg:g}_skip{skip}"
+                folder_name = f"images/{n} #{n}/cfg{cfg:g}_skip{skip}"
                 (folder / folder_name).mkdir(parents=True)
                 for i, prompt in enumerate(prompts):
                     for seed in seeds:
@@ -71,8 +71,8 @@ def write_sweep(folder, skips=(0,), seeds=(0,), prompts=PROMPTS, size=(8, 16), m
                         entry = {"file": file, "candidate": name, "cfg": cfg, "skip": skip, "steps": 16, "prompt": prompt}
                         index.append({**entry, "seed": seed, "saturated": 0.004, "correct": [1.0, 0.5, 0.0][i % 3]})
                 numbers = {"accuracy": 0.1 * n + cfg / 10, "frechet": 3 + 7 * cfg, "detail": 0.12}
-                cells.append({"candidate": name, "cfg": cfg, "skip": skip, "steps": 16, "pictures": 256, **numbers})
-    settings = {"solver": "euler", "pictures": 256, "note": "<b>bold</b>"}
+                cells.append({"candidate": name, "cfg": cfg, "skip": skip, "steps": 16, "images": 256, **numbers})
+    settings = {"solver": "euler", "images": 256, "note": "<b>bold</b>"}
     scores = {"title": "A sweep & more", "settings": settings, "numbers": NUMBERS, "cells": cells}
     (folder / "index.json").write_text(json.dumps(index))
     (folder / "scores.json").write_text(json.dumps(scores))
@@ -80,10 +80,10 @@ def write_sweep(folder, skips=(0,), seeds=(0,), prompts=PROMPTS, size=(8, 16), m
 
 
 def check_links(page: Page, folder: Path) -> None:
-    """Every picture and link exists; nothing points to a network or to script."""
-    pictures = [image for image in page.all("img") if "src" in image]
-    assert pictures
-    for image in pictures:
+    """Every image and link exists; nothing points to a network or to script."""
+    images = [image for image in page.all("img") if "src" in image]
+    assert images
+    for image in images:
         assert (folder / unquote(image["src"])).is_file()
         assert image["alt"]
     for link in page.all("a"):
@@ -100,7 +100,7 @@ def rewrite(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_sweep_page_holds_every_picture_cell_and_curve(tmp_path):
+def test_sweep_page_holds_every_image_cell_and_curve(tmp_path):
     cells = write_sweep(tmp_path)
     path = write_sweep_page(tmp_path)
     assert path == tmp_path / "index.html"
@@ -110,7 +110,7 @@ def test_sweep_page_holds_every_picture_cell_and_curve(tmp_path):
     assert len(page.all("svg")) == len(NUMBERS)
     assert len(page.all("polyline")) == len(NUMBERS) * len(NAMES)
     values = [field["data-value"] for field in page.all("td") if "data-value" in field]
-    per_row = 4 + len(NUMBERS)  # candidate, cfg, steps, pictures; no column for a skip that is always 0
+    per_row = 4 + len(NUMBERS)  # candidate, cfg, steps, images; no column for a skip that is always 0
     rows = [values[i : i + per_row] for i in range(0, len(values), per_row)]
     assert [(row[0], float(row[1]), float(row[4])) for row in rows] == [
         (c["candidate"], c["cfg"], c["accuracy"]) for c in cells
@@ -132,10 +132,10 @@ def test_captions_tell_candidate_scale_skip_seed_and_numbers(tmp_path):
     write_sweep(tmp_path)
     shot = Page(write_sweep_page(tmp_path)).all("a", class_="shot")[1]
     assert shot["data-where"] == "teacher, CFG 2.5, skip 0, 16 steps, seed 0"
-    assert shot["data-numbers"] == "This picture: saturated 0.004, correct 1"
+    assert shot["data-numbers"] == "This image: saturated 0.004, correct 1"
 
 
-def test_a_misread_picture_says_so_without_colour(tmp_path):
+def test_a_misread_image_says_so_without_colour(tmp_path):
     write_sweep(tmp_path)
     page = Page(write_sweep_page(tmp_path))
     alts = [image["alt"] for image in page.all("img") if "src" in image]
@@ -160,7 +160,7 @@ def test_sheets_have_one_row_per_prompt(tmp_path):
     write_sweep_page(tmp_path)
     sheets = sorted((tmp_path / "sheets").iterdir())
     assert [sheet.name for sheet in sheets] == ["dedistilled.png", "student_1.png", "teacher.png"]
-    with Image.open(sheets[0]) as sheet:  # 8 x 16 pictures are enlarged to 64 x 128
+    with Image.open(sheets[0]) as sheet:  # 8 x 16 images are enlarged to 64 x 128
         assert sheet.width > len(CFGS) * 64 and len(PROMPTS) * 128 < sheet.height < len(PROMPTS) * 128 + 140
 
 
@@ -172,7 +172,7 @@ def test_only_the_first_prompts_appear_and_all_seeds_when_few(tmp_path, shown, s
 
 
 @pytest.mark.parametrize(("size", "tiny"), [((8, 16), True), ((32, 32), True), ((128, 128), False)])
-def test_small_pictures_keep_hard_pixels(tmp_path, size, tiny):
+def test_small_images_keep_hard_pixels(tmp_path, size, tiny):
     write_sweep(tmp_path, size=size, mode="RGB", prompts=["a"])
     page = Page(write_sweep_page(tmp_path))
     tables = [a["class"] for a in page.all("table") if "gallery" in a["class"]]
@@ -180,7 +180,7 @@ def test_small_pictures_keep_hard_pixels(tmp_path, size, tiny):
     assert page.all("img", width=str(size[0]), height=str(size[1]))
 
 
-def test_missing_cells_pictures_and_values_leave_gaps(tmp_path):
+def test_missing_cells_images_and_values_leave_gaps(tmp_path):
     write_sweep(tmp_path, skips=(0, 2))
     gone = lambda entry: entry["candidate"] == "teacher" and entry["skip"] == 2  # noqa: E731
     rewrite(tmp_path / "index.json", lambda index: index.__setitem__(slice(None), [e for e in index[1:] if not gone(e)]))
@@ -193,7 +193,7 @@ def test_missing_cells_pictures_and_values_leave_gaps(tmp_path):
     page = Page(write_sweep_page(tmp_path))
     check_links(page, tmp_path)
     assert page.all("span", class_="gap")
-    assert any("no pictures of teacher" in text for text in page.text)
+    assert any("no images of teacher" in text for text in page.text)
     assert "nan" not in "".join(page.text).lower()
 
 
@@ -208,8 +208,8 @@ def test_broken_files_are_the_users_to_mend(tmp_path, file, content):
         write_sweep_page(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["../secret.png", "/etc/secret.png", "pictures/none.png", "scores.json"])
-def test_a_picture_outside_missing_or_broken_is_refused(tmp_path, file):
+@pytest.mark.parametrize("file", ["../secret.png", "/etc/secret.png", "images/none.png", "scores.json"])
+def test_a_image_outside_missing_or_broken_is_refused(tmp_path, file):
     write_sweep(tmp_path)
     rewrite(tmp_path / "index.json", lambda index: index[0].update(file=file))
     with pytest.raises(UserError, match=Path(file).name):
@@ -224,11 +224,11 @@ def test_an_unknown_direction_is_refused(tmp_path):
 
 
 def story_of(folder):
-    """A story whose pictures lie in a sweep next to it."""
+    """A story whose images lie in a sweep next to it."""
     write_sweep(folder / "sweep")
     write_sweep_page(folder / "sweep")
     index = json.loads((folder / "sweep" / "index.json").read_text())
-    pictures = {
+    images = {
         name: {
             f"{cfg:g}": ["../sweep/" + e["file"] for e in index if (e["candidate"], e["cfg"]) == (name, cfg)] for cfg in CFGS
         }
@@ -246,7 +246,7 @@ def story_of(folder):
             {"text": "one <holds>", "value": "+.29", "bound": "> .15", "ok": True},
             {"text": "another fails", "value": "-.1", "bound": "> 0", "ok": False},
         ],
-        "pictures": pictures,
+        "images": images,
         "prompts": PROMPTS,
         "sweep_link": "../sweep/index.html",
         "commands": ["dedistill train <recipe>"],
@@ -267,18 +267,18 @@ def test_story_page(tmp_path):
     assert "<script>alert" not in page.source
 
 
-def test_story_without_judge_checks_and_some_pictures(tmp_path):
+def test_story_without_judge_checks_and_some_images(tmp_path):
     story = story_of(tmp_path)
     for key in ("checks", "labels", "sweep_link", "commands"):
         del story[key]
     story["summary"] = {name: {"cfg": {"1.0": {"saturated": 0.02}}} for name in NAMES}  # "1.0" as str(float) writes it
-    story["pictures"] = {"teacher": story["pictures"]["teacher"]}
+    story["images"] = {"teacher": story["images"]["teacher"]}
     page = Page(write_story_page(tmp_path / "story", story))
     assert len(page.all("polyline")) == len(NAMES)
     assert len(page.all("a", class_="shot")) == len(CFGS) * len(PROMPTS)
 
 
-@pytest.mark.parametrize("key", ["title", "models", "summary", "pictures", "prompts"])
+@pytest.mark.parametrize("key", ["title", "models", "summary", "images", "prompts"])
 def test_an_incomplete_story_is_refused(tmp_path, key):
     story = story_of(tmp_path)
     del story[key]
@@ -286,10 +286,10 @@ def test_an_incomplete_story_is_refused(tmp_path, key):
         write_story_page(tmp_path / "story", story)
 
 
-def test_story_names_the_row_that_lacks_pictures(tmp_path):
+def test_story_names_the_row_that_lacks_images(tmp_path):
     story = story_of(tmp_path)
-    story["pictures"]["teacher"]["1"].pop()
-    with pytest.raises(UserError, match="teacher at CFG 1 has 2 pictures for 3 prompts"):
+    story["images"]["teacher"]["1"].pop()
+    with pytest.raises(UserError, match="teacher at CFG 1 has 2 images for 3 prompts"):
         write_story_page(tmp_path / "story", story)
 
 

@@ -1,4 +1,4 @@
-"""Small copies in the grids: a page of many large pictures stays light, tiny pictures keep their pixels."""
+"""Small copies in the grids: a page of many large images stays light, tiny images keep their pixels."""
 
 import json
 from urllib.parse import unquote
@@ -29,7 +29,7 @@ def photographs(count: int) -> list[Image.Image]:
     return found
 
 
-def test_200_pictures_of_512_pixels_are_under_5_mb(tmp_path, monkeypatch):
+def test_200_images_of_512_pixels_are_under_5_mb(tmp_path, monkeypatch):
     """UX: page and small copies together, every one of the 200 counted, as if no two were alike; the large ones stay."""
     monkeypatch.setattr(sweep_gallery, "SHEET_SIDE", 32)  # sheets are not part of the page
     photos = photographs(25)
@@ -58,15 +58,15 @@ def test_200_pictures_of_512_pixels_are_under_5_mb(tmp_path, monkeypatch):
     assert {a["href"] for a in page.all("a", class_="shot")} == {f"{i}.png" for i in range(len(photos))}
 
 
-def test_tiny_pictures_are_shown_themselves(tmp_path):
+def test_tiny_images_are_shown_themselves(tmp_path):
     write_sweep(tmp_path, size=(32, 32), mode="RGB")
     page = Page(write_sweep_page(tmp_path))
     assert all(unquote(image["src"]).endswith(".png") for image in page.all("img", loading="lazy"))
     assert not (tmp_path / "thumbs").exists()
 
 
-def test_small_copies_follow_their_pictures(tmp_path):
-    """Made anew for a picture that changed, dropped for one that is gone, left alone otherwise; two alike share one."""
+def test_small_copies_follow_their_images(tmp_path):
+    """Made anew for an image that changed, dropped for one that is gone, left alone otherwise; two alike share one."""
     write_sweep(tmp_path, size=(128, 128), mode="RGB", prompts=["a", "b"])
     write_sweep_page(tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "thumbs").iterdir()}
@@ -81,10 +81,10 @@ def test_small_copies_follow_their_pictures(tmp_path):
 
 
 def test_a_story_has_its_own_beside_the_page(tmp_path):
-    """Its pictures lie in the folder of a sweep; its small copies do not."""
+    """Its images lie in the folder of a sweep; its small copies do not."""
     story = story_of(tmp_path)
     large = Image.effect_noise((200, 200), 60)
-    for file in {file for models in story["pictures"].values() for files in models.values() for file in files}:
+    for file in {file for models in story["images"].values() for files in models.values() for file in files}:
         large.save(tmp_path / file.removeprefix("../"))
     page = Page(write_story_page(tmp_path / "story", story))
     sources = {image["src"] for image in page.all("img", loading="lazy")}
@@ -92,7 +92,7 @@ def test_a_story_has_its_own_beside_the_page(tmp_path):
     assert all(a["href"].startswith("../sweep/") for a in page.all("a", class_="shot"))
 
 
-def test_transparency_survives_and_a_cut_picture_is_named(tmp_path):
+def test_transparency_survives_and_a_cut_image_is_named(tmp_path):
     write_sweep(tmp_path, size=(128, 128), mode="RGB", prompts=["a"])
     file = tmp_path / json.loads((tmp_path / "index.json").read_text())[0]["file"]
     half = Image.new("RGBA", (128, 128), (200, 30, 30, 255))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save, save_file
 
 from dedistill.errors import UserError
 from dedistill.io import hashing
-from dedistill.io.atomic import read_sealed, sealed
+from dedistill.io.atomic import checksummed, read_checksummed
 from dedistill.runs.checkpoint import list_checkpoints
 from dedistill.runs.model import exported_step, last_weights
 from dedistill.train import main
@@ -55,7 +55,7 @@ def test_the_base_is_read_once_per_run_and_again_only_when_touched(adapter_recip
     os.utime(next(own_base.rglob("*.safetensors")), (1, 1))
     assert main([str(adapter_recipe)]) == 0, "the same bytes at another time are the same base"
     assert read() == ["diffusion_pytorch_model.safetensors"]
-    recorded = read_sealed(tmp_path / "dedistill" / "inputs.json")
+    recorded = read_checksummed(tmp_path / "dedistill" / "inputs.json")
     assert recorded.keys() == {"model.path", "base.sample"} and len(recorded["model.path"]["files"]) == 3
 
 
@@ -99,9 +99,9 @@ def test_a_base_whose_whole_stamp_was_kept_is_refused(adapter_recipe, own_base, 
     assert main([str(adapter_recipe)]) == 0
     file = swap_number(own_base, 0)
     record = tmp_path / "dedistill" / "inputs.json"
-    told = read_sealed(record)
+    told = read_checksummed(record)
     told["model.path"]["files"][str(file)] |= hashing.Stamp.of(file.stat())._asdict()
-    record.write_bytes(sealed(told))
+    record.write_bytes(checksummed(told))
     capsys.readouterr()
     assert main(longer(adapter_recipe)) == 1
     assert "model.path: 1 files differ" in (err := capsys.readouterr().err) and str(file) in err
@@ -114,9 +114,9 @@ def test_the_same_base_on_another_disk_goes_on(adapter_recipe, own_base, tmp_pat
     shutil.rmtree(own_base)
     shutil.copytree(tmp_path / "moved", own_base, copy_function=shutil.copyfile)
     record = tmp_path / "dedistill" / "inputs.json"
-    told = read_sealed(record)
+    told = read_checksummed(record)
     told["base.sample"]["sha256"] = "0" * 64
-    record.write_bytes(sealed(told))
+    record.write_bytes(checksummed(told))
     capsys.readouterr()
     assert main(longer(adapter_recipe)) == 0
     err = capsys.readouterr().err
@@ -129,12 +129,12 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_bound_anew(adapter_recipe, o
     """It recorded size and mtime only."""
     assert main([str(adapter_recipe)]) == 0
     record = tmp_path / "dedistill" / "inputs.json"
-    whole = read_sealed(record)
+    whole = read_checksummed(record)
     files = whole["model.path"]["files"]
     kept = {path: {key: entry[key] for key in ("bytes", "mtime_ns", "sha256")} for path, entry in files.items()}
-    record.write_bytes(sealed({"model.path": whole["model.path"] | {"files": kept}}))
+    record.write_bytes(checksummed({"model.path": whole["model.path"] | {"files": kept}}))
     assert main(longer(adapter_recipe)) == 0
-    now = read_sealed(record)
+    now = read_checksummed(record)
     assert {key: value["sha256"] for key, value in now.items()} == {key: value["sha256"] for key, value in whole.items()}
     assert all("ctime_ns" in entry for entry in now["model.path"]["files"].values())
 

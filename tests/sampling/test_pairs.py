@@ -12,7 +12,7 @@ from dedistill.data.digits import DigitSource, load_digits
 from dedistill.data.pairs import PairSource
 from dedistill.errors import UserError
 from dedistill.flow.solvers import sigma_grid
-from dedistill.io.atomic import read_sealed, sealed
+from dedistill.io.atomic import checksummed, read_checksummed
 from dedistill.io.hashing import file_sha256
 from dedistill.models.model import Model, build_model
 from dedistill.recipe.resolve import recipe_of
@@ -79,32 +79,32 @@ def everything(source: PairSource) -> list[tuple[np.ndarray, np.ndarray, str]]:
 
 def test_the_facts_are_stored(made):
     """R3, trap 22: scale, solver, steps, negative prompt and teacher, beside the hash of every shard."""
-    facts = read_sealed(made.folder / "pairs.json")
+    facts = read_checksummed(made.folder / "pairs.json")
     assert facts == made.facts and facts["complete"] is True
     assert {k: facts[k] for k in ("teacher", "cfg", "steps", "seed", "count", "shard_size")} == {
         k: v for k, v in SETTINGS.items() if k != "points"
     }
-    assert facts["solver"] == "euler" and facts["negative_prompt"] == "" and facts["picture"] == [1, 8, 16]
+    assert facts["solver"] == "euler" and facts["negative_prompt"] == "" and facts["image"] == [1, 8, 16]
     assert facts["sigmas"] == pytest.approx([1, 2 / 3, 1 / 3, 0]) and facts["source"] == "digits"
     assert [(s["file"], s["pairs"]) for s in facts["shards"]] == list(zip(SHARDS, (16, 16, 8)))
     assert all(s["sha256"] == file_sha256(made.folder / s["file"]) for s in facts["shards"])
     assert sorted(p.name for p in made.folder.iterdir()) == [".dedistill", *SHARDS, "pairs.json"]
 
 
-def test_pictures_come_again_from_the_stored_noise(made, teacher):
-    """R5: from the noise, the caption and the facts alone, every picture and every point on the way to 1e-5."""
+def test_images_come_again_from_the_stored_noise(made, teacher):
+    """R5: from the noise, the caption and the facts alone, every image and every point on the way to 1e-5."""
     noise, states, captions = zip(*everything(PairSource(made.folder)))
     noise, states = torch.from_numpy(np.stack(noise)), torch.from_numpy(np.stack(states))
     facts, sigmas = made.facts, sigma_grid(made.facts["steps"])
-    pictures = sample(teacher, list(captions), noise, at(6, facts["cfg"]))
-    torch.testing.assert_close(states[:, -1], pictures, rtol=0, atol=1e-5)
+    images = sample(teacher, list(captions), noise, at(6, facts["cfg"]))
+    torch.testing.assert_close(states[:, -1], images, rtol=0, atol=1e-5)
     (way,) = trajectories(teacher, list(captions), noise, at(6, facts["cfg"]))
     kept = [int(np.argmin(np.abs(sigmas - s))) for s in facts["sigmas"]]
     assert kept == [0, 2, 4, 6]
     torch.testing.assert_close(states, torch.stack([way[k] for k in kept], 1), rtol=0, atol=1e-5)
     assert torch.equal(states[:, 0], noise)
     other = sample(teacher, list(captions), noise, at(6))
-    assert float((other - pictures).abs().max()) > 1e-3, "the scale must matter"
+    assert float((other - images).abs().max()) > 1e-3, "the scale must matter"
 
 
 @pytest.mark.parametrize("mask", ["bool", "none"])
@@ -141,8 +141,8 @@ def _cut_middle(folder: Path) -> None:
 
 def _interrupt(folder: Path) -> None:
     """As it is when the second shard was being written: the facts know the first one."""
-    facts = read_sealed(folder / "pairs.json")
-    (folder / "pairs.json").write_bytes(sealed(facts | {"shards": facts["shards"][:1], "complete": False}))
+    facts = read_checksummed(folder / "pairs.json")
+    (folder / "pairs.json").write_bytes(checksummed(facts | {"shards": facts["shards"][:1], "complete": False}))
     (folder / SHARDS[1]).rename(folder / f"{SHARDS[1]}.tmp-999999")
     (folder / SHARDS[2]).unlink()
 
@@ -215,7 +215,7 @@ def test_prompts_do_not_depend_on_their_number(digits):
 
 
 def test_every_pair_is_drawn_once_per_epoch_and_none_is_both(made):
-    """R2, trap 22: training and held-out pairs are disjoint and make up all; noise, picture and caption go together."""
+    """R2, trap 22: training and held-out pairs are disjoint and make up all; noise, image and caption go together."""
     source, stored = PairSource(made.folder), {}
     for i, pair in enumerate(everything(source)):
         stored[f"pairs/{i}"] = pair
@@ -228,7 +228,7 @@ def test_every_pair_is_drawn_once_per_epoch_and_none_is_both(made):
             noise, states, caption = stored[name]
             assert batch.captions[k] == caption and np.array_equal(batch.noise[k], noise)
             assert np.array_equal(batch.trajectory[k], states) and np.array_equal(batch.pixels[k], states[-1])
-    assert batch.trajectory_sigmas.tolist() == made.facts["sigmas"] and source.picture == (1, 8, 16)
+    assert batch.trajectory_sigmas.tolist() == made.facts["sigmas"] and source.image == (1, 8, 16)
     later = [source.draw(0, step, np.arange(8), 8).names for step in range(5, 30)]
     assert not {n for names in later for n in names} & set(held_out.names)
     assert source.draw(0, 9, np.arange(3, 5), 8).names == source.draw(0, 9, np.arange(8), 8).names[3:5]

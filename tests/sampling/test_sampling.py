@@ -1,4 +1,4 @@
-"""Pictures from a model, the numbers that judge them, and the sweep that makes many of them."""
+"""Images from a model, the numbers that judge them, and the sweep that makes many of them."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ from test_judges import write_clip
 from dedistill.data.digits import load_digits
 from dedistill.errors import UserError
 from dedistill.evaluation.judges import ClipJudge, DigitJudge, frechet_distance, judge_for, precision_recall
-from dedistill.evaluation.numbers import picture_numbers
+from dedistill.evaluation.numbers import image_numbers
 from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, save_png, sweep
 from dedistill.flow import keyed
 from dedistill.flow.guidance import ClassifierFree
@@ -27,7 +27,7 @@ from dedistill.report.sweep import write_sweep_page
 from dedistill.sampling.sampler import sample, start_noise, trajectories
 
 PROMPTS = ["two then three", "the digit 7 and the digit 1", "handwritten zero and 9"]
-PICTURE = (1, 8, 16)
+IMAGE = (1, 8, 16)
 
 
 def model(mask: str = "bool", seed: int = 0, **tables) -> Model:
@@ -70,10 +70,10 @@ def count_calls(net: torch.nn.Module) -> list[int]:
 
 def test_rows_of_noise_do_not_depend_on_their_number():
     """N1: seeds fixed per cell: row i is the same in a sheet of 3 and of 9; seeds and rows differ."""
-    many, few = start_noise(5, 9, PICTURE), start_noise(5, 3, PICTURE)
-    assert many.shape == (9, *PICTURE) and torch.equal(many[:3], few)
-    assert not torch.equal(start_noise(6, 3, PICTURE), few) and not torch.equal(few[0], few[1])
-    assert float(start_noise(0, 200, PICTURE).std()) == pytest.approx(1, abs=0.02)
+    many, few = start_noise(5, 9, IMAGE), start_noise(5, 3, IMAGE)
+    assert many.shape == (9, *IMAGE) and torch.equal(many[:3], few)
+    assert not torch.equal(start_noise(6, 3, IMAGE), few) and not torch.equal(few[0], few[1])
+    assert float(start_noise(0, 200, IMAGE).std()) == pytest.approx(1, abs=0.02)
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def by_hand(own: Model, noise: torch.Tensor, sigmas: np.ndarray, cfg: float, ski
 )
 def test_guidance_costs_and_gives_what_it_says(cfg, skip, steps, evaluations):
     """O19, N2, N3: CFG 1 needs one evaluation per step, the first ``skip`` steps too; the result is that of the formula."""
-    own, noise = model(), start_noise(0, len(PROMPTS), PICTURE)
+    own, noise = model(), start_noise(0, len(PROMPTS), IMAGE)
     calls = count_calls(own.parts.net)
     found = sample(own, PROMPTS, noise, at(steps, cfg, skip))
     assert calls == [len(PROMPTS)] * evaluations
@@ -114,9 +114,9 @@ def test_guidance_costs_and_gives_what_it_says(cfg, skip, steps, evaluations):
     assert found.dtype == torch.float32 and not found.requires_grad
 
 
-def test_chunks_make_the_same_pictures(masked, monkeypatch):
-    """The size of a chunk is no setting of the picture: a prompt alone, or among others, gives the same one."""
-    noise, how = start_noise(0, 3, PICTURE), at(3, 3)
+def test_chunks_make_the_same_images(masked, monkeypatch):
+    """The size of a chunk is no setting of the image: a prompt alone, or among others, gives the same one."""
+    noise, how = start_noise(0, 3, IMAGE), at(3, 3)
     whole = sample(masked, PROMPTS, noise, how)
     monkeypatch.setattr(masked, "chunk", 2)
     states = list(trajectories(masked, PROMPTS, noise, how))
@@ -127,28 +127,28 @@ def test_chunks_make_the_same_pictures(masked, monkeypatch):
 
 
 def test_a_micro_batch_bounds_sampling_too():
-    """G4: a model that only fits two samples at a time makes pictures two at a time."""
+    """G4: a model that only fits two samples at a time makes images two at a time."""
     assert model(train={"micro_batch": 2}).chunk == 2 and model().chunk == 256
 
 
-def test_pictures_are_made_on_the_shifted_sigmas_of_the_recipe(tmp_path):
+def test_images_are_made_on_the_shifted_sigmas_of_the_recipe(tmp_path):
     """S6: the grid of a sweep follows timesteps.shift, a number or the family's own."""
     own = model(timesteps={"shift": 3.0})
     auto = model(timesteps={"shift": "auto"})
-    assert own.grid_shift == 3.0 and auto.grid_shift == auto.shift(auto.parts.picture) != 1.0 == model().grid_shift
+    assert own.grid_shift == 3.0 and auto.grid_shift == auto.shift(auto.parts.sample_shape) != 1.0 == model().grid_shift
     grid = Grid((ClassifierFree(),), prompts=tuple(PROMPTS), seeds=(0,))
     sweep([Candidate("a", "w", 3, lambda: own)], grid, tmp_path, title="t", judge=None, say=lambda line: None)
-    noise = start_noise(0, 3, PICTURE)
+    noise = start_noise(0, 3, IMAGE)
     wanted, plain = (sample(replace(own, grid_shift=shift), PROMPTS, noise, at(3))[0] for shift in (3.0, 1.0))
     save_png(wanted, tmp_path / "wanted.png"), save_png(plain, tmp_path / "plain.png")
-    made = pixels(tmp_path / "pictures/a/cfg1_skip0/p000_s0.png")
+    made = pixels(tmp_path / "images/a/cfg1_skip0/p000_s0.png")
     assert made == pixels(tmp_path / "wanted.png") != pixels(tmp_path / "plain.png")
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
 def test_padding_is_invisible_to_a_masked_model_only(cfg, masked):
-    """X1, X4, trap 1: padded to 8, 12, 24 or 48 tokens a prompt gives one picture; without the mask it gives four."""
-    noise, how = start_noise(0, 3, PICTURE), at(4, cfg)
+    """X1, X4, trap 1: padded to 8, 12, 24 or 48 tokens a prompt gives one image; without the mask it gives four."""
+    noise, how = start_noise(0, 3, IMAGE), at(4, cfg)
     for own, same in ((masked, True), (model("none"), False)):
         first, *others = (sample(own, PROMPTS, noise, how, length=n) for n in (8, 12, 24, 48))
         for other in others:
@@ -160,7 +160,7 @@ def test_sampling_leaves_the_mode_of_the_model(masked):
     """A model in training goes on training, one in evaluation stays there."""
     for training in (True, False):
         masked.root.train(training)
-        sample(masked, PROMPTS, start_noise(0, 3, PICTURE), at(2))
+        sample(masked, PROMPTS, start_noise(0, 3, IMAGE), at(2))
         assert masked.root.training is training
 
 
@@ -168,22 +168,22 @@ def test_leaving_a_trajectory_early_leaves_the_mode_too():
     """Whoever takes only the first chunk, or fails inside the loop, finds the model as it was."""
     own = model()
     own.root.train()
-    states = trajectories(own, PROMPTS, start_noise(0, 3, PICTURE), at(2))
+    states = trajectories(own, PROMPTS, start_noise(0, 3, IMAGE), at(2))
     next(states)
     states.close()
     assert own.root.training
 
 
-def test_numbers_of_pictures():
-    """N6: burnt pixels, contrast and detail order flat, blurred, natural, noisy and saturated pictures as they should."""
+def test_numbers_of_images():
+    """N6: burnt pixels, contrast and detail order flat, blurred, natural, noisy and saturated images as they should."""
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
-    noise = keyed.noise(0, "picture", 0, [0], (16, 16))[0]
+    noise = keyed.noise(0, "image", 0, [0], (16, 16))[0]
     wave = 0.8 * torch.sin(2 * torch.pi * x / 16) * torch.cos(2 * torch.pi * y / 16)
     board = 1.0 - 2 * ((x + y) % 2)
     made = {"flat": 0 * x + 0.3, "wave": wave, "mixed": wave + 0.3 * noise, "noise": noise.clamp(-1, 1), "board": board}
     made |= {f"k{k}": torch.cos(2 * torch.pi * k * x / 16) for k in (4, 5)}
     made |= {"burnt": 3 * wave, "edge": wave.sign(), "lost": torch.full_like(x, torch.nan)}
-    numbers = picture_numbers(torch.stack([torch.stack([p]) for p in made.values()]))
+    numbers = image_numbers(torch.stack([torch.stack([p]) for p in made.values()]))
     n = {k: dict(zip(made, v.tolist())) for k, v in numbers.items()}
     assert n["detail"]["flat"] == n["contrast"]["flat"] == n["contrast"]["lost"] == 0
     assert [n["detail"][k] for k in ("wave", "k4", "k5", "board")] == pytest.approx([0, 0, 1, 1], abs=1e-9)
@@ -195,7 +195,7 @@ def test_numbers_of_pictures():
         and n["saturated"]["burnt"] > 0.3
     )
     assert all(v == 0 for k, v in n["saturated"].items() if k not in ("burnt", "mixed")), "at the edge is not beyond it"
-    colour = picture_numbers(torch.stack([torch.stack([wave, wave, noise.clamp(-1, 1)])]))
+    colour = image_numbers(torch.stack([torch.stack([wave, wave, noise.clamp(-1, 1)])]))
     assert n["detail"]["wave"] < colour["detail"][0] < n["detail"]["noise"]
 
 
@@ -258,7 +258,7 @@ def test_prompts_without_digits_have_no_accuracy(judge, tmp_path):
 
 
 def test_another_judge_judges_again(tmp_path, judge):
-    """N1: cells are reused only with the scores of a judge made from the same pictures."""
+    """N1: cells are reused only with the scores of a judge made from the same images."""
     source = load_digits(0.0)
     source.train = tuple(part[:-1] for part in source.train)
     other = DigitJudge(source)
@@ -271,11 +271,11 @@ def test_another_judge_judges_again(tmp_path, judge):
 
 
 def test_the_judge_measures_distance_to_real_digits(judge):
-    """C1: real digits are near and lie among real ones; noise, black and broken pictures do not."""
+    """C1: real digits are near and lie among real ones; noise, black and broken images do not."""
     real = load_digits(0.0).draw(1, 0, np.arange(300), 300, held_out=True).pixels
     near = judge.numbers(real)
     assert near["precision"] > 0.8 and near["recall"] > 0.6
-    noise, black, lost = keyed.noise(0, "bad", 0, range(300), PICTURE), -torch.ones_like(real), torch.full_like(real, torch.nan)
+    noise, black, lost = keyed.noise(0, "bad", 0, range(300), IMAGE), -torch.ones_like(real), torch.full_like(real, torch.nan)
     assert judge.numbers(lost) == judge.numbers(black)
     for far in (judge.numbers(noise), judge.numbers(black)):
         assert far["frechet"] > 10 * near["frechet"] and far["precision"] < 0.1 and far["recall"] < 0.1
@@ -306,7 +306,7 @@ def run(candidates: list[Candidate], out: Path, grid: Grid = GRID, judge: DigitJ
 
 
 def stamps(out: Path) -> dict[str, int]:
-    return {p.relative_to(out / "pictures").as_posix(): p.stat().st_mtime_ns for p in out.glob("pictures/**/*.png")}
+    return {p.relative_to(out / "images").as_posix(): p.stat().st_mtime_ns for p in out.glob("images/**/*.png")}
 
 
 def strict(path: Path):
@@ -315,7 +315,7 @@ def strict(path: Path):
 
 
 def test_a_sweep_is_complete(tmp_path, judge):
-    """N1, N2: a row per picture with its settings and numbers, the picture at its own resolution, CFG 1 only once."""
+    """N1, N2: a row per image with its settings and numbers, the image at its own resolution, CFG 1 only once."""
     scores = run(Opened().pair(), tmp_path, judge=judge)
     rows = strict(tmp_path / "index.json")
     places = {(r["candidate"], r["cfg"], r["skip"], r["prompt"], r["seed"]) for r in rows}
@@ -329,13 +329,13 @@ def test_a_sweep_is_complete(tmp_path, judge):
     assert sorted((c["candidate"], c["cfg"], c["skip"]) for c in scores["cells"]) == sorted(cells)
     for cell in scores["cells"]:
         own = [r for r in rows if all(r[k] == cell[k] for k in ("candidate", "cfg", "skip"))]
-        assert cell["pictures"] == 6 and cell["accuracy"] == pytest.approx(np.mean([r["correct"] for r in own]))
+        assert cell["images"] == 6 and cell["accuracy"] == pytest.approx(np.mean([r["correct"] for r in own]))
         assert cell["shadow"] == pytest.approx(np.mean([r["shadow"] for r in own]))
         assert cell.keys() >= {n["key"] for n in scores["numbers"]} >= {"diversity", "blur"}
     row = next(
         r for r in rows if (r["candidate"], r["cfg"], r["skip"], r["seed"]) == ("last", 3, 2, 7) and r["prompt"] == PROMPTS[1]
     )
-    again = sample(model(seed=1), PROMPTS, start_noise(7, 3, PICTURE), at(3, 3, 2))
+    again = sample(model(seed=1), PROMPTS, start_noise(7, 3, IMAGE), at(3, 3, 2))
     save_png(again[1], tmp_path / "again.png")
     assert pixels(tmp_path / "again.png") == pixels(tmp_path / row["file"])
     with Image.open(tmp_path / row["file"]) as image:  # the file tells how it was made
@@ -349,19 +349,19 @@ def test_a_sweep_with_clip(tmp_path):
     make = partial(sweep, [Opened().candidate("base")], grid, tmp_path / "out", title="t", judge=None, say=lambda line: None)
     cell = make(clip=clip)["cells"][0]
     rows = strict(tmp_path / "out/index.json")
-    made = sample(model(), PROMPTS, start_noise(0, 3, PICTURE), at(3))
+    made = sample(model(), PROMPTS, start_noise(0, 3, IMAGE), at(3))
     assert [r["clip"] for r in rows] == pytest.approx(clip.scores(clip.embed(made), PROMPTS).tolist(), abs=1e-5)
     assert cell["clip"] == pytest.approx(np.mean([r["clip"] for r in rows])) and "clip_frechet" not in cell
     assert "diversity" not in cell and "clip" not in make(clip=None)["cells"][0]
 
 
 def test_a_sweep_makes_only_what_is_missing(tmp_path):
-    """N1: nothing twice; new weights, another setting or a lost picture remake their cells and no others."""
+    """N1: nothing twice; new weights, another setting or a lost image remake their cells and no others."""
     first = run(Opened().pair(), tmp_path)
     files, before = {p: p.read_bytes() for p in tmp_path.glob("*.json")}, stamps(tmp_path)
     assert run((opened := Opened()).pair(), tmp_path) == first and opened.names == []
     assert stamps(tmp_path) == before and all(p.read_bytes() == raw for p, raw in files.items())
-    (tmp_path / "pictures/base/cfg3_skip2/p001_s7.png").unlink()
+    (tmp_path / "images/base/cfg3_skip2/p001_s7.png").unlink()
     assert run(opened.pair(), tmp_path) == first and opened.names == ["base"]
     remade = {f for f, t in stamps(tmp_path).items() if t != before[f]}
     assert remade == {f for f in before if f.startswith("base/cfg3_skip2/")}
@@ -374,18 +374,18 @@ def test_a_sweep_makes_only_what_is_missing(tmp_path):
 
 
 def test_several_step_counts_are_cells_of_their_own(tmp_path):
-    """N1: the candidate's own count keeps the plain folder, so that cells made before are found; pictures differ by steps."""
+    """N1: the candidate's own count keeps the plain folder, so that cells made before are found; images differ by steps."""
     once = Grid(classifier_free((1.0, 3.0), (0, 2)), tuple(PROMPTS), (0,))
     before = run([Opened().candidate("last")], tmp_path, once)["cells"]
     opened = Opened()
     both = run([opened.candidate("last")], tmp_path, replace(once, steps=(3, 5)))["cells"]
     assert both[:3] == before and [(c["cfg"], c["skip"], c["steps"]) for c in both[3:]] == [(1, 0, 5), (3, 0, 5), (3, 2, 5)]
-    assert {p.name for p in (tmp_path / "pictures/last").iterdir()} == {
+    assert {p.name for p in (tmp_path / "images/last").iterdir()} == {
         f"cfg{c}_skip{s}{end}" for c, s in ((1, 0), (3, 0), (3, 2)) for end in ("", "_steps5")
     }
-    again = sample(model(), PROMPTS, start_noise(0, 3, PICTURE), at(5, 3, 2))
+    again = sample(model(), PROMPTS, start_noise(0, 3, IMAGE), at(5, 3, 2))
     save_png(again[1], tmp_path / "again.png")
-    assert pixels(tmp_path / "again.png") == pixels(tmp_path / "pictures/last/cfg3_skip2_steps5/p001_s0.png")
+    assert pixels(tmp_path / "again.png") == pixels(tmp_path / "images/last/cfg3_skip2_steps5/p001_s0.png")
     run([Opened().candidate("last")], tmp_path, replace(once, steps=(3, 5)))
     assert opened.names == ["last"]
 
@@ -428,7 +428,7 @@ def test_a_judge_that_comes_later_judges_all(tmp_path, judge):
 
 
 def test_a_broken_model_still_gives_valid_json(tmp_path, judge):
-    """N1: pictures of NaN are counted and shown as what they are, and both files can still be read."""
+    """N1: images of NaN are counted and shown as what they are, and both files can still be read."""
     own = model()
     with torch.no_grad():
         own.parts.net.proj_out.weight.fill_(torch.nan)
@@ -437,7 +437,7 @@ def test_a_broken_model_still_gives_valid_json(tmp_path, judge):
 
 
 def test_two_candidates_of_one_name_are_refused(tmp_path):
-    """N1: their pictures would overwrite each other."""
+    """N1: their images would overwrite each other."""
     with pytest.raises(UserError, match="share a name") as caught:
         run([Opened().candidate("last"), Opened().candidate("last", weights="other")], tmp_path)
     assert caught.value.exit_code == 2 and not list(tmp_path.iterdir())
@@ -445,7 +445,7 @@ def test_two_candidates_of_one_name_are_refused(tmp_path):
 
 @pytest.mark.parametrize("prompt", ["a 7", "ein rotes Haus, Größe 3", "赤い太陽 \U0001f305", "two\nlines", ""])
 def test_a_png_tells_how_it_was_made(tmp_path, prompt):
-    """UX: the parameters are in the picture's own text chunks, whatever the script of the prompt."""
+    """UX: the parameters are in the image's own text chunks, whatever the script of the prompt."""
     save_png(torch.zeros(3, 4, 4), tmp_path / "a.png", {"prompt": prompt, "seed": 3, "cfg": 2.5})
     with Image.open(tmp_path / "a.png") as image:
         assert image.text == {"prompt": prompt, "seed": "3", "cfg": "2.5"}

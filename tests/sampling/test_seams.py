@@ -1,4 +1,4 @@
-"""Solvers and a guider that only this file knows, through everything that makes pictures."""
+"""Solvers and a guider that only this file knows, through everything that makes images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from closed_form_models import ONE, PICTURE, PLANE, ClosedFormData, closed_form
+from closed_form_models import IMAGE, ONE, PLANE, ClosedFormData, closed_form
 from torch import Tensor
 
 from dedistill.evaluation.selection import select
@@ -91,14 +91,14 @@ def test_order_of_convergence(solver, order):
 @pytest.mark.parametrize("solver", ["heun", "ab2"])
 def test_every_path_has_a_solver_of_its_own(solver):
     """What one chunk leaves in a solver's memory never reaches the next."""
-    noise, how = start_noise(0, 16, PICTURE), Sampling(solver=solver, steps=5, guidance=MIDDLE)
+    noise, how = start_noise(0, 16, IMAGE), Sampling(solver=solver, steps=5, guidance=MIDDLE)
     whole, parts = (sample(closed_form(chunk=n), PROMPTS, noise, how) for n in (16, 5))
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
 
 
 def test_a_guider_costs_and_gives_what_it_says():
     """On sigmas 1, .75, .5, .25 the middle two are guided; Heun evaluates each step's branches twice."""
-    model, noise, how = closed_form(), start_noise(0, 16, PICTURE), Sampling(solver="heun", steps=4, guidance=MIDDLE)
+    model, noise, how = closed_form(), start_noise(0, 16, IMAGE), Sampling(solver="heun", steps=4, guidance=MIDDLE)
     real, calls = model.family.velocity, []
     model.family.velocity = lambda *args: calls.append(1) or real(*args)
     found = sample(model, PROMPTS, noise, how).flatten(1)
@@ -122,7 +122,7 @@ def test_nfe_follows_the_shift():
 
 
 def test_a_sweep_keeps_ways_of_sampling_apart(tmp_path):
-    """Each is a cell with pictures, cost and place of its own, made once, and has a name on both pages."""
+    """Each is a cell with images, cost and place of its own, made once, and has a name on both pages."""
     grid = Grid((ClassifierFree(3.0), MIDDLE), tuple(PROMPTS), (0,), solvers=("euler", "heun"))
     opened = []
     one = Candidate("one", "w", 4, lambda: opened.append(1) or closed_form())
@@ -131,9 +131,9 @@ def test_a_sweep_keeps_ways_of_sampling_apart(tmp_path):
     assert told == [(None, 8), ("sigma 0.3 to 0.8", 6), ("Heun", 16), ("Heun, sigma 0.3 to 0.8", 12)]
     assert scores["settings"]["solver"] == "Euler, Heun"
     folders = ["cfg3_skip0", "cfg3_skip0_Heun", "cfg3_skip0_Heun-sigma-0.3-to-0.8", "cfg3_skip0_sigma-0.3-to-0.8"]
-    assert sorted(p.name for p in (tmp_path / "pictures/one").iterdir()) == folders
+    assert sorted(p.name for p in (tmp_path / "images/one").iterdir()) == folders
     rows = read_index(tmp_path / "index.json")
-    made = sample(closed_form(), PROMPTS, start_noise(0, 16, PICTURE), Sampling(solver="heun", steps=4, guidance=MIDDLE))
+    made = sample(closed_form(), PROMPTS, start_noise(0, 16, IMAGE), Sampling(solver="heun", steps=4, guidance=MIDDLE))
     contrast = [row["contrast"] for row in rows if row.get("method") == "Heun, sigma 0.3 to 0.8"]
     assert contrast == pytest.approx(made.double().flatten(1).std(1, correction=0).tolist(), abs=1e-6)
     assert sweep([one], grid, tmp_path, title="t", judge=None, say=lambda line: None) == scores and opened == [1]
@@ -146,7 +146,7 @@ def test_a_selection_tells_ways_of_sampling_apart(tmp_path):
         how = Sampling(solver=solver, steps=4, guidance=ClassifierFree(3.0))
         cells.append({"candidate": "one", **how.facts, "passes": how.nfe()})
         rows += [{"candidate": "one", **how.facts, "prompt": f"{i}", "seed": 0, "correct": correct} for i in range(16)]
-    number = {"key": "accuracy", "picture": "correct", "label": "accuracy", "better": "high", "help": "", "adherence": True}
+    number = {"key": "accuracy", "image": "correct", "label": "accuracy", "better": "high", "help": "", "adherence": True}
     found = select({"numbers": [number], "cells": cells}, rows)
     assert found["chosen"] == 1 and [cell["passes"] for cell in found["cells"]] == [8, 16]
     assert "one, Heun at CFG 3 in 4 steps" in write_selection_page(tmp_path, found, "t").read_text()

@@ -41,7 +41,7 @@ def test_misspelt_key_exits_2_with_file_and_line(adapter_recipe, capsys):
         ("model.family=pixelflux", "did you mean 'pixel_flux'?", 2),
         ("model.path=/nowhere", "no pixel_flux model in '/nowhere'", 1),
         ("base.exclude=['*.norm1']", "'*.norm1' matches no linear", 2),
-        ("data.source=mnist", "pictures are 1 x 32 x 32", 2),
+        ("data.source=mnist", "images are 1 x 32 x 32", 2),
     ],
 )
 def test_wrong_settings(adapter_recipe, capsys, setting, message, code):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from picture_files import write_pictures
+from image_files import write_images
 from pydantic import BaseModel
 
 from dedistill.recipe import Recipe, load_recipe
@@ -56,29 +56,29 @@ CASES = [
     ("data.path", None, "teacher", MNIST),
     ("data.caption_noise", "0.9", "adapter", []),
     ("data.caption_dropout", "0.9", "adapter", []),
-    ("model.t5_mask", "false", "pictures", []),
-    ("model.guidance", "2.0", "pictures", ["model.path=DEV", "data.cache=CACHE/dev"]),
-    ("data.sets.0.path", "SECOND", "pictures", []),
-    ("data.sets.0.name", "other", "pictures", []),
-    ("data.sets.0.weight", "9.0", "pictures", ["data.sets=[{path='FIRST'}, {path='SECOND'}]"]),
-    ("data.sets.0.captions", "['other']", "pictures", ["data.sets=[{path='SECOND'}]"]),
-    ("data.resolutions", "[48, 64]", "pictures", []),
-    ("data.crops", "['square']", "pictures", []),
-    ("data.crops_per_picture", "2", "pictures", []),
-    ("data.max_upscale", "2.0", "pictures", ["data.resolutions=[64, 112]"]),
-    ("data.missing_captions", "empty", "pictures", ["data.sets=[{path='THIRD'}]", "data.missing_captions=quarantine"]),
-    ("data.split_lines", "never", "pictures", []),
-    ("data.limit", "4", "pictures", []),
-    ("data.held_out", "0.5", "pictures", []),
-    ("sample.height", "48", "pictures", PREVIEW),
-    ("sample.width", "48", "pictures", PREVIEW),
-    ("sample.negative", "the moon", "pictures", PREVIEW),
-    ("sample.guidance", "5.0", "pictures", [*PREVIEW, "model.path=DEV", "data.cache=CACHE/dev"]),
-    ("preview.every", "1", "pictures", PREVIEW),
-    ("preview.prompts", "['the red sun', 'a dog']", "pictures", PREVIEW),
-    ("preview.cfgs", "[1.0, 2.0]", "pictures", PREVIEW),
-    ("preview.skip", "1", "pictures", PREVIEW),
-    ("preview.seed", "1", "pictures", PREVIEW),
+    ("model.t5_mask", "false", "images", []),
+    ("model.guidance", "2.0", "images", ["model.path=DEV", "data.cache=CACHE/dev"]),
+    ("data.sets.0.path", "SECOND", "images", []),
+    ("data.sets.0.name", "other", "images", []),
+    ("data.sets.0.weight", "9.0", "images", ["data.sets=[{path='FIRST'}, {path='SECOND'}]"]),
+    ("data.sets.0.captions", "['other']", "images", ["data.sets=[{path='SECOND'}]"]),
+    ("data.resolutions", "[48, 64]", "images", []),
+    ("data.crops", "['square']", "images", []),
+    ("data.crops_per_picture", "2", "images", []),
+    ("data.max_upscale", "2.0", "images", ["data.resolutions=[64, 112]"]),
+    ("data.missing_captions", "empty", "images", ["data.sets=[{path='THIRD'}]", "data.missing_captions=quarantine"]),
+    ("data.split_lines", "never", "images", []),
+    ("data.limit", "4", "images", []),
+    ("data.held_out", "0.5", "images", []),
+    ("sample.height", "48", "images", PREVIEW),
+    ("sample.width", "48", "images", PREVIEW),
+    ("sample.negative", "the moon", "images", PREVIEW),
+    ("sample.guidance", "5.0", "images", [*PREVIEW, "model.path=DEV", "data.cache=CACHE/dev"]),
+    ("preview.every", "1", "images", PREVIEW),
+    ("preview.prompts", "['the red sun', 'a dog']", "images", PREVIEW),
+    ("preview.cfgs", "[1.0, 2.0]", "images", PREVIEW),
+    ("preview.skip", "1", "images", PREVIEW),
+    ("preview.seed", "1", "images", PREVIEW),
     ("timesteps.density", "uniform", "adapter", []),
     ("timesteps.alpha", "5.0", "adapter", []),
     ("timesteps.beta", "5.0", "adapter", []),
@@ -173,7 +173,7 @@ def _weights(out: Path) -> bytes:
 def test_key_has_a_recorded_effect(key, value, which, beside, request, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     recipe = request.getfixturevalue(f"{which}_recipe")
-    if which == "pictures":
+    if which == "images":
         places = request.getfixturevalue("places")
         beside, (value,) = _placed(beside, places), _placed([value], places)
     if any("mnist" in s for s in [*beside, str(value)]):
@@ -211,12 +211,12 @@ def test_key_has_a_recorded_effect(key, value, which, beside, request, tmp_path,
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, tiny_flux, photos) -> dict[str, Path]:
-    """Folders that cases name: a model shaped like dev, and three sets of pictures."""
+    """Folders that cases name: a model shaped like dev, and three sets of images."""
     from dedistill.models.flux.tiny import write_tiny_flux
 
     root = tmp_path_factory.mktemp("places")
     write_tiny_flux(root / "dev", guidance=True)
-    second, third = (write_pictures(root / name, 6, first=50) for name in ("second", "third"))
+    second, third = (write_images(root / name, 6, first=50) for name in ("second", "third"))
     for file in second.glob("*.txt"):
         file.unlink()
         file.with_suffix(".json").write_text(json.dumps({"caption": f"a dog {file.stem}", "other": f"a cat {file.stem}"}))
@@ -225,10 +225,10 @@ def places(tmp_path_factory, tiny_flux, photos) -> dict[str, Path]:
 
 
 @pytest.fixture
-def pictures_recipe(picture_recipe, places, tmp_path) -> Path:
-    text = picture_recipe.read_text().replace(str(tmp_path / "cache"), str(places["CACHE"]))
-    picture_recipe.write_text(text)
-    return picture_recipe
+def images_recipe(image_recipe, places, tmp_path) -> Path:
+    text = image_recipe.read_text().replace(str(tmp_path / "cache"), str(places["CACHE"]))
+    image_recipe.write_text(text)
+    return image_recipe
 
 
 def _placed(settings: list[str], places: dict[str, Path]) -> list[str]:
@@ -242,9 +242,9 @@ def _idx_folder(tmp_path: Path) -> Path:
 
     folder = tmp_path / "idx"
     folder.mkdir()
-    pictures = np.random.RandomState(0).randint(0, 255, (40, 28, 28), dtype=np.uint8)
+    images = np.random.RandomState(0).randint(0, 255, (40, 28, 28), dtype=np.uint8)
     head = lambda dims, *sizes: bytes([0, 0, 8, dims]) + b"".join(s.to_bytes(4, "big") for s in sizes)  # noqa: E731
-    (folder / "train-images-idx3-ubyte").write_bytes(head(3, 40, 28, 28) + pictures.tobytes())
+    (folder / "train-images-idx3-ubyte").write_bytes(head(3, 40, 28, 28) + images.tobytes())
     (folder / "train-labels-idx1-ubyte").write_bytes(head(1, 40) + bytes(i % 10 for i in range(40)))
     return folder
 
@@ -264,9 +264,9 @@ def _pairs(teacher_recipe: Path, tmp_path: Path) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize(("key", "value"), [("channels", 3), ("height", 16), ("width", 8)])
-def test_picture_size_must_agree_with_the_data(teacher_recipe, capsys, key, value):
+def test_image_size_must_agree_with_the_data(teacher_recipe, capsys, key, value):
     assert main([str(teacher_recipe), "--set", f"model.new.{key}={value}"]) == 2
-    assert "pictures are 1 x 8 x 16 (channels, height, width), the network takes" in capsys.readouterr().err
+    assert "images are 1 x 8 x 16 (channels, height, width), the network takes" in capsys.readouterr().err
 
 
 def test_sample_steps_are_those_of_a_sweep(adapter_recipe):
@@ -277,10 +277,10 @@ def test_sample_steps_are_those_of_a_sweep(adapter_recipe):
     assert [c.steps for c in candidates_of(recipe, ["last"])] == [5]
 
 
-def test_components_are_where_the_recipe_says(picture_recipe, tiny_flux, tmp_path, capsys):
+def test_components_are_where_the_recipe_says(image_recipe, tiny_flux, tmp_path, capsys):
     """A folder with the denoiser alone trains with the encoders and the VAE of another."""
     shutil.copytree(tiny_flux / "transformer", tmp_path / "alone" / "transformer")
-    arguments = [str(picture_recipe), "--set", f"model.path={tmp_path / 'alone'}"]
+    arguments = [str(image_recipe), "--set", f"model.path={tmp_path / 'alone'}"]
     assert main(arguments) == 1
     assert "model.path" in capsys.readouterr().err
     assert main([*arguments, "--set", f"model.components={tiny_flux}"]) == 0

@@ -92,37 +92,37 @@ def test_every_kind_of_base_and_adapter(adapter_recipe, tmp_path, settings, size
     assert_same(shard(size, adapter_recipe, tmp_path / "s", *settings), train(1, adapter_recipe, tmp_path / "alone", *settings))
 
 
-def test_flux_with_buckets_masks_and_previews(picture_recipe, tmp_path):
-    """Pictures of two sizes, captions of mixed lengths, 4 slots on 3 processes; previews need all of them."""
+def test_flux_with_buckets_masks_and_previews(image_recipe, tmp_path):
+    """Images of two sizes, captions of mixed lengths, 4 slots on 3 processes; previews need all of them."""
     settings = ["train.exact=true", "base.quant=int8", "data.resolutions=[48, 64]", "data.max_upscale=2", "train.steps=2"]
     settings += ["preview.every=2", "preview.prompts=['the red sun']", "preview.cfgs=[1.0, 3.0]"]
     settings += ["train.gradient_checkpointing=true", "validate.every=2", "validate.samples=2"]
     settings += ["meters.every=2", "meters.samples=2", "meters.steps=2"]
-    alone = train(1, picture_recipe, tmp_path / "alone", *settings)
-    out = shard(3, picture_recipe, tmp_path / "s", *settings)
+    alone = train(1, image_recipe, tmp_path / "alone", *settings)
+    out = shard(3, image_recipe, tmp_path / "s", *settings)
     assert_same(out, alone)
-    pictures = sorted(p.relative_to(alone) for p in (alone / "previews").rglob("*.png"))
-    assert len(pictures) == 6 and all((out / p).read_bytes() == (alone / p).read_bytes() for p in pictures)
+    images = sorted(p.relative_to(alone) for p in (alone / "previews").rglob("*.png"))
+    assert len(images) == 6 and all((out / p).read_bytes() == (alone / p).read_bytes() for p in images)
 
 
 # -- equally many passes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [2, 5, 20])
-def test_all_run_equally_many_passes(picture_recipe, tmp_path, size):
+def test_all_run_equally_many_passes(image_recipe, tmp_path, size):
     """Also where slots are fewer than processes, and of several shapes; who trains on what is as without sharding."""
-    recipe = load_recipe(picture_recipe, ["train.batch=12", "data.resolutions=[32, 64]", "data.max_upscale=4"])
+    recipe = load_recipe(image_recipe, ["train.batch=12", "data.resolutions=[32, 64]", "data.max_upscale=4"])
     objective = objective_for(recipe, open_data(recipe, "cpu", lambda line: None).source, lambda shape: 1.0)
     for step in range(3):
         passes = set()
         for rank in range(size):
             world = one_of(rank, size)
             plain, nothing = objective.share(step, 2, world)
-            world.lockstep = True
-            own, company = objective.share(step, 2, world)
+            world.requires_equal_forwards = True
+            own, padding = objective.share(step, 2, world)
             assert nothing == [] and all(np.array_equal(a, b) for a, b in zip(own, plain, strict=True))
-            assert all(objective.noisy_batch(step, positions).noisy.isfinite().all() for positions in company)
-            passes.add(len(own) + len(company))
+            assert all(objective.noisy_batch(step, positions).noisy.isfinite().all() for positions in padding)
+            passes.add(len(own) + len(padding))
         assert len(passes) == 1
 
 
@@ -267,9 +267,9 @@ def _full(arguments: list[str], codec: bool) -> int:
 
 
 @pytest.mark.parametrize("codec", [True, False])
-def test_a_preview_without_memory_leaves_nobody_waiting(picture_recipe, tmp_path, codec):
+def test_a_preview_without_memory_leaves_nobody_waiting(image_recipe, tmp_path, codec):
     settings = ["preview.every=1", "preview.prompts=['the red sun', 'a dog']", "train.steps=1"]
-    given = arguments(picture_recipe, tmp_path / "run", *settings)
+    given = arguments(image_recipe, tmp_path / "run", *settings)
     codes = run_ranks(2, _sharded, _full, given, codec, said=tmp_path / "said")
     said = [(tmp_path / "said" / str(r)).read_text() for r in range(2)]
     if codec:
@@ -328,7 +328,7 @@ def _hidden() -> int:
     accelerator, world = start(cpu=True)
     assert not is_fsdp_enabled() and accelerator.distributed_type == DistributedType.MULTI_CPU
     assert world.engine == sharding.Fsdp2.name
-    world.leave()
+    world.shutdown()
     return 0
 
 

@@ -65,7 +65,7 @@ def test_samples_that_stand_out_three_times_in_a_row_are_left_out():
         assert [e["sample"] for e in found] == [f"s{step}.2"] and found[0]["sigma"] == pytest.approx(float(SIGMAS[2]))
     with pytest.raises(GoBack) as back:
         judge(guard, 42, norm=math.nan, losses=with_loss(5, math.nan))
-    assert back.value.since == 40 and guard.since() == {"s40.2": 40, "s41.2": 40, "s42.5": 40} and guard.in_a_row == 0
+    assert back.value.since == 40 and guard.since() == {"s40.2": 40, "s41.2": 40, "s42.5": 40} and guard.consecutive_bad == 0
 
 
 def test_a_good_step_between_clears_the_suspects():

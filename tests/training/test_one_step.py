@@ -59,11 +59,11 @@ def functions_of_a_step(recipe: Path, monkeypatch, *settings: str) -> set[tuple[
 
 
 @pytest.fixture
-def flux_recipe(picture_recipe) -> Path:
-    text = picture_recipe.read_text()
+def flux_recipe(image_recipe) -> Path:
+    text = image_recipe.read_text()
     start, end = text.index("[adapter]"), text.index("[data]")
-    picture_recipe.write_text(text[:start] + FLUX.lstrip() + text[end:])
-    return picture_recipe
+    image_recipe.write_text(text[:start] + FLUX.lstrip() + text[end:])
+    return image_recipe
 
 
 @pytest.mark.parametrize("recipe", ["flux_recipe", "teacher_recipe"])

@@ -11,12 +11,12 @@ from dedistill.runs import checkpoint
 from dedistill.runs.checkpoint import list_checkpoints
 from dedistill.train import main
 from dedistill.training import keeping
-from dedistill.training.background import Saver
+from dedistill.training.background import AsyncCheckpointWriter
 from dedistill.training.trainer import Trainer
 
 
 def test_one_at_a_time_and_errors_surface():
-    gate, order, saver = threading.Event(), [], Saver()
+    gate, order, saver = threading.Event(), [], AsyncCheckpointWriter()
     saver.start({}, lambda _: (gate.wait(), order.append(1)))
     saver.check()  # still running: nothing to say
     gate.set()
@@ -37,7 +37,7 @@ def test_one_at_a_time_and_errors_surface():
 
 def test_copies_are_private_and_their_memory_is_used_again():
     """T26, F9, F10: in the file is what a tensor was when the save began, in each save anew."""
-    weights, seen, memory, saver = torch.zeros(4), [], set(), Saver()
+    weights, seen, memory, saver = torch.zeros(4), [], set(), AsyncCheckpointWriter()
     for number in range(3):
         gate = threading.Event()
 

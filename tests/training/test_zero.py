@@ -241,10 +241,10 @@ def test_a_process_that_dies_ends_the_others(adapter_recipe, tmp_path, stage):
 
 
 @pytest.mark.slow
-def test_pictures_while_training(picture_recipe, tmp_path):
+def test_images_while_training(image_recipe, tmp_path):
     """All processes make them together, where the network is in parts; rank 0 writes."""
-    pictures = ("preview.every=1", "preview.prompts=['a dog']", "preview.cfgs=[1.0, 2.0]", "train.steps=1")
-    out = zero(3, 2, picture_recipe, tmp_path / "r", *pictures)
+    images = ("preview.every=1", "preview.prompts=['a dog']", "preview.cfgs=[1.0, 2.0]", "train.steps=1")
+    out = zero(3, 2, image_recipe, tmp_path / "r", *images)
     assert len(list((out / "previews").rglob("p*.png"))) == 4 and rows(out)[0]["applied"]
 
 

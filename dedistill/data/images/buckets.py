@@ -1,4 +1,4 @@
-"""Which window of a picture is trained on, at which size: aspect buckets, several resolutions, several crops."""
+"""Which window of an image is trained on, at which size: aspect buckets, several resolutions, several crops."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from PIL import Image
 from dedistill.flow import keyed
 
 MIN_KEPT = 0.5
-"""A random aspect keeps at least this share of the picture."""
+"""A random aspect keeps at least this share of the image."""
 SHAPES = ((1, 1), (4, 5), (5, 4), (2, 3), (3, 2), (3, 4), (4, 3), (9, 16), (16, 9), (1, 2), (2, 1))
 """Width to height of the buckets, in the order of diffusers."""
 Bucket = tuple[int, int]
 
 
 class Sized(Protocol):
-    """A picture as far as cropping goes; ``width`` and ``height`` in pixels, upright."""
+    """An image as far as cropping goes; ``width`` and ``height`` in pixels, upright."""
 
     @property
     def name(self) -> str: ...
@@ -61,16 +61,16 @@ def crops_of(
     *,
     resolutions: Sequence[int],
     modes: Sequence[str],
-    per_picture: int,
+    per_image: int,
     seed: int,
     max_upscale: float = 1.0,
     divisible: int = 16,
 ) -> list[Crop]:
-    """All crops of one picture: ``per_picture`` at each resolution it is big enough for, equal ones once.
+    """All crops of one image: ``per_image`` at each resolution it is big enough for, equal ones once.
 
-    The list depends on (seed, name, size) and the settings alone. A picture is big enough when it covers the bucket
+    The list depends on (seed, name, size) and the settings alone. An image is big enough when it covers the bucket
     without growing by more than ``max_upscale``; one that fits no resolution has no crops (``too_small`` says why).
-    ``modes`` (keys of ``MODES``) take turns, from a first one that differs between pictures, and a mode that does
+    ``modes`` (keys of ``MODES``) take turns, from a first one that differs between images, and a mode that does
     not fit leaves its turn to the others.
     """
     crops = []
@@ -78,7 +78,7 @@ def crops_of(
     for resolution in resolutions:
         fitting = [b for b in _ladder(resolution, divisible) if _scale(sample, b) <= max_upscale]
         choices = {mode: chosen for mode in modes if (chosen := MODES[mode](sample, resolution, divisible, fitting))}
-        for k in range(per_picture if choices else 0):
+        for k in range(per_image if choices else 0):
             mode = list(choices)[(turn + k) % len(choices)]
             which, x, y = keyed.generator(seed, f"crop/{sample.name}", resolution, k).random(3).tolist()
             bucket = choices[mode][int(which * len(choices[mode]))]
@@ -88,7 +88,7 @@ def crops_of(
 
 
 def too_small(sample: Sized, *, resolutions: Sequence[int], max_upscale: float = 1.0) -> str:
-    """The reason to give for a picture without crops."""
+    """The reason to give for an image without crops."""
     lowest = min(resolutions)
     grown = f" even enlarged {max_upscale:g} times" if max_upscale != 1 else ""
     return f"too small: {sample.width} x {sample.height} pixels{grown} do not cover a bucket of resolution {lowest}"
@@ -100,12 +100,12 @@ def apply_crop(image: Image.Image, crop: Crop) -> np.ndarray:
 
 
 def _scale(sample: Sized, bucket: Bucket) -> float:
-    """Factor that makes the picture just cover the bucket."""
+    """Factor that makes the image just cover the bucket."""
     return max(bucket[0] / sample.height, bucket[1] / sample.width)
 
 
 def _window(sample: Sized, bucket: Bucket, x: float, y: float) -> tuple[float, float, float, float]:
-    """The part of the picture that fills the bucket; x and y in 0 ... 1 place it between the edges."""
+    """The part of the image that fills the bucket; x and y in 0 ... 1 place it between the edges."""
     scale = _scale(sample, bucket)
     width, height = min(bucket[1] / scale, sample.width), min(bucket[0] / scale, sample.height)
     left, top = x * (sample.width - width), y * (sample.height - height)

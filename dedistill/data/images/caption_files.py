@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dedistill.data.images.types import PictureSet
+from dedistill.data.images.types import ImageSet
 from dedistill.errors import UserError
 
-# --- captions from the files people keep beside their pictures -------------------------------------------------------
+# --- captions from the files people keep beside their images -------------------------------------------------------
 
 
 EXTENSIONS = ("txt", "caption", "json")
@@ -77,7 +77,7 @@ def cleaned(captions: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(caption for caption in captions if caption))
 
 
-# --- lists of pictures with their captions ---------------------------------------------------------------------------
+# --- lists of images with their captions ---------------------------------------------------------------------------
 
 
 CAPTION_COLUMN = re.compile(r"(\w+_)?captions?(_(short|long|\d+))?|text|prompt")
@@ -86,8 +86,8 @@ BAD_BYTES = "surrogateescape"
 Row = dict[str, object]
 
 
-def read_table(source: PictureSet, path: Path) -> list[tuple[str, tuple[str, ...], str]]:
-    """(file, captions, problem) for each picture of the list; several rows of one picture are joined.
+def read_table(source: ImageSet, path: Path) -> list[tuple[str, tuple[str, ...], str]]:
+    """(file, captions, problem) for each image of the list; several rows of one image are joined.
 
     Caption columns are ``source.fields``, else those with a usual name (caption, short_caption, captions, text ...), else
     the only other column of text. Raises ``UserError`` for an unreadable list or an undecided choice of columns.
@@ -112,13 +112,13 @@ def read_table(source: PictureSet, path: Path) -> list[tuple[str, tuple[str, ...
     return [(file, tuple(dict.fromkeys(captions)), problem) for file, (captions, problem) in joined.items()]
 
 
-def _caption_columns(source: PictureSet, path: Path, rows: list[Row]) -> list[str]:
+def _caption_columns(source: ImageSet, path: Path, rows: list[Row]) -> list[str]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     where = f"data: source '{source.title}': '{path}'"
     if not columns:
         raise UserError(f"{where} cannot be read: no line of it is a row in UTF-8")
     if source.file_column not in columns:
-        raise UserError(f"{where} has no column {source.file_column!r} that names the picture (columns: {', '.join(columns)})")
+        raise UserError(f"{where} has no column {source.file_column!r} that names the image (columns: {', '.join(columns)})")
     if missing := [field for field in source.fields if field not in columns]:
         raise UserError(f"{where} has no column {', '.join(map(repr, missing))} (columns: {', '.join(columns)})")
     if source.fields:

@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to upright 8-bit RGB. Sizes are checked before anything is decoded."""
+"""From the bytes of an image file to upright 8-bit RGB. Sizes are checked before anything is decoded."""
 
 import io
 from typing import cast
@@ -13,44 +13,44 @@ MAX_BYTES = 100 << 20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 PILLOW_READS = ("jpg", "jpeg", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm")
 EXTENSIONS = frozenset((*PILLOW_READS, "heic", "heif", "jxl"))
-"""What counts as a picture by its name. The last three are listed so that they are reported rather than passed over."""
+"""What counts as an image by its name. The last three are listed so that they are reported rather than passed over."""
 ORIENTATION = 0x0112
 
 
-class BadPicture(Exception):
-    """A picture that cannot be used. The message is the reason, without the name of the file."""
+class BadImage(Exception):
+    """An image that cannot be used. The message is the reason, without the name of the file."""
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
-    """The picture in ``data`` as RGB: turned as its EXIF says, alpha over white, the first frame of an animation.
+    """The image in ``data`` as RGB: turned as its EXIF says, alpha over white, the first frame of an animation.
 
-    Grey of 16 bits is scaled to 8; CMYK goes through its own colour profile where it has one. Raises ``BadPicture`` for
+    Grey of 16 bits is scaled to 8; CMYK goes through its own colour profile where it has one. Raises ``BadImage`` for
     everything that is too large, unknown, damaged or cut short.
     """
     image = _open(data, max_pixels, max_bytes)
     try:
         image.load()
         return _rgb(_upright(image))
-    except BadPicture:
+    except BadImage:
         raise
     except Exception as e:  # decoders raise any kind of error over damaged bytes
-        raise BadPicture(f"{image.format} cannot be decoded: {e}") from e
+        raise BadImage(f"{image.format} cannot be decoded: {e}") from e
 
 
 def _open(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
     if not data:
-        raise BadPicture("the file is empty")
+        raise BadImage("the file is empty")
     if len(data) > max_bytes:
-        raise BadPicture(f"{len(data):,} bytes; the limit is {max_bytes:,}")
+        raise BadImage(f"{len(data):,} bytes; the limit is {max_bytes:,}")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise BadPicture(f"not a picture of a known format ({', '.join(FORMATS)}), or its header is damaged") from None
+        raise BadImage(f"not an image of a known format ({', '.join(FORMATS)}), or its header is damaged") from None
     except Exception as e:
-        raise BadPicture(f"its header cannot be read: {e}") from e
+        raise BadImage(f"its header cannot be read: {e}") from e
     width, height = image.size
     if width * height > max_pixels:
-        raise BadPicture(f"{width} x {height} pixels; the limit is {max_pixels:,} pixels")
+        raise BadImage(f"{width} x {height} pixels; the limit is {max_pixels:,} pixels")
     return image
 
 
@@ -74,7 +74,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _from_integers(np.asarray(image))
     if image.mode == "F":
-        raise BadPicture("floating-point pixels have no known range")
+        raise BadImage("floating-point pixels have no known range")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -87,7 +87,7 @@ def _from_integers(grey: np.ndarray) -> Image.Image:
     """Grey of up to 16 bits [H, W], scaled from 0 ... 65535 to 0 ... 255 (Pillow's convert would clip at 255)."""
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > 65535:
-        raise BadPicture(f"integer pixels from {low} to {high}; only 0 to 65535 have a known meaning")
+        raise BadImage(f"integer pixels from {low} to {high}; only 0 to 65535 have a known meaning")
     eight = (grey.astype(np.uint32) * 255 + 32767) // 65535
     return Image.fromarray(eight.astype(np.uint8)).convert("RGB")
 

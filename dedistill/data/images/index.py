@@ -1,4 +1,4 @@
-"""Every usable picture of the user's sources with its captions, kept in a file so that a second look costs next to nothing."""
+"""Every usable image of the user's sources with its captions, kept in a file so that a second look costs next to nothing."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ from PIL import Image
 
 from dedistill.data.images import caption_files, decode
 from dedistill.data.images.caption_files import BadCaption
-from dedistill.data.images.listing import pictures_of
-from dedistill.data.images.types import NOWHERE, Found, PictureSet, Place
-from dedistill.distributed.heartbeat import pulse
+from dedistill.data.images.listing import images_of
+from dedistill.data.images.types import NOWHERE, Found, ImageSet, Place
+from dedistill.distributed.heartbeat import heartbeat
 from dedistill.errors import UserError
 from dedistill.io.atomic import WholeFile, make_folder
 
@@ -30,9 +30,9 @@ READERS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture. ``name`` is ``<source>/<path>`` or ``<source>/<shard>::<key>``; sizes in pixels, upright.
+    """One image. ``name`` is ``<source>/<path>`` or ``<source>/<shard>::<key>``; sizes in pixels, upright.
 
-    ``sha256`` is that of the picture's bytes, ``source`` the number of its source, ``place`` where the bytes lie.
+    ``sha256`` is that of the image's bytes, ``source`` the number of its source, ``place`` where the bytes lie.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture as the index file keeps it, usable or not: ``reason`` says why not."""
+    """An image as the index file keeps it, usable or not: ``reason`` says why not."""
 
     sample: Sample
     sidecars: tuple[tuple[str, Place], ...]
@@ -60,9 +60,9 @@ class Limits:
 
 
 class Index:
-    """``samples``: the usable pictures, in the order their sources list them. ``quarantined``: the others, with reasons."""
+    """``samples``: the usable images, in the order their sources list them. ``quarantined``: the others, with reasons."""
 
-    def __init__(self, sources: Sequence[PictureSet], limits: Limits, entries: Sequence[Entry], *, complete: bool = True):
+    def __init__(self, sources: Sequence[ImageSet], limits: Limits, entries: Sequence[Entry], *, complete: bool = True):
         self.sources, self.limits, self.entries, self.complete = list(sources), limits, list(entries), complete
         self.samples: list[Sample] = []
         self.quarantined: list[tuple[str, str]] = []
@@ -90,7 +90,7 @@ class Index:
             raise UserError(f"data: '{sample.name}' has changed since it was indexed; start again to index it anew")
         return data
 
-    def picture(self, i: int) -> Image.Image:
+    def image(self, i: int) -> Image.Image:
         """Sample i decoded, upright RGB. Raises as ``read`` does."""
         return decode.decode(self.read(i), **asdict(self.limits))
 
@@ -117,7 +117,7 @@ class Index:
                 raise ValueError(f"format {header['format']!r}, expected {FORMAT!r}")
             if json.loads(lines.pop()) != {"sha256": hashlib.sha256(b"".join(lines)).hexdigest()}:
                 raise ValueError("it differs from what was written")
-            sources = [PictureSet(**source | {"fields": tuple(source["fields"])}) for source in header["sources"]]
+            sources = [ImageSet(**source | {"fields": tuple(source["fields"])}) for source in header["sources"]]
             entries = [_entry(*json.loads(line)) for line in lines[1:]]
             return cls(sources, Limits(**header["limits"]), entries, complete=header["complete"])
         except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as e:
@@ -135,18 +135,18 @@ def _entry(name, captions, width, height, sha256, source, place, sidecars, reaso
 
 
 def build_index(
-    sources: Sequence[PictureSet],
+    sources: Sequence[ImageSet],
     *,
     file: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
     limits: Limits | None = None,
     limit: int | None = None,
 ) -> Index:
-    """Look at every picture of ``sources``: decode it once, find its captions, quarantine what cannot be used.
+    """Look at every image of ``sources``: decode it once, find its captions, quarantine what cannot be used.
 
-    ``file`` keeps the index: pictures and captions whose file has the same stamp as there are not read again. Bad
-    ones are looked at anew each time. ``limit`` takes only the first pictures of each source. Raises ``UserError`` when
-    nothing usable is left, when two sources share a name, and for pictures without a caption where the source's
+    ``file`` keeps the index: images and captions whose file has the same stamp as there are not read again. Bad
+    ones are looked at anew each time. ``limit`` takes only the first images of each source. Raises ``UserError`` when
+    nothing usable is left, when two sources share a name, and for images without a caption where the source's
     ``missing_captions`` is "error".
     """
     _check_names(sources)
@@ -155,9 +155,9 @@ def build_index(
     found = [
         (number, item)
         for number, source in enumerate(sources)
-        for item in islice(pictures_of(source, known.listing(number)), limit)
+        for item in islice(images_of(source, known.listing(number)), limit)
     ]
-    keep = file if limit is None else None  # a few first pictures never replace a whole index
+    keep = file if limit is None else None  # a few first images never replace a whole index
     entries: list[Entry] = []
     saved = said = time.monotonic()
     with ThreadPoolExecutor(READERS) as pool:
@@ -166,14 +166,14 @@ def build_index(
                 known.reuse(number, item) or pool.submit(_look, sources, number, item, known, limits) for number, item in chunk
             ]
             for job in jobs:
-                pulse.beat("looking at pictures")
+                heartbeat.beat("looking at images")
                 entries.append(job if isinstance(job, Entry) else job.result())
             now = time.monotonic()
             if keep and now - saved > SAVE_EVERY:
                 Index(sources, limits, known.entries + entries, complete=False).save(keep)
                 saved = now
             if now - said > 10:
-                say(f"data: looked at {len(entries):,} of {len(found):,} pictures")
+                say(f"data: looked at {len(entries):,} of {len(found):,} images")
                 said = now
     index = Index(sources, limits, entries)
     if keep and not known.covers(index):
@@ -182,7 +182,7 @@ def build_index(
     return index
 
 
-def _check_names(sources: Sequence[PictureSet]) -> None:
+def _check_names(sources: Sequence[ImageSet]) -> None:
     if not sources:
         raise UserError("data: no source is given", 2)
     if slashed := next((source.title for source in sources if "/" in source.title), None):
@@ -199,7 +199,7 @@ def _chunks(items: list) -> Iterator[list]:
 class _Known:
     """What an earlier index says about files that have not changed."""
 
-    def __init__(self, sources: Sequence[PictureSet], limits: Limits, file: Path | None, say: Callable[[str], None]):
+    def __init__(self, sources: Sequence[ImageSet], limits: Limits, file: Path | None, say: Callable[[str], None]):
         self.titles = [source.title for source in sources]
         self.old: Index | None = None
         self.entries: list[Entry] = []
@@ -235,7 +235,7 @@ class _Known:
         return shards.get
 
     def reuse(self, source: int, found: Found) -> Entry | None:
-        """The earlier entry, when the picture and its captions are as they were and nothing was wrong with them."""
+        """The earlier entry, when the image and its captions are as they were and nothing was wrong with them."""
         old = self.by_name.get(f"{self.titles[source]}/{found.name}")
         if old is None or old.reason or found.problem or (old.sample.place, old.sidecars) != (found.place, found.sidecars):
             return None
@@ -244,12 +244,12 @@ class _Known:
         return replace(old, sample=replace(old.sample, captions=found.captions))
 
 
-def _settings(source: PictureSet) -> tuple:
+def _settings(source: ImageSet) -> tuple:
     return source.title, source.path, source.fields, source.split_lines, source.file_column
 
 
-def _look(sources: Sequence[PictureSet], number: int, found: Found, known: _Known, limits: Limits) -> Entry:
-    """The entry of one picture, from its bytes; from the earlier entry where only its captions have changed."""
+def _look(sources: Sequence[ImageSet], number: int, found: Found, known: _Known, limits: Limits) -> Entry:
+    """The entry of one image, from its bytes; from the earlier entry where only its captions have changed."""
     source = sources[number]
     name = f"{source.title}/{found.name}"
     sample = Sample(name.encode("utf-8", "backslashreplace").decode(), (), 0, 0, "", number, found.place)
@@ -264,16 +264,16 @@ def _look(sources: Sequence[PictureSet], number: int, found: Found, known: _Know
             sample = replace(sample, **_facts(source.root, found.place, limits, old))
         captions = found.captions if found.captions is not None else _captions(source, found.sidecars)
         return Entry(replace(sample, captions=captions), found.sidecars, "")
-    except (decode.BadPicture, BadCaption) as e:
+    except (decode.BadImage, BadCaption) as e:
         return Entry(sample, found.sidecars, str(e))
     except OSError as e:
         return Entry(sample, found.sidecars, f"cannot be read: {e.strerror or e}")
 
 
 def _facts(root: Path, place: Place, limits: Limits, old: Entry | None) -> dict:
-    """Of a picture that another stamp was put on, but whose bytes are those of its ``old`` entry, nothing is decoded."""
+    """Of an image that another stamp was put on, but whose bytes are those of its ``old`` entry, nothing is decoded."""
     if place.size > limits.max_bytes:
-        raise decode.BadPicture(f"{place.size:,} bytes; the limit is {limits.max_bytes:,}")
+        raise decode.BadImage(f"{place.size:,} bytes; the limit is {limits.max_bytes:,}")
     data = _read(root, place)
     sha256 = hashlib.sha256(data).hexdigest()
     if old and not old.reason and old.sample.sha256 == sha256:
@@ -283,8 +283,8 @@ def _facts(root: Path, place: Place, limits: Limits, old: Entry | None) -> dict:
     return {"width": width, "height": height, "sha256": sha256}
 
 
-def _captions(source: PictureSet, sidecars: tuple[tuple[str, Place], ...]) -> tuple[str, ...]:
-    """The captions of all files beside a picture, each once."""
+def _captions(source: ImageSet, sidecars: tuple[tuple[str, Place], ...]) -> tuple[str, ...]:
+    """The captions of all files beside an image, each once."""
     captions: list[str] = []
     for kind, place in sidecars:
         try:
@@ -304,11 +304,11 @@ def _read(root: Path, place: Place) -> bytes:
 
 
 def _judge(index: Index, say: Callable[[str], None]) -> None:
-    """Say what each source holds; raise for missing captions, and for a source without a usable picture."""
+    """Say what each source holds; raise for missing captions, and for a source without a usable image."""
     if index.without_caption:
         count, total = len(index.without_caption), len(index.entries)
         raise UserError(
-            f"data: {count:,} of {total:,} pictures have no caption: {', '.join(index.without_caption[:3])}"
+            f"data: {count:,} of {total:,} images have no caption: {', '.join(index.without_caption[:3])}"
             f"{' ...' if count > 3 else ''}. Put a .txt, .caption or .json file of the same name beside each, or set "
             f'data.missing_captions to "quarantine" (leave them out) or "empty" (train on an empty caption)'
         )
@@ -318,10 +318,8 @@ def _judge(index: Index, say: Callable[[str], None]) -> None:
         examples = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
         if not usable:
             held = f"{len(bad):,} cannot be used: {examples}" if bad else "it holds none by name"
-            raise UserError(f"data: source '{source.title}': no usable picture in '{source.path}' ({held})")
-        say(
-            f"data: source '{source.title}': {len(usable):,} pictures" + (f"; left out {len(bad):,}: {examples}" if bad else "")
-        )
+            raise UserError(f"data: source '{source.title}': no usable image in '{source.path}' ({held})")
+        say(f"data: source '{source.title}': {len(usable):,} images" + (f"; left out {len(bad):,}: {examples}" if bad else ""))
         several = next((s for s in usable if len(s.captions) > 1), None)
         if several and source.split_lines is None:
             shown = " | ".join(caption[:60] for caption in several.captions[:3])

@@ -1,4 +1,4 @@
-"""What a source holds, before any picture is read: folders, tar shards, and lists in tables."""
+"""What a source holds, before any image is read: folders, tar shards, and lists in tables."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from typing import BinaryIO, cast
 
 from dedistill.data.images import caption_files, decode
 from dedistill.data.images.caption_files import read_table
-from dedistill.data.images.types import Found, PictureSet, Place
+from dedistill.data.images.types import Found, ImageSet, Place
 from dedistill.errors import UserError
 from dedistill.io.hashing import Stamp
 
@@ -21,7 +21,7 @@ Known = Callable[[Place], list[Found] | None]
 """Given a whole shard: what it held when it was last listed, if it has not changed since."""
 
 
-def pictures_of(source: PictureSet, known: Known) -> Iterator[Found]:
+def images_of(source: ImageSet, known: Known) -> Iterator[Found]:
     """Everything the source lists, in a stable order. Raises ``UserError`` when its path is of no known kind."""
     path = Path(source.path)
     extension = _extension(path.name)
@@ -40,7 +40,7 @@ def pictures_of(source: PictureSet, known: Known) -> Iterator[Found]:
     )
 
 
-def _of_folder(source: PictureSet, path: Path, known: Known) -> Iterator[Found]:
+def _of_folder(source: ImageSet, path: Path, known: Known) -> Iterator[Found]:
     names = sorted(os.listdir(path))
     tables = [name for name in names if name in {f"metadata.{kind}" for kind in TABLES}]
     if len(tables) > 1:
@@ -56,7 +56,7 @@ def _extension(name: str) -> str:
 
 
 def _of_files(root: Path, folder: str, above: set[tuple[int, int]]) -> Iterator[Found]:
-    """Pictures of ``root``/``folder`` and below, name by name. Links to folders are followed, but never in a circle."""
+    """Images of ``root``/``folder`` and below, name by name. Links to folders are followed, but never in a circle."""
     status = os.stat(root / folder)
     identity = (status.st_dev, status.st_ino)
     if identity in above:
@@ -146,14 +146,14 @@ def _of_members(name: str, members: list[tuple[str, Place]], shard: Place) -> Fo
     images = [(extension, place) for extension, place in members if extension in decode.EXTENSIONS]
     if len(images) != 1:
         names = ", ".join(extension for extension, _ in members)
-        problem = f"{len(images) or 'no'} pictures among its members ({names}); expected one"
+        problem = f"{len(images) or 'no'} images among its members ({names}); expected one"
         return Found(name, shard._replace(size=0), problem=problem)
     order = caption_files.EXTENSIONS
     texts = sorted((m for m in members if m[0] in order), key=lambda m: order.index(m[0]))
     return Found(f"{name}.{images[0][0]}", images[0][1], tuple(texts))
 
 
-def _of_table(source: PictureSet, path: Path) -> Iterator[Found]:
+def _of_table(source: ImageSet, path: Path) -> Iterator[Found]:
     for file, captions, problem in read_table(source, path):
         if problem:
             yield Found(file, problem=problem)

@@ -31,7 +31,7 @@ def scan(
     max_upscale: float = 1.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict:
-    """Facts about ``index`` as JSON-able values. Every picture is decoded once.
+    """Facts about ``index`` as JSON-able values. Every image is decoded once.
 
     ``tokenizer``: folder of a tokenizer to measure captions with (its end mark counted); without one, words are counted.
     """
@@ -82,8 +82,8 @@ def scan_lines(facts: dict) -> list[str]:
     lines = []
     for source in facts["sources"]:
         lines.append(
-            f"{source['name']}: {source['pictures']:,} pictures, {source['captions']:,} captions"
-            f" ({source['several']:,} pictures have several), {source['left_out']:,} left out;"
+            f"{source['name']}: {source['images']:,} images, {source['captions']:,} captions"
+            f" ({source['several']:,} images have several), {source['left_out']:,} left out;"
             f" captions of {source['shortest']} to {source['longest']} {facts['unit']}, median {source['median']:g}"
         )
     for title, key in ((f"caption length in {facts['unit']}", "lengths"), ("side of a square of as many pixels", "sides")):
@@ -96,31 +96,31 @@ def scan_lines(facts: dict) -> list[str]:
     if facts["one_sided"]:
         name, what = facts["one_sided"][0]
         lines.append(
-            f"{len(facts['one_sided']):,} pictures have several captions, but only short or only long ones ({name}: {what})"
+            f"{len(facts['one_sided']):,} images have several captions, but only short or only long ones ({name}: {what})"
         )
     lines += [f"left out: {name}: {reason}" for name, reason in facts["quarantined"][:20]]
     if len(facts["quarantined"]) > 20:
         lines.append(f"... and {len(facts['quarantined']) - 20:,} more")
     groups = facts["near_duplicates"]
-    lines.append(f"near-duplicates: {len(groups):,} groups, {sum(map(len, groups)):,} pictures")
+    lines.append(f"near-duplicates: {len(groups):,} groups, {sum(map(len, groups)):,} images")
     lines += ["  " + " = ".join(facts["names"][i] for i in group[:4]) for group in groups[:10]]
     return lines
 
 
 def _hashes(index: Index, say: Callable[[str], None]) -> np.ndarray:
-    """Perceptual hash of every picture as uint64."""
+    """Perceptual hash of every image as uint64."""
 
     def one(i: int) -> int:
-        picture = index.picture(i)
-        picture.thumbnail((THUMBNAIL, THUMBNAIL), reducing_gap=2)
-        return int(str(imagehash.phash(picture)), 16)
+        image = index.image(i)
+        image.thumbnail((THUMBNAIL, THUMBNAIL), reducing_gap=2)
+        return int(str(imagehash.phash(image)), 16)
 
     hashes = []
     with ThreadPoolExecutor(READERS) as pool:
         for i, value in enumerate(pool.map(one, range(len(index.samples))), 1):
             hashes.append(value)
             if i % 5000 == 0:
-                say(f"data: compared {i:,} of {len(index.samples):,} pictures")
+                say(f"data: compared {i:,} of {len(index.samples):,} images")
     return np.array(hashes, dtype=np.uint64)
 
 
@@ -153,7 +153,7 @@ def _sources(index: Index, lengths: list[int]) -> list[dict]:
             {
                 "name": source.title,
                 "path": source.path,
-                "pictures": len(mine),
+                "images": len(mine),
                 "left_out": sum(name.startswith(f"{source.title}/") for name, _ in index.quarantined),
                 "captions": len(its),
                 "several": sum(len(s.captions) > 1 for s in mine),
@@ -173,13 +173,13 @@ def _histogram(values: Sequence[float], edges: Sequence[int]) -> list[tuple[str,
 
 
 def _buckets(samples: Sequence, resolutions: Sequence[int], max_upscale: float) -> tuple[dict, dict]:
-    """Pictures per nearest bucket as (height, width, count), and those too small for it, by resolution."""
+    """Images per nearest bucket as (height, width, count), and those too small for it, by resolution."""
     filled, small = {}, {}
     for resolution in resolutions:
         counts = dict.fromkeys(buckets_for([resolution]), 0)
         small[resolution] = 0
         for sample in samples:
-            crops = crops_of(sample, resolutions=[resolution], modes=["center"], per_picture=1, seed=0, max_upscale=max_upscale)
+            crops = crops_of(sample, resolutions=[resolution], modes=["center"], per_image=1, seed=0, max_upscale=max_upscale)
             small[resolution] += not crops
             for crop in crops:
                 counts[crop.height, crop.width] += 1

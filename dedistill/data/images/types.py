@@ -1,4 +1,4 @@
-"""A source of pictures as the user names it, and one picture of it as it is listed."""
+"""A source of images as the user names it, and one image of it as it is listed."""
 
 import os
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True)
-class PictureSet:
-    """One source as the user names it: a folder of pictures, a folder of tar shards, a tar file, or a list of pictures.
+class ImageSet:
+    """One source as the user names it: a folder of images, a folder of tar shards, a tar file, or a list of images.
 
     ``fields``: keys or columns that hold captions; empty for the usual names. ``split_lines``: whether each line of a
     .txt or .caption file is a caption (None: as ``caption_files.captions_in`` decides). ``file_column``: the column of
-    a list that names the picture, relative to the list's folder. ``name`` defaults to that of the path, without a file's
+    a list that names the image, relative to the list's folder. ``name`` defaults to that of the path, without a file's
     extension.
     """
 
@@ -55,7 +55,7 @@ NOWHERE = Place("", 0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Found:
-    """One picture as its source lists it. ``captions`` is None where they stand in ``sidecars``."""
+    """One image as its source lists it. ``captions`` is None where they stand in ``sidecars``."""
 
     name: str
     place: Place = NOWHERE

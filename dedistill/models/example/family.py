@@ -112,8 +112,8 @@ class Example:
             raise UserError(f"model.path: '{folder}' holds a {family} model, not {SPEC.name}")
         denoiser = load_whole(ExampleNet, folder / SPEC.folder, "model.path") if net else nn.Module()
         made = {"base": {"path": str(folder), "revision": None}} | {key: facts[key] for key in MADE if key in facts}
-        picture = (channels, SPEC.resolution // SCALE, SPEC.resolution // SCALE)
-        return Components(denoiser, TwoTexts(widths), picture, vae=MeanCodec(), facts=made)
+        image = (channels, SPEC.resolution // SCALE, SPEC.resolution // SCALE)
+        return Components(denoiser, TwoTexts(widths), image, vae=MeanCodec(), facts=made)
 
     def full_size(self, spec: Model) -> nn.Module:
         config = Path(spec.path or "") / SPEC.folder / "config.json"
@@ -122,7 +122,7 @@ class Example:
                 ExampleNet.from_config(json.loads(config.read_text())) if config.exists() else ExampleNet(width=256, layers=8)
             )
 
-    def write_tiny(self, spec: Model, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+    def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         self.save(self.tiny(0, layers=8 if full_depth else 2), folder)
 
     def tiny(self, seed: int, layers: int = 2) -> Components:
@@ -146,7 +146,7 @@ class Example:
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
         return cast(TwoTexts, parts.text)(captions, length)
 
-    def encode_pictures(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
+    def encode_images(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
         return F.avg_pool2d(pixels, SCALE)
 
     def decode(self, parts: Components, latents: Tensor) -> Tensor:
@@ -154,8 +154,8 @@ class Example:
 
     def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
         if height % SCALE or width % SCALE:
-            raise UserError(f"pictures of {width} x {height} pixels: both sides must be multiples of {SCALE}", 2)
-        return (parts.picture[0], height // SCALE, width // SCALE)
+            raise UserError(f"images of {width} x {height} pixels: both sides must be multiples of {SCALE}", 2)
+        return (parts.sample_shape[0], height // SCALE, width // SCALE)
 
     def velocity(
         self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None
@@ -179,7 +179,7 @@ class Example:
         return list(cast(ExampleNet, net).blocks)
 
     def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
-        return {"picture": (args[0].flatten(2).mT, cast(Tensor, output).flatten(2).mT, None)}
+        return {"image": (args[0].flatten(2).mT, cast(Tensor, output).flatten(2).mT, None)}
 
     def presets(self, net: nn.Module) -> dict[str, list[str]]:
         return {"blocks": ["blocks.**"], "attention": ["blocks.*.to_*"]}

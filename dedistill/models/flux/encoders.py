@@ -124,7 +124,7 @@ def encode(
     return Conditioning.of(embeds, mask.bool(), pooled=pooled)
 
 
-# --- FLUX's picture codec --------------------------------------------------------------------------------------------
+# --- FLUX's image codec --------------------------------------------------------------------------------------------
 
 
 class FluxVae:
@@ -150,7 +150,7 @@ class FluxVae:
     def load(self, device: torch.device | str) -> None:
         from diffusers import AutoencoderKL
 
-        # float32: bf16 costs visible detail here, and pictures are encoded once
+        # float32: bf16 costs visible detail here, and images are encoded once
         vae = load_whole(AutoencoderKL, self.folder, "model.path: the VAE", torch_dtype=torch.float32)
         self._loaded = vae.to(device).eval()
 
@@ -167,7 +167,7 @@ class FluxVae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, device: torch.device | str) -> Tensor:
-        """Pixels [B, 3, H, W], about [-1, 1], one picture at a time: the VAE's memory is what runs out first."""
+        """Pixels [B, 3, H, W], about [-1, 1], one image at a time: the VAE's memory is what runs out first."""
         vae = self._open(device)
         z = latents.to(device, torch.float32) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         return torch.cat([vae.decode(row[None], return_dict=False)[0] for row in z])

@@ -76,7 +76,7 @@ class Flux(FluxBlocks):
             sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
             return FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)
 
-    def write_tiny(self, spec: Model, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+    def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small pipeline folder with random weights, with the blocks and the guidance of ``spec``. For rehearsals."""
         from dedistill.models.flux.tiny import write_tiny_flux
 
@@ -107,7 +107,7 @@ class Flux(FluxBlocks):
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
         return _text(parts)(captions, length, parts.device)
 
-    def encode_pictures(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
+    def encode_images(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
         return _vae(parts).encode(pixels, noise, parts.device)
 
     def decode(self, parts: Components, latents: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Flux(FluxBlocks):
     def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
         step = _vae(parts).scale * PATCH
         if height % step or width % step:
-            raise UserError(f"pictures of {width} x {height} pixels: both sides must be multiples of {step}", 2)
+            raise UserError(f"images of {width} x {height} pixels: both sides must be multiples of {step}", 2)
         return (_vae(parts).channels, height // _vae(parts).scale, width // _vae(parts).scale)
 
     def velocity(
@@ -136,7 +136,7 @@ class Flux(FluxBlocks):
         return _tokens(shape)
 
     def shift(self, parts: Components, tokens: int) -> float:
-        """As the model's own scheduler says: schnell has 1, dev grows with the number of picture tokens."""
+        """As the model's own scheduler says: schnell has 1, dev grows with the number of image tokens."""
         s = _place(parts).scheduler
         if not s.get("use_dynamic_shifting", False):
             return float(s.get("shift", 1.0))

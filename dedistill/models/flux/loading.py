@@ -125,7 +125,7 @@ def _from_file(tensors: dict[str, Tensor], file: Path, components: Path) -> Flux
 
 _SIZES = {
     "stacks": ("transformer_blocks", "single_transformer_blocks"),
-    "picture": "x_embedder.weight",
+    "image": "x_embedder.weight",
     "text": "context_embedder.weight",
     "pooled": "time_text_embed.text_embedder.linear_1.weight",
     "head": "transformer_blocks.0.attn.norm_q.weight",
@@ -133,7 +133,7 @@ _SIZES = {
 }
 _BFL_SIZES = {
     "stacks": ("double_blocks", "single_blocks"),
-    "picture": "img_in.weight",
+    "image": "img_in.weight",
     "text": "txt_in.weight",
     "pooled": "vector_in.in_layer.weight",
     "head": "double_blocks.0.img_attn.norm.query_norm.scale",
@@ -144,9 +144,9 @@ _BFL_SIZES = {
 
 def _config_of(tensors: dict[str, Tensor], names: dict, source: str, components: Path) -> dict:
     """The config of a network from the shapes of its tensors; what shapes cannot tell from the folder of its components."""
-    if missing := [names[k] for k in ("picture", "text", "pooled", "head") if names[k] not in tensors]:
+    if missing := [names[k] for k in ("image", "text", "pooled", "head") if names[k] not in tensors]:
         raise UserError(f"model.path: '{source}' is no FLUX denoiser: it has no tensor '{missing[0]}'")
-    hidden, channels = tensors[names["picture"]].shape
+    hidden, channels = tensors[names["image"]].shape
     head = tensors[names["head"]].shape[0]
     beside = components / "transformer" / "config.json"
     known = _json(beside) if beside.exists() else {}

@@ -25,7 +25,7 @@ MASKING_BACKENDS = {
 """Attention backends of diffusers that honour a mask.
 
 The plain flash ones raise or, in older versions, ignore it. ``flash_varlen``, ``_flash_varlen_3`` and ``sage_varlen`` (0.42)
-keep the first n keys, n the number of unmasked ones: with padding between text and picture, the wrong ones.
+keep the first n keys, n the number of unmasked ones: with padding between text and image, the wrong ones.
 """
 
 
@@ -58,7 +58,7 @@ def flux_velocity(
             pooled_projections=text.vectors["pooled"].to(noisy.dtype),
             timestep=sigma.float(),
             guidance=guidance,
-            img_ids=picture_ids(height // patch, width // patch, noisy.device),
+            img_ids=image_ids(height // patch, width // patch, noisy.device),
             txt_ids=torch.zeros(text.tokens.embeds.shape[1], 3, device=noisy.device),
             joint_attention_kwargs=attention_mask(text.tokens.mask, tokens, mask, noisy.dtype),
             return_dict=False,
@@ -81,10 +81,10 @@ def exact_timestep(embedding: nn.Module, sigma: Tensor, guidance: Tensor | None 
         hook.remove()
 
 
-def patchify(pictures: Tensor, patch: int) -> Tensor:
+def patchify(images: Tensor, patch: int) -> Tensor:
     """[B, C, H, W] -> [B, H/p * W/p, C p p], token order row by row, channel order (c, row, column) as FLUX packs."""
-    b, c, h, w = pictures.shape
-    tokens = pictures.reshape(b, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
+    b, c, h, w = images.shape
+    tokens = images.reshape(b, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
     return tokens.reshape(b, (h // patch) * (w // patch), c * patch * patch)
 
 
@@ -95,7 +95,7 @@ def unpatchify(tokens: Tensor, patch: int, channels: int, height: int, width: in
 
 
 def attention_mask(
-    text_mask: Tensor, picture_tokens: int, kind: str = "bool", dtype: torch.dtype = torch.float32
+    text_mask: Tensor, image_tokens: int, kind: str = "bool", dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor] | None:
     """Key mask [B, 1, 1, T + I], text first; None when it would change nothing, which keeps the fast kernels.
 
@@ -112,13 +112,13 @@ def attention_mask(
             f"attention backend '{backend.value}' cannot hide the padding of text of mixed lengths; "
             "use 'native' (DIFFUSERS_ATTN_BACKEND=native), or batches of one length"
         )
-    picture = torch.ones(len(text_mask), picture_tokens, dtype=torch.bool, device=text_mask.device)
-    mask = torch.cat([text_mask, picture], 1)[:, None, None, :]
+    image = torch.ones(len(text_mask), image_tokens, dtype=torch.bool, device=text_mask.device)
+    mask = torch.cat([text_mask, image], 1)[:, None, None, :]
     return {"attention_mask": mask if kind == "bool" else mask.to(dtype)}
 
 
-def picture_ids(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Positions (0, row, column) of picture tokens [rows * columns, 3]; text has none (all zeros)."""
+def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Positions (0, row, column) of image tokens [rows * columns, 3]; text has none (all zeros)."""
     ids = torch.zeros(rows, columns, 3, device=device)
     ids[..., 1] += torch.arange(rows, device=device)[:, None]
     ids[..., 2] += torch.arange(columns, device=device)[None]
@@ -134,10 +134,10 @@ class FluxBlocks:
 
     def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
         """Joint-attention blocks are called by name and return (text, image)."""
-        told, image = output
+        told, seen = output
         mask = text.tokens.mask[:, : told.shape[1]]
         return {
-            "picture": (kwargs["hidden_states"], image, None),
+            "image": (kwargs["hidden_states"], seen, None),
             "text": (kwargs["encoder_hidden_states"], told, mask),
         }
 

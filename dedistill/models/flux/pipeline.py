@@ -86,7 +86,7 @@ class MaskedFluxPipeline(FluxPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Draw pictures; prompts of a list may differ in length.
+        """Draw images; prompts of a list may differ in length.
 
         negative_prompt: what guidance leads away from, one for all or one for each. true_cfg_scale: guidance between the
         two; 1 runs the prompt alone, and so do the first ``skip_cfg_steps`` steps. guidance_scale: the distilled
@@ -127,7 +127,7 @@ class MaskedFluxPipeline(FluxPipeline):
                 out = guider.combine(outputs, grid, i)
                 noisy = self.scheduler.step(out, t, noisy, return_dict=False)[0]
                 progress.update()
-        images = self._pictures(noisy, output_type)
+        images = self._images(noisy, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -197,7 +197,7 @@ class MaskedFluxPipeline(FluxPipeline):
         self.scheduler.set_begin_index(0)
         return self.scheduler.timesteps
 
-    def _pictures(self, latents: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image]:
+    def _images(self, latents: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image]:
         if output_type == "latent":
             return self._pack_latents(latents, *latents.shape)
         config = self.vae.config

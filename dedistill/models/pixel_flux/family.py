@@ -1,4 +1,4 @@
-"""FLUX in pixel space: diffusers' FluxTransformer2DModel on small pictures, with a frozen word-level text encoder."""
+"""FLUX in pixel space: diffusers' FluxTransformer2DModel on small images, with a frozen word-level text encoder."""
 
 import json
 from pathlib import Path
@@ -50,8 +50,8 @@ class PixelFlux(FluxBlocks):
                 guidance_embeds=False,
                 axes_dims_rope=tuple(new.rope_axes),
             )
-        picture = (new.channels, new.height, new.width)
-        return Components(net, WordEncoder(new.text_dim, new.pooled_dim), picture, mask)
+        image = (new.channels, new.height, new.width)
+        return Components(net, WordEncoder(new.text_dim, new.pooled_dim), image, mask)
 
     def tiny(self, seed: int, shape: tuple[int, int, int] = (1, 8, 16)) -> Components:
         sizes = Architecture(
@@ -78,8 +78,8 @@ class PixelFlux(FluxBlocks):
                 return self.tiny(0).net
             return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(place))
 
-    def write_tiny(self, spec: Model, folder: Path, picture: tuple[int, int, int] | None, *, full_depth: bool) -> None:
-        self.save(self.tiny(0, picture or (1, 8, 16)), folder)
+    def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+        self.save(self.tiny(0, image or (1, 8, 16)), folder)
 
     def save(self, parts: Components, folder: Path) -> None:
         _net(parts).save_pretrained(folder / "transformer")
@@ -87,13 +87,18 @@ class PixelFlux(FluxBlocks):
 
     def save_rest(self, parts: Components, folder: Path) -> None:
         made = {key: parts.facts[key] for key in MADE if key in parts.facts}
-        facts = made | {"family": self.spec.name, "picture": parts.picture, "mask": parts.mask, "text": _text(parts).config()}
+        facts = made | {
+            "family": self.spec.name,
+            "picture": parts.sample_shape,
+            "mask": parts.mask,
+            "text": _text(parts).config(),
+        }
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def _from_folder(self, folder: Path, mask: str) -> Components:
         try:
             facts = json.loads((folder / "dedistill.json").read_text())
-            family, picture, text = facts["family"], tuple(facts["picture"]), WordEncoder(**facts["text"])
+            family, image, text = facts["family"], tuple(facts["picture"]), WordEncoder(**facts["text"])
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"model.path: no {self.spec.name} model in '{folder}' (train it first): {e}") from e
         if family != self.spec.name:
@@ -101,7 +106,7 @@ class PixelFlux(FluxBlocks):
         net = load_whole(FluxTransformer2DModel, folder / "transformer", "model.path")
         made = {key: facts[key] for key in MADE if key in facts}
         made = {"base": {"path": str(folder), "revision": None}} | made
-        return Components(net, text, picture, mask, facts=made)
+        return Components(net, text, image, mask, facts=made)
 
     def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
         return _text(parts)(captions, length)
@@ -118,9 +123,9 @@ class PixelFlux(FluxBlocks):
         return latents
 
     def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
-        if (height, width) != parts.picture[1:]:
-            raise UserError(f"this network makes pictures of {parts.picture[2]} x {parts.picture[1]} pixels only", 2)
-        return parts.picture
+        if (height, width) != parts.sample_shape[1:]:
+            raise UserError(f"this network makes images of {parts.sample_shape[2]} x {parts.sample_shape[1]} pixels only", 2)
+        return parts.sample_shape
 
     def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
         return _tokens(shape, _net(parts))
@@ -141,5 +146,5 @@ def _patch(channels: int, net: FluxTransformer2DModel) -> int:
     return round((net.config.in_channels / channels) ** 0.5)
 
 
-def _tokens(picture: tuple[int, ...], net: FluxTransformer2DModel) -> int:
-    return picture[1] * picture[2] // _patch(picture[0], net) ** 2
+def _tokens(image: tuple[int, ...], net: FluxTransformer2DModel) -> int:
+    return image[1] * image[2] // _patch(image[0], net) ** 2

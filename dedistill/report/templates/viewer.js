@@ -1,8 +1,8 @@
-// The viewer: one picture large; arrow keys walk through the gallery it belongs to; a pinned picture A can take its place.
+// The viewer: one image large; arrow keys walk through the gallery it belongs to; a pinned image A can take its place.
 const viewer = document.querySelector(".viewer"), stage = viewer.querySelector(".stage");
 const part = (name) => viewer.querySelector(name);
 const step = (button) => button.dataset.move.split(" ").map(Number);
-const BLINK = 700, GLANCE = 350; // milliseconds that a picture stays; that a key is held for a glance
+const BLINK = 700, GLANCE = 350; // milliseconds that an image stays; that a key is held for a glance
 let current = null, pinned = null, flipped = false, blinking = 0, pressed = 0;
 
 function neighbour(down, right) {
@@ -38,7 +38,7 @@ function resize() {
   stage.style.width = Math.round(width * (whole ? Math.floor(factor) : factor)) + "px";
   stage.style.aspectRatio = width + " / " + height;
 }
-// Says which picture is seen, and makes the buttons fit.
+// Says which image is seen, and makes the buttons fit.
 function tell() {
   const comparing = pinned && pinned !== current, shot = flipped ? pinned : current, table = shot.closest("table");
   part(".a").hidden = !flipped;
@@ -49,7 +49,7 @@ function tell() {
   const head = table.tHead && table.tHead.rows[0].cells[shot.closest("td").cellIndex];
   set("prompt", shot.dataset.prompt);
   set("where", (comparing ? (flipped ? "A: " : "B: ") : "") + shot.dataset.where);
-  set("picture", shot.dataset.numbers);
+  set("image", shot.dataset.numbers);
   set("cell", head && head.dataset.cell);
   for (const button of all("button[data-move]", viewer)) button.disabled = !neighbour(...step(button));
   part("[data-other]").hidden = !counterpart();
@@ -89,7 +89,7 @@ function show(shot) {
   if (!shot) return;
   rest();
   current = shot;
-  // The next candidate's grid comes into view too, so that closing the viewer returns to the picture last seen.
+  // The next candidate's grid comes into view too, so that closing the viewer returns to the image last seen.
   const panel = shot.closest(".when");
   if (panel && panel.hidden) for (const kind in chosen) if (kind in panel.dataset) choose(kind, panel.dataset[kind]);
   fill(part(".b"), shot);

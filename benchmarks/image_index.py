@@ -1,6 +1,6 @@
-"""What a kept index saves: 10,000 small pictures with captions, indexed again from the file against from nothing.
+"""What a kept index saves: 10,000 small images with captions, indexed again from the file against from nothing.
 
-python -m benchmarks.picture_index
+python -m benchmarks.image_index
 """
 
 import tarfile
@@ -12,9 +12,9 @@ from PIL import Image
 
 from benchmarks.interleave import ratio, report
 from dedistill.data.images.index import build_index
-from dedistill.data.images.types import PictureSet
+from dedistill.data.images.types import ImageSet
 
-PICTURES = 10_000
+IMAGES = 10_000
 
 
 def main() -> None:
@@ -23,19 +23,19 @@ def main() -> None:
         folder.mkdir()
         shards.mkdir()
         rng = np.random.default_rng(0)
-        for i in range(PICTURES):
+        for i in range(IMAGES):
             Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(folder / f"{i:05d}.jpg")
-            (folder / f"{i:05d}.txt").write_text(f"picture {i}")
+            (folder / f"{i:05d}.txt").write_text(f"image {i}")
         with tarfile.open(shards / "00000.tar", "w") as tar:
             for path in sorted(folder.iterdir()):
                 tar.add(path, path.name)
         rows = {}
         for path in (folder, shards):
-            sources, file = [PictureSet(str(path))], Path(temporary) / f"{path.name}.jsonl"
+            sources, file = [ImageSet(str(path))], Path(temporary) / f"{path.name}.jsonl"
             again = lambda: build_index(sources, file=file)  # noqa: B023, E731
             anew = lambda: build_index(sources)  # noqa: B023, E731
             rows[path.name] = ratio(again, anew, pairs=5, warmup=1)
-    report("picture_index", rows, f"{PICTURES:,} pictures of 64 x 48: time from nothing over time from the kept index")
+    report("image_index", rows, f"{IMAGES:,} images of 64 x 48: time from nothing over time from the kept index")
 
 
 if __name__ == "__main__":

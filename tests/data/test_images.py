@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 from sklearn.datasets import load_sample_images
 
-from dedistill.data.images.decode import ORIENTATION, BadPicture, decode
+from dedistill.data.images.decode import ORIENTATION, BadImage, decode
 
 LOSSLESS = {"PNG": {}, "TIFF": {}, "BMP": {}, "WEBP": {"lossless": True}, "PPM": {}}
 LOSSY = {
@@ -57,11 +57,11 @@ def with_orientation(image: Image.Image, orientation: int, kind: str) -> bytes:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation(orientation, kind):
-    """The red corner of the stored picture ends where EXIF says row 0 and column 0 are."""
+    """The red corner of the stored image ends where EXIF says row 0 and column 0 are."""
     stored = Image.new("RGB", (48, 32), "black")
     stored.paste((255, 0, 0), (0, 0, 16, 16))
-    picture = with_orientation(stored, orientation, kind)
-    upright = decode(picture)
+    image = with_orientation(stored, orientation, kind)
+    upright = decode(image)
     # EXIF 2.32, tag 274: which side of the scene the 0th row and the 0th column show
     corner = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "tl", 6: "tr", 7: "br", 8: "bl"}[orientation]
     x = 4 if "l" in corner else upright.width - 5
@@ -107,9 +107,9 @@ def test_sixteen_bits_are_scaled_not_clipped(kind):
 
 
 def test_integers_outside_sixteen_bits_and_floats_are_refused():
-    with pytest.raises(BadPicture, match="from 0 to 70000"):
+    with pytest.raises(BadImage, match="from 0 to 70000"):
         decode(data(Image.fromarray(np.array([[0, 70000]], dtype=np.int32)), "TIFF"))
-    with pytest.raises(BadPicture, match="floating-point"):
+    with pytest.raises(BadImage, match="floating-point"):
         decode(data(Image.fromarray(np.zeros((4, 4), dtype=np.float32)), "TIFF"))
 
 
@@ -123,7 +123,7 @@ def test_cmyk(kind):
 
 
 def test_cmyk_with_a_useless_profile(china):
-    """A profile for RGB inside a CMYK picture cannot be applied; the plain formula remains."""
+    """A profile for RGB inside a CMYK image cannot be applied; the plain formula remains."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     plain = decode(data(china.convert("CMYK"), "TIFF"))
     assert np.array_equal(decode(data(china.convert("CMYK"), "TIFF", icc_profile=profile)), plain)
@@ -159,7 +159,7 @@ def bomb(width: int, height: int) -> bytes:
 def test_bombs_are_refused_by_their_header(size):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(BadPicture):
+        with pytest.raises(BadImage):
             decode(bomb(*size))
 
 
@@ -167,9 +167,9 @@ def test_limits(china):
     png = data(china, "PNG")
     pixels = china.width * china.height
     assert decode(png, max_pixels=pixels, max_bytes=len(png)).size == china.size
-    with pytest.raises(BadPicture, match=rf"160 x 107 pixels; the limit is {pixels - 1:,} pixels"):
+    with pytest.raises(BadImage, match=rf"160 x 107 pixels; the limit is {pixels - 1:,} pixels"):
         decode(png, max_pixels=pixels - 1)
-    with pytest.raises(BadPicture, match=f"the limit is {len(png) - 1:,}"):
+    with pytest.raises(BadImage, match=f"the limit is {len(png) - 1:,}"):
         decode(png, max_bytes=len(png) - 1)
 
 
@@ -178,7 +178,7 @@ def test_truncated_files_are_failures(china, kind):
     whole = data(china, kind)
     assert decode(whole).size == china.size
     for share in (0.02, 0.3, 0.6, 0.9):
-        with pytest.raises(BadPicture):
+        with pytest.raises(BadImage):
             decode(whole[: int(len(whole) * share)])
 
 
@@ -186,20 +186,20 @@ def test_truncated_files_are_failures(china, kind):
     ("content", "reason"),
     [
         (b"", "empty"),
-        (b"<!DOCTYPE html><html>404", "not a picture of a known format"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture of a known format"),
+        (b"<!DOCTYPE html><html>404", "not an image of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of a known format"),
         (b"\xff\xd8\xff\xe0" + bytes(500), "format|header|decoded"),
-        (b"\0" * 1000, "not a picture"),
+        (b"\0" * 1000, "not an image"),
     ],
 )
 def test_other_files_are_refused(content, reason):
-    with pytest.raises(BadPicture, match=reason):
+    with pytest.raises(BadImage, match=reason):
         decode(content)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF"])
 def test_random_damage_never_raises_anything_else(china, kind):
-    """RELIABILITY T14: bytes flipped anywhere give a picture or BadPicture."""
+    """RELIABILITY T14: bytes flipped anywhere give an image or BadImage."""
     whole = np.frombuffer(data(china.resize((40, 30)), kind), dtype=np.uint8)
     rng = np.random.default_rng(0)
     outcomes = set()
@@ -209,12 +209,12 @@ def test_random_damage_never_raises_anything_else(china, kind):
         try:
             assert decode(hurt.tobytes()).mode == "RGB"
             outcomes.add("read")
-        except BadPicture as e:
+        except BadImage as e:
             outcomes.add("refused")
             assert str(e)
     assert "refused" in outcomes
 
 
 def test_size_is_exif_transposed_like_pillow(china):
-    picture = with_orientation(china, 6, "JPEG")
-    assert np.array_equal(decode(picture), ImageOps.exif_transpose(Image.open(io.BytesIO(picture))))
+    image = with_orientation(china, 6, "JPEG")
+    assert np.array_equal(decode(image), ImageOps.exif_transpose(Image.open(io.BytesIO(image))))

@@ -1,4 +1,4 @@
-"""A picture is the same if its bytes are: edits within size and time are noticed, and copies are not taken for edits."""
+"""An image is the same if its bytes are: edits within size and time are noticed, and copies are not taken for edits."""
 
 import os
 import shutil
@@ -23,14 +23,14 @@ def keep_times(file, change) -> None:
 
 
 def repaint(file) -> None:
-    """Another picture in a file of the same size: PNG's last chunk may be followed by anything."""
+    """Another image in a file of the same size: PNG's last chunk may be followed by anything."""
     size = file.stat().st_size
     Image.new("RGB", Image.open(file).size, "red").save(file)
     file.write_bytes(file.read_bytes().ljust(size, b"\0"))
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["files", "tar"])
-def test_a_picture_edited_within_its_size_and_time_is_encoded_again(own, tmp_path, capsys, sharded):
+def test_a_image_edited_within_its_size_and_time_is_encoded_again(own, tmp_path, capsys, sharded):
     """And a run that was begun with the old one is not continued."""
     recipe, folder = own
     settings = [f"data.sets.0.path={tmp_path / 'tars'}"] if sharded else []
@@ -52,10 +52,10 @@ def test_a_picture_edited_within_its_size_and_time_is_encoded_again(own, tmp_pat
     capsys.readouterr()
     assert main([*command, "--set", "train.steps=4"]) == 1
     said = capsys.readouterr().err
-    assert "encoded 1 of 1 pictures" in said and "data.sets: pictures, captions or crops differ" in said
+    assert "encoded 1 of 1 images" in said and "data.sets: images, captions or crops differ" in said
 
 
-def test_pictures_on_another_disk_are_the_same(own, tmp_path, capsys, monkeypatch):
+def test_images_on_another_disk_are_the_same(own, tmp_path, capsys, monkeypatch):
     """Other inodes, ctimes and mtimes: read and compared, neither decoded nor encoded, and the run goes on."""
     recipe, folder = own
     assert main([str(recipe)]) == 0

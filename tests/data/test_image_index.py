@@ -1,4 +1,4 @@
-"""The index of pictures: what it finds, what it leaves out and why, and how little a second look reads."""
+"""The index of images: what it finds, what it leaves out and why, and how little a second look reads."""
 
 import hashlib
 import io
@@ -13,7 +13,7 @@ from PIL import Image
 
 from dedistill.data.images import index as module
 from dedistill.data.images.index import Index, Limits, build_index
-from dedistill.data.images.types import PictureSet
+from dedistill.data.images.types import ImageSet
 from dedistill.errors import UserError
 
 
@@ -25,7 +25,7 @@ def jpeg(seed: int = 0, size: tuple[int, int] = (24, 16)) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five pictures in two folders, each with a caption."""
+    """Five images in two folders, each with a caption."""
     root = tmp_path / "photos"
     (root / "deep" / "er").mkdir(parents=True)
     for i, name in enumerate(["b", "a", "deep/c", "deep/er/d", "deep/e.f"]):
@@ -60,7 +60,7 @@ def names(index) -> list[str]:
 
 
 def test_folder(folder):
-    index = build_index([PictureSet(str(folder))])
+    index = build_index([ImageSet(str(folder))])
     assert names(index) == ["a.jpg", "b.jpg", "deep/c.jpg", "deep/e.f.jpg", "deep/er/d.jpg"]
     assert index.quarantined == []
     for i, sample in enumerate(index.samples):
@@ -75,8 +75,8 @@ def test_captions_of_all_files_are_joined(folder):
     (folder / "a.txt").write_text("short\nlonger")
     (folder / "a.caption").write_text("third")
     (folder / "a.json").write_text(json.dumps({"caption": "short", "captions": ["fourth"], "mine": "fifth"}))
-    assert build_index([PictureSet(str(folder))]).samples[0].captions == ("short", "longer", "third", "fourth")
-    one = PictureSet(str(folder), fields=("mine",), split_lines=False)
+    assert build_index([ImageSet(str(folder))]).samples[0].captions == ("short", "longer", "third", "fourth")
+    one = ImageSet(str(folder), fields=("mine",), split_lines=False)
     assert build_index([one]).samples[0].captions == ("short\nlonger", "third", "fifth")
 
 
@@ -84,7 +84,7 @@ def test_lines_as_captions_are_shown_once(folder):
     (folder / "a.txt").write_text("one\ntwo")
     (folder / "b.txt").write_text("three\nfour")
     said = []
-    build_index([PictureSet(str(folder))], say=said.append)
+    build_index([ImageSet(str(folder))], say=said.append)
     assert sum("one | two" in line for line in said) == 1 and not any("three" in line for line in said)
     assert any("data.split_lines = 'never'" in line for line in said)
 
@@ -107,7 +107,7 @@ def test_bad_files_are_left_out_with_reasons(folder):
     (folder / "wrong.txt").write_bytes("café".encode("latin-1"))
     (folder / "broken.json").write_text("{")
     said = []
-    index = build_index([PictureSet(str(folder))], say=said.append, limits=Limits(max_pixels=3000, max_bytes=10_000))
+    index = build_index([ImageSet(str(folder))], say=said.append, limits=Limits(max_pixels=3000, max_bytes=10_000))
     reasons = {name.removeprefix("photos/"): reason for name, reason in index.quarantined}
     limits_hit = {"wide.jpg": "400 x 8 pixels", "big.jpg": "the limit is 10,000"}
     reasons_64 = {"wrong.jpg", "broken.jpg", "cut.jpg"}  # 64 x 64 is over 3,000 pixels
@@ -116,9 +116,9 @@ def test_bad_files_are_left_out_with_reasons(folder):
         assert reason in reasons[name]
     assert all("64 x 64 pixels" in reasons[name] for name in reasons_64)
     assert "left out 8" in said[0]
-    reasons = dict(build_index([PictureSet(str(folder))]).quarantined)
+    reasons = dict(build_index([ImageSet(str(folder))]).quarantined)
     assert "truncated" in reasons["photos/cut.jpg"] and "empty" in reasons["photos/empty.png"]
-    assert "not a picture" in reasons["photos/page.webp"] and "not a picture" in reasons["photos/phone.heic"]
+    assert "not an image" in reasons["photos/page.webp"] and "not an image" in reasons["photos/phone.heic"]
     assert (
         "its .txt file: not UTF-8" in reasons["photos/wrong.jpg"] and "its .json file: not JSON" in reasons["photos/broken.jpg"]
     )
@@ -129,21 +129,21 @@ def test_missing_captions(folder, tmp_path):
     for name in ("a.txt", "b.txt"):
         (folder / name).unlink()
     file = tmp_path / "index.jsonl"
-    with pytest.raises(UserError, match=r"2 of 5 pictures have no caption: photos/a.jpg, photos/b.jpg\. .*missing_captions"):
-        build_index([PictureSet(str(folder))], file=file)
-    quarantine = build_index([PictureSet(str(folder), missing_captions="quarantine")], file=file)
+    with pytest.raises(UserError, match=r"2 of 5 images have no caption: photos/a.jpg, photos/b.jpg\. .*missing_captions"):
+        build_index([ImageSet(str(folder))], file=file)
+    quarantine = build_index([ImageSet(str(folder), missing_captions="quarantine")], file=file)
     assert quarantine.quarantined == [("photos/a.jpg", "no caption"), ("photos/b.jpg", "no caption")]
     assert len(quarantine.samples) == 3
-    empty = build_index([PictureSet(str(folder), missing_captions="empty")], file=file)
+    empty = build_index([ImageSet(str(folder), missing_captions="empty")], file=file)
     assert [s.captions for s in empty.samples[:2]] == [("",), ("",)] and len(empty.samples) == 5
     (folder / "a.txt").write_text(" \n")
     with pytest.raises(UserError, match="no caption"):
-        build_index([PictureSet(str(folder))], file=file)
+        build_index([ImageSet(str(folder))], file=file)
 
 
 def test_a_rerun_reads_only_what_changed(folder, tmp_path, reads):
     file = tmp_path / "index.jsonl"
-    sources = [PictureSet(str(folder))]
+    sources = [ImageSet(str(folder))]
     first = build_index(sources, file=file)
     assert len(reads) == 10 and set(reads.values()) == {1}
     reads.clear()
@@ -154,7 +154,7 @@ def test_a_rerun_reads_only_what_changed(folder, tmp_path, reads):
 
     touch(folder / "a.txt", "a new caption")
     assert build_index(sources, file=file).samples[0].captions == ("a new caption",)
-    assert reads == {"a.txt": 1}, "the picture was read again for a new caption"
+    assert reads == {"a.txt": 1}, "the image was read again for a new caption"
     reads.clear()
 
     touch(folder / "b.jpg", jpeg(77))
@@ -169,23 +169,23 @@ def test_a_rerun_reads_only_what_changed(folder, tmp_path, reads):
 
 
 def test_bad_files_are_looked_at_again(folder, tmp_path, reads):
-    """A disk that failed once must not cost a picture for ever."""
+    """A disk that failed once must not cost an image for ever."""
     file = tmp_path / "index.jsonl"
     (folder / "a.jpg").write_bytes(b"not yet there")
-    build_index([PictureSet(str(folder))], file=file)
+    build_index([ImageSet(str(folder))], file=file)
     reads.clear()
-    build_index([PictureSet(str(folder))], file=file)
+    build_index([ImageSet(str(folder))], file=file)
     assert set(reads) == {"a.jpg"}
 
 
 def test_other_settings_read_anew(folder, tmp_path, reads):
     file = tmp_path / "index.jsonl"
-    build_index([PictureSet(str(folder))], file=file)
+    build_index([ImageSet(str(folder))], file=file)
     reads.clear()
-    build_index([PictureSet(str(folder))], file=file, limits=Limits(max_pixels=10_000))
+    build_index([ImageSet(str(folder))], file=file, limits=Limits(max_pixels=10_000))
     assert len(reads) == 10
     reads.clear()
-    build_index([PictureSet(str(folder), split_lines=False)], file=file, limits=Limits(max_pixels=10_000))
+    build_index([ImageSet(str(folder), split_lines=False)], file=file, limits=Limits(max_pixels=10_000))
     assert len(reads) == 10
 
 
@@ -194,7 +194,7 @@ def test_order_of_sources_may_change(folder, tmp_path, reads):
     other.mkdir()
     (other / "z.png").write_bytes(jpeg(3))
     (other / "z.txt").write_text("z")
-    sources, file = [PictureSet(str(folder)), PictureSet(str(other))], tmp_path / "index.jsonl"
+    sources, file = [ImageSet(str(folder)), ImageSet(str(other))], tmp_path / "index.jsonl"
     first = build_index(sources, file=file)
     reads.clear()
     second = build_index(sources[::-1], file=file)
@@ -205,7 +205,7 @@ def test_order_of_sources_may_change(folder, tmp_path, reads):
 
 def test_save_and_load(folder, tmp_path):
     (folder / "a.jpg").write_bytes(b"x")
-    index = build_index([PictureSet(str(folder), name="mine", fields=("caption",))], file=tmp_path / "i.jsonl")
+    index = build_index([ImageSet(str(folder), name="mine", fields=("caption",))], file=tmp_path / "i.jsonl")
     loaded = Index.load(tmp_path / "i.jsonl")
     assert (loaded.samples, loaded.quarantined) == (index.samples, index.quarantined)
     assert (loaded.sources, loaded.limits, loaded.complete) == (index.sources, index.limits, True)
@@ -214,7 +214,7 @@ def test_save_and_load(folder, tmp_path):
 
 def test_a_full_disk_leaves_the_old_index(folder, tmp_path, monkeypatch):
     file = tmp_path / "index.jsonl"
-    old = build_index([PictureSet(str(folder))], file=file)
+    old = build_index([ImageSet(str(folder))], file=file)
     (folder / "a.jpg").unlink()
 
     def full(descriptor):
@@ -222,14 +222,14 @@ def test_a_full_disk_leaves_the_old_index(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot write .*No space left"):
-        build_index([PictureSet(str(folder))], file=file)
+        build_index([ImageSet(str(folder))], file=file)
     assert Index.load(file).samples == old.samples and [p.name for p in tmp_path.glob("*index*")] == ["index.jsonl"]
 
 
 def test_names_of_sources(folder, tmp_path):
     (tmp_path / "set.v2").mkdir()
-    assert PictureSet(str(tmp_path / "set.v2")).title == "set.v2" and PictureSet(str(tmp_path / "a.tar")).title == "a"
-    assert PictureSet(f"{folder}/", name="x").title == "x" and PictureSet(f"{folder}/").title == "photos"
+    assert ImageSet(str(tmp_path / "set.v2")).title == "set.v2" and ImageSet(str(tmp_path / "a.tar")).title == "a"
+    assert ImageSet(f"{folder}/", name="x").title == "x" and ImageSet(f"{folder}/").title == "photos"
 
 
 @pytest.mark.parametrize(
@@ -244,12 +244,12 @@ def test_names_of_sources(folder, tmp_path):
 )
 def test_a_damaged_index_is_made_anew(folder, tmp_path, damage):
     file = tmp_path / "index.jsonl"
-    good = build_index([PictureSet(str(folder))], file=file)
+    good = build_index([ImageSet(str(folder))], file=file)
     file.write_text(damage(file.read_text()))
     with pytest.raises(UserError, match="delete it"):
         Index.load(file)
     said = []
-    assert build_index([PictureSet(str(folder))], file=file, say=said.append).samples == good.samples
+    assert build_index([ImageSet(str(folder))], file=file, say=said.append).samples == good.samples
     assert "made anew" in said[0] and Index.load(file).samples == good.samples
 
 
@@ -257,7 +257,7 @@ def test_a_killed_index_goes_on(folder, tmp_path, monkeypatch, reads):
     """What was read before the end is kept, old entries not reached yet too."""
     file = tmp_path / "index.jsonl"
     (folder / "deep" / "er" / "d.jpg").unlink()
-    build_index([PictureSet(str(folder))], file=file)
+    build_index([ImageSet(str(folder))], file=file)
     (folder / "0.jpg").write_bytes(jpeg(8))
     (folder / "0.txt").write_text("zero")
     (folder / "1.jpg").write_bytes(jpeg(9))
@@ -274,25 +274,25 @@ def test_a_killed_index_goes_on(folder, tmp_path, monkeypatch, reads):
 
     monkeypatch.setattr(module, "_look", killed)
     with pytest.raises(KeyboardInterrupt):
-        build_index([PictureSet(str(folder))], file=file)
+        build_index([ImageSet(str(folder))], file=file)
     assert not Index.load(file).complete
     reads.clear()
     monkeypatch.setattr(module, "_look", real)
-    assert len(build_index([PictureSet(str(folder))], file=file).samples) == 6
+    assert len(build_index([ImageSet(str(folder))], file=file).samples) == 6
     assert set(reads) == {"1.jpg", "1.txt"} and Index.load(file).complete
 
 
-def test_the_first_pictures_of_each_source(folder, tmp_path):
+def test_the_first_images_of_each_source(folder, tmp_path):
     file = tmp_path / "index.jsonl"
-    assert names(build_index([PictureSet(str(folder))], file=file, limit=2)) == ["a.jpg", "b.jpg"]
+    assert names(build_index([ImageSet(str(folder))], file=file, limit=2)) == ["a.jpg", "b.jpg"]
     assert not file.exists()
-    build_index([PictureSet(str(folder))], file=file)
-    build_index([PictureSet(str(folder))], file=file, limit=2)
+    build_index([ImageSet(str(folder))], file=file)
+    build_index([ImageSet(str(folder))], file=file, limit=2)
     assert len(Index.load(file).samples) == 5
 
 
-def test_changed_bytes_are_not_read_as_the_old_picture(folder):
-    index = build_index([PictureSet(str(folder))])
+def test_changed_bytes_are_not_read_as_the_old_image(folder):
+    index = build_index([ImageSet(str(folder))])
     touch(folder / "a.jpg", jpeg(50))
     with pytest.raises(UserError, match=r"'photos/a.jpg' has changed since it was indexed"):
         index.read(0)
@@ -313,7 +313,7 @@ def test_folders_that_lead_in_circles_and_hidden_files(folder, tmp_path):
     (folder / "__MACOSX" / "a.jpg").write_bytes(b"another")
     (folder / "gone.jpg").symlink_to(folder / "nothing")
     (folder / os.fsdecode(b"na\xefve.jpg")).write_bytes(jpeg())
-    index = build_index([PictureSet(str(folder))])
+    index = build_index([ImageSet(str(folder))])
     assert names(index)[-1] == "linked/x.jpg" and len(index.samples) == 6
     reasons = dict(index.quarantined)
     assert "cannot be read" in reasons["photos/gone.jpg"]
@@ -328,16 +328,16 @@ def test_errors(folder, tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(b"x")
     for sources, message in (
         ([], "no source"),
-        ([PictureSet(str(tmp_path / "nowhere"))], "'.*nowhere' does not exist"),
-        ([PictureSet(str(tmp_path / "none"))], "source 'none': no usable picture"),
-        ([PictureSet(str(tmp_path / "bad"))], "1 cannot be used: bad/x.jpg: not a picture"),
-        ([PictureSet(str(tmp_path / "x.tar.gz"))], "unpack them to plain .tar"),
-        ([PictureSet(str(folder)), PictureSet(str(folder))], "2 sources are called 'photos'"),
-        ([PictureSet(str(folder), name="a/b")], "holds a slash"),
+        ([ImageSet(str(tmp_path / "nowhere"))], "'.*nowhere' does not exist"),
+        ([ImageSet(str(tmp_path / "none"))], "source 'none': no usable image"),
+        ([ImageSet(str(tmp_path / "bad"))], "1 cannot be used: bad/x.jpg: not an image"),
+        ([ImageSet(str(tmp_path / "x.tar.gz"))], "unpack them to plain .tar"),
+        ([ImageSet(str(folder)), ImageSet(str(folder))], "2 sources are called 'photos'"),
+        ([ImageSet(str(folder), name="a/b")], "holds a slash"),
     ):
         with pytest.raises(UserError, match=message):
             build_index(sources)
     (folder / "metadata.csv").write_text("file_name,text\n")
     (folder / "metadata.jsonl").write_text("")
     with pytest.raises(UserError, match=r"holds metadata.csv and metadata.jsonl"):
-        build_index([PictureSet(str(folder))])
+        build_index([ImageSet(str(folder))])
