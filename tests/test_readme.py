@@ -146,7 +146,7 @@ def test_images_are_called_images():
     """Names in code, file names and output that is quoted are what they are."""
     for place, text in {"README.md": README, **PAGES}.items():
         words = re.sub(r"```.*?```|`[^`\n]*`|^(?:    |>)[^\n]*|\w*/[\w/]*", "", text, flags=re.S | re.M)
-        assert not re.search(r"\bimages?\b", words, flags=re.I), place
+        assert not re.search(r"\bpictures?\b", words, flags=re.I), place
 
 
 def test_what_users_make_is_ignored_at_the_root_alone():

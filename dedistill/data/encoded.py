@@ -103,7 +103,8 @@ class EncodedImages:
         places = np.arange(step * batch, (step + 1) * batch)
         purpose = "held-out" if held_out else "train"
         if held_out:
-            chosen = [self._held[i] for i in sample_indices(seed, "images/held-out", places, len(self._held))]
+            # the name is part of the seed: another one would draw other samples
+            chosen = [self._held[i] for i in sample_indices(seed, "pictures/held-out", places, len(self._held))]
         else:
             sets, indices = draw_samples(seed, places, [len(s) for s in self._sets], self._weights)
             chosen = [self._sets[s][i] for s, i in zip(sets, indices)]

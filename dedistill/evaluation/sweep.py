@@ -225,6 +225,8 @@ def read_scores(path: Path) -> dict:
         raise UserError(f"{path}: 'cells' is empty: the sweep made no images")
     for number in scores["numbers"]:
         number.setdefault("help", "")
+        if "picture" in number:  # as sweeps wrote it before they said image
+            number["image"] = number.pop("picture")
         if number.setdefault("better", None) not in ("high", "low", None):
             raise UserError(f"{path}: number {number['key']!r}: 'better' is {number['better']!r}, not high, low or null")
     return scores

@@ -67,10 +67,10 @@ def test_what_is_cached_is_what_encoding_gives(image_recipe):
     _, index, images = look(recipe, lambda line: None)
     crops = 0
     for i, image in enumerate(images):
-        image = decode(index.read(i))
+        decoded = decode(index.read(i))
         for crop in image.crops:
             key, crops = latent_key(image.sample, crop), crops + 1
-            pixels = torch.from_numpy(apply_crop(image, crop).astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+            pixels = torch.from_numpy(apply_crop(decoded, crop).astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
             noise = keyed.noise(0, f"vae/{key}", 0, [0], (16, crop.height // 8, crop.width // 8))
             wanted = parts.vae.encode(pixels, noise, "cpu")[0]
             stored = latents.read(key)["latent"]

@@ -84,7 +84,7 @@ def test_the_facts_are_stored(made):
     assert {k: facts[k] for k in ("teacher", "cfg", "steps", "seed", "count", "shard_size")} == {
         k: v for k, v in SETTINGS.items() if k != "points"
     }
-    assert facts["solver"] == "euler" and facts["negative_prompt"] == "" and facts["image"] == [1, 8, 16]
+    assert facts["solver"] == "euler" and facts["negative_prompt"] == "" and facts["picture"] == [1, 8, 16]
     assert facts["sigmas"] == pytest.approx([1, 2 / 3, 1 / 3, 0]) and facts["source"] == "digits"
     assert [(s["file"], s["pairs"]) for s in facts["shards"]] == list(zip(SHARDS, (16, 16, 8)))
     assert all(s["sha256"] == file_sha256(made.folder / s["file"]) for s in facts["shards"])
