@@ -65,7 +65,7 @@ class EncodedImages:
     of the text encoders. Raises UserError for a set of which nothing is left to train on.
     """
 
-    name = "images"
+    name = "pictures"  # as data.source says it
     image = None
 
     def __init__(

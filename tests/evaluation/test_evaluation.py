@@ -15,7 +15,7 @@ from dedistill.evaluation.distillation import EvalSettings, answer_file, ask, me
 from dedistill.evaluation.evaluate import evaluate, shortlist
 from dedistill.evaluation.meters import RatioEstimate
 from dedistill.evaluation.selection import select
-from dedistill.evaluation.sweep import Candidate, Grid, classifier_free
+from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, read_scores
 from dedistill.recipe import load_recipe
 from dedistill.report.evaluation import three_answers, write_evaluation
 from dedistill.report.selection import rule, verdict, write_selection_page
@@ -144,8 +144,8 @@ def test_evaluation_without_a_judge(tmp_path):
     assert again.opened.count("last") == len(again.opened) > 0
 
 
-def scored(accuracy: dict[tuple, float]) -> dict:
-    """A selection from made-up accuracies of (candidate, cfg), right where a prompt is easier than that."""
+def score_files(accuracy: dict[tuple[str, float], float]) -> tuple[list[dict], list[dict], list[dict]]:
+    """numbers, cells and rows of a sweep: made-up accuracies of (candidate, cfg), right where a prompt is easier than that."""
     cells = [{"candidate": name, **at(8, cfg).facts, "passes": at(8, cfg).nfe()} for name, cfg in accuracy]
     rows = []
     for cell, share in zip(cells, accuracy.values()):
@@ -155,7 +155,22 @@ def scored(accuracy: dict[tuple, float]) -> dict:
         {"key": "accuracy", "image": "correct", "adherence": True, "label": "accuracy", "better": "high", "help": ""},
         {"key": "saturated", "image": "saturated", "tolerance": 0.02, "label": "<burnt>", "better": "low", "help": ""},
     ]
+    return numbers, cells, rows
+
+
+def scored(accuracy: dict[tuple, float]) -> dict:
+    numbers, cells, rows = score_files(accuracy)
     return select({"numbers": numbers, "cells": cells}, rows)
+
+
+def test_scores_of_an_earlier_version_are_judged_alike(tmp_path):
+    """It wrote "picture" where "image" stands now; unread, every number would drop out and nothing be chosen."""
+    accuracy = {("base", 1.0): 0.3, ("last", 1.0): 0.85, ("last", 3.0): 1.0}
+    numbers, cells, rows = score_files(accuracy)
+    earlier = [{"picture" if key == "image" else key: value for key, value in n.items()} for n in numbers]
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps({"title": "t", "settings": {}, "numbers": earlier, "cells": cells}))
+    assert select(read_scores(file), rows) == scored(accuracy)
 
 
 def test_selection_page_says_rule_and_verdicts(tmp_path):
