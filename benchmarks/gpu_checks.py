@@ -20,7 +20,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import Clock, device_name, matmul_flops
+from benchmarks.gpu_ladder import swapped
 from dedistill.adapters.attach import Adapter, dense_shapes
+from dedistill.adapters.layers import mixed
 from dedistill.adapters.targets import Resolved
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.flow.path import flow_loss, interpolate, velocity
@@ -28,6 +30,8 @@ from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import cast_float, linear_names, prepare_base
+from dedistill.training import optim
+from dedistill.training.optim import KahanAdamW
 
 FAMILY = PixelFlux()
 TOKENS = 20
@@ -158,8 +162,8 @@ def attempt(call: Callable[[], float]) -> float | str:
     """What ``call`` gives, or why it gives nothing; one missing kernel must not cost the others."""
     try:
         return call()
-    except (RuntimeError, NotImplementedError, AttributeError) as e:
-        return f"{type(e).__name__}: {str(e).splitlines()[0][:160]}"
+    except Exception as e:
+        return f"{type(e).__name__}: {str(e)[:300]}"
 
 
 def rates(device: str, size: int, clock: Clock) -> dict:
@@ -225,10 +229,73 @@ def decoder(device: str, side: int, clock: Clock) -> list[dict]:
     return rows
 
 
+def optimizer(device: str, clock: Clock) -> dict:
+    """Steps of AdamW on bf16 weights in one kernel against tensor by tensor: unequal bits, seconds of each."""
+    shapes = [(3072, 768)] * 40 + [(4, 4)] * 40 + [(33,), (7, 5, 3)]
+    generator = torch.Generator(device).manual_seed(3)
+    draw = lambda shape: (torch.randn(shape, device=device, generator=generator) * 0.02).to(torch.bfloat16)  # noqa: E731
+    start = [draw(shape) for shape in shapes]
+    by_tensor, at_once = (
+        KahanAdamW([torch.nn.Parameter(p.clone()) for p in start], lr=1e-3, betas=(0.9, 0.99), decay=0.01) for _ in range(2)
+    )
+    unlike = []
+    for _ in range(10):
+        for a, b in zip(*(o.param_groups[0]["params"] for o in (by_tensor, at_once))):
+            a.grad = draw(a.shape)
+            b.grad = a.grad.clone()
+        with swapped(optim, "find_spec", lambda name: None):
+            by_tensor.step()
+        at_once.step()
+        unlike.append({key: _unlike(by_tensor, at_once, key) for key in ("weight", "exp_avg", "exp_avg_sq", "kahan_comp")})
+    with swapped(optim, "find_spec", lambda name: None):
+        slow = timed(by_tensor.step, clock)
+    numbers = sum(p.numel() for p in start)
+    return {"numbers": numbers, "unlike": unlike, "by_tensor_s": slow, "at_once_s": timed(at_once.step, clock)}
+
+
+def _unlike(one: KahanAdamW, other: KahanAdamW, key: str) -> dict:
+    """How many numbers differ, and by how much of their norm."""
+    kept = lambda o: [p if key == "weight" else o.state[p][key] for p in o.param_groups[0]["params"]]  # noqa: E731
+    a, b = (torch.cat([t.detach().flatten().double() for t in kept(o)]) for o in (one, other))
+    return {"count": int((a != b).sum()), "relative": float((a - b).norm() / a.norm())}
+
+
+def mixing(device: str, tokens: int, width: int, clock: Clock) -> list[dict]:
+    """The small factor of a LoKr [4, 4] times groups of each token, forward and backward: microseconds, distance from float64."""
+    groups = torch.randn(1, tokens, 4, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    first = torch.randn(4, 4, device=device, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(1, tokens, 4, width, device=device, dtype=torch.bfloat16)
+
+    def chain(first: Tensor, groups: Tensor) -> Tensor:
+        out = first[:, 0, None] * groups[..., :1, :]
+        for i in range(1, first.shape[1]):
+            out = torch.addcmul(out, first[:, i, None], groups[..., i : i + 1, :])
+        return out
+
+    ways = {
+        "batched product": mixed,
+        "one product of all tokens": lambda w, g: F.linear(g.mT, w).mT.contiguous(),
+        "a chain of products": chain,
+        "compiled sum": torch.compile(lambda w, g: (w[..., None] * g.unsqueeze(-3)).sum(-2)),
+    }
+    truth = first.double() @ groups.double()
+    rows = []
+    for name, way in ways.items():
+
+        def call(way=way) -> float:
+            step = lambda: torch.autograd.grad(way(first, groups), (first, groups), grad)  # noqa: E731
+            return 1e6 * timed(step, clock)
+
+        far = attempt(lambda way=way: float((way(first, groups).double() - truth).norm() / truth.norm()))
+        rows.append({"how": name, "forward_and_backward_us": attempt(call), "distance": far})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small tensors and networks")
+    parser.add_argument("--stages", nargs="+", help="only these")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     choose_kernels(exact=False)
@@ -239,9 +306,11 @@ def main() -> None:
         "repeats": lambda: repeats(device, NARROW if small else WIDE, 8 if small else 64),
         "decoder": lambda: decoder(device, 64 if small else 1024, clock),
         "attention": lambda: attention(device, (64,) if small else (1104, 4176), clock),
+        "optimizer": lambda: optimizer(device, clock),
+        "mixing": lambda: mixing(device, 64 if small else 1104, 16 if small else 768, clock),
     }
     facts = {"device": device_name(device), "torch": torch.__version__}
-    for name, stage in stages.items():
+    for name, stage in ((name, stages[name]) for name in args.stages or stages):
         start = time.perf_counter()
         facts[name] = attempt(stage)
         for row in facts[name] if isinstance(facts[name], list) else [facts[name]]:

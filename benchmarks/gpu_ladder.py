@@ -3,8 +3,8 @@
 python -m benchmarks.gpu_ladder --out ladder.json                     # about 4 minutes
 python -m benchmarks.gpu_ladder --device cpu --tiny --out ladder.json # the same code on a small network
 
-Steps with and without a change take turns in one process; each row is the median ratio of pairs. The changes are tried
-here before they are built: none of them alters the package.
+Steps as they are and with a part done as before take turns in one process; each row is the median ratio of pairs.
+Blocks compiled whole and a base of bf16 weights are tried here before they are built.
 """
 
 import argparse
@@ -12,31 +12,24 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 
 import torch
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
 
 from benchmarks.gpu import FAMILY, FULL, TINY, Clock, Setup, Sizes, blank, cell, device_name, fill, line, matmul_flops, set_up
+from dedistill.adapters import layers
+from dedistill.adapters.layers import LokrLayer, LoraLayer
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.models import quantize as int8
+from dedistill.models.model import Model
+from dedistill.training import optim
 
 PAIRS = 3
-
-
-class _OneKernel(torch.autograd.Function):
-    """The int8 product with codes and scales multiplied in one kernel, by type promotion."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(codes, scale)
-        return nn.functional.linear(x, codes * scale.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        codes, scale = ctx.saved_tensors
-        return grad @ (codes * scale.to(grad.dtype)), None, None, None
 
 
 @contextmanager
@@ -49,58 +42,92 @@ def swapped(owner: object, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, old)
 
 
-def one_kernel(setup: Setup) -> object:
-    return swapped(int8, "_Int8Matmul", _OneKernel)
+# --- how it was done before, or would be by others -------------------------------------------------------------------
+
+
+def autocast(setup: Setup) -> object:
+    """torch chooses the dtype of each operation."""
+
+    def velocity(model: Model, *args: object) -> Tensor:
+        with torch.autocast(model.device.type, torch.bfloat16):
+            return plain(model, *args)
+
+    plain = Model.velocity
+    return swapped(Model, "velocity", velocity)
 
 
 @contextmanager
-def norms_in_bf16(setup: Setup) -> Iterator[None]:
-    """LayerNorm gives the dtype it is given, as on the CPU; autocast on CUDA would make it float32."""
-    plain = nn.LayerNorm.forward
+def lycoris(setup: Setup) -> Iterator[None]:
+    """LyCORIS' own forward, its plain torch code."""
+    with swapped(LokrLayer, "forward", LokrModule.forward), swapped(LoraLayer, "forward", LoConModule.forward):
+        for module in setup.model.adapter.by_target.values():
+            module.org_module[0].forward = module.forward
+        yield
+    for module in setup.model.adapter.by_target.values():
+        module.org_module[0].forward = module.forward
 
-    def forward(self: nn.LayerNorm, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return plain(self, x)
 
-    with swapped(nn.LayerNorm, "forward", forward):
+def tensor_by_tensor(setup: Setup) -> object:
+    """The optimizer on one tensor after the other."""
+    return swapped(optim, "find_spec", lambda name: None)
+
+
+@contextmanager
+def all_of_these(setup: Setup) -> Iterator[None]:
+    with autocast(setup), lycoris(setup), tensor_by_tensor(setup):
         yield
 
 
-@contextmanager
-def foreach(setup: Setup) -> Iterator[None]:
-    groups = setup.optimizer.param_groups
-    before = [group["foreach"] for group in groups]
-    for group in groups:
-        group["foreach"] = True
-    yield
-    for group, old in zip(groups, before):
-        group["foreach"] = old
+OFF: dict[str, Callable[[Setup], object]] = {
+    "autocast": autocast,
+    "LyCORIS' forward": lycoris,
+    "optimizer tensor by tensor": tensor_by_tensor,
+    "all of these": all_of_these,
+}
+
+
+# --- what is not built yet -------------------------------------------------------------------------------------------
+
+
+def fused_mix(first: Tensor, groups: Tensor) -> Tensor:
+    """The small factor as a sum of products, for a compiler to fuse."""
+    return (first[..., None] * groups.unsqueeze(-3)).sum(-2)
 
 
 @contextmanager
-def compiled(setup: Setup) -> Iterator[None]:
+def compiled(setup: Setup, backend: str, mix: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
     """Each block compiled whole, for any size. One graph serves the blocks of a kind; with and without gradients differ."""
     torch._dynamo.config.recompile_limit = 64
-    for block in FAMILY.blocks(setup.model.parts.net):
-        block.compile(dynamic=True, fullgraph=True)
-    yield
-    for block in FAMILY.blocks(setup.model.parts.net):
-        block._compiled_call_impl = None
+    torch._dynamo.reset()
+    blocks = FAMILY.blocks(setup.model.parts.net)
+    with swapped(layers, "mixed", mix):
+        for block in blocks:
+            block.compile(dynamic=True, fullgraph=True, backend=backend)
+        yield
+        for block in blocks:
+            block._compiled_call_impl = None
 
 
 @contextmanager
-def all_at_once(setup: Setup) -> Iterator[None]:
-    with one_kernel(setup), norms_in_bf16(setup), foreach(setup), compiled(setup):
+def dense(setup: Setup) -> Iterator[None]:
+    """The base as bf16 weights."""
+    net = setup.model.parts.net
+    linears = [module for module in net.modules() if isinstance(module, int8.Int8Linear)]
+    codes = {module: module.weight for module in linears}
+    for module in linears:
+        module.weight = nn.Parameter(module.dequantized(), requires_grad=False)
+    with swapped(int8.Int8Linear, "forward", lambda module, x: nn.functional.linear(x, module.weight, module.bias)):
+        relink(setup)
         yield
+    for module in linears:
+        module.weight = codes[module]
+    relink(setup)
 
 
-CHANGES: dict[str, Callable[[Setup], object]] = {
-    "one-kernel dequantization": one_kernel,
-    "LayerNorm in bf16": norms_in_bf16,
-    "foreach optimizer": foreach,
-    "blocks compiled": compiled,
-    "all of these": all_at_once,
-}
+def relink(setup: Setup) -> None:
+    """Adapters keep the forward they found."""
+    for module in setup.model.adapter.by_target.values():
+        module.org_forward = MethodType(type(module.org_module[0]).forward, module.org_module[0])
 
 
 def seconds(setup: Setup, clock: Clock, pixels: int, batch: int, generator: torch.Generator) -> float:
@@ -110,21 +137,23 @@ def seconds(setup: Setup, clock: Clock, pixels: int, batch: int, generator: torc
 
 
 def compare(setup: Setup, change: Callable[[Setup], object], pixels: int, batch: int, clock: Clock) -> dict:
-    """Steps as they are and with ``change`` in turn; > 1: the change is faster."""
+    """Steps as they are and with ``change`` in turn; > 1: slower with it."""
     if clock.over():
         return {"status": "skipped"}
     generator = torch.Generator(setup.model.device).manual_seed(0)
+    step = lambda: seconds(setup, clock, pixels, batch, generator)  # noqa: E731
     with change(setup):
-        first = seconds(setup, clock, pixels, batch, generator)
-    pairs, changed = [], []
+        first = step()
+    ours, others = [], []
     for _ in range(PAIRS):
-        before = statistics.median(seconds(setup, clock, pixels, batch, generator) for _ in range(2))
+        step()
+        ours.append(statistics.median(step() for _ in range(2)))
         with change(setup):
-            seconds(setup, clock, pixels, batch, generator)
-            after = statistics.median(seconds(setup, clock, pixels, batch, generator) for _ in range(2))
-        pairs.append(before / after)
-        changed.append(after)
-    return {"ratio": statistics.median(pairs), "pairs": pairs, "changed_ms": 1e3 * statistics.median(changed), "first_s": first}
+            step()
+            others.append(statistics.median(step() for _ in range(2)))
+    pairs = [other / own for own, other in zip(ours, others)]
+    milliseconds = {"ms": 1e3 * statistics.median(ours), "changed_ms": 1e3 * statistics.median(others)}
+    return {"ratio": statistics.median(pairs), "pairs": pairs, "first_s": first} | milliseconds
 
 
 def profile(setup: Setup, pixels: int, batch: int, clock: Clock) -> dict:
@@ -154,56 +183,71 @@ def checkpointing(setup: Setup, on: bool) -> None:
     (net.enable_gradient_checkpointing if on else net.disable_gradient_checkpointing)()
 
 
-def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[[], None]) -> None:
+def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[[], None], backend: str) -> None:
     """Every stage in turn, the most wanted first; each is written down before the next."""
     peak = matmul_flops(sizes.matmul, device, clock)
-    start = clock.now()
+    facts["matmul_tflops"] = peak / 1e12
     parts = blank(sizes)
     fill(parts.net, device)
-    facts["fill_s"] = clock.now() - start
-    start = clock.now()
     setup = set_up(parts, sizes, "lokr", device)
-    facts["start_adapter_s"] = clock.now() - start
     kinds = {t.device.type for t in (*parts.net.parameters(), *parts.net.buffers(), *setup.model.trainable().values())}
     assert kinds == {torch.device(device).type}, f"tensors on {kinds}"
     small, large = sizes.pixels
-    checkpointing(setup, True)
-    facts["cells"], facts["changes"] = [], []
-    measured(setup, sizes, [(small, 1, True)], peak, clock, facts, write, nullcontext)
-    facts["profile"] = profile(setup, small, 1, clock)
-    print(json.dumps(facts["profile"], indent=1), flush=True)
-    write()
-    for name, change in CHANGES.items():
-        row = {"change": name, "pixels": small, "batch": 1, "checkpointing": True}
+    facts |= {"cells": [], "changes": [], "profiles": {}, "spent": {}}
+
+    def note(name: str, stage: Callable[[], object]) -> None:
+        if clock.over():
+            return
+        start = clock.now()
         try:
-            row |= compare(setup, change, small, 1, clock)
+            stage()
         except Exception as e:
             # an experiment that fails is a finding, and must not cost the others
-            row |= {"status": f"{type(e).__name__}: {str(e)[:300]}"}
+            facts["spent"][name + " failed"] = f"{type(e).__name__}: {str(e)[-600:]}"
+            print(name, facts["spent"][name + " failed"], flush=True)
             setup.optimizer.zero_grad(set_to_none=True)
-        facts["changes"].append(row)
-        print(row, flush=True)
+        facts["spent"][name] = clock.now() - start
         write()
-    cells = [(small, 1, False), (small, 4, False), (small, 4, True), (large, 1, True), (large, 1, False), (large, 4, True)]
-    measured(setup, sizes, cells, peak, clock, facts, write, nullcontext)
-    measured(setup, sizes, cells, peak, clock, facts, write, lambda: all_at_once(setup), note="all of these")
 
+    def cells(name: str, *sizes_of: tuple[int, int, bool]) -> None:
+        measured(setup, sizes, sizes_of, peak, clock, facts, write, note=name)
 
-def measured(setup, sizes, cells, peak, clock, facts, write, how, note: str = "as it is") -> None:
-    with how():
-        for pixels, batch, checkpointed in cells:
-            checkpointing(setup, checkpointed)
-            row = {"adapter": "lokr", "pixels": pixels, "batch": batch, "checkpointing": checkpointed, "change": note}
-            try:
-                row |= cell(setup, sizes, pixels, batch, peak, clock)
-            except Exception as e:
-                row |= {"status": f"{type(e).__name__}: {str(e)[:300]}"}
-                setup.optimizer.zero_grad(set_to_none=True)
-            if clock.cuda:
-                row["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
-            facts["cells"].append(row)
-            print(line(row), note, flush=True)
+    def profiled(name: str) -> None:
+        checkpointing(setup, True)
+        facts["profiles"][name] = profile(setup, small, 1, clock)
+        print(name, json.dumps(facts["profiles"][name] | {"top": []}), flush=True)
+
+    def changes() -> None:
+        checkpointing(setup, True)
+        for name, change in OFF.items():
+            row = {"change": name, "pixels": small, "batch": 1} | compare(setup, change, small, 1, clock)
+            facts["changes"].append(row)
+            print(row, flush=True)
             write()
+
+    note("eager 512", lambda: cells("eager", (small, 1, True), (small, 1, False)))
+    note("profile", lambda: profiled("eager"))
+    with compiled(setup, backend, fused_mix):
+        note("compiled 512", lambda: cells("compiled", (small, 1, True), (small, 1, False), (large, 1, True)))
+        note("profile compiled", lambda: profiled("compiled"))
+        note("compiled, batches", lambda: cells("compiled", (small, 4, False), (small, 4, True)))
+    note("changes", changes)
+    with dense(setup), compiled(setup, backend, fused_mix):
+        name = "compiled, bf16 base"
+        note(name, lambda: cells(name, (small, 4, False), (small, 6, False)))
+    note("eager, batches", lambda: cells("eager", (small, 4, False), (large, 1, True)))
+
+
+def measured(setup, sizes, cells, peak, clock, facts, write, note: str) -> None:
+    for pixels, batch, checkpointed in cells:
+        checkpointing(setup, checkpointed)
+        row = {"adapter": "lokr", "pixels": pixels, "batch": batch, "checkpointing": checkpointed, "how": note}
+        row |= cell(setup, sizes, pixels, batch, peak, clock)
+        if clock.cuda:
+            row["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        facts["cells"].append(row)
+        print(line(row), note, flush=True)
+        write()
 
 
 def main() -> None:
@@ -211,6 +255,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=260, help="what would start later is skipped")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     choose_kernels(exact=False)
@@ -225,6 +270,7 @@ def main() -> None:
         Clock(args.device, args.seconds),
         facts,
         lambda: args.out.write_text(json.dumps(facts, indent=1) + "\n"),
+        args.backend,
     )
     print(f"done in {time.perf_counter() - began:.0f} s: {args.out}")
 

@@ -5,10 +5,9 @@ from typing import Any, cast
 
 import torch
 from lycoris.modules.base import LycorisBaseModule
-from lycoris.modules.locon import LoConModule
-from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
 
+from dedistill.adapters.layers import LokrLayer, LoraLayer
 from dedistill.adapters.targets import Resolved
 from dedistill.errors import UserError
 
@@ -98,13 +97,12 @@ def _other_alphas(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str
 
 
 def _build(kind: str, target: Resolved, linear: nn.Linear) -> LycorisBaseModule:
-    # bypass: rebuild mode forms (W + dW) - W in the base's dtype and rounds small deltas away
     # alpha = rank: the scale is 1 in every program that reads the file
     name = file_name(target.name)
     rank = target.rank or 1
     if kind == "lora":
-        return LoConModule(name, linear, 1.0, rank, rank, bypass_mode=True)
-    return LokrModule(name, linear, 1.0, rank, rank, factor=target.factor, full_matrix=target.rank is None, bypass_mode=True)
+        return LoraLayer(name, linear, 1.0, rank, rank, bypass_mode=True)
+    return LokrLayer(name, linear, 1.0, rank, rank, factor=target.factor, full_matrix=target.rank is None, bypass_mode=True)
 
 
 def dense_shapes(net: nn.Module, names: list[str]) -> dict[str, tuple[int, int]]:

@@ -142,3 +142,8 @@ class Family(Protocol):
 
     def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
         """The hidden states that one of ``blocks`` was called with and returned. text: what the network was told."""
+
+
+def float_dtype(module: nn.Module) -> torch.dtype:
+    """What ``module`` computes in: the dtype of its first parameter that is not made of codes."""
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())

@@ -98,7 +98,9 @@ class Model:
 
     def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None) -> Tensor:
         """noise - data as the model predicts it, float32; the same arithmetic in training, validation and sampling."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        # a frozen base is stored in the dtype it computes in. autocast would choose per operation, and not the same on a GPU:
+        # float32 for every LayerNorm there, and for what follows it
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and self.adapter is None):
             return self.family.velocity(self.parts, self.root, noisy, sigma, text, guidance).float()
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -37,12 +37,13 @@ class _Int8Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(codes, scale)
-        return F.linear(x, codes.to(x.dtype) * scale.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        # codes * scale is one kernel that converts as it reads, with the bits of converting first
+        return F.linear(x, codes * scale.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         codes, scale = ctx.saved_tensors
-        return grad @ (codes.to(grad.dtype) * scale.to(grad.dtype)), None, None, None
+        return grad @ (codes * scale.to(grad.dtype)), None, None, None
 
 
 class Int8Linear(nn.Linear):
@@ -69,7 +70,7 @@ class Int8Linear(nn.Linear):
 
     def dequantized(self) -> Tensor:
         """The weight it stands for, [out, in], in the scale's dtype."""
-        return self.weight.to(self.weight_scale.dtype) * self.weight_scale
+        return self.weight * self.weight_scale
 
 
 # --- ways of storing a frozen linear ---------------------------------------------------------------------------------

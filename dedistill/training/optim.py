@@ -2,13 +2,19 @@
 
 import math
 from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import optimi
 import torch
+from optimi.utils import debias_beta
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.recipe import Recipe
+
+if TYPE_CHECKING:
+    from dedistill.training import kahan
 
 
 class KahanAdamW(optimi.AdamW):
@@ -21,6 +27,7 @@ class KahanAdamW(optimi.AdamW):
     def __init__(self, params: list[nn.Parameter], lr: float, betas: tuple[float, float], decay: float):
         super().__init__(params, lr=lr, betas=betas, weight_decay=0.0, kahan_sum=True, triton=False)
         self.decay = decay
+        self.places: kahan.Places | None = None
 
     def _init_state(self, group: dict, state: dict, param: Tensor) -> None:
         fresh = "kahan_comp" not in state
@@ -30,6 +37,8 @@ class KahanAdamW(optimi.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None, param=None):
+        if find_spec("triton") and all(p.is_cuda for group in self.param_groups for p in group["params"]):
+            return self._step_at_once()
         for group in self.param_groups if self.decay else ():
             for p in group["params"]:
                 if p.grad is not None:
@@ -37,6 +46,21 @@ class KahanAdamW(optimi.AdamW):
                     rest = self.state[p]["kahan_comp"]
                     rest.sub_(p.float() + rest, alpha=group["lr"] * self.decay)
         return super().step(closure, param)
+
+    def _step_at_once(self) -> None:
+        """The same in one kernel for each group."""
+        from dedistill.training import kahan
+
+        for group in self.param_groups:
+            lists: kahan.Lists = ([], [], [], [], [])
+            self._init_group(group, *lists)
+            group["step"] += 1
+            keep, keep_square = (debias_beta(group[beta], int(group["step"])) for beta in ("beta1", "beta2"))
+            if lists[0]:
+                if self.places is None or not self.places.fits(lists[0]):
+                    self.places = kahan.Places(lists[0])
+                numbers = {"lr": group["lr"], "keep": keep, "keep_square": keep_square, "eps": group["eps"]}
+                kahan.step(self.places, lists, **numbers, decay=self.decay)
 
 
 def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

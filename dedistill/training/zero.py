@@ -231,13 +231,14 @@ class _Root(nn.Module):
     def __init__(self, model: Model, *, whole: bool):
         """whole: register the base, too, for DeepSpeed to cut."""
         super().__init__()
-        self.adapter, self._net, self.bf16 = model.adapter, [model.parts.net], model.bf16
+        self.adapter, self._net = model.adapter, [model.parts.net]
+        self.autocast = model.bf16 and model.adapter is None  # as Model.velocity
         if whole or model.adapter is None:
             self.net = model.parts.net
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         net = self._net[0]
-        with torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=self.autocast):
             return net(*args, **kwargs)
 
 

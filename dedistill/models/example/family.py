@@ -14,7 +14,7 @@ from dedistill.errors import UserError
 from dedistill.flow.parameterization import to_velocity
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.example import SPEC
-from dedistill.models.family import MADE, Components, Output, States
+from dedistill.models.family import MADE, Components, Output, States, float_dtype
 from dedistill.models.pretrained import load_whole
 from dedistill.models.words import WordEncoder
 from dedistill.recipe.schema import Model
@@ -58,7 +58,8 @@ class ExampleNet(ModelMixin, ConfigMixin):
 
     def forward(self, noisy: Tensor, sigma: Tensor, embeds: list[Tensor], masks: list[Tensor]) -> Tensor:
         angles = sigma[:, None] * 2.0 ** torch.arange(8, device=sigma.device)
-        x = self.conv_in(noisy) + self.time(torch.cat([angles.sin(), angles.cos()], 1))[:, :, None, None]
+        waves = torch.cat([angles.sin(), angles.cos()], 1).to(noisy.dtype)
+        x = self.conv_in(noisy) + self.time(waves)[:, :, None, None]
         text, mask = torch.cat([linear(e) for linear, e in zip(self.text, embeds)], 1), torch.cat(masks, 1)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -165,9 +166,10 @@ class Example:
         if sigma.dtype not in (torch.float32, torch.float64) or not (sigma.min() >= 0 and sigma.max() <= 1):
             raise ValueError("sigma must be float32 in [0, 1]")
         text = text.trimmed()
-        told = [s.embeds.to(noisy.dtype) for s in text.sequences], [s.mask for s in text.sequences]
-        noise = net(noisy, sigma.float().clamp(max=HIGHEST), *told)
-        return to_velocity("epsilon", noise, noisy, sigma, HIGHEST)
+        dtype = float_dtype(parts.net)
+        embeds, masks = [s.embeds.to(dtype) for s in text.sequences], [s.mask for s in text.sequences]
+        noise = net(noisy.to(dtype), sigma.float().clamp(max=HIGHEST), embeds, masks)
+        return to_velocity("epsilon", noise.to(noisy.dtype), noisy, sigma, HIGHEST)
 
     def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
         return shape[1] * shape[2]

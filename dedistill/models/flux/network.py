@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.models.conditioning import Conditioning
-from dedistill.models.family import Output, States
+from dedistill.models.family import Output, States, float_dtype
 from dedistill.models.flux import naming
 
 MASKS = ("bool", "none", "libreflux")
@@ -48,19 +48,19 @@ def flux_velocity(
     if sigma.dtype not in (torch.float32, torch.float64) or not (sigma.min() >= 0 and sigma.max() <= 1):
         raise ValueError("sigma must be float32 in [0, 1]; the network multiplies by 1000 itself")
     channels, height, width = noisy.shape[1:]
-    tokens = height * width // patch**2
+    tokens, dtype = height * width // patch**2, float_dtype(time_text_embed)
     if mask == "bool":
         text = text.trimmed()
     with exact_timestep(time_text_embed, sigma, guidance):
         out = net(
-            hidden_states=patchify(noisy, patch),
-            encoder_hidden_states=text.tokens.embeds.to(noisy.dtype),  # cached text keeps its encoders' dtype
-            pooled_projections=text.vectors["pooled"].to(noisy.dtype),
+            hidden_states=patchify(noisy, patch).to(dtype),
+            encoder_hidden_states=text.tokens.embeds.to(dtype),  # cached text keeps its encoders' dtype
+            pooled_projections=text.vectors["pooled"].to(dtype),
             timestep=sigma.float(),
             guidance=guidance,
             img_ids=image_ids(height // patch, width // patch, noisy.device),
             txt_ids=torch.zeros(text.tokens.embeds.shape[1], 3, device=noisy.device),
-            joint_attention_kwargs=attention_mask(text.tokens.mask, tokens, mask, noisy.dtype),
+            joint_attention_kwargs=attention_mask(text.tokens.mask, tokens, mask, dtype),
             return_dict=False,
         )[0]
     return unpatchify(out, patch, channels, height, width)
