@@ -229,9 +229,9 @@ def decoder(device: str, side: int, clock: Clock) -> list[dict]:
     return rows
 
 
-def optimizer(device: str, clock: Clock) -> dict:
+def optimizer(device: str, width: int, clock: Clock) -> dict:
     """Steps of AdamW on bf16 weights in one kernel against tensor by tensor: unequal bits, seconds of each."""
-    shapes = [(3072, 768)] * 40 + [(4, 4)] * 40 + [(33,), (7, 5, 3)]
+    shapes = [(4 * width, width)] * 40 + [(4, 4)] * 40 + [(33,), (7, 5, 3)]
     generator = torch.Generator(device).manual_seed(3)
     draw = lambda shape: (torch.randn(shape, device=device, generator=generator) * 0.02).to(torch.bfloat16)  # noqa: E731
     start = [draw(shape) for shape in shapes]
@@ -261,7 +261,7 @@ def _unlike(one: KahanAdamW, other: KahanAdamW, key: str) -> dict:
 
 
 def mixing(device: str, tokens: int, width: int, clock: Clock) -> list[dict]:
-    """The small factor of a LoKr [4, 4] times groups of each token, forward and backward: microseconds, distance from float64."""
+    """The small factor of a LoKr [4, 4] times groups of each token, there and back: microseconds, distance from float64."""
     groups = torch.randn(1, tokens, 4, width, device=device, dtype=torch.bfloat16, requires_grad=True)
     first = torch.randn(4, 4, device=device, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn(1, tokens, 4, width, device=device, dtype=torch.bfloat16)
@@ -306,7 +306,7 @@ def main() -> None:
         "repeats": lambda: repeats(device, NARROW if small else WIDE, 8 if small else 64),
         "decoder": lambda: decoder(device, 64 if small else 1024, clock),
         "attention": lambda: attention(device, (64,) if small else (1104, 4176), clock),
-        "optimizer": lambda: optimizer(device, clock),
+        "optimizer": lambda: optimizer(device, 16 if small else 768, clock),
         "mixing": lambda: mixing(device, 64 if small else 1104, 16 if small else 768, clock),
     }
     facts = {"device": device_name(device), "torch": torch.__version__}

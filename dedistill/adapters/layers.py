@@ -1,8 +1,7 @@
 """What an adapter adds to a linear: LyCORIS' parameters, names and files, and a forward of our own.
 
-LyCORIS casts input and weights in each call, transposes twice and sums a product of 4 x 4 factors over all tokens. Here
-the input is cast once, to what the base gives, and each product is one kernel. The delta is never added to the weight: (W + dW) in
-the base's dtype rounds small deltas away.
+LyCORIS transposes twice and copies around a product of all tokens with a factor of 4 x 4. Here each product is one kernel,
+in what the base gives. The delta is never added to the weight: (W + dW) in the base's dtype rounds small deltas away.
 """
 
 import torch
@@ -35,7 +34,7 @@ class LokrLayer(LokrModule):
 
 
 def kronecker(x: Tensor, first: Tensor, second: list[Tensor]) -> Tensor:
-    """(first (x) second) x without the large matrix: x [..., a b], first [p, a], second [q, b] as factors, the last one first."""
+    """(first (x) second) x without the large matrix: x [..., a b], first [p, a]; second: factors of [q, b], the last one first."""
     groups = x.unflatten(-1, (first.shape[1], -1))
     for factor in second:
         groups = F.linear(groups, factor)
