@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.flops import Tokens, adapter_flops, model_flops
 from dedistill.adapters.attach import Adapter, dense_shapes
@@ -128,21 +128,28 @@ class Setup:
 
     def step(self, pixels: int, batch: int, generator: torch.Generator) -> float:
         """One optimizer step on fresh random samples; the loss."""
-        device, new = self.model.device, self.recipe.model.new
-        draw = lambda *shape: torch.randn(batch, *shape, device=device, generator=generator)  # noqa: E731
-        data, noise = (draw(CHANNELS, pixels // VAE, pixels // VAE) for _ in range(2))
-        sigma = torch.rand(batch, device=device, generator=generator)
-        mask = torch.ones(batch, TEXT, dtype=torch.bool, device=device)
-        text = Conditioning.of(draw(TEXT, new.text_dim), mask, pooled=draw(new.pooled_dim))
-        predicted = self.model.velocity(interpolate(data, noise, sigma), sigma, text)
-        loss = flow_loss(predicted, velocity(data, noise)).sum() / batch
-        loss.backward()
+        loss = self.forward_backward(*self.samples(pixels, batch, generator))
         norm = nn.utils.clip_grad_norm_(self.model.trainable().values(), self.recipe.train.max_grad_norm, foreach=True)
         if not norm.isfinite():
             raise FloatingPointError("the gradient is not finite")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
+
+    def samples(self, pixels: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Random data and noise [B, C, H, W], sigma [B], and a caption's tokens [B, T, D] and vector [B, P]."""
+        device, new = self.model.device, self.recipe.model.new
+        draw = lambda *shape: torch.randn(batch, *shape, device=device, generator=generator)  # noqa: E731
+        data, noise = (draw(CHANNELS, pixels // VAE, pixels // VAE) for _ in range(2))
+        return data, noise, draw().sigmoid(), draw(TEXT, new.text_dim), draw(new.pooled_dim)
+
+    def forward_backward(self, data: Tensor, noise: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+        """The mean loss; its gradient is added to what is there."""
+        text = Conditioning.of(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool), pooled=pooled)
+        predicted = self.model.velocity(interpolate(data, noise, sigma), sigma, text)
+        loss = flow_loss(predicted, velocity(data, noise)).sum() / len(data)
+        loss.backward()
+        return loss.detach()
 
 
 def set_up(parts: Components, sizes: Sizes, name: str, device: str) -> Setup:

@@ -21,11 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import Clock, device_name, matmul_flops
 from benchmarks.gpu_ladder import swapped
+from dedistill.adapters import layers
 from dedistill.adapters.attach import Adapter, dense_shapes
-from dedistill.adapters.layers import mixed
+from dedistill.adapters.layers import add_mixed
 from dedistill.adapters.targets import Resolved
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.flow.path import flow_loss, interpolate, velocity
+from dedistill.models import quantize
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
@@ -260,34 +262,32 @@ def _unlike(one: KahanAdamW, other: KahanAdamW, key: str) -> dict:
     return {"count": int((a != b).sum()), "relative": float((a - b).norm() / a.norm())}
 
 
-def mixing(device: str, tokens: int, width: int, clock: Clock) -> list[dict]:
-    """The small factor of a LoKr [4, 4] times groups of each token, there and back: microseconds, distance from float64."""
-    groups = torch.randn(1, tokens, 4, width, device=device, dtype=torch.bfloat16, requires_grad=True)
-    first = torch.randn(4, 4, device=device, dtype=torch.bfloat16, requires_grad=True)
-    grad = torch.randn(1, tokens, 4, width, device=device, dtype=torch.bfloat16)
+def kernels(device: str, tokens: int, width: int, clock: Clock) -> list[dict]:
+    """Our kernels against torch's: microseconds of each, and how far they are from each other and from float64."""
+    draw = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
+    base, first, groups = (draw(1, tokens, 4, width), draw(4, 4), draw(1, tokens, 4, width))
+    above = draw(1, tokens, 4, width)
+    for tensor in (base, first, groups):
+        tensor.requires_grad_()
+    codes = torch.randint(-128, 128, (4 * width, 4 * width), device=device, dtype=torch.int8)
+    scale = draw(4 * width, 1).abs()
 
-    def chain(first: Tensor, groups: Tensor) -> Tensor:
-        out = first[:, 0, None] * groups[..., :1, :]
-        for i in range(1, first.shape[1]):
-            out = torch.addcmul(out, first[:, i, None], groups[..., i : i + 1, :])
-        return out
+    def passes() -> tuple[Tensor, ...]:
+        out = add_mixed(base, first, groups)
+        return out, *torch.autograd.grad(out, (base, first, groups), above)
 
-    ways = {
-        "batched product": mixed,
-        "one product of all tokens": lambda w, g: F.linear(g.mT, w).mT.contiguous(),
-        "a chain of products": chain,
-        "compiled sum": torch.compile(lambda w, g: (w[..., None] * g.unsqueeze(-3)).sum(-2)),
-    }
-    truth = first.double() @ groups.double()
+    exact = [t.detach().double().requires_grad_() for t in (base, first, groups)]
+    result = exact[0] + exact[1] @ exact[2]
+    truth = (result, *torch.autograd.grad(result, exact, above.double()))
     rows = []
-    for name, way in ways.items():
-
-        def call(way=way) -> float:
-            step = lambda: torch.autograd.grad(way(first, groups), (first, groups), grad)  # noqa: E731
-            return 1e6 * timed(step, clock)
-
-        far = attempt(lambda way=way: float((way(first, groups).double() - truth).norm() / truth.norm()))
-        rows.append({"how": name, "forward_and_backward_us": attempt(call), "distance": far})
+    for name, find in (("torch", lambda name: None), ("ours", layers.find_spec)):
+        with swapped(layers, "find_spec", find), swapped(quantize, "find_spec", find):
+            far = [float((a - b).norm() / b.norm()) for a, b in zip(passes(), truth)]
+            again = all(torch.equal(a, b) for a, b in zip(passes(), passes()))
+            made = quantize.dequantized(codes, scale)
+            rows.append({"kernels": name, "mixing_us": 1e6 * timed(passes, clock), "from_float64": far, "repeatable": again})
+            rows[-1] |= {"dequantize_us": 1e6 * timed(lambda: quantize.dequantized(codes, scale), clock)}
+            rows[-1] |= {"dequantize_bits_equal": torch.equal(made, codes * scale)}
     return rows
 
 
@@ -307,7 +307,7 @@ def main() -> None:
         "decoder": lambda: decoder(device, 64 if small else 1024, clock),
         "attention": lambda: attention(device, (64,) if small else (1104, 4176), clock),
         "optimizer": lambda: optimizer(device, 16 if small else 768, clock),
-        "mixing": lambda: mixing(device, 64 if small else 1104, 16 if small else 768, clock),
+        "kernels": lambda: kernels(device, 64 if small else 1104, 16 if small else 768, clock),
     }
     facts = {"device": device_name(device), "torch": torch.__version__}
     for name, stage in ((name, stages[name]) for name in args.stages or stages):

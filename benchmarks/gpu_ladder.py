@@ -4,7 +4,7 @@ python -m benchmarks.gpu_ladder --out ladder.json                     # about 4 
 python -m benchmarks.gpu_ladder --device cpu --tiny --out ladder.json # the same code on a small network
 
 Steps as they are and with a part done as before take turns in one process; each row is the median ratio of pairs.
-Blocks compiled whole and a base of bf16 weights are tried here before they are built.
+Steps that are recorded and played from one launch, and a base of bf16 weights, are tried here before they are built.
 """
 
 import argparse
@@ -12,7 +12,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import MethodType
 
@@ -20,8 +21,9 @@ import torch
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from benchmarks.gpu import FAMILY, FULL, TINY, Clock, Setup, Sizes, blank, cell, device_name, fill, line, matmul_flops, set_up
+from benchmarks.gpu import FULL, TINY, Clock, Setup, Sizes, blank, cell, device_name, fill, line, matmul_flops, set_up
 from dedistill.adapters import layers
 from dedistill.adapters.layers import LokrLayer, LoraLayer
 from dedistill.distributed.launcher import choose_kernels
@@ -67,6 +69,24 @@ def lycoris(setup: Setup) -> Iterator[None]:
         module.org_module[0].forward = module.forward
 
 
+def torch_kernels(setup: Setup) -> object:
+    """No kernels of ours."""
+    stack = ExitStack()
+    for module in (optim, layers, int8):
+        stack.enter_context(swapped(module, "find_spec", lambda name: None))
+    return stack
+
+
+def dequantized_by_torch(setup: Setup) -> object:
+    """Codes and scales multiplied by torch."""
+    return swapped(int8, "find_spec", lambda name: None)
+
+
+def mixed_by_torch(setup: Setup) -> object:
+    """The small factor of a LoKr as a matrix product."""
+    return swapped(layers, "find_spec", lambda name: None)
+
+
 def tensor_by_tensor(setup: Setup) -> object:
     """The optimizer on one tensor after the other."""
     return swapped(optim, "find_spec", lambda name: None)
@@ -74,13 +94,15 @@ def tensor_by_tensor(setup: Setup) -> object:
 
 @contextmanager
 def all_of_these(setup: Setup) -> Iterator[None]:
-    with autocast(setup), lycoris(setup), tensor_by_tensor(setup):
+    with autocast(setup), lycoris(setup), torch_kernels(setup):
         yield
 
 
 OFF: dict[str, Callable[[Setup], object]] = {
     "autocast": autocast,
     "LyCORIS' forward": lycoris,
+    "codes and scales multiplied by torch": dequantized_by_torch,
+    "small factor as a matrix product": mixed_by_torch,
     "optimizer tensor by tensor": tensor_by_tensor,
     "all of these": all_of_these,
 }
@@ -89,23 +111,46 @@ OFF: dict[str, Callable[[Setup], object]] = {
 # --- what is not built yet -------------------------------------------------------------------------------------------
 
 
-def fused_mix(first: Tensor, groups: Tensor) -> Tensor:
-    """The small factor as a sum of products, for a compiler to fuse."""
-    return (first[..., None] * groups.unsqueeze(-3)).sum(-2)
-
-
 @contextmanager
-def compiled(setup: Setup, backend: str, mix: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Each block compiled whole, for any size. One graph serves the blocks of a kind; with and without gradients differ."""
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.reset()
-    blocks = FAMILY.blocks(setup.model.parts.net)
-    with swapped(layers, "mixed", mix):
-        for block in blocks:
-            block.compile(dynamic=True, fullgraph=True, backend=backend)
+def graphed(setup: Setup) -> Iterator[None]:
+    """Forward and backward of each shape recorded once, then played from one launch; gradients stay where they are."""
+    if setup.model.device.type != "cuda":
         yield
-        for block in blocks:
-            block._compiled_call_impl = None
+        return
+    eager, trained = setup.forward_backward, list(setup.model.trainable().values())
+    recorded: dict[tuple, tuple] = {}
+
+    def play(*samples: Tensor) -> Tensor:
+        key = (*(s.shape for s in samples), setup.model.parts.net.is_gradient_checkpointing)
+        if key not in recorded:
+            recorded[key] = record(samples)
+        graph, inputs, loss = recorded[key]
+        for held, sample in zip(inputs, samples):
+            held.copy_(sample)
+        graph.replay()
+        return loss
+
+    def record(samples: tuple[Tensor, ...]) -> tuple:
+        inputs, stream = [s.clone() for s in samples], torch.cuda.Stream()
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                eager(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = eager(*inputs)
+        torch._foreach_zero_([p.grad for p in trained])
+        return graph, inputs, loss
+
+    zero = lambda set_to_none: torch._foreach_zero_([p.grad for p in trained if p.grad is not None])  # noqa: E731
+    with swapped(setup, "forward_backward", play), swapped(setup.optimizer, "zero_grad", zero):
+        yield
+    recorded.clear()
+    setup.optimizer.zero_grad(set_to_none=True)
 
 
 @contextmanager
@@ -180,10 +225,13 @@ def profile(setup: Setup, pixels: int, batch: int, clock: Clock) -> dict:
 
 def checkpointing(setup: Setup, on: bool) -> None:
     net = setup.model.parts.net
-    (net.enable_gradient_checkpointing if on else net.disable_gradient_checkpointing)()
+    if not on:
+        return net.disable_gradient_checkpointing()
+    # nothing is drawn at random within a block, and the state of a GPU's generator cannot be read while a graph is recorded
+    net.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
 
-def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[[], None], backend: str) -> None:
+def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[[], None]) -> None:
     """Every stage in turn, the most wanted first; each is written down before the next."""
     peak = matmul_flops(sizes.matmul, device, clock)
     facts["matmul_tflops"] = peak / 1e12
@@ -227,15 +275,14 @@ def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[
 
     note("eager 512", lambda: cells("eager", (small, 1, True), (small, 1, False)))
     note("profile", lambda: profiled("eager"))
-    with compiled(setup, backend, fused_mix):
-        note("compiled 512", lambda: cells("compiled", (small, 1, True), (small, 1, False), (large, 1, True)))
-        note("profile compiled", lambda: profiled("compiled"))
-        note("compiled, batches", lambda: cells("compiled", (small, 4, False), (small, 4, True)))
+    for each in ((small, 1, True), (small, 1, False), (small, 4, False), (large, 1, True), (large, 1, False)):
+        with graphed(setup):
+            note(f"recorded {each}", lambda each=each: cells("recorded", each))
+    note("eager, batches", lambda: cells("eager", (small, 4, False), (large, 1, True), (small, 4, True)))
     note("changes", changes)
-    with dense(setup), compiled(setup, backend, fused_mix):
-        name = "compiled, bf16 base"
-        note(name, lambda: cells(name, (small, 4, False), (small, 6, False)))
-    note("eager, batches", lambda: cells("eager", (small, 4, False), (large, 1, True)))
+    for each in ((small, 1, False), (small, 4, False)):
+        with dense(setup), graphed(setup):
+            note(f"recorded, bf16 base {each}", lambda each=each: cells("recorded, bf16 base", each))
 
 
 def measured(setup, sizes, cells, peak, clock, facts, write, note: str) -> None:
@@ -255,7 +302,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=260, help="what would start later is skipped")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     choose_kernels(exact=False)
@@ -270,7 +316,6 @@ def main() -> None:
         Clock(args.device, args.seconds),
         facts,
         lambda: args.out.write_text(json.dumps(facts, indent=1) + "\n"),
-        args.backend,
     )
     print(f"done in {time.perf_counter() - began:.0f} s: {args.out}")
 

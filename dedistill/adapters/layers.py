@@ -4,6 +4,8 @@ LyCORIS transposes twice and copies around a product of all tokens with a factor
 in what the base gives. The delta is never added to the weight: (W + dW) in the base's dtype rounds small deltas away.
 """
 
+from importlib.util import find_spec
+
 import torch
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.lokr import LokrModule
@@ -18,7 +20,9 @@ class LoraLayer(LoConModule):
         """x [..., in] in any float type -> [..., out] in the base's."""
         base = self.org_forward(x)
         down, up = (w.to(base.dtype) for w in (self.lora_down.weight, self.lora_up.weight))
-        return _add(base, F.linear(F.linear(x.to(base.dtype), down), up), self.scale * self.multiplier)
+        delta = F.linear(F.linear(x.to(base.dtype), down), up)
+        scale = self.scale * self.multiplier
+        return base + delta if scale == 1 else base + scale * delta
 
 
 class LokrLayer(LokrModule):
@@ -28,23 +32,19 @@ class LokrLayer(LokrModule):
         """x [..., a b] in any float type -> [..., p q] in the base's."""
         base = self.org_forward(x)
         w1 = self.lokr_w1 if self.use_w1 else self.lokr_w1_a @ self.lokr_w1_b
-        second = [self.lokr_w2] if self.use_w2 else [self.lokr_w2_b, self.lokr_w2_a]
-        delta = kronecker(x.to(base.dtype), w1.to(base.dtype), [w.to(base.dtype) for w in second])
-        return _add(base, delta, self.scale * self.multiplier)
+        groups = x.to(base.dtype).unflatten(-1, (w1.shape[1], -1))
+        for factor in [self.lokr_w2] if self.use_w2 else [self.lokr_w2_b, self.lokr_w2_a]:
+            groups = F.linear(groups, factor.to(base.dtype))
+        if (scale := self.scale * self.multiplier) != 1:
+            w1 = w1 * scale
+        return add_mixed(base.unflatten(-1, (w1.shape[0], -1)), w1.to(base.dtype), groups).flatten(-2)
 
 
-def kronecker(x: Tensor, first: Tensor, second: list[Tensor]) -> Tensor:
-    """(first (x) second) x without the large matrix: x [..., a b], first [p, a]; second: factors of [q, b], the last one first."""
-    groups = x.unflatten(-1, (first.shape[1], -1))
-    for factor in second:
-        groups = F.linear(groups, factor)
-    return mixed(first, groups).flatten(-2)
+def add_mixed(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
+    """base [..., p, q] + first [p, a] times groups [..., a, q]."""
+    if base.is_cuda and base.dtype == torch.bfloat16 and find_spec("triton"):
+        from dedistill.adapters import mix
 
-
-def mixed(first: Tensor, groups: Tensor) -> Tensor:
-    """first [p, a] times groups [..., a, q]: [..., p, q]."""
-    return torch.matmul(first.expand(*groups.shape[:-2], *first.shape), groups)
-
-
-def _add(base: Tensor, delta: Tensor, scale: float) -> Tensor:
-    return base + delta if scale == 1 else base + scale * delta
+        if max(first.shape) <= mix.LARGEST:
+            return mix.AddMixed.apply(base, first, groups)
+    return base + torch.matmul(first.expand(*groups.shape[:-2], *first.shape), groups)

@@ -135,7 +135,7 @@ class Meter:
     ) -> None:
         for stream, (before, after, counts) in self.family.states(args, kwargs, output, text).items():
             turned = angular_distance(before, after)
-            weights = torch.ones_like(turned) if counts is None else counts.double()
+            weights = torch.ones_like(turned) if counts is None else counts.to(turned)
             found = (turned * weights).sum(1) / weights.sum(1)
             sums = self.sums.setdefault(stream, torch.zeros(len(self.blocks), self.sigmas, dtype=torch.float64))
             sums[block, sigma] += found.sum().cpu()

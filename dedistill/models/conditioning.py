@@ -61,7 +61,11 @@ class Conditioning:
         return Conditioning(sequences, {name: change(vector) for name, vector in self.vectors.items()})
 
     def to(self, device: torch.device | str) -> "Conditioning":
-        return self.each(lambda t: t.to(device))
+        """Embeddings and vectors on ``device``. Masks come to the CPU: lengths are read off them without waiting for it."""
+        # waiting is for copies back alone: what they bring is read at once
+        moved = lambda t: t.to(device, non_blocking=torch.device(device).type != "cpu")  # noqa: E731
+        sequences = tuple(Tokens(moved(s.embeds), s.mask.cpu()) for s in self.sequences)
+        return Conditioning(sequences, {name: moved(vector) for name, vector in self.vectors.items()})
 
     def index_select(self, index: Tensor | slice) -> "Conditioning":
         """Those rows."""
@@ -86,11 +90,9 @@ class Conditioning:
         """Rows where ``dropped`` [B] is True become ``empty``, a single caption: embeds, masks and vectors together."""
         lengths = [max(pair) for pair in zip(self.lengths(), empty.lengths())]
         own, other = self.padded(lengths), empty.padded(lengths).expand(len(self))
-        merged = {
-            name: torch.where(dropped.reshape(-1, *[1] * (tensor.ndim - 1)), other.tensors()[name], tensor)
-            for name, tensor in own.tensors().items()
-        }
-        return from_tensors(merged)
+        chosen = lambda one, two: torch.where(dropped.to(one.device).reshape(-1, *[1] * (one.ndim - 1)), two, one)  # noqa: E731
+        pairs = zip(own.tensors().items(), other.tensors().values(), strict=True)
+        return from_tensors({name: chosen(tensor, instead) for (name, tensor), instead in pairs})
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names of a cache: "embeds", "mask" of the first sequence, "embeds.1" ... of others, vectors by their own."""

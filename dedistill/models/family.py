@@ -147,3 +147,9 @@ class Family(Protocol):
 def float_dtype(module: nn.Module) -> torch.dtype:
     """What ``module`` computes in: the dtype of its first parameter that is not made of codes."""
     return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
+def check_sigma(sigma: Tensor) -> None:
+    """Raises ValueError for noise levels that no network should be told. A GPU is not waited for to look at the numbers."""
+    if sigma.dtype not in (torch.float32, torch.float64) or not (sigma.is_cuda or (sigma.min() >= 0 and sigma.max() <= 1)):
+        raise ValueError("sigma must be float32 in [0, 1]; a family multiplies by 1000 itself where its network wants that")

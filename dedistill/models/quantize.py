@@ -6,6 +6,7 @@ ordinary frozen parameters work everywhere. The codes equal optimum-quanto's qin
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any, ClassVar, cast
 
 import torch
@@ -31,19 +32,27 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
+def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
+    """codes [out, in] times scale [out, 1], in the scale's dtype."""
+    if codes.is_cuda and find_spec("triton"):
+        from dedistill.models.dequantize import dequantize
+
+        return dequantize(codes, scale)
+    return codes * scale  # one kernel that converts as it reads, with the bits of converting first
+
+
 class _Int8Matmul(torch.autograd.Function):
     """y = x W^T + b with W = codes * scale rebuilt in both passes: nothing weight-sized is kept for backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(codes, scale)
-        # codes * scale is one kernel that converts as it reads, with the bits of converting first
-        return F.linear(x, codes * scale.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, dequantized(codes, scale.to(x.dtype)), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         codes, scale = ctx.saved_tensors
-        return grad @ (codes * scale.to(grad.dtype)), None, None, None
+        return grad @ dequantized(codes, scale.to(grad.dtype)), None, None, None
 
 
 class Int8Linear(nn.Linear):
@@ -70,7 +79,7 @@ class Int8Linear(nn.Linear):
 
     def dequantized(self) -> Tensor:
         """The weight it stands for, [out, in], in the scale's dtype."""
-        return self.weight * self.weight_scale
+        return dequantized(self.weight, self.weight_scale)
 
 
 # --- ways of storing a frozen linear ---------------------------------------------------------------------------------

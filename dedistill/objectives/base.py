@@ -94,9 +94,9 @@ class Objective(ABC):
         """The loss of each sample [B], float32, on the model's device; the same in training and validation."""
         text = model.encode(batch.captions) if batch.text is None else batch.text.to(model.device)
         if batch.dropped.any():
-            text = text.where(batch.dropped.to(model.device), model.encode([""]))
-        predicted = model.velocity(batch.noisy.to(model.device), batch.sigma.to(model.device), text)
-        return flow_loss(predicted, batch.target.to(model.device))
+            text = text.where(batch.dropped, model.encode([""]))
+        noisy, sigma, target = (t.to(model.device, non_blocking=True) for t in (batch.noisy, batch.sigma, batch.target))
+        return flow_loss(model.velocity(noisy, sigma, text), target)
 
     def micro_batches(self, step: int, size: int) -> list[np.ndarray]:
         """All positions of a step in parts of at most ``size`` that share a shape."""

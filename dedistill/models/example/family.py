@@ -14,7 +14,7 @@ from dedistill.errors import UserError
 from dedistill.flow.parameterization import to_velocity
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.example import SPEC
-from dedistill.models.family import MADE, Components, Output, States, float_dtype
+from dedistill.models.family import MADE, Components, Output, States, check_sigma, float_dtype
 from dedistill.models.pretrained import load_whole
 from dedistill.models.words import WordEncoder
 from dedistill.recipe.schema import Model
@@ -163,11 +163,10 @@ class Example:
     ) -> Tensor:
         if guidance is not None:
             raise UserError(f"{SPEC.name} has no guidance embedding; leave guidance out")
-        if sigma.dtype not in (torch.float32, torch.float64) or not (sigma.min() >= 0 and sigma.max() <= 1):
-            raise ValueError("sigma must be float32 in [0, 1]")
+        check_sigma(sigma)
         text = text.trimmed()
         dtype = float_dtype(parts.net)
-        embeds, masks = [s.embeds.to(dtype) for s in text.sequences], [s.mask for s in text.sequences]
+        embeds, masks = [s.embeds.to(dtype) for s in text.sequences], [s.mask.to(noisy.device) for s in text.sequences]
         noise = net(noisy.to(dtype), sigma.float().clamp(max=HIGHEST), embeds, masks)
         return to_velocity("epsilon", noise.to(noisy.dtype), noisy, sigma, HIGHEST)
 

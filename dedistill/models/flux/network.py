@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.models.conditioning import Conditioning
-from dedistill.models.family import Output, States, float_dtype
+from dedistill.models.family import Output, States, check_sigma, float_dtype
 from dedistill.models.flux import naming
 
 MASKS = ("bool", "none", "libreflux")
@@ -45,8 +45,7 @@ def flux_velocity(
     noisy [B, C, H, W], sigma [B] float32 in [0, 1], guidance [B] or None. mask: "bool" hides padding, "none" lets it
     take part, "libreflux" adds 1 to the scores of all that is not padding, as that model was trained.
     """
-    if sigma.dtype not in (torch.float32, torch.float64) or not (sigma.min() >= 0 and sigma.max() <= 1):
-        raise ValueError("sigma must be float32 in [0, 1]; the network multiplies by 1000 itself")
+    check_sigma(sigma)
     channels, height, width = noisy.shape[1:]
     tokens, dtype = height * width // patch**2, float_dtype(time_text_embed)
     if mask == "bool":
@@ -60,7 +59,7 @@ def flux_velocity(
             guidance=guidance,
             img_ids=image_ids(height // patch, width // patch, noisy.device),
             txt_ids=torch.zeros(text.tokens.embeds.shape[1], 3, device=noisy.device),
-            joint_attention_kwargs=attention_mask(text.tokens.mask, tokens, mask, dtype),
+            joint_attention_kwargs=attention_mask(text.tokens.mask, tokens, mask, dtype, noisy.device),
             return_dict=False,
         )[0]
     return unpatchify(out, patch, channels, height, width)
@@ -95,9 +94,13 @@ def unpatchify(tokens: Tensor, patch: int, channels: int, height: int, width: in
 
 
 def attention_mask(
-    text_mask: Tensor, image_tokens: int, kind: str = "bool", dtype: torch.dtype = torch.float32
+    text_mask: Tensor,
+    image_tokens: int,
+    kind: str = "bool",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor] | None:
-    """Key mask [B, 1, 1, T + I], text first; None when it would change nothing, which keeps the fast kernels.
+    """Key mask [B, 1, 1, T + I] on ``device``, text first; None when it would change nothing, which keeps the fast kernels.
 
     "bool" hides padding. A float mask would be added to the scores instead of hiding anything, so it leaves this function
     only where that is asked for: "libreflux" gives 1 to real tokens and 0 to padding, in ``dtype``.
@@ -113,7 +116,7 @@ def attention_mask(
             "use 'native' (DIFFUSERS_ATTN_BACKEND=native), or batches of one length"
         )
     image = torch.ones(len(text_mask), image_tokens, dtype=torch.bool, device=text_mask.device)
-    mask = torch.cat([text_mask, image], 1)[:, None, None, :]
+    mask = torch.cat([text_mask, image], 1)[:, None, None, :].to(device, non_blocking=True)
     return {"attention_mask": mask if kind == "bool" else mask.to(dtype)}
 
 
