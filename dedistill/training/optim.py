@@ -1,7 +1,8 @@
 """Optimizers and the learning rate, a function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import optimi
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.recipe import Recipe
+from dedistill.recipe.resolve import filled
 
 
 class KahanAdamW(optimi.AdamW):
@@ -22,14 +24,14 @@ class KahanAdamW(optimi.AdamW):
         super().__init__(params, lr=lr, betas=betas, weight_decay=0.0, kahan_sum=True, triton=False)
         self.decay = decay
 
-    def _init_state(self, group: dict, state: dict, param: Tensor) -> None:
+    def _init_state(self, group: dict[str, Any], state: dict[str, Any], param: Tensor) -> None:
         fresh = "kahan_comp" not in state
         super()._init_state(group, state, param)
         if fresh:
             state["kahan_comp"] = torch.zeros_like(param, dtype=torch.float32)
 
     @torch.no_grad()
-    def step(self, closure=None, param=None):
+    def step(self, closure: Callable[[], Tensor] | None = None, param: Tensor | None = None) -> Tensor | None:
         for group in self.param_groups if self.decay else ():
             for p in group["params"]:
                 if p.grad is not None:
@@ -62,7 +64,8 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         return t.lr
     done = (step - t.warmup) / (t.steps - t.warmup)
     share = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[t.schedule]
-    return t.lr * (t.lr_floor + (1 - t.lr_floor) * share)
+    floor = filled(t.lr_floor, "train.lr_floor")
+    return t.lr * (floor + (1 - floor) * share)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -72,7 +75,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Para
     return {f"{name}/{k}": v.detach() for name, state in states for k, v in state.items() if isinstance(v, Tensor)}
 
 
-def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of ``tensors`` that hold a NaN or an infinity. Without any, the device is waited for once."""
     numbers = [t for t in tensors.values() if t.dim()]
     if not numbers or torch.nn.utils.get_total_norm(numbers, math.inf, foreach=True).isfinite():
@@ -102,7 +105,7 @@ def load_optimizer_tensors(
 
 
 def state_entries(
-    optimizer: torch.optim.Optimizer, names: dict[str, Tensor], tensors: dict[str, Tensor], source: str
+    optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
 ) -> list[tuple[str, str, Tensor]]:
     """(name of a parameter or group, key, value) of each of ``tensors``. Raises UserError naming ``source`` unless they are
     the whole state of parameters of these names and shapes, or none at all."""
@@ -112,7 +115,7 @@ def state_entries(
     return entries
 
 
-def _misfit(optimizer: torch.optim.Optimizer, names: dict[str, Tensor], entries: list[tuple[str, str, Tensor]]) -> str:
+def _misfit(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], entries: list[tuple[str, str, Tensor]]) -> str:
     """What keeps (name, key, value) ``entries`` from being loaded; empty when nothing does."""
     groups = {f"group/{i}" for i in range(len(optimizer.param_groups))}
     states = [(name, key, value) for name, key, value in entries if name not in groups]
