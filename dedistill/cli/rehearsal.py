@@ -53,7 +53,7 @@ MADE = ("rehearsal.log", "cache", "model", "run", "sweep", "merged", "exported")
 Say = Callable[[str], None]
 
 
-def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
+def rehearse(recipe: Recipe, train: Callable[[Recipe], None], say: Say) -> None:
     """Run every stage of ``recipe`` small; raises UserError with the stage where one fails.
 
     Results are left in ``<run.out>-rehearsal`` for a look; an earlier rehearsal there is replaced, any other folder refused.
@@ -230,7 +230,7 @@ def _copy(recipe: Recipe, **tables: dict) -> Recipe:
     return resolve(recipe.model_copy(update=changed))
 
 
-def _check_resume(small: Recipe, train: Callable[[Recipe], int]) -> None:
+def _check_resume(small: Recipe, train: Callable[[Recipe], None]) -> None:
     """Throw the last checkpoint away, as a kill would, and train on: the weights must come out the same to the bit."""
     checkpoints = list_checkpoints(Path(small.run.out) / "checkpoints")
     file = checkpoints[-1] / "trainable.safetensors"
