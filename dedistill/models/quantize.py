@@ -6,7 +6,7 @@ ordinary frozen parameters work everywhere. The codes equal optimum-quanto's qin
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +31,24 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
+class _Kept(Protocol):
+    """What autograd keeps between the two passes of a function."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _Int8Matmul(torch.autograd.Function):
     """y = x W^T + b with W = codes * scale rebuilt in both passes: nothing weight-sized is kept for backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: _Kept, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(codes, scale)
         return F.linear(x, codes.to(x.dtype) * scale.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: _Kept, grad: Tensor) -> tuple[Tensor, None, None, None]:
         codes, scale = ctx.saved_tensors
         return grad @ (codes.to(grad.dtype) * scale.to(grad.dtype)), None, None, None
 
