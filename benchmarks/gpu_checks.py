@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import Clock, device_name, matmul_flops
 from benchmarks.gpu_ladder import swapped
-from dedistill.adapters import layers
+from dedistill import kernels
 from dedistill.adapters.attach import Adapter, dense_shapes
 from dedistill.adapters.layers import add_mixed
 from dedistill.adapters.targets import Resolved
@@ -32,7 +32,6 @@ from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import cast_float, linear_names, prepare_base
-from dedistill.training import optim
 from dedistill.training.optim import KahanAdamW
 
 FAMILY = PixelFlux()
@@ -245,11 +244,11 @@ def optimizer(device: str, width: int, clock: Clock) -> dict:
         for a, b in zip(*(o.param_groups[0]["params"] for o in (by_tensor, at_once))):
             a.grad = draw(a.shape)
             b.grad = a.grad.clone()
-        with swapped(optim, "find_spec", lambda name: None):
+        with swapped(kernels, "usable", lambda tensor: False):
             by_tensor.step()
         at_once.step()
         unlike.append({key: _unlike(by_tensor, at_once, key) for key in ("weight", "exp_avg", "exp_avg_sq", "kahan_comp")})
-    with swapped(optim, "find_spec", lambda name: None):
+    with swapped(kernels, "usable", lambda tensor: False):
         slow = timed(by_tensor.step, clock)
     numbers = sum(p.numel() for p in start)
     return {"numbers": numbers, "unlike": unlike, "by_tensor_s": slow, "at_once_s": timed(at_once.step, clock)}
@@ -262,7 +261,7 @@ def _unlike(one: KahanAdamW, other: KahanAdamW, key: str) -> dict:
     return {"count": int((a != b).sum()), "relative": float((a - b).norm() / a.norm())}
 
 
-def kernels(device: str, tokens: int, width: int, clock: Clock) -> list[dict]:
+def own_kernels(device: str, tokens: int, width: int, clock: Clock) -> list[dict]:
     """Our kernels against torch's: microseconds of each, and how far they are from each other and from float64."""
     draw = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
     base, first, groups = (draw(1, tokens, 4, width), draw(4, 4), draw(1, tokens, 4, width))
@@ -280,8 +279,8 @@ def kernels(device: str, tokens: int, width: int, clock: Clock) -> list[dict]:
     result = exact[0] + exact[1] @ exact[2]
     truth = (result, *torch.autograd.grad(result, exact, above.double()))
     rows = []
-    for name, find in (("torch", lambda name: None), ("ours", layers.find_spec)):
-        with swapped(layers, "find_spec", find), swapped(quantize, "find_spec", find):
+    for name, usable in (("torch", lambda tensor: False), ("ours", kernels.usable)):
+        with swapped(kernels, "usable", usable):
             far = [float((a - b).norm() / b.norm()) for a, b in zip(passes(), truth)]
             again = all(torch.equal(a, b) for a, b in zip(passes(), passes()))
             made = quantize.dequantized(codes, scale)
@@ -307,7 +306,7 @@ def main() -> None:
         "decoder": lambda: decoder(device, 64 if small else 1024, clock),
         "attention": lambda: attention(device, (64,) if small else (1104, 4176), clock),
         "optimizer": lambda: optimizer(device, 16 if small else 768, clock),
-        "kernels": lambda: kernels(device, 64 if small else 1104, 16 if small else 768, clock),
+        "kernels": lambda: own_kernels(device, 64 if small else 1104, 16 if small else 768, clock),
     }
     facts = {"device": device_name(device), "torch": torch.__version__}
     for name, stage in ((name, stages[name]) for name in args.stages or stages):

@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.gpu import FULL, TINY, Clock, Setup, Sizes, blank, cell, device_name, fill, line, matmul_flops, set_up
+from dedistill import kernels
 from dedistill.adapters import layers
 from dedistill.adapters.layers import LokrLayer, LoraLayer
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.models import quantize as int8
 from dedistill.models.model import Model
-from dedistill.training import optim
 
 PAIRS = 3
 
@@ -69,32 +69,34 @@ def lycoris(setup: Setup) -> Iterator[None]:
         module.org_module[0].forward = module.forward
 
 
-def torch_kernels(setup: Setup) -> object:
-    """No kernels of ours."""
-    stack = ExitStack()
-    for module in (optim, layers, int8):
-        stack.enter_context(swapped(module, "find_spec", lambda name: None))
-    return stack
-
-
 def dequantized_by_torch(setup: Setup) -> object:
     """Codes and scales multiplied by torch."""
-    return swapped(int8, "find_spec", lambda name: None)
+    return swapped(int8, "dequantized", lambda codes, scale: codes * scale)
 
 
 def mixed_by_torch(setup: Setup) -> object:
     """The small factor of a LoKr as a matrix product."""
-    return swapped(layers, "find_spec", lambda name: None)
+
+    def add_mixed(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
+        return base + torch.matmul(first.expand(*groups.shape[:-2], *first.shape), groups)
+
+    return swapped(layers, "add_mixed", add_mixed)
 
 
 def tensor_by_tensor(setup: Setup) -> object:
     """The optimizer on one tensor after the other."""
-    return swapped(optim, "find_spec", lambda name: None)
+    step = setup.optimizer.step
+
+    def plain() -> None:
+        with swapped(kernels, "usable", lambda tensor: False):
+            step()
+
+    return swapped(setup.optimizer, "step", plain)
 
 
 @contextmanager
 def all_of_these(setup: Setup) -> Iterator[None]:
-    with autocast(setup), lycoris(setup), torch_kernels(setup):
+    with autocast(setup), lycoris(setup), swapped(kernels, "usable", lambda tensor: False):
         yield
 
 

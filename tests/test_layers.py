@@ -12,7 +12,7 @@ from tiers import LONG
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dedistill"
 LEVELS = [
-    {"errors", "flow"},
+    {"errors", "flow", "kernels"},
     {"distributed", "io"},
     {"adapters", "recipe"},
     {"models"},

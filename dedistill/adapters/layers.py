@@ -4,13 +4,13 @@ LyCORIS transposes twice and copies around a product of all tokens with a factor
 in what the base gives. The delta is never added to the weight: (W + dW) in the base's dtype rounds small deltas away.
 """
 
-from importlib.util import find_spec
-
 import torch
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.lokr import LokrModule
 from torch import Tensor
 from torch.nn import functional as F
+
+from dedistill import kernels
 
 
 class LoraLayer(LoConModule):
@@ -42,9 +42,9 @@ class LokrLayer(LokrModule):
 
 def add_mixed(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
     """base [..., p, q] + first [p, a] times groups [..., a, q]."""
-    if base.is_cuda and base.dtype == torch.bfloat16 and find_spec("triton"):
-        from dedistill.adapters import mix
+    if kernels.usable(base) and base.dtype == torch.bfloat16:
+        from dedistill.kernels import kronecker
 
-        if max(first.shape) <= mix.LARGEST:
-            return mix.AddMixed.apply(base, first, groups)
+        if max(first.shape) <= kronecker.LARGEST:
+            return kronecker.AddMixed.apply(base, first, groups)
     return base + torch.matmul(first.expand(*groups.shape[:-2], *first.shape), groups)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from dedistill.errors import RUN_AGAIN, UserError
 from dedistill.io.atomic import with_home
@@ -216,11 +216,12 @@ def of_sweep(name: str, doc: str, folder: str, cfgs: list[float]) -> argparse.Ar
     return parser
 
 
-def _number(text: str, kind: type, fits, wanted: str):
-    try:
+Number = TypeVar("Number", int, float)
+
+
+def _number(text: str, kind: type[Number], fits: Callable[[Number], bool], wanted: str) -> Number:
+    with suppress(ValueError):
         value = kind(text)
-    except ValueError:
-        value = math.nan
-    if value != value or not fits(value):
-        raise argparse.ArgumentTypeError(f"expects {wanted}, got '{text}'")
-    return value
+        if value == value and fits(value):  # NaN is not
+            return value
+    raise argparse.ArgumentTypeError(f"expects {wanted}, got '{text}'")

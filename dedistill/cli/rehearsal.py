@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,10 @@ MADE = ("rehearsal.log", "cache", "model", "run", "sweep", "merged", "exported")
 """What a rehearsal leaves."""
 
 Say = Callable[[str], None]
+Stage = Callable[[str], AbstractContextManager[None]]
 
 
-def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
+def rehearse(recipe: Recipe, train: Callable[[Recipe], None], say: Say) -> None:
     """Run every stage of ``recipe`` small; raises UserError with the stage where one fails.
 
     Results are left in ``<run.out>-rehearsal`` for a look; an earlier rehearsal there is replaced, any other folder refused.
@@ -89,7 +90,7 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], int], say: Say) -> None:
     say(f"rehearsed: {out}/")
 
 
-def _after_training(recipe: Recipe, family: Family, small: Recipe, out: Path, stage) -> None:
+def _after_training(recipe: Recipe, family: Family, small: Recipe, out: Path, stage: Stage) -> None:
     with stage("post-hoc averages"):
         widths = [0.075] if recipe.snapshot.ema else None
         average_run(out / "run", alphas=[0.5, 0.9], widths=widths, say=lambda line: None)
@@ -111,7 +112,7 @@ def _after_training(recipe: Recipe, family: Family, small: Recipe, out: Path, st
             export_adapter(last_weights(out / "run"), file, spelling, out / "merged")
 
 
-def _stages(out: Path, say: Say):
+def _stages(out: Path, say: Say) -> Stage:
     """A context for each stage: says how long it took, keeps its chatter in a log, names the stage in errors."""
 
     @contextmanager
@@ -224,13 +225,13 @@ def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
     return _copy(recipe, **changes)
 
 
-def _copy(recipe: Recipe, **tables: dict) -> Recipe:
+def _copy(recipe: Recipe, **tables: dict[str, Any]) -> Recipe:
     """A recipe with some keys of some tables changed; it still knows its file and lines."""
     changed = {name: getattr(recipe, name).model_copy(update=keys) for name, keys in tables.items()}
     return resolve(recipe.model_copy(update=changed))
 
 
-def _check_resume(small: Recipe, train: Callable[[Recipe], int]) -> None:
+def _check_resume(small: Recipe, train: Callable[[Recipe], None]) -> None:
     """Throw the last checkpoint away, as a kill would, and train on: the weights must come out the same to the bit."""
     checkpoints = list_checkpoints(Path(small.run.out) / "checkpoints")
     file = checkpoints[-1] / "trainable.safetensors"

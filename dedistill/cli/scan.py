@@ -7,8 +7,12 @@ dedistill scan shards/ list.parquet --out scan --tokenizer FLUX.1-schnell/tokeni
 import argparse
 import sys
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from dedistill.cli.command import command_parser, guarded, path, place, positive
+
+if TYPE_CHECKING:
+    from dedistill.data.images.types import ImageSet
 
 SPLIT = {"auto": None, "true": True, "false": False}
 
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sources(args: argparse.Namespace) -> list:
+def _sources(args: argparse.Namespace) -> "list[ImageSet]":
     """One source per path, numbered where two would have the same name."""
     from dedistill.data.images.types import ImageSet
 

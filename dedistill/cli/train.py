@@ -8,7 +8,7 @@ accelerate launch --config_file launch/ddp.yaml --num_processes 8 -m dedistill.t
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dedistill.cli import prepare
 from dedistill.cli.command import recipe_parser, run_recipe
@@ -153,7 +153,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     return 0 if finished or trainer.stopping == BY_FILE else RUN_AGAIN
 
 
-def _announce(trainer: "Trainer", data: dict[str, Any], notes: list[str]) -> None:
+def _announce(trainer: "Trainer", data: dict[str, object], notes: list[str]) -> None:
     """Say, and write into plan.json, what will happen. data: what the samples came to; notes: for the user alone."""
     from dedistill.io.atomic import replace_json
     from dedistill.report.console import header
@@ -164,7 +164,7 @@ def _announce(trainer: "Trainer", data: dict[str, Any], notes: list[str]) -> Non
     header(trainer.recipe, plan, model, trainer.state.step, devices + trainer.engine.in_parts, notes)
 
 
-def _conclude(trainer: "Trainer", plan: Plan, again: str, exported: "Path | None") -> None:
+def _conclude(trainer: "Trainer", plan: Plan, again: str, exported: Path | None) -> None:
     """Say how a run ended."""
     state = trainer.state
     if not trainer.trained_now:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -63,6 +64,7 @@ CAPTIONS_PER_SHARD = 256
 SPLIT_LINES = {"auto": None, "always": True, "never": False}
 
 Say = Callable[[str], None]
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Prepared:
 
     source: Source
     known: dict[str, Conditioning] = field(default_factory=dict)
-    facts: dict = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     digest: str | None = None
     """Hash of images and captions; None for sources whose files are hashed instead."""
 
@@ -319,7 +321,7 @@ def _latent(sample: Sample, crop: Crop, pixels: np.ndarray, family: Family, part
     return latent
 
 
-def _told(items: list, size: int, what: str, say: Say) -> Iterator[list]:
+def _told(items: list[Item], size: int, what: str, say: Say) -> Iterator[list[Item]]:
     """``items`` in chunks of ``size``, saying how far it is and how long it will take."""
     start = said = time.monotonic()
     for i in range(0, len(items), size):

@@ -8,6 +8,7 @@ import io
 import mmap
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ def _names(picks: np.ndarray) -> list[str]:
     return [f"pairs/{i}" for i in picks]
 
 
-def read_facts(folder: Path) -> dict:
+def read_facts(folder: Path) -> dict[str, Any]:
     """``pairs.json`` of a finished folder."""
     try:
         facts = read_checksummed(folder / FACTS)
@@ -93,7 +94,7 @@ def read_facts(folder: Path) -> dict:
     return facts
 
 
-def _check_facts(facts: dict) -> None:
+def _check_facts(facts: dict[str, Any]) -> None:
     """Raises ValueError, which does not name the file, unless ``facts`` could be ours; shards lie in the folder itself."""
     try:
         plain = all(Path(s["file"]).name == s["file"] and isinstance(s["sha256"], str) for s in facts["shards"])
@@ -104,7 +105,7 @@ def _check_facts(facts: dict) -> None:
         raise ValueError("is not a list of pairs") from e
 
 
-def _index_shard(folder: Path, shard: dict) -> list[tuple[mmap.mmap, dict[str, tuple[int, int]]]]:
+def _index_shard(folder: Path, shard: dict[str, Any]) -> list[tuple[mmap.mmap, dict[str, tuple[int, int]]]]:
     """Offset and size of every member of one shard, sample by sample."""
     path = folder / shard["file"]
     try:

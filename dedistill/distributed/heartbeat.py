@@ -12,7 +12,7 @@ LAYOUT = struct.Struct("<qq?40s")
 class Pulse:
     """``memory``: LAYOUT.size bytes shared with the watchdog; None without one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.memory: mmap | None = None
         self.signs, self.step, self.phase, self.patient = 0, 0, "starting", True
 

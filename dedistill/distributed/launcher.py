@@ -39,7 +39,7 @@ FIXED = {
 """What is given to DeepSpeed whatever its own defaults are, because it is what the tests run."""
 
 
-def zero_settings() -> dict[str, Any]:
+def zero_settings() -> dict[str, int]:
     """The table ``zero_optimization`` of the launcher's DeepSpeed file. Raises UserError, naming file and key, for anything
     that is decided elsewhere or not supported."""
     name = os.environ.get(FILE, "none")
@@ -58,10 +58,9 @@ def zero_settings() -> dict[str, Any]:
     return table["zero_optimization"]
 
 
-def _problem(table: Any) -> str:
+def _problem(table: object) -> str:
     """What keeps the file from being used; empty when nothing does."""
-    zero = table.get("zero_optimization") if isinstance(table, dict) else None
-    if not isinstance(zero, dict):
+    if not isinstance(table, dict) or not isinstance(zero := table.get("zero_optimization"), dict):
         return "it has no table zero_optimization"
     if others := sorted(table.keys() - {"zero_optimization"}):
         return f"{others[0]} is refused: the recipe decides on batches, precision, optimizer, clipping and schedule"

@@ -1,10 +1,10 @@
 """The processes of one run, and the few words they exchange. With one process every exchange is the identity."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from dedistill.errors import RUN_AGAIN, UserError
 
 PATIENCE = timedelta(hours=1)
 """How long ranks wait for one that still works, e.g. rank 0 at images. One that is gone is noticed at once."""
+T = TypeVar("T")
 GONE = "another process of this run has ended; its own message says why"
 BUCKET = 2**26
 """Elements of gradients that travel in one piece: what summing costs in memory, for an adapter of any size."""
@@ -24,9 +25,10 @@ class World:
     """``rank`` of ``size`` processes. Gradients travel by the backend of the device they are on, words always by gloo:
     ranks that wait for rank 0 then never block a GPU, nor run into the short time limit of NCCL."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         """One process alone."""
-        self.rank, self.size, self._words = 0, 1, None
+        self.rank, self.size = 0, 1
+        self._words: dist.ProcessGroup | None = None
         self.main = True
         """Whether this process is the one that writes and speaks."""
         self.engine = "ddp"
@@ -44,7 +46,7 @@ class World:
             world._words = dist.new_group(backend="gloo", timeout=PATIENCE)
         return world
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's ``value``, as JSON keeps it, in the order of ranks; the same list on all."""
         if self.size == 1:
             return [value]
@@ -60,9 +62,9 @@ class World:
             raise UserError(GONE, RUN_AGAIN) from e
         return [json.loads(bytes(words[: int(size)].numpy())) for words, size in zip(heard, sizes)]
 
-    def broadcast_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: T) -> T:
         """The ``value`` of rank 0, on every rank."""
-        return self.gather(value if self.main else None)[0]
+        return self.gather([value] if self.main else [])[0][0]
 
     @contextmanager
     def translate_dist_errors(self) -> Iterator[None]:
@@ -84,7 +86,7 @@ class World:
             self.wait()
             dist.destroy_process_group()
 
-    def same(self, facts: dict[str, Any]) -> None:
+    def same(self, facts: Mapping[str, object]) -> None:
         """Raises UserError, naming rank and fact, unless every rank says the same."""
         everyone = self.gather(facts)
         for rank, other in enumerate(everyone):
@@ -127,7 +129,8 @@ def partition_by_cost(costs: Sequence[int], size: int) -> list[list[int]]:
     Longest first, each to the rank with the least so far (Graham 1969): at most 4/3 of the best possible maximum.
     Every rank keeps its items in order; ranks beyond the number of items get none.
     """
-    loads, dealt = [0] * size, [[] for _ in range(size)]
+    loads = [0] * size
+    dealt: list[list[int]] = [[] for _ in range(size)]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = min(range(size), key=lambda r: (loads[r], len(dealt[r]), r))
         loads[rank] += costs[item]

@@ -40,7 +40,7 @@ class EvalResult:
     image: tuple[int, ...]
 
 
-def remembered(file: Path | None, key: dict, make: Callable[[], EvalResult]) -> EvalResult:
+def remembered(file: Path | None, key: dict[str, Any], make: Callable[[], EvalResult]) -> EvalResult:
     """The answer kept in ``file`` under the same ``key``, else the one that ``make`` gives, which is kept. None: never kept."""
     if file is None:
         return make()
@@ -62,7 +62,7 @@ def answer_file(folder: Path, name: str, part: str) -> Path:
     return folder / f"{re.sub('[^A-Za-z0-9_.-]+', '_', name)}.{part}.json"
 
 
-def _table(answer: EvalResult) -> dict:
+def _table(answer: EvalResult) -> dict[str, Any]:
     readings = {
         key: {"top": r.top.tolist(), "bottom": r.bottom.tolist(), "strata": None if r.strata is None else r.strata.tolist()}
         for key, r in answer.readings.items()
@@ -70,7 +70,7 @@ def _table(answer: EvalResult) -> dict:
     return {"image": list(answer.image), "places": answer.places, "readings": readings}
 
 
-def _answer(table: dict) -> EvalResult:
+def _answer(table: dict[str, Any]) -> EvalResult:
     readings = {
         key: RatioEstimate(np.array(r["top"]), np.array(r["bottom"]), None if r["strata"] is None else np.array(r["strata"]))
         for key, r in table["readings"].items()
@@ -220,7 +220,7 @@ def measure(
     title: str,
     kept: Path | None = None,
     say: Callable[[str], None] = print,
-) -> dict:
+) -> dict[str, Any]:
     """All candidates, and how each differs from ``reference`` (default the first), sample by sample.
 
     Returns title, settings, reference, meters, and by candidate and meter a list of {"at", "value", "low", "high"} with
@@ -295,7 +295,7 @@ def _all_meters(cfgs: tuple[float, ...]) -> list[Meter]:
     return [*METERS, *moves]
 
 
-def _rows(reading: RatioEstimate, reference: RatioEstimate, places: list[float] | None, own: bool) -> list[dict]:
+def _rows(reading: RatioEstimate, reference: RatioEstimate, places: list[float] | None, own: bool) -> list[dict[str, Any]]:
     """A row per place; differences are taken within each bootstrap sample, which both share."""
     draws, others = reading.resampled(), reference.resampled()
     low, high = interval(draws)

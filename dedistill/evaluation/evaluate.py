@@ -6,6 +6,7 @@ meters, of those that may be worth it: the base, the last weights, and the avera
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def evaluate(
     reference: str | None = None,
     clip: ClipJudge | None = None,
     say: Callable[[str], None] = print,
-) -> dict:
+) -> dict[str, Any]:
     """Measure, sweep and select the candidates of ``runs``, with intermediate results in ``out`` to continue from.
 
     names: of the runs. reference: candidate that the others are compared with, default the first. Returns {"losses",
@@ -82,7 +83,7 @@ def _together(losses: dict[str, RatioEstimate], names: list[str]) -> RatioEstima
     return RatioEstimate(np.hstack([r.top for r in own]), np.hstack([r.bottom for r in own]), own[0].strata)
 
 
-def _loss_rows(found: Comparison, names: list[str], looked_at: set[str]) -> list[dict]:
+def _loss_rows(found: Comparison, names: list[str], looked_at: set[str]) -> list[dict[str, Any]]:
     return [
         {
             "candidate": name,

@@ -160,7 +160,7 @@ def measure(model: Model, prompts: list[str], *, sigmas: int, batch: int, seed: 
     for start in range(0, len(prompts), batch):
         text = model.encode(prompts[start : start + batch])
 
-        def velocity(noisy: Tensor, sigma: float, index: int, text=text) -> Tensor:
+        def velocity(noisy: Tensor, sigma: float, index: int, text: Conditioning = text) -> Tensor:
             with meter.watch(index, text):
                 return model.velocity(noisy, torch.full((len(noisy),), sigma, device=noisy.device), text)
 

@@ -5,6 +5,7 @@ It never sees a generated image in training, and the trained models never see it
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from dedistill.errors import UserError
 from dedistill.io.hashing import file_sha256
 from dedistill.models.pretrained import check_vocabulary, load_tokenizer, load_whole, reading
 from dedistill.sampling.images import as_image
+
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 # --- an independent reader of handwritten digits ---------------------------------------------------------------------
 
@@ -158,7 +162,7 @@ def _unit(vectors: Tensor) -> np.ndarray:
     return torch.nn.functional.normalize(vectors.double(), dim=-1).cpu().numpy()
 
 
-def _load(folder: Path, device: torch.device | str) -> tuple:
+def _load(folder: Path, device: torch.device | str) -> "tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]":
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     if not folder.is_dir():

@@ -84,7 +84,9 @@ def _chance(weights: np.ndarray, pulls: np.ndarray) -> np.ndarray:
     return error * np.quantile(scaled.max(1), LEVEL)
 
 
-def select(scores: dict, rows: list[dict], *, by: str | None = None, order: Sequence[str] = ()) -> dict:
+def select(
+    scores: dict[str, Any], rows: list[dict[str, Any]], *, by: str | None = None, order: Sequence[str] = ()
+) -> dict[str, Any]:
     """Judge the cells of a sweep (``scores.json`` and the ``rows`` of ``index.json``) by ``scores["numbers"]``.
 
     A cell is refused when a number with a tolerance may be worse by more than it, prompt by prompt, than in the cell
@@ -121,13 +123,13 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise UserError(f"--prompts: {count} different ones are too few to choose by; at least {LEAST_PROMPTS}", 2)
 
 
-def _mildest(cells: list[dict], candidate: str) -> int:
+def _mildest(cells: list[dict[str, Any]], candidate: str) -> int:
     """The candidate's cell nearest CFG 1, in the most steps: the same weights, prompts and noise, hardly guided."""
     own = [i for i, cell in enumerate(cells) if cell["candidate"] == candidate]
     return min(own, key=lambda i: (abs(cells[i]["cfg"] - 1), -cells[i]["steps"]))
 
 
-def _ranking_metric(known: dict[str, dict], readings: dict[str, RatioEstimate], by: str | None) -> str | None:
+def _ranking_metric(known: dict[str, dict[str, Any]], readings: dict[str, RatioEstimate], by: str | None) -> str | None:
     usable = [key for key in readings if known[key]["better"]]
     if by is None:
         return next((key for key in usable if known[key].get("adherence")), None)
@@ -136,7 +138,7 @@ def _ranking_metric(known: dict[str, dict], readings: dict[str, RatioEstimate], 
     return by
 
 
-def _reading(cells: list[dict], rows: list[dict], key: str) -> RatioEstimate | None:
+def _reading(cells: list[dict[str, Any]], rows: list[dict[str, Any]], key: str) -> RatioEstimate | None:
     """A number of images as [prompts, cells]; images that lack it in some cell do not count. None where no cell has it."""
     by_cell: dict[tuple[Any, ...], list[dict[str, Any]]] = {tuple(cell.get(k) for k in CELL): [] for cell in cells}
     for row in rows:
@@ -156,7 +158,7 @@ def _reading(cells: list[dict], rows: list[dict], key: str) -> RatioEstimate | N
     return RatioEstimate(top, bottom)
 
 
-def _fill(cells: list[dict], number: dict, reading: RatioEstimate) -> None:
+def _fill(cells: list[dict[str, Any]], number: dict[str, Any], reading: RatioEstimate) -> None:
     """Each cell's value of ``number`` with its interval, and whether it may be too much worse than in the cell ``against``."""
     draws = reading.resampled()
     low, high = interval(draws)
@@ -168,7 +170,7 @@ def _fill(cells: list[dict], number: dict, reading: RatioEstimate) -> None:
             cell["refused"].append(number["key"])
 
 
-def _compare(cells: list[dict], allowed: list[int], reading: RatioEstimate, better: str, order: list[str]) -> int:
+def _compare(cells: list[dict[str, Any]], allowed: list[int], reading: RatioEstimate, better: str, order: list[str]) -> int:
     """Fill in how the ``allowed`` cells compare, and return the best; of equals the cheapest, then the first by ``order``."""
     found = compare_with_best(RatioEstimate(reading.top[:, allowed], reading.bottom[:, allowed]), better)
     for k, i in enumerate(allowed):
@@ -178,7 +180,7 @@ def _compare(cells: list[dict], allowed: list[int], reading: RatioEstimate, bett
             cells[i] |= {name: float(getattr(found, name)[k]) for name in names}
     sign = 1.0 if better == "high" else -1.0
 
-    def rank(i: int) -> tuple:
+    def rank(i: int) -> tuple[float, int, int]:
         return round(sign * reading.value[i], 12), -cells[i]["passes"], -order.index(cells[i]["candidate"])
 
     return max(allowed, key=rank)

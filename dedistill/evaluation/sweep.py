@@ -73,7 +73,7 @@ def sweep(
     judge: DigitJudge | None,
     clip: ClipJudge | None = None,
     say: Callable[[str], None] = print,
-) -> dict:
+) -> dict[str, Any]:
     """Make what is missing, write both JSON files, return the scores."""
     if len({c.name for c in candidates}) != len(candidates):
         raise UserError(f"two candidates share a name: {', '.join(c.name for c in candidates)}", exit_code=2)
@@ -118,7 +118,7 @@ def _folder_name(candidate: Candidate, column: Sampling) -> str:
     return f"cfg{told['cfg']:g}_skip{told['skip']}{steps}{method}"
 
 
-def _cell_key(candidate: Candidate, grid: Grid, column: Sampling) -> dict:
+def _cell_key(candidate: Candidate, grid: Grid, column: Sampling) -> dict[str, Any]:
     return {
         "version": VERSION,
         "numbers": [n["image"] for n in NUMBERS if "image" in n],  # a cell made before there was one lacks it
@@ -129,7 +129,7 @@ def _cell_key(candidate: Candidate, grid: Grid, column: Sampling) -> dict:
     }
 
 
-def _reusable(folder: Path, key: dict, out: Path) -> dict | None:
+def _reusable(folder: Path, key: dict[str, Any], out: Path) -> dict[str, Any] | None:
     """Rows and scores of a cell made earlier from the same weights and settings, if all its images are there."""
     try:
         known = json.loads((folder / "cell.json").read_text())
@@ -149,7 +149,7 @@ def _make_cell(
     out: Path,
     judge: DigitJudge | None,
     clip: ClipJudge | None,
-) -> dict:
+) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cell.json").unlink(missing_ok=True)  # its images are about to be overwritten
     place = {"candidate": name, **column.facts}
@@ -194,7 +194,7 @@ def save_png(image: Tensor, path: Path, facts: dict[str, object] | None = None) 
     as_image(image).save(path, pnginfo=text)
 
 
-def _short(cell: dict) -> str:
+def _short(cell: dict[str, Any]) -> str:
     names = ("accuracy", "frechet", "precision", "saturated")
     return "  ".join(f"{n} {cell[n]:.3f}" for n in names if n in cell)
 
@@ -212,7 +212,7 @@ def read_json(path: Path) -> object:
         raise UserError(f"{path}: not valid JSON ({error}); run the sweep again to write it anew") from None
 
 
-def read_scores(path: Path) -> dict:
+def read_scores(path: Path) -> dict[str, Any]:
     scores = read_json(path)
     if not isinstance(scores, dict):
         raise UserError(f"{path}: expected an object with title, settings, numbers and cells")
@@ -232,7 +232,7 @@ def read_scores(path: Path) -> dict:
     return scores
 
 
-def read_index(path: Path) -> list[dict]:
+def read_index(path: Path) -> list[dict[str, Any]]:
     images = read_json(path)
     if not isinstance(images, list) or not images:
         raise UserError(f"{path}: expected a list with one object per image")

@@ -87,10 +87,10 @@ class Validator:
             heartbeat.beat("validating")
             own += zip(batch.sigma.tolist(), self.objective.loss(model, batch).tolist())
         model.root.train(training)
-        heard = self.world.gather({"losses": own, "interrupted": interrupted()})
-        if any(h["interrupted"] for h in heard):
+        heard = self.world.gather((own, interrupted()))
+        if any(ended for _, ended in heard):
             return None
-        by_sigma = np.array([loss for _, loss in sorted(pair for h in heard for pair in h["losses"])])
+        by_sigma = np.array([loss for _, loss in sorted(pair for pairs, _ in heard for pair in pairs)])
         return {"val_loss": float(by_sigma.mean()), "val_loss_se": stratified_error(by_sigma)}
 
 

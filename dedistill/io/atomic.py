@@ -6,10 +6,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from dedistill.errors import UserError
 
@@ -178,13 +178,13 @@ def replace_json(path: Path, value: object) -> None:
     replace_file(path, as_json(value))
 
 
-def checksummed(table: dict) -> bytes:
+def checksummed(table: Mapping[str, object]) -> bytes:
     """``table`` as JSON with a hash of itself, in one canonical spelling, so that no bit of it can change unnoticed."""
-    seal = hashlib.sha256(json.dumps(table).encode()).hexdigest()
+    seal = hashlib.sha256(json.dumps(dict(table)).encode()).hexdigest()
     return (json.dumps({**table, "seal": seal}, indent=1) + "\n").encode()
 
 
-def read_checksummed(path: Path) -> dict:
+def read_checksummed(path: Path) -> dict[str, Any]:
     """What was given to :func:`checksummed`. Raises ValueError, not naming the file, when a byte has changed since."""
     raw = path.read_bytes()
     try:

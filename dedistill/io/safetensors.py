@@ -64,7 +64,7 @@ class TensorFile:
         self._digest: Digest | None = hashlib.sha256() if seal else digest
         self._layout, self._names = layout, iter(layout)
         self._name, self._left = "", 0
-        header: dict = {"__metadata__": metadata | {SEAL: _UNSEALED} if seal else metadata}
+        header: dict[str, object] = {"__metadata__": metadata | {SEAL: _UNSEALED} if seal else metadata}
         offset = 0
         for name, (shape, dtype) in layout.items():
             size = math.prod(shape) * dtype.itemsize

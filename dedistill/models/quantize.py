@@ -6,13 +6,13 @@ ordinary frozen parameters work everywhere. The codes equal optimum-quanto's qin
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dedistill import kernels
 from dedistill.adapters.attach import linear_in
 from dedistill.adapters.targets import matching
 from dedistill.errors import UserError
@@ -34,8 +34,8 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
     """codes [out, in] times scale [out, 1], in the scale's dtype."""
-    if codes.is_cuda and find_spec("triton"):
-        from dedistill.models.dequantize import dequantize
+    if kernels.usable(codes):
+        from dedistill.kernels.int8 import dequantize
 
         return dequantize(codes, scale)
     return codes * scale  # one kernel that converts as it reads, with the bits of converting first
@@ -45,12 +45,12 @@ class _Int8Matmul(torch.autograd.Function):
     """y = x W^T + b with W = codes * scale rebuilt in both passes: nothing weight-sized is kept for backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: kernels.Saved, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(codes, scale)
         return F.linear(x, dequantized(codes, scale.to(x.dtype)), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: kernels.Saved, grad: Tensor) -> tuple[Tensor, None, None, None]:
         codes, scale = ctx.saved_tensors
         return grad @ dequantized(codes, scale.to(grad.dtype)), None, None, None
 

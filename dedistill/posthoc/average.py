@@ -17,6 +17,7 @@ from dedistill.recipe import RESOLVED, load_recipe
 if TYPE_CHECKING:
     from dedistill.posthoc.deltas import ApproximationError
 
+Say = Callable[[str], None]
 SPACES = {
     "factors": "each factor by itself, as LibreFLUX did: quick, but not the average of the weights",
     "refactored": "the average of the deltas, brought back to the nearest adapter of the same sizes",
@@ -84,7 +85,7 @@ def average_run(
     skip: Collection[int] = (),
     space: str = "factors",
     out: Path | None = None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> list[Path]:
     """Average the snapshots in ``run``: a LERP chain per alpha, and a power-law average per width (sigma_rel).
 
@@ -102,7 +103,9 @@ def average_run(
     return written
 
 
-def _chains(run: Path, alphas, step: int | None, skip: Collection[int], space: str, out: Path, say) -> list[Path]:
+def _chains(
+    run: Path, alphas: Collection[float], step: int | None, skip: Collection[int], space: str, out: Path, say: Say
+) -> list[Path]:
     snapshots = [s for s in find_snapshots(run / "snapshots", skip) if step is None or s.step <= step]
     if len(snapshots) < 2:
         raise UserError(f"--step {step} leaves {len(snapshots)} snapshots; an average needs at least two", 2)
@@ -119,7 +122,9 @@ def _chains(run: Path, alphas, step: int | None, skip: Collection[int], space: s
     return written.paths
 
 
-def _power(run: Path, widths, step: int | None, skip: Collection[int], space: str, out: Path, say) -> list[Path]:
+def _power(
+    run: Path, widths: Collection[float], step: int | None, skip: Collection[int], space: str, out: Path, say: Say
+) -> list[Path]:
     profiles = find_profiles(run / "snapshots", skip)
     found = reconstruct(profiles, list(widths), out, step)
     written = write_in_space(found.snapshots, _named(found.averages, space), space, run)

@@ -157,7 +157,7 @@ def export_model(
     return out
 
 
-def _around(source: Path, facts: dict, spec: ModelSpec) -> tuple[Files, list[str]]:
+def _around(source: Path, facts: dict[str, Any], spec: ModelSpec) -> tuple[Files, list[str]]:
     """What the release of ``source`` holds beside the denoiser, from there and from where its components are."""
     files, left_out = pipeline_files(source, spec.folder)
     if around := facts.get("components"):
@@ -173,17 +173,17 @@ def _around(source: Path, facts: dict, spec: ModelSpec) -> tuple[Files, list[str
     return files, left_out
 
 
-def _diffusers(net: Denoiser, folder: Path, name: str, facts: dict, exclude: list[str], shard_bytes: int) -> None:
+def _diffusers(net: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:
     _write_folder(net, folder, facts, net.layout, net.items(), shard_bytes)
 
 
-def _single(net: Denoiser, folder: Path, name: str, facts: dict, exclude: list[str], shard_bytes: int) -> None:
+def _single(net: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:
     with TensorFile(folder / f"{name}.safetensors", net.layout, model_header(name, net.config, facts, net.spec)) as out:
         for key, tensor in net.items():
             out.write(key, tensor)
 
 
-def _bfl(net: Denoiser, folder: Path, name: str, facts: dict, exclude: list[str], shard_bytes: int) -> None:
+def _bfl(net: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:
     naming = _needed_names(net.spec, "bfl")
     plan = naming.original_plan(net.layout)
     layout = {}
@@ -195,11 +195,11 @@ def _bfl(net: Denoiser, folder: Path, name: str, facts: dict, exclude: list[str]
             out.write(bfl, naming.join(bfl, [net[part] for part in parts]))
 
 
-def _int8(net: Denoiser, folder: Path, name: str, facts: dict, exclude: list[str], shard_bytes: int) -> None:
+def _int8(net: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:
     linears = list(linear_shapes(net.skeleton()))
     kept = excluded(exclude, linears)
     weights = {f"{linear}.weight" for linear in linears if linear not in kept}
-    layout: dict = {}
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for key, (shape, dtype) in net.layout.items():
         layout[key] = (shape, torch.int8 if key in weights else dtype)
         if key in weights:
@@ -217,7 +217,7 @@ def _quantized(net: Denoiser, weights: set[str]) -> Stream:
             yield key, tensor
 
 
-def _write_folder(net: Denoiser, folder: Path, facts: dict, layout: Layout, stream: Stream, shard_bytes: int) -> None:
+def _write_folder(net: Denoiser, folder: Path, facts: dict[str, Any], layout: Layout, stream: Stream, shard_bytes: int) -> None:
     place = folder / net.spec.folder
     place.mkdir()
     replace_json(place / "config.json", public_config(net.config))

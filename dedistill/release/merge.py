@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -184,8 +184,8 @@ def _merged_tensors(
 
 
 def provenance(
-    recipe: Recipe, before: dict, weights: Path, header: dict[str, str], merged: Merged, dtype: str, rounding: str
-) -> dict:
+    recipe: Recipe, before: dict[str, Any], weights: Path, header: dict[str, str], merged: Merged, dtype: str, rounding: str
+) -> dict[str, Any]:
     """What a merged folder says of itself: ``base``, what it all goes back to, and ``merges``, oldest first.
 
     before: what the base says of itself.

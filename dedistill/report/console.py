@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -66,7 +67,7 @@ def _targets_table(adapter: Adapter, targets: list[Resolved]) -> str:
     return "\n".join(lines)
 
 
-def progress(rows: Iterable[dict], start: int, plan: Plan) -> Iterator[dict]:
+def progress(rows: Iterable[dict[str, Any]], start: int, plan: Plan) -> Iterator[dict[str, Any]]:
     """Pass rows through, showing a live line on a terminal and a plain line every so often elsewhere."""
     if sys.stderr.isatty():
         yield from _live(rows, start, plan)
@@ -82,7 +83,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _live(rows: Iterable[dict], start: int, plan: Plan) -> Iterator[dict]:
+def _live(rows: Iterable[dict[str, Any]], start: int, plan: Plan) -> Iterator[dict[str, Any]]:
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=plan.steps, completed=start, text="")
@@ -93,13 +94,13 @@ def _live(rows: Iterable[dict], start: int, plan: Plan) -> Iterator[dict]:
             yield row
 
 
-def _numbers(row: dict) -> str:
+def _numbers(row: dict[str, Any]) -> str:
     if not row["applied"]:
         what = "NOT FINITE" if "not_finite" in row else f"gradient norm {row['grad_norm']}: A SPIKE"
         return f"loss {row['loss']}: {what}, step not applied"
     return f"loss {row['loss']:.4f} grad {row['grad_norm']:.3f} lr {row['lr']:.2e}"
 
 
-def _line(row: dict, plan: Plan) -> str:
+def _line(row: dict[str, Any], plan: Plan) -> str:
     held_out = f" held-out {row['val_loss']:.4f} +- {row['val_loss_se']:.4f}" if "val_loss" in row else ""
     return f"step {row['step']}/{plan.steps} {_numbers(row)}{held_out}"

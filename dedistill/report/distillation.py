@@ -1,6 +1,7 @@
 """The page of what dedistill measure found: one table of verdicts, curves with intervals, every number."""
 
 from pathlib import Path
+from typing import Any
 
 from dedistill.io.atomic import replace_json
 from dedistill.report.pages import decimals, field, figure, render
@@ -10,7 +11,7 @@ LOG = ("few_steps",)
 """Meters whose values span powers of ten."""
 
 
-def write_distillation_page(folder: Path, found: dict) -> Path:
+def write_distillation_page(folder: Path, found: dict[str, Any]) -> Path:
     """Write ``distillation.json`` and ``index.html`` into ``folder`` and return the page's path.
 
     found: what ``dedistill.evaluation.distillation.measure`` returns.
@@ -34,11 +35,11 @@ def write_distillation_page(folder: Path, found: dict) -> Path:
     return page
 
 
-def _in_summary(meter: dict) -> bool:
+def _in_summary(meter: dict[str, Any]) -> bool:
     return meter["axis"] is None or meter["key"] == "few_steps"
 
 
-def _summary(meter: dict, found: dict) -> list[dict]:
+def _summary(meter: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]:
     """A line per place of a meter, with a cell per candidate."""
     by_name = {name: rows[meter["key"]] for name, rows in found["candidates"].items()}
     lines = []
@@ -58,7 +59,7 @@ def _summary(meter: dict, found: dict) -> list[dict]:
     return lines
 
 
-def _plot(meter: dict, found: dict) -> dict:
+def _plot(meter: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     series = {
         name: [(round(row["at"], 3), row["value"], row["low"], row["high"]) for row in rows[meter["key"]]]
         for name, rows in found["candidates"].items()
@@ -67,7 +68,7 @@ def _plot(meter: dict, found: dict) -> dict:
     return figure(series, title=label, xlabel=meter["axis"], ylabel=label, help=meter["help"], log_y=log)
 
 
-def _numbers(found: dict) -> dict:
+def _numbers(found: dict[str, Any]) -> dict[str, Any]:
     """Every value as a sortable table: meter, place, candidate, value and interval, difference and interval."""
     lines = []
     keys = ("value", "low", "high", "difference", "difference_low", "difference_high")

@@ -15,7 +15,7 @@ from dedistill.report.sweep import shot, write_sweep_page
 SHOWN = 8
 
 
-def write_evaluation(out: Path, found: dict, names: str) -> tuple[list[dict[str, str]], Path]:
+def write_evaluation(out: Path, found: dict[str, Any], names: str) -> tuple[list[dict[str, str]], Path]:
     """Write all pages of what ``dedistill.evaluation.evaluate.evaluate`` found; its sweep is in ``out`` already.
 
     names: of the runs. Returns the three answers, and the path of the first page; evaluation.json stands beside it.
@@ -50,7 +50,7 @@ def write_evaluation(out: Path, found: dict, names: str) -> tuple[list[dict[str,
     return answers, page
 
 
-def three_answers(found: dict) -> list[dict[str, str]]:
+def three_answers(found: dict[str, Any]) -> list[dict[str, str]]:
     """{"question", "answer"}: how distilled still, which average, how to sample."""
     return [
         {"question": "How distilled is it still?", "answer": _distilled(found)},
@@ -59,14 +59,14 @@ def three_answers(found: dict) -> list[dict[str, str]]:
     ]
 
 
-def _chosen(selection: dict) -> dict | None:
+def _chosen(selection: dict[str, Any]) -> dict[str, Any] | None:
     if selection["chosen"] is None:
         return None
     cell = selection["cells"][selection["chosen"]]
     return {key: cell[key] for key in CELL if key in cell}
 
 
-def subject(found: dict) -> str:
+def subject(found: dict[str, Any]) -> str:
     """The candidate that the answers are about: the chosen one, else the one of lowest held-out loss that was looked at."""
     selection, reference = found["selection"], found["distillation"]["reference"]
     if selection["chosen"] is not None and selection["cells"][selection["chosen"]]["candidate"] != reference:
@@ -75,7 +75,7 @@ def subject(found: dict) -> str:
     return min(rest, key=lambda row: row["value"])["candidate"] if rest else reference
 
 
-def _distilled(found: dict) -> str:
+def _distilled(found: dict[str, Any]) -> str:
     meters, name, reference = found["distillation"]["candidates"], subject(found), found["distillation"]["reference"]
     if name == reference:
         told = ", ".join(f"{label} {_meter(meters[name], key)}" for key, label in _TOLD)
@@ -93,13 +93,13 @@ def _distilled(found: dict) -> str:
 _TOLD = (("guidance", "guidance gap"), ("loss", "held-out loss"))
 
 
-def _meter(readings: dict, key: str) -> str:
+def _meter(readings: dict[str, Any], key: str) -> str:
     row = readings[key][0]
     places = decimals([row["high"]])
     return f"{row['value']:.{places}f} ({row['low']:.{places}f} to {row['high']:.{places}f})"
 
 
-def _difference(row: dict) -> str:
+def _difference(row: dict[str, Any]) -> str:
     if row["verdict"] == "no difference seen":
         return row["verdict"]
     low, high = sorted(abs(row[key]) for key in ("difference_low", "difference_high"))
@@ -107,7 +107,7 @@ def _difference(row: dict) -> str:
     return f"{row['verdict']} by {low:.{places}f} to {high:.{places}f}"
 
 
-def _which(found: dict) -> str:
+def _which(found: dict[str, Any]) -> str:
     losses, selection = found["losses"], found["selection"]
     best = min(losses, key=lambda row: row["value"])
     equals = [row["candidate"] for row in losses if row["may_be_best"] and row is not best]
@@ -122,7 +122,7 @@ def _which(found: dict) -> str:
     return f"{name}{images}; {by_loss}."
 
 
-def _how(found: dict) -> str:
+def _how(found: dict[str, Any]) -> str:
     selection = found["selection"]
     limited = [n for n in selection["numbers"] if "tolerance" in n]
     if selection["chosen"] is not None:
@@ -134,7 +134,7 @@ def _how(found: dict) -> str:
     return f"{UNJUDGED} Not refused: {'; '.join(fine) or f'no cell of {name}'}."
 
 
-def _price(selection: dict, cell: dict, numbers: list[dict]) -> str:
+def _price(selection: dict[str, Any], cell: dict[str, Any], numbers: list[dict[str, Any]]) -> str:
     """The ``numbers`` of a cell beside those of the cell it is held against."""
     against = selection["cells"][cell["against"]]
     if not numbers:
@@ -146,7 +146,7 @@ def _price(selection: dict, cell: dict, numbers: list[dict]) -> str:
     return f" Beside {place_words(against)}: {', '.join(told)}."
 
 
-def _images(out: Path, found: dict) -> tuple[list[str], list[dict]]:
+def _images(out: Path, found: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
     """The chosen cell beside the reference's mildest; without a choice, the subject's most guided that is not refused."""
     selection, reference = found["selection"], found["distillation"]["reference"]
     cells, chosen = selection["cells"], selection["chosen"]
@@ -167,7 +167,7 @@ def _images(out: Path, found: dict) -> tuple[list[str], list[dict]]:
     return [place_words(cell) for cell in pair], rows
 
 
-def _loss_table(losses: list[dict]) -> dict:
+def _loss_table(losses: list[dict[str, Any]]) -> dict[str, Any]:
     places = decimals(row["value"] for row in losses)
     heads = [
         ("candidate", False),

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from dedistill.evaluation.influence import Influence, recipe_fragment
 from dedistill.recipe.shipped import PREFIX
@@ -36,7 +37,7 @@ def write_influence(out: Path, found: Influence, factors: dict[str, int], used: 
     return page
 
 
-def _values(numbers: dict, found: Influence, recipe: str) -> dict:
+def _values(numbers: dict[str, Any], found: Influence, recipe: str) -> dict[str, Any]:
     means = found.distance.mean(2)
     curves = {stream: [(i, float(means[i, s])) for i in range(len(means))] for s, stream in enumerate(found.streams)}
     return {

@@ -152,7 +152,7 @@ def decimals(values: Iterable[float | None]) -> int:
     return next(count for limit, count in ((100, 1), (10, 2), (0.1, 3), (0, 4)) if largest >= limit)
 
 
-def field(value: object, text: Callable[[float], str] = str, best: float | None = None) -> dict:
+def field(value: object, text: Callable[[float], str] = str, best: float | None = None) -> dict[str, Any]:
     """One field of a sortable table; ``text`` writes a number. What is neither text nor a number is a gap."""
     if isinstance(value, str):
         return {"text": value, "sort": value, "best": False}

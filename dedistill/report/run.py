@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -67,7 +68,7 @@ def write_run_page(run: Path) -> Path:
     return page
 
 
-def _recipe(path: Path) -> dict:
+def _recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
         return {"run": {"name": recipe["run"]["name"]}, "train": {k: recipe["train"][k] for k in ("steps", "objective")}}
@@ -77,7 +78,7 @@ def _recipe(path: Path) -> dict:
         raise UserError(f"{path}: damaged ({e!r}); restore it, or take metrics.jsonl to a folder with a whole one") from e
 
 
-def _facts(recipe: dict, rows: list[dict], bad: list[dict]) -> dict[str, str]:
+def _facts(recipe: dict[str, Any], rows: list[dict[str, Any]], bad: list[dict[str, Any]]) -> dict[str, str]:
     steps, done = recipe["train"]["steps"], rows[-1]["step"]
     return {
         "objective": recipe["train"]["objective"],
@@ -87,17 +88,17 @@ def _facts(recipe: dict, rows: list[dict], bad: list[dict]) -> dict[str, str]:
     }
 
 
-def _groups(rows: list[dict], most: int) -> list[list[dict]]:
+def _groups(rows: list[dict[str, Any]], most: int) -> list[list[dict[str, Any]]]:
     """Neighbouring rows together, at most ``most`` groups of nearly the same size."""
     edges = np.linspace(0, len(rows), min(most, len(rows)) + 1).round().astype(int)
     return [rows[a:b] for a, b in pairwise(edges)]
 
 
-def _mean(group: list[dict], key: str) -> float:
+def _mean(group: list[dict[str, Any]], key: str) -> float:
     return float(np.mean([row[key] for row in group]))
 
 
-def averaged(rows: list[dict], key: str, most: int = POINTS) -> list[tuple[float, ...]]:
+def averaged(rows: list[dict[str, Any]], key: str, most: int = POINTS) -> list[tuple[float, ...]]:
     """(step, value), or (step, value, low, high) where a standard error was logged, of at most ``most`` groups of rows.
 
     A group's error is the mean of its errors: the held-out samples are the same each time, so that averaging over steps
@@ -111,7 +112,7 @@ def averaged(rows: list[dict], key: str, most: int = POINTS) -> list[tuple[float
     return points
 
 
-def _plot(rows: list[dict], key: str, label: str, help: str, bad: list[dict]) -> dict | None:
+def _plot(rows: list[dict[str, Any]], key: str, label: str, help: str, bad: list[dict[str, Any]]) -> dict[str, Any] | None:
     points = averaged(rows, key)
     if not points:
         return None
@@ -121,7 +122,7 @@ def _plot(rows: list[dict], key: str, label: str, help: str, bad: list[dict]) ->
     return figure({label: points}, title=label, xlabel="step", ylabel=label, help=help, log_y=log, marks=marks)
 
 
-def bins_over_time(rows: list[dict], most: int = BIN_POINTS) -> tuple[list[float], list[list[float | None]]]:
+def bins_over_time(rows: list[dict[str, Any]], most: int = BIN_POINTS) -> tuple[list[float], list[list[float | None]]]:
     """Steps of at most ``most`` groups of rows, and per bin of sigma the mean loss of each group; None where none fell.
 
     Rows with another number of bins than the last one has are left out.
@@ -140,7 +141,7 @@ def _bin_labels(count: int) -> list[str]:
     return [f"{b / count:.2f}–{(b + 1) / count:.2f}" for b in range(count)]
 
 
-def _bins(rows: list[dict]) -> list[dict]:
+def _bins(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The losses by sigma as lines and as a heat map; nothing where no row has them."""
     steps, means = bins_over_time(rows)
     labels = _bin_labels(len(means))
@@ -160,7 +161,7 @@ def _bins(rows: list[dict]) -> list[dict]:
     return [figure(lines, title="loss by sigma", xlabel="step", ylabel="loss", help=help), heat]
 
 
-def _table(rows: list[dict]) -> dict:
+def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """First, last, least and largest value of everything that was logged."""
     curves = {label: averaged(rows, key) for key, label, _ in CURVES}
     steps, means = bins_over_time(rows)
@@ -176,7 +177,7 @@ def _table(rows: list[dict]) -> dict:
     return {"heads": [{"label": h, "help": "", "numeric": h != "number"} for h in heads], "rows": lines}
 
 
-def _what(row: dict) -> str:
+def _what(row: dict[str, Any]) -> str:
     reasons = []
     if not row["applied"]:
         reasons.append("not finite, not applied" if "not_finite" in row else "a spike, not applied")
@@ -185,7 +186,7 @@ def _what(row: dict) -> str:
     return f"step {row['step']:,}: " + "; ".join(reasons)
 
 
-def _trouble(row: dict) -> dict[str, str]:
+def _trouble(row: dict[str, Any]) -> dict[str, str]:
     samples = [*row.get("quarantined", ()), *row.get("not_finite", ()), *row.get("spike", ())]
     names = ", ".join(dict.fromkeys(entry["sample"] for entry in samples))
     return {"what": _what(row), "loss": f"{row['loss']}", "norm": f"{row['grad_norm']}", "samples": names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from dedistill.data.images.index import Index
 from dedistill.report.pages import Shot, render, save_small
@@ -16,7 +17,7 @@ PER_GROUP = 8
 LISTED = 500
 
 
-def write_scan_page(folder: Path, index: Index, facts: dict) -> Path:
+def write_scan_page(folder: Path, index: Index, facts: dict[str, Any]) -> Path:
     """Write ``index.html``, ``scan.json`` and small copies of the images shown into ``folder``; return the page's path.
 
     ``facts`` are those of ``dedistill.data.images.scan.scan``. Shown are 24 images of each source, evenly spread over it, and
@@ -41,7 +42,7 @@ def write_scan_page(folder: Path, index: Index, facts: dict) -> Path:
     return page
 
 
-def _charts(facts: dict) -> list[dict]:
+def _charts(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Bar charts: (label, count, share of the largest) by line."""
     charts = [
         ("Size", "Side in pixels of a square with as many pixels.", facts["sides"]),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dedistill.io.atomic import replace_json
 from dedistill.report.pages import decimals, field, figure, render
@@ -12,7 +13,7 @@ from dedistill.report.sweep import named
 UNJUDGED = "Prompt adherence was not judged, so no cell is chosen: look at the images of those that are not refused."
 
 
-def write_selection_page(folder: Path, found: dict, title: str) -> Path:
+def write_selection_page(folder: Path, found: dict[str, Any], title: str) -> Path:
     """Write ``selection.json`` and ``index.html`` into ``folder`` and return the page's path.
 
     found: what ``dedistill.evaluation.selection.select`` returns.
@@ -36,7 +37,7 @@ def write_selection_page(folder: Path, found: dict, title: str) -> Path:
     return page
 
 
-def rule(found: dict) -> list[str]:
+def rule(found: dict[str, Any]) -> list[str]:
     """How was selected: who is refused, and who of the others is chosen; a sentence each."""
     numbers = {n["key"]: n for n in found["numbers"]}
     limits = [f"{n['tolerance']:g} {n['label']}" for n in numbers.values() if "tolerance" in n]
@@ -54,7 +55,7 @@ def rule(found: dict) -> list[str]:
     return [*lines, f"Of the others the one of {end} {ranking_metric['label']} is chosen.{unjudged}"]
 
 
-def chosen_words(found: dict) -> str:
+def chosen_words(found: dict[str, Any]) -> str:
     """The chosen cell, its number with its interval, and how many cells it cannot be told from."""
     cell, key = found["cells"][found["chosen"]], found["by"]
     label = next(n["label"] for n in found["numbers"] if n["key"] == key)
@@ -67,19 +68,19 @@ def chosen_words(found: dict) -> str:
     return f"{place_words(cell)}: {label} {number_words(cell, key)}; {told}{cheaper}"
 
 
-def place_words(cell: dict) -> str:
+def place_words(cell: dict[str, Any]) -> str:
     skip = f", the first {cell['skip']} without CFG" if cell["skip"] else ""
     return f"{named(cell)} at CFG {tick_label(cell['cfg'])} in {cell['steps']} steps{skip}"
 
 
-def number_words(cell: dict, key: str) -> str:
+def number_words(cell: dict[str, Any], key: str) -> str:
     """Value (low to high)."""
     value = cell["numbers"][key]
     places = decimals([value["high"]])
     return f"{value['value']:.{places}f} ({value['low']:.{places}f} to {value['high']:.{places}f})"
 
 
-def verdict(found: dict, i: int) -> str:
+def verdict(found: dict[str, Any], i: int) -> str:
     """What became of cell ``i``, in words."""
     cell, labels = found["cells"][i], {n["key"]: n["label"] for n in found["numbers"]}
     if cell["refused"]:
@@ -91,7 +92,7 @@ def verdict(found: dict, i: int) -> str:
     return "possibly the best" if cell["may_be_best"] else "not the best"
 
 
-def _price(found: dict) -> dict | None:
+def _price(found: dict[str, Any]) -> dict[str, Any] | None:
     """The chosen cell's numbers beside those of the cell it is held against; None without a choice."""
     if found["chosen"] is None:
         return None
@@ -110,7 +111,7 @@ def _price(found: dict) -> dict | None:
     return {"places": [place_words(own) for own in pair], "rows": rows}
 
 
-def _plots(found: dict) -> list[dict]:
+def _plots(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Every number over CFG; then the chosen one over each that has a limit, which is the price of it."""
     numbers = {n["key"]: n for n in found["numbers"]}
     wanted = [n for n in numbers.values() if n["better"]]
@@ -143,15 +144,15 @@ def _plots(found: dict) -> list[dict]:
     return plots
 
 
-def _rounded(key: str, cell: dict) -> float:
+def _rounded(key: str, cell: dict[str, Any]) -> float:
     return round(cell["numbers"][key]["value"], 3)
 
 
-def _direction(number: dict) -> str:
+def _direction(number: dict[str, Any]) -> str:
     return "higher is better →" if number["better"] == "high" else "← lower is better"
 
 
-def _series(found: dict, x: Callable[[dict], float], key: str) -> dict[str, list[tuple[float, ...]]]:
+def _series(found: dict[str, Any], x: Callable[[dict[str, Any]], float], key: str) -> dict[str, list[tuple[float, ...]]]:
     """Per candidate, and per skip and steps where there are several, points with their intervals."""
     several = {k: len({cell[k] for cell in found["cells"]}) > 1 for k in ("skip", "steps")}
     series: dict[str, list[tuple[float, ...]]] = {}
@@ -162,7 +163,7 @@ def _series(found: dict, x: Callable[[dict], float], key: str) -> dict[str, list
     return series
 
 
-def _table(found: dict) -> dict:
+def _table(found: dict[str, Any]) -> dict[str, Any]:
     """All cells as a sortable table: place, cost, verdict, difference to the best of the others, numbers."""
     cells, numbers = found["cells"], [n for n in found["numbers"] if n["better"]]
     heads = [("candidate", False), ("CFG", True), ("skip", True), ("steps", True), ("passes", True), ("verdict", False)]
@@ -182,6 +183,6 @@ def _table(found: dict) -> dict:
     return {"heads": columns_heads, "rows": list(zip(*columns))}
 
 
-def _column(values: list[float | None]) -> list[dict]:
+def _column(values: list[float | None]) -> list[dict[str, Any]]:
     places = decimals(values)
     return [field(value, lambda v: f"{v:z.{places}f}") for value in values]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dedistill.data.digits import digits_in
 from dedistill.data.encode import open_source
-from dedistill.data.source import needed
+from dedistill.data.source import Source, needed
 from dedistill.errors import UserError
 from dedistill.evaluation.candidates import candidates_of, read_prompts
 from dedistill.evaluation.judges import judge_for
@@ -55,7 +55,7 @@ MEASURES = (
 )
 
 
-def write_story_page(folder: Path, story: dict) -> Path:
+def write_story_page(folder: Path, story: dict[str, Any]) -> Path:
     """Write ``index.html`` and ``thumbs`` for a story into ``folder`` and return the page's path.
 
     ``story`` holds title, lead, models, labels, cfgs, summary, checks, images (files relative to ``folder``),
@@ -95,11 +95,11 @@ def write_story_page(folder: Path, story: dict) -> Path:
     return page
 
 
-def _name(story: dict, model: str) -> str:
+def _name(story: dict[str, Any], model: str) -> str:
     return story.get("labels", {}).get(model, model)
 
 
-def _at(by_scale: dict, cfg: float) -> object:
+def _at(by_scale: dict[str, Any], cfg: float) -> object:
     """The entry of a scale: the keys went through JSON, so 1 may be "1" or "1.0"."""
     for key in (tick_label(cfg), str(cfg), str(float(cfg)), cfg):
         if key in by_scale:
@@ -107,13 +107,13 @@ def _at(by_scale: dict, cfg: float) -> object:
     return None
 
 
-def _value(story: dict, model: str, cfg: float, key: str) -> float | None:
+def _value(story: dict[str, Any], model: str, cfg: float, key: str) -> float | None:
     numbers = _at(story["summary"][model].get("cfg", {}), cfg)
     value = numbers.get(key) if isinstance(numbers, dict) else None
     return value if is_number(value) else None
 
 
-def _table(story: dict) -> list[dict]:
+def _table(story: dict[str, Any]) -> list[dict[str, Any]]:
     """A group of rows per model, a row per measure; a measure has the same number of decimals everywhere."""
     models, cfgs = story["models"], story["cfgs"]
     values = {key: {(m, c): _value(story, m, c, key) for m in models for c in cfgs} for key, *_ in MEASURES}
@@ -133,7 +133,7 @@ def _table(story: dict) -> list[dict]:
     return table
 
 
-def _gallery(folder: Path, story: dict) -> list[dict]:
+def _gallery(folder: Path, story: dict[str, Any]) -> list[dict[str, Any]]:
     """A group of rows per model, a row per scale, a column per prompt."""
     groups = []
     for model in story["models"]:
@@ -147,7 +147,7 @@ def _gallery(folder: Path, story: dict) -> list[dict]:
     return groups
 
 
-def _shots(folder: Path, story: dict, model: str, cfg: float, files: list[str]) -> list[Shot | None]:
+def _shots(folder: Path, story: dict[str, Any], model: str, cfg: float, files: list[str]) -> list[Shot | None]:
     prompts = story["prompts"]
     if len(files) != len(prompts):
         raise UserError(f"story: {model} at CFG {tick_label(cfg)} has {len(files)} images for {len(prompts)} prompts")
@@ -166,7 +166,7 @@ def _shots(folder: Path, story: dict, model: str, cfg: float, files: list[str]) 
     return shots
 
 
-def _plots(story: dict) -> list[dict]:
+def _plots(story: dict[str, Any]) -> list[dict[str, Any]]:
     plots = []
     for key, label, axis, explanation in MEASURES:
         series = {
@@ -209,7 +209,7 @@ SHEET_CFGS, SHEET_PROMPTS = (1, 2, 4, 8), 10
 
 def tell(
     recipes: dict[str, Recipe], out: Path, *, cfgs: Sequence[float], prompts: int, steps: int, commands: list[str]
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Sweep the finished runs of the three ``recipes`` into ``out``/sweep, write ``out``/summary.json and the page.
 
     All stages are sampled with the same number of steps, prompts and noise, so that only the model differs; the
@@ -244,7 +244,7 @@ def _candidate(name: str, recipe: Recipe, steps: int) -> Candidate:
     return Candidate(name, last.weights, steps, last.open)
 
 
-def _held_out_losses(recipes: dict[str, Recipe], source) -> dict[str, dict[str, float]]:
+def _held_out_losses(recipes: dict[str, Recipe], source: Source) -> dict[str, dict[str, float]]:
     """Flow-matching loss of every stage on the same held-out samples, noise and sigmas."""
     found = {}
     for name in STAGES:
@@ -255,7 +255,7 @@ def _held_out_losses(recipes: dict[str, Recipe], source) -> dict[str, dict[str, 
     return found
 
 
-def story_checks(summary: dict, margins: Margins) -> list[dict]:
+def story_checks(summary: dict[str, Any], margins: Margins) -> list[dict[str, Any]]:
     """What the story claims, with margins far beyond the noise of the evaluation: text, value, bound, ok of each."""
     scale, cfg = f"{margins.scale:g}", f"at CFG {margins.scale:g}"
     student, restored = summary["student"], summary["dedistilled"]
@@ -280,7 +280,7 @@ def story_checks(summary: dict, margins: Margins) -> list[dict]:
     ]
 
 
-def _check(text: str, value: float, bound: str, ok: bool) -> dict:
+def _check(text: str, value: float, bound: str, ok: bool) -> dict[str, Any]:
     return {
         "text": text,
         "value": f"{value:+.3f}" if "less" in text or "exceeds" in text else f"{value:.2f}",
@@ -291,9 +291,9 @@ def _check(text: str, value: float, bound: str, ok: bool) -> dict:
 
 def _write_page(
     out: Path,
-    recipes: dict,
-    summary: dict,
-    checks: list[dict],
+    recipes: dict[str, Recipe],
+    summary: dict[str, Any],
+    checks: list[dict[str, Any]],
     cfgs: Sequence[float],
     prompts: tuple[str, ...],
     commands: list[str],
@@ -336,7 +336,7 @@ def _write_sheet(out: Path, cfgs: Sequence[float], prompts: tuple[str, ...]) -> 
     sheet.save(out / "story.png", optimize=True)
 
 
-def print_table(summary: dict, checks: list[dict]) -> None:
+def print_table(summary: dict[str, Any], checks: list[dict[str, Any]]) -> None:
     """The summary as a table on stdout, then the checks."""
     out = Console(highlight=False, width=132)
     table = Table(title="accuracy / Frechet distance / saturated / precision", title_justify="left", pad_edge=False)

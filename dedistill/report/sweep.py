@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
@@ -37,7 +38,7 @@ PromptKey = tuple[str, int]  # the text, and how many earlier prompts of the swe
 RowKey = tuple[PromptKey, int]  # and the seed
 
 
-def named(entry: dict) -> str:
+def named(entry: dict[str, Any]) -> str:
     """The candidate of a cell or an image, with the method of those that are not made by Euler's and plain CFG."""
     return ", ".join(filter(None, (entry["candidate"], entry.get("method"))))
 
@@ -45,7 +46,7 @@ def named(entry: dict) -> str:
 Place = tuple[int, int | None]  # skip, and the solver's steps where a candidate has several step counts
 
 
-def places_of(entries: list[dict]) -> Callable[[dict], Place]:
+def places_of(entries: list[dict[str, Any]]) -> Callable[[dict[str, Any]], Place]:
     """Tells the place of a cell or an image of a sweep; without several step counts of one candidate it has only a skip."""
     found = {(entry["candidate"], entry.get("steps")) for entry in entries}
     several = len({name for name, _ in found}) < len(found)
@@ -53,11 +54,11 @@ def places_of(entries: list[dict]) -> Callable[[dict], Place]:
 
 
 def group(
-    images: list[dict], shown: int, place: Callable[[dict], Place]
-) -> tuple[list[RowKey], dict[tuple[str, float, Place], dict[RowKey, dict]]]:
+    images: list[dict[str, Any]], shown: int, place: Callable[[dict[str, Any]], Place]
+) -> tuple[list[RowKey], dict[tuple[str, float, Place], dict[RowKey, dict[str, Any]]]]:
     """The rows to show, and the images by candidate, scale and place, then by row."""
-    grouped: dict[tuple[str, float, Place], dict[RowKey, dict]] = {}
-    seen: dict[tuple, int] = {}
+    grouped: dict[tuple[str, float, Place], dict[RowKey, dict[str, Any]]] = {}
+    seen: dict[tuple[str, float, Place, str, int], int] = {}
     rows: dict[RowKey, None] = {}
     for entry in images:
         cell = entry["candidate"], entry["cfg"], place(entry)
@@ -77,7 +78,13 @@ def group(
     return kept, grouped
 
 
-def make_gallery(folder: Path, scores: dict, cells: dict[float, dict], rows: list[RowKey], shots: dict[float, dict]) -> dict:
+def make_gallery(
+    folder: Path,
+    scores: dict[str, Any],
+    cells: dict[float, dict[str, Any]],
+    rows: list[RowKey],
+    shots: dict[float, dict[RowKey, dict[str, Any]]],
+) -> dict[str, Any]:
     """The grid of one candidate at one place: prompts as rows, scales as columns. cells, shots: by scale."""
     labels = {number["key"]: number["label"] for number in scores["numbers"]}
     several = len({seed for _, seed in rows}) > 1
@@ -109,7 +116,7 @@ def make_gallery(folder: Path, scores: dict, cells: dict[float, dict], rows: lis
     }
 
 
-def shot(folder: Path, entry: dict, labels: dict[str, str]) -> Shot:
+def shot(folder: Path, entry: dict[str, Any], labels: dict[str, str]) -> Shot:
     """The image of a row of index.json, whose file is relative to ``folder``; labels: what numbers are called."""
     src, (width, height) = image_link(folder, entry["file"])
     numbers = [(labels.get(key, key), value) for key, value in entry.items() if key not in IDENTITY]
@@ -143,7 +150,7 @@ def sheet_names(names: list[str], places: list[Place]) -> dict[tuple[str, Place]
     return {(name, place): plain[name] + end for name in names for place, end in ends.items()}
 
 
-def write_sheet(folder: Path, name: str, gallery: dict, title: str) -> str:
+def write_sheet(folder: Path, name: str, gallery: dict[str, Any], title: str) -> str:
     """Save the gallery as one image and return its URL."""
 
     def load(shot: Shot | None) -> Image.Image | None:
@@ -222,7 +229,9 @@ def write_sweep_page(folder: Path, *, shown: int = 8) -> Path:
     return page
 
 
-def _plots(scores: dict, names: list[str], place: Place, place_of: Callable[[dict], Place], alone: bool) -> list[dict]:
+def _plots(
+    scores: dict[str, Any], names: list[str], place: Place, place_of: Callable[[dict[str, Any]], Place], alone: bool
+) -> list[dict[str, Any]]:
     """One curve plot per number; the vertical axis is the same at every place, so that switching shows the change."""
     plots = []
     for number in scores["numbers"]:
@@ -249,7 +258,7 @@ def _plots(scores: dict, names: list[str], place: Place, place_of: Callable[[dic
     return plots
 
 
-def _table(scores: dict) -> dict:
+def _table(scores: dict[str, Any]) -> dict[str, Any]:
     """All cells as rows of ``{"text", "sort", "best"}``; every column has one number of decimals, so digits line up."""
     cells, numbers = scores["cells"], scores["numbers"]
     fixed = [("candidate", "candidate"), ("cfg", "CFG"), ("skip", "skip"), ("steps", "steps"), ("images", "images")]

@@ -8,7 +8,9 @@ the newest valid one wins.
 import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -23,7 +25,9 @@ SCHEMA = 2
 """2: with the state of the guard, and a validation that is still to be made."""
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], facts: dict, *, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, object], *, keep: int
+) -> Path:
     """Write ``folder/step-XXXXXXXX`` with one safetensors file per entry of ``tensors``; prune to ``keep`` good ones.
 
     Older checkpoints go only after the new one has been read back and verified. A failed write leaves nothing behind.
@@ -56,7 +60,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
     return final
 
 
-def _write(path: Path, group: dict[str, Tensor], step: int) -> dict[str, int | str]:
+def _write(path: Path, group: Mapping[str, Tensor], step: int) -> dict[str, int | str]:
     """Tensor by tensor: a whole file in memory would be one more copy, and made while training stands still."""
     digest, layout = hashlib.sha256(), {name: (tuple(t.shape), t.dtype) for name, t in group.items()}
     with TensorFile(path, layout, {"format": "pt", "step": str(step)}, digest) as file:
@@ -77,9 +81,15 @@ def _prune(folder: Path, keep: int) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Published checkpoint directories, oldest first, damaged or not."""
+    return list(_steps(folder))
+
+
+def _steps(folder: Path) -> dict[Path, int]:
+    """Published checkpoint directories, oldest first, and the step of each."""
     if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if p.is_dir() and step_of(p) is not None), key=step_of)
+        return {}
+    steps = {p: step for p in folder.iterdir() if p.is_dir() and (step := step_of(p)) is not None}
+    return dict(sorted(steps.items(), key=lambda item: item[1]))
 
 
 def damage(checkpoint: Path) -> str:
@@ -108,7 +118,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
     Raises UserError when there are checkpoints but none is good: starting over in silence would lose the run.
     """
-    notes = []
+    notes: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
         _refuse_other_version(checkpoint)
         problem = damage(checkpoint)
@@ -140,17 +150,17 @@ def _refuse_other_version(checkpoint: Path) -> None:
 
 def newest_until(folder: Path, step: int) -> Path | None:
     """The newest good checkpoint of at most ``step``."""
-    return next((c for c in reversed(list_checkpoints(folder)) if step_of(c) <= step and not damage(c)), None)
+    return next((c for c, own in reversed(_steps(folder).items()) if own <= step and not damage(c)), None)
 
 
 def drop_after(folder: Path, step: int, keep: int = 0) -> None:
     """Remove checkpoints of later steps than ``step``, all but the ``keep`` newest: the run takes another course from there."""
-    later = [c for c in list_checkpoints(folder) if step_of(c) > step]
+    later = [c for c, own in _steps(folder).items() if own > step]
     for checkpoint in reversed(later[: len(later) - keep]):
         shutil.rmtree(checkpoint)
 
 
-def read_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
+def read_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """({file stem: tensors}, manifest) of a checkpoint that :func:`damage` found good."""
     manifest = read_checksummed(checkpoint / MANIFEST)
     groups = {}

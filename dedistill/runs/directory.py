@@ -3,8 +3,9 @@
 import fcntl
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from dedistill.data.encode import data_files
 from dedistill.errors import UserError
@@ -39,12 +40,22 @@ def input_files(recipe: Recipe) -> dict[str, list[Path]]:
     return {key: found for key, found in files.items() if found}
 
 
-def fingerprint(files: list[Path], known: dict | None) -> dict:
-    """{"sha256", "files": {path: its stamp and "sha256"}}; a file is read only if its stamp is another one than in ``known``.
+class Fingerprint(TypedDict):
+    """Which bytes some files had."""
+
+    sha256: str
+    """Of the paths and hashes of all."""
+    files: dict[str, dict[str, int | str]]
+    """Path -> its :class:`Stamp` and "sha256"."""
+
+
+def fingerprint(files: list[Path], known: Fingerprint | None) -> Fingerprint:
+    """Of ``files`` as they are; one is read only if its stamp is another one than in ``known``.
 
     A large base is so hashed once per run, not at every start.
     """
-    before, found = (known or {}).get("files", {}), {}
+    before = known["files"] if known else {}
+    found: dict[str, dict[str, int | str]] = {}
     for path in files:
         hashed = hash_file(path, _read_entry(before.get(str(path), {})))
         found[str(path)] = {**hashed.stamp._asdict(), "sha256": hashed.sha256}
@@ -52,13 +63,13 @@ def fingerprint(files: list[Path], known: dict | None) -> dict:
     return {"sha256": digest.hexdigest(), "files": found}
 
 
-def _read_entry(entry: dict) -> Hashed | None:
+def _read_entry(entry: Mapping[str, int | str]) -> Hashed | None:
     """None for one of an earlier version, which kept size and mtime only: the file is read once more."""
     whole = entry.keys() == {*Stamp._fields, "sha256"}
-    return Hashed(Stamp(*(entry[key] for key in Stamp._fields)), entry["sha256"]) if whole else None
+    return Hashed(Stamp(*(int(entry[key]) for key in Stamp._fields)), str(entry["sha256"])) if whole else None
 
 
-def changed_files(before: dict, now: dict) -> list[str]:
+def changed_files(before: Fingerprint, now: Fingerprint) -> list[str]:
     """Paths whose bytes differ between two fingerprints, or that only one of them has."""
     old, new = ({path: entry["sha256"] for path, entry in f["files"].items()} for f in (before, now))
     return sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
@@ -116,7 +127,7 @@ class RunDirectory:
             raise
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._lock.close()
 
     @property
@@ -177,7 +188,7 @@ class RunDirectory:
         """What to say of a key that the recipe leaves out: nobody changed it, but the default may have changed."""
         return "" if self.recipe.says(key) else " by default"
 
-    def _read(self, file: Path) -> dict:
+    def _read(self, file: Path) -> dict[str, Any]:
         try:
             if isinstance(table := json.loads(file.read_text()), dict):
                 return table
@@ -195,7 +206,7 @@ class RunDirectory:
         """
         file = self.path / "inputs.json"
         before = self._inputs(file) if file.exists() else {}
-        other_base = self.used and before.get(SAMPLE, {}).get("sha256", sample) != sample
+        other_base = self.used and SAMPLE in before and before[SAMPLE]["sha256"] != sample
         now = {key: fingerprint(files, None if other_base else before.get(key)) for key, files in inputs.items()}
         if sample:
             now[SAMPLE] = {"sha256": sample, "files": {}}
@@ -215,7 +226,7 @@ class RunDirectory:
         replace_file(file, checksummed(now))
         return [OTHER_NUMBERS] if other_base else []
 
-    def _inputs(self, file: Path) -> dict:
+    def _inputs(self, file: Path) -> dict[str, Fingerprint]:
         try:
             return read_checksummed(file)
         except ValueError as e:
@@ -223,20 +234,20 @@ class RunDirectory:
             raise UserError(f"'{file}' {e}; {way_out}") from e
 
 
-def flat(table: Any, prefix: str = "") -> dict[str, Any]:
+def flat(table: object, prefix: str = "") -> dict[str, object]:
     if isinstance(table, dict):
         return {k: v for name, value in table.items() for k, v in flat(value, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): table}
 
 
-Difference = tuple[str, Any, Any]
+Difference = tuple[str, object, object]
 """A dotted key, its value in the recorded recipe, and its value now."""
 
 
-def _differences(before: dict, now: dict) -> tuple[list[Difference], list[Difference]]:
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[Difference], list[Difference]]:
     """(what another recipe is told by, what a continued run may change)."""
     old, new = flat(before), flat(now)
-    free = FREE_TO_CHANGE
+    free: tuple[str, ...] = FREE_TO_CHANGE
     if now["train"]["schedule"] == "constant":
         free += ("train.steps",)  # a longer constant run is the same run; a decay would be another one
     differing = [(k, old.get(k), new.get(k)) for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)]

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
 from dedistill.io.atomic import refused, replace_file, sync
 from dedistill.runs.directory import RunDirectory
@@ -22,6 +22,9 @@ WAITING = 1000
 """Rows that may wait for W&B."""
 LAST_WORDS = 30.0
 """Seconds that W&B gets at the end of a run."""
+
+Row = dict[str, object]
+"""What is known of a step when it is done: JSON."""
 
 
 class JsonlWriter:
@@ -33,7 +36,7 @@ class JsonlWriter:
         replace_file(path, "".join(kept).encode())
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         try:
             self._file.write(json.dumps(row) + "\n")
         except OSError as e:
@@ -66,7 +69,7 @@ class MetricsLogger:
         self.metrics, self.timings = JsonlWriter(run.metrics, step), JsonlWriter(run.timings, step)
         self._last = time.monotonic()
 
-    def write(self, row: dict[str, Any], waited: float) -> None:
+    def write(self, row: Row, waited: float) -> None:
         """waited: seconds since the last row in which training stood still for data."""
         self.metrics.write(row)
         now = time.monotonic()
@@ -113,15 +116,26 @@ def _has_key() -> bool:
     return WANDB_HOST in known.hosts
 
 
+class Tracking(Protocol):
+    """What an ``accelerate.Accelerator`` does for a run's log."""
+
+    def init_trackers(self, project_name: str, *, config: dict[str, object], init_kwargs: dict[str, object]) -> None: ...
+
+    def log(self, values: dict[str, object], *, step: int) -> None: ...
+
+    def end_training(self) -> None: ...
+
+
 class Trackers:
     """Weights & Biases through accelerate, in a thread of its own: it may refuse, fail or hang, and a run does not notice.
 
     Offline without a key. Rows wait in a queue; those that find it full are left out, and counted.
     """
 
-    def __init__(self, accelerator: Any, name: str, config: dict, folder: Path, wanted: bool):
-        self.rows: Queue[tuple[dict[str, Any], int] | None] = Queue(WAITING)
-        self.left_out, self.thread, self.failed = 0, None, False
+    def __init__(self, accelerator: Tracking, name: str, config: dict[str, object], folder: Path, wanted: bool):
+        self.rows: Queue[tuple[Row, int] | None] = Queue(WAITING)
+        self.left_out, self.failed = 0, False
+        self.thread: Thread | None = None
         if not wanted:
             return
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
@@ -133,7 +147,7 @@ class Trackers:
         if mode == "offline":
             print(f"W&B: no key, logging offline; later: wandb sync {folder}/wandb/offline-run-*", file=sys.stderr)
 
-    def log(self, row: dict[str, Any], step: int) -> None:
+    def log(self, row: Row, step: int) -> None:
         """Never waits."""
         if not self.thread or not self.thread.is_alive():
             return
@@ -154,7 +168,7 @@ class Trackers:
         if self.left_out and not self.failed:
             print(f"W&B was too slow for {self.left_out:,} rows; metrics.jsonl has them", file=sys.stderr)
 
-    def _work(self, accelerator: Any, config: dict, settings: dict) -> None:
+    def _work(self, accelerator: Tracking, config: dict[str, object], settings: dict[str, object]) -> None:
         try:
             accelerator.init_trackers("dedistill", config=config, init_kwargs=settings)
             while item := self.rows.get():

@@ -97,9 +97,9 @@ def sampling_device() -> str:
 
 def last_weights(out: Path) -> Path:
     """The newest snapshot of a run directory, else the weights in its newest undamaged checkpoint."""
-    snapshots = [p for p in (out / "snapshots").glob("*.safetensors") if step_of(p) is not None]
+    snapshots = {p: step for p in (out / "snapshots").glob("*.safetensors") if (step := step_of(p)) is not None}
     if snapshots:
-        return max(snapshots, key=step_of)
+        return max(snapshots, key=snapshots.__getitem__)
     checkpoints = list_checkpoints(out / "checkpoints")
     problems = []
     for checkpoint in reversed(checkpoints):

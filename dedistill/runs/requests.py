@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TypedDict
 
 from dedistill.distributed.launcher import launched
 from dedistill.errors import RUN_AGAIN
@@ -19,6 +19,15 @@ FILES = ("stop", "save", "sample")
 """``touch RUN/stop``: save and end for good; ``RUN/save``: save and go on; ``RUN/sample``: previews now. Only what ``touch``
 makes, an empty file, is a request: what somebody wrote is not ours to remove."""
 BY_SIGNAL, BY_FILE = "signal", "file"
+
+
+class Asked(TypedDict):
+    """What was asked of a process in one step."""
+
+    stop: str
+    """BY_SIGNAL (which is the larger word, and wins), BY_FILE or ""."""
+    save: bool
+    sample: bool
 
 
 def is_request(path: Path) -> bool:
@@ -33,11 +42,13 @@ class StopRequests:
     after the step; a second one ends it now, whatever it does. SIGUSR1 asks for a save.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signalled = self.saves = False
         self.deferred = False
         """Whether there is something to save, so that a stop waits for the end of the step."""
-        self._first, self._folder, self._told = 0.0, None, set()
+        self._first = 0.0
+        self._folder: Path | None = None
+        self._told: set[str] = set()
 
     def __enter__(self) -> "StopRequests":
         self._launcher = os.getppid() if launched() else None
@@ -56,11 +67,8 @@ class StopRequests:
         self._folder = folder
         return [f"'{folder / name}' was there before the start and is removed" for name in self._taken()]
 
-    def asked(self) -> dict[str, Any]:
-        """What was asked of this process since the last call. To be called once a step.
-
-        "stop": BY_SIGNAL (which is the larger word, and wins), BY_FILE or "". "save", "sample": bool.
-        """
+    def asked(self) -> Asked:
+        """What was asked of this process since the last call. To be called once a step."""
         files = self._taken()
         stop = BY_SIGNAL if self.interrupted() else BY_FILE if "stop" in files else ""
         save, self.saves = self.saves or "save" in files, False

@@ -83,7 +83,7 @@ def contact_sheet(
     return sheet
 
 
-def _place(sheet: Image.Image, image: Image.Image | None, corner: tuple[int, int], field: tuple[int, int], scale: int):
+def _place(sheet: Image.Image, image: Image.Image | None, corner: tuple[int, int], field: tuple[int, int], scale: int) -> None:
     """Paste one image in the middle of its field; a missing one leaves a pale field."""
     if image is None:
         sheet.paste(EMPTY, (*corner, corner[0] + field[0], corner[1] + field[1]))

@@ -7,6 +7,7 @@ caption, and chosen points of the trajectory. Shards are whole or absent, so an 
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def make_pairs(
     seed: int,
     shard_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict:
+) -> dict[str, Any]:
     """Write ``count`` pairs into ``out`` and return its facts (also ``pairs.json``).
 
     points: windows between stored states, so points + 1 states, the noise first and the image last; must divide
@@ -92,7 +93,7 @@ def teacher_hash(model: Model) -> str:
     return digest.hexdigest()
 
 
-def _finished_shards(out: Path, facts: dict) -> list[dict]:
+def _finished_shards(out: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Shards of an earlier run with the same settings whose bytes still agree."""
     try:
         before = read_checksummed(out / FACTS)
@@ -110,7 +111,7 @@ def _finished_shards(out: Path, facts: dict) -> list[dict]:
     return good
 
 
-def _write_shard(out: Path, number: int, ids: range, captions: list[str], noise: Tensor, states: Tensor) -> dict:
+def _write_shard(out: Path, number: int, ids: range, captions: list[str], noise: Tensor, states: Tensor) -> dict[str, Any]:
     final = out / f"{number:05d}.tar"
     # fixed owner, mode and time: the same pairs give the same bytes
     with WholeFile(final) as file, wds.TarWriter(file, mtime=0.0, user="dedistill", group="dedistill") as tar:

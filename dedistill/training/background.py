@@ -1,6 +1,6 @@
 """Work beside training: what is read ahead of its use, and what is written while training goes on."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -18,7 +18,7 @@ TOGETHER = 4
 """Items made at a time: on busy cores it is waking the thread that costs, not the making."""
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
+def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
     """``items``, ``TOGETHER`` of them made by a thread while those before are in use. Errors come in their item's place."""
     with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
         coming, error = pool.submit(_make, items), None
@@ -32,7 +32,7 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def _make(items: Iterator[Item]) -> tuple[list[Item], Exception | None]:
-    made = []
+    made: list[Item] = []
     try:
         made.extend(islice(items, TOGETHER))  # keeps what came before an error
     except Exception as e:
@@ -53,9 +53,9 @@ class AsyncCheckpointWriter:
     The memory of the copies is kept from save to save: to be given new memory takes longer than to copy into it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._running: Future | None = None
+        self._running: Future[object] | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}
 
     def start(self, groups: Groups, save: Callable[[Groups], object], *, private: Collection[str] = ()) -> None:

@@ -35,13 +35,13 @@ class ExactGradients:
 
     def add(self) -> None:
         """Take in the gradients of one sample."""
-        used = [(total, p) for total, p in zip(self.sums, self.parameters) if p.grad is not None]
-        largest = torch.stack([p.grad.abs().amax().double() for _, p in used])
+        used = [(total, p, p.grad) for total, p in zip(self.sums, self.parameters) if p.grad is not None]
+        largest = torch.stack([grad.abs().amax().double() for _, _, grad in used])
         fits = (largest < self.limit).all()  # false for NaN, too
         self.refused += ~fits
-        for total, parameter in used:
+        for total, parameter, grad in used:
             # where() instead of a branch on ``fits``: the device need not be waited for
-            total += (parameter.grad.double() / RESOLUTION).round_().where(fits, 0.0).long()
+            total += (grad.double() / RESOLUTION).round_().where(fits, 0.0).long()
             parameter.grad = None
 
     def finish(self) -> None:
@@ -105,10 +105,12 @@ class Engine:
         """Sum the gradient of the step over its micro-batches and processes."""
         if self.exact:
             return self.exact.finish()
+        gradients = []
         for parameter in self.trainable.values():
             if parameter.grad is None:  # this rank had nothing to do
                 parameter.grad = torch.zeros_like(parameter)
-        self.world.all_reduce_([p.grad for p in self.trainable.values()])
+            gradients.append(parameter.grad)
+        self.world.all_reduce_(gradients)
 
     def norm(self) -> float:
         """The norm of the finished gradient, which is clipped as the recipe says."""
@@ -138,7 +140,7 @@ class Engine:
         """A number of each trained parameter that changes with its bits; the same on every process."""
         return bit_sums(self.trainable, self.optimizer)
 
-    def whole(self) -> AbstractContextManager:
+    def whole(self) -> AbstractContextManager[object]:
         """While it is open, the model's own parameters are whole and may be read."""
         return nullcontext()
 

@@ -7,10 +7,10 @@ here is a function of losses, sigmas and gradient norms, which are the same on e
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -48,6 +48,24 @@ class GoBack(Exception):
         self.since = since
 
 
+class Suspect(TypedDict):
+    """A sample that stood out in a step that was not applied."""
+
+    sample: str
+    sigma: float
+    loss: str
+    """A number, or what JSON has none for."""
+
+
+class LeftOut(TypedDict):
+    """A sample in quarantine: since which step, and what it was found by."""
+
+    since: int
+    """The step from which on it is not drawn."""
+    sigma: float
+    loss: str
+
+
 class Guard:
     """Judges steps. ``factor``: how many times the median of its history a gradient norm may be; 0 for any."""
 
@@ -61,10 +79,9 @@ class Guard:
         """Steps among the last WINDOW that were not applied."""
         self.hits: dict[str, list[int]] = {}
         """Sample -> steps in which it stood out; of those that are not quarantined."""
-        self.suspects: dict[str, dict[str, Any]] = {}
+        self.suspects: dict[str, Suspect] = {}
         """Samples that stood out in the steps that were not applied, since the last one that was."""
-        self.quarantine: dict[str, dict[str, Any]] = {}
-        """Sample -> {"since": the step from which on it is not drawn, "sigma", "loss": those it was found by}."""
+        self.quarantine: dict[str, LeftOut] = {}
         self.returned = [-1, 0]
         """The furthest step the run has gone back to, and how often it did so without getting beyond."""
 
@@ -72,7 +89,7 @@ class Guard:
         """Everything that later judgements depend on, as plain data."""
         return deepcopy({key: value for key, value in vars(self).items() if key != "factor"})
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`."""
         vars(self).update(state)
 
@@ -82,7 +99,7 @@ class Guard:
 
     def judge(
         self, step: int, losses: Tensor, sigmas: Tensor, norm: float, names: Callable[[list[int]], list[str]]
-    ) -> dict[str, Any]:
+    ) -> dict[str, list[Suspect]]:
         """What speaks against applying ``step``: {"not_finite" or "spike": samples that stand out}; empty when nothing does.
 
         losses, sigmas: [B] in the order of positions; names: of the samples at given positions. Raises BadSteps or GoBack at
@@ -98,7 +115,7 @@ class Guard:
         if finite:  # large, then: against what is usual at its sigma, since losses differ by far more between sigmas
             usual = [self.usual[place] for place in _places(sigmas)]
             stand_out = [p for p, (x, (mean, seen)) in enumerate(zip(losses.tolist(), usual)) if seen and x > SUSPECT * mean]
-        found = [
+        found: list[Suspect] = [
             {"sample": name, "sigma": float(sigmas[p]), "loss": str(float(losses[p]))}
             for p, name in zip(stand_out, names(stand_out) if stand_out else [])
         ]
@@ -121,7 +138,7 @@ class Guard:
             keep = min(MEMORY, entry[1] / (entry[1] + 1))  # a plain mean of the first 50, then a running one
             entry[:] = [keep * entry[0] + (1 - keep) * loss, entry[1] + 1]
 
-    def _on_too_many_bad_steps(self, step: int, loss: float, norm: float, what: str, found: list[dict[str, Any]]) -> None:
+    def _on_too_many_bad_steps(self, step: int, loss: float, norm: float, what: str, found: list[Suspect]) -> None:
         """Quarantine what stood out and raise GoBack, or raise BadSteps.
 
         Neither where nothing but a sample that cannot be quarantined any more has brought it here.

@@ -1,8 +1,10 @@
 """What a run keeps and goes back to: its state, checkpoints, snapshots and, at the end, its model folder."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from dedistill.posthoc.snapshots import write_snapshot
 from dedistill.recipe import Recipe
 from dedistill.runs.checkpoint import drop_after, newest_until, newest_valid, read_checkpoint, save_checkpoint
 from dedistill.runs.directory import RunDirectory
-from dedistill.runs.metrics import last_step
+from dedistill.runs.metrics import Row, last_step
 from dedistill.runs.model import export_model, exported_step, snapshot_header
 from dedistill.training.background import AsyncCheckpointWriter
 from dedistill.training.ema import Averages
@@ -31,19 +33,19 @@ class RunState:
     """Steps done, applied or not."""
     skipped: int = 0
     """Those of them that were not applied."""
-    unfinished: dict | None = None
+    unfinished: Row | None = None
     """The row of the last step, where a stop came before its validation."""
 
-    def saved(self) -> dict:
+    def saved(self) -> dict[str, object]:
         """Plain data, nobody else's, under the keys that a checkpoint's manifest has."""
         return {"step": self.step, "skipped": self.skipped, "guard": self.guard.state(), "unfinished": self.unfinished}
 
-    def load(self, saved: dict) -> None:
+    def load(self, saved: Mapping[str, Any]) -> None:
         """The inverse of ``saved``; other keys are left alone."""
         self.step, self.skipped, self.unfinished = saved["step"], saved["skipped"], saved["unfinished"]
         self.guard.load(saved["guard"])
 
-    def roll_back(self, since: int, saved: dict | None) -> None:
+    def roll_back(self, since: int, saved: Mapping[str, Any] | None) -> None:
         """To ``saved``, or without it to step ``since``, after which nothing was applied. What was found out since stays
         known: the quarantine, and how often the run has gone back."""
         judged = self.guard.state()
@@ -68,7 +70,8 @@ class Keeper:
 
         Returns what a user should know of damaged ones.
         """
-        found, notes = None, []
+        found: Path | None = None
+        notes: list[str] = []
         if self.world.main:
             found, notes = newest_valid(self.run.checkpoints)
             every, reached = self.recipe.checkpoint.every, last_step(self.run.metrics)
@@ -83,7 +86,7 @@ class Keeper:
         self._compare("weights", self.engine.replicated_params())
         return notes
 
-    def _read(self, checkpoint: Path) -> dict:
+    def _read(self, checkpoint: Path) -> dict[str, Any]:
         """Load the tensors; the manifest."""
         groups, manifest = read_checkpoint(checkpoint)
         self._compare("optimizer state", groups.get("optimizer", {}), manifest["step"])
@@ -121,7 +124,7 @@ class Keeper:
         groups = {name: self._good(tensors) for name, tensors in groups.items()}
         if self.world.main:
             facts = self.state.saved() | {"recipe": self.recipe.resolved(), "saved_at": time.time()}
-            folder, step, keep = self.run.checkpoints, facts.pop("step"), self.recipe.checkpoint.keep
+            folder, step, keep = self.run.checkpoints, self.state.step, self.recipe.checkpoint.keep
             private = ("trainable", "optimizer") if self.engine.gathers else ()
             self.saver.start(groups, lambda copies: save_checkpoint(folder, step, copies, facts, keep=keep), private=private)
         if wait:
@@ -155,7 +158,7 @@ class Keeper:
             )
         return tensors
 
-    def _compare(self, what: str, tensors: dict[str, Tensor], step: int | None = None) -> None:
+    def _compare(self, what: str, tensors: Mapping[str, Tensor], step: int | None = None) -> None:
         """Raises UserError unless all processes hold the same bytes."""
         if self.world.size > 1:
             step = self.state.step if step is None else step

@@ -1,20 +1,21 @@
 """Optimizers and the learning rate, a function of the step."""
 
 import math
-from collections.abc import Iterable
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import optimi
 import torch
 from optimi.utils import debias_beta
 from torch import Tensor, nn
 
+from dedistill import kernels
 from dedistill.errors import UserError
 from dedistill.recipe import Recipe
+from dedistill.recipe.resolve import filled
 
 if TYPE_CHECKING:
-    from dedistill.training import kahan
+    from dedistill.kernels import kahan
 
 
 class KahanAdamW(optimi.AdamW):
@@ -29,16 +30,17 @@ class KahanAdamW(optimi.AdamW):
         self.decay = decay
         self.places: kahan.Places | None = None
 
-    def _init_state(self, group: dict, state: dict, param: Tensor) -> None:
+    def _init_state(self, group: dict[str, Any], state: dict[str, Any], param: Tensor) -> None:
         fresh = "kahan_comp" not in state
         super()._init_state(group, state, param)
         if fresh:
             state["kahan_comp"] = torch.zeros_like(param, dtype=torch.float32)
 
     @torch.no_grad()
-    def step(self, closure=None, param=None):
-        if find_spec("triton") and all(p.is_cuda for group in self.param_groups for p in group["params"]):
-            return self._step_at_once()
+    def step(self, closure: Callable[[], Tensor] | None = None, param: Tensor | None = None) -> Tensor | None:
+        if all(kernels.usable(p) for group in self.param_groups for p in group["params"]):
+            self._step_at_once()
+            return None
         for group in self.param_groups if self.decay else ():
             for p in group["params"]:
                 if p.grad is not None:
@@ -49,7 +51,7 @@ class KahanAdamW(optimi.AdamW):
 
     def _step_at_once(self) -> None:
         """The same in one kernel for each group."""
-        from dedistill.training import kahan
+        from dedistill.kernels import kahan
 
         for group in self.param_groups:
             lists: kahan.Lists = ([], [], [], [], [])
@@ -86,7 +88,8 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         return t.lr
     done = (step - t.warmup) / (t.steps - t.warmup)
     share = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[t.schedule]
-    return t.lr * (t.lr_floor + (1 - t.lr_floor) * share)
+    floor = filled(t.lr_floor, "train.lr_floor")
+    return t.lr * (floor + (1 - floor) * share)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -96,7 +99,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Para
     return {f"{name}/{k}": v.detach() for name, state in states for k, v in state.items() if isinstance(v, Tensor)}
 
 
-def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of ``tensors`` that hold a NaN or an infinity. Without any, the device is waited for once."""
     numbers = [t for t in tensors.values() if t.dim()]
     if not numbers or torch.nn.utils.get_total_norm(numbers, math.inf, foreach=True).isfinite():
@@ -126,7 +129,7 @@ def load_optimizer_tensors(
 
 
 def state_entries(
-    optimizer: torch.optim.Optimizer, names: dict[str, Tensor], tensors: dict[str, Tensor], source: str
+    optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
 ) -> list[tuple[str, str, Tensor]]:
     """(name of a parameter or group, key, value) of each of ``tensors``. Raises UserError naming ``source`` unless they are
     the whole state of parameters of these names and shapes, or none at all."""
@@ -136,7 +139,7 @@ def state_entries(
     return entries
 
 
-def _misfit(optimizer: torch.optim.Optimizer, names: dict[str, Tensor], entries: list[tuple[str, str, Tensor]]) -> str:
+def _misfit(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], entries: list[tuple[str, str, Tensor]]) -> str:
     """What keeps (name, key, value) ``entries`` from being loaded; empty when nothing does."""
     groups = {f"group/{i}" for i in range(len(optimizer.param_groups))}
     states = [(name, key, value) for name, key, value in entries if name not in groups]

@@ -65,7 +65,7 @@ class Preview:
         p = self.settings
         folder = self.folder / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [(prompt, []) for prompt in p.prompts]
+        rows: list[tuple[str, list[Image.Image]]] = [(prompt, []) for prompt in p.prompts]
         for sampling in self.columns:
             told = sampling.facts
             for i, (prompt, row) in enumerate(rows):

@@ -5,7 +5,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 
 import numpy as np
@@ -20,9 +20,9 @@ from dedistill.evaluation.validation import Meters, Validator
 from dedistill.models.model import Model
 from dedistill.objectives.base import NoisyBatch, objective_for
 from dedistill.recipe import Recipe
-from dedistill.recipe.resolve import Plan
+from dedistill.recipe.resolve import Plan, filled
 from dedistill.runs.directory import RunDirectory
-from dedistill.runs.metrics import MetricsLogger, Trackers
+from dedistill.runs.metrics import MetricsLogger, Row, Trackers
 from dedistill.runs.requests import BY_SIGNAL, StopRequests
 from dedistill.training.background import ahead
 from dedistill.training.engine import Engine
@@ -31,7 +31,7 @@ from dedistill.training.keeping import Keeper, RunState
 from dedistill.training.optim import learning_rate
 from dedistill.training.preview import Preview
 
-Tasks = Iterator[tuple[np.ndarray, NoisyBatch] | None]
+Tasks = Generator[tuple[np.ndarray, NoisyBatch] | None, None, None]
 """Positions and task of one micro-batch after the other; None where a step ends. No positions: the task counts for nothing."""
 
 
@@ -60,7 +60,8 @@ class Trainer:
         at_once, world = self._at_once, self.world
         self.validate = None
         if validate.every:
-            self.validate = Validator(self.objective, validate.samples, at_once(validate.samples), world)
+            samples = filled(validate.samples, "validate.samples")
+            self.validate = Validator(self.objective, samples, at_once(samples), world)
         self.meters = None
         if meters.every:
             self.meters = Meters(self.objective, meters.samples, meters.steps, at_once(meters.samples), world)
@@ -71,7 +72,7 @@ class Trainer:
         """How many of ``samples`` held-out ones go through in one pass."""
         return 1 if self.recipe.train.exact else min(self.model.chunk, ceil_div(samples, self.world.size))
 
-    def facts(self) -> dict:
+    def facts(self) -> dict[str, object]:
         """What the run's settings came to, for plan.json."""
         optimizer = type(self.engine.optimizer)
         return {
@@ -102,15 +103,16 @@ class Trainer:
 
     # --- from step to step -------------------------------------------------------------------------------------------
 
-    def fit(self, stop: StopRequests, trackers: Trackers) -> Iterator[dict]:
+    def fit(self, stop: StopRequests, trackers: Trackers) -> Iterator[Row]:
         """Train to the last step, yielding one row per step; returns early, saved, when a stop is asked for.
 
         Every process yields the same rows.
         """
-        state, before = self.state, {}
+        state = self.state
+        before: Row = {}
         if state.step == 0:
             found = [measure(self.model) for measure in (self.validate, self.meters) if measure]
-            before = {f"{key}_start": value for numbers in found for key, value in numbers.items()}
+            before = {f"{key}_start": value for numbers in found if numbers for key, value in numbers.items()}
             if self.preview:
                 self.preview(0)
         record = MetricsLogger(self.run, state.step - bool(state.unfinished)) if self.world.main else None
@@ -157,7 +159,7 @@ class Trainer:
                 yield counted, task
             yield None
 
-    def _train_step(self, step: int, tasks: Tasks) -> dict:
+    def _train_step(self, step: int, tasks: Tasks) -> Row:
         """One optimizer step over all slots of the global batch; every sample weighs the same. Returns its row."""
         losses, sigmas = self._gradients(tasks)
         grad_norm = self.engine.norm()
@@ -179,7 +181,7 @@ class Trainer:
             self.change_check.applied += 1
             self.keeper.averages.update(step + 1)
         mean = float(losses.mean())
-        row = {"step": step + 1, "loss": mean, "lr": lr, "grad_norm": grad_norm, "applied": not wrong}
+        row: Row = {"step": step + 1, "loss": mean, "lr": lr, "grad_norm": grad_norm, "applied": not wrong}
         if left_out := [{"sample": n, **e} for n, e in self.state.guard.quarantine.items() if e["since"] == step]:
             row["quarantined"] = left_out
         if wrong:
@@ -191,7 +193,8 @@ class Trainer:
 
         What comes back is of all processes, in the order of positions, so that it does not depend on who did what.
         """
-        slots, heartbeat.step = [], self.state.step
+        slots: list[tuple[int, float, float]] = []
+        heartbeat.step = self.state.step
         while True:
             start = time.monotonic()
             heartbeat.beat("waiting for data")
@@ -205,28 +208,28 @@ class Trainer:
             self.engine.backward(loss.sum() / self.plan.batch, counts=len(positions) > 0)
             slots += zip(positions.tolist(), loss.tolist(), task.sigma.tolist())
         # words before gradients: they may be waited for longer, and not on the GPU (see World)
-        heard = self.world.gather({"slots": slots, **self.stop.asked()})
-        self.stopping = max(h["stop"] for h in heard)
-        self.asked = {what: any(h[what] for h in heard) for what in self.asked}
+        heard = self.world.gather((slots, self.stop.asked()))
+        self.stopping = max(asked["stop"] for _, asked in heard)
+        self.asked = {"save": any(asked["save"] for _, asked in heard), "sample": any(asked["sample"] for _, asked in heard)}
         self.engine.finish()
-        _, losses, sigmas = zip(*sorted(slot for h in heard for slot in h["slots"]))
+        _, losses, sigmas = zip(*sorted(slot for own, _ in heard for slot in own))
         return torch.tensor(losses), torch.tensor(sigmas)
 
     # --- between two steps -------------------------------------------------------------------------------------------
 
-    def _conclude(self, row: dict, record: MetricsLogger | None, trackers: Trackers) -> dict:
+    def _conclude(self, row: Row, record: MetricsLogger | None, trackers: Trackers) -> Row:
         """What belongs to the end of a step: validation, files, logs. Returns the whole row."""
         recipe, state = self.recipe, self.state
         state.unfinished = None
         last = state.step == self.plan.steps
-        validating = self.validate and _due(recipe.validate_.every, state.step, last)
+        validate = self.validate if _due(recipe.validate_.every, state.step, last) else None
         saving = last or self.asked["save"] or _due(recipe.checkpoint.every, state.step, last)
         # where the learning rate goes to its end, steps may be below what weights can hold
         fading = recipe.train.schedule != "constant" and state.step > 0.95 * self.plan.steps
-        if (validating or saving or state.step % EVERY == 0) and not fading:
+        if (validate or saving or state.step % EVERY == 0) and not fading:
             self.change_check.check(state.step)
-        if validating:
-            found = self.validate(self.model, self._interrupted)
+        if validate:
+            found = validate(self.model, self._interrupted)
             if found is None:  # the next start validates, and writes the row
                 self.stopping, state.unfinished = BY_SIGNAL, row
             else:

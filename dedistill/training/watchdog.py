@@ -44,8 +44,7 @@ class Watchdog:
         watching, self._alive = os.pipe()
         facts = [os.getpid(), memory, stacks, self.seconds, PATIENCE, file, rank]
         command = [sys.executable, "-I", "-S", watcher.__file__, *map(str, facts)]
-        options = {"stdin": watching, "pass_fds": (memory, stacks), "start_new_session": True}
-        self._process = subprocess.Popen(command, **options)
+        self._process = subprocess.Popen(command, stdin=watching, pass_fds=(memory, stacks), start_new_session=True)
         os.close(watching)
         return self
 

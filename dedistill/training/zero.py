@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from dedistill.training.engine import Engine, bits
 from dedistill.training.optim import make_optimizer, not_finite, state_entries
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PART = "ds_tensor"
+"""Attribute of a parameter that ZeRO-3 has cut: what this process holds of it. Torch's own types know nothing of it."""
 
 
 class Zero(Engine):
@@ -79,7 +82,7 @@ class Zero(Engine):
         stage, size = int(self.engine.zero_optimization_stage()), self.engine.dp_world_size
         if (stage, size) != (self.stage, self.world.size):
             raise UserError(f"ZeRO-{self.stage} on {self.world.size} processes was asked for; DeepSpeed made {stage} on {size}")
-        whole = [name for name, p in root.named_parameters() if self.stage == 3 and not hasattr(p, "ds_tensor")]
+        whole = [name for name, p in root.named_parameters() if self.stage == 3 and not hasattr(p, PART)]
         if whole:
             raise UserError(f"ZeRO-3 was asked for, and {len(whole)} tensors are whole, e.g. {whole[0]}")
 
@@ -129,10 +132,10 @@ class Zero(Engine):
     def bit_sums(self) -> dict[str, int]:
         if self.stage == 2:
             return dict(zip(self.trainable, torch.stack([bits(p) for p in self.trainable.values()]).tolist()))
-        here = torch.stack([bits(p.ds_tensor) for p in self.trainable.values()]).tolist()
+        here = torch.stack([bits(_part(p)) for p in self.trainable.values()]).tolist()
         return dict(zip(self.trainable, map(sum, zip(*self.world.gather(here)))))
 
-    def whole(self) -> AbstractContextManager:
+    def whole(self) -> AbstractContextManager[object]:
         return self.deepspeed.zero.GatheredParameters(list(self.trainable.values()))
 
     def weights(self) -> dict[str, Tensor]:
@@ -145,7 +148,8 @@ class Zero(Engine):
     def state(self) -> dict[str, Tensor]:
         if not self.optimizer.state:
             return {}
-        found, read = {}, self.deepspeed.utils.safe_get_full_optimizer_state
+        found: dict[str, Tensor] = {}
+        read = self.deepspeed.utils.safe_get_full_optimizer_state
         for key in MOMENTS:
             found |= {f"{name}/{key}": t for name, t in self._whole(partial(read, optim_state_key=key)).items()}
         if self.world.main:
@@ -194,7 +198,7 @@ class Zero(Engine):
         if self.stage == 2:
             self.deepspeed.utils.safe_set_full_optimizer_state(parameter, value.to(self.engine.device), key)
             return
-        length = parameter.ds_tensor.numel()  # all parts are as long; the last is padded
+        length = _part(parameter).numel()  # all parts are as long; the last is padded
         padded = F.pad(value.flatten(), (0, length * self.world.size - value.numel()))
         part = padded[self.world.rank * length : (self.world.rank + 1) * length].to(self.engine.device)
         self.deepspeed.utils.safe_set_local_optimizer_state(parameter, part, key)
@@ -219,9 +223,13 @@ class Zero3(Zero):
             )
 
 
+def _part(parameter: nn.Parameter) -> Tensor:
+    return getattr(parameter, PART)
+
+
 def local_bytes(net: nn.Module) -> int:
     """Bytes of the parameters of ``net`` that this process holds between passes: parts, and what is too small to be cut."""
-    held = [t for p in net.parameters() for t in (p, getattr(p, "ds_tensor", None)) if t is not None]
+    held = [t for p in net.parameters() for t in (p, getattr(p, PART, None)) if t is not None]
     return sum(t.numel() * t.element_size() for t in held)
 
 
@@ -236,7 +244,7 @@ class _Root(nn.Module):
         if whole or model.adapter is None:
             self.net = model.parts.net
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> object:
         net = self._net[0]
         with torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=self.autocast):
             return net(*args, **kwargs)
@@ -254,7 +262,7 @@ def _config(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _import_deepspeed() -> Any:
+def _import_deepspeed() -> ModuleType:
     """It takes seconds to import, and prints."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -5,10 +5,14 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from dedistill.data.images.types import ImageSet
 from dedistill.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 # --- captions from the files people keep beside their images -------------------------------------------------------
 
@@ -167,6 +171,6 @@ def _parquet(path: Path) -> list[tuple[str, Row | str]]:
     return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]
 
 
-def _is_text(kind, pa) -> bool:
+def _is_text(kind: "pyarrow.DataType", pa: ModuleType) -> bool:
     inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
     return pa.types.is_string(inner) or pa.types.is_large_string(inner)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -124,12 +125,23 @@ class Index:
             raise UserError(f"data: the index '{path}' cannot be read ({e}); delete it to have it made anew") from e
 
 
-def _row(entry: Entry) -> list:
+def _row(entry: Entry) -> list[object]:
     s = entry.sample
     return [s.name, s.captions, s.width, s.height, s.sha256, s.source, s.place, entry.sidecars, entry.reason]
 
 
-def _entry(name, captions, width, height, sha256, source, place, sidecars, reason) -> Entry:
+def _entry(
+    name: str,
+    captions: list[str],
+    width: int,
+    height: int,
+    sha256: str,
+    source: int,
+    place: list[Any],
+    sidecars: list[tuple[str, list[Any]]],
+    reason: str,
+) -> Entry:
+    """The inverse of :func:`_row`, as JSON gives it back."""
     sample = Sample(name, tuple(captions), width, height, sha256, source, Place(*place))
     return Entry(sample, tuple((kind, Place(*p)) for kind, p in sidecars), reason)
 
@@ -192,7 +204,10 @@ def _check_names(sources: Sequence[ImageSet]) -> None:
             raise UserError(f"data: {count} sources are called '{name}'; give each a 'name' of its own", 2)
 
 
-def _chunks(items: list) -> Iterator[list]:
+Item = TypeVar("Item")
+
+
+def _chunks(items: list[Item]) -> Iterator[list[Item]]:
     return (items[start : start + CHUNK] for start in range(0, len(items), CHUNK))
 
 
@@ -244,7 +259,7 @@ class _Known:
         return replace(old, sample=replace(old.sample, captions=found.captions))
 
 
-def _settings(source: ImageSet) -> tuple:
+def _settings(source: ImageSet) -> tuple[object, ...]:
     return source.title, source.path, source.fields, source.split_lines, source.file_column
 
 
@@ -261,7 +276,8 @@ def _look(sources: Sequence[ImageSet], number: int, found: Found, known: _Known,
         if old and not old.reason and old.sample.place == found.place:
             sample = old.sample
         else:
-            sample = replace(sample, **_facts(source.root, found.place, limits, old))
+            width, height, sha256 = _facts(source.root, found.place, limits, old)
+            sample = replace(sample, width=width, height=height, sha256=sha256)
         captions = found.captions if found.captions is not None else _captions(source, found.sidecars)
         return Entry(replace(sample, captions=captions), found.sidecars, "")
     except (decode.BadImage, BadCaption) as e:
@@ -270,8 +286,11 @@ def _look(sources: Sequence[ImageSet], number: int, found: Found, known: _Known,
         return Entry(sample, found.sidecars, f"cannot be read: {e.strerror or e}")
 
 
-def _facts(root: Path, place: Place, limits: Limits, old: Entry | None) -> dict:
-    """Of an image that another stamp was put on, but whose bytes are those of its ``old`` entry, nothing is decoded."""
+def _facts(root: Path, place: Place, limits: Limits, old: Entry | None) -> tuple[int, int, str]:
+    """Width, height and SHA-256.
+
+    Of an image that another stamp was put on, but whose bytes are those of its ``old`` entry, nothing is decoded.
+    """
     if place.size > limits.max_bytes:
         raise decode.BadImage(f"{place.size:,} bytes; the limit is {limits.max_bytes:,}")
     data = _read(root, place)
@@ -280,7 +299,7 @@ def _facts(root: Path, place: Place, limits: Limits, old: Entry | None) -> dict:
         width, height = old.sample.width, old.sample.height
     else:
         width, height = decode.decode(data, **asdict(limits)).size
-    return {"width": width, "height": height, "sha256": sha256}
+    return width, height, sha256
 
 
 def _captions(source: ImageSet, sidecars: tuple[tuple[str, Place], ...]) -> tuple[str, ...]:

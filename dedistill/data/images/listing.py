@@ -78,7 +78,7 @@ def _of_files(root: Path, folder: str, above: set[tuple[int, int]]) -> Iterator[
                 yield Found(name, problem=f"cannot be read: {e.strerror}")
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import imagehash
 import numpy as np
@@ -12,7 +13,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from dedistill.data.images.buckets import buckets_for, crops_of
-from dedistill.data.images.index import READERS, Index
+from dedistill.data.images.index import READERS, Index, Sample
 from dedistill.data.order import caption_warnings
 from dedistill.errors import UserError
 
@@ -30,7 +31,7 @@ def scan(
     tokenizer: Path | None = None,
     max_upscale: float = 1.0,
     say: Callable[[str], None] = lambda line: None,
-) -> dict:
+) -> dict[str, Any]:
     """Facts about ``index`` as JSON-able values. Every image is decoded once.
 
     ``tokenizer``: folder of a tokenizer to measure captions with (its end mark counted); without one, words are counted.
@@ -77,7 +78,7 @@ def near_duplicates(hashes: np.ndarray, distance: int = NEAR) -> list[list[int]]
     return [group for group in groups.values() if len(group) > 1]
 
 
-def scan_lines(facts: dict) -> list[str]:
+def scan_lines(facts: dict[str, Any]) -> list[str]:
     """The facts as lines for a terminal."""
     lines = []
     for source in facts["sources"]:
@@ -143,7 +144,7 @@ def _lengths(captions: list[str], tokenizer: Path | None) -> tuple[list[int], st
     return lengths, "tokens"
 
 
-def _sources(index: Index, lengths: list[int]) -> list[dict]:
+def _sources(index: Index, lengths: list[int]) -> list[dict[str, Any]]:
     owner = np.array([s.source for s in index.samples for _ in s.captions])
     rows = []
     for number, source in enumerate(index.sources):
@@ -172,9 +173,12 @@ def _histogram(values: Sequence[float], edges: Sequence[int]) -> list[tuple[str,
     return list(zip(labels, counts.tolist()))
 
 
-def _buckets(samples: Sequence, resolutions: Sequence[int], max_upscale: float) -> tuple[dict, dict]:
+def _buckets(
+    samples: Sequence[Sample], resolutions: Sequence[int], max_upscale: float
+) -> tuple[dict[int, list[list[int]]], dict[int, int]]:
     """Images per nearest bucket as (height, width, count), and those too small for it, by resolution."""
-    filled, small = {}, {}
+    filled: dict[int, list[list[int]]] = {}
+    small: dict[int, int] = {}
     for resolution in resolutions:
         counts = dict.fromkeys(buckets_for([resolution]), 0)
         small[resolution] = 0

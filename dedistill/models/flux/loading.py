@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -28,8 +29,8 @@ class Place:
 
     transformer: Path
     components: Path
-    scheduler: dict = field(default_factory=dict)
-    facts: dict = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     """What dedistill.json says about weights of ours, e.g. the mask they were trained with."""
 
 
@@ -52,7 +53,7 @@ def locate(path: str, revision: str | None, components: str | None) -> Place:
     return Place(transformer, around, _json(scheduler) if scheduler.exists() else {}, facts)
 
 
-def _facts(here: Path) -> dict:
+def _facts(here: Path) -> dict[str, Any]:
     """What weights of ours say of themselves: dedistill.json of a folder, the header of a single file."""
     if here.is_dir():
         return _json(here / "dedistill.json") if (here / "dedistill.json").exists() else {}
@@ -84,7 +85,7 @@ def _local(path: str, revision: str | None, key: str) -> Path:
         raise UserError(f"{key}: '{path}' at revision '{revision}' cannot be fetched, and no such local folder: {e}") from e
 
 
-def _json(path: Path) -> dict:
+def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as e:
@@ -142,7 +143,7 @@ _BFL_SIZES = {
 """Which tensors tell a network's sizes, by either set of names."""
 
 
-def _config_of(tensors: dict[str, Tensor], names: dict, source: str, components: Path) -> dict:
+def _config_of(tensors: dict[str, Tensor], names: dict[str, Any], source: str, components: Path) -> dict[str, Any]:
     """The config of a network from the shapes of its tensors; what shapes cannot tell from the folder of its components."""
     if missing := [names[k] for k in ("image", "text", "pooled", "head") if names[k] not in tensors]:
         raise UserError(f"model.path: '{source}' is no FLUX denoiser: it has no tensor '{missing[0]}'")
@@ -166,7 +167,7 @@ def _config_of(tensors: dict[str, Tensor], names: dict, source: str, components:
     }
 
 
-def build(config: dict, tensors: dict[str, Tensor], source: str) -> FluxTransformer2DModel:
+def build(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> FluxTransformer2DModel:
     """A network whose parameters are ``tensors`` themselves: nothing is copied, and nothing may be left over."""
     with torch.device("meta"):
         net = FluxTransformer2DModel.from_config(config)

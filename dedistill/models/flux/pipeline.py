@@ -37,7 +37,7 @@ class TextUse:
     t5_mask: bool = True
     text_length: int = 512
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mask not in MASKS:
             raise UserError(f"mask = {self.mask!r}: one of {', '.join(MASKS)} is needed", exit_code=2)
         if type(self.t5_mask) is not bool:
@@ -85,7 +85,7 @@ class MaskedFluxPipeline(FluxPipeline):
         max_sequence_length: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput | tuple[object]:
         """Draw images; prompts of a list may differ in length.
 
         negative_prompt: what guidance leads away from, one for all or one for each. true_cfg_scale: guidance between the

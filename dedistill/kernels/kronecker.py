@@ -4,12 +4,12 @@ A matrix product with a side of 4 leaves the tensor cores idle and, in bf16, fal
 3,072 numbers it takes .06 ms where reading and writing them takes .005.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dedistill.kernels import Saved
 
 LARGEST = 16
 """Sides of the small factor up to which these kernels are made: their loops are unrolled."""
@@ -20,12 +20,12 @@ class AddMixed(torch.autograd.Function):
     """base [..., p, q] + first [p, a] times groups [..., a, q], each product rounded to bf16 before it is added."""
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
+    def forward(ctx: Saved, base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
         ctx.save_for_backward(first, groups)
         return mixed(first, groups, base.contiguous())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Saved, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         first, groups = ctx.saved_tensors
         grad = grad.contiguous()
         rows, (p, a), q = grad.numel() // (grad.shape[-1] * grad.shape[-2]), first.shape, grad.shape[-1]
