@@ -10,7 +10,7 @@ from lycoris.modules.lokr import LokrModule
 from torch import Tensor
 from torch.nn import functional as F
 
-from dedistill import kernels
+import dedistill.kernels as kernels
 
 
 class LoraLayer(LoConModule):

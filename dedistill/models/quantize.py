@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dedistill import kernels
+import dedistill.kernels as kernels
 from dedistill.adapters.attach import linear_in
 from dedistill.adapters.targets import matching
 from dedistill.errors import UserError

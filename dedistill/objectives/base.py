@@ -6,7 +6,7 @@ of it stands in ``dedistill/recipe/objectives.py``.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import ClassVar, TypedDict
 
@@ -37,6 +37,11 @@ class NoisyBatch:
     names: list[str]
     text: Conditioning | None = None
     """The captions, where they are encoded already."""
+
+    def pinned(self) -> "NoisyBatch":
+        """In memory from which a GPU copies by itself, while it works on what came before."""
+        tensors = {name: getattr(self, name).pin_memory() for name in ("noisy", "sigma", "target", "dropped")}
+        return replace(self, text=self.text and self.text.each(Tensor.pin_memory), **tensors)
 
 
 @dataclass(frozen=True)

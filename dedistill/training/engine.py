@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dedistill.distributed.world import World
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
-from dedistill.training.optim import load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors
+from dedistill.training.optim import largest, load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors
 
 # --- the gradient of a batch to the last bit, whoever computed which part of it --------------------------------------
 
@@ -115,7 +115,11 @@ class Engine:
     def norm(self) -> float:
         """The norm of the finished gradient, which is clipped as the recipe says."""
         limit = self.recipe.train.max_grad_norm or math.inf  # with infinity it is only measured
-        return float(torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit, foreach=True))
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit, foreach=True)
+        # read together with what nonfinite_state must know, so that the device is waited for once
+        measured = torch.stack([norm.float(), largest(optimizer_tensors(self.optimizer, self.trainable), norm.device)])
+        grad_norm, self.largest_state = measured.tolist()
+        return grad_norm
 
     def apply(self, lr: float) -> None:
         """One step of the optimizer. The gradients are gone afterwards."""
@@ -129,8 +133,8 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def nonfinite_state(self) -> list[str]:
-        """Tensors of the optimizer that are not finite; the same on every process."""
-        return not_finite(optimizer_tensors(self.optimizer, self.trainable))
+        """Tensors of the optimizer that were not finite when ``norm`` was called; the same on every process."""
+        return [] if math.isfinite(self.largest_state) else not_finite(optimizer_tensors(self.optimizer, self.trainable))
 
     def replicated_params(self) -> dict[str, nn.Parameter]:
         """Trained parameters of which every process holds all, to be compared between them."""

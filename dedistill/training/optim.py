@@ -9,7 +9,7 @@ import torch
 from optimi.utils import debias_beta
 from torch import Tensor, nn
 
-from dedistill import kernels
+import dedistill.kernels as kernels
 from dedistill.errors import UserError
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import filled
@@ -99,10 +99,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Para
     return {f"{name}/{k}": v.detach() for name, state in states for k, v in state.items() if isinstance(v, Tensor)}
 
 
+def largest(tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """The largest size of a number in ``tensors``, counts of steps left out: float32 on ``device``, which is not waited for."""
+    numbers = [t for t in tensors.values() if t.dim()]
+    return torch.nn.utils.get_total_norm(numbers, math.inf, foreach=True).to(device, torch.float32)
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of ``tensors`` that hold a NaN or an infinity. Without any, the device is waited for once."""
-    numbers = [t for t in tensors.values() if t.dim()]
-    if not numbers or torch.nn.utils.get_total_norm(numbers, math.inf, foreach=True).isfinite():
+    if not tensors or largest(tensors, next(iter(tensors.values())).device).isfinite():
         return []
     return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 

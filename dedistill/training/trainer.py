@@ -156,7 +156,7 @@ class Trainer:
             for positions, counted in [*((c, c[:0]) for c in padding), *((o, o) for o in own)]:
                 with enough_memory(f"loading positions {positions.tolist()} of step {step + 1}"):
                     task = self.objective.noisy_batch(step, positions)
-                yield counted, task
+                yield counted, task.pinned() if self.model.device.type == "cuda" else task
             yield None
 
     def _train_step(self, step: int, tasks: Tasks) -> Row:
@@ -193,7 +193,8 @@ class Trainer:
 
         What comes back is of all processes, in the order of positions, so that it does not depend on who did what.
         """
-        slots: list[tuple[int, float, float]] = []
+        positions: list[int] = []
+        losses, sigmas = [], []
         heartbeat.step = self.state.step
         while True:
             start = time.monotonic()
@@ -203,17 +204,22 @@ class Trainer:
             self.waited += time.monotonic() - start
             if item is None:
                 break
-            positions, task = item
+            counted, task = item
             loss = self.objective.loss(self.model, task)  # one number per sample
-            self.engine.backward(loss.sum() / self.plan.batch, counts=len(positions) > 0)
-            slots += zip(positions.tolist(), loss.tolist(), task.sigma.tolist())
+            self.engine.backward(loss.sum() / self.plan.batch, counts=len(counted) > 0)
+            positions += counted.tolist()
+            losses.append(loss.detach()[: len(counted)])
+            sigmas.append(task.sigma[: len(counted)])
+        # read once: a GPU goes on while the next micro-batch is prepared
+        numbers = (torch.cat(parts).tolist() if parts else [] for parts in (losses, sigmas))
+        slots = list(zip(positions, *numbers, strict=True))
         # words before gradients: they may be waited for longer, and not on the GPU (see World)
         heard = self.world.gather((slots, self.stop.asked()))
         self.stopping = max(asked["stop"] for _, asked in heard)
         self.asked = {"save": any(asked["save"] for _, asked in heard), "sample": any(asked["sample"] for _, asked in heard)}
         self.engine.finish()
-        _, losses, sigmas = zip(*sorted(slot for own, _ in heard for slot in own))
-        return torch.tensor(losses), torch.tensor(sigmas)
+        _, every_loss, every_sigma = zip(*sorted(slot for own, _ in heard for slot in own))
+        return torch.tensor(every_loss), torch.tensor(every_sigma)
 
     # --- between two steps -------------------------------------------------------------------------------------------
 
