@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -54,8 +54,13 @@ def autocast(setup: Setup) -> object:
         with torch.autocast(model.device.type, torch.bfloat16):
             return plain(model, *args)
 
-    plain = Model.velocity
-    return swapped(Model, "velocity", velocity)
+    plain, linear = Model.velocity, int8.Int8Linear.forward
+    stack = ExitStack()
+    stack.enter_context(swapped(int8.Int8Linear, "forward", lambda module, x: linear(module, x.to(torch.bfloat16))))
+    relink(setup)
+    stack.callback(relink, setup)
+    stack.enter_context(swapped(Model, "velocity", velocity))
+    return stack
 
 
 @contextmanager
@@ -88,7 +93,7 @@ def tensor_by_tensor(setup: Setup) -> object:
     step = setup.optimizer.step
 
     def plain() -> None:
-        with swapped(kernels, "usable", lambda tensor: False):
+        with swapped(kernels, "usable", lambda tensor, kernel: False):
             step()
 
     return swapped(setup.optimizer, "step", plain)
@@ -96,7 +101,7 @@ def tensor_by_tensor(setup: Setup) -> object:
 
 @contextmanager
 def all_of_these(setup: Setup) -> Iterator[None]:
-    with autocast(setup), lycoris(setup), swapped(kernels, "usable", lambda tensor: False):
+    with autocast(setup), lycoris(setup), swapped(kernels, "usable", lambda tensor, kernel: False):
         yield
 
 

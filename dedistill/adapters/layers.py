@@ -42,7 +42,7 @@ class LokrLayer(LokrModule):
 
 def add_mixed(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
     """base [..., p, q] + first [p, a] times groups [..., a, q]."""
-    if kernels.usable(base) and base.dtype == torch.bfloat16:
+    if base.dtype == torch.bfloat16 and kernels.usable(base, "kronecker"):
         from dedistill.kernels import kronecker
 
         if max(first.shape) <= kronecker.LARGEST:

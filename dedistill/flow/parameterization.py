@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dedistill.flow.path import expand
+from dedistill.flow.path import expand, seen_anywhere
 
 Prediction = Literal["velocity", "epsilon", "v", "x0"]
 """noise - data; the noise; a noise - b data of the variance-preserving sample (arXiv 2202.00512); the data."""
@@ -36,7 +36,7 @@ def _of_velocity(v: Tensor, noisy: Tensor, t: Tensor, known: Tensor) -> Tensor:
 
 
 def _of_noise(noise: Tensor, noisy: Tensor, t: Tensor, known: Tensor) -> Tensor:
-    if bool((known >= 1).any()):
+    if seen_anywhere(known >= 1):
         raise ValueError("at sigma = 1 noise says nothing of the data: a network that predicts it has a highest sigma")
     data = (noisy - known * noise) / (1 - known)
     return torch.where(t <= known, (noise - noisy) / (1 - known), (noisy - data) / t.clamp(min=1e-12))
@@ -50,7 +50,7 @@ def _of_v(v: Tensor, noisy: Tensor, t: Tensor, known: Tensor) -> Tensor:
 
 
 def _of_data(data: Tensor, noisy: Tensor, t: Tensor, known: Tensor) -> Tensor:
-    if bool((t <= 0).any()):
+    if seen_anywhere(t <= 0):
         raise ValueError("sigma = 0 has no direction: the noisy sample is the data itself")
     return (noisy - data) / t
 

@@ -67,3 +67,8 @@ def flow_loss(predicted: Tensor, target: Tensor) -> Tensor:
     if predicted.shape != target.shape:
         raise ValueError(f"prediction {tuple(predicted.shape)} and target {tuple(target.shape)} differ in shape")
     return (predicted.float() - target.float()).square().flatten(1).mean(1)
+
+
+def seen_anywhere(condition: Tensor) -> bool:
+    """Whether ``condition`` is True anywhere, for checks of what is passed in. False on a GPU: it is not waited for to look."""
+    return condition.device.type == "cpu" and bool(condition.any())

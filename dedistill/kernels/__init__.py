@@ -3,10 +3,18 @@
 Each caller has the same in plain torch beside it, which runs everywhere else and says what is right.
 """
 
+import sys
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+KERNELS = ("int8", "kahan", "kronecker")
+"""Modules of this folder. Each has ``distance(device)``: how far it is from torch, relative to the result."""
+FAR = 1e-2
+"""bf16 rounds by 4e-3."""
 
 
 class Saved(Protocol):
@@ -17,6 +25,35 @@ class Saved(Protocol):
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
-def usable(tensor: Tensor) -> bool:
-    """Whether kernels can be made for where ``tensor`` is. torch brings Triton along with CUDA."""
-    return tensor.is_cuda and find_spec("triton") is not None
+_proven: set[tuple[torch.device, str]] = set()
+
+
+def prove(device: torch.device | str) -> None:
+    """Try each kernel on a GPU, against what torch gives there; those that fail are not used, and a note says so.
+
+    Before the first forward pass: within one, the trial would be taken for a part of it.
+    """
+    place = torch.empty(0, device=device).device
+    if place.type != "cuda" or find_spec("triton") is None:
+        return
+    for kernel in KERNELS:
+        if problem := _problem(place, kernel):
+            print(
+                f"note: the kernel '{kernel}' {problem} on {place}; torch's are used instead, which are slower", file=sys.stderr
+            )
+        else:
+            _proven.add((place, kernel))
+
+
+def usable(tensor: Tensor, kernel: str) -> bool:
+    """Whether ``kernel``, one of ``KERNELS``, was proven where ``tensor`` is."""
+    return (tensor.device, kernel) in _proven
+
+
+def _problem(device: torch.device, kernel: str) -> str:
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            far: float = import_module(f"dedistill.kernels.{kernel}").distance(device)
+    except Exception as e:  # whatever is wrong with a compiler, torch's own kernels remain
+        return f"fails with {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+    return "" if far < FAR else f"is {far:.2g} from torch's result"

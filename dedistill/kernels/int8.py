@@ -15,6 +15,14 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
+def distance(device: torch.device) -> float:
+    """From torch's product, relative to it."""
+    codes = torch.randint(-128, 128, (96, 160), dtype=torch.int8, device=device)
+    scale = torch.rand(96, 1, device=device).to(torch.bfloat16)
+    truth = (codes * scale).float()
+    return float((dequantize(codes, scale) - truth).norm() / truth.norm())
+
+
 @triton.jit
 def _dequantize(codes, scale, out, numel, columns, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

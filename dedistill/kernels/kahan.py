@@ -41,6 +41,21 @@ def step(places: Places, tensors: Lists, *, lr: float, keep: float, keep_square:
     _step[(len(places.which),)](table, places.which, places.block, places.numel, len(places.sizes), *numbers, BLOCK=BLOCK)
 
 
+def distance(device: torch.device) -> float:
+    """From the same step in float32, the farthest of the five kinds relative to each."""
+    numbers = {"lr": 1e-2, "keep": 0.8, "keep_square": 0.9, "eps": 1e-6, "decay": 0.1}
+    draw = lambda kind=torch.bfloat16: [torch.rand(n, device=device).add(0.1).to(kind) for n in (33, 5000)]  # noqa: E731
+    tensors: Lists = (draw(), draw(), draw(), draw(), draw(torch.float32))
+    before = [torch.cat(one).float() for one in tensors]
+    step(Places(tensors[0]), tensors, **numbers)
+    weight, gradient, first, second, rest = before
+    first, second = 0.8 * first + 0.2 * gradient, 0.9 * second + 0.1 * gradient**2
+    moved = weight + rest - 1e-3 * (weight + rest) - 1e-2 * first / (second.sqrt() + 1e-6)
+    found = [torch.cat(one).float() for one in tensors]
+    pairs = ((found[0] + found[4], moved), (found[2], first), (found[3], second))
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
 @triton.jit
 def _step(table, which, block, numel, count, lr, fresh, keep_square, fresh_square, eps, decay, BLOCK: tl.constexpr):
     tensor = tl.load(which + tl.program_id(0))

@@ -45,6 +45,18 @@ def mixed(first: Tensor, groups: Tensor, base: Tensor) -> Tensor:
     return out
 
 
+@torch.enable_grad()
+def distance(device: torch.device) -> float:
+    """From the same in float64, the farthest of result and gradients relative to each."""
+    draw = lambda *shape: torch.randn(shape, device=device).to(torch.bfloat16).requires_grad_()  # noqa: E731
+    inputs, above = (draw(2, 19, 4, 300), draw(4, 4), draw(2, 19, 4, 300)), draw(2, 19, 4, 300).detach()
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    out, truth = AddMixed.apply(*inputs), exact[0] + exact[1] @ exact[2]
+    found = (out, *torch.autograd.grad(out, inputs, above))
+    wanted = (truth, *torch.autograd.grad(truth, exact, above.double()))
+    return max(float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(found, wanted))
+
+
 @triton.jit
 def _forward(base, first, groups, out, q, P: tl.constexpr, A: tl.constexpr, COLUMNS: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dedistill.flow.path import seen_anywhere
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.spec import ModelSpec
 from dedistill.recipe.schema import Model
@@ -151,5 +152,5 @@ def float_dtype(module: nn.Module) -> torch.dtype:
 
 def check_sigma(sigma: Tensor) -> None:
     """Raises ValueError for noise levels that no network should be told. A GPU is not waited for to look at the numbers."""
-    if sigma.dtype not in (torch.float32, torch.float64) or not (sigma.is_cuda or (sigma.min() >= 0 and sigma.max() <= 1)):
+    if sigma.dtype not in (torch.float32, torch.float64) or seen_anywhere(~((sigma >= 0) & (sigma <= 1))):
         raise ValueError("sigma must be float32 in [0, 1]; a family multiplies by 1000 itself where its network wants that")

@@ -3,6 +3,7 @@
 import os
 import tomllib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -100,7 +101,8 @@ class Model:
         """noise - data as the model predicts it, float32; the same arithmetic in training, validation and sampling."""
         # a frozen base is stored in the dtype it computes in. autocast would choose per operation, and not the same on a GPU:
         # float32 for every LayerNorm there, and for what follows it
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and self.adapter is None):
+        whole = self.bf16 and self.adapter is None
+        with torch.autocast(self.device.type, torch.bfloat16) if whole else nullcontext():
             return self.family.velocity(self.parts, self.root, noisy, sigma, text, guidance).float()
 
     def decode(self, latents: Tensor) -> Tensor:

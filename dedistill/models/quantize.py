@@ -34,7 +34,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
     """codes [out, in] times scale [out, 1], in the scale's dtype."""
-    if kernels.usable(codes):
+    if kernels.usable(codes, "int8"):
         from dedistill.kernels.int8 import dequantize
 
         return dequantize(codes, scale)
@@ -73,8 +73,6 @@ class Int8Linear(nn.Linear):
         return cls(*quantize_rows(linear.weight.detach()), bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         return _Int8Matmul.apply(x, self.weight, self.weight_scale, self.bias)
 
     def dequantized(self) -> Tensor:
@@ -180,6 +178,7 @@ def prepare_base(
     quant: a name of ``QUANTIZERS``. A linear that matches a pattern of ``exclude`` keeps its dtype.
     Raises UserError for a pattern that matches no linear.
     """
+    kernels.prove(device)
     names = linear_names(net)
     kept = excluded(exclude, names, where)
     quantizer = QUANTIZERS[quant]

@@ -114,17 +114,6 @@ def test_output_and_gradient_equal_quantos():
     torch.testing.assert_close(*grads, rtol=0, atol=1e-5)
 
 
-def test_autocast_computes_in_bf16():
-    """Under autocast the layer is the bf16 layer to the bit, near the float32 one, and the gradient comes in float32."""
-    layer, x = prepared(linear(), "int8"), keyed.noise(0, "x", 0, range(7), (48,)).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16 and torch.equal(y, layer(x.bfloat16()))
-    torch.testing.assert_close(y.float(), layer(x), rtol=0.02, atol=0.05)
-    y.sum().backward()
-    assert x.grad.dtype == torch.float32 and x.grad.any()
-
-
 @pytest.mark.parametrize("quant", MODES)
 def test_prepared_base_is_frozen_and_lets_gradients_through(flux, quant):
     """Q3: nothing of the base requires a gradient (quanto's freeze() turns that on), and backward reaches the input."""

@@ -1,0 +1,79 @@
+"""Our GPU kernels run by Triton's interpreter, against torch. Run by test_kernels.py, in a process that says so to Triton.
+
+The interpreter cuts float32 to bf16 where cards round, so that most is compared in float32.
+"""
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+import dedistill.kernels as kernels
+from dedistill.kernels.int8 import dequantize
+from dedistill.kernels.kronecker import AddMixed
+from dedistill.training.optim import KahanAdamW
+
+
+@pytest.mark.parametrize(("p", "a", "q", "tokens"), [(4, 4, 768, 11), (2, 4, 300, 9), (3, 5, 513, 8), (16, 16, 8, 3)])
+def test_the_small_factor_is_the_matrix_product_there_and_back(p, a, q, tokens):
+    generator = torch.Generator().manual_seed(p)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    inputs = [t.requires_grad_() for t in (draw(2, tokens, p, q), draw(p, a), draw(2, tokens, a, q))]
+    above = draw(2, tokens, q, p).mT  # as gradients of a transposed view come
+    base, first, groups = inputs
+    found = AddMixed.apply(*inputs)
+    wanted = base + first @ groups
+    for ours, truth in zip(
+        (found, *torch.autograd.grad(found, inputs, above)), (wanted, *torch.autograd.grad(wanted, inputs, above))
+    ):
+        assert float((ours - truth).norm() / truth.norm()) < 1e-6
+
+
+def test_every_code_is_dequantized_to_the_bit():
+    codes = torch.arange(-128, 128, dtype=torch.int8).repeat(37, 19)
+    scale = torch.rand(37, 1, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(dequantize(codes, scale), codes * scale)
+
+
+def test_a_step_of_all_tensors_is_the_step_of_each(monkeypatch):
+    """Weights may differ in the last bit where one of both fuses a product and a sum; what is kept beside them makes up."""
+    cut = interpreter._convert_float
+
+    def rounded(numbers, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return cut(numbers, source, target, mode)
+        exact = torch.from_numpy(np.ascontiguousarray(numbers).view(np.float32))
+        return exact.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    shapes = ((64, 48), (33,), (7, 5, 3), (4, 4))
+
+    def optimizer():
+        generator = torch.Generator().manual_seed(1)
+        drawn = [torch.nn.Parameter((torch.randn(s, generator=generator) * 0.02).bfloat16()) for s in shapes]
+        return drawn, KahanAdamW(drawn, lr=1e-3, betas=(0.9, 0.99), decay=0.01)
+
+    (by_tensor, one), (at_once, other) = optimizer(), optimizer()
+    generator = torch.Generator().manual_seed(2)
+    for step in range(12):
+        for a, b in zip(by_tensor, at_once):
+            a.grad = (torch.randn(a.shape, generator=generator) * 10.0 ** (step % 3)).bfloat16()
+            b.grad = a.grad.clone()
+        one.step()
+        other._step_at_once()
+    assert int(one.param_groups[0]["step"]) == int(other.param_groups[0]["step"]) == 12
+    for a, b in zip(by_tensor, at_once):
+        whole = [(p.float() + o.state[p]["kahan_comp"]).detach() for p, o in ((a, one), (b, other))]
+        assert float((whole[0] - whole[1]).norm() / whole[0].norm()) < 1e-4
+        for key in ("exp_avg", "exp_avg_sq"):
+            pair = [o.state[p][key] for p, o in ((a, one), (b, other))]
+            assert float((pair[0] != pair[1]).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_each_is_near_torch_on_its_trial(kernel):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert kernels._problem(torch.device("cpu"), kernel) == ""
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,79 @@
+"""Our GPU kernels without a GPU: run by Triton's interpreter, built for real cards, and refused when wrong."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dedistill.kernels as kernels
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="torch for CPUs comes without it; the extra 'dev' has it")
+
+
+@needs_triton
+def test_interpreted_they_give_what_torch_gives():
+    """In a process of its own: what has imported Triton before cannot be interpreted any more."""
+    file, env = Path(__file__).with_name("interpreted.py"), os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", str(file)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 9
+
+
+BUILD = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dedistill.kernels import int8, kahan, kronecker
+
+bf16 = lambda *names: dict.fromkeys(names, "*bf16")
+whole = lambda *names: dict.fromkeys(names, "i32")
+number = lambda *names: dict.fromkeys(names, "fp32")
+sides = {"P": 4, "A": 4}
+kernels = [
+    (int8._dequantize, {"codes": "*i8", **bf16("scale", "out"), **whole("numel", "columns")}, {"BLOCK": int8.BLOCK}),
+    (kronecker._forward, {**bf16("base", "first", "groups", "out"), **whole("q")}, sides | {"COLUMNS": 512}),
+    (kronecker._backward, {**bf16("grad", "first", "groups", "of_groups"), "parts": "*fp32", **whole("rows", "q")},
+     sides | {"ROWS": kronecker.ROWS, "COLUMNS": kronecker.COLUMNS}),
+    (kahan._step, {"table": "*i64", "which": "*i32", "block": "*i32", "numel": "*i64", **whole("count"),
+     **number("lr", "fresh", "keep_square", "fresh_square", "eps", "decay")}, {"BLOCK": kahan.BLOCK}),
+]
+for card in (80, 90):
+    for kernel, types, constants in kernels:
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=types | dict.fromkeys(constants, "constexpr"), constexprs=places)
+        print(card, kernel.fn.__name__, len(compile(source, target=GPUTarget("cuda", card, 32)).asm["cubin"]))
+"""
+
+
+@needs_triton
+def test_they_build_for_real_cards():
+    """A100 and H100, by the compiler that Triton brings; no GPU is needed for that."""
+    done = subprocess.run([sys.executable, "-c", BUILD], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [int(row.split()[2]) > 1000 for row in done.stdout.splitlines()] == [True] * 8
+
+
+def test_a_kernel_that_is_wrong_or_cannot_be_made_is_not_used(monkeypatch):
+    def broken(device):
+        raise RuntimeError("ptxas\n fatal")
+
+    for distance, problem in (
+        (lambda device: 0.5, "is 0.5 from torch's result"),
+        (broken, "fails with RuntimeError: ptxas fatal"),
+    ):
+        monkeypatch.setattr(kernels, "import_module", lambda name, d=distance: SimpleNamespace(distance=d))
+        assert kernels._problem(torch.device("cpu"), "int8") == problem
+    monkeypatch.setattr(kernels, "import_module", lambda name: SimpleNamespace(distance=lambda device: float("nan")))
+    assert kernels._problem(torch.device("cpu"), "int8") == "is nan from torch's result"
+
+
+def test_nothing_is_tried_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(kernels, "import_module", None)
+    kernels.prove("cpu")
+    assert not kernels.usable(torch.zeros(1), "int8")

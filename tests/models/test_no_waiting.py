@@ -1,0 +1,66 @@
+"""A forward and backward pass never asks the device for a number: it runs on one that has none ("meta")."""
+
+import pytest
+import torch
+from tiny_recipes import adapter_table
+
+from dedistill.adapters.attach import Adapter, dense_shapes
+from dedistill.adapters.targets import resolve_targets
+from dedistill.flow.path import flow_loss
+from dedistill.models.example.family import Example
+from dedistill.models.model import Model
+from dedistill.models.pixel_flux.family import PixelFlux
+from dedistill.models.quantize import cast_float, linear_names, prepare_base
+
+CAPTIONS = {"one length": ["a cat", "a dog"], "mixed lengths": ["a cat", "a dog in the snow"]}
+
+
+def model(family, kind: str, device: str, bf16: bool = True) -> Model:
+    parts = family.tiny(0)
+    cast_float(parts.net, torch.bfloat16 if bf16 else torch.float32)
+    shapes = dense_shapes(parts.net, linear_names(parts.net))
+    prepare_base(parts.net, "int8", [], device)
+    size = {"lora": {"rank": 2}, "lokr": {"factor": 2}}[kind]
+    targets = resolve_targets(adapter_table(kind, {"preset": "blocks", **size}), shapes, family.presets(parts.net))
+    with torch.device(device):
+        adapter = Adapter(parts.net, kind, targets)
+    return Model(family, parts, adapter, 8, bf16=bf16, adapter=adapter, targets=targets)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("captions", CAPTIONS)
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("family", [PixelFlux(), Example()], ids=lambda f: f.spec.name)
+def test_a_pass_waits_for_nothing(family, kind, captions, checkpointing):
+    built = model(family, kind, "meta")
+    if checkpointing:
+        built.parts.net.enable_gradient_checkpointing()
+    text = family.encode_text(built.parts, CAPTIONS[captions], 8)
+    noisy, target = (torch.empty(2, *built.parts.sample_shape, device="meta") for _ in range(2))
+    loss = flow_loss(built.velocity(noisy, torch.empty(2, device="meta"), text.to("meta")), target)
+    loss.sum().backward()
+    assert loss.shape == (2,)
+    assert all(p.grad is not None and p.grad.is_meta for p in built.trainable().values())
+
+
+def test_the_device_with_no_numbers_shows_a_wait():
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(torch.empty(2, device="meta").max() > 0)
+
+
+@pytest.mark.parametrize("family", [PixelFlux(), Example()], ids=lambda f: f.spec.name)
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_base_computes_in_the_dtype_it_is_stored_in(family, bf16, dtype):
+    """Whatever torch's autocast would choose for an operation on this device: what comes out of each block is of one dtype."""
+    built, seen = model(family, "lokr", "cpu", bf16), set()
+
+    def look(module, inputs, output):
+        assert not torch.is_autocast_enabled("cpu")
+        seen.update(t.dtype for t in (output if isinstance(output, tuple) else (output,)))
+
+    for block in family.blocks(built.parts.net):
+        block.register_forward_hook(look)
+    noisy = torch.randn(1, *built.parts.sample_shape, generator=torch.Generator().manual_seed(0))
+    text = family.encode_text(built.parts, ["a cat"], 8)
+    assert built.velocity(noisy, torch.tensor([0.5]), text).dtype == torch.float32
+    assert seen == {dtype}
