@@ -54,7 +54,7 @@ def velocity_from_denoised(noisy: Tensor, sigma: Tensor, data: Tensor) -> Tensor
 
 def velocity_from_noise(noisy: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """The velocity that points from ``noisy`` to ``noise``: (noise - noisy) / (1 - sigma). sigma < 1."""
-    if torch.any(sigma >= 1):
+    if seen_anywhere(sigma >= 1):
         raise ValueError("sigma = 1 has no direction: the noisy sample is the noise itself")
     return (noise - noisy) / (1 - expand(sigma, noisy))
 
