@@ -56,7 +56,7 @@ SCORES = {
     "precision_4": Score("precision at CFG 4", "high"),
     "saturated_4": Score("saturated at CFG 4"),
     "guidance": Score("guidance gap"),
-    "straightness": Score("bend of the paths"),
+    "straightness": Score("curvature of the paths"),
     "frechet_one": Score("Frechet distance in one step"),
     "frechet_16": Score("Frechet distance in 16 steps"),
 }

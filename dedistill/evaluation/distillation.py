@@ -48,7 +48,7 @@ def remembered(file: Path | None, key: dict, make: Callable[[], EvalResult]) -> 
     try:
         known = read_checksummed(file)
         if known["key"] == key:
-            return _answer(known)
+            return _result(_current_names(known))
     except (OSError, ValueError, KeyError):
         pass  # not there yet, or damaged: asked again
     answer = make()
@@ -62,15 +62,25 @@ def answer_file(folder: Path, name: str, part: str) -> Path:
     return folder / f"{re.sub('[^A-Za-z0-9_.-]+', '_', name)}.{part}.json"
 
 
-def _table(answer: EvalResult) -> dict:
+def _table(result: EvalResult) -> dict:
     readings = {
         key: {"top": r.top.tolist(), "bottom": r.bottom.tolist(), "strata": None if r.strata is None else r.strata.tolist()}
-        for key, r in answer.readings.items()
+        for key, r in result.readings.items()
     }
-    return {"image": list(answer.image), "places": answer.places, "readings": readings}
+    return {"image": list(result.image), "places": result.places, "readings": readings}
 
 
-def _answer(table: dict) -> EvalResult:
+_EARLIER = {"picture": "image", "bend": "curvature", "turning": "turning_angle"}
+"""What earlier versions called a key -> what it is called now."""
+
+
+def _current_names(table: dict) -> dict:
+    """``table`` with the keys of earlier versions renamed, down to the meters."""
+    names = {key: _EARLIER.get(key, key) for key in table}
+    return {names[key]: _current_names(v) if key in ("places", "readings") else v for key, v in table.items()}
+
+
+def _result(table: dict) -> EvalResult:
     readings = {
         key: RatioEstimate(np.array(r["top"]), np.array(r["bottom"]), None if r["strata"] is None else np.array(r["strata"]))
         for key, r in table["readings"].items()
@@ -105,7 +115,7 @@ METERS = [
     Meter(
         "straightness", "straightness", "Distance of velocities from the chord of their path, as a share of it; 0 is straight."
     ),
-    Meter("turning", "turning", "Degrees by which the velocity turns between noise and image; 0 is straight."),
+    Meter("turning_angle", "turning angle", "Degrees by which the velocity turns between noise and image; 0 is straight."),
     Meter("loss_by_sigma", "held-out loss by sigma", "1 is noise.", "sigma"),
     Meter("guidance_by_sigma", "guidance gap by sigma", "1 is noise.", "sigma"),
     Meter(
@@ -115,7 +125,7 @@ METERS = [
         "Distilling to n steps narrows it at n steps and more.",
         "Euler steps",
     ),
-    Meter("bend", "bend along the path", "What straightness adds up, step by step; 1 is noise.", "sigma"),
+    Meter("curvature", "curvature along the path", "What straightness adds up, step by step; 1 is noise.", "sigma"),
     Meter("saturated", "saturated", "Share of pixels burnt beyond the range of the data.", "CFG scale"),
     Meter("contrast", "contrast", "Standard deviation of the pixels.", "CFG scale"),
     Meter("blur", "blur", "Share of steps between pixels that blurring again leaves.", "CFG scale"),
@@ -157,7 +167,7 @@ class EvalSettings:
         """Where each meter with an axis is read."""
         bins = [(b + 0.5) / BINS for b in range(BINS)]
         places: dict[str, list[float]] = {"few_steps": list(self.few), "loss_by_sigma": bins, "guidance_by_sigma": bins}
-        places["bend"] = sigma_grid(self.steps, model.grid_shift)[:-1].tolist()
+        places["curvature"] = sigma_grid(self.steps, model.grid_shift)[:-1].tolist()
         return places | {key: list(self.cfgs) for key in RESPONSES}
 
 

@@ -93,7 +93,7 @@ def select(scores: dict, rows: list[dict], *, by: str | None = None, order: Sequ
     candidates, those first that are taken where number and cost are equal; default as listed. Returns what selection.json
     holds. Raises UserError for a number that there is not, too few prompts, or cells of different prompts.
     """
-    cells = [{key: cell[key] for key in (*CELL, "passes") if key in cell} for cell in scores["cells"]]
+    cells = [{key: cell[key] for key in (*CELL, "nfe") if key in cell} for cell in scores["cells"]]
     known = {n["key"]: n for n in scores["numbers"] if "image" in n}
     readings = {key: found for key, n in known.items() if (found := _reading(cells, rows, n["image"]))}
     ranking_metric = _ranking_metric(known, readings, by)
@@ -179,6 +179,6 @@ def _compare(cells: list[dict], allowed: list[int], reading: RatioEstimate, bett
     sign = 1.0 if better == "high" else -1.0
 
     def rank(i: int) -> tuple:
-        return round(sign * reading.value[i], 12), -cells[i]["passes"], -order.index(cells[i]["candidate"])
+        return round(sign * reading.value[i], 12), -cells[i]["nfe"], -order.index(cells[i]["candidate"])
 
     return max(allowed, key=rank)

@@ -92,7 +92,7 @@ def sweep(
                 known = _make_cell(model, candidate.name, column, grid, folder, out, judge, clip)
                 replace_json(folder / "cell.json", {"key": key, **known})
                 say(f"{candidate.name}, {column.label}: " + _short(known["cell"]))
-            known["cell"].setdefault("passes", column.nfe())  # of a version that knew classifier-free guidance alone
+            _rename_nfe(known["cell"]).setdefault("nfe", column.nfe())  # the first versions wrote none
             rows += known["rows"]
             cells.append(known["cell"])
     scores = {
@@ -127,6 +127,13 @@ def _cell_key(candidate: Candidate, grid: Grid, column: Sampling) -> dict:
         "prompts": list(grid.prompts),
         "seeds": list(grid.seeds),
     }
+
+
+def _rename_nfe(cell: dict) -> dict:
+    """The cell with its cost as ``nfe``, which earlier versions wrote as ``passes``."""
+    if "passes" in cell:
+        cell["nfe"] = cell.pop("passes")
+    return cell
 
 
 def _reusable(folder: Path, key: dict, out: Path) -> dict | None:
@@ -171,7 +178,7 @@ def _make_cell(
             row = {"file": file.relative_to(out).as_posix(), **facts}
             rows.append(row | {k: round(float(v[i]), 6) for k, v in numbers.items() if not np.isnan(v[i])})
         everything.append(images)
-    cell = {**place, "images": len(rows), "passes": column.nfe(model.grid_shift)}
+    cell = {**place, "images": len(rows), "nfe": column.nfe(model.grid_shift)}
     cell |= {k: float(np.mean([r[k] for r in rows])) for k in numbers if k not in ("correct", "realistic")}
     if len(grid.seeds) > 1:
         cell["diversity"] = float(diversity(torch.stack(everything)).mean())
@@ -223,6 +230,8 @@ def read_scores(path: Path) -> dict:
     _require(path, "cells", scores["cells"], {"candidate": str, "cfg": (int, float), "skip": int})
     if not scores["cells"]:
         raise UserError(f"{path}: 'cells' is empty: the sweep made no images")
+    for cell in scores["cells"]:
+        _rename_nfe(cell)
     for number in scores["numbers"]:
         number.setdefault("help", "")
         if "picture" in number:  # as sweeps wrote it before they said image

@@ -62,8 +62,8 @@ def chosen_words(found: dict) -> str:
     told = (
         f"{others} other cell{' is' if others == 1 else 's are'} possibly the best as well" if others else "no other may be it"
     )
-    cheapest = min((c for c in found["cells"] if c.get("may_be_best")), key=lambda c: c["passes"])
-    cheaper = f"; the cheapest of them is {place_words(cheapest)}" if cheapest["passes"] < cell["passes"] else ""
+    cheapest = min((c for c in found["cells"] if c.get("may_be_best")), key=lambda c: c["nfe"])
+    cheaper = f"; the cheapest of them is {place_words(cheapest)}" if cheapest["nfe"] < cell["nfe"] else ""
     return f"{place_words(cell)}: {label} {number_words(cell, key)}; {told}{cheaper}"
 
 
@@ -165,10 +165,10 @@ def _series(found: dict, x: Callable[[dict], float], key: str) -> dict[str, list
 def _table(found: dict) -> dict:
     """All cells as a sortable table: place, cost, verdict, difference to the best of the others, numbers."""
     cells, numbers = found["cells"], [n for n in found["numbers"] if n["better"]]
-    heads = [("candidate", False), ("CFG", True), ("skip", True), ("steps", True), ("passes", True), ("verdict", False)]
-    helps = {"passes": "Calls of the network for one image.", "skip": "First steps without CFG."}
+    heads = [("candidate", False), ("CFG", True), ("skip", True), ("steps", True), ("NFE", True), ("verdict", False)]
+    helps = {"NFE": "Network evaluations for one image.", "skip": "First steps without CFG."}
     columns = [[field(named(cell)) for cell in cells]]
-    columns += [[field(cell[key], tick_label) for cell in cells] for key in ("cfg", "skip", "steps", "passes")]
+    columns += [[field(cell[key], tick_label) for cell in cells] for key in ("cfg", "skip", "steps", "nfe")]
     columns.append([field(verdict(found, i)) for i in range(len(cells))])
     if found["by"]:
         for label, part in (("ahead of the others", "difference"), ("from", "difference_low"), ("to", "difference_high")):

@@ -16,6 +16,7 @@ from dedistill.evaluation.evaluate import evaluate, shortlist
 from dedistill.evaluation.meters import RatioEstimate
 from dedistill.evaluation.selection import select
 from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, read_scores
+from dedistill.io.atomic import checksummed, read_checksummed
 from dedistill.recipe import load_recipe
 from dedistill.report.evaluation import three_answers, write_evaluation
 from dedistill.report.selection import rule, verdict, write_selection_page
@@ -72,6 +73,20 @@ def test_answers_are_kept_exactly_and_by_what_was_asked(tmp_path):
     file.write_bytes(file.read_bytes().replace(b"0.", b"1.", 1))
     ask(c.make("a", 2.0, "other"), questions(samples=48), tmp_path)
     assert c.opened == ["a"] * 4
+
+
+def test_answers_of_an_earlier_version_are_read(tmp_path):
+    """It called curvature "bend", the turning angle "turning" and the shape of images "picture"."""
+    c = Candidates()
+    first = measure([c.make("a", 2.0)], questions(), reference=None, title="t", kept=tmp_path, say=lambda line: None)
+    for file in tmp_path.iterdir():
+        table = read_checksummed(file)
+        table["picture"] = table.pop("image")
+        for part in (table["places"], table["readings"]):
+            part |= {old: part.pop(new) for new, old in (("curvature", "bend"), ("turning_angle", "turning")) if new in part}
+        file.write_bytes(checksummed(table))
+    again = measure([c.make("a", 2.0)], questions(), reference=None, title="t", kept=tmp_path, say=lambda line: None)
+    assert again == first and c.opened == ["a"]
 
 
 def test_other_held_out_samples_are_another_question():
@@ -146,7 +161,7 @@ def test_evaluation_without_a_judge(tmp_path):
 
 def score_files(accuracy: dict[tuple[str, float], float]) -> tuple[list[dict], list[dict], list[dict]]:
     """numbers, cells and rows of a sweep: made-up accuracies of (candidate, cfg), right where a prompt is easier than that."""
-    cells = [{"candidate": name, **at(8, cfg).facts, "passes": at(8, cfg).nfe()} for name, cfg in accuracy]
+    cells = [{"candidate": name, **at(8, cfg).facts, "nfe": at(8, cfg).nfe()} for name, cfg in accuracy]
     rows = []
     for cell, share in zip(cells, accuracy.values()):
         burnt = 0.1 if cell["cfg"] > 2 else 0.01
@@ -164,12 +179,13 @@ def scored(accuracy: dict[tuple, float]) -> dict:
 
 
 def test_scores_of_an_earlier_version_are_judged_alike(tmp_path):
-    """It wrote "picture" where "image" stands now; unread, every number would drop out and nothing be chosen."""
+    """It wrote "picture" where "image" stands now, and "passes" for "nfe"; unread, no number would be left to choose by."""
     accuracy = {("base", 1.0): 0.3, ("last", 1.0): 0.85, ("last", 3.0): 1.0}
     numbers, cells, rows = score_files(accuracy)
     earlier = [{"picture" if key == "image" else key: value for key, value in n.items()} for n in numbers]
     file = tmp_path / "scores.json"
-    file.write_text(json.dumps({"title": "t", "settings": {}, "numbers": earlier, "cells": cells}))
+    old = [{"passes" if key == "nfe" else key: value for key, value in cell.items()} for cell in cells]
+    file.write_text(json.dumps({"title": "t", "settings": {}, "numbers": earlier, "cells": old}))
     assert select(read_scores(file), rows) == scored(accuracy)
 
 

@@ -53,22 +53,22 @@ def linear_paths(steps: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_paths_of_one_gaussian_are_measured_as_its_recursion_says():
-    """R1: straightness, bend and the few-step gap against Euler's scalar recursion, to float32."""
+    """R1: straightness, curvature and the few-step gap against Euler's scalar recursion, to float32."""
     count, steps, few = 40, 16, (1, 2, 8)
     found = path_meters(closed_form(ONE), ["0"] * count, start_noise(0, count, IMAGE), steps=steps, few=few)
     states, noise = linear_paths(steps, count)
     chord = noise - states[-1]
     size = np.square(chord).mean()
     velocity = np.diff(states, axis=0) * -steps
-    bend = np.square(chord - velocity).mean((1, 2)) / size
-    np.testing.assert_allclose(found["bend"].value, bend, rtol=1e-4, atol=1e-6)
-    assert found["straightness"].value[0] == pytest.approx(bend.mean(), rel=1e-5)
+    curvature = np.square(chord - velocity).mean((1, 2)) / size
+    np.testing.assert_allclose(found["curvature"].value, curvature, rtol=1e-4, atol=1e-6)
+    assert found["straightness"].value[0] == pytest.approx(curvature.mean(), rel=1e-5)
     gaps = [np.square(linear_paths(n, count)[0][-1] - states[-1]).mean() / size for n in few]
     np.testing.assert_allclose(found["few_steps"].value, gaps, rtol=1e-4, atol=1e-7)
 
 
 def test_many_steps_measure_the_exact_paths():
-    """R1, F3: with 256 steps, straightness is the integral's, and turning the angle between first and last velocity."""
+    """R1, F3: with 256 steps, straightness is the integral's, and the turning angle that between first and last velocity."""
     count = 250
     noise = start_noise(0, count, IMAGE)
     found = path_meters(closed_form(ONE), ["0"] * count, noise, steps=256, few=(1,))
@@ -77,17 +77,17 @@ def test_many_steps_measure_the_exact_paths():
     e = noise.flatten(1).double()
     first, last = e - ONE.means, -ONE.means - ONE.stds * e
     angle = torch.rad2deg(torch.arccos(torch.cosine_similarity(first, last)))
-    assert found["turning"].value[0] == pytest.approx(float(angle.mean()), rel=0.02)
+    assert found["turning_angle"].value[0] == pytest.approx(float(angle.mean()), rel=0.02)
     gap = (ONE.means - ONE.transport(e)).square().mean() / (e - ONE.transport(e)).square().mean()
     assert found["few_steps"].value[0] == pytest.approx(float(gap), rel=0.02), "one step ends at the mean of the data"
 
 
-def test_a_straight_flow_has_no_bend_and_no_gap():
+def test_a_straight_flow_has_no_curvature_and_no_gap():
     """R1: what reflow of the exact pairs would give needs one step."""
     found = path_meters(closed_form(ONE, straight=True), ["0"] * 20, start_noise(0, 20, IMAGE), steps=8, few=(1, 4))
-    for key in ("straightness", "few_steps", "bend"):
+    for key in ("straightness", "few_steps", "curvature"):
         assert found[key].value == pytest.approx(0, abs=1e-10)
-    assert found["turning"].value[0] == pytest.approx(0, abs=1e-3)
+    assert found["turning_angle"].value[0] == pytest.approx(0, abs=1e-3)
 
 
 def test_the_loss_of_the_exact_velocity_is_the_floor_bin_by_bin():
@@ -255,7 +255,7 @@ def test_candidates_are_compared_with_the_reference():
     assert "verdict" not in a["loss"][0] and c["loss"][0]["difference"] == 0
     assert b["guidance"][0]["verdict"] == "higher" and c["guidance"][0]["verdict"] == "no difference seen"
     assert [row["at"] for row in a["few_steps"]] == [1, 2] and [row["at"] for row in a["contrast"]] == [1.0, 3.0]
-    assert [row["at"] for row in a["bend"]] == [1, 0.75, 0.5, 0.25] and len(a["loss_by_sigma"]) == 8
+    assert [row["at"] for row in a["curvature"]] == [1, 0.75, 0.5, 0.25] and len(a["loss_by_sigma"]) == 8
     for rows in (*a.values(), *b.values()):
         assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
 

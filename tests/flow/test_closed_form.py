@@ -243,8 +243,8 @@ def test_straightness_is_the_integral_over_exact_paths():
     noise = normal(10_000, 2)
     chord = noise - ONE.transport(noise)
     grid = np.linspace(0, 1, 101)
-    bend = [float((chord - ONE.velocity(ONE.transport(noise, s), s)).square().mean()) for s in grid]
-    assert np.trapezoid(bend, grid) / float(chord.square().mean()) == pytest.approx(straightness(ONE), rel=0.05)
+    curvature = [float((chord - ONE.velocity(ONE.transport(noise, s), s)).square().mean()) for s in grid]
+    assert np.trapezoid(curvature, grid) / float(chord.square().mean()) == pytest.approx(straightness(ONE), rel=0.05)
 
 
 def test_strata_lower_the_variance_of_the_loss_and_not_its_mean():

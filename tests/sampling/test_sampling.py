@@ -412,6 +412,19 @@ def test_a_damaged_cell_is_made_again(tmp_path, damage):
     assert run(Opened().pair(), tmp_path) == whole
 
 
+@pytest.mark.parametrize("earlier", [{}, {"passes": 5}])
+def test_the_cost_of_a_cell_that_was_made_earlier_is_nfe(tmp_path, earlier):
+    """Cells of earlier versions say "passes", the oldest nothing; neither is made again."""
+    grid = Grid(classifier_free((3.0,), (1,)), tuple(PROMPTS), (0,))
+    before = run([Opened().candidate("last")], tmp_path, grid)
+    file = next(tmp_path.rglob("cell.json"))
+    table = json.loads(file.read_text())
+    assert table["cell"].pop("nfe") == 5
+    file.write_text(json.dumps({**table, "cell": table["cell"] | earlier}))
+    opened = Opened()
+    assert run([opened.candidate("last")], tmp_path, grid) == before and opened.names == []
+
+
 def test_numbers_that_are_measured_otherwise_are_measured_again(tmp_path, monkeypatch):
     """N1: a cell whose numbers are of another version of the meters is made again."""
     opened = Opened()
