@@ -128,7 +128,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         world.same(flat(recipe.resolved()))
         data = open_data(recipe, accelerator.device, say, world)
         model = build_model(recipe, "cpu" if engine.cuts_on_cpu else accelerator.device)
-        model.known |= data.known
+        model.text_cache |= data.text_cache
         _check_images(recipe, data.source.image, model.parts.sample_shape)
         base = sample_sha256(model.parts.net)
         world.same({"hash of the data": data.digest, "hash of a sample of the base": base})

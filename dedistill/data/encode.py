@@ -70,7 +70,7 @@ class Prepared:
     """A source to train on, and captions by which the model is asked for images, encoded where they can be."""
 
     source: Source
-    known: dict[str, Conditioning] = field(default_factory=dict)
+    text_cache: dict[str, Conditioning] = field(default_factory=dict)
     facts: dict = field(default_factory=dict)
     digest: str | None = None
     """Hash of images and captions; None for sources whose files are hashed instead."""
@@ -127,7 +127,7 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
                 parts.vae.unload()
             world.wait()
         latents, texts = open_stores(recipe, family, parts, cache)
-    known = {caption: read_text(texts, caption, parts.text.widths) for caption in asked}
+    text_cache = {caption: read_text(texts, caption, parts.text.widths) for caption in asked}
     weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, parts)
     held_out, widths = filled(recipe.data.held_out, "data.held_out"), parts.text.widths
     source = EncodedImages(images, weights, latents, texts, held_out=held_out, latent_shape=latent_shape, text_widths=widths)
@@ -138,7 +138,7 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
         "quarantined": len(index.quarantined),
         "cache_bytes": latents.bytes() + texts.bytes(),
     }
-    return Prepared(source, known, facts, source.digest)
+    return Prepared(source, text_cache, facts, source.digest)
 
 
 def _silence(line: str) -> None:
@@ -180,7 +180,7 @@ def open_stores(recipe: Recipe, family: Family, parts: Components, cache: Path) 
     return Store(cache / "latents", inputs["latents"]), Store(cache / "text", inputs["text"])
 
 
-def known_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, Conditioning]:
+def cached_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, Conditioning]:
     """What the cache of ``recipe`` has of the empty prompt, the negative one and those of previews; nothing without a cache.
 
     A finished model that is given these uses the very tensors it was trained with. Raises as ``open_stores`` does.

@@ -61,7 +61,7 @@ class Keeper:
         """Of the state, and of the tensors that ``engine`` trains together with their averages."""
         self.recipe, self.run, self.engine, self.world, self.state = recipe, run, engine, engine.world, state
         self.averages = Averages(recipe.snapshot.ema or [], engine.trainable)
-        self.saver = AsyncCheckpointWriter()
+        self.writer = AsyncCheckpointWriter()
 
     def resume(self) -> list[str]:
         """Continue from the newest good checkpoint, if there is one. Every process ends up with the same state.
@@ -102,12 +102,12 @@ class Keeper:
         after it. Either way the same steps come of it: no sample is left out before ``since``.
         """
         folder = self.run.checkpoints
-        self.saver.wait()
+        self.writer.wait()
         found = newest_until(folder, since) if self.world.main else None
         name = self.world.broadcast_object(found.name if found else None)
         if self.world.main:
             drop_after(folder, since, keep=0 if name else 1)  # at any instant there is one to go on from
-        self.engine.drop()
+        self.engine.discard()
         self.state.roll_back(since, self._read(folder / name) if name is not None else None)
         if name is None:
             self.checkpoint(wait=True)
@@ -122,10 +122,10 @@ class Keeper:
         if self.world.main:
             facts = self.state.saved() | {"recipe": self.recipe.resolved(), "saved_at": time.time()}
             folder, step, keep = self.run.checkpoints, facts.pop("step"), self.recipe.checkpoint.keep
-            private = ("trainable", "optimizer") if self.engine.gathers else ()
-            self.saver.start(groups, lambda copies: save_checkpoint(folder, step, copies, facts, keep=keep), private=private)
+            no_copy = ("trainable", "optimizer") if self.engine.gathers else ()
+            self.writer.start(groups, lambda copies: save_checkpoint(folder, step, copies, facts, keep=keep), no_copy=no_copy)
         if wait:
-            self.saver.wait()
+            self.writer.wait()
             self.world.wait()
 
     def snapshot(self) -> None:
@@ -141,7 +141,7 @@ class Keeper:
         model = self.engine.model
         if model.adapter is not None:
             return None
-        with self.engine.whole():
+        with self.engine.gathered_params():
             if self.world.main and exported_step(self.run.model) != self.state.step:
                 export_model(model, self.run.model, self.state.step, self.recipe)
         return self.run.model

@@ -121,7 +121,7 @@ class Trainer:
                 self.trained_now = True
                 yield self._conclude(state.unfinished, record, trackers)
             while state.step < self.plan.steps and not self.stopping:
-                self.keeper.saver.check()
+                self.keeper.writer.check()
                 try:
                     row = self._train_step(state.step, tasks)
                 except GoBack as back:
@@ -142,7 +142,7 @@ class Trainer:
         finally:
             stop.deferred = False
             tasks.close()
-            self.keeper.saver.close()
+            self.keeper.writer.close()
             if record:
                 record.close()
 
@@ -166,7 +166,7 @@ class Trainer:
         # all of this is the same on every process, so all decide alike
         wrong = self.state.guard.judge(step, losses, sigmas, grad_norm, names)
         if wrong:
-            self.engine.drop()
+            self.engine.discard()
             self.state.skipped += 1
         else:
             # such a state would spoil every weight it touches, however good the gradient

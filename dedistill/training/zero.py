@@ -109,7 +109,7 @@ class Zero(Engine):
         if self.zero.overflow:
             raise UserError("DeepSpeed did not apply a step whose gradient is finite; start again from the last checkpoint")
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """DeepSpeed itself forgets all about a step whose gradient is not finite, and changes nothing."""
         for part in self._gradients():
             part.fill_(torch.nan)
@@ -132,7 +132,7 @@ class Zero(Engine):
         here = torch.stack([bits(p.ds_tensor) for p in self.trainable.values()]).tolist()
         return dict(zip(self.trainable, map(sum, zip(*self.world.gather(here)))))
 
-    def whole(self) -> AbstractContextManager:
+    def gathered_params(self) -> AbstractContextManager:
         return self.deepspeed.zero.GatheredParameters(list(self.trainable.values()))
 
     def weights(self) -> dict[str, Tensor]:

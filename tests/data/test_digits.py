@@ -50,11 +50,11 @@ def test_split_is_the_same_whatever_the_recipe(digits):
 def test_batch_is_what_its_names_say(digits, held_out):
     """Pixels [B, 1, 8, 16] in [-1, 1] that reach both ends: the left digit and the right one."""
     batch = digits.draw(0, 3, np.arange(32), 32, held_out=held_out)
-    assert batch.pixels.shape == (32, 1, 8, 16) and batch.pixels.dtype == torch.float32
-    assert batch.pixels.min() == -1 and batch.pixels.max() == 1
+    assert batch.latents.shape == (32, 1, 8, 16) and batch.latents.dtype == torch.float32
+    assert batch.latents.min() == -1 and batch.latents.max() == 1
     assert len(set(batch.names)) == len(batch.names) == len(batch.captions) == 32
     images = (digits.held_out if held_out else digits.train)[0]
-    for pixels, name in zip(batch.pixels, batch.names):
+    for pixels, name in zip(batch.latents, batch.names):
         left, right = (images[int(i)] for i in name.split("/")[2].split("+"))
         assert np.array_equal(pixels[0, :, :8], left) and np.array_equal(pixels[0, :, 8:], right)
 
@@ -84,7 +84,7 @@ def test_any_grouping_of_positions_gives_the_same_samples(digits, cuts, held_out
     """DESIGN rule 1: a sample is a function of (seed, step, position)."""
     whole = digits.draw(5, 70, np.arange(24), 24, held_out=held_out)
     parts = [digits.draw(5, 70, p, 24, held_out=held_out) for p in np.split(np.arange(24), cuts)]
-    assert torch.equal(torch.cat([p.pixels for p in parts]), whole.pixels)
+    assert torch.equal(torch.cat([p.latents for p in parts]), whole.latents)
     assert [c for p in parts for c in p.captions] == whole.captions
     assert [n for p in parts for n in p.names] == whole.names
 
@@ -165,10 +165,10 @@ def test_mnist_from_the_package():
     source = load_mnist(None, 0.0)
     assert source.image == (1, 32, 32) and len(source.train[1]) == 4500 and len(source.held_out[1]) == 500
     batch = source.draw(0, 0, np.arange(64), 64)
-    assert batch.pixels.shape == (64, 1, 32, 32) and batch.pixels.min() == -1 and batch.pixels.max() == 1
+    assert batch.latents.shape == (64, 1, 32, 32) and batch.latents.min() == -1 and batch.latents.max() == 1
     border = torch.ones(32, 32, dtype=torch.bool)
     border[2:-2, 2:-2] = False
-    assert torch.all(batch.pixels[:, 0, border] == -1)
+    assert torch.all(batch.latents[:, 0, border] == -1)
     assert named_labels(source, batch.names) == [captions.digits_in(c) for c in batch.captions]
 
 

@@ -225,7 +225,7 @@ def test_the_mean_fidelity_is_the_precision():
     """arXiv 1904.06991: shares of single images add up to the precision of the set, which noise has none of."""
     source = load_digits(0.0)
     judge = DigitJudge(source)
-    images = source.draw(0, 0, np.arange(50), 50).pixels
+    images = source.draw(0, 0, np.arange(50), 50).latents
     assert judge.realistic(images).mean() > 0.85
     mixed = images.clone()
     mixed[::2] = start_noise(0, 25, (1, 8, 16))
@@ -235,7 +235,7 @@ def test_the_mean_fidelity_is_the_precision():
     assert shares[1::2].mean() > 0.85 and shares[::2].mean() < 0.1
 
 
-def questions(**changes) -> EvalSettings:
+def eval_settings(**changes) -> EvalSettings:
     source = ClosedFormData()
     asked = {"samples": 64, "steps": 4, "few": (1, 2), "cfgs": (1.0, 3.0), **changes}
     return EvalSettings(recipe=RECIPE, source=source, judge=None, **({"prompts": source.prompts(0, 12)} | asked))
@@ -248,7 +248,7 @@ def candidates(**baked: float) -> list[Candidate]:
 def test_candidates_are_compared_with_the_reference():
     """Every number of every candidate, in the order given, with differences to the one that was named."""
     said = []
-    found = measure(candidates(b=2.0, a=1.0, c=1.0), questions(), reference="a", title="t", say=said.append)
+    found = measure(candidates(b=2.0, a=1.0, c=1.0), eval_settings(), reference="a", title="t", say=said.append)
     assert [*found["candidates"]] == ["b", "a", "c"] and found["reference"] == "a" and len(said) == 3
     b, a, c = found["candidates"].values()
     assert set(b) == {m["key"] for m in found["meters"]} and "correct" not in b
@@ -261,8 +261,8 @@ def test_candidates_are_compared_with_the_reference():
 
 
 def test_a_single_scale_has_no_response(tmp_path):
-    options = {"reference": None, "title": "t", "kept": tmp_path, "say": lambda line: None}
-    found = measure(candidates(a=1.0), questions(cfgs=(2.0,)), **options)
+    options = {"reference": None, "title": "t", "results": tmp_path, "say": lambda line: None}
+    found = measure(candidates(a=1.0), eval_settings(cfgs=(2.0,)), **options)
     assert set(found["candidates"]["a"]) == {m["key"] for m in found["meters"]} >= {"saturated", "contrast"}
     assert not any("response" in m["key"] for m in found["meters"])
 
@@ -277,7 +277,7 @@ def test_a_single_scale_has_no_response(tmp_path):
 )
 def test_what_cannot_be_compared_is_refused(candidates, reference, message):
     with pytest.raises(UserError, match=message):
-        measure(candidates, questions(), reference=reference, title="t", say=lambda line: None)
+        measure(candidates, eval_settings(), reference=reference, title="t", say=lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_what_cannot_be_compared_is_refused(candidates, reference, message):
 )
 def test_too_few_samples_have_no_interval(changes, message):
     with pytest.raises(UserError, match=message):
-        measure(candidates(a=1.0), questions(**changes), reference=None, title="t", say=lambda line: None)
+        measure(candidates(a=1.0), eval_settings(**changes), reference=None, title="t", say=lambda line: None)
 
 
 def test_a_model_that_predicts_nothing_is_refused():
@@ -301,7 +301,7 @@ def test_a_model_that_predicts_nothing_is_refused():
         return model
 
     with pytest.raises(UserError, match="a: straightness: paths have no length; the model predicts velocities of 0"):
-        measure([Candidate("a", "a", 4, nothing)], questions(), reference=None, title="t", say=lambda line: None)
+        measure([Candidate("a", "a", 4, nothing)], eval_settings(), reference=None, title="t", say=lambda line: None)
 
 
 def test_a_number_that_no_sample_has_is_left_out():
@@ -314,7 +314,7 @@ def test_a_number_that_no_sample_has_is_left_out():
         def realistic(self, images):
             return np.ones(len(images))
 
-    q = replace(questions(), judge=Judge())
+    q = replace(eval_settings(), judge=Judge())
     found = measure(candidates(a=1.0), q, reference=None, title="t", say=lambda line: None)
     numbers = found["candidates"]["a"]
     assert numbers["realistic"][0]["value"] == 1 and not {"correct", "response_correct"} & numbers.keys()
@@ -329,7 +329,11 @@ def test_images_of_another_shape_are_refused():
 
     with pytest.raises(UserError, match="a and b make images of different shapes"):
         measure(
-            [*candidates(a=1.0), Candidate("b", "b", 4, wide)], questions(), reference=None, title="t", say=lambda line: None
+            [*candidates(a=1.0), Candidate("b", "b", 4, wide)],
+            eval_settings(),
+            reference=None,
+            title="t",
+            say=lambda line: None,
         )
     with pytest.raises(UserError, match="the held-out samples have 1 channels, the model's 2"):
-        measure([Candidate("b", "b", 4, wide)], questions(), reference=None, title="t", say=lambda line: None)
+        measure([Candidate("b", "b", 4, wide)], eval_settings(), reference=None, title="t", say=lambda line: None)

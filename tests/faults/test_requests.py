@@ -18,8 +18,8 @@ from dedistill.evaluation.validation import Validator
 from dedistill.objectives.base import Objective
 from dedistill.runs.checkpoint import damage, list_checkpoints
 from dedistill.train import main
-from dedistill.training import background as saver
 from dedistill.training import keeping, preview
+from dedistill.training.background import AsyncCheckpointWriter
 from dedistill.training.engine import Engine
 
 SETTINGS = ("checkpoint.every=4", "validate.every=2", "validate.samples=8")
@@ -70,7 +70,7 @@ PHASES = {
     "validation": (Validator, "__call__", 2, 2),
     "inside a validation": (Objective, "loss", 4, 2),  # after the first validation and two steps
     "preview": (preview, "trajectories", 2, 3),
-    "save": (saver.AsyncCheckpointWriter, "start", 1, None),
+    "save": (AsyncCheckpointWriter, "start", 1, None),
     "writing": (keeping, "save_checkpoint", 1, None),
 }
 

@@ -16,7 +16,7 @@ from dedistill.data.images.index import Index
 from dedistill.errors import RUN_AGAIN
 from dedistill.objectives.base import Objective
 from dedistill.train import main
-from dedistill.training import watcher
+from dedistill.training import watchdog_process
 from dedistill.training.watchdog import PATIENCE
 
 LIMIT = 2.0
@@ -93,7 +93,7 @@ def test_a_process_that_hangs_ends_with_its_stacks(recipe, tmp_path, how, code, 
     wait_for(lambda: last_row(tmp_path / "run") >= 2)
     took = seconds_to_end(ranks)
     stacks = written(tmp_path / "run")
-    assert process.exitcode == code and 0.9 * LIMIT < took < LIMIT + watcher.GRACE + 4
+    assert process.exitcode == code and 0.9 * LIMIT < took < LIMIT + watchdog_process.GRACE + 4
     assert f"watchdog: rank 0: no sign of life for 2 s, {seen}" in stacks
     assert "test_stuck.py" in stacks and "trainer.py" in stacks
 
@@ -106,7 +106,7 @@ def test_a_process_that_is_stopped_takes_all_with_it(recipe, tmp_path, rank):
     wait_for(lambda: last_row(tmp_path / "run") > 5)
     os.kill(ranks[rank].pid, signal.SIGSTOP)
     took = seconds_to_end(ranks)
-    assert took < LIMIT + watcher.GRACE + 3 and [p.exitcode for p in ranks] == [RUN_AGAIN] * 2
+    assert took < LIMIT + watchdog_process.GRACE + 3 and [p.exitcode for p in ranks] == [RUN_AGAIN] * 2
     assert "Thread" in written(tmp_path / "run", rank)
 
 

@@ -132,9 +132,9 @@ def test_flow_matching_task(digits):
     """The noisy sample is (1 - sigma) data + sigma noise and the target noise - data: both from one fresh noise."""
     task = objective(source=digits).noisy_batch(2, np.arange(16))
     batch = digits.draw(0, 2, np.arange(16), 16)
-    noise, s = task.target + batch.pixels, task.sigma.reshape(-1, 1, 1, 1)
+    noise, s = task.target + batch.latents, task.sigma.reshape(-1, 1, 1, 1)
     assert task.noisy.dtype == task.sigma.dtype == torch.float32
-    torch.testing.assert_close(task.noisy, (1 - s) * batch.pixels + s * noise, rtol=0, atol=1e-5)
+    torch.testing.assert_close(task.noisy, (1 - s) * batch.latents + s * noise, rtol=0, atol=1e-5)
     assert float(noise.mean()) == pytest.approx(0, abs=0.1) and float(noise.std()) == pytest.approx(1, abs=0.05)
     assert task.captions == batch.captions and task.names == batch.names
 
@@ -180,7 +180,7 @@ def test_reflow_uses_the_stored_noise():
     slots = np.arange(64)
     task = objective("reflow", batch=64).noisy_batch(0, slots)
     batch = Pairs().draw(0, 0, slots, 64)
-    torch.testing.assert_close(task.target + batch.pixels, batch.noise, rtol=0, atol=1e-6)
+    torch.testing.assert_close(task.target + batch.latents, batch.noise, rtol=0, atol=1e-6)
     assert oracle_loss(task, slots) < 1e-10
     permuted = Pairs()
     permuted.permuted = True

@@ -227,7 +227,7 @@ def test_every_pair_is_drawn_once_per_epoch_and_none_is_both(made):
         for k, name in enumerate(batch.names):
             noise, states, caption = stored[name]
             assert batch.captions[k] == caption and np.array_equal(batch.noise[k], noise)
-            assert np.array_equal(batch.trajectory[k], states) and np.array_equal(batch.pixels[k], states[-1])
+            assert np.array_equal(batch.trajectory[k], states) and np.array_equal(batch.latents[k], states[-1])
     assert batch.trajectory_sigmas.tolist() == made.facts["sigmas"] and source.image == (1, 8, 16)
     later = [source.draw(0, step, np.arange(8), 8).names for step in range(5, 30)]
     assert not {n for names in later for n in names} & set(held_out.names)
