@@ -115,7 +115,7 @@ every_form = pytest.mark.parametrize("form", FORMS)
 @every_form
 @pytest.mark.parametrize("spelling", [as_lycoris, as_transformer])
 def test_what_is_written_is_read_back_as_the_same_change(form, spelling):
-    """K11, FORMATS 0 row 5: both spellings, taken apart by the list of linears, give every layer's delta back."""
+    """Both spellings, taken apart by the list of linears, give every layer's delta back."""
     own = adapted(form)
     back = by_layer(spelling(own.layers), own.shapes, "x")
     assert back.keys() == own.deltas.keys() == own.shapes.keys()
@@ -149,7 +149,7 @@ def comfy_change(tensors: dict, x: str) -> torch.Tensor:
 @every_form
 @pytest.mark.parametrize("alpha", [None, 0.5])
 def test_comfyui_reads_our_files_as_we_do(form, alpha):
-    """FORMATS 1b: a from-scratch reading of ComfyUI's formula equals our delta, also at another alpha."""
+    """A from-scratch reading of ComfyUI's formula equals our delta, also at another alpha."""
     own = adapted(form)
     if alpha is not None:
         own.layers = {n: {**f, "alpha": torch.tensor(alpha)} for n, f in own.layers.items()}
@@ -161,7 +161,7 @@ def test_comfyui_reads_our_files_as_we_do(form, alpha):
 
 
 def test_kohya_is_the_same_change_of_the_fused_weights():
-    """FORMATS 1a, 1b: the rows BFL's fused weight gives each part change exactly as ours do; the rest stays as it is."""
+    """The rows BFL's fused weight gives each part change exactly as ours do; the rest stays as it is."""
     own = adapted("lora")
     tensors = as_kohya(own.layers, naming, own.shapes)
     places = {name: naming.original_name(name, own.shapes) for name in own.shapes}
@@ -178,7 +178,7 @@ PARTIAL = ["transformer_blocks.1.attn.to_k", "single_transformer_blocks.2.proj_m
 
 @pytest.mark.parametrize("names", [None, PARTIAL], ids=["all", "some"])
 def test_diffusers_loads_our_kohya_file(names, tmp_path, monkeypatch):
-    """FORMATS 1b: through FluxPipeline.lora_state_dict, at equal answers; also where only parts of fused layers are trained."""
+    """Through FluxPipeline.lora_state_dict, at equal answers; also where only parts of fused layers are trained."""
     own = adapted("lora", names)
     save_file(as_kohya(own.layers, naming, own.shapes), tmp_path / "kohya.safetensors")
     convert = rewidened(lora_pipeline._convert_kohya_flux_lora_to_diffusers)
@@ -192,7 +192,7 @@ def test_diffusers_loads_our_kohya_file(names, tmp_path, monkeypatch):
 
 
 def test_diffusers_loads_our_peft_file(tmp_path):
-    """FORMATS 1a, 1b: PEFT's names, without alphas, mixed ranks."""
+    """PEFT's names, without alphas, mixed ranks."""
     own = adapted("lora")
     save_file(as_peft(own.layers), tmp_path / "peft.safetensors", metadata={"format": "pt"})
     state, alphas, _ = FluxPipeline.lora_state_dict(
@@ -204,7 +204,7 @@ def test_diffusers_loads_our_peft_file(tmp_path):
 
 
 def test_diffusers_loads_a_lokr_of_one_factor(tmp_path):
-    """FORMATS 0 rows 5 and 6: the transformer spelling in diffusers' own loader, which takes one factor and no more."""
+    """The transformer spelling in diffusers' own loader, which takes one factor and no more."""
     names = [n for n in linear_names(flux()) if ".attn." in n]
     own, net = adapted("lokr", names), flux(guidance=True)
     net.load_lora_adapter(as_transformer(own.layers), prefix="transformer")
@@ -216,7 +216,7 @@ def test_diffusers_loads_a_lokr_of_one_factor(tmp_path):
 @lokr_forms
 @pytest.mark.parametrize("spelling", [as_lycoris, as_transformer])
 def test_load_lokr_equals_our_adapter(form, spelling, tmp_path):
-    """FORMATS 0 row 6: any mixture of factors and ranks, through a pipeline, at equal answers; and out again."""
+    """Any mixture of factors and ranks, through a pipeline, at equal answers; and out again."""
     own = adapted(form)
     save_file(spelling(own.layers), tmp_path / "a.safetensors")
     net = flux(guidance=True)

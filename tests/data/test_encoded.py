@@ -100,7 +100,7 @@ def test_groups_share_a_shape_and_lose_nothing(source):
 
 
 def test_shares_of_sets_captions_and_crops(source):
-    """D7: two sets of 36 and 6 images are drawn half and half within 1 %; every caption and crop has its turn."""
+    """Two sets of 36 and 6 images are drawn half and half within 1 %; every caption and crop has its turn."""
     slots = [s for step in range(200) for s in source._slots(5, step, BATCH, False)]
     sets = Counter(s.image.sample.source for s in slots)
     assert abs(sets[0] / len(slots) - 0.5) < 0.01

@@ -58,7 +58,7 @@ def _complete(words: list[str]) -> bool:
 
 
 def test_what_is_cached_is_what_encoding_gives(image_recipe):
-    """A6, A9: latents are the sampled posterior of each crop to float16's precision, text is bit for bit the encoders' own."""
+    """Latents are the sampled posterior of each crop to float16's precision, text is bit for bit the encoders' own."""
     settings = ["data.resolutions=[48, 64]", "data.crops=['aspect', 'square']", "data.crops_per_picture=2"]
     encode(image_recipe, *settings)
     recipe = load_recipe(image_recipe, settings)
@@ -86,7 +86,6 @@ def test_what_is_cached_is_what_encoding_gives(image_recipe):
 
 
 def test_the_empty_prompt_is_one_token(image_recipe):
-    """X6."""
     data, _ = encode(image_recipe)
     assert data.text_cache[""].tokens.mask.sum() == data.text_cache[""].tokens.embeds.shape[1] == 1
 
@@ -279,7 +278,7 @@ def test_two_preparations_at_once_share_one_cache(image_recipe, small_shards):
 
 
 def test_dropout_and_sampler_use_the_cached_empty_prompt(image_recipe):
-    """DESIGN rule 5, N8: T5 and CLIP of "" together, the very tensors of the cache, in training, previews and afterwards."""
+    """T5 and CLIP of "" together, the very tensors of the cache, in training, previews and afterwards."""
     recipe = load_recipe(image_recipe)
     data, _ = encode(image_recipe)
     cached = stores(image_recipe)[1].read(text_key(""))

@@ -53,7 +53,7 @@ def linear_paths(steps: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_paths_of_one_gaussian_are_measured_as_its_recursion_says():
-    """R1: straightness, curvature and the few-step gap against Euler's scalar recursion, to float32."""
+    """Straightness, curvature and the few-step gap against Euler's scalar recursion, to float32."""
     count, steps, few = 40, 16, (1, 2, 8)
     found = path_meters(closed_form(ONE), ["0"] * count, start_noise(0, count, IMAGE), steps=steps, few=few)
     states, noise = linear_paths(steps, count)
@@ -68,7 +68,7 @@ def test_paths_of_one_gaussian_are_measured_as_its_recursion_says():
 
 
 def test_many_steps_measure_the_exact_paths():
-    """R1, F3: with 256 steps, straightness is the integral's, and the turning angle that between first and last velocity."""
+    """With 256 steps, straightness is the integral's, and the turning angle that between first and last velocity."""
     count = 250
     noise = start_noise(0, count, IMAGE)
     found = path_meters(closed_form(ONE), ["0"] * count, noise, steps=256, few=(1,))
@@ -83,7 +83,7 @@ def test_many_steps_measure_the_exact_paths():
 
 
 def test_a_straight_flow_has_no_curvature_and_no_gap():
-    """R1: what reflow of the exact pairs would give needs one step."""
+    """What reflow of the exact pairs would give needs one step."""
     found = path_meters(closed_form(ONE, straight=True), ["0"] * 20, start_noise(0, 20, IMAGE), steps=8, few=(1, 4))
     for key in ("straightness", "few_steps", "curvature"):
         assert found[key].value == pytest.approx(0, abs=1e-10)
@@ -91,7 +91,7 @@ def test_a_straight_flow_has_no_curvature_and_no_gap():
 
 
 def test_the_loss_of_the_exact_velocity_is_the_floor_bin_by_bin():
-    """F1: within four standard errors, in all bins of sigma and over all; given the label."""
+    """Within four standard errors, in all bins of sigma and over all; given the label."""
     count = 4000
     found = held_out_meters(closed_form(), tasks(count), BINS)
     sigmas = (np.arange(count) + 0.5) / count
@@ -105,7 +105,7 @@ def test_the_loss_of_the_exact_velocity_is_the_floor_bin_by_bin():
 
 
 def test_the_guidance_gap_is_the_distance_of_the_exact_fields():
-    """O19: E |v(. | label) - v|^2 by quadrature, bin by bin."""
+    """E |v(. | label) - v|^2 by quadrature, bin by bin."""
     count = 4000
     found = held_out_meters(closed_form(), tasks(count), BINS)
     grid = np.linspace(0, 1, 13)
@@ -140,7 +140,7 @@ def test_more_distillation_never_reads_as_less():
 
 
 def test_the_response_to_cfg_is_that_of_the_exact_images():
-    """O19: saturation and contrast at each scale against images of the exact CFG field in float64."""
+    """Saturation and contrast at each scale against images of the exact CFG field in float64."""
     count, cfgs = 60, (1.0, 2.0, 4.0)
     noise, prompts = start_noise(0, count, IMAGE), ["1"] * count
     found = guidance_meters(closed_form(), prompts, noise, steps=16, cfgs=cfgs, judge=None)
@@ -156,7 +156,7 @@ def test_the_response_to_cfg_is_that_of_the_exact_images():
 
 @pytest.mark.parametrize(("cfg", "skip"), [(1.0, 0), (3.0, 0), (3.0, 4), (0.0, 0), (3.0, 16)])
 def test_the_sampler_follows_the_exact_cfg_field(cfg, skip):
-    """O19, N2: images of a whole model, mixed labels, guidance off for the first steps, against float64."""
+    """Images of a whole model, mixed labels, guidance off for the first steps, against float64."""
     labels, noise, grid = [0, 1] * 10, start_noise(0, 20, IMAGE), sigma_grid(16)
     found = sample(closed_form(chunk=7), [str(k) for k in labels], noise, at(16, cfg, skip)).flatten(1)
     for label in (0, 1):

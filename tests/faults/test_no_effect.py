@@ -1,4 +1,4 @@
-"""A run that changes nothing, or not what was asked for, says so and stops (RELIABILITY T11, promise 9)."""
+"""A run that changes nothing, or not what was asked for, says so and stops."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a run is asked for, by signals and by files, in every phase (RELIABILITY T4, promise 7)."""
+"""What a run is asked for, by signals and by files, in every phase."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_a_stop_before_anything_was_trained_ends_at_once(recipe, uninterrupted, 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_while_a_cache_is_encoded(image_recipe, tmp_path, monkeypatch, number, size):
-    """F15: what is encoded is kept, and not encoded again. A request to save has nothing to save and is no reason to end."""
+    """What is encoded is kept, and not encoded again. A request to save has nothing to save and is no reason to end."""
     monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 2)
     real = prepare.Store.write
 

@@ -1,4 +1,4 @@
-"""Sealed snapshots: what was changed, lost, renamed or brought from another run is refused by name (RELIABILITY T25)."""
+"""Checksummed snapshots: what was changed, lost, renamed or brought from another run is refused by name."""
 
 import shutil
 
@@ -66,7 +66,7 @@ def test_the_same_snapshot_has_the_same_bytes(folder, tmp_path):
 
 
 def test_every_flipped_bit_is_found_by_name(folder, tmp_path):
-    """T25, E8: in length, header, seal and numbers alike, bit by bit of one file; nothing is written."""
+    """In length, header, checksum and numbers alike, bit by bit of one file; nothing is written."""
     path = path_of(folder, 100)
     good = path.read_bytes()
     for at in range(len(good)):
@@ -91,7 +91,7 @@ def test_a_flipped_bit_is_found_wherever_a_snapshot_is_used(folder):
 
 @pytest.mark.parametrize("step", STEPS[:-1])
 def test_a_missing_one_is_named(step, folder, tmp_path):
-    """T25: each of twenty but the last, of which nothing tells; --skip takes the gap."""
+    """Each of twenty but the last, of which nothing tells; --skip takes the gap."""
     path_of(folder, step).unlink()
     with pytest.raises(UserError, match=rf"{path_of(folder, step).name}' is missing.*--skip {step}"):
         average(folder, tmp_path / "out")
@@ -101,7 +101,7 @@ def test_a_missing_one_is_named(step, folder, tmp_path):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_one_of_another_run_is_named(step, folder, tmp_path):
-    """T25: same names and shapes, same step, other numbers, each of twenty."""
+    """Same names and shapes, same step, other numbers, each of twenty."""
     other = write(tmp_path / "other" / "snapshots", run=1)
     shutil.copy(path_of(other, step), path_of(folder, step))
     with pytest.raises(UserError, match=path_of(folder, step).name):
@@ -110,7 +110,7 @@ def test_one_of_another_run_is_named(step, folder, tmp_path):
 
 
 def test_a_damaged_one_can_be_skipped(folder, tmp_path):
-    """T25: it is not even opened then; the average says what it was made from."""
+    """It is not even opened then; the average says what it was made from."""
     path_of(folder, 100).write_bytes(b"nothing")
     with pytest.raises(UserError, match="step-00000100"):
         average(folder, tmp_path / "out")

@@ -208,7 +208,7 @@ def test_an_older_export_is_replaced(teacher_recipe, tmp_path):
 
 
 def test_a_full_disk_at_the_export_is_named(teacher_recipe, tmp_path, capsys, small_disk):
-    """T5: safetensors reports it as no OSError; the older folder and the checkpoint stay."""
+    """Safetensors reports it as no OSError; the older folder and the checkpoint stay."""
     assert main([str(teacher_recipe)]) == 0
     model = tmp_path / "teacher" / "model"
     (model / "run.json").unlink()

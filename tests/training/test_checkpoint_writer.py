@@ -36,7 +36,7 @@ def test_one_at_a_time_and_errors_surface():
 
 
 def test_copies_are_private_and_their_memory_is_used_again():
-    """T26, F9, F10: in the file is what a tensor was when the save began, in each save anew."""
+    """In the file is what a tensor was when the save began, in each save anew."""
     weights, seen, memory, writer = torch.zeros(4), [], set(), AsyncCheckpointWriter()
     for number in range(3):
         gate = threading.Event()
@@ -57,7 +57,7 @@ def test_copies_are_private_and_their_memory_is_used_again():
 
 
 def test_what_is_saved_is_of_its_step(adapter_recipe, tmp_path, monkeypatch):
-    """T26, F9: training goes on, and changes every tensor, while a slow writer has not begun."""
+    """Training goes on, and changes every tensor, while a slow writer has not begun."""
     plain = tmp_path / "plain"
     assert main([str(adapter_recipe), "--set", f"run.out={plain}", "--set", "snapshot.every=1"]) == 0
     released, real = threading.Event(), keeping.save_checkpoint
@@ -92,7 +92,7 @@ def test_what_is_saved_is_of_its_step(adapter_recipe, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fails_at", [2, 4, 6])
 def test_a_save_that_fails_stops_the_run_with_its_reason(adapter_recipe, tmp_path, monkeypatch, capsys, fails_at):
-    """F8, T26: at the next step, or at the end for the last one; what was saved before is intact."""
+    """At the next step, or at the end for the last one; what was saved before is intact."""
     real = keeping.save_checkpoint
 
     def failing(folder, step, *rest, keep):
