@@ -133,7 +133,7 @@ class Trick:
     """The verdict of each comparison is told by ``primary``, which was chosen before anything was run."""
 
     title: str
-    asked: str
+    question: str
     primary: str
     others: tuple[str, ...]
     comparisons: tuple[Comparison, ...]

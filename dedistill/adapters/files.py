@@ -47,7 +47,7 @@ def load_lokr(pipe: "DiffusionPipeline | nn.Module", file: str | Path, name: str
     file's are put into them directly. ``pipe.transformer.set_adapters([name], weights=[.5])`` scales it,
     ``delete_adapters([name])`` takes it out again.
 
-    file: safetensors in the ``lycoris_`` spelling, or with names that begin with the denoiser's folder. Raises UserError
+    file: safetensors in the ``lycoris_`` format, or with names that begin with the denoiser's folder. Raises UserError
     when any of its tensors has no place in the network, or the name is taken; then nothing has been loaded.
     """
     # set_adapters and the like come from mixins of diffusers, which no stub of a module has

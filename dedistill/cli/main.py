@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:10} {said}" for name, (_, said) in COMMANDS.items()]
+    lines = [f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items()]
     head = [
         "usage: dedistill COMMAND ...",
         "",

@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from dedistill.cli.command import guarded, path, recipe_parser
+from dedistill.errors import amount
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +32,6 @@ def run(args: argparse.Namespace) -> int:
 
     print(f"{'layer':60}{'lost':>9}{'error':>9}{'zeros':>9}")
     merged = merge_adapter(recipe, args.weights, args.out, dtype=args.dtype, rounding=args.round, say=row)
-    row(f"all {len(merged.layers)} layers", merged.total)
+    row(f"all of {amount(len(merged.layers), 'layer')}", merged.total)
     print(f"done: {args.out}/ ({REPORT} has these numbers)", file=sys.stderr)
     return 0

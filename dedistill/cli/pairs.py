@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from dedistill.cli.command import finite, guarded, path, positive, recipe_parser, whole
+from dedistill.errors import amount
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,5 +46,5 @@ def run(args: argparse.Namespace) -> int:
         shard_size=args.shard_size,
         progress=lambda done, total: print(f"pairs {done}/{total}", file=sys.stderr, flush=True),
     )
-    print(f"done: {facts['count']} pairs in {len(facts['shards'])} shards, {args.out}/", file=sys.stderr)
+    print(f"done: {amount(facts['count'], 'pair')} in {amount(len(facts['shards']), 'shard')}, {args.out}/", file=sys.stderr)
     return 0

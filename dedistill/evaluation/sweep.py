@@ -112,10 +112,10 @@ def sweep(
 
 
 def _folder_name(candidate: Candidate, column: Sampling) -> str:
-    told = column.facts
+    facts = column.facts
     steps = f"_steps{column.steps}" if column.steps != candidate.steps else ""
-    method = "_" + re.sub("[^A-Za-z0-9.-]+", "-", str(told["method"])) if "method" in told else ""
-    return f"cfg{told['cfg']:g}_skip{told['skip']}{steps}{method}"
+    method = "_" + re.sub("[^A-Za-z0-9.-]+", "-", str(facts["method"])) if "method" in facts else ""
+    return f"cfg{facts['cfg']:g}_skip{facts['skip']}{steps}{method}"
 
 
 def _cell_key(candidate: Candidate, grid: Grid, column: Sampling) -> dict:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io.atomic import make_folder, step_name, step_of
 from dedistill.io.safetensors import Layout, SealedReader, TensorFile, check_seal
 
@@ -39,7 +39,7 @@ def write_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], heade
     """
     make_folder(folder)
     before = [number for number in _steps(folder) if number < step]
-    link = _told(_path(folder, before[-1])) if before else ""
+    link = _link_of(_path(folder, before[-1])) if before else ""
     path, layout = _path(folder, step), {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     with TensorFile(path, layout, header | {PREVIOUS: link, "dedistill.step": str(step)}, seal=True) as file:
         for name, tensor in tensors.items():
@@ -59,7 +59,9 @@ def find_snapshots(folder: Path, skip: Collection[int] = ()) -> list[Snapshot]:
     if unknown := sorted(set(skip) - set(steps) - named):
         raise UserError(f"'{folder}' has and misses no snapshot of step {unknown[0]}", 2)
     if len(found) < 2:
-        raise UserError(f"'{folder}' holds {len(found)} snapshots; an average needs at least two (set snapshot.every)")
+        raise UserError(
+            f"'{folder}' holds {amount(len(found), 'snapshot')}; an average needs at least two (set snapshot.every)"
+        )
     for before, snapshot in zip([None, *found], found):
         _check_link(before, snapshot, skip)
     return found
@@ -90,7 +92,7 @@ def _link(snapshot: Snapshot) -> str:
     return f"{snapshot.path.name} {snapshot.seal}"
 
 
-def _told(path: Path) -> str:
+def _link_of(path: Path) -> str:
     """How the next snapshot names this one. Training does not end over an unreadable one; averaging will."""
     with suppress(UserError):
         if (step := step_of(path)) is not None:
@@ -100,9 +102,9 @@ def _told(path: Path) -> str:
 
 def _opened(path: Path, step: int) -> Snapshot:
     with SealedReader(path) as file:
-        told = file.metadata.get("dedistill.step")
-        if told != str(step):
-            raise UserError(f"'{path}' says that it is of step {told}: it has been renamed, or is of another run")
+        named = file.metadata.get("dedistill.step")
+        if named != str(step):
+            raise UserError(f"'{path}' says that it is of step {named}: it has been renamed, or is of another run")
         return Snapshot(step, path, file.seal, file.metadata.get(PREVIOUS, ""))
 
 
@@ -190,7 +192,7 @@ def agreed_layout(readers: Sequence[SealedReader]) -> Layout:
         found = reader.layout
         if odd := sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n)):
             raise UserError(
-                f"snapshot '{reader.path}' differs from '{first}' in {len(odd)} tensors, e.g. {odd[0]}: "
+                f"snapshot '{reader.path}' differs from '{first}' in {amount(len(odd), 'tensor')}, e.g. {odd[0]}: "
                 f"{found.get(odd[0], 'missing')} against {wanted.get(odd[0], 'missing')}. They are not of one run."
             )
         if list(found) != list(wanted):

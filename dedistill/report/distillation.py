@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dedistill.errors import amount
 from dedistill.io.atomic import replace_json
 from dedistill.report.pages import decimals, field, figure, render
 from dedistill.report.plots import tick_label
@@ -45,7 +46,7 @@ def _summary(meter: dict, found: dict) -> list[dict]:
     for cells in zip(*by_name.values()):
         places = decimals(cell["value"] for cell in cells)
         at = cells[0].get("at")
-        unit = f", {at} step{'' if at == 1 else 's'}" if at is not None else ""
+        unit = f", {amount(at, 'step')}" if at is not None else ""
         texts = [
             {
                 "value": f"{cell['value']:.{places}f}",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from dedistill.data.images.index import Index
+from dedistill.errors import amount
 from dedistill.report.pages import Shot, render, save_small
 
 SIDE = 384
@@ -48,7 +49,7 @@ def _charts(facts: dict) -> list[dict]:
         ("Caption length", f"In {facts['unit']}" + _counted(facts["unit"]), facts["lengths"]),
     ]
     for resolution, rows in facts["buckets"].items():
-        note = f"Nearest bucket, width x height. Too small for it: {facts['too_small'][resolution]:,} images."
+        note = f"Nearest bucket, width x height. Too small for it: {amount(facts['too_small'][resolution], 'image')}."
         charts.append((f"Buckets at {resolution}", note, [(f"{w} x {h}", count) for h, w, count in rows]))
     drawn = []
     for title, note, bars in charts:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from dedistill.errors import amount
 from dedistill.io.atomic import replace_json
 from dedistill.report.pages import decimals, field, figure, render
 from dedistill.report.plots import tick_label
@@ -59,17 +60,15 @@ def chosen_words(found: dict) -> str:
     cell, key = found["cells"][found["chosen"]], found["by"]
     label = next(n["label"] for n in found["numbers"] if n["key"] == key)
     others = sum(bool(c.get("may_be_best")) for c in found["cells"]) - bool(cell.get("may_be_best"))
-    told = (
-        f"{others} other cell{' is' if others == 1 else 's are'} possibly the best as well" if others else "no other may be it"
-    )
+    ties = f"{amount(others, 'other cell is', 'other cells are')} possibly the best as well" if others else "no other may be it"
     cheapest = min((c for c in found["cells"] if c.get("may_be_best")), key=lambda c: c["nfe"])
     cheaper = f"; the cheapest of them is {place_words(cheapest)}" if cheapest["nfe"] < cell["nfe"] else ""
-    return f"{place_words(cell)}: {label} {number_words(cell, key)}; {told}{cheaper}"
+    return f"{place_words(cell)}: {label} {number_words(cell, key)}; {ties}{cheaper}"
 
 
 def place_words(cell: dict) -> str:
     skip = f", the first {cell['skip']} without CFG" if cell["skip"] else ""
-    return f"{named(cell)} at CFG {tick_label(cell['cfg'])} in {cell['steps']} steps{skip}"
+    return f"{named(cell)} at CFG {tick_label(cell['cfg'])} in {amount(cell['steps'], 'step')}{skip}"
 
 
 def number_words(cell: dict, key: str) -> str:

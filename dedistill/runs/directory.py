@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dedistill.data.encode import data_files
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io import ownership
 from dedistill.io.atomic import checksummed, make_folder, read_checksummed, replace_file
 from dedistill.io.hashing import Hashed, Stamp, hash_file
@@ -209,8 +209,8 @@ class RunDirectory:
         for key in before.keys() & now.keys() if self.used else ():
             if changed := changed_files(before[key], now[key]):
                 raise UserError(
-                    f"{key}: {len(changed)} files differ from those that the run in '{self.path}' was started with, "
-                    f"e.g. '{changed[0]}'. Put them back, or set another run.out."
+                    f"{key}: {amount(len(changed), 'file differs', 'files differ')} from those that the run in "
+                    f"'{self.path}' was started with, e.g. '{changed[0]}'. Put them back, or set another run.out."
                 )
         replace_file(file, checksummed(now))
         return [OTHER_NUMBERS] if other_base else []

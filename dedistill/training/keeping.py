@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io.safetensors import tensors_checksum
 from dedistill.posthoc.snapshots import write_snapshot
 from dedistill.recipe import Recipe
@@ -150,8 +150,8 @@ class Keeper:
         """``tensors`` to be saved. Raises UserError, on every process, for those that a finite step has blown up."""
         if bad := self.world.broadcast_object(not_finite(tensors)):
             raise UserError(
-                f"after step {self.state.step} {len(bad)} tensors are not finite, e.g. {bad[0]}; not saved. "
-                "Lower train.lr or train.weight_decay; what was saved before is intact."
+                f"after step {self.state.step} {amount(len(bad), 'tensor is', 'tensors are')} not finite, e.g. {bad[0]}; "
+                "not saved. Lower train.lr or train.weight_decay; what was saved before is intact."
             )
         return tensors
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dedistill.data.source import QuarantineSource, Source
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import ceil_div
-from dedistill.errors import UserError, enough_memory
+from dedistill.errors import UserError, amount, enough_memory
 from dedistill.evaluation.validation import Meters, Validator
 from dedistill.models.model import Model
 from dedistill.objectives.base import NoisyBatch, objective_for
@@ -171,8 +171,9 @@ class Trainer:
         else:
             # such a state would spoil every weight it touches, however good the gradient
             if bad := self.engine.nonfinite_state():
+                tensors = amount(len(bad), "tensor that is", "tensors that are")
                 raise UserError(
-                    f"before step {step + 1} the optimizer state holds {len(bad)} tensors that are not finite, e.g. {bad[0]}. "
+                    f"before step {step + 1} the optimizer state holds {tensors} not finite, e.g. {bad[0]}. "
                     "The step was not applied; start again to go on from the last checkpoint."
                 )
             self.engine.apply(lr)
@@ -266,8 +267,9 @@ class Trainer:
         self._settle()
         if self.world.main:
             left_out = [name for name, entry in self.state.guard.quarantine.items() if entry["since"] == since]
-            said = f"step {since + 1} and those after it: {len(left_out)} samples stand out and are left out from there on"
-            print(f"{said}, e.g. {left_out[0]}; trained again from step {self.state.step + 1} on", file=sys.stderr)
+            samples = amount(len(left_out), "sample stands out and is", "samples stand out and are")
+            message = f"step {since + 1} and those after it: {samples} left out from there on"
+            print(f"{message}, e.g. {left_out[0]}; trained again from step {self.state.step + 1} on", file=sys.stderr)
 
 
 def sigma_bins(losses: Tensor, sigmas: Tensor, bins: int) -> list[float | None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dedistill.distributed.launcher import FIXED, zero_settings
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.models.model import Model
 from dedistill.models.quantize import check_engine
 from dedistill.recipe import Recipe
@@ -81,7 +81,9 @@ class Zero(Engine):
             raise UserError(f"ZeRO-{self.stage} on {self.world.size} processes was asked for; DeepSpeed made {stage} on {size}")
         whole = [name for name, p in root.named_parameters() if self.stage == 3 and not hasattr(p, "ds_tensor")]
         if whole:
-            raise UserError(f"ZeRO-3 was asked for, and {len(whole)} tensors are whole, e.g. {whole[0]}")
+            raise UserError(
+                f"ZeRO-3 was asked for, and {amount(len(whole), 'tensor is', 'tensors are')} whole, e.g. {whole[0]}"
+            )
 
     def backward(self, loss: Tensor, *, counts: bool) -> None:
         self.engine.backward(loss * (self.world.size if counts else 0), scale_wrt_gas=False)

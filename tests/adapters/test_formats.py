@@ -1,4 +1,4 @@
-"""The spellings of adapter files, each read back by the program it is for, or by its formula."""
+"""The formats of adapter files, each read back by the program it is for, or by its formula."""
 
 from types import CodeType, FunctionType, SimpleNamespace
 
@@ -113,15 +113,15 @@ every_form = pytest.mark.parametrize("form", FORMS)
 
 
 @every_form
-@pytest.mark.parametrize("spelling", [as_lycoris, as_transformer])
-def test_what_is_written_is_read_back_as_the_same_change(form, spelling):
-    """Both spellings, taken apart by the list of linears, give every layer's delta back."""
+@pytest.mark.parametrize("write", [as_lycoris, as_transformer])
+def test_what_is_written_is_read_back_as_the_same_change(form, write):
+    """Both formats, taken apart by the list of linears, give every layer's delta back."""
     own = adapted(form)
-    back = by_layer(spelling(own.layers), own.shapes, "x")
+    back = by_layer(write(own.layers), own.shapes, "x")
     assert back.keys() == own.deltas.keys() == own.shapes.keys()
     for name, factors in back.items():
         assert relative(weight_change(factors), own.deltas[name]) < 1e-6
-    if spelling is as_lycoris:
+    if write is as_lycoris:
         assert as_lycoris(own.layers).keys() == own.tensors.keys()
     else:
         assert not any(key.endswith(".alpha") for key in as_transformer(own.layers))
@@ -153,8 +153,8 @@ def test_comfyui_reads_our_files_as_we_do(form, alpha):
     own = adapted(form)
     if alpha is not None:
         own.layers = {n: {**f, "alpha": torch.tensor(alpha)} for n, f in own.layers.items()}
-    for spelling, prefix in ((as_lycoris, "lycoris_"), (as_transformer, "transformer.")):
-        tensors = spelling(own.layers)
+    for write, prefix in ((as_lycoris, "lycoris_"), (as_transformer, "transformer.")):
+        tensors = write(own.layers)
         for name, factors in own.layers.items():
             key = prefix + (name.replace(".", "_") if prefix == "lycoris_" else name)
             assert relative(comfy_change(tensors, key), weight_change(factors)) < 1e-6
@@ -204,7 +204,7 @@ def test_diffusers_loads_our_peft_file(tmp_path):
 
 
 def test_diffusers_loads_a_lokr_of_one_factor(tmp_path):
-    """The transformer spelling in diffusers' own loader, which takes one factor and no more."""
+    """The transformer format in diffusers' own loader, which takes one factor and no more."""
     names = [n for n in linear_names(flux()) if ".attn." in n]
     own, net = adapted("lokr", names), flux(guidance=True)
     net.load_lora_adapter(as_transformer(own.layers), prefix="transformer")
@@ -214,11 +214,11 @@ def test_diffusers_loads_a_lokr_of_one_factor(tmp_path):
 
 
 @lokr_forms
-@pytest.mark.parametrize("spelling", [as_lycoris, as_transformer])
-def test_load_lokr_equals_our_adapter(form, spelling, tmp_path):
+@pytest.mark.parametrize("write", [as_lycoris, as_transformer])
+def test_load_lokr_equals_our_adapter(form, write, tmp_path):
     """Any mixture of factors and ranks, through a pipeline, at equal answers; and out again."""
     own = adapted(form)
-    save_file(spelling(own.layers), tmp_path / "a.safetensors")
+    save_file(write(own.layers), tmp_path / "a.safetensors")
     net = flux(guidance=True)
     before = answer(net)
     name = dedistill.load_lokr(SimpleNamespace(transformer=net), tmp_path / "a.safetensors")
@@ -246,15 +246,15 @@ def test_load_lokr_refuses_what_it_cannot_load_whole(tmp_path):
     refused(own.tensors | {"lycoris_no_such_layer.lokr_w1": torch.ones(1)}, r"bad\.safetensors.*lycoris_no_such_layer")
     refused({k: t for k, t in own.tensors.items() if k != first}, "incomplete")
     refused(own.tensors | {"lycoris_x_embedder.dora_scale": torch.ones(1)}, "dora_scale.*not supported")
-    refused(own.tensors | {"transformer.x_embedder.lokr_w1": torch.ones(4, 4)}, "two spellings")
+    refused(own.tensors | {"transformer.x_embedder.lokr_w1": torch.ones(4, 4)}, "under two names")
     refused(own.tensors | {"lycoris_x_embedder.lokr_w2": torch.ones(4, 4)}, r"'x_embedder' makes up a weight \(16, 4\)")
     refused(adapted("lora").tensors, "is a LoRA")
 
 
-@pytest.mark.parametrize("spelling", [as_peft, lambda layers: as_kohya(layers, naming, {})])
-def test_a_lokr_is_not_written_as_a_lora(spelling):
+@pytest.mark.parametrize("write", [as_peft, lambda layers: as_kohya(layers, naming, {})])
+def test_a_lokr_is_not_written_as_a_lora(write):
     with pytest.raises(UserError, match="LoRA only"):
-        spelling(adapted("lokr", ["x_embedder"]).layers)
+        write(adapted("lokr", ["x_embedder"]).layers)
 
 
 def test_import_stays_light():

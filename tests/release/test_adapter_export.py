@@ -1,4 +1,4 @@
-"""Adapter files on their way out: header, every spelling, and who loads how much of it."""
+"""Adapter files on their way out: header, every format, and who loads how much of it."""
 
 import json
 from pathlib import Path
@@ -113,7 +113,7 @@ def test_peft_metadata_gives_the_same_adapter(base, tmp_path):
 
 
 def test_who_loads_what(base, tmp_path):
-    """The tables, on our own files in every spelling."""
+    """The tables, on our own files in every format."""
     lokr = snapshot(base, tmp_path / "lokr.safetensors", "lokr", BLOCKS)
     mixed = snapshot(base, tmp_path / "mixed.safetensors", "lokr", BLOCKS, mixed=True)
     lora = snapshot(base, tmp_path / "lora.safetensors", "lora", EVERYWHERE)

@@ -1,4 +1,4 @@
-"""Exports: every form read back by its reader gives the same network; headers and cards say what they must."""
+"""Exports: every format read back by its reader gives the same network; headers and cards say what they must."""
 
 import json
 import shutil
@@ -109,11 +109,11 @@ def test_bfl_file_joins_what_bfl_fuses(base, tmp_path):
     assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
 
 
-@pytest.mark.parametrize("form", ["single", "bfl"])
-def test_a_file_we_wrote_is_a_base_again(form, base, tmp_path):
+@pytest.mark.parametrize("format", ["single", "bfl"])
+def test_a_file_we_wrote_is_a_base_again(format, base, tmp_path):
     """model.path takes either single file, with the encoders of the folder it came from."""
-    export_model(base, tmp_path / form, form)
-    net = load_transformer(tmp_path / form / f"{form}.safetensors", base)
+    export_model(base, tmp_path / format, format)
+    net = load_transformer(tmp_path / format / f"{format}.safetensors", base)
     assert torch.equal(answer(net), answer(FluxTransformer2DModel.from_pretrained(base / "transformer")))
 
 
@@ -217,12 +217,12 @@ def test_cards(base, tmp_path):
     assert written(SCHNELL, {}, base="black-forest-labs/FLUX.1-schnell", licence="mit")["license"] == "mit"
 
 
-@pytest.mark.parametrize("form", ["diffusers", "single", "bfl", "int8"])
-def test_python_in_cards_compiles(form, base, tmp_path):
-    export_model(base, tmp_path / "out", form)
+@pytest.mark.parametrize("format", ["diffusers", "single", "bfl", "int8"])
+def test_python_in_cards_compiles(format, base, tmp_path):
+    export_model(base, tmp_path / "out", format)
     text = (tmp_path / "out" / "README.md").read_text()
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert bool(blocks) == (form != "single")
+    assert bool(blocks) == (format != "single")
     for block in blocks:
         compile(block, "card", "exec")
 

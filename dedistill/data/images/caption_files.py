@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dedistill.data.images.types import ImageSet
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 
 # --- captions from the files people keep beside their images -------------------------------------------------------
 
@@ -153,7 +153,9 @@ def _csv(path: Path) -> list[tuple[str, Row | str]]:
         rows = []
         for row in reader:
             whole = "" not in row and None not in row.values()
-            rows.append((f"line {reader.line_num}", row if whole else f"expected {len(reader.fieldnames or ())} fields"))
+            rows.append(
+                (f"line {reader.line_num}", row if whole else f"expected {amount(len(reader.fieldnames or ()), 'field')}")
+            )
         return rows
 
 

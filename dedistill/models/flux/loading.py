@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.models.flux import naming
 
 HUB_FILES = [
@@ -175,7 +175,7 @@ def build(config: dict, tensors: dict[str, Tensor], source: str) -> FluxTransfor
     shapes = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
     for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape")):
         if names:
-            raise UserError(f"model.path: '{source}': {len(names)} tensors are {what}, e.g. {names[0]}")
+            raise UserError(f"model.path: '{source}': {amount(len(names), 'tensor is', 'tensors are')} {what}, e.g. {names[0]}")
     net.load_state_dict(tensors, assign=True)
     return net.eval()
 
