@@ -109,7 +109,9 @@ def check_shapes(layers: Layers, shapes: Mapping[str, tuple[int, int]], source: 
             fits = all(f[f"{w}_a"].shape[1] == f[f"{w}_b"].shape[0] for w in ("lokr_w1", "lokr_w2") if w not in f)
             found = (rows * height, columns * width)
         if not fits or found != tuple(shapes[linear]):
-            raise UserError(f"'{source}': '{linear}' makes up a weight {found}, the network has {tuple(shapes[linear])}")
+            raise UserError(
+                f"'{source}': '{linear}' gives a weight of shape {found}, the network's has {tuple(shapes[linear])}"
+            )
 
 
 def factor_shapes(factors: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Is a recipe right? Or: which programs load an adapter file, and how many of its tensors; exit code 1 when none does.
+"""Check a recipe; or see which programs load an adapter file, and how many of its tensors. Exit code 1 when none does.
 
 dedistill check my_recipe.toml
 dedistill check exports/digits-lokr.safetensors --model runs/digits/student/model
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 def _recipe(file: str) -> int:
     recipe = load_recipe(file)
     plan = make_plan(recipe)
-    print(f"{file} is a right recipe: {amount(plan.steps, 'step')}, batch {plan.batch}, into {recipe.run.out}/")
+    print(f"{file} is a valid recipe: {amount(plan.steps, 'step')}, batch {plan.batch}, into {recipe.run.out}/")
     return 0
 
 

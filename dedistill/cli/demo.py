@@ -126,7 +126,7 @@ class _Jobs:
             raise KeyboardInterrupt
         if code:
             raise UserError(
-                f"dedistill {words[0]} ended with {code}; run dedistill demo again when that is mended", max(code, 1)
+                f"dedistill {words[0]} failed with exit code {code}; mend that and run dedistill demo again", max(code, 1)
             )
 
     def end(self) -> None:

@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = of_sweep("evaluate", __doc__, "evaluation", [1, 1.5, 2, 3, 4, 6])
     parser.add_argument("--reference", help="candidate that the others are compared with; default the first")
     parser.add_argument("--by", help="number of scores.json to choose by; default the one that judges prompt adherence")
-    parser.add_argument("--samples", type=positive, default=512, help="held-out samples")
+    parser.add_argument("--samples", type=positive, default=512, help="number of held-out samples")
     args = parser.parse_args(argv)
     return guarded(lambda: run(args), debug=args.debug)
 

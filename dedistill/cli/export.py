@@ -18,7 +18,12 @@ ADAPTERS = ("lycoris", "transformer", "peft", "kohya")
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("export", __doc__)
     parser.add_argument("source", type=path, help="model folder, or adapter file (safetensors)")
-    parser.add_argument("--format", required=True, choices=[*MODELS, *ADAPTERS], help="the first four are for folders")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=[*MODELS, *ADAPTERS],
+        help="the first four are for model folders, the others for adapter files",
+    )
     parser.add_argument("--out", type=path, required=True, help="new folder; for an adapter, new file")
     parser.add_argument("--base", help="hub id of the published model behind a folder, where it does not say")
     parser.add_argument("--license", help="another licence than the base's, where the base allows that")

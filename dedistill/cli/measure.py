@@ -13,7 +13,7 @@ from dedistill.cli.command import finite, guarded, of_candidates, positive
 def main(argv: list[str] | None = None) -> int:
     parser = of_candidates("measure", __doc__, "distillation")
     parser.add_argument("--reference", help="candidate that the others are compared with; default the first")
-    parser.add_argument("--samples", type=positive, default=512, help="held-out samples")
+    parser.add_argument("--samples", type=positive, default=512, help="number of held-out samples")
     parser.add_argument("--steps", type=positive, default=32, help="Euler steps of a path")
     parser.add_argument("--few", type=positive, nargs="+", default=[1, 2, 4, 8], help="few steps that are compared with it")
     parser.add_argument("--cfg", type=finite, nargs="+", default=[1, 2, 4, 8], help="guidance scales")

@@ -168,7 +168,7 @@ def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
     for store, keys, what in ((latents, wanted, "crops"), (texts, captions, "captions")):
         missing = sum(key not in store for key in keys)
         unused = len(store) - len(keys) + missing
-        say(f"{what}: {len(keys) - missing:,} of {len(keys):,} are encoded, {unused:,} more are of no use now")
+        say(f"{what}: {len(keys) - missing:,} of {len(keys):,} are encoded, {unused:,} more are not needed now")
         if missing:
             problems.append(f"{missing:,} of {len(keys):,} {what} are not encoded yet: run dedistill prepare")
     return problems

@@ -221,7 +221,7 @@ def _check(candidate: str, found: dict[str, RatioEstimate]) -> None:
         if not np.isfinite(reading.top).all():
             raise UserError(f"{candidate}: {key}: not every sample has a finite number; the weights are broken")
         if key not in RESPONSES and not reading.bottom.sum(0).all():
-            raise UserError(f"{candidate}: {key}: paths have no length; the model predicts velocities of 0. Is it trained?")
+            raise UserError(f"{candidate}: {key}: paths have no length; the model predicts velocities of 0. Was it trained?")
 
 
 def measure(
@@ -282,7 +282,7 @@ def _of_one_shape(candidate: Candidate, shapes: dict[tuple[int, ...], str]) -> C
 def _check_shape(name: str, image: tuple[int, ...], shapes: dict[tuple[int, ...], str]) -> None:
     shapes.setdefault(image, name)
     if len(shapes) > 1:
-        raise UserError(f"{' and '.join(shapes.values())} make images of different shapes: measure them apart")
+        raise UserError(f"{' and '.join(shapes.values())} make images of different shapes: measure them separately")
 
 
 def check_comparable(names: list[str], reference: str, settings: EvalSettings) -> None:

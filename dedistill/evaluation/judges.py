@@ -175,7 +175,7 @@ def _images(folder: Path) -> list[Path]:
     found = [f for f in sorted(folder.rglob("*")) if f.suffix[1:].lower() in PILLOW_READS and f.is_file()]
     if len(found) < 2:
         raise UserError(
-            f"--real: {amount(len(found), 'image')} in '{folder}'; a distance needs two at least, and says little below 1,000",
+            f"--real: {amount(len(found), 'image')} in '{folder}'; a distance needs at least 2, and says little below 1,000",
             2,
         )
     return found

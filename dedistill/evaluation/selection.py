@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.evaluation.meters import LEVEL, RatioEstimate, interval, ratio, resamples
 
 LEAST_PROMPTS = 16
@@ -118,7 +118,8 @@ def select(scores: dict, rows: list[dict], *, by: str | None = None, order: Sequ
 def check_prompts(prompts: Sequence[str]) -> None:
     """Raise UserError for too few different prompts to choose by."""
     if (count := len(set(prompts))) < LEAST_PROMPTS:
-        raise UserError(f"--prompts: {count} different ones are too few to choose by; at least {LEAST_PROMPTS}", 2)
+        some = amount(count, "different prompt is", "different prompts are")
+        raise UserError(f"--prompts: {some} too few to choose by; at least {LEAST_PROMPTS}", 2)
 
 
 def _mildest(cells: list[dict], candidate: str) -> int:

@@ -261,10 +261,11 @@ def read_index(path: Path) -> list[dict]:
 
 
 def _require(path: Path, what: str, entries: Iterable[object], kinds: dict[str, type | tuple[type, ...]]) -> None:
-    """Raise when an entry lacks one of the keys or has another kind of value there."""
+    """Raise when an entry lacks one of the keys or has another kind of value there; amounts of things need not be there."""
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise UserError(f"{path}: {what} {i} is not an object")
-        for key, kind in kinds.items():
+        amounts = {key: int for key in ("steps", "images") if key in entry}
+        for key, kind in (kinds | amounts).items():
             if not isinstance(entry.get(key), kind) or isinstance(entry[key], bool):
                 raise UserError(f"{path}: {what} {i}: {key!r} is missing or has the wrong type ({entry.get(key)!r})")

@@ -138,7 +138,7 @@ class SealedReader:
         self.layout = {name: (shape, known[dtype]) for name, (shape, dtype) in found.items()}
         self.seal = self.metadata.pop(SEAL, "")
         if not self.seal:
-            raise UserError(f"'{path}' carries no hash of its bytes: another program, or an earlier version, has written it")
+            raise UserError(f"'{path}' carries no checksum: another program, or an earlier version, wrote it")
 
     def __enter__(self) -> "SealedReader":
         try:
@@ -160,7 +160,7 @@ class SealedReader:
     def finish(self) -> None:
         """To be called when everything has been read."""
         if self._file.read(1) or self._digest.hexdigest() != self.seal:
-            raise UserError(f"'{self.path}' is damaged: its bytes do not have the hash that they were written with")
+            raise UserError(f"'{self.path}' is damaged: its bytes do not match its checksum")
 
     def _take(self, buffer: _Memory) -> _Memory:
         view, done = memoryview(buffer), 0

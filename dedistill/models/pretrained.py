@@ -77,8 +77,8 @@ def load_tokenizer(
         encoded = tokenizer(list(_WORDS))["input_ids"]
     if len(set(map(tuple, encoded))) == 1:  # without its vocabulary's files it is made of the special tokens alone
         raise UserError(
-            f"{source}: the tokenizer in '{folder}' has {len(tokenizer)} entries and takes '{_WORDS[0]}' and '{_WORDS[1]}' "
-            f"for the same: its vocabulary is missing. {_VOCABULARY}"
+            f"{source}: the tokenizer in '{folder}' has {len(tokenizer)} entries and gives '{_WORDS[0]}' and '{_WORDS[1]}' "
+            f"the same tokens: its vocabulary is missing. {_VOCABULARY}"
         )
     return tokenizer
 
@@ -126,7 +126,7 @@ def _object(file: Path, source: str) -> dict[str, Any]:
     with reading(f"{source}: '{file}' cannot be read"):
         found = json.loads(file.read_bytes())
     if not isinstance(found, dict):
-        raise UserError(f"{source}: '{file}' holds no JSON object")
+        raise UserError(f"{source}: '{file}' does not hold a JSON object")
     return found
 
 

@@ -120,6 +120,6 @@ def licence_for(base: Published | None, wanted: str | None) -> Licence:
     own = base.licence
     if own.binding and wanted not in (None, own.id, own.name):
         raise UserError(
-            f"a derivative of {base.id} is under its {own.name}, it cannot be released as '{wanted}' ({own.link})", 2
+            f"a derivative of {base.id} is under its {own.name}, so it cannot be released as '{wanted}' ({own.link})", 2
         )
     return own if wanted is None or own.binding else Licence(wanted)

@@ -64,7 +64,7 @@ def outer(factors: Factors) -> LowRankDeltas:
         right = [f["lora_down.weight"].float().T for f in per_snapshot]
         return LowRankDeltas(torch.cat(left, 1), torch.cat(right, 1), None)
     if kind not in (LOKR, LOKR_LOW):
-        raise UserError(f"factors {', '.join(sorted(kind))} are no LoKr or LoRA: average them with --space factors")
+        raise UserError(f"factors {', '.join(sorted(kind))} are neither LoKr nor LoRA: average them with --space factors")
     seconds = [f["lokr_w2"].float() if kind == LOKR else f["lokr_w2_a"].float() @ f["lokr_w2_b"].float() for f in per_snapshot]
     left = [f["lokr_w1"].float().reshape(-1) * scale(f) for f in per_snapshot]
     blocks = (*factors["lokr_w1"][0].shape, *seconds[0].shape)

@@ -57,7 +57,7 @@ def find_snapshots(folder: Path, skip: Collection[int] = ()) -> list[Snapshot]:
     found = [_opened(_path(folder, step), step) for step in steps if step not in skip]
     named = {step_of(Path(s.previous.partition(" ")[0])) for s in found}
     if unknown := sorted(set(skip) - set(steps) - named):
-        raise UserError(f"'{folder}' has and misses no snapshot of step {unknown[0]}", 2)
+        raise UserError(f"--skip {unknown[0]}: '{folder}' has no snapshot of this step, and none is missing", 2)
     if len(found) < 2:
         raise UserError(
             f"'{folder}' holds {amount(len(found), 'snapshot')}; an average needs at least two (set snapshot.every)"

@@ -35,7 +35,7 @@ def write_card(
     """
     if base and not is_hub_id(base):
         raise UserError(
-            f"--base {base}: no hub id; a card names the published model, such as black-forest-labs/FLUX.1-schnell", 2
+            f"--base {base}: not a hub id; a card names the published model, such as black-forest-labs/FLUX.1-schnell", 2
         )
     recorded = published(spec, source_of(facts) or source, config)
     claimed = published(spec, base, config) if base else None

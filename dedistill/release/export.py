@@ -165,8 +165,8 @@ def _around(source: Path, facts: dict, spec: ModelSpec) -> tuple[Files, list[str
             raise UserError(f"'{source}' takes text encoders and VAE from '{around}', which is not there")
         if not is_pipeline(Path(around)):
             raise UserError(
-                f"'{source / FACTS}' says that text encoders and VAE are in '{around}', which is no pipeline folder: it has no "
-                "vae/config.json or no text_encoder*/config.json. Nothing is taken from there; correct 'components'"
+                f"'{source / FACTS}' says that text encoders and VAE are in '{around}', which is not a pipeline folder: it has "
+                "no vae/config.json or no text_encoder*/config.json. Nothing is taken from there; correct 'components'"
             )
         others, more = pipeline_files(Path(around), spec.folder)
         files, left_out = others | files, [*left_out, *(str(Path(around) / name) for name in more)]

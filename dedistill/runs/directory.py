@@ -154,7 +154,7 @@ class RunDirectory:
         elif not (self.path / "recipe.json").exists():
             raise UserError(f"'{self.path}' holds results but no recipe.json; choose another run.out")
         if self.model.exists() and not any((self.model / name).exists() for name in (MARK, "dedistill.json")):
-            raise UserError(f"'{self.model}' is no export of a run and would be replaced: move it, or set another run.out")
+            raise UserError(f"'{self.model}' is not an export of a run and would be replaced: move it, or set another run.out")
 
     def _compare(self, known: Path) -> None:
         if self.recipe.run.resume == "never":

@@ -194,6 +194,6 @@ class ParameterChangeCheck:
             raise UserError(
                 f"after step {step}: {self.applied} steps were applied, but nothing has changed in {len(dead)} of "
                 f"{amount(len(self.modules), 'module')}, e.g. {', '.join(dead[0][:3])}. Their gradient or learning rate is "
-                "zero, or they are frozen. Training on would be in vain; leave them out of the targets if they cannot learn."
+                "zero, or they are frozen. More training changes nothing; leave them out of the targets if they cannot learn."
             )
         self.last, self.applied = now, 0

@@ -247,7 +247,7 @@ def test_load_lokr_refuses_what_it_cannot_load_whole(tmp_path):
     refused({k: t for k, t in own.tensors.items() if k != first}, "incomplete")
     refused(own.tensors | {"lycoris_x_embedder.dora_scale": torch.ones(1)}, "dora_scale.*not supported")
     refused(own.tensors | {"transformer.x_embedder.lokr_w1": torch.ones(4, 4)}, "under two names")
-    refused(own.tensors | {"lycoris_x_embedder.lokr_w2": torch.ones(4, 4)}, r"'x_embedder' makes up a weight \(16, 4\)")
+    refused(own.tensors | {"lycoris_x_embedder.lokr_w2": torch.ones(4, 4)}, r"'x_embedder' gives a weight of shape \(16, 4\)")
     refused(adapted("lora").tensors, "is a LoRA")
 
 

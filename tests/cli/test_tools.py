@@ -158,7 +158,7 @@ def test_influence_folder_is_a_recipe(story, monkeypatch, capsys):
     folder = story / "runs/digits/dedistill/influence"
     numbers = json.loads((folder / "influence.json").read_text())
     assert numbers["prompts"] == 2 and numbers["sigmas"] == [1.0, 0.5] and numbers["budget"] == 30_000
-    assert f"{numbers['parameters']:,} trained numbers" in capsys.readouterr().err
+    assert f"{numbers['parameters']:,} trained parameters" in capsys.readouterr().err
     out = {"train.steps": 1, "train.warmup": 0, "run.out": "'runs/influence'"}
     assert main([str(folder / "influence.toml"), *(w for k, v in out.items() for w in ("--set", f"{k}={v}"))]) == 0
     facts = json.loads((story / "runs/influence/plan.json").read_text())["effects"]

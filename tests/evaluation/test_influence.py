@@ -176,7 +176,7 @@ def test_enough_for_everything_is_factor_1_everywhere():
 
 
 def test_too_small_a_budget_says_what_the_least_is():
-    with pytest.raises(UserError, match="--budget: 100 is too little: factor 16 on every block takes 2,"):
+    with pytest.raises(UserError, match="--budget: 100 is too small: factor 16 on every block takes 2,"):
         share_out(BLOCKS, SHAPES, 100)
 
 

@@ -181,7 +181,7 @@ def test_seeds_of_one_prompt_go_together():
     [
         (lambda s, r: None, {"by": "frechet"}, "--by: images were not scored by 'frechet'; there are accuracy, saturated"),
         (lambda s, r: r.pop(), {}, "different prompts or seeds"),
-        (lambda s, r: [row.update(prompt="same") for row in r], {}, "--prompts: 1 different ones are too few to choose by"),
+        (lambda s, r: [row.update(prompt="same") for row in r], {}, "--prompts: 1 different prompt is too few to choose by"),
     ],
 )
 def test_what_cannot_be_selected_is_refused(change, options, message):

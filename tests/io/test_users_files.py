@@ -107,7 +107,7 @@ def test_only_empty_files_are_requests(teacher_recipe, tmp_path, capsys):
     said = capsys.readouterr().err
     assert (run / "stop").read_text() == "mine" and (run / "save").is_symlink() and not (run / "sample").exists()
     for name in ("stop", "save"):
-        assert said.count(f"'{run / name}' is no empty file") == 1
+        assert said.count(f"'{run / name}' is not an empty file") == 1
     assert f"'{run / 'sample'}' was there before the start and is removed" in said
 
 

@@ -314,7 +314,7 @@ def shorten(folder: Path, kept: int) -> None:
 def test_a_tokenizer_that_knows_no_words_is_refused(model, refused):
     """The file is there; what it holds are the special tokens."""
     shorten(model / "tokenizer_2", 4)
-    assert "takes 'blue' and 'bird' for the same: its vocabulary is missing" in refused()
+    assert "gives 'blue' and 'bird' the same tokens: its vocabulary is missing" in refused()
 
 
 @pytest.mark.parametrize(

@@ -130,12 +130,12 @@ def test_a_renamed_one_is_refused(folder, tmp_path):
 
 def test_one_without_a_seal_is_refused(folder, tmp_path):
     save_file(tensors(100), path_of(folder, 100), metadata={"dedistill.step": "100"})
-    with pytest.raises(UserError, match=r"step-00000100.* carries no hash"):
+    with pytest.raises(UserError, match=r"step-00000100.* carries no checksum"):
         average(folder, tmp_path / "out")
 
 
 def test_an_unknown_step_to_skip_is_refused(folder):
-    with pytest.raises(UserError, match="has and misses no snapshot of step 55"):
+    with pytest.raises(UserError, match=r"--skip 55: .* has no snapshot of this step, and none is missing"):
         find_snapshots(folder, [55])
 
 

@@ -135,7 +135,7 @@ def test_components_are_taken_from_a_pipeline_only(kind, home, tmp_path, capsys)
     (tmp_path / "base/dedistill.json").write_text(json.dumps({"components": str(private)}))
     assert export(tmp_path / "base", tmp_path / "out") == 1
     said = capsys.readouterr().err
-    assert str(private) in said and "no pipeline folder" in said and not list(tmp_path.glob("out*"))
+    assert str(private) in said and "not a pipeline folder" in said and not list(tmp_path.glob("out*"))
 
 
 def leading_out(kind: str, folder: Path, outside: Path) -> Path:
@@ -291,7 +291,7 @@ def test_a_released_adapter_still_knows_its_base(home, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "was trained on 'base'" in said and "give its folder the name 'base'" in said and not (tmp_path / "three").exists()
     assert export(home / "base", tmp_path / "four", "single", "--base", home / "base") == 2
-    assert not (tmp_path / "four").exists() and "no hub id" in capsys.readouterr().err
+    assert not (tmp_path / "four").exists() and "not a hub id" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class FluxText:
             t5, clip = (json.loads((self.folder / f / "config.json").read_text()) for f in ("text_encoder_2", "text_encoder"))
             return Widths((int(t5["d_model"]),), {"pooled": int(clip["hidden_size"])})
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-            raise UserError(f"model.path: the text encoders in '{self.folder}' have no whole config.json: {e!r}") from e
+            raise UserError(f"model.path: the text encoders in '{self.folder}' have no usable config.json: {e!r}") from e
 
     @property
     def loaded(self) -> bool:

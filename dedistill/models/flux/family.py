@@ -65,7 +65,7 @@ class Flux(FluxBlocks):
             net.time_text_embed.__class__ = BypassedGuidance  # same parameters and names, another forward
             return None
         if wanted is None:
-            raise UserError("model.guidance: this network has a guidance embedding; say what it is fed, usually 1.0", 2)
+            raise UserError("model.guidance: this network has a guidance embedding; set what it is fed, usually 1.0", 2)
         return float(wanted)
 
     def full_size(self, spec: Model) -> nn.Module:
@@ -126,7 +126,7 @@ class Flux(FluxBlocks):
         value = parts.guidance if guidance is None else guidance
         embedding = _net(parts).time_text_embed
         if value is not None and type(embedding) is not CombinedTimestepGuidanceTextProjEmbeddings:
-            raise UserError("this network has no guidance embedding, or goes past it; leave the distilled guidance out")
+            raise UserError("this network has no guidance embedding, or bypasses it; leave the distilled guidance out")
         fed = None if value is None else torch.full((len(noisy),), value, device=noisy.device)
         if type(embedding) is BypassedGuidance:
             fed = torch.zeros(len(noisy), device=noisy.device)  # diffusers wants a number; it is not looked at

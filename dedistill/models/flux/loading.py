@@ -71,7 +71,7 @@ def _local(path: str, revision: str | None, key: str) -> Path:
         raise UserError(f"{key}: '{path}' does not exist")
     if not _COMMIT.fullmatch(revision or ""):
         raise UserError(
-            f"{key}: '{path}' is no local folder. For a hub id pin its commit, 40 hexadecimal digits, with model.revision; "
+            f"{key}: '{path}' is not a local folder. For a hub id pin its commit, 40 hexadecimal digits, with model.revision; "
             "a branch or tag may change under a run",
             2,
         )
@@ -145,7 +145,7 @@ _BFL_SIZES = {
 def _config_of(tensors: dict[str, Tensor], names: dict, source: str, components: Path) -> dict:
     """The config of a network from the shapes of its tensors; what shapes cannot tell from the folder of its components."""
     if missing := [names[k] for k in ("image", "text", "pooled", "head") if names[k] not in tensors]:
-        raise UserError(f"model.path: '{source}' is no FLUX denoiser: it has no tensor '{missing[0]}'")
+        raise UserError(f"model.path: '{source}' is not a FLUX denoiser: it has no tensor '{missing[0]}'")
     hidden, channels = tensors[names["image"]].shape
     head = tensors[names["head"]].shape[0]
     beside = components / "transformer" / "config.json"

@@ -76,7 +76,7 @@ def original_parts(module: str) -> tuple[str, tuple[str, ...]]:
     block = re.fullmatch(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.(.+)", module)
     stack, number, rest = block.groups() if block else ("", "", module)
     if rest not in _BFL_OF[stack]:
-        raise UserError(f"'{module}' is no layer of FLUX: it has no name in BFL's files")
+        raise UserError(f"'{module}' is not a layer of FLUX: it has no name in BFL's files")
     bfl, parts = _BFL_OF[stack][rest]
     if not block:
         return bfl, parts

@@ -57,7 +57,7 @@ class MaskedFluxPipeline(FluxPipeline):
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "MaskedFluxPipeline":
         if "transformer" not in kwargs and _folder_facts(str(Path(folder) / "transformer")).get("quantized"):
             raise UserError(
-                f"'{folder}' is an int8 export, whose codes are no weights: add "
+                f"'{folder}' is an int8 export, whose codes are not weights: add "
                 "transformer=dedistill.release.export.load_int8(folder)"
             )
         for part in sorted(p for p in Path(folder).glob("*") if p.is_dir()):
