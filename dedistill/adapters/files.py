@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dedistill.adapters.delta import scale
 from dedistill.adapters.formats import FOLDERS, by_layer, check_shapes, is_lora
 from dedistill.errors import UserError
-from dedistill.io.safetensors import SEAL, check_seal
+from dedistill.io.safetensors import CHECKSUM, verify_checksum
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -28,8 +28,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as f:
             header = f.metadata() or {}
-            if header.pop(SEAL, None):
-                check_seal(path)
+            if header.pop(CHECKSUM, None):
+                verify_checksum(path)
             # clone: mapped tensors are unaligned, which crashes some int8 kernels
             return {name: f.get_tensor(name).clone() for name in f.keys()}, header  # noqa: SIM118
     except (OSError, SafetensorError) as e:

@@ -130,7 +130,7 @@ def test_pairs(tmp_path):
         assert not survives(lambda: PairSource(tmp_path)), (i, raw)
 
 
-def test_a_sealed_file_with_other_contents_is_no_pairs(tmp_path):
+def test_a_checksummed_file_with_other_contents_is_no_pairs(tmp_path):
     shard = {"file": "../a.tar", "sha256": "0"}
     for table in ({}, {"shards": 1}, {"shards": []}, {"shards": [shard], "sigmas": [1, 0], "picture": [1, 8, 8]}):
         (tmp_path / "pairs.json").write_bytes(checksummed({"complete": True, **table}))

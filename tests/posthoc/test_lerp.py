@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import dedistill.posthoc.snapshots as stream
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.io.safetensors import SealedReader
+from dedistill.io.safetensors import ChecksummedReader
 from dedistill.posthoc.profiles import ALPHAS, chain_weights, describe, output_name
 from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
 
@@ -181,12 +181,12 @@ def test_every_byte_is_read_once(alphas, tmp_path, monkeypatch):
     folder = write(tmp_path / "snapshots", STEPS)
     found, read = find_snapshots(folder), {}
 
-    class Counting(SealedReader):
+    class Counting(ChecksummedReader):
         def _take(self, buffer):
             read[self.path] = read.get(self.path, 0) + len(buffer)
             return super()._take(buffer)
 
-    monkeypatch.setattr(stream, "SealedReader", Counting)
+    monkeypatch.setattr(stream, "ChecksummedReader", Counting)
     lerp_snapshots(found, alphas, tmp_path / "out")
     assert read == {s.path: s.path.stat().st_size for s in found}
 
@@ -228,7 +228,7 @@ def test_header_tells_where_it_came_from(tmp_path):
     assert header["format"] == "pt" and header["dedistill.step"] == "160" and "0.9" in header["dedistill.ema"]
     inputs = json.loads(header["dedistill.ema_inputs"])
     assert [i["file"] for i in inputs] == [f"snapshots/step-{s:08d}.safetensors" for s in STEPS]
-    assert [i["sha256"] for i in inputs] == [s.seal for s in find_snapshots(folder)]
+    assert [i["sha256"] for i in inputs] == [s.checksum for s in find_snapshots(folder)]
     assert not any("previous" in key for key in header)
     assert [i["weight"] for i in inputs] == pytest.approx(list(chain_weights(0.9, len(STEPS))), rel=1e-12)
 
@@ -279,7 +279,7 @@ def test_a_damaged_snapshot_is_refused_by_name(damage, tmp_path):
 def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
     """No half-written average under its name, and no temporary file, when reading fails after writing began."""
     folder, out = write(tmp_path / "snapshots", STEPS), tmp_path / "out"
-    found, original, calls = find_snapshots(folder), SealedReader.read_into, []
+    found, original, calls = find_snapshots(folder), ChecksummedReader.read_into, []
 
     def failing(self, part):
         calls.append(self.path)
@@ -288,7 +288,7 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         return original(self, part)
 
-    monkeypatch.setattr(SealedReader, "read_into", failing)
+    monkeypatch.setattr(ChecksummedReader, "read_into", failing)
     with pytest.raises(OSError, match="Input/output"):
         lerp_snapshots(found, ALPHAS, out)
     assert contents(out) == []

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dedistill.adapters.files import read_tensors
 from dedistill.errors import UserError
-from dedistill.io.safetensors import SEAL, SealedReader, check_seal
+from dedistill.io.safetensors import CHECKSUM, ChecksummedReader, verify_checksum
 from dedistill.posthoc.snapshots import PREVIOUS, find_snapshots, write_snapshot
 
 STEPS = range(10, 210, 10)
@@ -44,18 +44,18 @@ def folder(twenty, tmp_path):
     return shutil.copytree(twenty, tmp_path / "snapshots")
 
 
-def test_any_program_reads_a_sealed_file(folder):
-    """What is sealed is an ordinary safetensors file; our own readers check the seal and keep it to themselves."""
+def test_any_program_reads_a_checksummed_file(folder):
+    """A checksummed file is an ordinary safetensors file; our own readers verify the checksum and keep it to themselves."""
     path = path_of(folder, 20)
     assert all(torch.equal(t, tensors(20)[n]) for n, t in load_file(path).items())
     with safe_open(path, framework="pt") as f:
         assert (
-            set(f.metadata()) == {"format", "dedistill.run", "dedistill.step", PREVIOUS, SEAL}
-            and f.metadata()[SEAL] != "0" * 64
+            set(f.metadata()) == {"format", "dedistill.run", "dedistill.step", PREVIOUS, CHECKSUM}
+            and f.metadata()[CHECKSUM] != "0" * 64
         )
     found, header = read_tensors(path)
-    assert found.keys() == tensors(20).keys() and SEAL not in header
-    check_seal(path)
+    assert found.keys() == tensors(20).keys() and CHECKSUM not in header
+    verify_checksum(path)
 
 
 def test_the_same_snapshot_has_the_same_bytes(folder, tmp_path):
@@ -128,7 +128,7 @@ def test_a_renamed_one_is_refused(folder, tmp_path):
         average(folder, tmp_path / "out")
 
 
-def test_one_without_a_seal_is_refused(folder, tmp_path):
+def test_one_without_a_checksum_is_refused(folder, tmp_path):
     save_file(tensors(100), path_of(folder, 100), metadata={"dedistill.step": "100"})
     with pytest.raises(UserError, match=r"step-00000100.* carries no checksum"):
         average(folder, tmp_path / "out")
@@ -155,9 +155,9 @@ def test_a_file_of_another_length_is_damaged(folder, left):
     raw = path.read_bytes()
     path.write_bytes(raw + b"\0" if left == "more" else raw[:-1])
     with pytest.raises(UserError, match="step-00000100"):
-        check_seal(path)
+        verify_checksum(path)
 
 
 def test_what_is_not_read_to_its_end_is_not_said_to_be_whole(folder):
-    with SealedReader(path_of(folder, 100)) as file, pytest.raises(UserError, match="damaged"):
+    with ChecksummedReader(path_of(folder, 100)) as file, pytest.raises(UserError, match="damaged"):
         file.finish()
