@@ -72,7 +72,7 @@ def _refuse_other_files(paths: Sequence[Path]) -> None:
         except (OSError, SafetensorError):
             average = False
         if not average:
-            raise UserError(f"'{path}' exists and was not made by dedistill: choose another --out, or remove it")
+            raise UserError(f"'{path}' exists and is not an average made by dedistill: choose another --out, or remove it")
 
 
 def average_run(

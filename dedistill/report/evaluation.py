@@ -82,7 +82,7 @@ def _distilled(found: dict) -> str:
         return f"{name} has {numbers}; there is nothing to compare it with."
     verdicts = {key: meters[name][key][0]["verdict"] for key, _ in _SUMMARY}
     seen = {"lower": "less distilled", "higher": "more distilled"}
-    words = seen.get(verdicts["guidance"], "as far as one sees no less distilled")
+    words = seen.get(verdicts["guidance"], "not measurably less distilled")
     compared = [
         f"{label} {_meter(meters[name], key)} against {_meter(meters[reference], key)}, {_difference(meters[name][key][0])}"
         for key, label in _SUMMARY
@@ -111,14 +111,14 @@ def _which(found: dict) -> str:
     losses, selection = found["losses"], found["selection"]
     best = min(losses, key=lambda row: row["value"])
     equals = [row["candidate"] for row in losses if row["may_be_best"] and row is not best]
-    ties = f"not told apart from it: {', '.join(equals)}" if equals else "no other may be the best"
+    ties = f"indistinguishable from it: {', '.join(equals)}" if equals else "no other may be the best"
     by_loss = f"by held-out loss {best['candidate']} is best, {ties}" if len(losses) > 1 else "it is the only candidate"
     if selection["chosen"] is None:
         return f"{by_loss[0].upper()}{by_loss[1:]}."
     name = selection["cells"][selection["chosen"]]["candidate"]
     cells = [cell for cell in selection["cells"] if cell.get("may_be_best") and cell["candidate"] != name]
     others = list(dict.fromkeys(cell["candidate"] for cell in cells))
-    images = f"; by its images it is not told apart from {', '.join(others)}" if others else ""
+    images = f"; by its images it is indistinguishable from {', '.join(others)}" if others else ""
     return f"{name}{images}; {by_loss}."
 
 

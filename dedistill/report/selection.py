@@ -44,7 +44,7 @@ def rule(found: dict) -> list[str]:
     lines = []
     if limits:
         lines = [
-            f"Refused is a cell that, prompt by prompt, may be worse by more than {', '.join(limits[:-1])}"
+            f"A cell is refused if, prompt by prompt, it may be worse by more than {', '.join(limits[:-1])}"
             f"{' or ' if limits[:-1] else ''}{limits[-1]} than the same weights in their cell nearest CFG 1, in the most steps."
         ]
     if found["by"] is None:
@@ -52,7 +52,7 @@ def rule(found: dict) -> list[str]:
     ranking_metric = numbers[found["by"]]
     end = "highest" if ranking_metric["better"] == "high" else "lowest"
     unjudged = "" if ranking_metric.get("adherence") else " Prompt adherence was not judged."
-    return [*lines, f"Of the others the one of {end} {ranking_metric['label']} is chosen.{unjudged}"]
+    return [*lines, f"Of the others, the one of {end} {ranking_metric['label']} is chosen.{unjudged}"]
 
 
 def chosen_words(found: dict) -> str:
@@ -60,7 +60,9 @@ def chosen_words(found: dict) -> str:
     cell, key = found["cells"][found["chosen"]], found["by"]
     label = next(n["label"] for n in found["numbers"] if n["key"] == key)
     others = sum(bool(c.get("may_be_best")) for c in found["cells"]) - bool(cell.get("may_be_best"))
-    ties = f"{amount(others, 'other cell is', 'other cells are')} possibly the best as well" if others else "no other may be it"
+    ties = "no other may be the best"
+    if others:
+        ties = f"{amount(others, 'other cell is', 'other cells are')} possibly the best as well"
     cheapest = min((c for c in found["cells"] if c.get("may_be_best")), key=lambda c: c["nfe"])
     cheaper = f"; the cheapest of them is {place_words(cheapest)}" if cheapest["nfe"] < cell["nfe"] else ""
     return f"{place_words(cell)}: {label} {number_words(cell, key)}; {ties}{cheaper}"

@@ -83,7 +83,7 @@ def test_choices_are_uniform():
     ("counts", "weights", "message"),
     [
         ([], [], "0 weights for 0 sources"),
-        ([1, 2], [1], "1 weights for 2 sources"),
+        ([1, 2], [1], "1 weight for 2 sources"),
         ([1, 2], [1, 0], "source 1 has weight 0"),
         ([1, 2], [-1, 1], "source 0 has weight -1"),
         ([1, 2], [1, float("nan")], "source 1 has weight nan"),

@@ -123,11 +123,11 @@ def test_only_what_is_new_is_encoded(own):
     assert encoded(encode(recipe)[1]) == []
     write_images(folder, 1, first=60)
     data, said = encode(recipe)
-    assert encoded(said) == ["2 captions", "1 images"] and data.digest != first.digest
+    assert encoded(said) == ["2 captions", "1 image"] and data.digest != first.digest
     write_image(folder / "p03.png", 112, 96, seed=99)
-    assert encoded(encode(recipe)[1]) == ["1 images"]
+    assert encoded(encode(recipe)[1]) == ["1 image"]
     (folder / "p05.txt").write_text("the moon")
-    assert encoded(encode(recipe)[1]) == ["1 captions"]
+    assert encoded(encode(recipe)[1]) == ["1 caption"]
     (folder / "p60.png").rename(folder / "q60.png")
     (folder / "p60.txt").rename(folder / "q60.txt")
     encode(recipe)  # its crops go by its name, so another window may have to be encoded

@@ -202,7 +202,7 @@ def test_averages_replace_nothing_but_averages(adapter_recipe, tmp_path, refused
     run, out = tmp_path / "dedistill", tmp_path / "weights"
     average = ("posthoc_ema", run, "--alpha", "0.5", "--out", out)
     filled(out, "alpha_linear_0.5.safetensors")
-    assert refused(lambda: tool(*average), out, "no average")
+    assert refused(lambda: tool(*average), out, "not an average")
     (out / "alpha_linear_0.5.safetensors").unlink()
     assert tool(*average) == 0 and tool(*average) == 0
 

@@ -155,11 +155,9 @@ def remove(*names):
 
 
 FAULTS = [
-    pytest.param(
-        drop("to_add_out.bias"), "1 tensors are missing, e.g. transformer_blocks.0.attn.to_add_out.bias", id="missing"
-    ),
-    pytest.param(add, "1 tensors are unknown, e.g. surplus.weight", id="unknown"),
-    pytest.param(reshape, "1 tensors are of another shape, e.g. proj_out.bias", id="shape"),
+    pytest.param(drop("to_add_out.bias"), "1 tensor is missing, e.g. transformer_blocks.0.attn.to_add_out.bias", id="missing"),
+    pytest.param(add, "1 tensor is unknown, e.g. surplus.weight", id="unknown"),
+    pytest.param(reshape, "1 tensor is of another shape, e.g. proj_out.bias", id="shape"),
     pytest.param(halve, "cannot be read as safetensors", id="torn"),
     pytest.param(remove("transformer"), "no folder 'transformer'", id="no transformer"),
     pytest.param(remove("tokenizer_2"), "no folder 'tokenizer_2'", id="no tokenizer"),
@@ -200,7 +198,7 @@ def test_single_file_is_the_same_network(schnell, dev, tmp_path, spelling, guida
     text = parts.text(CAPTIONS, 32)
     assert torch.equal(velocity(again, text), velocity(parts, text)) and again.guidance == parts.guidance
     save_file({name: t.contiguous() for name, t in list(tensors.items())[:-1]}, file)
-    with pytest.raises(UserError, match=r"1 tensors are missing|no tensor"):
+    with pytest.raises(UserError, match=r"1 tensor is missing|no tensor"):
         load(file, components=str(folder))
 
 

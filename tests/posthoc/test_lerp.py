@@ -105,10 +105,10 @@ def test_steps_are_ordered_as_numbers(tmp_path):
     torch.testing.assert_close(load_file(written)["lycoris_a.lokr_w2"], wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("steps", [[], [30]])
-def test_fewer_than_two_snapshots(steps, tmp_path):
+@pytest.mark.parametrize(("steps", "held"), [([], "0 snapshots"), ([30], "1 snapshot")])
+def test_fewer_than_two_snapshots(steps, held, tmp_path):
     """An average needs two; the message says where it looked and how many there are."""
-    with pytest.raises(UserError, match=f"'{tmp_path}' holds {len(steps)} snapshots"):
+    with pytest.raises(UserError, match=f"'{tmp_path}' holds {held};"):
         find_snapshots(write(tmp_path, steps))
 
 

@@ -157,7 +157,7 @@ def test_a_gap_can_be_skipped(run, capsys):
         (["--sigma-rel", "0"], "sigma_rel = 0"),
         (["--sigma-rel", "nan"], "expects a finite number"),
         (["--sigma-rel", "0.1", "--step", "5"], "--step 5: there are snapshots of steps 2, 4, 6, 8"),
-        (["--step", "3"], "--step 3 leaves 1 snapshots"),
+        (["--step", "3"], "--step 3 leaves 1 snapshot"),
         (["--skip", "5"], "has no snapshot of this step, and none is missing"),
         (["--alpha", "0"], "alpha = 0"),
     ],

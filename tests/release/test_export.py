@@ -135,8 +135,8 @@ def test_int8_export_is_our_int8_base(base, tmp_path):
 
 def test_a_damaged_folder_is_refused_by_tensor(base, tmp_path):
     for change, match in (
-        ("drop", "misses 1 tensors.*x_embedder"),
-        ("add", "does not know 1 tensors.*extra"),
+        ("drop", "misses 1 tensor.*x_embedder"),
+        ("add", "does not know 1 tensor.*extra"),
         ("cut", "safetensors"),
     ):
         folder = tmp_path / change

@@ -270,8 +270,8 @@ def test_unfinished_missing_or_few_pairs_are_refused(copy, tmp_path_factory, tea
     with pytest.raises(UserError, match=f"no pairs in '{empty}'.*dedistill pairs"):
         PairSource(empty)
     _interrupt(copy)
-    with pytest.raises(UserError, match=r"is unfinished \(1 shards\); run dedistill pairs again"):
+    with pytest.raises(UserError, match=r"is unfinished \(1 shard\); run dedistill pairs again"):
         PairSource(copy)
     make_pairs(teacher, digits, empty, **SETTINGS | {"count": 1})
-    with pytest.raises(UserError, match="holds 1 pairs"):
+    with pytest.raises(UserError, match="holds 1 pair"):
         PairSource(empty)

@@ -138,9 +138,7 @@ def test_a_spoilt_optimizer_stops_all(adapter_recipe, tmp_path, stage):
     given = arguments(adapter_recipe, tmp_path / "r", *BRIEF)
     assert run_ranks(2, _launched, stage, tmp_path, given, _bad_moment, said=tmp_path / "said") == [1, 1]
     for rank in (0, 1):
-        assert (
-            "before step 2 the optimizer state holds 1 tensors that are not finite" in (tmp_path / f"said/{rank}").read_text()
-        )
+        assert "before step 2 the optimizer state holds 1 tensor that is not finite" in (tmp_path / f"said/{rank}").read_text()
     assert not list_checkpoints(tmp_path / "r" / "checkpoints")
 
 
