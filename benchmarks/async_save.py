@@ -40,7 +40,7 @@ def state(megabytes: int) -> Groups:
     return {"trainable": {"w": part}, "optimizer": {"w/exp_avg": part + 1, "w/exp_avg_sq": part + 2}}
 
 
-def lost(groups: Groups, saver: AsyncCheckpointWriter, folder: Path, step: int) -> tuple[float, float]:
+def lost(groups: Groups, writer: AsyncCheckpointWriter, folder: Path, step: int) -> tuple[float, float]:
     """Seconds lost to a save that is waited for, and to one beside training."""
 
     def write(number: int) -> Callable[[Groups], object]:
@@ -48,9 +48,9 @@ def lost(groups: Groups, saver: AsyncCheckpointWriter, folder: Path, step: int) 
 
     plain = train()
     waited = train(lambda: write(step)(groups)) - plain
-    beside = train(lambda: saver.start(groups, write(step + 1))) - plain
+    beside = train(lambda: writer.start(groups, write(step + 1))) - plain
     start = time.perf_counter()
-    saver.wait()
+    writer.wait()
     assert time.perf_counter() - start < STEP, "the steps were over before the save"
     return waited, beside
 
@@ -60,10 +60,10 @@ def main() -> None:
     rows = {}
     for megabytes in (64, 256):
         with tempfile.TemporaryDirectory() as folder:
-            groups, saver, checkpoints = state(megabytes), AsyncCheckpointWriter(), Path(folder) / "checkpoints"
-            lost(groups, saver, checkpoints, 0)  # the first save of a run gets the memory for its copies
-            pairs = [lost(groups, saver, checkpoints, 2 * i) for i in range(1, ROUNDS + 1)]
-            saver.close()
+            groups, writer, checkpoints = state(megabytes), AsyncCheckpointWriter(), Path(folder) / "checkpoints"
+            lost(groups, writer, checkpoints, 0)  # the first save of a run gets the memory for its copies
+            pairs = [lost(groups, writer, checkpoints, 2 * i) for i in range(1, ROUNDS + 1)]
+            writer.close()
         ratios = [beside / waited for waited, beside in pairs]
         waited, beside = (statistics.median(column) for column in zip(*pairs))
         name = f"{megabytes} MiB of weights and moments"

@@ -1,4 +1,4 @@
-"""The one exception that carries a message for the user rather than for the programmer."""
+"""What is said to the user: the one exception that carries a message for them, and how messages count."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +17,11 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def amount(number: int, one: str, many: str = "") -> str:
+    """1 image, 1,234 images. many: what several are called, verb included where it follows; default ``one`` with an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 @contextmanager

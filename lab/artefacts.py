@@ -16,6 +16,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from dedistill.data.digits import load_digits, load_mnist
+from dedistill.errors import amount
 from dedistill.evaluation.numbers import diversity
 from dedistill.flow import keyed
 from dedistill.sampling.images import contact_sheet
@@ -133,21 +134,21 @@ def tables(results: dict) -> str:
     lines, sets = [], results["sets"]
     for fault in ("blur", "shadow", "clipped", "colour", "collapse, mixed", "collapse, copied"):
         meter = fault if fault in METERS else "diversity"
-        told = {name: s["curves"][fault][meter] for name, s in sets.items() if fault in s["curves"]}
-        strengths = [row["strength"] for row in next(iter(told.values()))]
+        curves = {name: s["curves"][fault][meter] for name, s in sets.items() if fault in s["curves"]}
+        strengths = [row["strength"] for row in next(iter(curves.values()))]
         says = FAULTS[fault].says if fault in FAULTS else f"seeds {fault.split()[1]}, share"
         lines += [f"| {meter}: {says} | " + " | ".join(f"{s:g}" for s in strengths) + " |", "|---" * (len(strengths) + 1) + "|"]
         for kind in ("paired", "unpaired"):
             lines += [
                 f"| {name}, {kind} | " + " | ".join(f"{row[kind]['seen'][0]:.0%}" for row in rows) + " |"
-                for name, rows in told.items()
+                for name, rows in curves.items()
             ]
         lines.append("")
     meters = [*METERS, "diversity"]
     lines += ["| fault | images | " + " | ".join(meters) + " |", "|---" * (len(meters) + 2) + "|"]
     for name, s in sets.items():
-        for fault, told in s["cross"].items():
-            seen = (f"{told[m]['seen'][0]:.0%}" if m in told else "" for m in meters)
+        for fault, cross in s["cross"].items():
+            seen = (f"{cross[m]['seen'][0]:.0%}" if m in cross else "" for m in meters)
             lines.append(f"| {fault} {FAULTS[fault].cross:g} | {name} | " + " | ".join(seen) + " |")
     return "\n".join(lines) + "\n"
 
@@ -177,9 +178,9 @@ def main() -> None:
     for name, chosen in sets.items():
         results["sets"][name] = of_set(*chosen)
         RESULTS.write_text(json.dumps(results) + "\n")
-        print(f"{name}: {len(chosen[0])} images", flush=True)
-    before, told = PAGE.read_text().split(START)
-    PAGE.write_text(before + START + "\n" + tables(results) + END + told.split(END)[1])
+        print(f"{name}: {amount(len(chosen[0]), 'image')}", flush=True)
+    before, after = PAGE.read_text().split(START)
+    PAGE.write_text(before + START + "\n" + tables(results) + END + after.split(END)[1])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def write_page(found: dict, folder: Path) -> Path:
     """Write ``index.html`` into ``folder``; returns its path. found: what ``lab.run_all`` returns."""
     make_folder(folder)
     scores, scale = found["scores"], found["scale"]
-    sections = [_section(trick.title, trick.asked, trick_table(trick, scores)) for trick in TRICKS]
+    sections = [_section(trick.title, trick.question, trick_table(trick, scores)) for trick in TRICKS]
     sections.append(
         _section("Variance, independent over stratified timesteps", "Above 1, stratifying calms.", variance_table(scores))
     )
@@ -48,7 +48,7 @@ def write_page(found: dict, folder: Path) -> Path:
     return page
 
 
-def _section(title: str, asked: str, table: tuple[list[str], list[list[str]]]) -> dict:
+def _section(title: str, question: str, table: tuple[list[str], list[list[str]]]) -> dict:
     heads, rows = table
     numeric = [all(_leading(row[i]) or not row[i] for row in rows) for i in range(len(heads))]
     fields = [
@@ -56,7 +56,7 @@ def _section(title: str, asked: str, table: tuple[list[str], list[list[str]]]) -
         for row in rows
     ]
     columns = [{"label": head or "variant", "help": "", "numeric": number} for head, number in zip(heads, numeric)]
-    return {"title": title, "asked": asked, "table": {"heads": columns, "rows": fields}}
+    return {"title": title, "question": question, "table": {"heads": columns, "rows": fields}}
 
 
 def _leading(text: str) -> str:

@@ -74,7 +74,7 @@ def _document(found: dict) -> list[str]:
     lines += ["", "## Verdicts", ""]
     lines += [*(f"- **{title}.** {text}" for title, text in verdicts(scores)), ""]
     for trick in TRICKS:
-        lines += [f"## {trick.title}", "", trick.asked, "", *_table(*trick_table(trick, scores)), ""]
+        lines += [f"## {trick.title}", "", trick.question, "", *_table(*trick_table(trick, scores)), ""]
     lines += ["## Variance under stratified timesteps", "", VARIANCE, "", *_table(*variance_table(scores)), ""]
     lines += ["## Padding", "", PADDING, "", *_table(*padding_table(scores)), ""]
     lines += ["## All models", "", "Means over seeds, and their standard deviations.", "", *_table(*models_table(scores))]
@@ -83,8 +83,12 @@ def _document(found: dict) -> list[str]:
 
 def verdicts(scores: list[dict]) -> list[tuple[str, str]]:
     """A title and a sentence for every trick."""
-    told = [(trick.title, sentence(trick, scores)) for trick in TRICKS]
-    return [*told, ("Variance under stratified timesteps", variance_sentence(scores)), ("Padding", padding_sentence(scores))]
+    sentences = [(trick.title, sentence(trick, scores)) for trick in TRICKS]
+    return [
+        *sentences,
+        ("Variance under stratified timesteps", variance_sentence(scores)),
+        ("Padding", padding_sentence(scores)),
+    ]
 
 
 def main_table(scores: list[dict]) -> list[str]:
@@ -181,7 +185,7 @@ def _padding_loss(scores: list[dict], model: str) -> tuple[float, float, float]:
 
 
 def padding_sentence(scores: list[dict]) -> str:
-    def said(model: str) -> str:
+    def padded(model: str) -> str:
         mean, low, high = _padding_loss(scores, model)
         what = "loses" if high < 0 else "gains" if low > 0 else "shows no difference of"
         size = (
@@ -191,7 +195,7 @@ def padding_sentence(scores: list[dict]) -> str:
         )
         return f"{MODELS[model]} {what}{size} accuracy"
 
-    return f"From 8 to 48 tokens, {'; '.join(f'the model {said(m)}' for m in ('mask_off', 'base'))}."
+    return f"From 8 to 48 tokens, {'; '.join(f'the model {padded(m)}' for m in ('mask_off', 'base'))}."
 
 
 def models_table(scores: list[dict]) -> tuple[list[str], list[list[str]]]:

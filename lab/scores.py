@@ -55,7 +55,7 @@ class Examiner:
         noise, sigmas = start_noise(0, len(self.prompts), model.parts.sample_shape), sigma_grid(32, model.grid_shift)
         how = Sampling(steps=32, guidance=ClassifierFree(cfg))
         found = [path_numbers(states, sigmas)[:2] for states in trajectories(model, self.prompts, noise, how)]
-        chord, bend = (np.concatenate(part) for part in zip(*found))
+        chord, curvature = (np.concatenate(part) for part in zip(*found))
         one, many = (self.images(model, cfg, steps=steps) for steps in (1, STEPS))
-        straightness = float((bend @ -np.diff(sigmas)).sum() / chord.sum())
+        straightness = float((curvature @ -np.diff(sigmas)).sum() / chord.sum())
         return {"straightness": straightness, "frechet_one": one["frechet"], "frechet_16": many["frechet"]}

@@ -56,7 +56,7 @@ SCORES = {
     "precision_4": Score("precision at CFG 4", "high"),
     "saturated_4": Score("saturated at CFG 4"),
     "guidance": Score("guidance gap"),
-    "straightness": Score("bend of the paths"),
+    "straightness": Score("curvature of the paths"),
     "frechet_one": Score("Frechet distance in one step"),
     "frechet_16": Score("Frechet distance in 16 steps"),
 }
@@ -133,7 +133,7 @@ class Trick:
     """The verdict of each comparison is told by ``primary``, which was chosen before anything was run."""
 
     title: str
-    asked: str
+    question: str
     primary: str
     others: tuple[str, ...]
     comparisons: tuple[Comparison, ...]

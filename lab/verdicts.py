@@ -65,7 +65,7 @@ def change(found: Effect) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def told(comparison: Comparison, trick: Trick, scores: list[dict]) -> str:
+def phrase(comparison: Comparison, trick: Trick, scores: list[dict]) -> str:
     """What the primary score says of a comparison, and where others contradict it."""
     found = effect(scores, comparison.run, comparison.control, trick.primary)
     verdict = word(found, trick.primary)
@@ -84,7 +84,7 @@ def _verb(verdict: str) -> str:
 
 def sentence(trick: Trick, scores: list[dict]) -> str:
     """The verdict of a trick in one sentence, of its main comparisons."""
-    text = "; ".join(told(comparison, trick, scores) for comparison in trick.comparisons if comparison.main)
+    text = "; ".join(phrase(comparison, trick, scores) for comparison in trick.comparisons if comparison.main)
     return text[0].upper() + text[1:] + "."
 
 

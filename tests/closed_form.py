@@ -145,5 +145,5 @@ def straightness(mixture: Mixture, points: int = 4001) -> float:
     s, mean = mixture.stds[0].numpy(), mixture.means[0].numpy()
     sigma = np.linspace(0, 1, points)[:, None]
     slope = (sigma - (1 - sigma) * s**2) / np.sqrt((1 - sigma) ** 2 * s**2 + sigma**2)
-    bend = np.trapezoid((slope - (1 - s)) ** 2, sigma, axis=0)
-    return float(bend.mean() / (mean**2 + (1 - s) ** 2).mean())
+    curvature = np.trapezoid((slope - (1 - s)) ** 2, sigma, axis=0)
+    return float(curvature.mean() / (mean**2 + (1 - s) ** 2).mean())

@@ -29,7 +29,7 @@ class Verdict:
 
 
 class _Names:
-    """All spellings of the network's linears: each a set of names that stand before the factor's."""
+    """All names of the network's linears: each a set of names that stand before the factor's."""
 
     def __init__(self, linears: Iterable[str], naming: LayerNames | None, folder: str):
         self.linears, self.folder = list(linears), folder
@@ -40,7 +40,7 @@ class _Names:
         self.onetrainer = {f"lora_{folder}_" + n.replace(".", "_") for n in self.linears}
         self.original = {f"diffusion_model.{name}" for name in original}
         self.kohya = set(kohya.values())
-        self.kohya_blocks = {spelt for name, spelt in kohya.items() if "_blocks." in name}
+        self.kohya_blocks = {renamed for name, renamed in kohya.items() if "_blocks." in name}
 
 
 def check_adapter(

@@ -8,7 +8,7 @@ from lycoris.modules.base import LycorisBaseModule
 from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.flow import keyed
 
 # --- the weight change an adapter stands for -------------------------------------------------------------------------
@@ -139,13 +139,15 @@ def check_started(
     wrong += [n for n, m in modules.items() if init != "default" and isinstance(m, LokrModule) and (m.lokr_w1 != 1).any()]
     if wrong:
         raise UserError(
-            f"adapter.init: '{init}' did not take effect in {len(set(wrong))} of {len(modules)} layers, e.g. {wrong[0]}: "
+            f"adapter.init: '{init}' did not take effect in {len(set(wrong))} of {amount(len(modules), 'layer')}, "
+            f"e.g. {wrong[0]}: "
             f"deviation of the delta is {found[wrong[0]]:.3g} of the weight's, {wanted:.3g} was asked for"
         )
     # a factor's gradient is the product of the others: with two of them 0, none ever moves
     if dead := [n for n, m in modules.items() if sum(not p.any() for p in m.parameters()) > 1]:
         raise UserError(
-            f"adapter.init: '{init}' left two factors of {len(dead)} of {len(modules)} layers at zero, e.g. {dead[0]}: "
+            f"adapter.init: '{init}' left two factors of {len(dead)} of {amount(len(modules), 'layer')} at zero, "
+            f"e.g. {dead[0]}: "
             "nothing there would ever train"
         )
     return found

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dedistill.adapters.delta import scale
 from dedistill.adapters.formats import FOLDERS, by_layer, check_shapes, is_lora
 from dedistill.errors import UserError
-from dedistill.io.safetensors import SEAL, check_seal
+from dedistill.io.safetensors import CHECKSUM, verify_checksum
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -28,8 +28,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as f:
             header = f.metadata() or {}
-            if header.pop(SEAL, None):
-                check_seal(path)
+            if header.pop(CHECKSUM, None):
+                verify_checksum(path)
             # clone: mapped tensors are unaligned, which crashes some int8 kernels
             return {name: f.get_tensor(name).clone() for name in f.keys()}, header  # noqa: SIM118
     except (OSError, SafetensorError) as e:
@@ -47,7 +47,7 @@ def load_lokr(pipe: "DiffusionPipeline | nn.Module", file: str | Path, name: str
     file's are put into them directly. ``pipe.transformer.set_adapters([name], weights=[.5])`` scales it,
     ``delete_adapters([name])`` takes it out again.
 
-    file: safetensors in the ``lycoris_`` spelling, or with names that begin with the denoiser's folder. Raises UserError
+    file: safetensors in the ``lycoris_`` format, or with names that begin with the denoiser's folder. Raises UserError
     when any of its tensors has no place in the network, or the name is taken; then nothing has been loaded.
     """
     # set_adapters and the like come from mixins of diffusers, which no stub of a module has

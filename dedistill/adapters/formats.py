@@ -65,14 +65,14 @@ Layers = dict[str, dict[str, Tensor]]
 def by_layer(
     tensors: Mapping[str, Tensor], linears: Iterable[str], source: str, *, dense: bool = False, folder: str = FOLDERS[0]
 ) -> Layers:
-    """A file in the ``lycoris_``, ``<folder>.`` or PEFT spelling, taken apart by the ``linears`` it belongs to.
+    """A file in the ``lycoris_``, ``<folder>.`` or PEFT format, taken apart by the ``linears`` it belongs to.
 
     dense: a layer may also be a whole change of weight, ``diff``, as averages of deltas are. folder: where a pipeline keeps
     this denoiser; names that begin with another one are not its own.
     Raises UserError naming file and tensor for a name that fits no linear, a kind of tensor this program cannot apply
     (DoRA, LoHa, Tucker), and a layer of which a factor is missing: an adapter is read whole or not at all.
     """
-    known = {spelt: name for name in linears for spelt in (file_name(name), f"{folder}.{name}")}
+    known = {renamed: name for name in linears for renamed in (file_name(name), f"{folder}.{name}")}
     layers: Layers = {}
     for key, tensor in tensors.items():
         linear, factor = known.get(layer_of(key)), key.removeprefix(layer_of(key) + ".")
@@ -82,7 +82,7 @@ def by_layer(
         if factor not in (*LOKR, *LORA, "alpha", *([DENSE] if dense else [])):
             raise UserError(f"'{source}': tensor '{key}' is of a kind that is not supported; known: LoKr and LoRA of linears")
         if layers.setdefault(linear, {}).setdefault(factor, tensor) is not tensor:
-            raise UserError(f"'{source}': '{linear}' has two tensors {factor}, in two spellings")
+            raise UserError(f"'{source}': '{linear}' has two tensors {factor}, under two names")
     if not layers:
         raise UserError(f"'{source}' holds no tensors")
     for linear, factors in layers.items():
@@ -109,7 +109,9 @@ def check_shapes(layers: Layers, shapes: Mapping[str, tuple[int, int]], source: 
             fits = all(f[f"{w}_a"].shape[1] == f[f"{w}_b"].shape[0] for w in ("lokr_w1", "lokr_w2") if w not in f)
             found = (rows * height, columns * width)
         if not fits or found != tuple(shapes[linear]):
-            raise UserError(f"'{source}': '{linear}' makes up a weight {found}, the network has {tuple(shapes[linear])}")
+            raise UserError(
+                f"'{source}': '{linear}' gives a weight of shape {found}, the network's has {tuple(shapes[linear])}"
+            )
 
 
 def factor_shapes(factors: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -182,12 +184,12 @@ def baked(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-def _only_lora(layers: Layers, spelling: str) -> None:
+def _only_lora(layers: Layers, format: str) -> None:
     if not is_lora(layers):
-        raise UserError(f"the {spelling} spelling has LoRA only; write this LoKr as 'lycoris' or 'transformer'", exit_code=2)
+        raise UserError(f"the {format} format has LoRA only; write this LoKr as 'lycoris' or 'transformer'", exit_code=2)
 
 
-SPELLINGS: dict[str, Callable[[Layers, str], dict[str, Tensor]]] = {
+ADAPTER_FORMATS: dict[str, Callable[[Layers, str], dict[str, Tensor]]] = {
     "lycoris": as_lycoris,
     "transformer": as_transformer,
     "peft": as_peft,

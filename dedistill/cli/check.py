@@ -1,4 +1,4 @@
-"""Is a recipe right? Or: which programs load an adapter file, and how many of its tensors; exit code 1 when none does.
+"""Check a recipe; or see which programs load an adapter file, and how many of its tensors. Exit code 1 when none does.
 
 dedistill check my_recipe.toml
 dedistill check exports/digits-lokr.safetensors --model runs/digits/student/model
@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from dedistill.cli.command import command_parser, guarded, path, place
+from dedistill.errors import amount
 from dedistill.recipe import load_recipe
 from dedistill.recipe.resolve import make_plan
 from dedistill.recipe.shipped import PREFIX
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 def _recipe(file: str) -> int:
     recipe = load_recipe(file)
     plan = make_plan(recipe)
-    print(f"{file} is a right recipe: {plan.steps:,} steps, batch {plan.batch}, into {recipe.run.out}/")
+    print(f"{file} is a valid recipe: {amount(plan.steps, 'step')}, batch {plan.batch}, into {recipe.run.out}/")
     return 0
 
 

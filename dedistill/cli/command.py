@@ -106,8 +106,8 @@ def path(text: str) -> Path:
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    told = "override a key of the recipe, e.g. train.lr=2e-5; may be repeated"
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=told)
+    text = "override a key of the recipe, e.g. train.lr=2e-5; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
 def run_recipe(args: argparse.Namespace, action: Callable[[Recipe], int]) -> int:

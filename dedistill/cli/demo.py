@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dedistill.cli.command import command_parser, guarded
-from dedistill.errors import RUN_AGAIN, UserError
+from dedistill.errors import RUN_AGAIN, UserError, amount
 from dedistill.recipe import load_recipe
 from dedistill.recipe.shipped import PREFIX
 
@@ -86,7 +86,7 @@ def _tell(name: str, story: Story, jobs: "_Jobs") -> int:
         raise UserError(f"the sweep of the averages failed:\n{log.read_text(errors='replace')}")
     _say(f"averages: {out / 'dedistill' / 'sweep' / 'index.html'}")
     if failed:
-        raise UserError("\n".join([f"{len(failed)} claims do not hold:", *failed]))
+        raise UserError("\n".join([f"{amount(len(failed), 'claim does', 'claims do')} not hold:", *failed]))
     return 0
 
 
@@ -126,7 +126,7 @@ class _Jobs:
             raise KeyboardInterrupt
         if code:
             raise UserError(
-                f"dedistill {words[0]} ended with {code}; run dedistill demo again when that is mended", max(code, 1)
+                f"dedistill {words[0]} failed with exit code {code}; mend that and run dedistill demo again", max(code, 1)
             )
 
     def end(self) -> None:

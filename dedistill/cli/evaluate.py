@@ -14,35 +14,35 @@ def main(argv: list[str] | None = None) -> int:
     parser = of_sweep("evaluate", __doc__, "evaluation", [1, 1.5, 2, 3, 4, 6])
     parser.add_argument("--reference", help="candidate that the others are compared with; default the first")
     parser.add_argument("--by", help="number of scores.json to choose by; default the one that judges prompt adherence")
-    parser.add_argument("--samples", type=positive, default=512, help="held-out samples")
+    parser.add_argument("--samples", type=positive, default=512, help="number of held-out samples")
     args = parser.parse_args(argv)
     return guarded(lambda: run(args), debug=args.debug)
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.evaluation.candidates import clip_judge, compared, sweep_grid
+    from dedistill.evaluation.candidates import clip_judge, open_compared, sweep_grid
     from dedistill.evaluation.distillation import EvalSettings
     from dedistill.evaluation.evaluate import evaluate
     from dedistill.report.console import say
     from dedistill.report.evaluation import write_evaluation
 
-    asked = compared(args, "evaluation", say, steps=next(iter(args.steps), None))
-    if not any(c.average for c in asked.candidates):
+    compared = open_compared(args, "evaluation", say, steps=next(iter(args.steps), None))
+    if not any(c.average for c in compared.candidates):
         print("no averages among the candidates; dedistill posthoc RUN makes them", file=sys.stderr)
-    grid, clip = sweep_grid(args, asked.prompts), clip_judge(args)
-    questions = EvalSettings(
-        recipe=asked.data,
-        source=asked.held_out(),
-        prompts=list(asked.prompts),
-        judge=asked.judge(),
+    grid, clip = sweep_grid(args, compared.prompts), clip_judge(args)
+    settings = EvalSettings(
+        recipe=compared.data,
+        source=compared.held_out(),
+        prompts=list(compared.prompts),
+        judge=compared.judge(),
         samples=args.samples,
         steps=32,
         few=(1, 2, 4, 8),
         cfgs=tuple(sorted({min(args.cfg), max(args.cfg)})),
     )
-    options = {"names": asked.names, "by": args.by, "reference": args.reference, "clip": clip, "say": say}
-    found = evaluate(asked.runs, questions, grid, asked.out, **options)
-    answers, page = write_evaluation(asked.out, found, asked.names)
+    options = {"names": compared.names, "by": args.by, "reference": args.reference, "clip": clip, "say": say}
+    found = evaluate(compared.runs, settings, grid, compared.out, **options)
+    answers, page = write_evaluation(compared.out, found, compared.names)
     print("\n".join(f"\n{item['question']} {item['answer']}" for item in answers))
     print(f"\ndone: {page}", file=sys.stderr)
     return 0

@@ -1,4 +1,4 @@
-r"""Write a model folder, or an adapter file, in a form that other programs load.
+r"""Write a model folder, or an adapter file, in a format that other programs load.
 
 dedistill export runs/digits/merged --format diffusers --out exports/digits
 dedistill export runs/digits/dedistill/posthoc/alpha_linear_0.9.safetensors --format transformer \
@@ -18,7 +18,12 @@ ADAPTERS = ("lycoris", "transformer", "peft", "kohya")
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("export", __doc__)
     parser.add_argument("source", type=path, help="model folder, or adapter file (safetensors)")
-    parser.add_argument("--format", required=True, choices=[*MODELS, *ADAPTERS], help="the first four are for folders")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=[*MODELS, *ADAPTERS],
+        help="the first four are for model folders, the others for adapter files",
+    )
     parser.add_argument("--out", type=path, required=True, help="new folder; for an adapter, new file")
     parser.add_argument("--base", help="hub id of the published model behind a folder, where it does not say")
     parser.add_argument("--license", help="another licence than the base's, where the base allows that")
@@ -36,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.source.exists():
         raise UserError(f"'{args.source}' does not exist", exit_code=2)
     if args.source.is_dir() != (args.format in MODELS):
-        kind, forms = ("a model folder", MODELS) if args.source.is_dir() else ("an adapter file", ADAPTERS)
-        raise UserError(f"'{args.source}' is {kind}: --format is one of {', '.join(forms)}", exit_code=2)
+        kind, formats = ("a model folder", MODELS) if args.source.is_dir() else ("an adapter file", ADAPTERS)
+        raise UserError(f"'{args.source}' is {kind}: --format is one of {', '.join(formats)}", exit_code=2)
     if args.format in ADAPTERS:
         export_adapter(args.source, args.out, args.format, args.model)
     else:

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", default="16", help="a number of prompts from the data, or a text file, one per line")
     parser.add_argument("--sigmas", type=positive, default=8, help="noise levels: Euler steps of the trajectories measured")
     parser.add_argument("--batch", type=positive, default=4, help="prompts at once")
-    parser.add_argument("--budget", type=count, default="600M", help="trained numbers, e.g. 600M or 3.2B")
+    parser.add_argument("--budget", type=count, default="600M", help="trained parameters, e.g. 600M or 3.2B")
     parser.add_argument("--out", type=path, help="output folder; default RUN/influence")
     args = parser.parse_args(argv)
     return guarded(lambda: run(args), debug=args.debug)
@@ -43,5 +43,5 @@ def run(args: argparse.Namespace) -> int:
     shapes = dense_shapes(model.parts.net, linear_names(model.parts.net))
     factors, used = share_out(found.per_block(), shapes, args.budget)
     page = write_influence(out, found, factors, used, args.budget, args.recipe)
-    print(f"done: {page}, and influence beside it with {used:,} trained numbers", file=sys.stderr)
+    print(f"done: {page}, and influence beside it with {used:,} trained parameters", file=sys.stderr)
     return 0

@@ -8,23 +8,23 @@ from dedistill import __version__
 
 COMMANDS = {
     "train": ("train", "train as a recipe says; run again to continue"),
-    "plan": ("train:plan", "every number of a run, decided before it starts"),
-    "rehearse": ("train:rehearse", "every stage of a recipe on a tiny random model"),
-    "scan": ("scan", "what is in a data set, and what cannot be used"),
+    "plan": ("train:plan", "show every number of a run before it starts"),
+    "rehearse": ("train:rehearse", "run every stage of a recipe on a tiny random model"),
+    "scan": ("scan", "show what is in a data set, and what cannot be used"),
     "prepare": ("prepare", "encode images and captions before training"),
     "pairs": ("pairs", "store a teacher's trajectories, to distil or straighten it"),
     "posthoc": ("posthoc", "average the snapshots of a run"),
-    "sweep": ("sweep", "images and numbers over CFG scales, as one page"),
-    "measure": ("measure", "how distilled models still are, with intervals"),
-    "evaluate": ("evaluate", "after a run: which weights, which CFG"),
-    "influence": ("influence", "how much each block does, and LoKr factors for a budget"),
-    "merge": ("merge", "an adapter into its base"),
-    "export": ("export", "models and adapters as other programs load them"),
-    "check": ("check", "is a recipe right; which programs load an adapter file"),
-    "report": ("report", "the page of a run, also while it goes on"),
+    "sweep": ("sweep", "make images over CFG scales and measure them, as one page"),
+    "measure": ("measure", "measure how distilled models still are, with intervals"),
+    "evaluate": ("evaluate", "which weights of a run to take, and how to sample from them"),
+    "influence": ("influence", "how much each block changes, and LoKr factors within a budget"),
+    "merge": ("merge", "merge an adapter into its base"),
+    "export": ("export", "write models and adapters in formats of other programs"),
+    "check": ("check", "check a recipe, or which programs load an adapter file"),
+    "report": ("report", "write the page of a run, also while it goes on"),
     "demo": ("demo", "teacher, student, de-distilled student on digits, in minutes"),
-    "tiny": ("tiny", "a tiny random model in the layout of the real one"),
-    "recipes": ("recipes", "the recipes that come with dedistill"),
+    "tiny": ("tiny", "write a tiny random model in the layout of the real one"),
+    "recipes": ("recipes", "list the recipes that come with dedistill, or show one"),
 }
 """Command -> module of this package, and its function if not ``main``; what it does in a few words."""
 
@@ -49,13 +49,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:10} {said}" for name, (_, said) in COMMANDS.items()]
+    lines = [f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items()]
     head = [
         "usage: dedistill COMMAND ...",
         "",
         "Give distilled image models their flow-matching objective and their CFG dial back.",
         "",
     ]
-    tail = ["", "dedistill COMMAND --help has options, defaults and an example; dedistill --version the version.", ""]
+    tail = ["", "dedistill COMMAND --help shows options, defaults and an example; dedistill --version shows the version.", ""]
     example = ["example: dedistill demo"]
     return "\n".join([*head, *lines, *tail, *example])

@@ -13,7 +13,7 @@ from dedistill.cli.command import finite, guarded, of_candidates, positive
 def main(argv: list[str] | None = None) -> int:
     parser = of_candidates("measure", __doc__, "distillation")
     parser.add_argument("--reference", help="candidate that the others are compared with; default the first")
-    parser.add_argument("--samples", type=positive, default=512, help="held-out samples")
+    parser.add_argument("--samples", type=positive, default=512, help="number of held-out samples")
     parser.add_argument("--steps", type=positive, default=32, help="Euler steps of a path")
     parser.add_argument("--few", type=positive, nargs="+", default=[1, 2, 4, 8], help="few steps that are compared with it")
     parser.add_argument("--cfg", type=finite, nargs="+", default=[1, 2, 4, 8], help="guidance scales")
@@ -24,24 +24,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.evaluation.candidates import compared
+    from dedistill.evaluation.candidates import open_compared
     from dedistill.evaluation.distillation import EvalSettings, measure
     from dedistill.report.console import say
     from dedistill.report.distillation import write_distillation_page
 
-    asked = compared(args, "distillation", say)
-    questions = EvalSettings(
-        recipe=asked.data,
-        source=asked.held_out(),
-        prompts=list(asked.prompts),
-        judge=asked.judge(),
+    compared = open_compared(args, "distillation", say)
+    settings = EvalSettings(
+        recipe=compared.data,
+        source=compared.held_out(),
+        prompts=list(compared.prompts),
+        judge=compared.judge(),
         samples=args.samples,
         steps=args.steps,
         few=tuple(sorted(set(args.few))),
         cfgs=tuple(sorted(set(args.cfg))),
     )
-    title = f"How distilled still: {asked.names}"
-    found = measure(asked.candidates, questions, reference=args.reference, title=title, kept=asked.out / "answers", say=say)
-    page = write_distillation_page(asked.out, found)
+    title = f"How distilled still: {compared.names}"
+    found = measure(
+        compared.candidates, settings, reference=args.reference, title=title, results=compared.out / "answers", say=say
+    )
+    page = write_distillation_page(compared.out, found)
     print(f"done: {page}, and distillation.json beside it", file=sys.stderr)
     return 0

@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from dedistill.cli.command import guarded, path, recipe_parser
+from dedistill.errors import amount
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,11 +27,11 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, args.set)
 
-    def row(name: str, kept: RoundingStats) -> None:
-        print(f"{name:60}{''.join(f'{value:9.4f}' for value in kept.facts().values())}", flush=True)
+    def row(name: str, stats: RoundingStats) -> None:
+        print(f"{name:60}{''.join(f'{value:9.4f}' for value in stats.facts().values())}", flush=True)
 
     print(f"{'layer':60}{'lost':>9}{'error':>9}{'zeros':>9}")
     merged = merge_adapter(recipe, args.weights, args.out, dtype=args.dtype, rounding=args.round, say=row)
-    row(f"all {len(merged.layers)} layers", merged.total)
+    row(f"all of {amount(len(merged.layers), 'layer')}", merged.total)
     print(f"done: {args.out}/ ({REPORT} has these numbers)", file=sys.stderr)
     return 0

@@ -7,16 +7,17 @@ import argparse
 import sys
 
 from dedistill.cli.command import finite, guarded, path, positive, recipe_parser, whole
+from dedistill.errors import amount
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = recipe_parser("pairs", __doc__, "recipe of the teacher; its finished run is used")
     parser.add_argument("--out", type=path, required=True, help="folder of the shards")
-    parser.add_argument("--count", type=positive, default=1536, help="pairs")
+    parser.add_argument("--count", type=positive, default=1536, help="number of pairs")
     parser.add_argument("--cfg", type=finite, default=3.0, help="guidance scale baked into the pairs")
     parser.add_argument("--steps", type=positive, default=16, help="Euler steps")
-    parser.add_argument("--points", type=positive, default=4, help="windows between stored states; divides --steps")
-    parser.add_argument("--seed", type=whole, default=0, help="key of noise and prompts")
+    parser.add_argument("--points", type=positive, default=4, help="intervals between stored states; must divide --steps")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of noise and prompts")
     parser.add_argument("--shard-size", type=positive, default=512, help="pairs per shard")
     args = parser.parse_args(argv)
     return guarded(lambda: run(args), debug=args.debug)
@@ -45,5 +46,5 @@ def run(args: argparse.Namespace) -> int:
         shard_size=args.shard_size,
         progress=lambda done, total: print(f"pairs {done}/{total}", file=sys.stderr, flush=True),
     )
-    print(f"done: {facts['count']} pairs in {len(facts['shards'])} shards, {args.out}/", file=sys.stderr)
+    print(f"done: {amount(facts['count'], 'pair')} in {amount(len(facts['shards']), 'shard')}, {args.out}/", file=sys.stderr)
     return 0

@@ -14,7 +14,9 @@ SPACES = ("factors", "refactored", "delta", "merged")
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("posthoc", __doc__)
     parser.add_argument("run", type=path, help="run directory (its snapshots/ are read, posthoc/ is written)")
-    parser.add_argument("--alpha", type=finite, nargs="+", help="weights of the newer checkpoint; default the ten of LibreFLUX")
+    parser.add_argument(
+        "--alpha", type=finite, nargs="+", help="weights of the newer snapshot, above 0 up to 1; default LibreFLUX's ten"
+    )
     parser.add_argument("--sigma-rel", type=finite, nargs="+", help="widths of power-law averages, from the tracked ones")
     parser.add_argument("--step", type=int, help="as of this step, without the snapshots after it; default the last")
     parser.add_argument("--skip", type=int, nargs="+", default=[], metavar="STEP", help="snapshots to leave out")

@@ -22,7 +22,7 @@ from dedistill.adapters.targets import count_parameters, resolve_targets
 from dedistill.cli.tiny import write_samples
 from dedistill.data.encode import look, open_source, without_captions
 from dedistill.distributed.launcher import choose_kernels
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.evaluation.candidates import candidates_of
 from dedistill.evaluation.sweep import Grid, classifier_free, sweep
 from dedistill.io import ownership
@@ -33,7 +33,7 @@ from dedistill.posthoc.average import average_run
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import filled, resolve
 from dedistill.recipe.shipped import is_shipped
-from dedistill.release.export import export_adapter, export_model, forms_of
+from dedistill.release.export import export_adapter, export_model, formats_of
 from dedistill.release.merge import merge_adapter
 from dedistill.report.sweep import write_sweep_page
 from dedistill.runs.checkpoint import list_checkpoints
@@ -76,7 +76,7 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], None], say: Say) -> None:
         with stage(f"{whose} images and captions"):
             real = _copy(recipe, data={"cache": str(out / "cache"), "limit": IMAGES})
             images = look(real, lambda line: say(f"  {line}"))[2]
-            say(f"  {len(images)} images looked at, {sum(len(p.crops) for p in images)} crops")
+            say(f"  {amount(len(images), 'image')} looked at, {amount(sum(len(p.crops) for p in images), 'crop')}")
             shutil.rmtree(out / "cache", ignore_errors=True)
             _check_captions(recipe)
     with stage("a tiny model of the same classes"):
@@ -103,13 +103,13 @@ def _after_training(recipe: Recipe, family: Family, small: Recipe, out: Path, st
         merged = small.model.model_copy(update={"path": str(out / "merged")})
         family.load(merged, seed=0)
     with stage("export of the merged model and of the adapter"):
-        for form in forms_of(family.spec):
-            export_model(out / "merged", out / "exported" / form, form)
+        for format in formats_of(family.spec):
+            export_model(out / "merged", out / "exported" / format, format)
         loras = ("lycoris", "peft", *(("kohya",) if family.spec.names else ()))
-        spellings = ("lycoris", "transformer") if recipe.adapter and recipe.adapter.kind == "lokr" else loras
-        for spelling in spellings:
-            file = out / "exported" / f"adapter-{spelling}.safetensors"
-            export_adapter(last_weights(out / "run"), file, spelling, out / "merged")
+        adapter_formats = ("lycoris", "transformer") if recipe.adapter and recipe.adapter.kind == "lokr" else loras
+        for format in adapter_formats:
+            file = out / "exported" / f"adapter-{format}.safetensors"
+            export_adapter(last_weights(out / "run"), file, format, out / "merged")
 
 
 def _stages(out: Path, say: Say) -> Stage:
@@ -122,9 +122,9 @@ def _stages(out: Path, say: Say) -> Stage:
             with redirect_stderr(heard), redirect_stdout(heard):
                 yield
         except (UserError, OSError, SafetensorError) as e:
-            told = e if isinstance(e, UserError) else f"cannot write in '{out}': {e}"
+            message = e if isinstance(e, UserError) else f"cannot write in '{out}': {e}"
             place = f"(rehearsal, stage '{name}'; see {out}/rehearsal.log)"
-            raise UserError(f"{told}\n{place}", getattr(e, "exit_code", 1)) from e
+            raise UserError(f"{message}\n{place}", getattr(e, "exit_code", 1)) from e
         finally:
             with open(out / "rehearsal.log", "a") as log:
                 log.write(f"== {name}\n{heard.getvalue()}")
@@ -162,8 +162,8 @@ def _check_captions(recipe: Recipe) -> None:
     missing = without_captions(recipe)
     if missing and recipe.data.missing_captions == "error":
         raise UserError(
-            f"{recipe.where('data.sets')}: {len(missing):,} images have no caption, e.g. {missing[0]}; write them, "
-            "or set data.missing_captions"
+            f"{recipe.where('data.sets')}: {amount(len(missing), 'image has', 'images have')} no caption, "
+            f"e.g. {missing[0]}; write captions, or set data.missing_captions"
         )
 
 
@@ -172,11 +172,12 @@ def _check_full_size(recipe: Recipe, family: Family) -> str:
     net = family.full_size(recipe.model)
     total = sum(p.numel() for p in net.parameters())
     if recipe.adapter is None:
-        count, told = total, f"all {total:,} parameters are trained"
+        count, summary = total, f"all {total:,} parameters are trained"
     else:
         targets = resolve_targets(recipe.adapter, dense_shapes(net, linear_names(net)), family.presets(net), recipe.where)
         count = count_parameters(targets, recipe.adapter.kind)
-        told = f"{len(targets)} layers of a network of {total:,} parameters get {count:,} trained ones"
+        layers = amount(len(targets), "layer")
+        summary = f"{count:,} trained parameters in {layers} of a network of {total:,}"
     number = 2 if recipe.train.optimizer == "adamw_bf16" else 4
     snapshots = -(-recipe.train.steps // recipe.snapshot.every) if recipe.snapshot.every else 0
     # a checkpoint holds the weights and two moments (and the compensation of bf16); one more is written before one goes
@@ -185,11 +186,12 @@ def _check_full_size(recipe: Recipe, family: Family) -> str:
     averages = 4 * len(recipe.snapshot.ema or []) * (snapshots + recipe.checkpoint.keep + 1)
     need = count * (number * (snapshots + checkpoints) + averages)
     place = next(p for p in (Path(recipe.run.out).resolve(), *Path(recipe.run.out).resolve().parents) if p.exists())
-    free, kept = shutil.disk_usage(place).free, recipe.checkpoint.keep
-    room = f"{need / 1e9:.1f} GB for {snapshots} snapshots and {kept} checkpoints, {free / 1e9:.0f} GB are free"
+    free, keep = shutil.disk_usage(place).free, recipe.checkpoint.keep
+    files = f"{amount(snapshots, 'snapshot')} and {amount(keep, 'checkpoint')}"
+    room = f"{need / 1e9:.1f} GB for {files}, {free / 1e9:.0f} GB are free"
     if need > free:
         raise UserError(f"{recipe.where('run.out')}: this run keeps {room}. Keep fewer (snapshot.every), or use another disk")
-    return f"{told}; {room}"
+    return f"{summary}; {room}"
 
 
 def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
@@ -240,4 +242,6 @@ def _check_resume(small: Recipe, train: Callable[[Recipe], None]) -> None:
     train(small)
     after = read_tensors(file)[0]
     if differing := [name for name in before if not torch.equal(before[name], after[name])]:
-        raise UserError(f"the continued run differs from the whole one in {len(differing)} tensors, e.g. {differing[0]}")
+        raise UserError(
+            f"the continued run differs from the whole one in {amount(len(differing), 'tensor')}, e.g. {differing[0]}"
+        )

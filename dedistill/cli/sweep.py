@@ -17,13 +17,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.evaluation.candidates import clip_judge, compared, sweep_grid
+    from dedistill.evaluation.candidates import clip_judge, open_compared, sweep_grid
     from dedistill.evaluation.sweep import sweep
     from dedistill.report.console import say
     from dedistill.report.sweep import write_sweep_page
 
-    asked = compared(args, "sweep", say, steps=next(iter(args.steps), None))
-    grid, title = sweep_grid(args, asked.prompts), f"CFG sweep: {asked.names}"
-    sweep(asked.candidates, grid, asked.out, title=title, judge=asked.judge(), clip=clip_judge(args), say=say)
-    print(f"done: {write_sweep_page(asked.out)}", file=sys.stderr)
+    compared = open_compared(args, "sweep", say, steps=next(iter(args.steps), None))
+    grid, title = sweep_grid(args, compared.prompts), f"CFG sweep: {compared.names}"
+    sweep(compared.candidates, grid, compared.out, title=title, judge=compared.judge(), clip=clip_judge(args), say=say)
+    print(f"done: {write_sweep_page(compared.out)}", file=sys.stderr)
     return 0

@@ -68,12 +68,12 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"'{place}' exists and is not an empty folder: choose another, or remove it", exit_code=2)
     with redirect_stdout(sys.stderr):
         family.write_tiny(Model(family=args.family, path=str(args.folder)), args.folder, None, full_depth=False)
-    said = f"{args.folder}/: a tiny random {args.family} model"
+    message = f"{args.folder}/: a tiny random {args.family} model"
     if args.images:
-        said += f"; {args.images}/: {write_samples(args.images, *SIDES)} captioned images"
+        message += f"; {args.images}/: {write_samples(args.images, *SIDES)} captioned images"
     base = _recipe_for(args.family)
     print(_recipe(base, args), end="")
-    print(f"{said}\n{_next(base)}", file=sys.stderr)
+    print(f"{message}\n{_next(base)}", file=sys.stderr)
     return 0
 
 

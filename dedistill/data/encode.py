@@ -24,7 +24,7 @@ from dedistill.data.pairs import FACTS, PairSource
 from dedistill.data.source import Source
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import World
-from dedistill.errors import UserError, enough_memory
+from dedistill.errors import UserError, amount, enough_memory
 from dedistill.flow import keyed
 from dedistill.io.hashing import fingerprint
 from dedistill.io.ownership import claim, refuse_foreign
@@ -72,7 +72,7 @@ class Prepared:
     """A source to train on, and captions by which the model is asked for images, encoded where they can be."""
 
     source: Source
-    known: dict[str, Conditioning] = field(default_factory=dict)
+    text_cache: dict[str, Conditioning] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     digest: str | None = None
     """Hash of images and captions; None for sources whose files are hashed instead."""
@@ -110,8 +110,8 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
             cache, index, images = look(recipe, say)
             latents, texts = open_stores(recipe, family, parts, cache)
         world.wait()
-    asked = _asked(recipe)
-    captions = list(dict.fromkeys([*asked, *(c for p in images for c in p.sample.captions)]))
+    prompts = _prompts(recipe)
+    captions = list(dict.fromkeys([*prompts, *(c for p in images for c in p.sample.captions)]))
     if any(world.gather(bool(_missing_captions(captions, texts) or _missing_images(images, latents)))):
         with sole_writer(cache, say) if world.main else nullcontext():
             world.wait()
@@ -122,14 +122,14 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
             length = _length(recipe, family)
             cut = sum(world.gather(_encode_captions(captions_left, texts, family, parts, length, say)))
             if cut:
-                say(f"{cut:,} captions are longer than {length} tokens and were cut")
+                say(f"{amount(cut, 'caption is', 'captions are')} longer than {length} tokens and cut")
             parts.text.unload()
             _encode_images(images_left, index, latents, family, parts, say)
             if parts.vae:
                 parts.vae.unload()
             world.wait()
         latents, texts = open_stores(recipe, family, parts, cache)
-    known = {caption: read_text(texts, caption, parts.text.widths) for caption in asked}
+    text_cache = {caption: read_text(texts, caption, parts.text.widths) for caption in prompts}
     weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, parts)
     held_out, widths = filled(recipe.data.held_out, "data.held_out"), parts.text.widths
     source = EncodedImages(images, weights, latents, texts, held_out=held_out, latent_shape=latent_shape, text_widths=widths)
@@ -140,14 +140,14 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
         "quarantined": len(index.quarantined),
         "cache_bytes": latents.bytes() + texts.bytes(),
     }
-    return Prepared(source, known, facts, source.digest)
+    return Prepared(source, text_cache, facts, source.digest)
 
 
 def _silence(line: str) -> None:
     """What ranks other than the first say."""
 
 
-def _asked(recipe: Recipe) -> list[str]:
+def _prompts(recipe: Recipe) -> list[str]:
     """Captions beside those of images: the empty one, of dropout and guidance, and what previews are made with."""
     return ["", recipe.sample.negative, *recipe.preview.prompts]
 
@@ -166,11 +166,11 @@ def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
     latents, texts = open_stores(recipe, family, parts, cache)
     problems = [f"'{shard}' is damaged: delete it, it is encoded again" for s in (latents, texts) for shard in s.damaged()]
     wanted = {latent_key(p.sample, crop) for p in images for crop in p.crops}
-    captions = {text_key(c) for c in [*_asked(recipe), *(c for p in images for c in p.sample.captions)]}
+    captions = {text_key(c) for c in [*_prompts(recipe), *(c for p in images for c in p.sample.captions)]}
     for store, keys, what in ((latents, wanted, "crops"), (texts, captions, "captions")):
         missing = sum(key not in store for key in keys)
         unused = len(store) - len(keys) + missing
-        say(f"{what}: {len(keys) - missing:,} of {len(keys):,} are encoded, {unused:,} more are of no use now")
+        say(f"{what}: {len(keys) - missing:,} of {len(keys):,} are encoded, {unused:,} more are not needed now")
         if missing:
             problems.append(f"{missing:,} of {len(keys):,} {what} are not encoded yet: run dedistill prepare")
     return problems
@@ -182,7 +182,7 @@ def open_stores(recipe: Recipe, family: Family, parts: Components, cache: Path) 
     return Store(cache / "latents", inputs["latents"]), Store(cache / "text", inputs["text"])
 
 
-def known_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, Conditioning]:
+def cached_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, Conditioning]:
     """What the cache of ``recipe`` has of the empty prompt, the negative one and those of previews; nothing without a cache.
 
     A finished model that is given these uses the very tensors it was trained with. Raises as ``open_stores`` does.
@@ -191,7 +191,7 @@ def known_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, C
         return {}
     refuse_foreign(cache, "cache", "data.cache")
     texts = Store(cache / "text", _inputs(recipe, family, parts, cache)["text"])
-    return {c: read_text(texts, c, parts.text.widths) for c in _asked(recipe) if text_key(c) in texts}
+    return {c: read_text(texts, c, parts.text.widths) for c in _prompts(recipe) if text_key(c) in texts}
 
 
 def _inputs(recipe: Recipe, family: Family, parts: Components, cache: Path) -> dict[str, dict[str, object]]:
@@ -250,7 +250,8 @@ def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[CroppedImage]]:
     if len(index.quarantined) > 5:
         say(f"left out: {len(index.quarantined) - 5:,} more (all in '{_write_quarantine(cache, index)}')")
     if warnings := caption_warnings(index.samples):
-        say(f"{len(warnings):,} images with several captions lack a short or a long one, e.g. {': '.join(warnings[0])}")
+        some = amount(len(warnings), "image with several captions lacks", "images with several captions lack")
+        say(f"{some} a short or a long one, e.g. {': '.join(warnings[0])}")
     if not images:
         raise UserError(f"{recipe.where('data.sets')}: no usable image; e.g. {': '.join(index.quarantined[0])}")
     return cache, index, images
@@ -274,7 +275,7 @@ def _missing_images(images: list[CroppedImage], store: Store) -> list[CroppedIma
 def _encode_captions(captions: list[str], store: Store, family: Family, parts: Components, length: int, say: Say) -> int:
     """Returns how many ``captions`` are longer than ``length`` tokens, and so were cut."""
     cut = 0
-    for chunk in _told(captions, CAPTIONS_PER_SHARD, "captions", say):
+    for chunk in _with_progress(captions, CAPTIONS_PER_SHARD, "caption", say):
         heartbeat.beat("encoding captions", patient=True)
         cut += sum(tokens > length for tokens in parts.text.tokens(chunk))
         text = family.encode_text(parts, chunk, length)
@@ -297,7 +298,7 @@ def _encode_images(images: list[CroppedImage], index: Index, store: Store, famil
             return [apply_crop(whole, crop) for crop in image.crops]
 
     with ThreadPoolExecutor(READERS) as pool:  # decoding and resizing take as long as encoding does
-        for chunk in _told(images, IMAGES_PER_SHARD, "images", say):
+        for chunk in _with_progress(images, IMAGES_PER_SHARD, "image", say):
             entries: dict[str, dict[str, Tensor]] = {}
             heartbeat.beat("decoding images")
             for image, crops in zip(chunk, pool.map(pixels, chunk)):
@@ -321,13 +322,14 @@ def _latent(sample: Sample, crop: Crop, pixels: np.ndarray, family: Family, part
     return latent
 
 
-def _told(items: list[Item], size: int, what: str, say: Say) -> Iterator[list[Item]]:
+def _with_progress(items: list[Item], size: int, what: str, say: Say) -> Iterator[list[Item]]:
     """``items`` in chunks of ``size``, saying how far it is and how long it will take."""
-    start = said = time.monotonic()
+    start = reported = time.monotonic()
     for i in range(0, len(items), size):
         yield items[i : i + size]
         now, done = time.monotonic(), min(i + size, len(items))
-        if done == len(items) or now - said > 10:
+        if done == len(items) or now - reported > 10:
             left = (len(items) - done) * (now - start) / done
-            say(f"encoded {done:,} of {len(items):,} {what}, {done / (now - start):.1f} per second, {left / 60:.0f} min left")
-            said = now
+            speed = f"{done / (now - start):.1f} per second, {left / 60:.0f} min left"
+            say(f"encoded {done:,} of {amount(len(items), what)}, {speed}")
+            reported = now

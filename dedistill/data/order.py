@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.flow import keyed
 
 # --- which sample stands at which place ------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def draw_samples(
     that is not positive.
     """
     if len(counts) != len(weights) or not counts:
-        raise UserError(f"data: {len(weights)} weights for {len(counts)} sources", exit_code=2)
+        raise UserError(f"data: {amount(len(weights), 'weight')} for {amount(len(counts), 'source')}", exit_code=2)
     for i, (count, weight) in enumerate(zip(counts, weights)):
         if not (weight > 0 and math.isfinite(weight)):
             raise UserError(f"data: source {i} has weight {weight:g}; weights are above 0 (leave a source out instead)", 2)

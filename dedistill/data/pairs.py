@@ -15,7 +15,7 @@ import torch
 
 from dedistill.data.order import sample_indices
 from dedistill.data.source import Batch, OneSize
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.flow import keyed
 from dedistill.io.atomic import read_checksummed
 from dedistill.io.hashing import file_sha256
@@ -40,7 +40,7 @@ class PairSource(OneSize):
         self.train_ids = everything[everything % HELD_OUT != 0]
         self.held_out_ids = everything[everything % HELD_OUT == 0]
         if len(self.train_ids) == 0:
-            raise UserError(f"data.path: '{folder}' holds {len(everything)} pairs; at least 2 are needed")
+            raise UserError(f"data.path: '{folder}' holds {amount(len(everything), 'pair')}; at least 2 are needed")
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         picks = self._picks(seed, step, positions, batch, held_out)
@@ -90,7 +90,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     except ValueError as e:
         raise UserError(f"data.path: '{folder / FACTS}' {e}; delete it and run dedistill pairs again") from e
     if not facts.get("complete"):
-        raise UserError(f"data.path: '{folder}' is unfinished ({len(facts['shards'])} shards); run dedistill pairs again")
+        raise UserError(
+            f"data.path: '{folder}' is unfinished ({amount(len(facts['shards']), 'shard')}); run dedistill pairs again"
+        )
     return facts
 
 

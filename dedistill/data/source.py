@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of some slots: pixels [B, C, H, W] as the denoiser sees them, their captions, and names to report them by.
+    """Samples of some slots: latents [B, C, H, W] as the denoiser sees them, their captions, and names to report them by.
 
     text: the captions, encoded already. noise and trajectory [B, K, C, H, W] come with stored pairs only;
     trajectory_sigmas [K] falls from 1 to 0.
     """
 
-    pixels: Tensor
+    latents: Tensor
     captions: list[str]
     names: list[str]
     noise: Tensor | None = None

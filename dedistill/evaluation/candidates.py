@@ -53,7 +53,7 @@ class Compared:
         return None if self.data.data.source == "pictures" else judge_for(self.source())
 
 
-def compared(args: Namespace, folder: str, say: Callable[[str], None], *, steps: int | None = None) -> Compared:
+def open_compared(args: Namespace, folder: str, say: Callable[[str], None], *, steps: int | None = None) -> Compared:
     """What the arguments of ``dedistill.cli.command.of_candidates`` ask for. steps: of every candidate, default its recipe's.
 
     folder: where results go in the last run, without ``--out``; a kind of ``io.ownership``. The data is opened when its
@@ -110,12 +110,12 @@ def _chosen(known: list[str], averages: list[str], wanted: list[str] | None, out
     """Those of ``known`` that are ``wanted``, in their order."""
     if wanted is None:
         return known
-    asked = [n for w in wanted for n in (averages if w == "posthoc" else [w])]
-    if unknown := [n for n in asked if n not in known]:
+    names = [n for w in wanted for n in (averages if w == "posthoc" else [w])]
+    if unknown := [n for n in names if n not in known]:
         raise UserError(f"no candidate '{unknown[0]}' in '{out}'; there are {', '.join(known)}", exit_code=2)
-    if not asked:
+    if not names:
         raise UserError(f"no averages in '{out / 'posthoc'}': make them with dedistill posthoc", exit_code=2)
-    return [n for n in known if n in asked]
+    return [n for n in known if n in names]
 
 
 def _opener(recipe: Recipe, path: Path | None) -> Callable[[], Model]:

@@ -24,11 +24,11 @@ from dedistill.objectives.base import NoisyBatch, objective_for
 from dedistill.recipe import Recipe
 from dedistill.sampling.sampler import start_noise
 
-# --- what candidates answered, kept on disk --------------------------------------------------------------------------
+# --- results of candidates, kept on disk --------------------------------------------------------------------------
 
 
 VERSION = 2
-"""Answers of another version of the meters are not used."""
+"""Results of another version of the meters are not used."""
 
 
 @dataclass(frozen=True)
@@ -40,37 +40,47 @@ class EvalResult:
     image: tuple[int, ...]
 
 
-def remembered(file: Path | None, key: dict[str, Any], make: Callable[[], EvalResult]) -> EvalResult:
-    """The answer kept in ``file`` under the same ``key``, else the one that ``make`` gives, which is kept. None: never kept."""
+def cached_result(file: Path | None, key: dict[str, Any], make: Callable[[], EvalResult]) -> EvalResult:
+    """The result stored in ``file`` under the same ``key``, else that of ``make``, which is stored. None: never stored."""
     if file is None:
         return make()
     key = json.loads(json.dumps({**key, "version": VERSION}))
     try:
         known = read_checksummed(file)
         if known["key"] == key:
-            return _answer(known)
+            return _result(_current_names(known))
     except (OSError, ValueError, KeyError):
-        pass  # not there yet, or damaged: asked again
-    answer = make()
+        pass  # not there yet, or damaged: measured again
+    result = make()
     make_folder(file.parent)
-    replace_file(file, checksummed({"key": key, **_table(answer)}))
-    return answer
+    replace_file(file, checksummed({"key": key, **_table(result)}))
+    return result
 
 
-def answer_file(folder: Path, name: str, part: str) -> Path:
-    """Where the answers of candidate ``name`` are kept."""
+def result_file(folder: Path, name: str, part: str) -> Path:
+    """Where a part of the results of candidate ``name`` is stored."""
     return folder / f"{re.sub('[^A-Za-z0-9_.-]+', '_', name)}.{part}.json"
 
 
-def _table(answer: EvalResult) -> dict[str, Any]:
+def _table(result: EvalResult) -> dict[str, Any]:
     readings = {
         key: {"top": r.top.tolist(), "bottom": r.bottom.tolist(), "strata": None if r.strata is None else r.strata.tolist()}
-        for key, r in answer.readings.items()
+        for key, r in result.readings.items()
     }
-    return {"image": list(answer.image), "places": answer.places, "readings": readings}
+    return {"image": list(result.image), "places": result.places, "readings": readings}
 
 
-def _answer(table: dict[str, Any]) -> EvalResult:
+_EARLIER = {"picture": "image", "bend": "curvature", "turning": "turning_angle"}
+"""What earlier versions called a key -> what it is called now."""
+
+
+def _current_names(table: dict[str, Any]) -> dict[str, Any]:
+    """``table`` with the keys of earlier versions renamed, down to the meters."""
+    names = {key: _EARLIER.get(key, key) for key in table}
+    return {names[key]: _current_names(v) if key in ("places", "readings") else v for key, v in table.items()}
+
+
+def _result(table: dict[str, Any]) -> EvalResult:
     readings = {
         key: RatioEstimate(np.array(r["top"]), np.array(r["bottom"]), None if r["strata"] is None else np.array(r["strata"]))
         for key, r in table["readings"].items()
@@ -105,7 +115,7 @@ METERS = [
     Meter(
         "straightness", "straightness", "Distance of velocities from the chord of their path, as a share of it; 0 is straight."
     ),
-    Meter("turning", "turning", "Degrees by which the velocity turns between noise and image; 0 is straight."),
+    Meter("turning_angle", "turning angle", "Degrees by which the velocity turns between noise and image; 0 is straight."),
     Meter("loss_by_sigma", "held-out loss by sigma", "1 is noise.", "sigma"),
     Meter("guidance_by_sigma", "guidance gap by sigma", "1 is noise.", "sigma"),
     Meter(
@@ -115,7 +125,7 @@ METERS = [
         "Distilling to n steps narrows it at n steps and more.",
         "Euler steps",
     ),
-    Meter("bend", "bend along the path", "What straightness adds up, step by step; 1 is noise.", "sigma"),
+    Meter("curvature", "curvature along the path", "What straightness adds up, step by step; 1 is noise.", "sigma"),
     Meter("saturated", "saturated", "Share of pixels burnt beyond the range of the data.", "CFG scale"),
     Meter("contrast", "contrast", "Standard deviation of the pixels.", "CFG scale"),
     Meter("blur", "blur", "Share of steps between pixels that blurring again leaves.", "CFG scale"),
@@ -128,7 +138,7 @@ RESPONSES = (*GUIDED, "correct", "realistic")
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What every candidate is asked. samples: held-out samples of ``recipe``'s data; few: step counts; cfgs: rising."""
+    """What is measured of every candidate. samples: held-out samples of ``recipe``'s data; few: step counts; cfgs: rising."""
 
     recipe: Recipe
     source: Source
@@ -144,9 +154,9 @@ class EvalSettings:
 
     @cached_property
     def identity(self) -> str:
-        """Hash of all that is asked: the held-out samples themselves, the prompts and the settings."""
-        asked = [self.prompts, self.steps, self.few, self.cfgs, self.judge.identity if self.judge else None, BINS]
-        digest = hashlib.sha256(json.dumps(asked).encode())
+        """Hash of all of it: the held-out samples themselves, the prompts and the settings."""
+        everything = [self.prompts, self.steps, self.few, self.cfgs, self.judge.identity if self.judge else None, BINS]
+        digest = hashlib.sha256(json.dumps(everything).encode())
         for batch in objective_for(self.recipe, self.source, lambda shape: 1.0).validation_batches(self.samples, CHUNK):
             digest.update(json.dumps(batch.captions).encode())
             for tensor in (batch.noisy, batch.sigma, batch.target):
@@ -157,51 +167,53 @@ class EvalSettings:
         """Where each meter with an axis is read."""
         bins = [(b + 0.5) / BINS for b in range(BINS)]
         places: dict[str, list[float]] = {"few_steps": list(self.few), "loss_by_sigma": bins, "guidance_by_sigma": bins}
-        places["bend"] = sigma_grid(self.steps, model.grid_shift)[:-1].tolist()
+        places["curvature"] = sigma_grid(self.steps, model.grid_shift)[:-1].tolist()
         return places | {key: list(self.cfgs) for key in RESPONSES}
 
 
-def ask(candidate: Candidate, q: EvalSettings, kept: Path | None = None, *, held_out_only: bool = False) -> EvalResult:
-    """Every meter of one ``candidate``, or those of held-out samples only. kept: folder where answers stay for the next time.
+def evaluate_candidate(
+    candidate: Candidate, settings: EvalSettings, results: Path | None = None, *, held_out_only: bool = False
+) -> EvalResult:
+    """Every meter of one ``candidate``, or those of held-out samples only. results: folder where they stay for the next time.
 
     Raises UserError for a model that does not fit the data, or gives no finite answer.
     """
     opened = cache(candidate.open)
 
     def fresh(make: Callable[[str, Model, EvalSettings], EvalResult]) -> EvalResult:
-        return make(candidate.name, opened(), q)
+        return make(candidate.name, opened(), settings)
 
-    parts = {"held_out": _ask_held_out} if held_out_only else {"held_out": _ask_held_out, "paths": _ask_paths}
-    answers = []
+    parts = {"held_out": _evaluate_held_out} if held_out_only else {"held_out": _evaluate_held_out, "paths": _evaluate_paths}
+    found = []
     for part, make in parts.items():
-        file = kept and answer_file(kept, candidate.name, part)
-        key = {"weights": candidate.weights, "questions": q.identity} if kept else {}
-        answers.append(remembered(file, key, partial(fresh, make)))
-    readings = {key: reading for answer in answers for key, reading in answer.readings.items()}
-    return EvalResult(readings, answers[-1].places, answers[-1].image)
+        file = results and result_file(results, candidate.name, part)
+        key = {"weights": candidate.weights, "questions": settings.identity} if results else {}
+        found.append(cached_result(file, key, partial(fresh, make)))
+    readings = {key: reading for result in found for key, reading in result.readings.items()}
+    return EvalResult(readings, found[-1].places, found[-1].image)
 
 
-def _ask_held_out(candidate: str, model: Model, q: EvalSettings) -> EvalResult:
-    batches = q.batches(model)
+def _evaluate_held_out(candidate: str, model: Model, settings: EvalSettings) -> EvalResult:
+    batches = settings.batches(model)
     if batches[0].noisy.shape[1] != model.parts.sample_shape[0]:
         there, here = batches[0].noisy.shape[1], model.parts.sample_shape[0]
         raise UserError(f"the held-out samples have {there} channels, the model's {here}: choose another recipe with --data")
-    model.remember([*q.prompts, model.negative, *(c for b in batches if b.text is None for c in b.captions)])
+    model.remember([*settings.prompts, model.negative, *(c for b in batches if b.text is None for c in b.captions)])
     found = held_out_meters(model, batches, BINS)
     _check(candidate, found)
-    return EvalResult(found, q.places(model), tuple(model.parts.sample_shape))
+    return EvalResult(found, settings.places(model), tuple(model.parts.sample_shape))
 
 
-def _ask_paths(candidate: str, model: Model, q: EvalSettings) -> EvalResult:
-    model.remember([*q.prompts, model.negative])
-    noise = start_noise(0, len(q.prompts), model.parts.sample_shape)
-    found = path_meters(model, q.prompts, noise, steps=q.steps, few=q.few)
-    found |= guidance_meters(model, q.prompts, noise, steps=q.steps, cfgs=q.cfgs, judge=q.judge)
+def _evaluate_paths(candidate: str, model: Model, settings: EvalSettings) -> EvalResult:
+    model.remember([*settings.prompts, model.negative])
+    noise = start_noise(0, len(settings.prompts), model.parts.sample_shape)
+    found = path_meters(model, settings.prompts, noise, steps=settings.steps, few=settings.few)
+    found |= guidance_meters(model, settings.prompts, noise, steps=settings.steps, cfgs=settings.cfgs, judge=settings.judge)
     _check(candidate, found)
     found = {key: reading for key, reading in found.items() if reading.bottom.any()}  # no accuracy without digits
-    if len(q.cfgs) > 1:
+    if len(settings.cfgs) > 1:
         found |= {f"response_{key}": response(found[key]) for key in RESPONSES if key in found}
-    return EvalResult(found, q.places(model), tuple(model.parts.sample_shape))
+    return EvalResult(found, settings.places(model), tuple(model.parts.sample_shape))
 
 
 def _check(candidate: str, found: dict[str, RatioEstimate]) -> None:
@@ -209,48 +221,47 @@ def _check(candidate: str, found: dict[str, RatioEstimate]) -> None:
         if not np.isfinite(reading.top).all():
             raise UserError(f"{candidate}: {key}: not every sample has a finite number; the weights are broken")
         if key not in RESPONSES and not reading.bottom.sum(0).all():
-            raise UserError(f"{candidate}: {key}: paths have no length; the model predicts velocities of 0. Is it trained?")
+            raise UserError(f"{candidate}: {key}: paths have no length; the model predicts velocities of 0. Was it trained?")
 
 
 def measure(
     candidates: list[Candidate],
-    questions: EvalSettings,
+    settings: EvalSettings,
     *,
     reference: str | None,
     title: str,
-    kept: Path | None = None,
+    results: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """All candidates, and how each differs from ``reference`` (default the first), sample by sample.
 
     Returns title, settings, reference, meters, and by candidate and meter a list of {"at", "value", "low", "high"} with
     "difference", "difference_low", "difference_high" and a "verdict" beside the reference: what distillation.json holds.
-    kept: folder where answers stay for the next time. Raises UserError for what cannot be compared.
+    results: folder where they stay for the next time. Raises UserError for what cannot be compared.
     """
     names = [c.name for c in candidates]
     reference = reference or names[0]
-    check_comparable(names, reference, questions)
+    check_comparable(names, reference, settings)
     readings: dict[str, dict[str, RatioEstimate]] = {}
     places: dict[str, dict[str, list[float]]] = {}
     shapes: dict[tuple[int, ...], str] = {}
     for candidate in sorted(candidates, key=lambda c: c.name != reference):
-        name, answer = candidate.name, ask(_of_one_shape(candidate, shapes), questions, kept)
-        _check_shape(name, answer.image, shapes)
-        readings[name], places[name] = answer.readings, answer.places
+        name, result = candidate.name, evaluate_candidate(_of_one_shape(candidate, shapes), settings, results)
+        _check_shape(name, result.image, shapes)
+        readings[name], places[name] = result.readings, result.places
         say(f"{name}: " + _short(readings[name]))
     against = readings[reference]
-    q = questions
     return {
         "title": title,
         "settings": {
-            "prompts": len(q.prompts),
-            "held-out samples": q.samples,
-            "held-out data": q.recipe.run.name,
-            "paths": f"{q.steps} Euler steps at CFG 1",
+            "prompts": len(settings.prompts),
+            "held-out samples": settings.samples,
+            "held-out data": settings.recipe.run.name,
+            "paths": f"{settings.steps} Euler steps at CFG 1",
             "intervals": "95 %, bootstrap over samples",
         },
         "reference": reference,
-        "meters": [vars(m) for m in _all_meters(q.cfgs) if m.key in against],
+        "meters": [vars(m) for m in _all_meters(settings.cfgs) if m.key in against],
         "candidates": {
             n: {k: _rows(r, against[k], places[n].get(k), n == reference) for k, r in readings[n].items()} for n in names
         },
@@ -271,25 +282,25 @@ def _of_one_shape(candidate: Candidate, shapes: dict[tuple[int, ...], str]) -> C
 def _check_shape(name: str, image: tuple[int, ...], shapes: dict[tuple[int, ...], str]) -> None:
     shapes.setdefault(image, name)
     if len(shapes) > 1:
-        raise UserError(f"{' and '.join(shapes.values())} make images of different shapes: measure them apart")
+        raise UserError(f"{' and '.join(shapes.values())} make images of different shapes: measure them separately")
 
 
-def check_comparable(names: list[str], reference: str, questions: EvalSettings) -> None:
+def check_comparable(names: list[str], reference: str, settings: EvalSettings) -> None:
     """Raise UserError for names that are not each one candidate's, and for too few samples or prompts."""
     if len(set(names)) != len(names):
         raise UserError(f"two candidates share a name: {', '.join(names)}", exit_code=2)
     if reference not in names:
         raise UserError(f"--reference: no candidate '{reference}'; there are {', '.join(names)}", exit_code=2)
-    for flag, count, least in (("samples", questions.samples, 2 * BINS), ("prompts", len(questions.prompts), 2)):
+    for flag, count, least in (("samples", settings.samples, 2 * BINS), ("prompts", len(settings.prompts), 2)):
         if count < least:
             raise UserError(f"--{flag}: {count} {'is' if count == 1 else 'are'} too few for intervals; at least {least}", 2)
 
 
 def _all_meters(cfgs: tuple[float, ...]) -> list[Meter]:
     by_key = {m.key: m for m in METERS}
-    said = f"CFG {cfgs[0]:g} to {cfgs[-1]:g}"
+    scales = f"CFG {cfgs[0]:g} to {cfgs[-1]:g}"
     moves = [
-        Meter(f"response_{m.key}", f"{m.label}, {said}", "Change of: " + m.help[0].lower() + m.help[1:])
+        Meter(f"response_{m.key}", f"{m.label}, {scales}", "Change of: " + m.help[0].lower() + m.help[1:])
         for m in map(by_key.__getitem__, RESPONSES)
     ]
     return [*METERS, *moves]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dedistill.evaluation.distillation import EvalSettings, ask, check_comparable, measure
+from dedistill.evaluation.distillation import EvalSettings, check_comparable, evaluate_candidate, measure
 from dedistill.evaluation.judges import ClipJudge
 from dedistill.evaluation.meters import RatioEstimate
 from dedistill.evaluation.numbers import check_by
@@ -24,7 +24,7 @@ MOST_AVERAGES = 3
 
 def evaluate(
     runs: list[list[Candidate]],
-    questions: EvalSettings,
+    settings: EvalSettings,
     grid: Grid,
     out: Path,
     *,
@@ -42,20 +42,22 @@ def evaluate(
     candidates = [c for run in runs for c in run]
     known = [c.name for c in candidates]
     reference = reference or known[0]
-    check_comparable(known, reference, questions)
+    check_comparable(known, reference, settings)
     check_prompts(grid.prompts)  # select would say so, and of --by, after hours of images
-    check_by(by, {name for name, who in (("judge", questions.judge), ("clip", clip)) if who})
+    check_by(by, {name for name, who in (("judge", settings.judge), ("clip", clip)) if who})
     for part in ("sweep", "distillation", "selection"):
         claim(out / part, part, "--out")
-    kept = out / "distillation" / "answers"
+    results = out / "distillation" / "answers"
     losses = {}
     for c in candidates:
-        losses[c.name] = ask(c, questions, kept, held_out_only=True).readings["loss"]
+        losses[c.name] = evaluate_candidate(c, settings, results, held_out_only=True).readings["loss"]
         say(f"{c.name}: held-out loss {losses[c.name].value[0]:.4g}")
     chosen = {c.name for run in runs for c in shortlist(run, losses)} | {reference}
     looked_at = [c for c in candidates if c.name in chosen]
-    distillation = measure(looked_at, questions, reference=reference, title=f"How distilled still: {names}", kept=kept, say=say)
-    scores = sweep(looked_at, grid, out / "sweep", title=f"CFG sweep: {names}", judge=questions.judge, clip=clip, say=say)
+    distillation = measure(
+        looked_at, settings, reference=reference, title=f"How distilled still: {names}", results=results, say=say
+    )
+    scores = sweep(looked_at, grid, out / "sweep", title=f"CFG sweep: {names}", judge=settings.judge, clip=clip, say=say)
     order = sorted(known, key=lambda name: losses[name].value[0])
     selection = select(scores, read_index(out / "sweep" / "index.json"), by=by, order=order)
     rows = _loss_rows(compare_with_best(_together(losses, known), "low"), known, chosen)

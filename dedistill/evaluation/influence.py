@@ -1,7 +1,7 @@
 """How much each block changes what flows through it, and LoKr sizes shared out accordingly.
 
 The angular distance between hidden states is that of Gromov et al. 2024 (arXiv 2403.17887), who used it to find
-blocks that can be left out; here it finds blocks worth more trained numbers.
+blocks that can be left out; here it finds blocks worth more trained parameters.
 """
 
 import json
@@ -40,7 +40,7 @@ def angular_distance(before: Tensor, after: Tensor) -> Tensor:
 
 
 def share_out(influence: dict[str, float], shapes: dict[str, tuple[int, int]], budget: int) -> tuple[dict[str, int], int]:
-    """A LoKr factor for each block within ``budget`` trained numbers, and how many that takes.
+    """A LoKr factor for each block within ``budget`` trained parameters, and how many that takes.
 
     influence: block name -> distance; shapes: name -> (out, in) of the network's linears. All blocks start at factor 16;
     then the block with the most influence per trained number takes the next smaller factor that still fits, until none
@@ -51,7 +51,7 @@ def share_out(influence: dict[str, float], shapes: dict[str, tuple[int, int]], b
     level = dict.fromkeys(influence, 0)
     used = sum(size[0] for size in sizes.values())
     if used > budget:
-        raise UserError(f"--budget: {budget:,} is too little: factor {FACTORS[0]} on every block takes {used:,}", exit_code=2)
+        raise UserError(f"--budget: {budget:,} is too small: factor {FACTORS[0]} on every block takes {used:,}", exit_code=2)
 
     def cost(block: str) -> int:
         return sizes[block][level[block] + 1] - sizes[block][level[block]]

@@ -15,7 +15,7 @@ from torch import Tensor
 from dedistill.data.digits import DigitSource, digits_in
 from dedistill.data.images.decode import PILLOW_READS, BadImage, decode
 from dedistill.data.source import needed
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io.hashing import file_sha256
 from dedistill.models.pretrained import check_vocabulary, load_tokenizer, load_whole, reading
 from dedistill.sampling.images import as_image
@@ -54,8 +54,8 @@ class DigitJudge:
     def correct(self, images: Tensor, prompts: list[str]) -> np.ndarray:
         """Share of each prompt's digits that its image shows [B], reading left to right; NaN for a prompt without any."""
         read = self.reader.predict(self._digits(images)).reshape(len(prompts), -1)
-        asked = [digits_in(p) for p in prompts]
-        return np.array([np.mean([r == w for r, w in zip(row, a)]) if a else np.nan for row, a in zip(read, asked)])
+        wanted = [digits_in(p) for p in prompts]
+        return np.array([np.mean([r == w for r, w in zip(row, a)]) if a else np.nan for row, a in zip(read, wanted)])
 
     def realistic(self, images: Tensor) -> np.ndarray:
         """Share of each image's digits [B] that lie among real ones; their mean is the precision of the set."""
@@ -179,7 +179,8 @@ def _images(folder: Path) -> list[Path]:
     found = [f for f in sorted(folder.rglob("*")) if f.suffix[1:].lower() in PILLOW_READS and f.is_file()]
     if len(found) < 2:
         raise UserError(
-            f"--real: {len(found)} images in '{folder}'; a distance needs two at least, and says little below 1,000", 2
+            f"--real: {amount(len(found), 'image')} in '{folder}'; a distance needs at least 2, and says little below 1,000",
+            2,
         )
     return found
 

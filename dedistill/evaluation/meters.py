@@ -1,4 +1,4 @@
-"""How distilled a model is, in numbers of single samples: what few steps lose, how paths bend, what guidance does.
+"""How distilled a model is, in numbers of single samples: what few steps lose, how curved paths are, what guidance does.
 
 Every meter is a ratio of two sums over samples, so that one bootstrap serves them all and candidates that were asked
 the same questions are compared pair by pair. CFG is 1 unless a meter is about CFG.
@@ -75,33 +75,33 @@ def path_meters(
     """Meters of the paths from noise [N, C, h, w] at CFG 1, in ``steps`` Euler steps and in fewer.
 
     straightness: int |chord - velocity|^2 dsigma over |chord|^2, with chord = noise - end (arXiv 2209.03003, S over its
-    scale), 0 for straight paths; bend: the same per solver step. turning: degrees by which the velocity turns from
-    noise to data. few_steps: |end - end in few steps|^2 over |chord|^2.
+    scale), 0 for straight paths; curvature: the same per solver step. turning_angle: degrees by which the velocity turns
+    from noise to data. few_steps: |end - end in few steps|^2 over |chord|^2.
     """
     sigmas = sigma_grid(steps, model.grid_shift)
     paths = [path_numbers(states, sigmas) for states in trajectories(model, prompts, noise, Sampling(steps=steps))]
-    chord, bend, turning, ends = (np.concatenate(part) for part in zip(*paths))
+    chord, curvature, angle, ends = (np.concatenate(part) for part in zip(*paths))
     gaps = []
     for n in few:
         short = torch.cat([s[-1] for s in trajectories(model, prompts, noise, Sampling(steps=n))])
         gaps.append(((short.flatten(1).double().numpy() - ends) ** 2).mean(1))
     one = chord[:, None]
     return {
-        "straightness": RatioEstimate((bend * -np.diff(sigmas)).sum(1, keepdims=True), one),
-        "bend": RatioEstimate(bend, np.repeat(one, steps, 1)),
-        "turning": RatioEstimate(turning[:, None], np.ones_like(one)),
+        "straightness": RatioEstimate((curvature * -np.diff(sigmas)).sum(1, keepdims=True), one),
+        "curvature": RatioEstimate(curvature, np.repeat(one, steps, 1)),
+        "turning_angle": RatioEstimate(angle[:, None], np.ones_like(one)),
         "few_steps": RatioEstimate(np.stack(gaps, 1), np.repeat(one, len(few), 1)),
     }
 
 
 def path_numbers(states: list[Tensor], sigmas: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Of each trajectory: |chord|^2 [B] and |chord - velocity|^2 of each step [B, S] per element, turning [B], end [B, D]."""
+    """Of each path: |chord|^2 [B] and |chord - velocity|^2 of each step [B, S] per element, turning angle [B], end [B, D]."""
     z = torch.stack(states, 1).flatten(2).double()
     velocity = z.diff(dim=1) / torch.from_numpy(np.diff(sigmas))[:, None]
     chord = z[:, :1] - z[:, -1:]
-    turning = 180 * angular_distance(velocity[:, :-1], velocity[:, 1:]).sum(1)
-    bend = (chord - velocity).square().mean(2)
-    return chord.square().mean(2)[:, 0].numpy(), bend.numpy(), turning.numpy(), z[:, -1].numpy()
+    angle = 180 * angular_distance(velocity[:, :-1], velocity[:, 1:]).sum(1)
+    curvature = (chord - velocity).square().mean(2)
+    return chord.square().mean(2)[:, 0].numpy(), curvature.numpy(), angle.numpy(), z[:, -1].numpy()
 
 
 def guidance_meters(

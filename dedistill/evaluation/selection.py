@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.evaluation.meters import LEVEL, RatioEstimate, interval, ratio, resamples
 
 LEAST_PROMPTS = 16
@@ -95,7 +95,7 @@ def select(
     candidates, those first that are taken where number and cost are equal; default as listed. Returns what selection.json
     holds. Raises UserError for a number that there is not, too few prompts, or cells of different prompts.
     """
-    cells = [{key: cell[key] for key in (*CELL, "passes") if key in cell} for cell in scores["cells"]]
+    cells = [{key: cell[key] for key in (*CELL, "nfe") if key in cell} for cell in scores["cells"]]
     known = {n["key"]: n for n in scores["numbers"] if "image" in n}
     readings = {key: found for key, n in known.items() if (found := _reading(cells, rows, n["image"]))}
     ranking_metric = _ranking_metric(known, readings, by)
@@ -120,7 +120,8 @@ def select(
 def check_prompts(prompts: Sequence[str]) -> None:
     """Raise UserError for too few different prompts to choose by."""
     if (count := len(set(prompts))) < LEAST_PROMPTS:
-        raise UserError(f"--prompts: {count} different ones are too few to choose by; at least {LEAST_PROMPTS}", 2)
+        some = amount(count, "different prompt is", "different prompts are")
+        raise UserError(f"--prompts: {some} too few to choose by; at least {LEAST_PROMPTS}", 2)
 
 
 def _mildest(cells: list[dict[str, Any]], candidate: str) -> int:
@@ -181,6 +182,6 @@ def _compare(cells: list[dict[str, Any]], allowed: list[int], reading: RatioEsti
     sign = 1.0 if better == "high" else -1.0
 
     def rank(i: int) -> tuple[float, int, int]:
-        return round(sign * reading.value[i], 12), -cells[i]["passes"], -order.index(cells[i]["candidate"])
+        return round(sign * reading.value[i], 12), -cells[i]["nfe"], -order.index(cells[i]["candidate"])
 
     return max(allowed, key=rank)

@@ -92,7 +92,7 @@ def sweep(
                 known = _make_cell(model, candidate.name, column, grid, folder, out, judge, clip)
                 replace_json(folder / "cell.json", {"key": key, **known})
                 say(f"{candidate.name}, {column.label}: " + _short(known["cell"]))
-            known["cell"].setdefault("passes", column.nfe())  # of a version that knew classifier-free guidance alone
+            _rename_nfe(known["cell"]).setdefault("nfe", column.nfe())  # the first versions wrote none
             rows += known["rows"]
             cells.append(known["cell"])
     scores = {
@@ -112,10 +112,10 @@ def sweep(
 
 
 def _folder_name(candidate: Candidate, column: Sampling) -> str:
-    told = column.facts
+    facts = column.facts
     steps = f"_steps{column.steps}" if column.steps != candidate.steps else ""
-    method = "_" + re.sub("[^A-Za-z0-9.-]+", "-", str(told["method"])) if "method" in told else ""
-    return f"cfg{told['cfg']:g}_skip{told['skip']}{steps}{method}"
+    method = "_" + re.sub("[^A-Za-z0-9.-]+", "-", str(facts["method"])) if "method" in facts else ""
+    return f"cfg{facts['cfg']:g}_skip{facts['skip']}{steps}{method}"
 
 
 def _cell_key(candidate: Candidate, grid: Grid, column: Sampling) -> dict[str, Any]:
@@ -127,6 +127,13 @@ def _cell_key(candidate: Candidate, grid: Grid, column: Sampling) -> dict[str, A
         "prompts": list(grid.prompts),
         "seeds": list(grid.seeds),
     }
+
+
+def _rename_nfe(cell: dict[str, Any]) -> dict[str, Any]:
+    """The cell with its cost as ``nfe``, which earlier versions wrote as ``passes``."""
+    if "passes" in cell:
+        cell["nfe"] = cell.pop("passes")
+    return cell
 
 
 def _reusable(folder: Path, key: dict[str, Any], out: Path) -> dict[str, Any] | None:
@@ -171,7 +178,7 @@ def _make_cell(
             row = {"file": file.relative_to(out).as_posix(), **facts}
             rows.append(row | {k: round(float(v[i]), 6) for k, v in numbers.items() if not np.isnan(v[i])})
         everything.append(images)
-    cell = {**place, "images": len(rows), "passes": column.nfe(model.grid_shift)}
+    cell = {**place, "images": len(rows), "nfe": column.nfe(model.grid_shift)}
     cell |= {k: float(np.mean([r[k] for r in rows])) for k in numbers if k not in ("correct", "realistic")}
     if len(grid.seeds) > 1:
         cell["diversity"] = float(diversity(torch.stack(everything)).mean())
@@ -223,6 +230,8 @@ def read_scores(path: Path) -> dict[str, Any]:
     _require(path, "cells", scores["cells"], {"candidate": str, "cfg": (int, float), "skip": int})
     if not scores["cells"]:
         raise UserError(f"{path}: 'cells' is empty: the sweep made no images")
+    for cell in scores["cells"]:
+        _rename_nfe(cell)
     for number in scores["numbers"]:
         number.setdefault("help", "")
         if "picture" in number:  # as sweeps wrote it before they said image
@@ -252,10 +261,11 @@ def read_index(path: Path) -> list[dict[str, Any]]:
 
 
 def _require(path: Path, what: str, entries: Iterable[object], kinds: dict[str, type | tuple[type, ...]]) -> None:
-    """Raise when an entry lacks one of the keys or has another kind of value there."""
+    """Raise when an entry lacks one of the keys or has another kind of value there; amounts of things need not be there."""
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise UserError(f"{path}: {what} {i} is not an object")
-        for key, kind in kinds.items():
+        amounts = {key: int for key in ("steps", "images") if key in entry}
+        for key, kind in (kinds | amounts).items():
             if not isinstance(entry.get(key), kind) or isinstance(entry[key], bool):
                 raise UserError(f"{path}: {what} {i}: {key!r} is missing or has the wrong type ({entry.get(key)!r})")

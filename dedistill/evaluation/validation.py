@@ -97,8 +97,8 @@ class Validator:
 def fixed_share(objective: Objective, samples: int, size: int, world: World) -> tuple[list[NoisyBatch], list[NoisyBatch]]:
     """Validation batches of this process, and what it runs for nothing where all must run equally many passes."""
     batches = objective.validation_batches(samples, size, world)
-    passes = max(world.gather(len(batches))) if world.requires_equal_forwards else 0
-    return batches, objective.validation_batches(1, 1) * (passes - len(batches))
+    most = max(world.gather(len(batches))) if world.requires_equal_forwards else 0
+    return batches, objective.validation_batches(1, 1) * (most - len(batches))
 
 
 def stratified_error(losses: np.ndarray) -> float:
@@ -137,17 +137,17 @@ class Meters:
         own = [row for batch in self.batches for row in self._ask(model, batch)]
         model.root.train(training)
         rows = sorted(row for rows in self.world.gather(own) for row in rows)  # by sigma, of which each sample has its own
-        _, gap, bend, few, chord = np.array(rows).sum(0).tolist()
-        return {"guidance_gap": gap / len(rows), "straightness": bend / chord, "few_step_gap": few / chord}
+        _, gap, curvature, few, chord = np.array(rows).sum(0).tolist()
+        return {"guidance_gap": gap / len(rows), "straightness": curvature / chord, "few_step_gap": few / chord}
 
     def _ask(self, model: Model, batch: NoisyBatch) -> list[list[float]]:
-        """sigma, guidance gap, bend, few-step gap and chord of each sample."""
+        """sigma, guidance gap, curvature, few-step gap and chord of each sample."""
         sigma, _, gap = held_out_numbers(model, batch).T
         noise = implied_noise(batch.noisy, batch.sigma, batch.target)
         sigmas = sigma_grid(self.steps, model.grid_shift)
-        chord, bend, _, end = path_numbers(self._path(model, batch, noise, self.steps), sigmas)
+        chord, curvature, _, end = path_numbers(self._path(model, batch, noise, self.steps), sigmas)
         short = self._path(model, batch, noise, FEW)[-1].flatten(1).double().numpy()
-        return np.stack([sigma, gap, bend @ -np.diff(sigmas), np.square(short - end).mean(1), chord], 1).tolist()
+        return np.stack([sigma, gap, curvature @ -np.diff(sigmas), np.square(short - end).mean(1), chord], 1).tolist()
 
     def _path(self, model: Model, batch: NoisyBatch, noise: Tensor, steps: int) -> list[Tensor]:
         states = []

@@ -4,7 +4,6 @@ B is the batch, ... the dimensions of one sample. sigma is [B] in [0, 1]; 1 is n
 arXiv 2403.03206, eq. 1 with t = sigma).
 """
 
-import torch
 from torch import Tensor
 
 # --- the straight path between data and noise, and every conversion along it -----------------------------------------
@@ -47,7 +46,7 @@ def implied_noise(noisy: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
 
 def velocity_from_denoised(noisy: Tensor, sigma: Tensor, data: Tensor) -> Tensor:
     """The velocity that points from ``data`` through ``noisy``: (noisy - data) / sigma. sigma > 0."""
-    if torch.any(sigma <= 0):
+    if seen_anywhere(sigma <= 0):
         raise ValueError("sigma = 0 has no direction: the noisy sample is the data itself")
     return (noisy - data) / expand(sigma, noisy)
 

@@ -180,8 +180,8 @@ def replace_json(path: Path, value: object) -> None:
 
 def checksummed(table: Mapping[str, object]) -> bytes:
     """``table`` as JSON with a hash of itself, in one canonical spelling, so that no bit of it can change unnoticed."""
-    seal = hashlib.sha256(json.dumps(dict(table)).encode()).hexdigest()
-    return (json.dumps({**table, "seal": seal}, indent=1) + "\n").encode()
+    checksum = hashlib.sha256(json.dumps(dict(table)).encode()).hexdigest()
+    return (json.dumps({**table, "seal": checksum}, indent=1) + "\n").encode()
 
 
 def read_checksummed(path: Path) -> dict[str, Any]:

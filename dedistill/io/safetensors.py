@@ -32,9 +32,9 @@ DTYPES = {
 
 CHUNK = 1 << 22
 """Bytes of a file looked at in one piece."""
-SEAL = "dedistill.sha256"
+CHECKSUM = "dedistill.sha256"
 """Header entry of a checksummed file: SHA-256 of all its bytes, the digits of this entry taken as zeros."""
-_UNSEALED = "0" * 64
+_NO_CHECKSUM = "0" * 64
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Tensor name -> (shape, dtype), in the order of writing."""
@@ -53,18 +53,18 @@ class Digest(Protocol):
 class TensorFile:
     """A safetensors file of a known layout, complete at ``path`` or not there. Use as a context manager.
 
-    digest: a hash to feed with every byte as it is written. seal: let the header carry a hash of the file's own bytes.
+    digest: a hash to feed with every byte as it is written. checksum: let the header carry a hash of the file's own bytes.
     Raises UserError naming the path when the disk refuses, and ValueError when what is written is not the layout.
     """
 
     def __init__(
-        self, path: Path, layout: Layout, metadata: dict[str, str], digest: Digest | None = None, *, seal: bool = False
+        self, path: Path, layout: Layout, metadata: dict[str, str], digest: Digest | None = None, *, checksum: bool = False
     ):
-        self.path, self._seal = path, seal
-        self._digest: Digest | None = hashlib.sha256() if seal else digest
+        self.path, self._checksum = path, checksum
+        self._digest: Digest | None = hashlib.sha256() if checksum else digest
         self._layout, self._names = layout, iter(layout)
         self._name, self._left = "", 0
-        header: dict[str, object] = {"__metadata__": metadata | {SEAL: _UNSEALED} if seal else metadata}
+        header: dict[str, object] = {"__metadata__": metadata | {CHECKSUM: _NO_CHECKSUM} if checksum else metadata}
         offset = 0
         for name, (shape, dtype) in layout.items():
             size = math.prod(shape) * dtype.itemsize
@@ -73,7 +73,7 @@ class TensorFile:
         raw = json.dumps(header).encode()
         raw += b" " * (-len(raw) % 8)
         self._head = struct.pack("<Q", len(raw)) + raw
-        self._seal_at = self._head.index(f'"{SEAL}": "'.encode()) + len(SEAL) + 5 if seal else 0
+        self._checksum_at = self._head.index(f'"{CHECKSUM}": "'.encode()) + len(CHECKSUM) + 5 if checksum else 0
         self._file = WholeFile(path)
 
     def __enter__(self) -> "TensorFile":
@@ -107,8 +107,8 @@ class TensorFile:
                 self._begin()
                 if missing := self._name if self._left else next(self._names, ""):
                     raise ValueError(f"'{missing}' was not written to its end")
-                if self._seal and self._digest:
-                    self._file.overwrite(self._seal_at, self._digest.hexdigest().encode())
+                if self._checksum and self._digest:
+                    self._file.overwrite(self._checksum_at, self._digest.hexdigest().encode())
         except BaseException as e:
             kind = type(e)
             raise
@@ -116,11 +116,11 @@ class TensorFile:
             self._file.__exit__(kind, *rest)
 
 
-class SealedReader:
+class ChecksummedReader:
     """A checksummed file read once, from its first byte to its last, hashed on the way. Use as a context manager.
 
-    layout: in the order of the bytes; metadata: without the seal, which is ``seal``. Raises UserError naming the file for
-    one that cannot be read or carries no seal, and when a whole reading ends at other bytes than were written.
+    layout: in the order of the bytes; metadata: without the entry that is ``checksum``. Raises UserError naming the file for
+    one that cannot be read or carries no checksum, and when a whole reading ends at other bytes than were written.
     """
 
     def __init__(self, path: Path):
@@ -136,18 +136,18 @@ class SealedReader:
         if odd := [f"{name} is {dtype}" for name, (_, dtype) in found.items() if dtype not in known]:
             raise UserError(f"'{path}' holds a tensor of a kind that is not supported: {odd[0]}")
         self.layout = {name: (shape, known[dtype]) for name, (shape, dtype) in found.items()}
-        self.seal = self.metadata.pop(SEAL, "")
-        if not self.seal:
-            raise UserError(f"'{path}' carries no hash of its bytes: another program, or an earlier version, has written it")
+        self.checksum = self.metadata.pop(CHECKSUM, "")
+        if not self.checksum:
+            raise UserError(f"'{path}' carries no checksum: another program, or an earlier version, wrote it")
 
-    def __enter__(self) -> "SealedReader":
+    def __enter__(self) -> "ChecksummedReader":
         try:
             self._file = open(self.path, "rb", buffering=0)
         except OSError as e:
             raise UserError(f"'{self.path}' cannot be read: {e.strerror}") from e
         head = self._take(bytearray(8))
         head += self._take(bytearray(struct.unpack("<Q", head)[0]))
-        self._digest = hashlib.sha256(head.replace(self.seal.encode(), _UNSEALED.encode(), 1))
+        self._digest = hashlib.sha256(head.replace(self.checksum.encode(), _NO_CHECKSUM.encode(), 1))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -159,8 +159,8 @@ class SealedReader:
 
     def finish(self) -> None:
         """To be called when everything has been read."""
-        if self._file.read(1) or self._digest.hexdigest() != self.seal:
-            raise UserError(f"'{self.path}' is damaged: its bytes do not have the hash that they were written with")
+        if self._file.read(1) or self._digest.hexdigest() != self.checksum:
+            raise UserError(f"'{self.path}' is damaged: its bytes do not match its checksum")
 
     def _take(self, buffer: _Memory) -> _Memory:
         view, done = memoryview(buffer), 0
@@ -175,9 +175,9 @@ class SealedReader:
         return buffer
 
 
-def check_seal(path: Path) -> None:
+def verify_checksum(path: Path) -> None:
     """Read a checksummed file through. Raises UserError naming it unless its bytes are those that were written."""
-    with SealedReader(path) as file:
+    with ChecksummedReader(path) as file:
         for shape, dtype in file.layout.values():
             left = math.prod(shape) * dtype.itemsize
             while left:

@@ -47,7 +47,7 @@ class Model:
     """Samples per forward pass when nothing is trained."""
     adapter: Adapter | None = None
     targets: list[Resolved] = field(default_factory=list)
-    known: dict[str, Conditioning] = field(default_factory=dict)
+    text_cache: dict[str, Conditioning] = field(default_factory=dict)
     """Captions that are encoded already, each as long as it is real; they never reach an encoder."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What was really done: quantized layers, matched layers, sizes of the start. Recorded in the run directory."""
@@ -85,16 +85,16 @@ class Model:
         self.load_tensors(tensors, str(path))
 
     def encode(self, captions: list[str], length: int | None = None) -> Conditioning:
-        """One batch of encoded captions on the model's device; ``known`` ones are the very tensors of the cache."""
-        if captions and all(c in self.known for c in captions):
-            return collate([self.known[c] for c in captions]).to(self.device)
+        """One batch of encoded captions on the model's device; those in ``text_cache`` are the very tensors of the cache."""
+        if captions and all(c in self.text_cache for c in captions):
+            return collate([self.text_cache[c] for c in captions]).to(self.device)
         return self.family.encode_text(self.parts, captions, length or self.text_length).to(self.device)
 
     def remember(self, captions: list[str]) -> None:
         """Encode captions once and for all, and free the encoders: ``encode`` gives these tensors from now on."""
-        if new := [c for c in dict.fromkeys(captions) if c not in self.known]:
+        if new := [c for c in dict.fromkeys(captions) if c not in self.text_cache]:
             text = self.family.encode_text(self.parts, new, self.text_length).to("cpu")
-            self.known |= {c: text.index_select(slice(i, i + 1)) for i, c in enumerate(new)}
+            self.text_cache |= {c: text.index_select(slice(i, i + 1)) for i, c in enumerate(new)}
         self.parts.text.unload()
 
     def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 
 if TYPE_CHECKING:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -51,11 +51,15 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
     # parts of a larger model may lie beside, as a decoder beside its encoder, but nothing more within the network's own
     unknown = [name for name in info["unexpected_keys"] if missing or hasattr(net, name.split(".")[0])]
     faults = {"missing": missing, "of another shape": shapes.values(), "unknown": unknown}
-    if told := [f"{len(names)} tensors are {what}: {_some(sorted(names))}" for what, names in faults.items() if names]:
+    if problems := [
+        f"{amount(len(names), 'tensor is', 'tensors are')} {what}: {_some(sorted(names))}"
+        for what, names in faults.items()
+        if names
+    ]:
         files = _some(sorted(file.name for file in folder.glob("*.safetensors")))
         raise UserError(
             f"{source}: the weights in '{folder}' ({files}) are not those of the {kind.__name__} that its config.json "
-            f"describes. {'; '.join(told)}. Fetch the folder again; it must be {needed}"
+            f"describes. {'; '.join(problems)}. Fetch the folder again; it must be {needed}"
         )
     return net
 
@@ -73,8 +77,8 @@ def load_tokenizer(
         encoded = tokenizer(list(_WORDS))["input_ids"]
     if len(set(map(tuple, encoded))) == 1:  # without its vocabulary's files it is made of the special tokens alone
         raise UserError(
-            f"{source}: the tokenizer in '{folder}' has {len(tokenizer)} entries and takes '{_WORDS[0]}' and '{_WORDS[1]}' "
-            f"for the same: its vocabulary is missing. {_VOCABULARY}"
+            f"{source}: the tokenizer in '{folder}' has {len(tokenizer)} entries and gives '{_WORDS[0]}' and '{_WORDS[1]}' "
+            f"the same tokens: its vocabulary is missing. {_VOCABULARY}"
         )
     return tokenizer
 
@@ -122,7 +126,7 @@ def _object(file: Path, source: str) -> dict[str, Any]:
     with reading(f"{source}: '{file}' cannot be read"):
         found = json.loads(file.read_bytes())
     if not isinstance(found, dict):
-        raise UserError(f"{source}: '{file}' holds no JSON object")
+        raise UserError(f"{source}: '{file}' does not hold a JSON object")
     return found
 
 

@@ -67,11 +67,11 @@ def spec_of(config: Config, family: str | None = None) -> ModelSpec:
     raise UserError(f"config.json names a network of no family: _class_name is '{kind}', known: {', '.join(known)}")
 
 
-def text_length(family: "Family", asked: int, where: str = "model.text_length") -> int:
-    """``asked`` tokens a caption is padded or cut to. Raises UserError for more than the family's text encoder takes."""
-    if asked > family.max_text_length:
-        raise UserError(f"{where}: {asked} tokens; {family.spec.name} takes at most {family.max_text_length}", exit_code=2)
-    return asked
+def text_length(family: "Family", length: int, where: str = "model.text_length") -> int:
+    """``length``: tokens that a caption is padded or cut to. Raises UserError for more than the family's text encoder takes."""
+    if length > family.max_text_length:
+        raise UserError(f"{where}: {length} tokens; {family.spec.name} takes at most {family.max_text_length}", exit_code=2)
+    return length
 
 
 # --- defaults of a recipe that are the family's; recipe.resolve asks for them by name --------------------------------
@@ -120,6 +120,6 @@ def licence_for(base: Published | None, wanted: str | None) -> Licence:
     own = base.licence
     if own.binding and wanted not in (None, own.id, own.name):
         raise UserError(
-            f"a derivative of {base.id} is under its {own.name}, it cannot be released as '{wanted}' ({own.link})", 2
+            f"a derivative of {base.id} is under its {own.name}, so it cannot be released as '{wanted}' ({own.link})", 2
         )
     return own if wanted is None or own.binding else Licence(wanted)

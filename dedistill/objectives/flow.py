@@ -14,10 +14,10 @@ class Flow(Objective):
 
     def noise(self, batch: Batch, draws: Draws) -> Tensor:
         """The noise [B, C, H, W] that each sample is mixed with."""
-        return draws.noise(tuple(batch.pixels.shape[1:]))
+        return draws.noise(tuple(batch.latents.shape[1:]))
 
     def sample(self, batch: Batch, draws: Draws) -> NoisyBatch:
-        noise, sigma = self.noise(batch, draws), draws.sigma(tuple(batch.pixels.shape[1:]))
+        noise, sigma = self.noise(batch, draws), draws.sigma(tuple(batch.latents.shape[1:]))
         s = torch.from_numpy(sigma.astype(np.float32))
-        noisy, target = interpolate(batch.pixels, noise, s), velocity(batch.pixels, noise)
+        noisy, target = interpolate(batch.latents, noise, s), velocity(batch.latents, noise)
         return NoisyBatch(noisy, s, target, batch.captions, draws.dropped, batch.names, batch.text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io.atomic import make_folder
 from dedistill.posthoc.profiles import ALPHAS, TRUSTED, chain_averages, describe, find_profiles, reconstruct
 from dedistill.posthoc.snapshots import Average, Snapshot, find_snapshots, write_averages
@@ -73,7 +73,7 @@ def _refuse_other_files(paths: Sequence[Path]) -> None:
         except (OSError, SafetensorError):
             average = False
         if not average:
-            raise UserError(f"'{path}' exists and is no average that dedistill made: choose another --out, or remove it")
+            raise UserError(f"'{path}' exists and is not an average made by dedistill: choose another --out, or remove it")
 
 
 def average_run(
@@ -99,7 +99,7 @@ def average_run(
         written += _chains(run, dict.fromkeys(alphas or ALPHAS), step, skip, space, folder, say)
     if widths:
         written += _power(run, dict.fromkeys(widths), step, skip, space, folder, say)
-    say(f"{len(written)} averages in {folder}/")
+    say(f"{amount(len(written), 'average')} in {folder}/")
     return written
 
 
@@ -108,17 +108,17 @@ def _chains(
 ) -> list[Path]:
     snapshots = [s for s in find_snapshots(run / "snapshots", skip) if step is None or s.step <= step]
     if len(snapshots) < 2:
-        raise UserError(f"--step {step} leaves {len(snapshots)} snapshots; an average needs at least two", 2)
+        raise UserError(f"--step {step} leaves {amount(len(snapshots), 'snapshot')}; an average needs at least two", 2)
     steps = [s.step for s in snapshots]
     averages = _named(chain_averages(list(alphas), len(steps), out), space)
     written = write_in_space(snapshots, averages, space, run)
-    say(f"{len(snapshots)} snapshots, steps {steps[0]} to {steps[-1]}")
+    say(f"{amount(len(snapshots), 'snapshot')}, steps {steps[0]} to {steps[-1]}")
     say(f"{'alpha':>6} {'effective':>10} {'mean age':>9} {'sigma_rel':>9}{_lost_title(written)}  weights, newest first")
     for i, (alpha, average) in enumerate(zip(alphas, averages)):
         spread = describe(average.weights, steps)
         shown = "  ".join(f"{s}:{w:.3f}" for s, w in zip(steps[::-1], average.weights[::-1]) if w >= 0.0005)
-        told = f"{alpha:6g} {spread.effective:10.2f} {spread.age:9.1f} {spread.sigma_rel:9.4f}"
-        say(f"{told}{_lost(written, i)}  {shown}")
+        row = f"{alpha:6g} {spread.effective:10.2f} {spread.age:9.1f} {spread.sigma_rel:9.4f}"
+        say(f"{row}{_lost(written, i)}  {shown}")
     return written.paths
 
 
@@ -129,7 +129,8 @@ def _power(
     found = reconstruct(profiles, list(widths), out, step)
     written = write_in_space(found.snapshots, _named(found.averages, space), space, run)
     tracked = " and ".join(f"{sigma:g}" for sigma in profiles)
-    say(f"{len(found.snapshots)} snapshots of the averages of sigma_rel {tracked}, up to step {found.snapshots[-1].step}")
+    count, last = amount(len(found.snapshots), "snapshot"), found.snapshots[-1].step
+    say(f"{count} of the averages of sigma_rel {tracked}, up to step {last}")
     say(f"{'sigma_rel':>9} {'expected error':>15}{_lost_title(written)}  sum of |weights|")
     for i, (sigma, average, error) in enumerate(zip(widths, found.averages, found.errors)):
         say(f"{sigma:9g} {error:15.2%}{_lost(written, i)}  {abs(average.weights).sum():.2f}")

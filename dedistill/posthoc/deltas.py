@@ -18,7 +18,7 @@ from dedistill.adapters.delta import scale
 from dedistill.adapters.formats import layer_of
 from dedistill.errors import UserError
 from dedistill.io.atomic import make_folder
-from dedistill.io.safetensors import Layout, SealedReader, TensorFile
+from dedistill.io.safetensors import ChecksummedReader, Layout, TensorFile
 from dedistill.posthoc.snapshots import Average, Snapshot, agreed_layout
 
 LORA = {"lora_up.weight", "lora_down.weight"}
@@ -64,7 +64,7 @@ def outer(factors: Factors) -> LowRankDeltas:
         right = [f["lora_down.weight"].float().T for f in per_snapshot]
         return LowRankDeltas(torch.cat(left, 1), torch.cat(right, 1), None)
     if kind not in (LOKR, LOKR_LOW):
-        raise UserError(f"factors {', '.join(sorted(kind))} are no LoKr or LoRA: average them with --space factors")
+        raise UserError(f"factors {', '.join(sorted(kind))} are neither LoKr nor LoRA: average them with --space factors")
     seconds = [f["lokr_w2"].float() if kind == LOKR else f["lokr_w2_a"].float() @ f["lokr_w2_b"].float() for f in per_snapshot]
     left = [f["lokr_w1"].float().reshape(-1) * scale(f) for f in per_snapshot]
     blocks = (*factors["lokr_w1"][0].shape, *seconds[0].shape)
@@ -173,12 +173,12 @@ def _write(
     """One pass over the snapshots, layer by layer, which writes what ``parts`` makes of each for every average."""
     make_folder(averages[0].path.parent)
     with ExitStack() as stack:
-        readers = [stack.enter_context(SealedReader(s.path)) for s in snapshots]
+        readers = [stack.enter_context(ChecksummedReader(s.path)) for s in snapshots]
         own = agreed_layout(readers)
         writers = []
         for average in averages:
             header = average.header(readers[-1].metadata, snapshots)
-            writers.append(stack.enter_context(TensorFile(average.path, layout(own), header, seal=True)))
+            writers.append(stack.enter_context(TensorFile(average.path, layout(own), header, checksum=True)))
         rows = np.stack([a.weights for a in averages])
         for layer, factors in _layers(readers, own):
             for writer, tensors in zip(writers, parts(layer, factors, rows)):
@@ -188,7 +188,7 @@ def _write(
             reader.finish()
 
 
-def _layers(readers: list[SealedReader], layout: Layout) -> Iterator[tuple[str, Factors]]:
+def _layers(readers: list[ChecksummedReader], layout: Layout) -> Iterator[tuple[str, Factors]]:
     """(layer, its factors in all snapshots) as soon as the last of them has been read, in the order of :func:`_groups`."""
     groups = _groups(layout)
     begun: dict[str, Factors] = {}

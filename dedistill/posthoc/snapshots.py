@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io.atomic import make_folder, step_name, step_of
-from dedistill.io.safetensors import Layout, SealedReader, TensorFile, check_seal
+from dedistill.io.safetensors import ChecksummedReader, Layout, TensorFile, verify_checksum
 
 # --- snapshots of a run ----------------------------------------------------------------------------------------------
 
@@ -27,7 +27,7 @@ PREVIOUS = "dedistill.previous"
 class Snapshot:
     step: int
     path: Path
-    seal: str
+    checksum: str
     """Hash of the file's bytes, as its header tells it."""
     previous: str
 
@@ -39,9 +39,9 @@ def write_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], heade
     """
     make_folder(folder)
     before = [number for number in _steps(folder) if number < step]
-    link = _told(_path(folder, before[-1])) if before else ""
+    link = _link_of(_path(folder, before[-1])) if before else ""
     path, layout = _path(folder, step), {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    with TensorFile(path, layout, header | {PREVIOUS: link, "dedistill.step": str(step)}, seal=True) as file:
+    with TensorFile(path, layout, header | {PREVIOUS: link, "dedistill.step": str(step)}, checksum=True) as file:
         for name, tensor in tensors.items():
             file.write(name, tensor)
     return path
@@ -57,9 +57,11 @@ def find_snapshots(folder: Path, skip: Collection[int] = ()) -> list[Snapshot]:
     found = [_opened(_path(folder, step), step) for step in steps if step not in skip]
     named = {step_of(Path(s.previous.partition(" ")[0])) for s in found}
     if unknown := sorted(set(skip) - set(steps) - named):
-        raise UserError(f"'{folder}' has and misses no snapshot of step {unknown[0]}", 2)
+        raise UserError(f"--skip {unknown[0]}: '{folder}' has no snapshot of this step, and none is missing", 2)
     if len(found) < 2:
-        raise UserError(f"'{folder}' holds {len(found)} snapshots; an average needs at least two (set snapshot.every)")
+        raise UserError(
+            f"'{folder}' holds {amount(len(found), 'snapshot')}; an average needs at least two (set snapshot.every)"
+        )
     for before, snapshot in zip([None, *found], found):
         _check_link(before, snapshot, skip)
     return found
@@ -72,7 +74,7 @@ def _check_link(before: Snapshot | None, snapshot: Snapshot, skip: Collection[in
     if snapshot.previous == (_link(before) if before else "") or step in skip:
         return
     for neighbour in filter(None, (before, snapshot)):
-        check_seal(neighbour.path)  # a changed header is damage, and says nothing of what there was
+        verify_checksum(neighbour.path)  # a changed header is damage, and says nothing of what there was
     if step is not None and step > (before.step if before else -1):
         missing = snapshot.path.with_name(name)
         raise UserError(
@@ -87,10 +89,10 @@ def _check_link(before: Snapshot | None, snapshot: Snapshot, skip: Collection[in
 
 
 def _link(snapshot: Snapshot) -> str:
-    return f"{snapshot.path.name} {snapshot.seal}"
+    return f"{snapshot.path.name} {snapshot.checksum}"
 
 
-def _told(path: Path) -> str:
+def _link_of(path: Path) -> str:
     """How the next snapshot names this one. Training does not end over an unreadable one; averaging will."""
     with suppress(UserError):
         if (step := step_of(path)) is not None:
@@ -99,11 +101,11 @@ def _told(path: Path) -> str:
 
 
 def _opened(path: Path, step: int) -> Snapshot:
-    with SealedReader(path) as file:
-        told = file.metadata.get("dedistill.step")
-        if told != str(step):
-            raise UserError(f"'{path}' says that it is of step {told}: it has been renamed, or is of another run")
-        return Snapshot(step, path, file.seal, file.metadata.get(PREVIOUS, ""))
+    with ChecksummedReader(path) as file:
+        named = file.metadata.get("dedistill.step")
+        if named != str(step):
+            raise UserError(f"'{path}' says that it is of step {named}: it has been renamed, or is of another run")
+        return Snapshot(step, path, file.checksum, file.metadata.get(PREVIOUS, ""))
 
 
 def _path(folder: Path, step: int) -> Path:
@@ -133,7 +135,7 @@ class Average:
     def header(self, last: dict[str, str], snapshots: Sequence[Snapshot]) -> dict[str, str]:
         """That of the last snapshot, and every input with its hash and weight."""
         parts = [
-            {"file": f"{s.path.parent.name}/{s.path.name}", "sha256": s.seal, "weight": float(w)}
+            {"file": f"{s.path.parent.name}/{s.path.name}", "sha256": s.checksum, "weight": float(w)}
             for s, w in zip(snapshots, self.weights)
         ]
         kept = {k: v for k, v in last.items() if k != PREVIOUS}
@@ -149,12 +151,12 @@ def write_averages(snapshots: Sequence[Snapshot], averages: Sequence[Average]) -
     """
     make_folder(averages[0].path.parent)
     with ExitStack() as stack:
-        readers = [stack.enter_context(SealedReader(s.path)) for s in snapshots]
+        readers = [stack.enter_context(ChecksummedReader(s.path)) for s in snapshots]
         layout = agreed_layout(readers)
         writers = []
         for average in averages:
             header = average.header(readers[-1].metadata, snapshots)
-            writers.append(stack.enter_context(TensorFile(average.path, layout, header, seal=True)))
+            writers.append(stack.enter_context(TensorFile(average.path, layout, header, checksum=True)))
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))  # reading, hashing and writing are most of the work
         for name, rows in _sums(readers, layout, np.stack([a.weights for a in averages]), pool):
             list(pool.map(lambda writer, row, name=name: writer.write(name, row), writers, rows))
@@ -164,7 +166,7 @@ def write_averages(snapshots: Sequence[Snapshot], averages: Sequence[Average]) -
 
 
 def _sums(
-    readers: list[SealedReader], layout: Layout, weights: np.ndarray, pool: ThreadPoolExecutor
+    readers: list[ChecksummedReader], layout: Layout, weights: np.ndarray, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, weighted sums [outputs, up to CHUNK]) through all tensors in the order of the files."""
     for name, (shape, dtype) in layout.items():
@@ -173,7 +175,7 @@ def _sums(
         while left:
             size = min(left, CHUNK)
             rows = torch.empty(len(readers), size, dtype=dtype)
-            list(pool.map(SealedReader.read_into, readers, rows))
+            list(pool.map(ChecksummedReader.read_into, readers, rows))
             # alpha is a constant of the format, not a weight
             yield name, rows[-1:].expand(len(weights), -1) if is_constant(name) else (mix @ rows.to(wide)).to(dtype)
             left -= size
@@ -183,14 +185,14 @@ def is_constant(name: str) -> bool:
     return name.endswith(".alpha")
 
 
-def agreed_layout(readers: Sequence[SealedReader]) -> Layout:
+def agreed_layout(readers: Sequence[ChecksummedReader]) -> Layout:
     """Names, shapes and dtypes of the tensors, in the order of the bytes. Raises UserError unless all files agree."""
     wanted, first = readers[0].layout, readers[0].path
     for reader in readers[1:]:
         found = reader.layout
         if odd := sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n)):
             raise UserError(
-                f"snapshot '{reader.path}' differs from '{first}' in {len(odd)} tensors, e.g. {odd[0]}: "
+                f"snapshot '{reader.path}' differs from '{first}' in {amount(len(odd), 'tensor')}, e.g. {odd[0]}: "
                 f"{found.get(odd[0], 'missing')} against {wanted.get(odd[0], 'missing')}. They are not of one run."
             )
         if list(found) != list(wanted):

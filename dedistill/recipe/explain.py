@@ -6,6 +6,8 @@ from difflib import get_close_matches
 
 from pydantic_core import ErrorDetails
 
+from dedistill.errors import amount
+
 _KINDS = {
     "int_type": "an integer",
     "float_type": "a number",
@@ -57,9 +59,9 @@ def _limit(error: ErrorDetails) -> str:
     if kind == "multiple_of":
         return f"must be a multiple of {ctx['multiple_of']:.15g}"
     if kind == "too_short":
-        return f"must have at least {entries(ctx['min_length'])}"
+        return f"must have at least {amount(ctx['min_length'], 'entry', 'entries')}"
     if kind == "too_long":
-        return f"must have at most {entries(ctx['max_length'])}"
+        return f"must have at most {amount(ctx['max_length'], 'entry', 'entries')}"
     known = {
         "finite_number": "be a finite number",
         "string_too_short": "not be empty",
@@ -96,10 +98,6 @@ def shown(value: object) -> str:
 
 def quote(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def entries(count: int) -> str:
-    return f"{count} {'entry' if count == 1 else 'entries'}"
 
 
 def any_of(options: Sequence[str]) -> str:

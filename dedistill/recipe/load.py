@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io.atomic import with_home
-from dedistill.recipe.explain import any_of, entries, explain, quote, shown
+from dedistill.recipe.explain import any_of, explain, quote, shown
 from dedistill.recipe.resolve import resolve
 from dedistill.recipe.rules import contradictions
 from dedistill.recipe.schema import Recipe, Table
@@ -260,7 +260,7 @@ def _descend(data: dict[str, Any], parts: tuple[str, ...]) -> tuple[Any, Any]:
         so_far, last = dotted(parts[:n]), n == len(parts) - 1
         if isinstance(here, list):
             if not re.fullmatch(r"[0-9]{1,9}", part) or int(part) >= len(here):
-                raise LookupError(f"'{so_far}' has {entries(len(here))}, numbered from 0")
+                raise LookupError(f"'{so_far}' has {amount(len(here), 'entry', 'entries')}, numbered from 0")
             index: Any = int(part)
         elif isinstance(here, dict):
             index = part

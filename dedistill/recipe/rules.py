@@ -106,7 +106,7 @@ def _training_rules(r: Recipe) -> list[tuple[str, str]]:
         found.append(("train.warmup", f"{t.warmup} leaves no step of the {t.steps} at the full rate"))
     if 0 < t.spike <= 1:
         found.append(
-            ("train.spike", f"{t.spike:g} times the usual gradient norm is no spike; use more than 1, or 0 for no limit")
+            ("train.spike", f"{t.spike:g} times the usual gradient norm is not a spike; use more than 1, or 0 for no limit")
         )
     if t.lr_floor is not None and t.schedule == "constant":
         found.append(("train.lr_floor", "has no effect with schedule = 'constant'"))

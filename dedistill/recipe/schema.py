@@ -62,7 +62,7 @@ class Run(Table):
         description="Name of the run, for logs, trackers and folders of images.",
     )
     out: Place = Field(description="Run directory: metrics, checkpoints, snapshots, images.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Key of every random draw of the run.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of every random draw of the run.")
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue from the newest good checkpoint; never: refuse a directory that holds a run."
     )
@@ -112,7 +112,7 @@ class Model(Table):
     )
     guidance: Annotated[Annotated[float, Field(ge=0)] | Literal["bypass"] | None, Default(BY_FAMILY)] = Field(
         None,
-        description="Fed to a distilled guidance embedding in training. bypass: go past it (Flex.1-alpha). "
+        description="Value fed to a distilled guidance embedding in training. bypass: train without it (Flex.1-alpha). "
         "None where the network has no such embedding.",
     )
     text_length: Annotated[Positive | None, Default(BY_FAMILY)] = Field(
@@ -149,7 +149,7 @@ class Target(Table):
 
 
 class Adapter(Table):
-    kind: Literal["lokr", "lora"] = Field(description="Form of the trained weight change.")
+    kind: Literal["lokr", "lora"] = Field(description="Kind of the adapter.")
     targets: list[Target] = Field(min_length=1, description="Which linears, in order of precedence.")
     init: Literal["default", "ones", "perturbed_normal"] = Field(
         "default",
@@ -334,7 +334,7 @@ class Sample(Table):
     width: _Side = Field(None, description="Image width in pixels. None for networks of one size.")
     negative: str = Field("", description="Prompt of the unconditional branch of CFG; the empty prompt is the trained one.")
     guidance: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="Fed to a distilled guidance embedding when images are made. As model.guidance; none for bypass."
+        None, description="Value fed to a distilled guidance embedding when sampling. As model.guidance; none for bypass."
     )
 
 

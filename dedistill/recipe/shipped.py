@@ -17,10 +17,10 @@ def shipped_file(name: str) -> Path | None:
     if not name.startswith(PREFIX):
         return None
     known = shipped_recipes()
-    asked = name.removeprefix(PREFIX).removesuffix(".toml")
-    if asked in known:
-        return known[asked]
-    near = get_close_matches(asked, known, n=1)
+    stem = name.removeprefix(PREFIX).removesuffix(".toml")
+    if stem in known:
+        return known[stem]
+    near = get_close_matches(stem, known, n=1)
     hint = f"did you mean '{PREFIX}{near[0]}'?" if near else f"there are {', '.join(known)}"
     raise LookupError(f"no recipe of this name comes with dedistill, {hint}")
 

@@ -1,1 +1,1 @@
-"""Getting out: adapters merged into their base, models and adapters in the forms that other programs load."""
+"""Getting out: adapters merged into their base, models and adapters in the formats that other programs load."""

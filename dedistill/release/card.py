@@ -11,7 +11,7 @@ from dedistill.errors import UserError
 from dedistill.io.atomic import replace_file
 from dedistill.models.registry import is_hub_id, licence_for, published
 from dedistill.models.spec import ModelSpec
-from dedistill.release.headers import read_recipe, source_name, source_of, told_guidance
+from dedistill.release.headers import guidance_fact, read_recipe, source_name, source_of
 
 _OWN = "dedistill.release"
 _TAGS = ["text-to-image", "de-distilled", "classifier-free-guidance"]
@@ -20,7 +20,7 @@ _TAGS = ["text-to-image", "de-distilled", "classifier-free-guidance"]
 def write_card(
     folder: Path,
     title: str,
-    form: str,
+    format: str,
     config: dict[str, Any],
     spec: ModelSpec,
     facts: dict[str, Any],
@@ -35,7 +35,7 @@ def write_card(
     """
     if base and not is_hub_id(base):
         raise UserError(
-            f"--base {base}: no hub id; a card names the published model, such as black-forest-labs/FLUX.1-schnell", 2
+            f"--base {base}: not a hub id; a card names the published model, such as black-forest-labs/FLUX.1-schnell", 2
         )
     recorded = published(spec, source_of(facts) or source, config)
     claimed = published(spec, base, config) if base else None
@@ -51,23 +51,23 @@ def write_card(
         library_name="diffusers" if spec.card else "dedistill",
         pipeline_tag="text-to-image",
         base_model=name,
-        base_model_relation=("quantized" if form == "int8" else "finetune") if name else None,
+        base_model_relation=("quantized" if format == "int8" else "finetune") if name else None,
         tags=[*_TAGS, *sorted({_kind(m) for m in merges})],
     )
-    told = told_guidance(spec.distilled_guidance(config), facts)
-    asked: dict[str, Any] = {
+    guidance = guidance_fact(spec.distilled_guidance(config), facts)
+    fields: dict[str, Any] = {
         "title": title,
-        "form": form,
+        "format": format,
         "base": name or source_name(facts),
         "family": spec.name,
-        "guidance": told,
+        "guidance": guidance,
     }
-    asked |= {"masked": facts.get("mask") == "bool", "call": _call(told)}
+    fields |= {"masked": facts.get("mask") == "bool", "call": _call(guidance)}
     recipes = [read_recipe(m["recipe"]) for m in merges]
     trained = [{"step": t["step"], "training": _training(read_recipe(t["recipe"]))} for t in facts.get("trained", [])]
     body = _template(_OWN, "templates/card.md.j2").render(
-        **asked,
-        use=_template(*(spec.card.split(":") if spec.card else (_OWN, "templates/use.md.j2"))).render(**asked).strip(),
+        **fields,
+        use=_template(*(spec.card.split(":") if spec.card else (_OWN, "templates/use.md.j2"))).render(**fields).strip(),
         licence=terms,
         trained=trained,
         merges=[{**m, "training": _training(r)} for m, r in zip(merges, recipes)],
@@ -83,8 +83,8 @@ def _template(package: str, name: str) -> Template:
 
 def _call(guidance: str) -> str:
     """Arguments of the pipeline's call, in the card's example."""
-    told = f", guidance_scale={guidance}" if guidance.replace(".", "", 1).isdigit() else ""
-    return f'negative_prompt="blurry", true_cfg_scale=3.5{told}, num_inference_steps=28'
+    distilled = f", guidance_scale={guidance}" if guidance.replace(".", "", 1).isdigit() else ""
+    return f'negative_prompt="blurry", true_cfg_scale=3.5{distilled}, num_inference_steps=28'
 
 
 def _kind(merge: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Models and adapters in the forms that other programs load."""
+"""Models and adapters in the formats that other programs load."""
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dedistill.adapters.compatibility import Verdict, check_adapter
 from dedistill.adapters.files import read_tensors
-from dedistill.adapters.formats import FOLDERS, KOHYA, SPELLINGS, LayerNames, Layers, as_kohya, by_layer, check_shapes
+from dedistill.adapters.formats import ADAPTER_FORMATS, FOLDERS, KOHYA, LayerNames, Layers, as_kohya, by_layer, check_shapes
 from dedistill.errors import UserError
 from dedistill.io.atomic import as_json, replace_file, replace_json
 from dedistill.io.safetensors import Layout, TensorFile
@@ -35,11 +35,11 @@ from dedistill.release.headers import adapter_header, lycoris_config, model_head
 # --- adapter files for other programs --------------------------------------------------------------------------------
 
 
-def export_adapter(file: Path, out: Path, spelling: str, model: Path | None = None) -> Path:
-    """Write adapter ``file`` to ``out`` in a spelling of adapters.formats; returns ``out``.
+def export_adapter(file: Path, out: Path, format: str, model: Path | None = None) -> Path:
+    """Write adapter ``file`` to ``out`` in one of ``ADAPTER_FORMATS``; returns ``out``.
 
     model: folder of the base; without it, the base that the file's own recipe names, at its full size. The "lycoris"
-    spelling gets ``lycoris_config.json`` beside it, from which SimpleTuner goes on. Raises UserError, writing nothing,
+    format gets ``lycoris_config.json`` beside it, from which SimpleTuner goes on. Raises UserError, writing nothing,
     when the file does not fit that network whole, ``out`` or another adapter's config exists, or a LoKr is to become a LoRA.
     """
     if out.exists():
@@ -53,18 +53,18 @@ def export_adapter(file: Path, out: Path, spelling: str, model: Path | None = No
         check_shapes(layers, shapes, str(file))
     except UserError as e:
         raise UserError(f"{e}; if its base is another network, name the base's folder with --model") from e
-    spelt = _spelt(layers, spelling, spec, shapes)
-    metadata = adapter_header(out.stem, spelling, header, layers, config, spec)
+    renamed = _renamed(layers, format, spec, shapes)
+    metadata = adapter_header(out.stem, format, header, layers, config, spec)
     config_file = out.with_name("lycoris_config.json")
-    told = as_json(lycoris_config(layers)) if spelling == "lycoris" else b""
-    if told and config_file.exists() and config_file.read_bytes() != told:
+    table = as_json(lycoris_config(layers)) if format == "lycoris" else b""
+    if table and config_file.exists() and config_file.read_bytes() != table:
         raise UserError(f"'{config_file}' exists and is of another adapter: choose another folder for --out, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TensorFile(out, {name: (tuple(t.shape), t.dtype) for name, t in spelt.items()}, metadata) as written:
-        for name, tensor in spelt.items():
+    with TensorFile(out, {name: (tuple(t.shape), t.dtype) for name, t in renamed.items()}, metadata) as written:
+        for name, tensor in renamed.items():
             written.write(name, tensor)
-    if told:
-        replace_file(config_file, told)
+    if table:
+        replace_file(config_file, table)
     return out
 
 
@@ -86,16 +86,16 @@ def names_of(spec: ModelSpec) -> LayerNames | None:
     return import_module(spec.names) if spec.names else None
 
 
-def _needed_names(spec: ModelSpec, form: str) -> LayerNames:
+def _needed_names(spec: ModelSpec, format: str) -> LayerNames:
     if names := names_of(spec):
         return names
-    raise UserError(f"'{form}' is not for {spec.name}: other programs have no names of their own for its layers", 2)
+    raise UserError(f"'{format}' is not for {spec.name}: other programs have no names of their own for its layers", 2)
 
 
-def _spelt(layers: Layers, spelling: str, spec: ModelSpec, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-    if spelling == KOHYA:
-        return as_kohya(layers, _needed_names(spec, spelling), shapes)
-    return SPELLINGS[spelling](layers, spec.folder)
+def _renamed(layers: Layers, format: str, spec: ModelSpec, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    if format == KOHYA:
+        return as_kohya(layers, _needed_names(spec, format), shapes)
+    return ADAPTER_FORMATS[format](layers, spec.folder)
 
 
 def config_for(tensors: dict[str, Any], header: dict[str, str], model: Path | None) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def config_for(tensors: dict[str, Any], header: dict[str, str], model: Path | No
     return spec.full_config(source, any("guidance" in name for name in tensors))
 
 
-# --- A model folder in the forms other programs load -----------------------------------------------------------------
+# --- A model folder in the formats other programs load ---------------------------------------------------------------
 
 
 Stream = Iterator[tuple[str, Tensor]]
@@ -124,7 +124,7 @@ _NAMED = 5
 def export_model(
     source: Path,
     out: Path,
-    form: str,
+    format: str,
     *,
     base: str | None = None,
     licence: str | None = None,
@@ -132,9 +132,9 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     say: Callable[[str], None] = lambda message: None,
 ) -> Path:
-    """Write model folder ``source`` to the new folder ``out`` in ``form``, with a model card; returns ``out``.
+    """Write model folder ``source`` to the new folder ``out`` in ``format``, with a model card; returns ``out``.
 
-    form: "diffusers" (the whole folder, shards of ``shard_bytes``), "single" (one file, diffusers' names), "bfl" (one
+    format: "diffusers" (the whole folder, shards of ``shard_bytes``), "single" (one file, diffusers' names), "bfl" (one
     file, the names of the model's own repository), "int8" (the folder, linears as our int8 except ``exclude``).
     base: hub id of the published model behind it, where provenance and paths do not tell; licence: another one than the
     base's, where the base allows that. One tensor is in memory at a time. What is written is for others: it names no place
@@ -146,10 +146,10 @@ def export_model(
     facts = read_facts(source)
     if any(dtype == torch.int8 for _, dtype in net.layout.values()):
         raise UserError(f"'{source}' is an int8 export already; export the folder it was made from")
-    files, left_out = _around(source, facts, net.spec) if form in _FOLDERS else ({}, [])
+    files, left_out = _around(source, facts, net.spec) if format in _FOLDERS else ({}, [])
     with new_folder(out) as folder:
-        write_card(folder, out.name, form, net.config, net.spec, facts, str(source), base=base, licence=licence)
-        _FORMS[form](net, folder, out.name, facts, exclude or [], shard_bytes)
+        write_card(folder, out.name, format, net.config, net.spec, facts, str(source), base=base, licence=licence)
+        _MODEL_FORMATS[format](net, folder, out.name, facts, exclude or [], shard_bytes)
         copy_files(files, folder)
     if left_out:
         others = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
@@ -165,8 +165,8 @@ def _around(source: Path, facts: dict[str, Any], spec: ModelSpec) -> tuple[Files
             raise UserError(f"'{source}' takes text encoders and VAE from '{around}', which is not there")
         if not is_pipeline(Path(around)):
             raise UserError(
-                f"'{source / FACTS}' says that text encoders and VAE are in '{around}', which is no pipeline folder: it has no "
-                "vae/config.json or no text_encoder*/config.json. Nothing is taken from there; correct 'components'"
+                f"'{source / FACTS}' says that text encoders and VAE are in '{around}', which is not a pipeline folder: it has "
+                "no vae/config.json or no text_encoder*/config.json. Nothing is taken from there; correct 'components'"
             )
         others, more = pipeline_files(Path(around), spec.folder)
         files, left_out = others | files, [*left_out, *(str(Path(around) / name) for name in more)]
@@ -226,14 +226,14 @@ def _write_folder(net: Denoiser, folder: Path, facts: dict[str, Any], layout: La
         replace_json(folder / FACTS, public_facts(facts))
 
 
-_FORMS: dict[str, Callable[..., None]] = {"diffusers": _diffusers, "single": _single, "bfl": _bfl, "int8": _int8}
-FORMS = tuple(_FORMS)
+_MODEL_FORMATS: dict[str, Callable[..., None]] = {"diffusers": _diffusers, "single": _single, "bfl": _bfl, "int8": _int8}
+MODEL_FORMATS = tuple(_MODEL_FORMATS)
 _FOLDERS = ("diffusers", "int8")
 
 
-def forms_of(spec: ModelSpec) -> tuple[str, ...]:
-    """The forms that a family's models can be exported in."""
-    return tuple(form for form in FORMS if form != "bfl" or spec.names)
+def formats_of(spec: ModelSpec) -> tuple[str, ...]:
+    """The formats that a family's models can be exported in."""
+    return tuple(format for format in MODEL_FORMATS if format != "bfl" or spec.names)
 
 
 def load_int8(folder: str | Path) -> nn.Module:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dedistill.adapters.formats import FOLDERS
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io.atomic import replace_json, whole_folder
 from dedistill.io.safetensors import DTYPES, Layout, TensorFile
 from dedistill.models.registry import imported, spec_of
@@ -46,7 +46,7 @@ class Denoiser:
         scales = {n for n in self.layout if n.endswith(".weight_scale") and n.removesuffix("_scale") in own}
         for names, what in ((own - self.layout.keys(), "misses"), (self.layout.keys() - own - scales, "does not know")):
             if names:
-                raise UserError(f"'{place}': its network {what} {len(names)} tensors, e.g. '{min(names)}'")
+                raise UserError(f"'{place}': its network {what} {amount(len(names), 'tensor')}, e.g. '{min(names)}'")
 
     def __getitem__(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)

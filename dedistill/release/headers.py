@@ -32,30 +32,30 @@ _FACTS = (
 
 def public_facts(facts: dict[str, Any]) -> dict[str, Any]:
     """What ``dedistill.json`` says of a model folder, as a release may say it: the same but for local paths."""
-    told = {key: facts[key] for key in _FACTS if key in facts}
-    if "base" in told:
-        told["base"] = {**told["base"], "path": source_name(facts)}
+    public = {key: facts[key] for key in _FACTS if key in facts}
+    if "base" in public:
+        public["base"] = {**public["base"], "path": source_name(facts)}
     for key in ("merges", "trained"):
-        if key in told:
-            told[key] = [_public_step(step) for step in told[key]]
-    return told
+        if key in public:
+            public[key] = [_public_step(step) for step in public[key]]
+    return public
 
 
 def _public_step(step: dict[str, Any]) -> dict[str, Any]:
-    told = {**step, "recipe": public_recipe(step["recipe"])}
+    public = {**step, "recipe": public_recipe(step["recipe"])}
     if "adapter" in step:
-        told["adapter"] = Path(step["adapter"]).name
+        public["adapter"] = Path(step["adapter"]).name
     if "adapter_header" in step:  # of other trainers too, whose headers tell of folders
-        told["adapter_header"] = own_entries(step["adapter_header"])
-    return told
+        public["adapter_header"] = own_entries(step["adapter_header"])
+    return public
 
 
 def own_entries(header: dict[str, str]) -> dict[str, str]:
     """The entries of an adapter's header that are ours, with a public recipe."""
-    told = {key: value for key, value in header.items() if key.startswith("dedistill.")}
-    if "dedistill.recipe" in told:
-        told["dedistill.recipe"] = public_recipe(told["dedistill.recipe"])
-    return told
+    public = {key: value for key, value in header.items() if key.startswith("dedistill.")}
+    if "dedistill.recipe" in public:
+        public["dedistill.recipe"] = public_recipe(public["dedistill.recipe"])
+    return public
 
 
 def source_name(facts: dict[str, Any]) -> str:
@@ -71,18 +71,18 @@ def public_recipe(text: str) -> str:
     is nothing to hide.
     """
     recipe = read_recipe(text)
-    told = copy.deepcopy(recipe)
+    public = copy.deepcopy(recipe)
     for table, keys in (("run", ("out",)), ("data", ("path", "cache"))):
         for key in keys:
-            told.get(table, {}).pop(key, None)
-    for row in told.get("data", {}).get("sets", []):
+            public.get(table, {}).pop(key, None)
+    for row in public.get("data", {}).get("sets", []):
         for key in ("path", "name"):
             row.pop(key, None)
-    model = told.get("model", {})
+    model = public.get("model", {})
     for key in ("path", "components"):
         if key in model:
             model[key] = public_name(model[key], model.get("revision"))
-    return text if told == recipe else table_to_toml(told)
+    return text if public == recipe else table_to_toml(public)
 
 
 def read_recipe(text: str) -> dict[str, Any]:
@@ -101,20 +101,20 @@ _SPEC = "1.0.1"
 
 def model_header(title: str, config: dict[str, Any], facts: dict[str, Any], spec: ModelSpec) -> dict[str, str]:
     """Of a whole denoiser in one file."""
-    told = public_facts(facts)
+    public = public_facts(facts)
     return {
         "format": "pt",
-        **_modelspec(title, config, spec, read_recipe(last_recipe(told)), source=source_of(facts), name=source_name(facts)),
-        "dedistill.base": json.dumps(told.get("base", {})),
-        "dedistill.masked_attention": str(told.get("mask", "none")),
-        "dedistill.guidance": told_guidance(spec.distilled_guidance(config), told),
-        "dedistill.recipe": last_recipe(told),
-        "dedistill.facts": json.dumps(told),
+        **_modelspec(title, config, spec, read_recipe(last_recipe(public)), source=source_of(facts), name=source_name(facts)),
+        "dedistill.base": json.dumps(public.get("base", {})),
+        "dedistill.masked_attention": str(public.get("mask", "none")),
+        "dedistill.guidance": guidance_fact(spec.distilled_guidance(config), public),
+        "dedistill.recipe": last_recipe(public),
+        "dedistill.facts": json.dumps(public),
     }
 
 
 def adapter_header(
-    title: str, spelling: str, header: dict[str, str], layers: Layers, config: dict[str, Any], spec: ModelSpec
+    title: str, format: str, header: dict[str, str], layers: Layers, config: dict[str, Any], spec: ModelSpec
 ) -> dict[str, str]:
     """Of an adapter file; ``header`` is that of the snapshot it was made from, whose ``dedistill.*`` are kept.
 
@@ -128,7 +128,7 @@ def adapter_header(
         "format": "pt",
         **_modelspec(title, config, spec, recipe, source=source, name=name, kind="/lora"),
         "ss_base_model_version": _architecture(source, config, spec),
-        "ss_network_module": str(imported(f"{spec.names}:KOHYA_MODULE")) if spelling == "kohya" else "lycoris.kohya",
+        "ss_network_module": str(imported(f"{spec.names}:KOHYA_MODULE")) if format == "kohya" else "lycoris.kohya",
         "ss_network_dim": str(ranks[-1]),
         "ss_network_alpha": str(ranks[-1]),
         "ss_network_args": json.dumps({"algo": "lora" if is_lora(layers) else "lokr"}),
@@ -137,9 +137,9 @@ def adapter_header(
         "ss_seed": str(recipe.get("run", {}).get("seed", "")),
         "dedistill.guidance": guidance_of(spec.distilled_guidance(config), recipe),
     }
-    if spelling == "lycoris":
+    if format == "lycoris":
         own["lycoris_config"] = json.dumps(lycoris_config(layers))
-    if spelling == "peft":
+    if format == "peft":
         own["lora_adapter_metadata"] = json.dumps({f"{spec.folder}.{k}": v for k, v in peft_config(layers).items()})
     return own_entries(header) | {k: v for k, v in own.items() if v}
 
@@ -184,7 +184,7 @@ def guidance_of(distilled: bool, recipe: dict[str, Any]) -> str:
     return "bypassed" if value == "bypass" else str(value)
 
 
-def told_guidance(distilled: bool, facts: dict[str, Any]) -> str:
+def guidance_fact(distilled: bool, facts: dict[str, Any]) -> str:
     """The same of a model folder, by what it says of itself; "unknown" where it does not."""
     return str(facts.get("guidance", "unknown")) if distilled else "none"
 

@@ -115,7 +115,7 @@ def merge_adapter(
     dtype: str = "bf16",
     rounding: str = "stochastic",
     shard_bytes: int = SHARD_BYTES,
-    say: Callable[[str, RoundingStats], None] = lambda linear, kept: None,
+    say: Callable[[str, RoundingStats], None] = lambda linear, stats: None,
 ) -> Merged:
     """Write base + adapter to ``out``: the recipe's ``model.path``, unquantized, plus the delta of ``weights`` (a snapshot).
 
@@ -149,7 +149,7 @@ def merge_adapter(
         merged.base_sha256 = digest.hexdigest()
         facts = read_facts(folder) | provenance(recipe, parts.facts, weights, header, merged, dtype, rounding)
         replace_json(folder / FACTS, facts)
-        per_layer = {name: kept.facts() for name, kept in merged.layers.items()}
+        per_layer = {name: stats.facts() for name, stats in merged.layers.items()}
         replace_json(folder / REPORT, {"total": merged.total.facts(), "layers": per_layer})
     return merged
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dedistill.adapters.attach import Adapter
 from dedistill.adapters.targets import Resolved
+from dedistill.errors import amount
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
 from dedistill.recipe.objectives import OBJECTIVES
@@ -27,7 +28,7 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
     what = f"{t.objective} on {recipe.data.source}, {model.family.spec.name} on {device}, {t.precision}"
     out.print(f"[bold]{recipe.run.name}[/bold]: {what}")
     source = recipe.model.path or f"random weights, seed {recipe.run.seed}"
-    quant = f", {len(facts['quantized'])} linears as {recipe.base.quant}" if facts.get("quantized") else ""
+    quant = f", {amount(len(facts['quantized']), 'linear')} as {recipe.base.quant}" if facts.get("quantized") else ""
     size = f"{facts['network_parameters']:,} parameters, {facts['storage_bytes'] / 1e6:.1f} MB"
     out.print(f"  network   {size}, from {source}{quant}")
     if model.adapter and recipe.adapter:
@@ -40,7 +41,7 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
     out.print(f"  sigma     {density}, {strata}; text mask {recipe.model.mask}")
     micro = f" = {plan.micro_steps} x {plan.micro_batch}" if plan.micro_steps > 1 else ""
     out.print(f"  steps     {start:,} to {plan.steps:,}, batch {plan.batch}{micro}, lr {t.lr:g} {t.schedule}, {t.optimizer}")
-    snapshots = f", {plan.snapshots} snapshots" if plan.snapshots else ""
+    snapshots = f", {amount(plan.snapshots, 'snapshot')}" if plan.snapshots else ""
     out.print(f"  results   {recipe.run.out}/ (metrics.jsonl, checkpoints{snapshots})")
     for note in [*model.parts.notes, *notes]:
         out.print(f"  [yellow]note[/yellow]      {note}", markup=True)
@@ -51,11 +52,11 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
 def _targets_table(adapter: Adapter, targets: list[Resolved]) -> str:
     """One line per target and shape: how many layers, the real factor sizes, the parameters, one name."""
 
-    def form(t: Resolved) -> tuple[str, tuple[int, int], int | None, int | None]:
+    def key(t: Resolved) -> tuple[str, tuple[int, int], int | None, int | None]:
         return (t.pattern, t.shape, t.factor, t.rank)
 
     lines = [f"            {'target':24} layers      weight  factor (real)  rank   parameters  e.g."]
-    for (pattern, shape, factor, rank), group in groupby(sorted(targets, key=lambda t: str(form(t))), key=form):
+    for (pattern, shape, factor, rank), group in groupby(sorted(targets, key=lambda t: str(key(t))), key=key):
         names = [t.name for t in group]
         count = sum(math.prod(sizes) for n in names for sizes in adapter.shapes[n].values())
         w1 = adapter.shapes[names[0]].get("lokr_w1")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from dedistill.errors import amount
 from dedistill.io.atomic import replace_json
 from dedistill.report.pages import decimals, field, figure, render
 from dedistill.report.plots import tick_label
@@ -46,7 +47,7 @@ def _summary(meter: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any
     for cells in zip(*by_name.values()):
         places = decimals(cell["value"] for cell in cells)
         at = cells[0].get("at")
-        unit = f", {at} step{'' if at == 1 else 's'}" if at is not None else ""
+        unit = f", {amount(at, 'step')}" if at is not None else ""
         texts = [
             {
                 "value": f"{cell['value']:.{places}f}",

@@ -78,19 +78,19 @@ def subject(found: dict[str, Any]) -> str:
 def _distilled(found: dict[str, Any]) -> str:
     meters, name, reference = found["distillation"]["candidates"], subject(found), found["distillation"]["reference"]
     if name == reference:
-        told = ", ".join(f"{label} {_meter(meters[name], key)}" for key, label in _TOLD)
-        return f"{name} has {told}; there is nothing to compare it with."
-    verdicts = {key: meters[name][key][0]["verdict"] for key, _ in _TOLD}
+        numbers = ", ".join(f"{label} {_meter(meters[name], key)}" for key, label in _SUMMARY)
+        return f"{name} has {numbers}; there is nothing to compare it with."
+    verdicts = {key: meters[name][key][0]["verdict"] for key, _ in _SUMMARY}
     seen = {"lower": "less distilled", "higher": "more distilled"}
-    words = seen.get(verdicts["guidance"], "as far as one sees no less distilled")
+    words = seen.get(verdicts["guidance"], "not measurably less distilled")
     compared = [
         f"{label} {_meter(meters[name], key)} against {_meter(meters[reference], key)}, {_difference(meters[name][key][0])}"
-        for key, label in _TOLD
+        for key, label in _SUMMARY
     ]
     return f"By the guidance gap {name} is {words} than {reference}: {'; '.join(compared)}."
 
 
-_TOLD = (("guidance", "guidance gap"), ("loss", "held-out loss"))
+_SUMMARY = (("guidance", "guidance gap"), ("loss", "held-out loss"))
 
 
 def _meter(readings: dict[str, Any], key: str) -> str:
@@ -111,14 +111,14 @@ def _which(found: dict[str, Any]) -> str:
     losses, selection = found["losses"], found["selection"]
     best = min(losses, key=lambda row: row["value"])
     equals = [row["candidate"] for row in losses if row["may_be_best"] and row is not best]
-    told = f"not told apart from it: {', '.join(equals)}" if equals else "no other may be the best"
-    by_loss = f"by held-out loss {best['candidate']} is best, {told}" if len(losses) > 1 else "it is the only candidate"
+    ties = f"indistinguishable from it: {', '.join(equals)}" if equals else "no other may be the best"
+    by_loss = f"by held-out loss {best['candidate']} is best, {ties}" if len(losses) > 1 else "it is the only candidate"
     if selection["chosen"] is None:
         return f"{by_loss[0].upper()}{by_loss[1:]}."
     name = selection["cells"][selection["chosen"]]["candidate"]
     cells = [cell for cell in selection["cells"] if cell.get("may_be_best") and cell["candidate"] != name]
     others = list(dict.fromkeys(cell["candidate"] for cell in cells))
-    images = f"; by its images it is not told apart from {', '.join(others)}" if others else ""
+    images = f"; by its images it is indistinguishable from {', '.join(others)}" if others else ""
     return f"{name}{images}; {by_loss}."
 
 
@@ -142,8 +142,8 @@ def _price(selection: dict[str, Any], cell: dict[str, Any], numbers: list[dict[s
     own = [f"{n['label']} {number_words(cell, n['key'])}" for n in numbers]
     if against is cell:
         return f" It has {', '.join(own)}."
-    told = [f"{text} against {number_words(against, n['key']).split()[0]}" for text, n in zip(own, numbers)]
-    return f" Beside {place_words(against)}: {', '.join(told)}."
+    pairs = [f"{text} against {number_words(against, n['key']).split()[0]}" for text, n in zip(own, numbers)]
+    return f" Beside {place_words(against)}: {', '.join(pairs)}."
 
 
 def _images(out: Path, found: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:

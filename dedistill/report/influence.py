@@ -13,7 +13,7 @@ from dedistill.report.pages import figure, render
 def write_influence(out: Path, found: Influence, factors: dict[str, int], used: int, budget: int, recipe: str) -> Path:
     """Write ``influence.json``, ``influence.toml`` and ``index.html`` into ``out``; returns the page's path.
 
-    factors: block -> LoKr factor, ``used`` trained numbers within ``budget``; recipe: the one that was measured, a file or
+    factors: block -> LoKr factor, ``used`` trained parameters within ``budget``; recipe: the one that was measured, a file or
     dedistill:NAME, which influence.toml extends.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def write_influence(out: Path, found: Influence, factors: dict[str, int], used: 
         ],
     }
     (out / "influence.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    note = f"LoKr factors by layer influence: {used:,} trained numbers of {budget:,} allowed. Extend this file in a recipe."
+    note = f"LoKr factors by layer influence: {used:,} trained parameters of {budget:,} allowed. Extend this file in a recipe."
     extends = recipe if recipe.startswith(PREFIX) else Path(os.path.relpath(recipe, out)).as_posix()
     (out / "influence.toml").write_text(recipe_fragment(factors, extends, note), encoding="utf-8")
     page = out / "index.html"

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.report.plots import Points, line_plot, tick_label
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -51,7 +51,7 @@ class Shot:
 def _environment(folder: Path) -> Environment:
     loader = FileSystemLoader([folder, TEMPLATES])
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tick"] = tick_label
+    environment.filters |= {"tick": tick_label, "amount": amount}
     return environment
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io.ownership import claim
 from dedistill.report.pages import field, figure, is_number, number, render
 from dedistill.report.plots import heat_map
@@ -182,7 +182,7 @@ def _what(row: dict[str, Any]) -> str:
     if not row["applied"]:
         reasons.append("not finite, not applied" if "not_finite" in row else "a spike, not applied")
     if left_out := row.get("quarantined"):
-        reasons.append(f"trained again from here without {len(left_out)} sample{'' if len(left_out) == 1 else 's'}")
+        reasons.append(f"trained again from here without {amount(len(left_out), 'sample')}")
     return f"step {row['step']:,}: " + "; ".join(reasons)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dedistill.data.images.index import Index
+from dedistill.errors import amount
 from dedistill.report.pages import Shot, render, save_small
 
 SIDE = 384
@@ -49,7 +50,7 @@ def _charts(facts: dict[str, Any]) -> list[dict[str, Any]]:
         ("Caption length", f"In {facts['unit']}" + _counted(facts["unit"]), facts["lengths"]),
     ]
     for resolution, rows in facts["buckets"].items():
-        note = f"Nearest bucket, width x height. Too small for it: {facts['too_small'][resolution]:,} images."
+        note = f"Nearest bucket, width x height. Too small for it: {amount(facts['too_small'][resolution], 'image')}."
         charts.append((f"Buckets at {resolution}", note, [(f"{w} x {h}", count) for h, w, count in rows]))
     drawn = []
     for title, note, bars in charts:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dedistill.errors import amount
 from dedistill.io.atomic import replace_json
 from dedistill.report.pages import decimals, field, figure, render
 from dedistill.report.plots import tick_label
@@ -44,7 +45,7 @@ def rule(found: dict[str, Any]) -> list[str]:
     lines = []
     if limits:
         lines = [
-            f"Refused is a cell that, prompt by prompt, may be worse by more than {', '.join(limits[:-1])}"
+            f"A cell is refused if, prompt by prompt, it may be worse by more than {', '.join(limits[:-1])}"
             f"{' or ' if limits[:-1] else ''}{limits[-1]} than the same weights in their cell nearest CFG 1, in the most steps."
         ]
     if found["by"] is None:
@@ -52,7 +53,7 @@ def rule(found: dict[str, Any]) -> list[str]:
     ranking_metric = numbers[found["by"]]
     end = "highest" if ranking_metric["better"] == "high" else "lowest"
     unjudged = "" if ranking_metric.get("adherence") else " Prompt adherence was not judged."
-    return [*lines, f"Of the others the one of {end} {ranking_metric['label']} is chosen.{unjudged}"]
+    return [*lines, f"Of the others, the one of {end} {ranking_metric['label']} is chosen.{unjudged}"]
 
 
 def chosen_words(found: dict[str, Any]) -> str:
@@ -60,17 +61,17 @@ def chosen_words(found: dict[str, Any]) -> str:
     cell, key = found["cells"][found["chosen"]], found["by"]
     label = next(n["label"] for n in found["numbers"] if n["key"] == key)
     others = sum(bool(c.get("may_be_best")) for c in found["cells"]) - bool(cell.get("may_be_best"))
-    told = (
-        f"{others} other cell{' is' if others == 1 else 's are'} possibly the best as well" if others else "no other may be it"
-    )
-    cheapest = min((c for c in found["cells"] if c.get("may_be_best")), key=lambda c: c["passes"])
-    cheaper = f"; the cheapest of them is {place_words(cheapest)}" if cheapest["passes"] < cell["passes"] else ""
-    return f"{place_words(cell)}: {label} {number_words(cell, key)}; {told}{cheaper}"
+    ties = "no other may be the best"
+    if others:
+        ties = f"{amount(others, 'other cell is', 'other cells are')} possibly the best as well"
+    cheapest = min((c for c in found["cells"] if c.get("may_be_best")), key=lambda c: c["nfe"])
+    cheaper = f"; the cheapest of them is {place_words(cheapest)}" if cheapest["nfe"] < cell["nfe"] else ""
+    return f"{place_words(cell)}: {label} {number_words(cell, key)}; {ties}{cheaper}"
 
 
 def place_words(cell: dict[str, Any]) -> str:
     skip = f", the first {cell['skip']} without CFG" if cell["skip"] else ""
-    return f"{named(cell)} at CFG {tick_label(cell['cfg'])} in {cell['steps']} steps{skip}"
+    return f"{named(cell)} at CFG {tick_label(cell['cfg'])} in {amount(cell['steps'], 'step')}{skip}"
 
 
 def number_words(cell: dict[str, Any], key: str) -> str:
@@ -166,10 +167,10 @@ def _series(found: dict[str, Any], x: Callable[[dict[str, Any]], float], key: st
 def _table(found: dict[str, Any]) -> dict[str, Any]:
     """All cells as a sortable table: place, cost, verdict, difference to the best of the others, numbers."""
     cells, numbers = found["cells"], [n for n in found["numbers"] if n["better"]]
-    heads = [("candidate", False), ("CFG", True), ("skip", True), ("steps", True), ("passes", True), ("verdict", False)]
-    helps = {"passes": "Calls of the network for one image.", "skip": "First steps without CFG."}
+    heads = [("candidate", False), ("CFG", True), ("skip", True), ("steps", True), ("NFE", True), ("verdict", False)]
+    helps = {"NFE": "Network evaluations for one image.", "skip": "First steps without CFG."}
     columns = [[field(named(cell)) for cell in cells]]
-    columns += [[field(cell[key], tick_label) for cell in cells] for key in ("cfg", "skip", "steps", "passes")]
+    columns += [[field(cell[key], tick_label) for cell in cells] for key in ("cfg", "skip", "steps", "nfe")]
     columns.append([field(verdict(found, i)) for i in range(len(cells))])
     if found["by"]:
         for label, part in (("ahead of the others", "difference"), ("from", "difference_low"), ("to", "difference_high")):

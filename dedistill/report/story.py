@@ -14,7 +14,7 @@ from rich.table import Table
 from dedistill.data.digits import digits_in
 from dedistill.data.encode import open_source
 from dedistill.data.source import Source, needed
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.evaluation.candidates import candidates_of, read_prompts
 from dedistill.evaluation.judges import judge_for
 from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, sweep
@@ -150,7 +150,9 @@ def _gallery(folder: Path, story: dict[str, Any]) -> list[dict[str, Any]]:
 def _shots(folder: Path, story: dict[str, Any], model: str, cfg: float, files: list[str]) -> list[Shot | None]:
     prompts = story["prompts"]
     if len(files) != len(prompts):
-        raise UserError(f"story: {model} at CFG {tick_label(cfg)} has {len(files)} images for {len(prompts)} prompts")
+        raise UserError(
+            f"story: {model} at CFG {tick_label(cfg)} has {amount(len(files), 'image')} for {amount(len(prompts), 'prompt')}"
+        )
     where = f"{_name(story, model)}, CFG {tick_label(cfg)}"
     measured = [(label.lower(), _value(story, model, cfg, key)) for key, label, *_ in MEASURES]
     numbers = ", ".join(f"{label} {value_label(value)}" for label, value in measured if value is not None)
@@ -307,7 +309,7 @@ def _write_page(
             "title": f"{recipes['dedistilled'].run.name}: guidance lost and found",
             "lead": LEAD,
             "models": list(LABELS),
-            "labels": {n: f"{LABELS[n]} ({summary[n]['steps']} steps)" for n in LABELS},
+            "labels": {n: f"{LABELS[n]} ({amount(summary[n]['steps'], 'step')})" for n in LABELS},
             "cfgs": cfgs,
             "summary": summary,
             "checks": checks,
@@ -343,7 +345,7 @@ def print_table(summary: dict[str, Any], checks: list[dict[str, Any]]) -> None:
     table.add_column("CFG", justify="right")
     for name in summary:
         loss = f"\nloss {summary[name]['fm_loss']:.4f}" if "fm_loss" in summary[name] else "\n"
-        table.add_column(f"{LABELS[name]}\n{summary[name]['steps']} steps{loss}", justify="right")
+        table.add_column(f"{LABELS[name]}\n{amount(summary[name]['steps'], 'step')}{loss}", justify="right")
     for cfg in next(iter(summary.values()))["cfg"]:
         cells = [summary[name]["cfg"][cfg] for name in summary]
         table.add_row(

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
+from dedistill.errors import amount
 from dedistill.evaluation.sweep import read_index, read_scores
 from dedistill.report.pages import (
     PHONE_SIDE,
@@ -94,7 +95,7 @@ def make_gallery(
     for cfg in scales:
         cell = cells.get(cfg, {})
         numbers = [(number["label"], cell.get(number["key"])) for number in scores["numbers"]]
-        images = f"{cell['images']} images: " if "images" in cell else ""
+        images = f"{amount(cell['images'], 'image')}: " if "images" in cell else ""
         texts = [f"{value:.{n}f}" if is_number(value) else "–" for (_, value), n in zip(numbers, places)]
         columns.append({"cfg": cfg, "texts": texts, "caption": images + _caption(numbers) if cell else ""})
     lines, sizes = [], []
@@ -122,7 +123,7 @@ def shot(folder: Path, entry: dict[str, Any], labels: dict[str, str]) -> Shot:
     numbers = [(labels.get(key, key), value) for key, value in entry.items() if key not in IDENTITY]
     correct = entry.get("correct")
     wrong = 1 - correct if isinstance(correct, (int, float)) else 0.0
-    steps = f", {entry['steps']} steps" if "steps" in entry else ""
+    steps = f", {amount(entry['steps'], 'step')}" if "steps" in entry else ""
     where = f"{entry['candidate']}, CFG {tick_label(entry['cfg'])}, skip {entry['skip']}{steps}, seed {entry['seed']}"
     misread = "" if wrong <= 0 else ", misread" if wrong >= 1 else ", partly misread"
     alt = f"{entry['prompt']}: {entry['candidate']} at CFG {tick_label(entry['cfg'])}{misread}"
@@ -163,7 +164,7 @@ def write_sheet(folder: Path, name: str, gallery: dict[str, Any], title: str) ->
 
     rows = [(row["label"], [load(shot) for shot in row["shots"]]) for row in gallery["rows"]]
     heading = f"{title}: {gallery['name']}" + (f", skip {gallery['skip']}" if gallery["skip"] else "")
-    heading += f", {gallery['steps']} steps" if gallery["steps"] else ""
+    heading += f", {amount(gallery['steps'], 'step')}" if gallery["steps"] else ""
     sheet = contact_sheet(
         rows, [f"CFG {tick_label(column['cfg'])}" for column in gallery["columns"]], title=heading, scale=None
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from dedistill.data.encode import data_files
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io import ownership
 from dedistill.io.atomic import checksummed, make_folder, read_checksummed, replace_file
 from dedistill.io.hashing import Hashed, Stamp, hash_file
@@ -165,7 +165,7 @@ class RunDirectory:
         elif not (self.path / "recipe.json").exists():
             raise UserError(f"'{self.path}' holds results but no recipe.json; choose another run.out")
         if self.model.exists() and not any((self.model / name).exists() for name in (MARK, "dedistill.json")):
-            raise UserError(f"'{self.model}' is no export of a run and would be replaced: move it, or set another run.out")
+            raise UserError(f"'{self.model}' is not an export of a run and would be replaced: move it, or set another run.out")
 
     def _compare(self, known: Path) -> None:
         if self.recipe.run.resume == "never":
@@ -220,8 +220,8 @@ class RunDirectory:
         for key in before.keys() & now.keys() if self.used else ():
             if changed := changed_files(before[key], now[key]):
                 raise UserError(
-                    f"{key}: {len(changed)} files differ from those that the run in '{self.path}' was started with, "
-                    f"e.g. '{changed[0]}'. Put them back, or set another run.out."
+                    f"{key}: {amount(len(changed), 'file differs', 'files differ')} from those that the run in "
+                    f"'{self.path}' was started with, e.g. '{changed[0]}'. Put them back, or set another run.out."
                 )
         replace_file(file, checksummed(now))
         return [OTHER_NUMBERS] if other_base else []

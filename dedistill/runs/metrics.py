@@ -14,6 +14,7 @@ from queue import Full, Queue
 from threading import Thread
 from typing import Any, Protocol
 
+from dedistill.errors import amount
 from dedistill.io.atomic import refused, replace_file, sync
 from dedistill.runs.directory import RunDirectory
 
@@ -166,7 +167,7 @@ class Trackers:
         if self.thread.is_alive():
             print(f"W&B does not answer and is left alone after {LAST_WORDS} s; metrics.jsonl has everything", file=sys.stderr)
         if self.left_out and not self.failed:
-            print(f"W&B was too slow for {self.left_out:,} rows; metrics.jsonl has them", file=sys.stderr)
+            print(f"W&B was too slow for {amount(self.left_out, 'row')}; metrics.jsonl has all", file=sys.stderr)
 
     def _work(self, accelerator: Tracking, config: dict[str, object], settings: dict[str, object]) -> None:
         try:

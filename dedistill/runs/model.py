@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from dedistill.data.encode import known_text
+from dedistill.data.encode import cached_text
 from dedistill.errors import UserError
 from dedistill.io.atomic import step_of, whole_folder, write_synced
 from dedistill.models.model import Model, build_model
@@ -87,7 +87,7 @@ def open_base(recipe: Recipe) -> Model:
 def _build(recipe: Recipe, device: str) -> Model:
     """With the prompts that training had encoded, so that guidance starts from the very empty prompt it was trained on."""
     model = build_model(recipe, device)
-    model.known |= known_text(recipe, model.family, model.parts)
+    model.text_cache |= cached_text(recipe, model.family, model.parts)
     return model
 
 

@@ -93,7 +93,7 @@ class StopRequests:
                     taken.append(path.name)
             elif path.name not in self._told and os.path.lexists(path):
                 self._told.add(path.name)
-                print(f"'{path}' is no empty file, so it is no request and stays; `touch` makes one", file=sys.stderr)
+                print(f"'{path}' is not an empty file, so it is not taken for a request; `touch` makes one", file=sys.stderr)
         return taken
 
     def _save(self, number: int, frame: FrameType | None) -> None:

@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dedistill.errors import amount
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 SHORT_SIDE = 64  # an image smaller than this is enlarged, or nobody can judge it
@@ -44,7 +46,7 @@ def contact_sheet(
     """
     for label, images in rows:
         if len(images) != len(columns):
-            raise ValueError(f"row {label!r} has {len(images)} images for {len(columns)} columns")
+            raise ValueError(f"row {label!r} has {amount(len(images), 'image')} for {amount(len(columns), 'column')}")
     sizes = [image.size for _, images in rows for image in images if image is not None]
     if not sizes:
         raise ValueError("a contact sheet needs at least one image")

@@ -44,15 +44,15 @@ def make_pairs(
     points: windows between stored states, so points + 1 states, the noise first and the image last; must divide
     ``sampling``'s steps. Raises UserError when ``out`` holds pairs made differently, or what is not ours.
     """
-    steps, told = sampling.steps, sampling.facts
+    steps, how = sampling.steps, sampling.facts
     if steps % points:
         raise UserError(f"--points {points} does not divide --steps {steps}: only states of the solver are stored", exit_code=2)
     sigmas = sigma_grid(steps, model.grid_shift)
-    kept = np.arange(0, steps + 1, steps // points)
+    stored = np.arange(0, steps + 1, steps // points)
     facts = {
         "teacher": teacher,
-        "cfg": told["cfg"],
-        **{key: told[key] for key in ("skip", "method") if told.get(key)},
+        "cfg": how["cfg"],
+        **{key: how[key] for key in ("skip", "method") if how.get(key)},
         "solver": sampling.solver,
         "steps": steps,
         "shift": model.grid_shift,
@@ -60,7 +60,7 @@ def make_pairs(
         "seed": seed,
         "count": count,
         "shard_size": shard_size,
-        "sigmas": sigmas[kept].tolist(),
+        "sigmas": sigmas[stored].tolist(),
         "picture": list(model.parts.sample_shape),
         "source": source.name,
     }
@@ -72,7 +72,7 @@ def make_pairs(
         ids = range(number * shard_size, min(count, (number + 1) * shard_size))
         noise = keyed.noise(seed, "pairs", 0, ids, model.parts.sample_shape)
         captions = prompts[ids.start : ids.stop]
-        states = [torch.stack([c[k] for k in kept], 1) for c in trajectories(model, captions, noise, sampling)]
+        states = [torch.stack([c[k] for k in stored], 1) for c in trajectories(model, captions, noise, sampling)]
         shards.append(_write_shard(out, number, ids, captions, noise, torch.cat(states)))
         replace_file(out / FACTS, checksummed({**facts, "shards": shards, "complete": False}))
         progress(ids.stop, count)

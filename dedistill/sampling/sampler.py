@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dedistill.errors import amount
 from dedistill.flow import keyed
 from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, ClassifierFree, Guider
 from dedistill.flow.solvers import SOLVERS, sigma_grid, solve
@@ -24,15 +25,15 @@ class Sampling:
     @property
     def facts(self) -> dict[str, float | str]:
         """What files keep of it: those of the guider, steps, and a method where that is not Euler's with plain CFG."""
-        told = dict(self.guidance.facts)
+        facts = dict(self.guidance.facts)
         solver = "" if self.solver == "euler" else SOLVERS[self.solver].name
-        method = ", ".join(filter(None, (solver, str(told.pop("method", "")))))
-        return {**told, "steps": self.steps} | ({"method": method} if method else {})
+        method = ", ".join(filter(None, (solver, str(facts.pop("method", "")))))
+        return {**facts, "steps": self.steps} | ({"method": method} if method else {})
 
     @property
     def label(self) -> str:
         """What people read of it."""
-        return f"{self.guidance.label}, {self.steps} {SOLVERS[self.solver].name} steps"
+        return f"{self.guidance.label}, {amount(self.steps, f'{SOLVERS[self.solver].name} step')}"
 
     def nfe(self, shift: float = 1.0) -> int:
         """Calls of the network that one image costs, on sigmas of that shift."""

@@ -58,13 +58,13 @@ class AsyncCheckpointWriter:
         self._running: Future[object] | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}
 
-    def start(self, groups: Groups, save: Callable[[Groups], object], *, private: Collection[str] = ()) -> None:
+    def start(self, groups: Groups, save: Callable[[Groups], object], *, no_copy: Collection[str] = ()) -> None:
         """Run ``save`` on copies of ``groups`` on the CPU, beside what follows, after the save before has ended.
 
-        private: names of groups that need no copy, because they are nobody else's.
+        no_copy: names of groups that need no copy, because they are nobody else's.
         """
         self.wait()
-        copies = {g: ts if g in private else {n: self._copy(g, n, t) for n, t in ts.items()} for g, ts in groups.items()}
+        copies = {g: ts if g in no_copy else {n: self._copy(g, n, t) for n, t in ts.items()} for g, ts in groups.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies into pinned memory do not wait by themselves
         self._running = self._pool.submit(save, copies)

@@ -61,8 +61,8 @@ class Engine:
     """How a run's work is spread over its processes. This one: every process holds everything (one alone, or DDP).
 
     Gradients are summed over the processes, and each steps by itself. Other engines replace what they do otherwise. First
-    ``check``, then ``place``, then steps: ``backward`` for each micro-batch, ``finish``, ``norm``, and ``apply`` or ``drop``.
-    All methods after ``check`` must be called by all processes.
+    ``check``, then ``place``, then steps: ``backward`` for each micro-batch, ``finish``, ``norm``, then ``apply`` or
+    ``discard``. All methods after ``check`` must be called by all processes.
     """
 
     name = "ddp"
@@ -97,7 +97,7 @@ class Engine:
         only pads the others' count with; such passes come first in a step."""
         loss.backward()  # autograd adds to what is in .grad already
         if not counts:
-            self.drop()
+            self.discard()
         elif self.exact:
             self.exact.add()
 
@@ -128,7 +128,7 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """Forget the gradients; nothing else changes."""
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -144,7 +144,7 @@ class Engine:
         """A number of each trained parameter that changes with its bits; the same on every process."""
         return bit_sums(self.trainable, self.optimizer)
 
-    def whole(self) -> AbstractContextManager[object]:
+    def gathered_params(self) -> AbstractContextManager[object]:
         """While it is open, the model's own parameters are whole and may be read."""
         return nullcontext()
 

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dedistill.distributed.world import World
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.models.model import Model
 from dedistill.models.quantize import check_engine
 from dedistill.training.engine import Engine
@@ -51,7 +51,8 @@ def shard_base(model: Model, world: World, device: torch.device | str) -> None:
         fully_shard(block, mesh=mesh, reshard_after_forward=block is not blocks[-1])
     fully_shard(net, mesh=mesh)
     if whole := [name for name, parameter in net.named_parameters() if not isinstance(parameter, DTensor)]:
-        raise UserError(f"FSDP2 was asked for, and {len(whole)} tensors of the base are whole, e.g. {whole[0]}")
+        tensors = amount(len(whole), "tensor of the base is", "tensors of the base are")
+        raise UserError(f"FSDP2 was asked for, and {tensors} whole, e.g. {whole[0]}")
     model.root.to(device)
     model.parts.device = device
     model.facts["storage_bytes_here"] = local_bytes(net)

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 
 # --- no optimizer step on a gradient that is not finite or far above its history -------------------------------------
 
@@ -156,7 +156,7 @@ class Guard:
             self.hits = {name: steps for name, steps in left.items() if steps and name not in self.quarantine}
             raise GoBack(since)
         why = f"; samples: {found[:4]}" if found else " in the gradient"
-        tried = f" {len(self.quarantine)} samples were quarantined before." if self.quarantine else ""
+        tried = f" {amount(len(self.quarantine), 'sample was', 'samples were')} quarantined before." if self.quarantine else ""
         if self.consecutive_bad < PATIENCE and len(self.refused) <= WINDOW / 2:
             return
         often = f" {self.consecutive_bad} times in a row"
@@ -210,7 +210,7 @@ class ParameterChangeCheck:
         if dead:
             raise UserError(
                 f"after step {step}: {self.applied} steps were applied, but nothing has changed in {len(dead)} of "
-                f"{len(self.modules)} modules, e.g. {', '.join(dead[0][:3])}. Their gradient or learning rate is zero, or they "
-                "are frozen. Training on would be in vain; leave them out of the targets if they cannot learn."
+                f"{amount(len(self.modules), 'module')}, e.g. {', '.join(dead[0][:3])}. Their gradient or learning rate is "
+                "zero, or they are frozen. More training changes nothing; leave them out of the targets if they cannot learn."
             )
         self.last, self.applied = now, 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io.safetensors import tensors_checksum
 from dedistill.posthoc.snapshots import write_snapshot
 from dedistill.recipe import Recipe
@@ -63,7 +63,7 @@ class Keeper:
         """Of the state, and of the tensors that ``engine`` trains together with their averages."""
         self.recipe, self.run, self.engine, self.world, self.state = recipe, run, engine, engine.world, state
         self.averages = Averages(recipe.snapshot.ema or [], engine.trainable)
-        self.saver = AsyncCheckpointWriter()
+        self.writer = AsyncCheckpointWriter()
 
     def resume(self) -> list[str]:
         """Continue from the newest good checkpoint, if there is one. Every process ends up with the same state.
@@ -105,12 +105,12 @@ class Keeper:
         after it. Either way the same steps come of it: no sample is left out before ``since``.
         """
         folder = self.run.checkpoints
-        self.saver.wait()
+        self.writer.wait()
         found = newest_until(folder, since) if self.world.main else None
         name = self.world.broadcast_object(found.name if found else None)
         if self.world.main:
             drop_after(folder, since, keep=0 if name else 1)  # at any instant there is one to go on from
-        self.engine.drop()
+        self.engine.discard()
         self.state.roll_back(since, self._read(folder / name) if name is not None else None)
         if name is None:
             self.checkpoint(wait=True)
@@ -125,10 +125,10 @@ class Keeper:
         if self.world.main:
             facts = self.state.saved() | {"recipe": self.recipe.resolved(), "saved_at": time.time()}
             folder, step, keep = self.run.checkpoints, self.state.step, self.recipe.checkpoint.keep
-            private = ("trainable", "optimizer") if self.engine.gathers else ()
-            self.saver.start(groups, lambda copies: save_checkpoint(folder, step, copies, facts, keep=keep), private=private)
+            no_copy = ("trainable", "optimizer") if self.engine.gathers else ()
+            self.writer.start(groups, lambda copies: save_checkpoint(folder, step, copies, facts, keep=keep), no_copy=no_copy)
         if wait:
-            self.saver.wait()
+            self.writer.wait()
             self.world.wait()
 
     def snapshot(self) -> None:
@@ -144,7 +144,7 @@ class Keeper:
         model = self.engine.model
         if model.adapter is not None:
             return None
-        with self.engine.whole():
+        with self.engine.gathered_params():
             if self.world.main and exported_step(self.run.model) != self.state.step:
                 export_model(model, self.run.model, self.state.step, self.recipe)
         return self.run.model
@@ -153,8 +153,8 @@ class Keeper:
         """``tensors`` to be saved. Raises UserError, on every process, for those that a finite step has blown up."""
         if bad := self.world.broadcast_object(not_finite(tensors)):
             raise UserError(
-                f"after step {self.state.step} {len(bad)} tensors are not finite, e.g. {bad[0]}; not saved. "
-                "Lower train.lr or train.weight_decay; what was saved before is intact."
+                f"after step {self.state.step} {amount(len(bad), 'tensor is', 'tensors are')} not finite, e.g. {bad[0]}; "
+                "not saved. Lower train.lr or train.weight_decay; what was saved before is intact."
             )
         return tensors
 

@@ -67,14 +67,14 @@ class Preview:
         folder.mkdir(parents=True, exist_ok=True)
         rows: list[tuple[str, list[Image.Image]]] = [(prompt, []) for prompt in p.prompts]
         for sampling in self.columns:
-            told = sampling.facts
+            facts = sampling.facts
             for i, (prompt, row) in enumerate(rows):
                 if interrupted():
                     return
                 with torch.no_grad():
                     image = self.model.decode(next(latents))[0]
-                file = folder / f"p{i:03d}_cfg{told['cfg']:g}.png"
-                save_png(image, file, {"step": step, **told, "prompt": prompt, "seed": p.seed})
+                file = folder / f"p{i:03d}_cfg{facts['cfg']:g}.png"
+                save_png(image, file, {"step": step, **facts, "prompt": prompt, "seed": p.seed})
                 with Image.open(file) as stored:
                     row.append(stored.copy())
         sheet = contact_sheet(rows, [sampling.guidance.label for sampling in self.columns], title=f"step {step:,}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from dedistill.data.source import QuarantineSource, Source
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import ceil_div
-from dedistill.errors import UserError, enough_memory
+from dedistill.errors import UserError, amount, enough_memory
 from dedistill.evaluation.validation import Meters, Validator
 from dedistill.models.model import Model
 from dedistill.objectives.base import NoisyBatch, objective_for
@@ -123,7 +123,7 @@ class Trainer:
                 self.trained_now = True
                 yield self._conclude(state.unfinished, record, trackers)
             while state.step < self.plan.steps and not self.stopping:
-                self.keeper.saver.check()
+                self.keeper.writer.check()
                 try:
                     row = self._train_step(state.step, tasks)
                 except GoBack as back:
@@ -144,7 +144,7 @@ class Trainer:
         finally:
             stop.deferred = False
             tasks.close()
-            self.keeper.saver.close()
+            self.keeper.writer.close()
             if record:
                 record.close()
 
@@ -168,13 +168,14 @@ class Trainer:
         # all of this is the same on every process, so all decide alike
         wrong = self.state.guard.judge(step, losses, sigmas, grad_norm, names)
         if wrong:
-            self.engine.drop()
+            self.engine.discard()
             self.state.skipped += 1
         else:
             # such a state would spoil every weight it touches, however good the gradient
             if bad := self.engine.nonfinite_state():
+                tensors = amount(len(bad), "tensor that is", "tensors that are")
                 raise UserError(
-                    f"before step {step + 1} the optimizer state holds {len(bad)} tensors that are not finite, e.g. {bad[0]}. "
+                    f"before step {step + 1} the optimizer state holds {tensors} not finite, e.g. {bad[0]}. "
                     "The step was not applied; start again to go on from the last checkpoint."
                 )
             self.engine.apply(lr)
@@ -275,8 +276,9 @@ class Trainer:
         self._settle()
         if self.world.main:
             left_out = [name for name, entry in self.state.guard.quarantine.items() if entry["since"] == since]
-            said = f"step {since + 1} and those after it: {len(left_out)} samples stand out and are left out from there on"
-            print(f"{said}, e.g. {left_out[0]}; trained again from step {self.state.step + 1} on", file=sys.stderr)
+            samples = amount(len(left_out), "sample stands out and is", "samples stand out and are")
+            message = f"step {since + 1} and those after it: {samples} left out from there on"
+            print(f"{message}, e.g. {left_out[0]}; trained again from step {self.state.step + 1} on", file=sys.stderr)
 
 
 def sigma_bins(losses: Tensor, sigmas: Tensor, bins: int) -> list[float | None]:

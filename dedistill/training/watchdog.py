@@ -12,7 +12,7 @@ from types import FrameType
 
 from dedistill.distributed.heartbeat import LAYOUT, heartbeat
 from dedistill.errors import RUN_AGAIN
-from dedistill.training import watcher
+from dedistill.training import watchdog_process
 
 PATIENCE = 6
 """Times the limit that loading, and waiting for other processes, may take: those that are stuck have ended by then."""
@@ -43,7 +43,7 @@ class Watchdog:
         file = self.folder.absolute() / f"stacks-rank-{rank}.txt"
         watching, self._alive = os.pipe()
         facts = [os.getpid(), memory, stacks, self.seconds, PATIENCE, file, rank]
-        command = [sys.executable, "-I", "-S", watcher.__file__, *map(str, facts)]
+        command = [sys.executable, "-I", "-S", watchdog_process.__file__, *map(str, facts)]
         self._process = subprocess.Popen(command, stdin=watching, pass_fds=(memory, stacks), start_new_session=True)
         os.close(watching)
         return self

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dedistill.distributed.launcher import FIXED, zero_settings
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.models.model import Model
 from dedistill.models.quantize import check_engine
 from dedistill.recipe import Recipe
@@ -84,7 +84,9 @@ class Zero(Engine):
             raise UserError(f"ZeRO-{self.stage} on {self.world.size} processes was asked for; DeepSpeed made {stage} on {size}")
         whole = [name for name, p in root.named_parameters() if self.stage == 3 and not hasattr(p, PART)]
         if whole:
-            raise UserError(f"ZeRO-3 was asked for, and {len(whole)} tensors are whole, e.g. {whole[0]}")
+            raise UserError(
+                f"ZeRO-3 was asked for, and {amount(len(whole), 'tensor is', 'tensors are')} whole, e.g. {whole[0]}"
+            )
 
     def backward(self, loss: Tensor, *, counts: bool) -> None:
         self.engine.backward(loss * (self.world.size if counts else 0), scale_wrt_gas=False)
@@ -112,7 +114,7 @@ class Zero(Engine):
         if self.zero.overflow:
             raise UserError("DeepSpeed did not apply a step whose gradient is finite; start again from the last checkpoint")
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """DeepSpeed itself forgets all about a step whose gradient is not finite, and changes nothing."""
         for part in self._gradients():
             part.fill_(torch.nan)
@@ -135,7 +137,7 @@ class Zero(Engine):
         here = torch.stack([bits(_part(p)) for p in self.trainable.values()]).tolist()
         return dict(zip(self.trainable, map(sum, zip(*self.world.gather(here)))))
 
-    def whole(self) -> AbstractContextManager[object]:
+    def gathered_params(self) -> AbstractContextManager[object]:
         return self.deepspeed.zero.GatheredParameters(list(self.trainable.values()))
 
     def weights(self) -> dict[str, Tensor]:

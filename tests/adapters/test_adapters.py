@@ -73,7 +73,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @every_quant
 @every_form
 def test_every_layer_answers_as_dense_weight_plus_delta(form, quant):
-    """K1, K12: the bypass form equals the materialised Kronecker or low-rank product, quantized or not."""
+    """The bypass form equals the materialised Kronecker or low-rank product, quantized or not."""
     own = build(form, quant)
     for name, module in own.adapter.by_target.items():
         linear = own.net.get_submodule(name)
@@ -87,7 +87,7 @@ def test_every_layer_answers_as_dense_weight_plus_delta(form, quant):
 
 @every_form
 def test_forward_merge_and_reload_agree(form, tmp_path):
-    """O1, traps 4 and 28: what training sees, what merging writes and what a file gives back are one delta."""
+    """What training sees, what merging writes and what a file gives back are one delta."""
     own, plain = build(form), FAMILY.tiny(0)
     adapted = velocity(own.parts, own.adapter).detach()
     assert relative(velocity(plain, plain.net).detach(), adapted) > 1e-3
@@ -158,7 +158,7 @@ def test_bypass_keeps_a_small_delta_in_bf16(form):
 
 
 def test_two_adapters_in_one_process_are_independent(monkeypatch):
-    """K9, trap 17: no class-level state leaks, be it from another adapter or from LyCORIS' own presets."""
+    """No class-level state leaks, be it from another adapter or from LyCORIS' own presets."""
     first, second = FAMILY.tiny(0), FAMILY.tiny(0)
     a = attach(first, {"kind": "lokr", "targets": [{"preset": "attention", "factor": 4}]})
     fill(a, 0.2)
@@ -179,7 +179,7 @@ def test_two_adapters_in_one_process_are_independent(monkeypatch):
 @every_quant
 @every_form
 def test_detaching_gives_the_base_back_bit_for_bit(form, quant):
-    """K11: the frozen network answers as if nothing had ever sat on it."""
+    """The frozen network answers as if nothing had ever sat on it."""
     plain = FAMILY.tiny(0)
     prepare_base(plain.net, quant, [], "cpu")
     base = velocity(plain, plain.net)
@@ -193,7 +193,7 @@ def test_detaching_gives_the_base_back_bit_for_bit(form, quant):
 @every_quant
 @every_form
 def test_gradient_reaches_every_factor_and_nothing_else(form, quant):
-    """K3, K10: LyCORIS' start has no gradient in the first factor; one step later every factor has one, the base never."""
+    """LyCORIS' start has no gradient in the first factor; one step later every factor has one, the base never."""
     own = build(form, quant, size=0)
     params = own.adapter.trainable()
     optimizer = torch.optim.SGD(params.values(), lr=0.1)
@@ -211,7 +211,7 @@ def test_gradient_reaches_every_factor_and_nothing_else(form, quant):
 
 @every_form
 def test_tensors_are_private_copies(form):
-    """K11: a saved state does not follow the training, nor the training a changed state."""
+    """A saved state does not follow the training, nor the training a changed state."""
     own = build(form)
     saved = own.adapter.tensors()
     kept = {n: t.clone() for n, t in saved.items()}
@@ -226,7 +226,7 @@ def test_tensors_are_private_copies(form):
 
 @every_form
 def test_names_and_scale_are_those_of_the_format(form):
-    """K2, K11, traps 4, 28 and 30: lycoris_<path with _>, alpha = rank, so every reader's scale is 1."""
+    """lycoris_<path with _>, alpha = rank, so every reader's scale is 1."""
     own = build(form)
     tensors = own.adapter.tensors()
     wanted = {f"lycoris_{n.replace('.', '_')}.{part}" for n in own.adapter.by_target for part in FACTOR_NAMES[form] | {"alpha"}}
@@ -239,7 +239,7 @@ def test_names_and_scale_are_those_of_the_format(form):
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "other form", "alpha"])
 def test_wrong_files_are_refused_and_change_nothing(damage):
-    """K11, E8: names, shapes and alphas agree exactly, or nothing is copied."""
+    """Names, shapes and alphas agree exactly, or nothing is copied."""
     own = build("lokr")
     before = own.adapter.tensors()
     tensors = {n: t if n.endswith(".alpha") else t + 1 for n, t in before.items()}
@@ -263,7 +263,7 @@ def test_wrong_files_are_refused_and_change_nothing(damage):
 
 @every_form
 def test_lycoris_itself_reads_our_files(form, tmp_path):
-    """K11, trap 5: save -> create_lycoris_from_weights (bypass) -> the same output."""
+    """Save -> create_lycoris_from_weights (bypass) -> the same output."""
     own, plain = build(form), FAMILY.tiny(0)
     save_file(own.adapter.tensors(), tmp_path / "a.safetensors")
     with torch.no_grad():
@@ -287,7 +287,7 @@ def test_lycoris_itself_reads_our_files(form, tmp_path):
     ],
 )
 def test_table_of_factors(size, factor, small):
-    """K1: w1 is (l x m), w2 (k x n) with out = l k, in = m n; the largest divisor not above the factor, smaller part first.
+    """w1 is (l x m), w2 (k x n) with out = l k, in = m n; the largest divisor not above the factor, smaller part first.
 
     LyCORIS' own table says 12 x 30 for 360 at factor 16, its code 15 x 24: that is what the rule gives.
     """
@@ -301,7 +301,7 @@ def test_table_of_factors(size, factor, small):
 
 @pytest.mark.parametrize(("rank", "full"), [(11, False), (12, True), (40, True)])
 def test_a_rank_of_half_the_factor_is_a_full_matrix(rank, full):
-    """K2: with w2 of 24 x 8, a rank from 12 on is kept whole, and still has scale 1."""
+    """With w2 of 24 x 8, a rank from 12 on is kept whole, and still has scale 1."""
     net = nn.ModuleDict({"linear": nn.Linear(32, 96)})
     module = Adapter(net, "lokr", [Resolved("linear", (96, 32), 4, rank, "linear")]).by_target["linear"]
     assert module.use_w2 is full and module.scale == 1 and float(module.alpha) == rank

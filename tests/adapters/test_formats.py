@@ -1,4 +1,4 @@
-"""The spellings of adapter files, each read back by the program it is for, or by its formula."""
+"""The formats of adapter files, each read back by the program it is for, or by its formula."""
 
 from types import CodeType, FunctionType, SimpleNamespace
 
@@ -113,15 +113,15 @@ every_form = pytest.mark.parametrize("form", FORMS)
 
 
 @every_form
-@pytest.mark.parametrize("spelling", [as_lycoris, as_transformer])
-def test_what_is_written_is_read_back_as_the_same_change(form, spelling):
-    """K11, FORMATS 0 row 5: both spellings, taken apart by the list of linears, give every layer's delta back."""
+@pytest.mark.parametrize("write", [as_lycoris, as_transformer])
+def test_what_is_written_is_read_back_as_the_same_change(form, write):
+    """Both formats, taken apart by the list of linears, give every layer's delta back."""
     own = adapted(form)
-    back = by_layer(spelling(own.layers), own.shapes, "x")
+    back = by_layer(write(own.layers), own.shapes, "x")
     assert back.keys() == own.deltas.keys() == own.shapes.keys()
     for name, factors in back.items():
         assert relative(weight_change(factors), own.deltas[name]) < 1e-6
-    if spelling is as_lycoris:
+    if write is as_lycoris:
         assert as_lycoris(own.layers).keys() == own.tensors.keys()
     else:
         assert not any(key.endswith(".alpha") for key in as_transformer(own.layers))
@@ -149,19 +149,19 @@ def comfy_change(tensors: dict, x: str) -> torch.Tensor:
 @every_form
 @pytest.mark.parametrize("alpha", [None, 0.5])
 def test_comfyui_reads_our_files_as_we_do(form, alpha):
-    """FORMATS 1b: a from-scratch reading of ComfyUI's formula equals our delta, also at another alpha."""
+    """A from-scratch reading of ComfyUI's formula equals our delta, also at another alpha."""
     own = adapted(form)
     if alpha is not None:
         own.layers = {n: {**f, "alpha": torch.tensor(alpha)} for n, f in own.layers.items()}
-    for spelling, prefix in ((as_lycoris, "lycoris_"), (as_transformer, "transformer.")):
-        tensors = spelling(own.layers)
+    for write, prefix in ((as_lycoris, "lycoris_"), (as_transformer, "transformer.")):
+        tensors = write(own.layers)
         for name, factors in own.layers.items():
             key = prefix + (name.replace(".", "_") if prefix == "lycoris_" else name)
             assert relative(comfy_change(tensors, key), weight_change(factors)) < 1e-6
 
 
 def test_kohya_is_the_same_change_of_the_fused_weights():
-    """FORMATS 1a, 1b: the rows BFL's fused weight gives each part change exactly as ours do; the rest stays as it is."""
+    """The rows BFL's fused weight gives each part change exactly as ours do; the rest stays as it is."""
     own = adapted("lora")
     tensors = as_kohya(own.layers, naming, own.shapes)
     places = {name: naming.original_name(name, own.shapes) for name in own.shapes}
@@ -178,7 +178,7 @@ PARTIAL = ["transformer_blocks.1.attn.to_k", "single_transformer_blocks.2.proj_m
 
 @pytest.mark.parametrize("names", [None, PARTIAL], ids=["all", "some"])
 def test_diffusers_loads_our_kohya_file(names, tmp_path, monkeypatch):
-    """FORMATS 1b: through FluxPipeline.lora_state_dict, at equal answers; also where only parts of fused layers are trained."""
+    """Through FluxPipeline.lora_state_dict, at equal answers; also where only parts of fused layers are trained."""
     own = adapted("lora", names)
     save_file(as_kohya(own.layers, naming, own.shapes), tmp_path / "kohya.safetensors")
     convert = rewidened(lora_pipeline._convert_kohya_flux_lora_to_diffusers)
@@ -192,7 +192,7 @@ def test_diffusers_loads_our_kohya_file(names, tmp_path, monkeypatch):
 
 
 def test_diffusers_loads_our_peft_file(tmp_path):
-    """FORMATS 1a, 1b: PEFT's names, without alphas, mixed ranks."""
+    """PEFT's names, without alphas, mixed ranks."""
     own = adapted("lora")
     save_file(as_peft(own.layers), tmp_path / "peft.safetensors", metadata={"format": "pt"})
     state, alphas, _ = FluxPipeline.lora_state_dict(
@@ -204,7 +204,7 @@ def test_diffusers_loads_our_peft_file(tmp_path):
 
 
 def test_diffusers_loads_a_lokr_of_one_factor(tmp_path):
-    """FORMATS 0 rows 5 and 6: the transformer spelling in diffusers' own loader, which takes one factor and no more."""
+    """The transformer format in diffusers' own loader, which takes one factor and no more."""
     names = [n for n in linear_names(flux()) if ".attn." in n]
     own, net = adapted("lokr", names), flux(guidance=True)
     net.load_lora_adapter(as_transformer(own.layers), prefix="transformer")
@@ -214,11 +214,11 @@ def test_diffusers_loads_a_lokr_of_one_factor(tmp_path):
 
 
 @lokr_forms
-@pytest.mark.parametrize("spelling", [as_lycoris, as_transformer])
-def test_load_lokr_equals_our_adapter(form, spelling, tmp_path):
-    """FORMATS 0 row 6: any mixture of factors and ranks, through a pipeline, at equal answers; and out again."""
+@pytest.mark.parametrize("write", [as_lycoris, as_transformer])
+def test_load_lokr_equals_our_adapter(form, write, tmp_path):
+    """Any mixture of factors and ranks, through a pipeline, at equal answers; and out again."""
     own = adapted(form)
-    save_file(spelling(own.layers), tmp_path / "a.safetensors")
+    save_file(write(own.layers), tmp_path / "a.safetensors")
     net = flux(guidance=True)
     before = answer(net)
     name = dedistill.load_lokr(SimpleNamespace(transformer=net), tmp_path / "a.safetensors")
@@ -246,15 +246,15 @@ def test_load_lokr_refuses_what_it_cannot_load_whole(tmp_path):
     refused(own.tensors | {"lycoris_no_such_layer.lokr_w1": torch.ones(1)}, r"bad\.safetensors.*lycoris_no_such_layer")
     refused({k: t for k, t in own.tensors.items() if k != first}, "incomplete")
     refused(own.tensors | {"lycoris_x_embedder.dora_scale": torch.ones(1)}, "dora_scale.*not supported")
-    refused(own.tensors | {"transformer.x_embedder.lokr_w1": torch.ones(4, 4)}, "two spellings")
-    refused(own.tensors | {"lycoris_x_embedder.lokr_w2": torch.ones(4, 4)}, r"'x_embedder' makes up a weight \(16, 4\)")
+    refused(own.tensors | {"transformer.x_embedder.lokr_w1": torch.ones(4, 4)}, "under two names")
+    refused(own.tensors | {"lycoris_x_embedder.lokr_w2": torch.ones(4, 4)}, r"'x_embedder' gives a weight of shape \(16, 4\)")
     refused(adapted("lora").tensors, "is a LoRA")
 
 
-@pytest.mark.parametrize("spelling", [as_peft, lambda layers: as_kohya(layers, naming, {})])
-def test_a_lokr_is_not_written_as_a_lora(spelling):
+@pytest.mark.parametrize("write", [as_peft, lambda layers: as_kohya(layers, naming, {})])
+def test_a_lokr_is_not_written_as_a_lora(write):
     with pytest.raises(UserError, match="LoRA only"):
-        spelling(adapted("lokr", ["x_embedder"]).layers)
+        write(adapted("lokr", ["x_embedder"]).layers)
 
 
 def test_import_stays_light():

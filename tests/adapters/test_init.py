@@ -55,7 +55,7 @@ def check(own, init: str, scale: float = SCALE) -> dict[str, float]:
 
 @pytest.mark.parametrize("quant", ["none", "int8", "int8-quanto"])
 def test_full_factors_have_the_statistics_of_their_layer(quant):
-    """I1, I6: w1 = 1; mean and deviation of w2 are those of the layer's dequantized weight times the scale.
+    """w1 = 1; mean and deviation of w2 are those of the layer's dequantized weight times the scale.
 
     Exactly, up to the choice of n or n - 1 under the root of a deviation.
     """
@@ -69,7 +69,7 @@ def test_full_factors_have_the_statistics_of_their_layer(quant):
 
 
 def test_quantized_statistics_are_not_those_of_the_codes():
-    """I6: int8 codes are a hundred times larger than the weights; the delta follows the weights."""
+    """int8 codes are a hundred times larger than the weights; the delta follows the weights."""
     dense, int8 = start("lokr", "perturbed_normal"), start("lokr", "perturbed_normal", quant="int8")
     for name in dense.layers:
         a, b = (delta(own.layers[name]).detach() for own in (dense, int8))
@@ -79,7 +79,7 @@ def test_quantized_statistics_are_not_those_of_the_codes():
 @pytest.mark.parametrize("scale", [1e-4, 1e-3, 1e-1])
 @every_form
 def test_the_delta_is_a_share_of_the_weight(form, scale):
-    """I2, I5: std(delta) = s std(W), hence a ratio of norms of about s, for full, decomposed and LoRA factors alike."""
+    """std(delta) = s std(W), hence a ratio of norms of about s, for full, decomposed and LoRA factors alike."""
     own = start(form, "perturbed_normal", scale=scale)
     for name, weight in weight_of(own).items():
         change = delta(own.layers[name]).detach()
@@ -88,7 +88,7 @@ def test_the_delta_is_a_share_of_the_weight(form, scale):
 
 
 def test_the_delta_is_w2_tiled():
-    """I2: w1 = 1 makes the delta copies of w2 side by side, so its rank is that of w2."""
+    """w1 = 1 makes the delta copies of w2 side by side, so its rank is that of w2."""
     for module in start("lokr", "perturbed_normal").layers.values():
         (rows, columns), w2 = module.lokr_w1.shape, module.lokr_w2
         assert torch.equal(delta(module), w2.repeat(rows, columns))
@@ -97,7 +97,7 @@ def test_the_delta_is_w2_tiled():
 
 @pytest.mark.parametrize("form", ["lokr-rank", "lora"])
 def test_decomposed_starts_share_the_size_between_both_factors(form):
-    """I5: both factors are normal and of one size, so that neither of them learns at a rate of its own."""
+    """Both factors are normal and of one size, so that neither of them learns at a rate of its own."""
     for module in start(form, "perturbed_normal").layers.values():
         a, b = (module.lokr_w2_a, module.lokr_w2_b) if form == "lokr-rank" else (module.lora_up.weight, module.lora_down.weight)
         assert float(a.detach().std()) == pytest.approx(float(b.detach().std()), rel=0.5)
@@ -107,7 +107,7 @@ def test_decomposed_starts_share_the_size_between_both_factors(form):
 
 @pytest.mark.parametrize(("form", "init"), [(f, i) for f, i in INITS if i != "perturbed_normal"])
 def test_zero_starts_are_exactly_zero(form, init):
-    """K3: 'default' and 'ones' change nothing at all; 'ones' has w1 = 1, and no start leaves both factors 0."""
+    """'default' and 'ones' change nothing at all; 'ones' has w1 = 1, and no start leaves both factors 0."""
     for module in start(form, init).layers.values():
         assert not delta(module).any()
         first = module.lora_down.weight if form == "lora" else module.lokr_w1
@@ -118,7 +118,7 @@ def test_zero_starts_are_exactly_zero(form, init):
 
 @every_form
 def test_default_is_kaiming_uniform(form):
-    """K3: U(-1/sqrt(m), 1/sqrt(m)) for m columns, as LyCORIS draws it: within the bound, with its deviation, not its normal."""
+    """U(-1/sqrt(m), 1/sqrt(m)) for m columns, as LyCORIS draws it: within the bound, with its deviation, not its normal."""
     draws = {"lokr": ["lokr_w1"], "lokr-rank": ["lokr_w1", "lokr_w2_a"], "lora": ["lora_down.weight"]}[form]
     for part in draws:
         factors = [m.get_parameter(part).detach() for m in start(form, "default").layers.values()]
@@ -130,7 +130,7 @@ def test_default_is_kaiming_uniform(form):
 
 @every_init
 def test_a_start_depends_on_seed_and_name_alone(form, init):
-    """I6: no order, no neighbour and no global generator has a say; layers and seeds differ."""
+    """No order, no neighbour and no global generator has a say; layers and seeds differ."""
     torch.manual_seed(1)
     whole = start(form, init).adapter.tensors()
     torch.manual_seed(2)
@@ -156,7 +156,7 @@ def test_a_start_depends_on_seed_and_name_alone(form, init):
 
 @every_init
 def test_initialising_leaves_the_global_generators_alone(form, init):
-    """I6: the start of an adapter moves nobody else's randomness."""
+    """The start of an adapter moves nobody else's randomness."""
     own = start(form, init)
     torch.manual_seed(3)
     np.random.seed(3)
@@ -169,7 +169,7 @@ def test_initialising_leaves_the_global_generators_alone(form, init):
 
 @every_init
 def test_what_started_well_is_reported(form, init):
-    """I6: every layer's relative size is found and returned, also for the starts that are nothing."""
+    """Every layer's relative size is found and returned, also for the starts that are nothing."""
     own = start(form, init)
     found = check(own, init)
     assert found.keys() == own.layers.keys()
@@ -192,7 +192,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 @every_form
 def test_a_lost_start_is_noticed(form, fault):
-    """I6, trap 18: one layer whose start was lost or has the wrong size stops the run and is named."""
+    """One layer whose start was lost or has the wrong size stops the run and is named."""
     own = start(form, "perturbed_normal")
     name = list(own.layers)[13]
     break_it, size = FAULTS[fault]
@@ -207,20 +207,20 @@ def test_a_lost_start_is_noticed(form, fault):
 
 @pytest.mark.parametrize("init", ["default", "ones"])
 def test_a_start_that_should_be_nothing_but_is_not(init):
-    """K3, I6: a perturbed adapter does not pass for one that starts at zero."""
+    """A perturbed adapter does not pass for one that starts at zero."""
     with pytest.raises(UserError, match=f"'{init}' did not take effect in 20 of 20 layers"):
         check(start("lokr", "perturbed_normal"), init)
 
 
 def test_the_wrong_scale_is_noticed_everywhere():
-    """I6: a scale that differs from the recipe's is an error, not a setting."""
+    """A scale that differs from the recipe's is an error, not a setting."""
     with pytest.raises(UserError, match="in 20 of 20 layers"):
         check(start("lokr", "perturbed_normal", scale=1e-3), "perturbed_normal", scale=1e-2)
 
 
 @pytest.mark.parametrize("init", ["perturbed_normal", "default"])
 def test_a_start_that_is_not_finite_is_noticed(init):
-    """I6: a delta of NaN is not the delta that was asked for."""
+    """A delta of NaN is not the delta that was asked for."""
     own = start("lokr", init)
     own.layers[next(iter(own.layers))].lokr_w2.data.fill_(torch.nan)
     with pytest.raises(UserError):
@@ -229,7 +229,7 @@ def test_a_start_that_is_not_finite_is_noticed(init):
 
 @every_init
 def test_a_layer_of_zeros_starts_and_can_train(form, init):
-    """I6: it has no deviation to take a share of, so its delta is 0; at most one factor is, or nothing would ever move."""
+    """It has no deviation to take a share of, so its delta is 0; at most one factor is, or nothing would ever move."""
     own = start(form, init)
     name = list(own.layers)[3]
     own.net.get_submodule(name).weight.data.zero_()
@@ -244,7 +244,7 @@ def test_a_layer_of_zeros_starts_and_can_train(form, init):
 
 @pytest.mark.parametrize(("form", "init"), [(f, i) for f, i in INITS if i != "perturbed_normal"])
 def test_a_start_without_a_way_to_train_is_noticed(form, init):
-    """K3, I6: delta 0 is right, but with two factors at 0 every gradient is 0 for ever."""
+    """Delta 0 is right, but with two factors at 0 every gradient is 0 for ever."""
     own = start(form, init)
     name = list(own.layers)[13]
     part = {"lokr": "lokr_w1", "lokr-rank": "lokr_w2_a", "lora": "lora_down.weight"}[form]
@@ -257,7 +257,7 @@ def test_a_start_without_a_way_to_train_is_noticed(form, init):
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
 @pytest.mark.parametrize("quant", ["none", "int8"])
 def test_the_start_survives_assembly(quant, optimizer):
-    """I1, I6, trap 18: after quantization, attachment and the cast to the trained dtype, the recipe's start is there."""
+    """After quantization, attachment and the cast to the trained dtype, the recipe's start is there."""
     sizes = {"layers": 1, "single_layers": 1, "heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6]}
     recipe = recipe_of(
         {
@@ -281,7 +281,7 @@ def test_the_start_survives_assembly(quant, optimizer):
 
 
 def test_a_layer_of_one_block_still_starts():
-    """K1, I1: factor 1 makes w1 a single 1 and w2 the whole delta."""
+    """Factor 1 makes w1 a single 1 and w2 the whole delta."""
     net = torch.nn.ModuleDict({"linear": torch.nn.Linear(8, 24)})
     module = Adapter(net, "lokr", [Resolved("linear", (24, 8), 1, None, "linear")]).by_target["linear"]
     initialise(module, "linear", lambda: net["linear"].weight, init="perturbed_normal", scale=0.1, seed=0)
@@ -291,7 +291,7 @@ def test_a_layer_of_one_block_still_starts():
 
 @pytest.mark.parametrize("size", [8, 16, 24])
 def test_a_small_layer_is_no_failed_start(size):
-    """I1, I2, I6: tiling leaves a deviation as it is, so a layer whose w2 has a few entries has started well, too."""
+    """Tiling leaves a deviation as it is, so a layer whose w2 has a few entries has started well, too."""
     net = torch.nn.ModuleDict({"linear": torch.nn.Linear(size, size)})
     adapter = Adapter(net, "lokr", [Resolved("linear", (size, size), 4, None, "linear")])
     own = SimpleNamespace(net=net, layers=adapter.by_target)

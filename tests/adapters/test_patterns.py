@@ -1,4 +1,4 @@
-"""Name patterns: whole names, one dotted part per star, no prefixes (trap 16)."""
+"""Name patterns: whole names, one dotted part per star, no prefixes."""
 
 import pytest
 

@@ -56,13 +56,13 @@ def test_a_part_of_a_name_is_not_the_name(pattern):
 
 
 def test_result_is_in_network_order_not_in_order_of_targets():
-    """K7: precedence is decided by the recipe's order, the list follows the network."""
+    """Precedence is decided by the recipe's order, the list follows the network."""
     targets = {"pattern": "single_transformer_blocks.**"}, {"pattern": "x_embedder"}, {"pattern": "transformer_blocks.**"}
     assert names(*targets) == list(SHAPES)
 
 
 def test_first_target_wins_whatever_is_more_specific():
-    """K7: of two targets that match a name, the first decides factor, rank and label."""
+    """Of two targets that match a name, the first decides factor, rank and label."""
     wide, narrow = {"pattern": "**.to_q", "factor": 2}, {"pattern": "transformer_blocks.1.**", "factor": 8, "rank": 3}
     form = {r.name: (r.factor, r.rank, r.pattern) for r in resolve(wide, narrow)}
     assert form["transformer_blocks.1.attn.to_q"] == (2, None, "**.to_q")
@@ -87,14 +87,14 @@ def test_first_target_wins_whatever_is_more_specific():
     ],
 )
 def test_factor_and_rank_and_their_defaults(kind, target, wanted):
-    """K7: LoKr is a full matrix of factor 4 unless told otherwise, LoRA has rank 16."""
+    """LoKr is a full matrix of factor 4 unless told otherwise, LoRA has rank 16."""
     (found,) = resolve({"pattern": "x_embedder", **target}, kind=kind)
     assert (found.factor, found.rank) == wanted
     assert found.shape == SHAPES["x_embedder"]
 
 
 def test_a_preset_is_the_union_of_its_patterns():
-    """K7: a preset adds the layers of all its patterns, under the preset's name."""
+    """A preset adds the layers of all its patterns, under the preset's name."""
     modulation = ["transformer_blocks.1.norm1.linear", "transformer_blocks.18.norm1.linear"]
     assert names({"preset": "modulation"}) == [*modulation, "single_transformer_blocks.1.norm.linear"]
     assert {r.pattern for r in resolve({"preset": "modulation"})} == {"modulation"}
@@ -113,7 +113,7 @@ def test_a_preset_is_the_union_of_its_patterns():
     ],
 )
 def test_senseless_targets_are_refused_by_place(targets, place, message):
-    """K7, trap 17: a target that adds nothing is an error of the recipe, told with its place and a way out."""
+    """A target that adds nothing is an error of the recipe, told with its place and a way out."""
     with pytest.raises(UserError) as caught:
         resolve(*targets)
     assert str(caught.value).startswith(f"recipe.toml:7: {place}: ")
@@ -122,7 +122,7 @@ def test_senseless_targets_are_refused_by_place(targets, place, message):
 
 
 def test_errors_show_names_to_choose_from():
-    """K7: who misspelt a name needs to see some real ones, who misspelt a preset all of them."""
+    """Who misspelt a name needs to see some real ones, who misspelt a preset all of them."""
     with pytest.raises(UserError) as caught:
         resolve({"pattern": "to_q"})
     shown = str(caught.value).partition("some names: ")[2].split(", ")
@@ -132,7 +132,7 @@ def test_errors_show_names_to_choose_from():
 
 
 def test_presets_of_the_real_network_are_disjoint_and_complete():
-    """K6, K8, trap 17: every pattern of the family finds layers of today's diffusers; three kinds make up the blocks."""
+    """Every pattern of the family finds layers of today's diffusers; three kinds make up the blocks."""
     net = PixelFlux().tiny(0).net
     shapes = dense_shapes(net, linear_names(net))
     found, presets = {}, PixelFlux().presets(net)
@@ -159,5 +159,5 @@ def test_a_lora_larger_than_its_layer_is_refused():
 
 @pytest.mark.parametrize(("factor", "rank", "wanted"), [(4, 7, 7), (4, 8, None), (8, 3, 3), (8, 4, None), (-1, 4, None)])
 def test_a_lokr_rank_that_saves_nothing_is_resolved_as_full(factor, rank, wanted):
-    """K2: LyCORIS makes the factor a full matrix there; the printed table must not say otherwise."""
+    """LyCORIS makes the factor a full matrix there; the printed table must not say otherwise."""
     assert one_layer("lokr", factor, rank).rank == wanted

@@ -54,7 +54,7 @@ def test_stages_and_what_they_leave(rehearse, tmp_path):
         "merge into the base",
         "export of the merged model and of the adapter",
     ]
-    assert "399 layers of a network of 11,891,178,560 parameters get 151,315,392 trained ones" in said
+    assert "151,315,392 trained parameters in 399 layers of a network of 11,891,178,560" in said
     out = tmp_path / "run-rehearsal"
     rows = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4] and all(r["applied"] for r in rows)
@@ -90,7 +90,7 @@ def unreadable(folder: Path) -> None:
 
 
 DATA_FAULTS = [
-    (uncaptioned, "1 images have no caption, e.g. "),
+    (uncaptioned, "1 image has no caption, e.g. "),
     (small, "no usable image; e.g. "),
     (unreadable, "not an image of a known format"),
     (lambda folder: None, "no usable image in"),

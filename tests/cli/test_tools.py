@@ -150,7 +150,7 @@ def test_evaluation_answers_after_a_run(story, monkeypatch, capsys):
 
 
 def test_influence_folder_is_a_recipe(story, monkeypatch, capsys):
-    """K6: the tool's fragment is a recipe that trains as many numbers as the tool said."""
+    """The tool's fragment is a recipe that trains as many numbers as the tool said."""
     monkeypatch.chdir(story)
     (story / "prompts.txt").write_text("3 seven\none two\n")
     arguments = ["--prompts", "prompts.txt", "--sigmas", "2", "--budget", "0.03M"]
@@ -158,7 +158,7 @@ def test_influence_folder_is_a_recipe(story, monkeypatch, capsys):
     folder = story / "runs/digits/dedistill/influence"
     numbers = json.loads((folder / "influence.json").read_text())
     assert numbers["prompts"] == 2 and numbers["sigmas"] == [1.0, 0.5] and numbers["budget"] == 30_000
-    assert f"{numbers['parameters']:,} trained numbers" in capsys.readouterr().err
+    assert f"{numbers['parameters']:,} trained parameters" in capsys.readouterr().err
     out = {"train.steps": 1, "train.warmup": 0, "run.out": "'runs/influence'"}
     assert main([str(folder / "influence.toml"), *(w for k, v in out.items() for w in ("--set", f"{k}={v}"))]) == 0
     facts = json.loads((story / "runs/influence/plan.json").read_text())["effects"]
@@ -196,7 +196,7 @@ def test_distillation_of_another_family_is_measured(image_recipe, tmp_path):
 
 
 def test_identity_follows_what_a_image_depends_on(story, tmp_path, monkeypatch):
-    """N1: images of another base, arithmetic or grid are not taken for those of this one."""
+    """Images of another base, arithmetic or grid are not taken for those of this one."""
     import shutil
 
     from dedistill.evaluation.candidates import candidates_of
@@ -286,7 +286,7 @@ def _measured() -> dict:
 
 @pytest.mark.parametrize("meter", ["loss", "guidance", "few_steps", "response_saturated", "response_contrast"])
 def test_committed_meters_order_the_stages(meter):
-    """R1, O19: teacher < de-distilled < student by paired differences to the teacher; of few-step gaps, that of one step."""
+    """Teacher < de-distilled < student by paired differences to the teacher; of few-step gaps, that of one step."""
     restored, student = (_measured()[name][meter][0] for name in ("dedistill", "student"))
     assert restored["difference_low"] > 0 and restored["difference_high"] < student["difference_low"]
 
@@ -302,7 +302,7 @@ def test_committed_meters_are_no_better_after_more_distillation(meter):
 
 @pytest.mark.parametrize("story_name", ["digits", "mnist"])
 def test_committed_story_holds_its_claims(story_name):
-    """C1: the numbers of the README's runs."""
+    """The numbers of the README's runs."""
     checks = story_checks(_committed(story_name), MARGINS[story_name])
     assert len(checks) == 5 and [c["text"] for c in checks if not c["ok"]] == []
 

@@ -28,7 +28,7 @@ def crops(image: Sized, **changes) -> list[Crop]:
 
 
 def test_buckets_are_those_of_diffusers():
-    """FORMATS §2: the bucket list of each resolution, one after the other."""
+    """The bucket list of each resolution, one after the other."""
     assert buckets_for([512]) == generate_aspect_ratio_buckets(512, 16)
     both = generate_aspect_ratio_buckets(512, 32) + generate_aspect_ratio_buckets(1024, 32)
     assert buckets_for([512, 1024], 32) == list(dict.fromkeys(both))
@@ -48,7 +48,7 @@ def test_nearest_bucket_is_that_of_diffusers(mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("max_upscale", [1.0, 1.5])
 def test_windows_lie_inside_and_have_the_aspect_of_their_bucket(mode, max_upscale):
-    """SPEC O3: aspect kept, nothing enlarged beyond the limit; each window spans the image in one direction."""
+    """Aspect kept, nothing enlarged beyond the limit; each window spans the image in one direction."""
     seen = 0
     for image in IMAGES:
         for crop in crops(image, modes=[mode], per_image=3, max_upscale=max_upscale):
@@ -64,7 +64,7 @@ def test_windows_lie_inside_and_have_the_aspect_of_their_bucket(mode, max_upscal
 
 
 def test_modes():
-    """SPEC N7: square and random-aspect crops."""
+    """Square and random-aspect crops."""
     image = Sized("x", 1600, 1000)
     square = crops(image, modes=["square"], per_image=50)
     assert {(c.height, c.width) for c in square} == {(256, 256), (512, 512)}

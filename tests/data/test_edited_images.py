@@ -52,7 +52,7 @@ def test_a_image_edited_within_its_size_and_time_is_encoded_again(own, tmp_path,
     capsys.readouterr()
     assert main([*command, "--set", "train.steps=4"]) == 1
     said = capsys.readouterr().err
-    assert "encoded 1 of 1 images" in said and "data.sets: images, captions or crops differ" in said
+    assert "encoded 1 of 1 image" in said and "data.sets: images, captions or crops differ" in said
 
 
 def test_images_on_another_disk_are_the_same(own, tmp_path, capsys, monkeypatch):

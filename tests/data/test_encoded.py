@@ -66,12 +66,12 @@ def draw(source, step, positions, **kind):
     found = {}
     for group in source.groups(5, step, np.array(positions), BATCH, **kind):
         batch = source.draw(5, step, group, BATCH, **kind)
-        assert len(batch.pixels) == len(batch.text) == len(batch.names) == len(batch.captions) == len(group)
+        assert len(batch.latents) == len(batch.text) == len(batch.names) == len(batch.captions) == len(group)
         for row, position in enumerate(group):
             own = CroppedImage(*next((p.sample, p.crops) for p in IMAGES if p.sample.captions.count(batch.captions[row])))
             crop = next(c for c in own.crops if batch.names[row] == f"{own.sample.name} [{c.width} x {c.height}]")
-            assert batch.pixels.dtype == torch.float32 and batch.pixels[row].shape == (16, crop.height, crop.width)
-            assert (batch.pixels[row] == number(latent_key(own.sample, crop))).all()
+            assert batch.latents.dtype == torch.float32 and batch.latents[row].shape == (16, crop.height, crop.width)
+            assert (batch.latents[row] == number(latent_key(own.sample, crop))).all()
             text, wanted = batch.text.index_select(slice(row, row + 1)).trimmed(), encoded(batch.captions[row])
             assert all(torch.equal(text.tensors()[name][0], wanted[name]) for name in ("embeds", "pooled"))
             found[int(position)] = batch.names[row], batch.captions[row]
@@ -96,11 +96,11 @@ def test_groups_share_a_shape_and_lose_nothing(source):
     assert len(groups) == len(CROPS)
     assert sorted(np.concatenate(groups)) == list(range(BATCH))
     assert [g[0] for g in groups] == sorted(g[0] for g in groups), "in the order of their first"
-    assert len({source.draw(5, 1, g, BATCH).pixels.shape[1:] for g in groups}) == len(groups)
+    assert len({source.draw(5, 1, g, BATCH).latents.shape[1:] for g in groups}) == len(groups)
 
 
 def test_shares_of_sets_captions_and_crops(source):
-    """D7: two sets of 36 and 6 images are drawn half and half within 1 %; every caption and crop has its turn."""
+    """Two sets of 36 and 6 images are drawn half and half within 1 %; every caption and crop has its turn."""
     slots = [s for step in range(200) for s in source._slots(5, step, BATCH, False)]
     sets = Counter(s.image.sample.source for s in slots)
     assert abs(sets[0] / len(slots) - 0.5) < 0.01

@@ -1,4 +1,4 @@
-"""Decoding: a known pixel of every format, and every kind of damage refused with a reason (FORMATS §2)."""
+"""Decoding: a known pixel of every format, and every kind of damage refused with a reason."""
 
 import io
 import struct
@@ -199,7 +199,7 @@ def test_other_files_are_refused(content, reason):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF"])
 def test_random_damage_never_raises_anything_else(china, kind):
-    """RELIABILITY T14: bytes flipped anywhere give an image or BadImage."""
+    """Bytes flipped anywhere give an image or BadImage."""
     whole = np.frombuffer(data(china.resize((40, 30)), kind), dtype=np.uint8)
     rng = np.random.default_rng(0)
     outcomes = set()

@@ -14,7 +14,7 @@ MIXES = [([50, 70], [1, 1]), ([1000, 7, 300], [5, 4, 1]), ([10], [3.0]), ([40, 4
 
 
 def test_half_and_half():
-    """SPEC D7: two sources, or two captions of each image, come 50/50 within 1 %."""
+    """Two sources, or two captions of each image, come 50/50 within 1 %."""
     sources, _ = draw_samples(0, np.arange(10_000), [300, 5000], [0.5, 0.5])
     assert abs(np.mean(sources) - 0.5) < 0.001
     picks = choose(0, "caption", np.arange(40_000), np.full(40_000, 2))
@@ -83,7 +83,7 @@ def test_choices_are_uniform():
     ("counts", "weights", "message"),
     [
         ([], [], "0 weights for 0 sources"),
-        ([1, 2], [1], "1 weights for 2 sources"),
+        ([1, 2], [1], "1 weight for 2 sources"),
         ([1, 2], [1, 0], "source 1 has weight 0"),
         ([1, 2], [-1, 1], "source 0 has weight -1"),
         ([1, 2], [1, float("nan")], "source 1 has weight nan"),
@@ -96,7 +96,7 @@ def test_wrong_mixes(counts, weights, message):
 
 
 def test_images_without_a_short_or_a_long_caption():
-    """SPEC N7: at least one short and one long caption where there are two."""
+    """At least one short and one long caption where there are two."""
     long, short = " ".join(["word"] * 21), " ".join(["word"] * 20)
     captions = {"both": (long, short), "long": (long, long + " more"), "short": (short, "a"), "one": (long,), "none": ("",)}
     samples = [SimpleNamespace(name=name, captions=found) for name, found in captions.items()]

@@ -58,7 +58,7 @@ def _complete(words: list[str]) -> bool:
 
 
 def test_what_is_cached_is_what_encoding_gives(image_recipe):
-    """A6, A9: latents are the sampled posterior of each crop to float16's precision, text is bit for bit the encoders' own."""
+    """Latents are the sampled posterior of each crop to float16's precision, text is bit for bit the encoders' own."""
     settings = ["data.resolutions=[48, 64]", "data.crops=['aspect', 'square']", "data.crops_per_picture=2"]
     encode(image_recipe, *settings)
     recipe = load_recipe(image_recipe, settings)
@@ -86,9 +86,8 @@ def test_what_is_cached_is_what_encoding_gives(image_recipe):
 
 
 def test_the_empty_prompt_is_one_token(image_recipe):
-    """X6."""
     data, _ = encode(image_recipe)
-    assert data.known[""].tokens.mask.sum() == data.known[""].tokens.embeds.shape[1] == 1
+    assert data.text_cache[""].tokens.mask.sum() == data.text_cache[""].tokens.embeds.shape[1] == 1
 
 
 def test_cached_text_takes_a_fraction_of_padded_text(image_recipe, tmp_path, tiny_flux):
@@ -112,7 +111,7 @@ def test_cached_text_takes_a_fraction_of_padded_text(image_recipe, tmp_path, tin
 @pytest.mark.parametrize("mask", ["none", "libreflux"])
 def test_padding_is_kept_where_it_is_seen(image_recipe, mask):
     data, _ = encode(image_recipe, f"model.mask={mask}")
-    assert data.known[""].tokens.embeds.shape[1] == 64 and data.known[""].tokens.mask.sum() == 1
+    assert data.text_cache[""].tokens.embeds.shape[1] == 64 and data.text_cache[""].tokens.mask.sum() == 1
 
 
 # --- what is encoded again, and what is refused ---
@@ -124,11 +123,11 @@ def test_only_what_is_new_is_encoded(own):
     assert encoded(encode(recipe)[1]) == []
     write_images(folder, 1, first=60)
     data, said = encode(recipe)
-    assert encoded(said) == ["2 captions", "1 images"] and data.digest != first.digest
+    assert encoded(said) == ["2 captions", "1 image"] and data.digest != first.digest
     write_image(folder / "p03.png", 112, 96, seed=99)
-    assert encoded(encode(recipe)[1]) == ["1 images"]
+    assert encoded(encode(recipe)[1]) == ["1 image"]
     (folder / "p05.txt").write_text("the moon")
-    assert encoded(encode(recipe)[1]) == ["1 captions"]
+    assert encoded(encode(recipe)[1]) == ["1 caption"]
     (folder / "p60.png").rename(folder / "q60.png")
     (folder / "p60.txt").rename(folder / "q60.txt")
     encode(recipe)  # its crops go by its name, so another window may have to be encoded
@@ -279,12 +278,12 @@ def test_two_preparations_at_once_share_one_cache(image_recipe, small_shards):
 
 
 def test_dropout_and_sampler_use_the_cached_empty_prompt(image_recipe):
-    """DESIGN rule 5, N8: T5 and CLIP of "" together, the very tensors of the cache, in training, previews and afterwards."""
+    """T5 and CLIP of "" together, the very tensors of the cache, in training, previews and afterwards."""
     recipe = load_recipe(image_recipe)
     data, _ = encode(image_recipe)
     cached = stores(image_recipe)[1].read(text_key(""))
     model = build_model(recipe)
-    model.known |= data.known
+    model.text_cache |= data.text_cache
     empty = model.encode([""])
     assert same({name: tensor[0] for name, tensor in empty.tensors().items()}, cached)
     objective = objective_for(recipe, data.source, model.shift)
@@ -301,7 +300,7 @@ def test_dropout_and_sampler_use_the_cached_empty_prompt(image_recipe):
     assert not model.parts.text.loaded, "every prompt came from the cache"
     assert main([str(image_recipe)]) == 0
     finished = open_finished(recipe)
-    assert same({name: tensor[0] for name, tensor in finished.known[""].tensors().items()}, cached)
+    assert same({name: tensor[0] for name, tensor in finished.text_cache[""].tensors().items()}, cached)
     sample(finished, [""], noise, at(2, 4.0))
     assert not finished.parts.text.loaded
 
@@ -348,4 +347,4 @@ def test_encoders_of_another_dtype_train_in_fp32(image_recipe, tiny_flux, tmp_pa
     base = shutil.copytree(tiny_flux, tmp_path / "base")
     T5EncoderModel.from_pretrained(base / "text_encoder_2").to(torch.bfloat16).save_pretrained(base / "text_encoder_2")
     run(image_recipe, tmp_path / "run", f"model.path={base}")
-    assert encode(image_recipe, f"model.path={base}")[0].known[""].tokens.embeds.dtype == torch.bfloat16
+    assert encode(image_recipe, f"model.path={base}")[0].text_cache[""].tokens.embeds.dtype == torch.bfloat16

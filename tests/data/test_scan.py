@@ -133,6 +133,9 @@ def test_page(index, facts, tmp_path):
     assert "photos/lonely &amp; bare.png" in html and "image file is truncated" in html
     assert "no tokenizer was given" in html and "5 images that can be used" in " ".join(html.split())
     assert json.loads((tmp_path / "scan.json").read_text())["near_duplicates"] == facts["near_duplicates"]
+    one = facts | {"near_duplicates": facts["near_duplicates"][:1]}
+    text = " ".join(write_scan_page(tmp_path, index, one).read_text(encoding="utf-8").split())
+    assert "1 group of near-duplicates.</p>" in text
 
 
 def test_lines(facts):
@@ -140,6 +143,8 @@ def test_lines(facts):
     assert "photos: 3 images, 5 captions (2 images have several), 2 left out; captions of 1 to 30 words, median 2" in text
     assert "photos/china.png = copies/c.jpg" in text and "too small: 2" in text
     assert "left out: photos/lonely & bare.png: no caption" in text
+    one = facts | {"near_duplicates": facts["near_duplicates"][:1]}
+    assert "near-duplicates: 1 group, 2 images" in scan_lines(one)
 
 
 def tool(*arguments: str) -> int:

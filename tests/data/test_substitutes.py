@@ -23,7 +23,7 @@ def drawn(source, step: int, **options) -> dict[int, tuple]:
         assert source.work(3, step, group, BATCH, **options) == len(group)
         batch = source.draw(3, step, group, BATCH, **options)
         assert source.names(3, step, group, BATCH, **options) == batch.names
-        found |= {int(p): (n, c, x) for p, n, c, x in zip(group, batch.names, batch.captions, batch.pixels)}
+        found |= {int(p): (n, c, x) for p, n, c, x in zip(group, batch.names, batch.captions, batch.latents)}
     return found
 
 

@@ -1,4 +1,4 @@
-"""Lists of images (FORMATS §2): .jsonl, .csv and .parquet say the same, and a wrong row or column is named."""
+"""Lists of images: .jsonl, .csv and .parquet say the same, and a wrong row or column is named."""
 
 import csv
 import io

@@ -62,7 +62,7 @@ def alive(group: int) -> bool:
     ],
 )
 def test_a_signal_to_the_launcher_saves_and_ends_everything(adapter_recipe, tmp_path, config, number, whole_group):
-    """T4: Ctrl-C reaches the group, and with several processes a second time through their launcher. A SIGTERM to the
+    """Ctrl-C reaches the group, and with several processes a second time through their launcher. A SIGTERM to the
     launcher of one process alone leaves training without a parent, which it notices; that of several passes it on."""
     said, run = tmp_path / "said", tmp_path / "dedistill"
     process = launch(config, adapter_recipe, "--set", "train.steps=100000", "--set", "checkpoint.every=0", out=said)
@@ -97,7 +97,7 @@ def test_without_a_launcher_the_command_has_none(monkeypatch):
     ],
 )
 def test_what_the_launcher_was_to_start_is_known(monkeypatch, options, count):
-    """COMPAT 5: several ways of launching two processes start one, silently."""
+    """Several ways of launching two processes start one, silently."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     words = ["accelerate", "launch", *options, "-m", "dedistill.train", "a.toml", "--num_processes", "9"]
     launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *words])
@@ -140,7 +140,7 @@ def test_fewer_processes_than_the_launcher_was_to_start_is_an_error(adapter_reci
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--cpu", "--num_processes", "2"], ["--config_file", "MULTI_CPU"]])
 def test_launchers_that_start_one_process_for_two_are_found_out(adapter_recipe, tmp_path, options):
-    """COMPAT 5, for real."""
+    """With accelerate itself."""
     file = tmp_path / "multi_cpu.yaml"
     file.write_text((ROOT / "launch/cpu_2.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU").replace("false", "true"))
     options = [str(file) if o == "MULTI_CPU" else o for o in options]
@@ -205,7 +205,7 @@ def test_the_other_launch_files_parse():
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_demo_stops_its_job_and_waits(tmp_path, number):
-    """T4: the demo script itself, with the installation left out."""
+    """The demo script itself, with the installation left out."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     setup = 'set -euo pipefail\ncd "$(dirname "${BASH_SOURCE[0]}")/.."\nexport OMP_NUM_THREADS=1\n'
     (tmp_path / "launch" / "setup.sh").write_text(setup)

@@ -1,4 +1,4 @@
-"""One recipe on any number of processes (DESIGN rules 1, 2 and 7; SPEC G2, B5-B7; RELIABILITY T8)."""
+"""One recipe on any number of processes: the same samples, the same gradients, the same run."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def one_of(rank: int, size: int) -> World:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 16, 20])
 def test_every_slot_is_dealt_once_and_evenly(size):
-    """RELIABILITY promise 3: 16 slots on 3, 5 and 7 ranks, and on more ranks than slots."""
+    """16 slots on 3, 5 and 7 ranks, and on more ranks than slots."""
     dealt = partition_by_cost([1] * 16, size)
     assert sorted(i for items in dealt for i in items) == list(range(16))
     assert max(map(len, dealt)) == math.ceil(16 / size) and max(map(len, dealt)) - min(map(len, dealt)) <= 1
@@ -87,7 +87,7 @@ def test_unequal_work_is_dealt_evenly():
 
 @pytest.mark.parametrize("size", [2, 3, 5, 7])
 def test_a_step_is_the_same_on_any_number_of_processes(adapter_recipe, size):
-    """B5-B7, F23: samples, noise, sigmas and captions of each position, and every position once."""
+    """Samples, noise, sigmas and captions of each position, and every position once."""
     recipe = load_recipe(adapter_recipe, ["train.batch=16"])
     objective = objective_for(recipe, open_data(recipe, "cpu", print).source, lambda shape: 1.0)
     whole = objective.noisy_batch(3, np.arange(16))
@@ -176,7 +176,7 @@ def _gradients(recipe_file: Path, out: Path, *settings: str) -> int:
 
 
 def test_any_split_of_the_batch_gives_one_gradient(adapter_recipe, tmp_path):
-    """B7, DESIGN rule 7: 1 process x 4 micro-batches = 2 x 2 = 4 x 1 = 3 unevenly, in float64 to 1e-12."""
+    """1 process x 4 micro-batches = 2 x 2 = 4 x 1 = 3 unevenly, in float64 to 1e-12."""
     found = {}
     quant = "base.quant=none"
     for size in (1, 2, 3, 4):
@@ -195,7 +195,7 @@ def parameters(shapes=((3, 4), (5,), ())) -> list[torch.nn.Parameter]:
 
 
 def test_exact_sums_do_not_depend_on_order():
-    """T8: integers add up the same in any order, floats do not."""
+    """Integers add up the same in any order, floats do not."""
     generator = torch.Generator().manual_seed(0)
     samples = [[torch.randn(p.shape, generator=generator) * 10.0 ** -(i % 8) for p in parameters()] for i in range(40)]
     found, plain = [], []
@@ -258,7 +258,7 @@ def test_a_process_with_nothing_to_do_takes_part(adapter_recipe):
 
 
 def test_exact_weights_are_bit_equal_at_every_world_size(adapter_recipe, tmp_path):
-    """T8, promise 3: 3 processes, and 2->1->3 by resume, against one process: weights, optimizer and metrics."""
+    """3 processes, and 2->1->3 by resume, against one process: weights, optimizer and metrics."""
     settings = (*FEW, "train.exact=true")
     alone = train(1, adapter_recipe, tmp_path / "alone", *settings)
     for sizes in ((3,), (2, 1, 3)):
@@ -270,7 +270,7 @@ def test_exact_weights_are_bit_equal_at_every_world_size(adapter_recipe, tmp_pat
 
 
 def test_fast_weights_agree_to_rounding(adapter_recipe, tmp_path):
-    """T8: without exact, the same questions and learning rates to the bit, and weights to a stated difference."""
+    """Without exact, the same questions and learning rates to the bit, and weights to a stated difference."""
     alone = train(1, adapter_recipe, tmp_path / "alone", *FEW, "train.lr=1e-3")
     three = train(3, adapter_recipe, tmp_path / "three", *FEW, "train.lr=1e-3")
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (alone, three)]
@@ -310,7 +310,7 @@ def test_every_kind_of_base_and_adapter(request, tmp_path, which, settings):
 
 @pytest.mark.slow
 def test_any_chain_of_world_sizes(adapter_recipe, tmp_path):
-    """T8: 1->2->1, 5->7 and 7->2->5, exact, uneven: 16 slots."""
+    """1->2->1, 5->7 and 7->2->5, exact, uneven: 16 slots."""
     settings = (*FEW, "train.exact=true", "train.batch=16")
     alone = train(1, adapter_recipe, tmp_path / "alone", *settings)
     for sizes in ((1, 2, 1), (5, 7), (7, 2, 5)):
@@ -339,7 +339,7 @@ def _counted(arguments: list[str], out: Path) -> int:
 
 @pytest.mark.parametrize(("exact", "width"), [("false", 4), ("true", 8)])
 def test_only_gradients_of_the_adapter_travel(adapter_recipe, tmp_path, exact, width):
-    """DESIGN rule 7: 4 bytes per trained parameter and step, 8 in exact mode; nothing of the base, ever."""
+    """4 bytes per trained parameter and step, 8 in exact mode; nothing of the base, ever."""
     out, notes = tmp_path / "run", tmp_path / "moved"
     given = arguments(adapter_recipe, out, f"train.exact={exact}", "train.steps=3")
     assert run_ranks(2, _counted, given, notes, said=tmp_path / "said") == [0, 0], (tmp_path / "said/0").read_text()
@@ -369,7 +369,7 @@ def _signalled(arguments: list[str], rank: int, number: int) -> int:
 
 @pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
 def test_a_signal_to_any_process_stops_all_after_one_save(adapter_recipe, tmp_path, rank, number):
-    """T4: the step is finished, saved once, and continued to the bit."""
+    """The step is finished, saved once, and continued to the bit."""
     out, settings = tmp_path / "run", (*FEW, "checkpoint.every=0")
     codes = run_ranks(2, _signalled, arguments(adapter_recipe, out, *settings), rank, number, said=tmp_path / "said")
     assert codes == [75] * 2
@@ -397,7 +397,7 @@ def _poisoned(arguments: list[str]) -> int:
 
 
 def test_nan_in_one_process_is_skipped_by_all(adapter_recipe, tmp_path):
-    """T10, F18: the step changes no weight of any process (they are compared at each save), and the next ones do."""
+    """The step changes no weight of any process (they are compared at each save), and the next ones do."""
     out = tmp_path / "run"
     given = arguments(adapter_recipe, out, *FEW, "checkpoint.every=1", "checkpoint.keep=9")
     assert run_ranks(2, _poisoned, given, said=tmp_path / "said") == [0, 0], (tmp_path / "said/0").read_text()
@@ -430,7 +430,7 @@ def _unshared(arguments: list[str]) -> int:
 
 @pytest.mark.parametrize("fault", [_astray, _unshared])
 def test_processes_with_different_weights_stop(adapter_recipe, tmp_path, fault):
-    """G2: three steps on different data without shared gradients are found at the first save, and nothing is saved."""
+    """Three steps on different data without shared gradients are found at the first save, and nothing is saved."""
     out = tmp_path / "run"
     given = arguments(adapter_recipe, out, *FEW, "checkpoint.every=3")
     assert run_ranks(2, fault, given, said=tmp_path / "said") == [1, 1]

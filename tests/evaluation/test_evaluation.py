@@ -11,11 +11,12 @@ from closed_form_models import ClosedFormData, closed_form
 from samplings import at
 
 from dedistill.errors import UserError
-from dedistill.evaluation.distillation import EvalSettings, answer_file, ask, measure
+from dedistill.evaluation.distillation import EvalSettings, evaluate_candidate, measure, result_file
 from dedistill.evaluation.evaluate import evaluate, shortlist
 from dedistill.evaluation.meters import RatioEstimate
 from dedistill.evaluation.selection import select
 from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, read_scores
+from dedistill.io.atomic import checksummed, read_checksummed
 from dedistill.recipe import load_recipe
 from dedistill.report.evaluation import three_answers, write_evaluation
 from dedistill.report.selection import rule, verdict, write_selection_page
@@ -43,7 +44,7 @@ class Candidates:
         return [self.make("base", 3.0), *averages, self.make("average bad", 4.0), self.make("last", 1.0, last)]
 
 
-def questions(**changes) -> EvalSettings:
+def eval_settings(**changes) -> EvalSettings:
     asked = {"samples": 32, "steps": 3, "few": (1, 2), "cfgs": (1.0, 3.0), **changes}
     return EvalSettings(recipe=RECIPE, source=ClosedFormData(), judge=None, prompts=PROMPTS, **asked)
 
@@ -52,43 +53,57 @@ GRID = Grid(classifier_free((1.0, 3.0)), tuple(PROMPTS), (0,))
 
 
 def evaluated(out: Path, candidates: Candidates, last: str = "w") -> dict:
-    return evaluate([candidates.run(last)], questions(), GRID, out, names="t", say=lambda line: None)
+    return evaluate([candidates.run(last)], eval_settings(), GRID, out, names="t", say=lambda line: None)
 
 
-def test_answers_are_kept_exactly_and_by_what_was_asked(tmp_path):
-    """The same weights and questions open nothing; other weights, other questions or a damaged file ask again."""
+def test_results_are_stored_exactly_and_by_what_was_measured(tmp_path):
+    """The same weights and settings open nothing; with other weights, other settings or a damaged file it is measured again."""
     c = Candidates()
-    first = ask(c.make("a", 2.0), questions(), tmp_path)
-    again = ask(c.make("a", 2.0), questions(), tmp_path)
+    first = evaluate_candidate(c.make("a", 2.0), eval_settings(), tmp_path)
+    again = evaluate_candidate(c.make("a", 2.0), eval_settings(), tmp_path)
     assert c.opened == ["a"] and again.places == first.places and again.image == first.image
     assert again.readings.keys() == first.readings.keys()
     for key, reading in first.readings.items():
-        kept = again.readings[key]
-        assert np.array_equal(kept.top, reading.top) and np.array_equal(kept.bottom, reading.bottom)
-        assert np.array_equal(kept.resampled(), reading.resampled(), equal_nan=True)
-    ask(c.make("a", 2.0, "other"), questions(), tmp_path)
-    ask(c.make("a", 2.0, "other"), questions(samples=48), tmp_path)
-    file = answer_file(tmp_path, "a", "paths")
+        stored = again.readings[key]
+        assert np.array_equal(stored.top, reading.top) and np.array_equal(stored.bottom, reading.bottom)
+        assert np.array_equal(stored.resampled(), reading.resampled(), equal_nan=True)
+    evaluate_candidate(c.make("a", 2.0, "other"), eval_settings(), tmp_path)
+    evaluate_candidate(c.make("a", 2.0, "other"), eval_settings(samples=48), tmp_path)
+    file = result_file(tmp_path, "a", "paths")
     file.write_bytes(file.read_bytes().replace(b"0.", b"1.", 1))
-    ask(c.make("a", 2.0, "other"), questions(samples=48), tmp_path)
+    evaluate_candidate(c.make("a", 2.0, "other"), eval_settings(samples=48), tmp_path)
     assert c.opened == ["a"] * 4
 
 
-def test_other_held_out_samples_are_another_question():
+def test_results_of_an_earlier_version_are_read(tmp_path):
+    """It called curvature "bend", the turning angle "turning" and the shape of images "picture"."""
+    c = Candidates()
+    first = measure([c.make("a", 2.0)], eval_settings(), reference=None, title="t", results=tmp_path, say=lambda line: None)
+    for file in tmp_path.iterdir():
+        table = read_checksummed(file)
+        table["picture"] = table.pop("image")
+        for part in (table["places"], table["readings"]):
+            part |= {old: part.pop(new) for new, old in (("curvature", "bend"), ("turning_angle", "turning")) if new in part}
+        file.write_bytes(checksummed(table))
+    again = measure([c.make("a", 2.0)], eval_settings(), reference=None, title="t", results=tmp_path, say=lambda line: None)
+    assert again == first and c.opened == ["a"]
+
+
+def test_other_held_out_samples_are_other_settings():
     class Other(ClosedFormData):
         def draw(self, *arguments, **options):
             batch = super().draw(*arguments, **options)
-            return replace(batch, pixels=batch.pixels + 1e-3)
+            return replace(batch, latents=batch.latents + 1e-3)
 
-    assert replace(questions(), source=Other()).identity != questions().identity == questions().identity
+    assert replace(eval_settings(), source=Other()).identity != eval_settings().identity == eval_settings().identity
 
 
 def test_measuring_twice_opens_nothing(tmp_path):
     c = Candidates()
-    options = {"reference": None, "title": "t", "kept": tmp_path, "say": lambda line: None}
-    first = measure([c.make("a", 1.0), c.make("b", 2.0)], questions(), **options)
+    options = {"reference": None, "title": "t", "results": tmp_path, "say": lambda line: None}
+    first = measure([c.make("a", 1.0), c.make("b", 2.0)], eval_settings(), **options)
     assert c.opened == ["a", "b"]
-    assert measure([c.make("a", 1.0), c.make("b", 2.0)], questions(), **options) == first and c.opened == ["a", "b"]
+    assert measure([c.make("a", 1.0), c.make("b", 2.0)], eval_settings(), **options) == first and c.opened == ["a", "b"]
 
 
 def test_the_shortlist_spreads_over_averages_that_may_be_best():
@@ -119,7 +134,7 @@ def test_the_shortlist_spreads_over_averages_that_may_be_best():
 def test_what_cannot_be_chosen_by_is_refused_before_anything_is_opened(tmp_path, by, why):
     c = Candidates()
     with pytest.raises(UserError, match=f"--by {by}: {why}; choose one of saturated, shadow, blur$") as caught:
-        evaluate([c.run()], questions(), GRID, tmp_path, names="t", by=by, say=lambda line: None)
+        evaluate([c.run()], eval_settings(), GRID, tmp_path, names="t", by=by, say=lambda line: None)
     assert caught.value.exit_code == 2 and c.opened == [] and not list(tmp_path.iterdir())
 
 
@@ -146,7 +161,7 @@ def test_evaluation_without_a_judge(tmp_path):
 
 def score_files(accuracy: dict[tuple[str, float], float]) -> tuple[list[dict], list[dict], list[dict]]:
     """numbers, cells and rows of a sweep: made-up accuracies of (candidate, cfg), right where a prompt is easier than that."""
-    cells = [{"candidate": name, **at(8, cfg).facts, "passes": at(8, cfg).nfe()} for name, cfg in accuracy]
+    cells = [{"candidate": name, **at(8, cfg).facts, "nfe": at(8, cfg).nfe()} for name, cfg in accuracy]
     rows = []
     for cell, share in zip(cells, accuracy.values()):
         burnt = 0.1 if cell["cfg"] > 2 else 0.01
@@ -164,12 +179,13 @@ def scored(accuracy: dict[tuple, float]) -> dict:
 
 
 def test_scores_of_an_earlier_version_are_judged_alike(tmp_path):
-    """It wrote "picture" where "image" stands now; unread, every number would drop out and nothing be chosen."""
+    """It wrote "picture" where "image" stands now, and "passes" for "nfe"; unread, no number would be left to choose by."""
     accuracy = {("base", 1.0): 0.3, ("last", 1.0): 0.85, ("last", 3.0): 1.0}
     numbers, cells, rows = score_files(accuracy)
     earlier = [{"picture" if key == "image" else key: value for key, value in n.items()} for n in numbers]
     file = tmp_path / "scores.json"
-    file.write_text(json.dumps({"title": "t", "settings": {}, "numbers": earlier, "cells": cells}))
+    old = [{"passes" if key == "nfe" else key: value for key, value in cell.items()} for cell in cells]
+    file.write_text(json.dumps({"title": "t", "settings": {}, "numbers": earlier, "cells": old}))
     assert select(read_scores(file), rows) == scored(accuracy)
 
 

@@ -52,7 +52,7 @@ def make_identity(block: nn.Module) -> None:
 
 @pytest.mark.parametrize("degrees", [0, 1e-6, 0.5, 45, 60, 90, 135, 179.5, 180])
 def test_angle_of_two_known_directions(degrees):
-    """K6: the distance is the angle as a share of 180 degrees, whatever the lengths, exact at both ends."""
+    """The distance is the angle as a share of 180 degrees, whatever the lengths, exact at both ends."""
     angle = math.radians(degrees)
     a = torch.tensor([[2.0, 0.0]], dtype=torch.float64)
     b = 0.1 * torch.tensor([[math.cos(angle), math.sin(angle)]], dtype=torch.float64)
@@ -60,20 +60,20 @@ def test_angle_of_two_known_directions(degrees):
 
 
 def test_angle_equals_the_formula_of_the_paper():
-    """K6: arccos of the cosine similarity over pi."""
+    """Arccos of the cosine similarity over pi."""
     a, b = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wanted = torch.nn.functional.cosine_similarity(a, b).arccos() / torch.pi
     torch.testing.assert_close(angular_distance(a, b), wanted)
 
 
 def test_a_state_that_stays_nought_has_not_turned():
-    """K6: no angle exists there, and no change either."""
+    """No angle exists there, and no change either."""
     assert angular_distance(torch.zeros(1, 4), torch.zeros(1, 4)).item() == 0
 
 
 @pytest.mark.parametrize("kind", ["transformer_blocks", "single_transformer_blocks"])
 def test_identity_is_0_and_negation_1(kind):
-    """K6: in either kind of block, in both streams, at every sigma; the others are strictly between."""
+    """In either kind of block, in both streams, at every sigma; the others are strictly between."""
     model = network()
     blocks = getattr(model.parts.net, kind)
     make_identity(blocks[0])
@@ -86,7 +86,6 @@ def test_identity_is_0_and_negation_1(kind):
 
 
 def test_ranks_a_random_block_first_and_an_identity_block_last():
-    """K6."""
     model = network()
     net = model.parts.net
     for block in (*net.transformer_blocks, *net.single_transformer_blocks):
@@ -104,7 +103,7 @@ def test_ranks_a_random_block_first_and_an_identity_block_last():
 
 
 def test_batches_do_not_matter_so_padding_does_not():
-    """K6: captions of 2 to 8 tokens, each alone without padding or all together with it, give the same means."""
+    """Captions of 2 to 8 tokens, each alone without padding or all together with it, give the same means."""
     model = network()
     together, alone = (measure(model, PROMPTS, sigmas=2, batch=batch) for batch in (4, 1))
     torch.testing.assert_close(together.distance, alone.distance, rtol=1e-4, atol=1e-6)
@@ -112,7 +111,7 @@ def test_batches_do_not_matter_so_padding_does_not():
 
 
 def test_padding_that_takes_part_in_attention_is_not_averaged():
-    """K6: where nothing masks the padding, its own turning still does not count."""
+    """Where nothing masks the padding, its own turning still does not count."""
     states = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
     sums = []
@@ -160,7 +159,7 @@ def count(factors: dict[str, int]) -> int:
 
 @pytest.mark.parametrize("budget", [2_200, 3_000, 8_000, 12_000, 25_000, 10**6])
 def test_factors_follow_influence_within_the_budget(budget):
-    """K6: the count is the adapter's own, never above the budget, and more influence never gets a larger factor."""
+    """The count is the adapter's own, never above the budget, and more influence never gets a larger factor."""
     factors, used = share_out(BLOCKS, SHAPES, budget)
     assert used == count(factors) <= budget
     ranked = sorted(BLOCKS, key=BLOCKS.get, reverse=True)
@@ -177,13 +176,13 @@ def test_enough_for_everything_is_factor_1_everywhere():
 
 
 def test_too_small_a_budget_says_what_the_least_is():
-    with pytest.raises(UserError, match="--budget: 100 is too little: factor 16 on every block takes 2,"):
+    with pytest.raises(UserError, match="--budget: 100 is too small: factor 16 on every block takes 2,"):
         share_out(BLOCKS, SHAPES, 100)
 
 
 @pytest.mark.parametrize("budget", [100_000_000, 600_000_000, 3_200_000_000])
 def test_budgets_of_flux_are_used_up(budget):
-    """K6: at the depth of FLUX.1 at least 98 % of a budget is given out, whatever the ranking."""
+    """At the depth of FLUX.1 at least 98 % of a budget is given out, whatever the ranking."""
     with torch.device("meta"):
         net = FluxTransformer2DModel()
     blocks = [name for name, module in net.named_modules() if name.rpartition(".")[0].endswith("transformer_blocks")]
@@ -193,7 +192,7 @@ def test_budgets_of_flux_are_used_up(budget):
 
 
 def test_a_recipe_extends_the_fragment(tmp_path, adapter_recipe, base_model):
-    """K6, K7: targets of the fragment replace the measured recipe's own; the adapter built has the promised size."""
+    """Targets of the fragment replace the measured recipe's own; the adapter built has the promised size."""
     PixelFlux().save(network().parts, tmp_path / "deeper")
     adapter_recipe.write_text(adapter_recipe.read_text().replace(str(base_model), str(tmp_path / "deeper")))
     recipe = load_recipe(adapter_recipe)

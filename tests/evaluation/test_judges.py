@@ -136,7 +136,7 @@ def test_a_folder_that_holds_no_clip_is_refused_by_name(tmp_path, fault):
 def test_real_images_that_cannot_be_used_are_named(clip, tmp_path):
     (tmp_path / "few").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "few" / "one.png")
-    with pytest.raises(UserError, match="--real: 1 images in"):
+    with pytest.raises(UserError, match="--real: 1 image in"):
         ClipJudge(clip, tmp_path / "few")
     (tmp_path / "few" / "two.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"--real: .*two\.jpg"):

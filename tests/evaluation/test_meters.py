@@ -53,22 +53,22 @@ def linear_paths(steps: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_paths_of_one_gaussian_are_measured_as_its_recursion_says():
-    """R1: straightness, bend and the few-step gap against Euler's scalar recursion, to float32."""
+    """Straightness, curvature and the few-step gap against Euler's scalar recursion, to float32."""
     count, steps, few = 40, 16, (1, 2, 8)
     found = path_meters(closed_form(ONE), ["0"] * count, start_noise(0, count, IMAGE), steps=steps, few=few)
     states, noise = linear_paths(steps, count)
     chord = noise - states[-1]
     size = np.square(chord).mean()
     velocity = np.diff(states, axis=0) * -steps
-    bend = np.square(chord - velocity).mean((1, 2)) / size
-    np.testing.assert_allclose(found["bend"].value, bend, rtol=1e-4, atol=1e-6)
-    assert found["straightness"].value[0] == pytest.approx(bend.mean(), rel=1e-5)
+    curvature = np.square(chord - velocity).mean((1, 2)) / size
+    np.testing.assert_allclose(found["curvature"].value, curvature, rtol=1e-4, atol=1e-6)
+    assert found["straightness"].value[0] == pytest.approx(curvature.mean(), rel=1e-5)
     gaps = [np.square(linear_paths(n, count)[0][-1] - states[-1]).mean() / size for n in few]
     np.testing.assert_allclose(found["few_steps"].value, gaps, rtol=1e-4, atol=1e-7)
 
 
 def test_many_steps_measure_the_exact_paths():
-    """R1, F3: with 256 steps, straightness is the integral's, and turning the angle between first and last velocity."""
+    """With 256 steps, straightness is the integral's, and the turning angle that between first and last velocity."""
     count = 250
     noise = start_noise(0, count, IMAGE)
     found = path_meters(closed_form(ONE), ["0"] * count, noise, steps=256, few=(1,))
@@ -77,21 +77,21 @@ def test_many_steps_measure_the_exact_paths():
     e = noise.flatten(1).double()
     first, last = e - ONE.means, -ONE.means - ONE.stds * e
     angle = torch.rad2deg(torch.arccos(torch.cosine_similarity(first, last)))
-    assert found["turning"].value[0] == pytest.approx(float(angle.mean()), rel=0.02)
+    assert found["turning_angle"].value[0] == pytest.approx(float(angle.mean()), rel=0.02)
     gap = (ONE.means - ONE.transport(e)).square().mean() / (e - ONE.transport(e)).square().mean()
     assert found["few_steps"].value[0] == pytest.approx(float(gap), rel=0.02), "one step ends at the mean of the data"
 
 
-def test_a_straight_flow_has_no_bend_and_no_gap():
-    """R1: what reflow of the exact pairs would give needs one step."""
+def test_a_straight_flow_has_no_curvature_and_no_gap():
+    """What reflow of the exact pairs would give needs one step."""
     found = path_meters(closed_form(ONE, straight=True), ["0"] * 20, start_noise(0, 20, IMAGE), steps=8, few=(1, 4))
-    for key in ("straightness", "few_steps", "bend"):
+    for key in ("straightness", "few_steps", "curvature"):
         assert found[key].value == pytest.approx(0, abs=1e-10)
-    assert found["turning"].value[0] == pytest.approx(0, abs=1e-3)
+    assert found["turning_angle"].value[0] == pytest.approx(0, abs=1e-3)
 
 
 def test_the_loss_of_the_exact_velocity_is_the_floor_bin_by_bin():
-    """F1: within four standard errors, in all bins of sigma and over all; given the label."""
+    """Within four standard errors, in all bins of sigma and over all; given the label."""
     count = 4000
     found = held_out_meters(closed_form(), tasks(count), BINS)
     sigmas = (np.arange(count) + 0.5) / count
@@ -105,7 +105,7 @@ def test_the_loss_of_the_exact_velocity_is_the_floor_bin_by_bin():
 
 
 def test_the_guidance_gap_is_the_distance_of_the_exact_fields():
-    """O19: E |v(. | label) - v|^2 by quadrature, bin by bin."""
+    """E |v(. | label) - v|^2 by quadrature, bin by bin."""
     count = 4000
     found = held_out_meters(closed_form(), tasks(count), BINS)
     grid = np.linspace(0, 1, 13)
@@ -140,7 +140,7 @@ def test_more_distillation_never_reads_as_less():
 
 
 def test_the_response_to_cfg_is_that_of_the_exact_images():
-    """O19: saturation and contrast at each scale against images of the exact CFG field in float64."""
+    """Saturation and contrast at each scale against images of the exact CFG field in float64."""
     count, cfgs = 60, (1.0, 2.0, 4.0)
     noise, prompts = start_noise(0, count, IMAGE), ["1"] * count
     found = guidance_meters(closed_form(), prompts, noise, steps=16, cfgs=cfgs, judge=None)
@@ -156,7 +156,7 @@ def test_the_response_to_cfg_is_that_of_the_exact_images():
 
 @pytest.mark.parametrize(("cfg", "skip"), [(1.0, 0), (3.0, 0), (3.0, 4), (0.0, 0), (3.0, 16)])
 def test_the_sampler_follows_the_exact_cfg_field(cfg, skip):
-    """O19, N2: images of a whole model, mixed labels, guidance off for the first steps, against float64."""
+    """Images of a whole model, mixed labels, guidance off for the first steps, against float64."""
     labels, noise, grid = [0, 1] * 10, start_noise(0, 20, IMAGE), sigma_grid(16)
     found = sample(closed_form(chunk=7), [str(k) for k in labels], noise, at(16, cfg, skip)).flatten(1)
     for label in (0, 1):
@@ -225,7 +225,7 @@ def test_the_mean_fidelity_is_the_precision():
     """arXiv 1904.06991: shares of single images add up to the precision of the set, which noise has none of."""
     source = load_digits(0.0)
     judge = DigitJudge(source)
-    images = source.draw(0, 0, np.arange(50), 50).pixels
+    images = source.draw(0, 0, np.arange(50), 50).latents
     assert judge.realistic(images).mean() > 0.85
     mixed = images.clone()
     mixed[::2] = start_noise(0, 25, (1, 8, 16))
@@ -235,7 +235,7 @@ def test_the_mean_fidelity_is_the_precision():
     assert shares[1::2].mean() > 0.85 and shares[::2].mean() < 0.1
 
 
-def questions(**changes) -> EvalSettings:
+def eval_settings(**changes) -> EvalSettings:
     source = ClosedFormData()
     asked = {"samples": 64, "steps": 4, "few": (1, 2), "cfgs": (1.0, 3.0), **changes}
     return EvalSettings(recipe=RECIPE, source=source, judge=None, **({"prompts": source.prompts(0, 12)} | asked))
@@ -248,21 +248,21 @@ def candidates(**baked: float) -> list[Candidate]:
 def test_candidates_are_compared_with_the_reference():
     """Every number of every candidate, in the order given, with differences to the one that was named."""
     said = []
-    found = measure(candidates(b=2.0, a=1.0, c=1.0), questions(), reference="a", title="t", say=said.append)
+    found = measure(candidates(b=2.0, a=1.0, c=1.0), eval_settings(), reference="a", title="t", say=said.append)
     assert [*found["candidates"]] == ["b", "a", "c"] and found["reference"] == "a" and len(said) == 3
     b, a, c = found["candidates"].values()
     assert set(b) == {m["key"] for m in found["meters"]} and "correct" not in b
     assert "verdict" not in a["loss"][0] and c["loss"][0]["difference"] == 0
     assert b["guidance"][0]["verdict"] == "higher" and c["guidance"][0]["verdict"] == "no difference seen"
     assert [row["at"] for row in a["few_steps"]] == [1, 2] and [row["at"] for row in a["contrast"]] == [1.0, 3.0]
-    assert [row["at"] for row in a["bend"]] == [1, 0.75, 0.5, 0.25] and len(a["loss_by_sigma"]) == 8
+    assert [row["at"] for row in a["curvature"]] == [1, 0.75, 0.5, 0.25] and len(a["loss_by_sigma"]) == 8
     for rows in (*a.values(), *b.values()):
         assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
 
 
 def test_a_single_scale_has_no_response(tmp_path):
-    options = {"reference": None, "title": "t", "kept": tmp_path, "say": lambda line: None}
-    found = measure(candidates(a=1.0), questions(cfgs=(2.0,)), **options)
+    options = {"reference": None, "title": "t", "results": tmp_path, "say": lambda line: None}
+    found = measure(candidates(a=1.0), eval_settings(cfgs=(2.0,)), **options)
     assert set(found["candidates"]["a"]) == {m["key"] for m in found["meters"]} >= {"saturated", "contrast"}
     assert not any("response" in m["key"] for m in found["meters"])
 
@@ -277,7 +277,7 @@ def test_a_single_scale_has_no_response(tmp_path):
 )
 def test_what_cannot_be_compared_is_refused(candidates, reference, message):
     with pytest.raises(UserError, match=message):
-        measure(candidates, questions(), reference=reference, title="t", say=lambda line: None)
+        measure(candidates, eval_settings(), reference=reference, title="t", say=lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_what_cannot_be_compared_is_refused(candidates, reference, message):
 )
 def test_too_few_samples_have_no_interval(changes, message):
     with pytest.raises(UserError, match=message):
-        measure(candidates(a=1.0), questions(**changes), reference=None, title="t", say=lambda line: None)
+        measure(candidates(a=1.0), eval_settings(**changes), reference=None, title="t", say=lambda line: None)
 
 
 def test_a_model_that_predicts_nothing_is_refused():
@@ -301,7 +301,7 @@ def test_a_model_that_predicts_nothing_is_refused():
         return model
 
     with pytest.raises(UserError, match="a: straightness: paths have no length; the model predicts velocities of 0"):
-        measure([Candidate("a", "a", 4, nothing)], questions(), reference=None, title="t", say=lambda line: None)
+        measure([Candidate("a", "a", 4, nothing)], eval_settings(), reference=None, title="t", say=lambda line: None)
 
 
 def test_a_number_that_no_sample_has_is_left_out():
@@ -314,7 +314,7 @@ def test_a_number_that_no_sample_has_is_left_out():
         def realistic(self, images):
             return np.ones(len(images))
 
-    q = replace(questions(), judge=Judge())
+    q = replace(eval_settings(), judge=Judge())
     found = measure(candidates(a=1.0), q, reference=None, title="t", say=lambda line: None)
     numbers = found["candidates"]["a"]
     assert numbers["realistic"][0]["value"] == 1 and not {"correct", "response_correct"} & numbers.keys()
@@ -329,7 +329,11 @@ def test_images_of_another_shape_are_refused():
 
     with pytest.raises(UserError, match="a and b make images of different shapes"):
         measure(
-            [*candidates(a=1.0), Candidate("b", "b", 4, wide)], questions(), reference=None, title="t", say=lambda line: None
+            [*candidates(a=1.0), Candidate("b", "b", 4, wide)],
+            eval_settings(),
+            reference=None,
+            title="t",
+            say=lambda line: None,
         )
     with pytest.raises(UserError, match="the held-out samples have 1 channels, the model's 2"):
-        measure([Candidate("b", "b", 4, wide)], questions(), reference=None, title="t", say=lambda line: None)
+        measure([Candidate("b", "b", 4, wide)], eval_settings(), reference=None, title="t", say=lambda line: None)

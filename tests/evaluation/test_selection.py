@@ -92,7 +92,7 @@ def sweep_of(cells: dict[tuple, tuple[float, float]], prompts: int = 40, seeds=(
             for p in range(prompts):
                 place = {"candidate": name, "cfg": cfg, "skip": skip, "steps": steps, "prompt": f"{p}", "seed": seed}
                 rows.append({**place, "correct": float(difficulty[s, p] < accuracy), "saturated": burnt})
-    places = [{"candidate": n, **at(s, c, k).facts, "passes": at(s, c, k).nfe()} for n, c, k, s in cells]
+    places = [{"candidate": n, **at(s, c, k).facts, "nfe": at(s, c, k).nfe()} for n, c, k, s in cells]
     return {"numbers": NUMBERS, "cells": places}, rows
 
 
@@ -111,7 +111,7 @@ def test_the_best_is_chosen_among_cells_that_are_not_burnt():
     found = select(*sweep_of(GUIDED))
     assert found["by"] == "accuracy" and [cell["against"] for cell in found["cells"]] == [0, 0, 2, 2, 2, 2]
     assert [cell["refused"] for cell in found["cells"]] == [[], ["saturated"], [], [], [], ["saturated"]]
-    assert found["chosen"] == 4 and found["cells"][4]["passes"] == 28, "of equals the cheaper one"
+    assert found["chosen"] == 4 and found["cells"][4]["nfe"] == 28, "of equals the cheaper one"
     assert [cell.get("may_be_best") for cell in found["cells"]] == [False, None, False, True, True, None]
     assert [n["key"] for n in found["numbers"]] == ["accuracy", "saturated"]
     assert select(*sweep_of(GUIDED), by="saturated")["chosen"] == 2
@@ -130,7 +130,7 @@ def test_guidance_that_shadows_is_refused():
     """Sharpened, darkened images of one candidate: the meter itself, in the tolerance that selection gives it."""
     even = np.random.default_rng(0).uniform(0.2, 0.8, (20, 1, 64, 64))
     falling = 1 - 0.7 * np.linspace(0, 1, 64)
-    cells = [{"candidate": "last", **at(8, cfg).facts, "passes": 8} for cfg in (1.0, 2.0, 6.0)]
+    cells = [{"candidate": "last", **at(8, cfg).facts, "nfe": 8} for cfg in (1.0, 2.0, 6.0)]
     rows = []
     for cell, light in zip(cells, (1.0, 0.9, falling)):
         found = artefacts(torch.from_numpy(2 * even * light - 1))
@@ -181,7 +181,7 @@ def test_seeds_of_one_prompt_go_together():
     [
         (lambda s, r: None, {"by": "frechet"}, "--by: images were not scored by 'frechet'; there are accuracy, saturated"),
         (lambda s, r: r.pop(), {}, "different prompts or seeds"),
-        (lambda s, r: [row.update(prompt="same") for row in r], {}, "--prompts: 1 different ones are too few to choose by"),
+        (lambda s, r: [row.update(prompt="same") for row in r], {}, "--prompts: 1 different prompt is too few to choose by"),
     ],
 )
 def test_what_cannot_be_selected_is_refused(change, options, message):

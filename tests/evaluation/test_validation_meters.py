@@ -75,7 +75,7 @@ def test_batches_do_not_matter(digits):
 
 
 def test_several_processes_say_the_same(adapter_recipe, tmp_path):
-    """RELIABILITY promise 3: with train.exact the rows of two and of three processes are those of one, to the bit."""
+    """With train.exact the rows of two and of three processes are those of one, to the bit."""
     settings = ["meters.every=2", "meters.samples=5", "meters.steps=3", "train.steps=2", "train.exact=true", "train.batch=4"]
     found = []
     for size in (1, 3):

@@ -118,10 +118,10 @@ def traffic(recipe: Path, folder: Path) -> Row:
 
 
 def beside(_: Path, folder: Path) -> Row:
-    groups, saver = state(256), AsyncCheckpointWriter()
-    lost(groups, saver, folder / "checkpoints", 0)  # the first save of a run gets the memory for its copies
-    pairs = [lost(groups, saver, folder / "checkpoints", 2 * i) for i in range(1, 8)]
-    saver.close()
+    groups, writer = state(256), AsyncCheckpointWriter()
+    lost(groups, writer, folder / "checkpoints", 0)  # the first save of a run gets the memory for its copies
+    pairs = [lost(groups, writer, folder / "checkpoints", 2 * i) for i in range(1, 8)]
+    writer.close()
     ratios = [asynchronous / waited for waited, asynchronous in pairs]
     median = statistics.median(ratios)
     return (

@@ -18,7 +18,7 @@ def bytes_of(folder) -> dict[str, str]:
 
 
 def test_every_kind_of_bad_sample_is_quarantined_by_name(tmp_path):
-    """T14, RELIABILITY promises 10 and 14; the second time from the index file."""
+    """With its reason, and no file of the user's changes; the second time from the index file."""
     expected = write_folder(tmp_path / "set")
     before = bytes_of(tmp_path / "set")
     assert len(IMAGES) + len(CAPTIONS) + len(ROWS) >= 60
@@ -34,7 +34,6 @@ def test_every_kind_of_bad_sample_is_quarantined_by_name(tmp_path):
 
 
 def test_every_kind_of_bad_row_costs_that_row(tmp_path):
-    """T14."""
     reasons = write_table(tmp_path / "set")
     index = build_index([ImageSet(str(tmp_path / "set"), missing_captions="quarantine")])
     assert [s.name for s in index.samples] == [f"set/good{i}.jpg" for i in range(5, 10)]
@@ -57,6 +56,6 @@ def test_bad_cells_of_a_csv_cost_that_row(tmp_path):
 
 @pytest.mark.parametrize("kind", range(len(DAMAGES)), ids=list(DAMAGES))
 def test_a_damaged_shard_is_never_silently_short(tmp_path, kind):
-    """T15; ``python -m tests.faults.campaign`` does hundreds."""
+    """Of each kind a few; ``python -m tests.faults.campaign`` does hundreds."""
     for turn in range(4):
         assert silently_short(tmp_path / f"t{turn}", kind + turn * len(DAMAGES)) == ""

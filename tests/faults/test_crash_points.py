@@ -22,7 +22,7 @@ def fresh(folder: Path, name: str) -> Path:
 
 
 def test_killed_before_any_operation_it_is_old_or_new(flow, tmp_path):
-    """T2: all points of the save path. Saving again afterwards gives the new."""
+    """All points of the save path. Saving again afterwards gives the new."""
     name, f = flow
     disk = fresh(tmp_path, name)
     points = count_operations(lambda: f.save(disk))
@@ -39,7 +39,7 @@ def test_killed_before_any_operation_it_is_old_or_new(flow, tmp_path):
 
 
 def test_a_disk_that_is_full_from_any_operation_on_keeps_the_old_and_is_named(flow, tmp_path):
-    """T5: ENOSPC at every write of a save. One clear error names the path; nothing is left lying about."""
+    """ENOSPC at every write of a save. One clear error names the path; nothing is left lying about."""
     name, f = flow
     disk = fresh(tmp_path, name)
     points = count_operations(lambda: f.save(disk))

@@ -101,7 +101,7 @@ def survives(action: Callable[[], object]) -> bool:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_recipes(tmp_path, seed):
-    """T21: a thousand broken recipes: a recipe, or a RecipeError with the file in every line."""
+    """A thousand broken recipes: each is a recipe still, or a RecipeError with the file in every line."""
     rng, file = random.Random(seed), tmp_path / "r.toml"
     accepted = 0
     for _ in range(250):
@@ -116,7 +116,7 @@ def test_recipes(tmp_path, seed):
 
 
 def test_pairs(tmp_path):
-    """T22."""
+    """Of a broken pairs.json nothing but a UserError comes."""
     rng = random.Random(0)
     facts = {
         "sigmas": [1.0, 0.0],
@@ -130,7 +130,7 @@ def test_pairs(tmp_path):
         assert not survives(lambda: PairSource(tmp_path)), (i, raw)
 
 
-def test_a_sealed_file_with_other_contents_is_no_pairs(tmp_path):
+def test_a_checksummed_file_with_other_contents_is_no_pairs(tmp_path):
     shard = {"file": "../a.tar", "sha256": "0"}
     for table in ({}, {"shards": 1}, {"shards": []}, {"shards": [shard], "sigmas": [1, 0], "picture": [1, 8, 8]}):
         (tmp_path / "pairs.json").write_bytes(checksummed({"complete": True, **table}))
@@ -139,7 +139,7 @@ def test_a_sealed_file_with_other_contents_is_no_pairs(tmp_path):
 
 
 def test_the_index(tmp_path):
-    """T22: also a file of ours with one value of another kind."""
+    """Garbage, and files of ours with one value of another kind."""
     from flows import _index
 
     rng, file = random.Random(0), tmp_path / "index.jsonl"
@@ -232,7 +232,7 @@ def headers(rng: random.Random, good: bytes) -> bytes:
 
 
 def test_headers_of_tensors(tmp_path):
-    """T22: snapshots, adapters and shards of the cache."""
+    """Snapshots, adapters and shards of the cache."""
     rng = random.Random(0)
     tensors = {"a.w": torch.arange(8.0), "b.w": torch.ones(2, 3)}
     (tmp_path / "store").mkdir()

@@ -1,4 +1,4 @@
-"""Any value for any key of a recipe: a recipe, or one error that says what is wrong (T21). Failing cases are made small."""
+"""Any value for any key of a recipe: a recipe, or one error that says what is wrong. Failing cases are made small."""
 
 import json
 import math

@@ -71,7 +71,6 @@ def poison(monkeypatch, place, *, steps) -> list:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_step_with_a_nan_changes_nothing_and_training_goes_on(adapter_recipe, tmp_path, monkeypatch, place):
-    """T10, RELIABILITY promise 8."""
     unchanged = poison(monkeypatch, PLACES[place], steps=(AT,))
     assert main(arguments(adapter_recipe, tmp_path / "run", "snapshot.every=1")) == 0
     assert unchanged == [True], "0 steps trained on it"
@@ -84,7 +83,7 @@ def test_a_step_with_a_nan_changes_nothing_and_training_goes_on(adapter_recipe, 
 
 
 def test_a_spoilt_optimizer_state_stops_before_the_step(adapter_recipe, tmp_path, monkeypatch, capsys):
-    """T10: loss and gradient are fine, the update would not be. Started again, the run goes on from the last good save."""
+    """Loss and gradient are fine, the update would not be. Started again, the run goes on from the last good save."""
     unchanged = poison(monkeypatch, in_optimizer, steps=(AT,))
     assert main(arguments(adapter_recipe, tmp_path / "run", "checkpoint.every=1")) == 1
     assert unchanged == [True] and "exp_avg" in capsys.readouterr().err and last_row(tmp_path / "run") == AT

@@ -81,7 +81,6 @@ BROKEN = {
 
 
 def test_resumed_is_uninterrupted(recipe, uninterrupted, interrupted):
-    """RELIABILITY promise 2."""
     assert differences(uninterrupted, train(recipe, interrupted, *SETTINGS)) == []
 
 
@@ -93,7 +92,7 @@ def test_the_oracle_notices(recipe, uninterrupted, interrupted, what):
 
 
 def test_killed_at_random_times(recipe, uninterrupted, tmp_path):
-    """T1, a few; ``python -m tests.faults.campaign`` does hundreds."""
+    """A few times; ``python -m tests.faults.campaign`` does hundreds."""
     killing = Killing(recipe, tmp_path / "killed", uninterrupted, SETTINGS)
     killing.run(4, longest=1.0)
     assert (killing.kills, killing.corrupt, killing.different) == (4, 0, 0)
@@ -101,7 +100,7 @@ def test_killed_at_random_times(recipe, uninterrupted, tmp_path):
 
 
 def test_killed_at_operations_of_a_whole_run(recipe, uninterrupted, tmp_path):
-    """T2 over everything that a run writes: locks, recipe, journal, snapshots, checkpoints, pruning."""
+    """Before operations on everything that a run writes: locks, recipe, journal, snapshots, checkpoints, pruning."""
     points = count_operations(lambda: train(recipe, tmp_path / "count", *SETTINGS))
     for point in range(2, len(points), len(points) // 3):
         out = tmp_path / f"p{point}"

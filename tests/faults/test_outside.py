@@ -69,7 +69,7 @@ class Service:
     [("", 2000), ("refuses", 0), ("dies", 3), ("hangs at the start", 0), ("hangs", 3), ("hangs at the end", 2000)],
 )
 def test_no_call_of_the_logging_waits(monkeypatch, capsys, tmp_path, fault, logged):
-    """T17: whatever the service does, a row costs next to nothing, and the end of a run little."""
+    """Whatever the service does, a row costs next to nothing, and the end of a run little."""
     monkeypatch.setattr(metrics, "LAST_WORDS", 1.0)
     service, slowest = Service(fault), 0.0
     gc.collect()
@@ -99,7 +99,7 @@ def _online(given: list[str], port: int) -> int:
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_run_with_a_dead_service_is_the_same(recipe, plain, tmp_path, answers):
-    """T17 with wandb itself: a server that refuses, and one that takes the connection and never says a word."""
+    """With wandb itself: a server that refuses, and one that takes the connection and never says a word."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if answers:
@@ -110,7 +110,7 @@ def test_a_run_with_a_dead_service_is_the_same(recipe, plain, tmp_path, answers)
 
 
 def test_a_loader_that_fails_ends_the_run_with_the_place_named(recipe, plain, tmp_path, monkeypatch, capsys):
-    """T13: out of memory in the thread that loads; what was saved is gone on with."""
+    """Out of memory in the thread that loads; what was saved is gone on with."""
     real = Objective.noisy_batch
 
     def task(self, step, positions):
@@ -147,7 +147,7 @@ def test_memory_that_runs_out_at_a_image_costs_no_image(image_recipe, tmp_path, 
 
 @pytest.mark.parametrize("clock", ["a day back", "ten years on", "stands still"])
 def test_the_wall_clock_does_not_matter(recipe, plain, tmp_path, monkeypatch, clock):
-    """T19: in the middle of a run."""
+    """In the middle of a run."""
     real, start = time.time, time.time()
     calls = []
 
@@ -164,7 +164,7 @@ def test_the_wall_clock_does_not_matter(recipe, plain, tmp_path, monkeypatch, cl
 
 
 def test_two_runs_in_one_directory(recipe, tmp_path, capsys):
-    """T20: the second refuses; when the first is killed, its lock is gone with it, whatever it has started."""
+    """The second refuses; when the first is killed, its lock is gone with it, whatever it has started."""
     given = arguments(recipe, tmp_path / "run", *SETTINGS)
     for _ in range(2):
         (holder,) = start_ranks(1, main, [*given, "--set", "train.steps=100000"], said=tmp_path / "said")
@@ -212,7 +212,7 @@ def test_previews_that_cannot_be_written_end_nothing(recipe, tmp_path, capsys):
 
 
 def test_lost_checkpoints_are_not_started_over(recipe, plain, tmp_path, capsys):
-    """F11: a run that was far has saved; without its checkpoints it is not begun anew in silence."""
+    """A run that was far has saved; without its checkpoints it is not begun anew in silence."""
     run = shutil.copytree(plain, tmp_path / "run")
     shutil.rmtree(run / "checkpoints")
     rows = (run / "metrics.jsonl").read_bytes()

@@ -20,7 +20,7 @@ def disk(tmp_path):
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_old_or_new_and_safe_once_it_is_said_to_be(disk, tmp_path, name):
-    """T3; RELIABILITY promises 1 and 6."""
+    """Whatever the disk has forgotten: one whole version is read, the new one as soon as the save has returned."""
     flow = FLOWS[name]
     flow.prepare(disk)
     assert flow.read(disk) == flow.old

@@ -64,7 +64,7 @@ def rows(run: Path) -> list[dict]:
 
 @pytest.mark.parametrize("kind", ["nan", "spike"])
 def test_bad_samples_are_left_out_and_the_run_goes_on(recipe, tmp_path, monkeypatch, capsys, kind):
-    """T10, promise 8: no step was trained on one, the others are as they would be, and all steps are trained in the end."""
+    """No step was trained on one, the others are as they would be, and all steps are trained in the end."""
     spoil(monkeypatch, kind)
     run = train(recipe, tmp_path / "run", *SETTINGS)
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a run is asked for, by signals and by files, in every phase (RELIABILITY T4, promise 7)."""
+"""What a run is asked for, by signals and by files, in every phase."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from dedistill.evaluation.validation import Validator
 from dedistill.objectives.base import Objective
 from dedistill.runs.checkpoint import damage, list_checkpoints
 from dedistill.train import main
-from dedistill.training import background as saver
 from dedistill.training import keeping, preview
+from dedistill.training.background import AsyncCheckpointWriter
 from dedistill.training.engine import Engine
 
 SETTINGS = ("checkpoint.every=4", "validate.every=2", "validate.samples=8")
@@ -70,7 +70,7 @@ PHASES = {
     "validation": (Validator, "__call__", 2, 2),
     "inside a validation": (Objective, "loss", 4, 2),  # after the first validation and two steps
     "preview": (preview, "trajectories", 2, 3),
-    "save": (saver.AsyncCheckpointWriter, "start", 1, None),
+    "save": (AsyncCheckpointWriter, "start", 1, None),
     "writing": (keeping, "save_checkpoint", 1, None),
 }
 
@@ -101,7 +101,7 @@ def test_a_stop_before_anything_was_trained_ends_at_once(recipe, uninterrupted, 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_while_a_cache_is_encoded(image_recipe, tmp_path, monkeypatch, number, size):
-    """F15: what is encoded is kept, and not encoded again. A request to save has nothing to save and is no reason to end."""
+    """What is encoded is kept, and not encoded again. A request to save has nothing to save and is no reason to end."""
     monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 2)
     real = prepare.Store.write
 

@@ -42,7 +42,7 @@ def found_in(folder: Path, marks: list[str]) -> list[str]:
 
 
 def test_no_secret_of_the_environment_is_written(adapter_recipe, tmp_path, monkeypatch):
-    """T24, RELIABILITY promise 15: also with W&B, which looks at environment, command line and repository."""
+    """Also with W&B, which looks at environment, command line and repository."""
     repository = tmp_path / "repository"
     subprocess.run(["git", "init", "-q", repository], check=True)
     remote = "https://user:gitMARKmarkMARK@example.com/x.git"
@@ -76,7 +76,7 @@ NAMES = ("../x", "/x", "..", ".", ".x", "a/b", "a\\b", "a\0b", "a\nb", "C:x", ""
 
 @pytest.mark.parametrize("name", NAMES, ids=[ascii(n)[:20] for n in NAMES])
 def test_a_name_of_a_run_is_a_plain_one(adapter_recipe, tmp_path, name):
-    """T16: it becomes the name of folders."""
+    """It becomes the name of folders."""
     text = adapter_recipe.read_text()
     quoted = "".join(c if c.isprintable() and c not in '"\\' else f"\\u{ord(c):04x}" for c in name)
     adapter_recipe.write_text(text.replace('"tiny-dedistill"', f'"{quoted}"'))
@@ -85,7 +85,7 @@ def test_a_name_of_a_run_is_a_plain_one(adapter_recipe, tmp_path, name):
 
 
 def test_names_of_samples_are_only_names(tmp_path):
-    """T16: members of tar files are never unpacked, whatever they are called."""
+    """Members of tar files are never unpacked, whatever they are called."""
     import tarfile
 
     folder = tmp_path / "set"
@@ -103,7 +103,7 @@ def test_names_of_samples_are_only_names(tmp_path):
 
 
 def test_names_of_candidates_come_from_the_run_directory(adapter_recipe, tmp_path):
-    """T16."""
+    """A name that leads elsewhere is none."""
     recipe = load_recipe(adapter_recipe)
     posthoc = Path(recipe.run.out) / "posthoc"
     posthoc.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A process that hangs ends within a stated time, with all its stacks written; a slow one goes on (RELIABILITY T12, T13)."""
+"""A process that hangs ends within a stated time, with all its stacks written; a slow one goes on."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ from dedistill.data.images.index import Index
 from dedistill.errors import RUN_AGAIN
 from dedistill.objectives.base import Objective
 from dedistill.train import main
-from dedistill.training import watcher
+from dedistill.training import watchdog_process
 from dedistill.training.watchdog import PATIENCE
 
 LIMIT = 2.0
@@ -93,20 +93,20 @@ def test_a_process_that_hangs_ends_with_its_stacks(recipe, tmp_path, how, code, 
     wait_for(lambda: last_row(tmp_path / "run") >= 2)
     took = seconds_to_end(ranks)
     stacks = written(tmp_path / "run")
-    assert process.exitcode == code and 0.9 * LIMIT < took < LIMIT + watcher.GRACE + 4
+    assert process.exitcode == code and 0.9 * LIMIT < took < LIMIT + watchdog_process.GRACE + 4
     assert f"watchdog: rank 0: no sign of life for 2 s, {seen}" in stacks
     assert "test_stuck.py" in stacks and "trainer.py" in stacks
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_stopped_takes_all_with_it(recipe, tmp_path, rank):
-    """F22: SIGSTOP, not SIGKILL: no connection breaks."""
+    """SIGSTOP, not SIGKILL: no connection breaks."""
     given = arguments(recipe, tmp_path / "run", *SETTINGS, "train.steps=100000")
     ranks = start_ranks(2, main, given, said=tmp_path / "said")
     wait_for(lambda: last_row(tmp_path / "run") > 5)
     os.kill(ranks[rank].pid, signal.SIGSTOP)
     took = seconds_to_end(ranks)
-    assert took < LIMIT + watcher.GRACE + 3 and [p.exitcode for p in ranks] == [RUN_AGAIN] * 2
+    assert took < LIMIT + watchdog_process.GRACE + 3 and [p.exitcode for p in ranks] == [RUN_AGAIN] * 2
     assert "Thread" in written(tmp_path / "run", rank)
 
 
@@ -135,7 +135,7 @@ def test_a_slow_process_goes_on(recipe, tmp_path):
 
 
 def test_a_decode_that_hangs(image_recipe, tmp_path, monkeypatch):
-    """T13: in a thread of its own; the image's reader is in the stacks."""
+    """In a thread of its own; the image's reader is in the stacks."""
     monkeypatch.setattr(Index, "image", lambda self, i: time.sleep(600))
     given = arguments(image_recipe, tmp_path / "run", f"run.stuck_after={LIMIT}")
     assert run_ranks(1, main, given, said=tmp_path / "said") == [RUN_AGAIN]

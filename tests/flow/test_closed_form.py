@@ -41,7 +41,7 @@ def exact_end(field, noise: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("mixture", [LINE, PLANE, ONE], ids=["line", "plane", "one"])
 @pytest.mark.parametrize("sigma", SIGMAS[:-1])
 def test_velocity_moves_the_density(mixture, sigma):
-    """F2: the continuity equation d log p / d sigma + v . grad log p + div v = 0, by differentiation."""
+    """The continuity equation d log p / d sigma + v . grad log p + div v = 0, by differentiation."""
     x = normal(20, mixture.means.shape[1]).requires_grad_()
     s = torch.tensor(sigma, dtype=torch.float64, requires_grad=True)
     log_density = mixture.log_density(x, s)
@@ -54,7 +54,7 @@ def test_velocity_moves_the_density(mixture, sigma):
 
 @pytest.mark.parametrize("mixture", [LINE, PLANE, ONE], ids=["line", "plane", "one"])
 def test_velocity_and_score_say_the_same(mixture):
-    """F2: velocity = -(noisy + sigma grad log p) / (1 - sigma); one sigma for all, or one each."""
+    """velocity = -(noisy + sigma grad log p) / (1 - sigma); one sigma for all, or one each."""
     x = normal(5, mixture.means.shape[1]).requires_grad_()
     sigma = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
     score = torch.autograd.grad(mixture.log_density(x, sigma).sum(), x)[0]
@@ -99,7 +99,7 @@ def test_labels_part_the_data():
 
 @pytest.mark.parametrize("cfg", [0.0, 1.0, 3.0])
 def test_guided_field_is_that_of_the_sharpened_density(cfg):
-    """O19: CFG is the velocity whose score is grad log p(x)^(1 - cfg) p(x | label)^cfg (arXiv 2207.12598, sec. 3.2)."""
+    """CFG is the velocity whose score is grad log p(x)^(1 - cfg) p(x | label)^cfg (arXiv 2207.12598, sec. 3.2)."""
     x, sigma = normal(12, 2).requires_grad_(), 0.35
     tilted = (1 - cfg) * PLANE.log_density(x, sigma) + cfg * PLANE.given(1).log_density(x, sigma)
     score = torch.autograd.grad(tilted.sum(), x)[0]
@@ -118,7 +118,7 @@ def test_draws_have_the_moments_of_the_mixture():
 
 @pytest.mark.parametrize("sigma", [0.02, 0.5, 1.0])
 def test_one_gaussian_is_transported_linearly(sigma):
-    """F3: mean + deviation noise at every sigma solves the ODE."""
+    """Mean + deviation noise at every sigma solves the ODE."""
     noise, step = normal(30, 2), 1e-5
     there = [ONE.transport(noise, s) for s in (sigma - step, sigma, sigma + step)]
     torch.testing.assert_close((there[2] - there[0]) / (2 * step), ONE.velocity(there[1], sigma), rtol=0, atol=1e-7)
@@ -138,7 +138,7 @@ def test_in_one_dimension_samples_keep_their_quantile():
 @pytest.mark.parametrize("mixture", [LINE, PLANE, ONE], ids=["line", "plane", "one"])
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_the_floor_is_what_the_exact_velocity_reaches_and_nothing_beats(mixture, sigma):
-    """F1: the exact velocity's loss is the floor, within four standard errors; others lose what they differ by."""
+    """The exact velocity's loss is the floor, within four standard errors; others lose what they differ by."""
     data, _ = mixture.draw(3, 40_000)
     noise = normal(*data.shape, seed=1)
     s = torch.full((len(data),), sigma, dtype=torch.float64)
@@ -170,7 +170,7 @@ def test_floor_falls_with_the_label(sigma):
 
 
 def test_in_float32_the_loss_is_the_same_floor():
-    """F1: the project's own loss on the exact velocity."""
+    """The project's own loss on the exact velocity."""
     data, _ = LINE.draw(0, 20_000)
     noise, s = normal(20_000, 1), torch.full((20_000,), 0.5)
     noisy, target = interpolate(data, noise, s), velocity(data, noise)
@@ -179,7 +179,7 @@ def test_in_float32_the_loss_is_the_same_floor():
 
 @pytest.mark.parametrize("steps", [128, 256])
 def test_euler_has_order_one_on_a_mixture(steps):
-    """F3: half the step, half the error, against the exact quantile map."""
+    """Half the step, half the error, against the exact quantile map."""
     noise = torch.linspace(-2.5, 2.5, 41, dtype=torch.float64)[:, None]
     exact = LINE.transport(noise)
     errors = [(end(lambda x, s, _: LINE.velocity(x, s), noise, n) - exact).abs().mean() for n in (steps, 2 * steps)]
@@ -188,7 +188,7 @@ def test_euler_has_order_one_on_a_mixture(steps):
 
 @pytest.mark.parametrize("steps", [128])
 def test_guided_euler_has_order_one(steps):
-    """F3, O19: on the CFG field, against an eighth-order solution."""
+    """On the CFG field, against an eighth-order solution."""
     noise = normal(20, 2)
 
     def field(x, s, _):
@@ -200,7 +200,7 @@ def test_guided_euler_has_order_one(steps):
 
 
 def test_skipped_guidance_is_the_plain_field_first_and_the_guided_one_after():
-    """N2: k steps without guidance end where the plain ODE is at sigma = 1 - k / steps, then follow the guided one."""
+    """K steps without guidance end where the plain ODE is at sigma = 1 - k / steps, then follow the guided one."""
     noise, steps, skip = normal(20, 2), 1024, 256
 
     def field(x, s, i):
@@ -220,7 +220,7 @@ def test_skipped_guidance_is_the_plain_field_first_and_the_guided_one_after():
 
 
 def test_reflow_of_the_exact_pairs_is_straight():
-    """R1: flow matching on a Gaussian's own pairs (noise, mean + s noise) has a floor of zero and needs one Euler step."""
+    """Flow matching on a Gaussian's own pairs (noise, mean + s noise) has a floor of zero and needs one Euler step."""
     noise = normal(500, 2)
     ends = ONE.transport(noise)
     sigma = torch.linspace(0.01, 1, 500, dtype=torch.float64)
@@ -239,16 +239,16 @@ def test_reflow_of_the_exact_pairs_is_straight():
 
 
 def test_straightness_is_the_integral_over_exact_paths():
-    """R1: int |chord - velocity|^2 / |chord|^2 along transported noise."""
+    """The integral of |chord - velocity|^2 / |chord|^2 along transported noise."""
     noise = normal(10_000, 2)
     chord = noise - ONE.transport(noise)
     grid = np.linspace(0, 1, 101)
-    bend = [float((chord - ONE.velocity(ONE.transport(noise, s), s)).square().mean()) for s in grid]
-    assert np.trapezoid(bend, grid) / float(chord.square().mean()) == pytest.approx(straightness(ONE), rel=0.05)
+    curvature = [float((chord - ONE.velocity(ONE.transport(noise, s), s)).square().mean()) for s in grid]
+    assert np.trapezoid(curvature, grid) / float(chord.square().mean()) == pytest.approx(straightness(ONE), rel=0.05)
 
 
 def test_strata_lower_the_variance_of_the_loss_and_not_its_mean():
-    """O3: over many steps the mean loss per step has the same expectation, and far less spread with strata.
+    """Over many steps the mean loss per step has the same expectation, and far less spread with strata.
 
     The loss of a sample is its floor at its sigma, which isolates the part of the variance that sigma brings.
     """

@@ -32,7 +32,7 @@ def test_any_part_of_the_name_changes_all_numbers():
 
 @pytest.mark.parametrize("positions", [[0], [5, 2], range(3, 8), np.array([7, 7, 0])], ids=str)
 def test_any_slice_of_positions_is_the_slice_of_all(positions):
-    """Slots may be shared out in any way (B7)."""
+    """Slots may be shared out in any way."""
     everything = keyed.noise(0, "noise", 11, range(8), SHAPE)
     assert torch.equal(keyed.noise(0, "noise", 11, positions, SHAPE), everything[list(positions)])
 
@@ -80,7 +80,7 @@ def test_uniforms_are_uniform_and_inside():
     [0.0, 1 - 2.0**-53],
 )
 def test_uniforms_stay_inside_at_the_ends_of_the_generator(monkeypatch, raw):
-    """B9: a generator returns 0 ... 1 - 2^-53; u = 1 would also name an eleventh digit in a caption."""
+    """A generator returns 0 ... 1 - 2^-53; u = 1 would also name an eleventh digit in a caption."""
     monkeypatch.setattr(keyed, "generator", lambda *name: SimpleNamespace(random=lambda shape: np.full(shape, raw)))
     u = keyed.uniforms(0, "u", 0, 2)
     assert u.min() > 0 and u.max() < 1

@@ -19,7 +19,7 @@ def sample(request):
 
 
 def test_sigma_one_is_exactly_noise(sample):
-    """D12: pure noise at sigma = 1, pure data at sigma = 0, to the last bit."""
+    """Pure noise at sigma = 1, pure data at sigma = 0, to the last bit."""
     data, noise, _ = sample
     for precision in (torch.float64, torch.float32, torch.bfloat16):
         d, n = data.to(precision), noise.to(precision)
@@ -28,7 +28,7 @@ def test_sigma_one_is_exactly_noise(sample):
 
 
 def test_velocity_is_the_derivative_along_sigma(sample):
-    """F2: one sign and one time axis: d noisy / d sigma = noise - data."""
+    """One sign and one time axis: d noisy / d sigma = noise - data."""
     data, noise, sigma = sample
     h = 1e-3
     slope = (path.interpolate(data, noise, sigma + h) - path.interpolate(data, noise, sigma - h)) / (2 * h)
@@ -36,7 +36,7 @@ def test_velocity_is_the_derivative_along_sigma(sample):
 
 
 def test_time_points_to_noise():
-    """F2: known numbers. data 2, noise 10, a quarter of the way to noise."""
+    """Known numbers. data 2, noise 10, a quarter of the way to noise."""
     data, noise, sigma = torch.tensor([[2.0]]), torch.tensor([[10.0]]), torch.tensor([0.25])
     assert path.interpolate(data, noise, sigma).item() == 4.0
     assert path.velocity(data, noise).item() == 8.0
@@ -69,7 +69,7 @@ def test_round_trips_of_any_prediction(sample):
 
 
 def test_velocity_loss_is_the_weighted_noise_loss(sample):
-    """D1: L_w = -1/2 w lambda' |eps_hat - eps|^2 with lambda = 2 ln((1-t)/t) and w = t / (1-t) is the velocity loss."""
+    """L_w = -1/2 w lambda' |eps_hat - eps|^2 with lambda = 2 ln((1-t)/t) and w = t / (1-t) is the velocity loss."""
     data, noise, sigma = sample
     t = sigma.clone().requires_grad_()
     (slope,) = torch.autograd.grad((2 * torch.log((1 - t) / t)).sum(), t)

@@ -36,18 +36,18 @@ def gaussian_error(steps: int, shift: float = 1.0) -> float:
 
 @pytest.mark.parametrize("steps", [64, 128, 256])
 def test_euler_converges_with_order_one(steps):
-    """F3: half the step, half the error (2 +- .1)."""
+    """Half the step, half the error (2 +- .1)."""
     assert gaussian_error(steps) / gaussian_error(2 * steps) == pytest.approx(2, abs=0.1)
     assert gaussian_error(256) < 0.02
 
 
 def test_euler_with_shift_converges_to_the_same_end():
-    """F3: a shifted grid is another road to the same data."""
+    """A shifted grid is another road to the same data."""
     assert gaussian_error(512, shift=3.0) < 0.02
 
 
 def test_euler_is_exact_on_straight_paths_and_reports_every_state():
-    """F3: with one true velocity, one step is enough; states are noise ... data, at the sigmas asked for."""
+    """With one true velocity, one step is enough; states are noise ... data, at the sigmas asked for."""
     data, noise = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     calls = []
 
@@ -63,12 +63,12 @@ def test_euler_is_exact_on_straight_paths_and_reports_every_state():
 
 
 def test_four_step_grid():
-    """F4: schnell's grid."""
+    """Schnell's grid."""
     assert sigma_grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
 def test_grid_ends():
-    """F4, D12: it begins in pure noise; 28 steps end at 1/28, then 0."""
+    """It begins in pure noise; 28 steps end at 1/28, then 0."""
     grid = sigma_grid(28)
     assert len(grid) == 29 and grid[0] == 1 and grid[-2:].tolist() == [pytest.approx(1 / 28), 0]
 
@@ -82,7 +82,7 @@ DEV |= {"base_image_seq_len": 256, "max_image_seq_len": 4096}
 @pytest.mark.parametrize("tokens", [256, 1024, 4096])
 @pytest.mark.parametrize("config", [SCHNELL, DEV], ids=["schnell", "dev"])
 def test_grid_equals_diffusers(config, tokens, steps):
-    """F4, F7: both flavours; with dynamic shifting the static shift of 3 is ignored, so shift is applied once."""
+    """Both flavours; with dynamic shifting the static shift of 3 is ignored, so shift is applied once."""
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
     shift = dynamic_shift(tokens) if config["use_dynamic_shifting"] else 1.0
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=math.log(shift))
@@ -100,7 +100,7 @@ def guided(cond: torch.Tensor, uncond: torch.Tensor, cfg: float) -> torch.Tensor
 
 
 def test_guidance_formula():
-    """O19: v_uncond + cfg (v_cond - v_uncond)."""
+    """v_uncond + cfg (v_cond - v_uncond)."""
     cond, uncond = torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 2.0]])
     assert guided(cond, uncond, 4.0).tolist() == [[9.0, -2.0]]
     assert torch.equal(guided(cond, uncond, 0.0), uncond)
@@ -112,7 +112,7 @@ def test_guidance_formula():
     [(1.0, 8, 0, 0), (1.0, 8, 2, 0), (3.0, 8, 0, 8), (3.0, 8, 2, 6), (3.0, 8, 8, 0), (3.0, 4, 9, 0), (0.0, 8, 0, 8)],
 )
 def test_sampler_counts_skipped_guidance_in_steps(cfg, steps, skip, unconditional):
-    """N2, N3, O19: the first ``skip`` steps and cfg = 1 evaluate once per step; all others twice. Counted on a network."""
+    """The first ``skip`` steps and cfg = 1 evaluate once per step; all others twice. Counted on a network."""
     how = at(steps, cfg, skip)
     guided = [i for i in range(steps) if UNCONDITIONAL in how.guidance.branches(sigma_grid(steps), i)]
     assert guided == list(range(steps))[steps - unconditional :]
@@ -126,7 +126,7 @@ def test_sampler_counts_skipped_guidance_in_steps(cfg, steps, skip, unconditiona
 
 
 def test_batched_branches_equal_sequential_ones():
-    """O19: both branches in one batch give the velocities of two calls, to 1e-6."""
+    """Both branches in one batch give the velocities of two calls, to 1e-6."""
     family = PixelFlux()
     parts = family.tiny(0)
     noisy, sigma = start_noise(0, 3, parts.sample_shape), torch.tensor([0.2, 0.5, 0.9])
@@ -149,33 +149,32 @@ def pair():
 
 
 def test_loss_of_the_oracle_is_zero(pair):
-    """F1."""
     target = pair.noise - pair.data
     assert torch.equal(flow_loss(target, target), torch.zeros(4000))
 
 
 def test_loss_of_the_zero_predictor(pair):
-    """F1: E|noise - data|^2 = 1 + Var(data) + mean^2."""
+    """E|noise - data|^2 = 1 + Var(data) + mean^2."""
     target = pair.noise - pair.data
     assert flow_loss(torch.zeros_like(target), target).mean().item() == pytest.approx(1 + 0.49 + 0.09, rel=0.01)
 
 
 def test_wrong_sign_costs_four_times_predicting_nothing(pair):
-    """F1: an oracle of the opposite sign is worse than predicting nothing."""
+    """An oracle of the opposite sign is worse than predicting nothing."""
     target = pair.noise - pair.data
     nothing = flow_loss(torch.zeros_like(target), target)
     torch.testing.assert_close(flow_loss(-target, target), 4 * nothing)
 
 
 def test_loss_is_one_mean_per_sample():
-    """F1: plain mean over the elements, sample by sample."""
+    """Plain mean over the elements, sample by sample."""
     target = torch.zeros(3, 2, 4, 4)
     predicted = torch.arange(3.0).reshape(3, 1, 1, 1).expand(target.shape)
     assert flow_loss(predicted, target).tolist() == [0.0, 1.0, 4.0]
 
 
 def test_loss_is_in_float32(pair):
-    """F1: bf16 in, fp32 arithmetic: the loss of exactly the rounded numbers, in float32."""
+    """bf16 in, fp32 arithmetic: the loss of exactly the rounded numbers, in float32."""
     predicted, target = pair.data[:64].bfloat16(), pair.noise[:64].bfloat16()
     loss = flow_loss(predicted, target)
     exact = (predicted.double() - target.double()).square().flatten(1).mean(1)
@@ -185,6 +184,6 @@ def test_loss_is_in_float32(pair):
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 4, 1), (1, 3, 4, 4)])
 def test_loss_refuses_shapes_that_would_broadcast(shape):
-    """F1: a broadcast target is a silent wrong loss."""
+    """A broadcast target is a silent wrong loss."""
     with pytest.raises(ValueError, match="differ in shape"):
         flow_loss(torch.zeros(shape), torch.zeros(2, 3, 4, 4))

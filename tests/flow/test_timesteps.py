@@ -18,17 +18,17 @@ P = np.arange(1, 20_000) / 20_000
 
 
 def logit_normal_cdf(sigma, mean=0.0, std=1.0):
-    """D2: logit(sigma) ~ N(mean, std^2)."""
+    """logit(sigma) ~ N(mean, std^2)."""
     return stats.norm.cdf((logit(sigma) - mean) / std)
 
 
 def cosmap_cdf(sigma):
-    """D4: the integral of pi(t) = 2 / (pi - 2 pi t + 2 pi t^2) from 0."""
+    """The integral of pi(t) = 2 / (pi - 2 pi t + 2 pi t^2) from 0."""
     return (np.arctan(2 * sigma - 1) + math.pi / 4) * 2 / math.pi
 
 
 def mode_by_paper(u, scale):
-    """D3: the paper's map, which falls from 1 to 0 in u."""
+    """The paper's map, which falls from 1 to 0 in u."""
     return 1 - u - scale * (np.cos(math.pi * u / 2) ** 2 - 1 + u)
 
 
@@ -47,13 +47,13 @@ ALL = [*[(name, params) for name, params, _ in CLOSED], *[("mode", {"scale": s})
 
 @pytest.mark.parametrize(("density", "params", "cdf"), CLOSED)
 def test_inverse_cdf_inverts_the_closed_form(density, params, cdf):
-    """D2, D4, B1: cdf(inverse(p)) = p."""
+    """cdf(inverse(p)) = p."""
     np.testing.assert_allclose(cdf(ts.DENSITIES[density](P, **params)), P, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("density", "params", "cdf"), CLOSED)
 def test_draws_follow_the_closed_form(density, params, cdf):
-    """O2, D4: KS below .01 with independent draws, below 1e-3 (really 1 / N) with strata, at 1e5 draws."""
+    """KS below .01 with independent draws, below 1e-3 (really 1 / N) with strata, at 1e5 draws."""
     distance = {}
     for stratify in (True, False):
         sigma = ts.draw(0, 0, 100_000, density=density, params=params, stratify=stratify)
@@ -63,7 +63,7 @@ def test_draws_follow_the_closed_form(density, params, cdf):
 
 @pytest.mark.parametrize(("density", "params"), ALL)
 def test_every_density_rises_from_zero_to_one(density, params):
-    """D3, B8, B9: strictly monotone, inside [0, 1], finite at the smallest and largest p."""
+    """Strictly monotone, inside [0, 1], finite at the smallest and largest p."""
     sigma = ts.DENSITIES[density](P, **params)
     assert sigma.dtype == np.float64 and np.all(np.diff(sigma) > 0)
     ends = ts.DENSITIES[density](np.array([0.0, 2.0**-54, 1 - 2.0**-53, 1.0]), **params)
@@ -72,7 +72,7 @@ def test_every_density_rises_from_zero_to_one(density, params):
 
 
 def test_logit_normal_numbers():
-    """D2: density 1.5958 at .5 and variance .04338 for (0, 1)."""
+    """Density 1.5958 at .5 and variance .04338 for (0, 1)."""
     h = 1e-6
     low, high = ts.logit_normal(np.array([0.5 - h, 0.5 + h]), 0.0, 1.0)
     assert 2 * h / (high - low) == pytest.approx(1.5958, abs=1e-4)
@@ -81,39 +81,38 @@ def test_logit_normal_numbers():
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 0.81, 1.29, 1.75, ts.MODE_SCALE_MAX])
 def test_mode_is_the_papers_map_turned_round(scale):
-    """D3: f(0) = 1, f(1) = 0; ours rises, so p = 1 - u."""
+    """f(0) = 1, f(1) = 0; ours rises, so p = 1 - u."""
     np.testing.assert_allclose(ts.mode(P, scale), mode_by_paper(1 - P, scale), rtol=0, atol=1e-15)
     assert np.all(np.diff(ts.mode(P, scale)) > 0)
 
 
 def test_mode_scale_zero_is_uniform():
-    """D3."""
     np.testing.assert_allclose(ts.mode(P, 0.0), P, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("scale", [-1.001, 1.7520, 3.0, math.nan])
 def test_mode_out_of_range_raises(scale):
-    """D3: monotone for -1 <= s <= 2 / (pi - 2) = 1.7519 only."""
+    """Monotone for -1 <= s <= 2 / (pi - 2) = 1.7519 only."""
     assert pytest.approx(1.7519, abs=5e-5) == ts.MODE_SCALE_MAX
     with pytest.raises(ValueError, match="outside"):
         ts.mode(P, scale)
 
 
 def test_mode_beyond_its_range_would_not_be_monotone():
-    """D3: the limits are where the paper's map turns back, not a matter of taste."""
+    """The limits are where the paper's map turns back, not a matter of taste."""
     for scale in (-1.05, ts.MODE_SCALE_MAX + 0.05):
         assert np.any(np.diff(mode_by_paper(1 - P, scale)) < 0)
 
 
 @pytest.mark.parametrize(("shape", "distance"), [(2.0, 0.0212), (2.35, 0.0045)])
 def test_beta_is_near_logit_normal(shape, distance):
-    """B1: KS(Beta(2,2), logit-normal(0,1)) = .0212; the best symmetric match is Beta(2.35, 2.35), .0045."""
+    """KS(Beta(2,2), logit-normal(0,1)) = .0212; the best symmetric match is Beta(2.35, 2.35), .0045."""
     sigma = ts.beta(P, shape, shape)
     assert np.abs(logit_normal_cdf(sigma) - P).max() == pytest.approx(distance, abs=5e-5)
 
 
 def test_tails_of_beta_and_logit_normal():
-    """B1: P(sigma > .9) 2.8 % and 1.4 %; P(sigma > .98) .118 % and .005 %."""
+    """P(sigma > .9) 2.8 % and 1.4 %; P(sigma > .98) .118 % and .005 %."""
     p = np.arange(1, 1_000_000) / 1_000_000
     b, n = ts.beta(p, 2.0, 2.0), ts.logit_normal(p, 0.0, 1.0)
     assert [round(100 * np.mean(x > 0.9), 1) for x in (b, n)] == [2.8, 1.4]
@@ -122,7 +121,6 @@ def test_tails_of_beta_and_logit_normal():
 
 @pytest.mark.parametrize(("alpha", "beta", "mean"), [(2, 2, 0.5), (3, 2, 0.6), (2, 1, 2 / 3)])
 def test_beta_leans_towards_noise_only_with_alpha_above_beta(alpha, beta, mean):
-    """B2."""
     assert ts.beta(P, alpha, beta).mean() == pytest.approx(mean, abs=1e-4)
 
 
@@ -131,18 +129,18 @@ SHIFTS = [(256, 1.6487), (1024, 1.8776), (2304, 2.3319), (4096, 3.1582), (9216, 
 
 @pytest.mark.parametrize(("tokens", "shift"), SHIFTS)
 def test_dynamic_shift_numbers(tokens, shift):
-    """F5: 256, 512, 768, 1024 and 1536 pixels."""
+    """256, 512, 768, 1024 and 1536 pixels."""
     assert ts.dynamic_shift(tokens) == pytest.approx(shift, abs=5e-5)
 
 
 def test_dynamic_shift_with_the_other_constant():
-    """F6: 1.15 (BFL, diffusers) gives 3.1582 at 1024 pixels, 1.16 (other trainers) 3.1899."""
+    """1.15 (BFL, diffusers) gives 3.1582 at 1024 pixels, 1.16 (other trainers) 3.1899."""
     assert ts.dynamic_shift(4096, maximum=1.16) == pytest.approx(3.1899, abs=5e-5)
 
 
 @pytest.mark.parametrize("shift", [0.3, 1.0, 3.0, 3.1582])
 def test_shift_moves_the_logit(shift):
-    """F5: logit(sigma') = logit(sigma) + ln s; 1 / s undoes it; the median of U(0, 1) goes to s / (1 + s)."""
+    """logit(sigma') = logit(sigma) + ln s; 1 / s undoes it; the median of U(0, 1) goes to s / (1 + s)."""
     moved = ts.shift_sigma(P, shift)
     np.testing.assert_allclose(logit(moved), logit(P) + math.log(shift), rtol=0, atol=1e-11)
     np.testing.assert_allclose(ts.shift_sigma(moved, 1 / shift), P, rtol=0, atol=1e-14)
@@ -152,13 +150,13 @@ def test_shift_moves_the_logit(shift):
 
 
 def test_median_numbers_of_the_shift():
-    """F5: .75 at 3, .7595 at 3.1582."""
+    """.75 at 3, .7595 at 3.1582."""
     assert ts.shift_sigma(0.5, 3.0) == 0.75
     assert ts.shift_sigma(0.5, 3.1582) == pytest.approx(0.7595, abs=5e-5)
 
 
 def test_shift_is_applied_once():
-    """F7: twice would be the square of it."""
+    """Twice would be the square of it."""
     once = ts.draw(0, 0, 64, density="uniform", params={}, shift=3.0)
     plain = ts.draw(0, 0, 64, density="uniform", params={}, shift=1.0)
     np.testing.assert_allclose(logit(once) - logit(plain), math.log(3), rtol=0, atol=1e-10)
@@ -172,7 +170,6 @@ def test_shift_must_be_positive(shift):
 
 @pytest.mark.parametrize("batch", [1, 7, 8, 35, 56, 64, 1000])
 def test_exactly_one_draw_per_stratum(batch):
-    """B3."""
     for step in range(5):
         p = ts.probabilities(0, "sigma", step, batch, stratify=True)
         assert p.min() > 0 and p.max() < 1
@@ -181,7 +178,7 @@ def test_exactly_one_draw_per_stratum(batch):
 
 @pytest.mark.parametrize(("density", "params", "cdf"), CLOSED)
 def test_strata_survive_density_and_shift(density, params, cdf):
-    """B8: any quantile function, then the shift, still one sigma in each of N equally likely bands."""
+    """Any quantile function, then the shift, still one sigma in each of N equally likely bands."""
     for step in range(5):
         sigma = ts.draw(0, step, 56, density=density, params=params, shift=3.0)
         assert sorted(np.floor(cdf(ts.shift_sigma(sigma, 1 / 3)) * 56)) == list(range(56))
@@ -200,13 +197,13 @@ def many_steps():
 
 
 def test_marginal_of_every_slot_is_uniform(many_steps):
-    """B5: no slot, hence no rank and no place in a batch, is bound to a band of noise."""
+    """No slot, hence no rank and no place in a batch, is bound to a band of noise."""
     for slot in many_steps.T:
         assert stats.kstest(slot, "uniform").statistic < 1.95 / 100  # 1 in 1000
 
 
 def test_slot_and_sigma_are_uncorrelated(many_steps):
-    """B5: over 10,000 steps, between slot and sigma, and between a slot's neighbours in time."""
+    """Over 10,000 steps, between slot and sigma, and between a slot's neighbours in time."""
     slots = np.tile(np.arange(8), (len(many_steps), 1))
     assert abs(np.corrcoef(slots.ravel(), many_steps.ravel())[0, 1]) < 4 / many_steps.size**0.5
     for slot in many_steps.T:
@@ -214,7 +211,7 @@ def test_slot_and_sigma_are_uncorrelated(many_steps):
 
 
 def test_permutation_differs_between_steps(many_steps):
-    """B5: every stratum visits every slot equally often, in an order that changes from step to step."""
+    """Every stratum visits every slot equally often, in an order that changes from step to step."""
     strata = np.floor(many_steps * 8).astype(int)
     assert np.mean(np.all(strata[1:] == strata[:-1], axis=1)) < 1e-3
     counts = np.stack([np.bincount(slot, minlength=8) for slot in strata.T])
@@ -222,7 +219,7 @@ def test_permutation_differs_between_steps(many_steps):
 
 
 def test_places_inside_the_strata_are_independent(many_steps):
-    """B6: not one u for all (systematic sampling)."""
+    """Not one u for all (systematic sampling)."""
     inside = many_steps * 8 % 1
     assert np.abs(np.corrcoef(inside.T) - np.eye(8)).max() < 0.05
     assert stats.kstest(inside.ravel(), "uniform").statistic < 1.95 / inside.size**0.5
@@ -231,7 +228,7 @@ def test_places_inside_the_strata_are_independent(many_steps):
 @pytest.mark.parametrize(("batch", "factor"), [(8, 5), (56, 50)])
 @pytest.mark.parametrize("g", [lambda s: s, lambda s: 0.4 + (2 * s - 1) ** 2], ids=["sigma", "u-shaped"])
 def test_strata_lower_the_variance_of_a_batch_mean(batch, factor, g):
-    """B4: at least 5 times at N = 8 and 50 times at N = 56 (Beta(2,2))."""
+    """At least 5 times at N = 8 and 50 times at N = 56 (Beta(2,2))."""
     variance = {}
     for stratify in (True, False):
         options = {"density": "beta", "params": BETA, "stratify": stratify}
@@ -252,7 +249,7 @@ def objective(batch: int, seed: int = 0) -> Objective:
 
 @pytest.mark.parametrize("cuts", [[], [12], [6, 12, 18], [5, 10, 15, 20], [1, 23], list(range(1, 24))], ids=len)
 def test_micro_batches_and_ranks_share_one_vector(cuts):
-    """B6, B7: strata belong to the optimizer step; how its slots are shared out, evenly or not, changes no sigma."""
+    """Strata belong to the optimizer step; how its slots are shared out, evenly or not, changes no sigma."""
     step, batch = 3, 24
     whole = ts.draw(0, step, batch, density="beta", params=BETA).astype(np.float32)
     questions = objective(batch)
@@ -263,7 +260,7 @@ def test_micro_batches_and_ranks_share_one_vector(cuts):
 
 
 def test_resumed_run_draws_the_same_step():
-    """B7: a function of (seed, step), whatever was drawn before."""
+    """A function of (seed, step), whatever was drawn before."""
     slots = np.arange(16)
     fresh, used = objective(16), objective(16)
     for step in range(3):
@@ -283,7 +280,7 @@ def test_validation_midpoints():
 
 
 def test_extreme_logit_normal_stays_finite():
-    """B9: no NaN however far the density leans."""
+    """No NaN however far the density leans."""
     for mean in (-50.0, 50.0, 800.0):
         sigma = ts.logit_normal(np.array([2.0**-54, 0.5, 1 - 2.0**-53]), mean, 4.0)
         assert np.all(np.isfinite(sigma)) and sigma[1] == pytest.approx(expit(mean))

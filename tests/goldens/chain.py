@@ -134,8 +134,8 @@ def _digits(folder: Path) -> None:
         _tool(folder, "posthoc_ema", "dedistill", "--space", space, "--alpha", "0.5", "--out", f"dedistill/{space}")
     weights = ["--weights", "dedistill/posthoc/alpha_linear_0.9.safetensors"]
     _tool(folder, "merge_adapter", "dedistill.toml", *weights, "--out", "merged")
-    for form in ("diffusers", "single", "int8"):
-        _tool(folder, "export_model", "merged", "--format", form, "--out", f"digits-{form}")
+    for format in ("diffusers", "single", "int8"):
+        _tool(folder, "export_model", "merged", "--format", format, "--out", f"digits-{format}")
 
 
 def _flux(folder: Path) -> None:
@@ -144,13 +144,13 @@ def _flux(folder: Path) -> None:
     _train(folder, "lora")
     _tool(folder, "posthoc_ema", "flux")
     _tool(folder, "merge_adapter", "flux.toml", "--weights", "flux/posthoc/alpha_linear_0.9.safetensors", "--out", "mixed")
-    for form in ("diffusers", "single", "bfl", "int8"):
-        _tool(folder, "export_model", "mixed", "--format", form, "--out", f"flux-{form}")
+    for format in ("diffusers", "single", "bfl", "int8"):
+        _tool(folder, "export_model", "mixed", "--format", format, "--out", f"flux-{format}")
     for run, forms in {"flux": ("lycoris", "transformer"), "lora": ("lycoris", "transformer", "peft", "kohya")}.items():
-        for form in forms:
+        for format in forms:
             last = f"{run}/snapshots/step-00000008.safetensors"
             # LyCORIS keeps its settings in a file beside the adapter: a folder for each
-            _tool(folder, "export_model", last, "--format", form, "--out", f"adapters/{run}-{form}/x.safetensors")
+            _tool(folder, "export_model", last, "--format", format, "--out", f"adapters/{run}-{format}/x.safetensors")
 
 
 def _train(folder: Path, name: str, ranks: int = 1) -> None:

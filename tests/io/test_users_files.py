@@ -107,7 +107,7 @@ def test_only_empty_files_are_requests(teacher_recipe, tmp_path, capsys):
     said = capsys.readouterr().err
     assert (run / "stop").read_text() == "mine" and (run / "save").is_symlink() and not (run / "sample").exists()
     for name in ("stop", "save"):
-        assert said.count(f"'{run / name}' is no empty file") == 1
+        assert said.count(f"'{run / name}' is not an empty file") == 1
     assert f"'{run / 'sample'}' was there before the start and is removed" in said
 
 
@@ -202,7 +202,7 @@ def test_averages_replace_nothing_but_averages(adapter_recipe, tmp_path, refused
     run, out = tmp_path / "dedistill", tmp_path / "weights"
     average = ("posthoc_ema", run, "--alpha", "0.5", "--out", out)
     filled(out, "alpha_linear_0.5.safetensors")
-    assert refused(lambda: tool(*average), out, "no average")
+    assert refused(lambda: tool(*average), out, "not an average")
     (out / "alpha_linear_0.5.safetensors").unlink()
     assert tool(*average) == 0 and tool(*average) == 0
 

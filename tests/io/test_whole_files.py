@@ -10,7 +10,6 @@ from dedistill.runs.metrics import JsonlWriter
 
 
 def test_a_full_disk_keeps_the_old_file_and_names_it(tmp_path, small_disk):
-    """T5."""
     path = tmp_path / "a.json"
     replace_file(path, b"old")
     with small_disk(1000), pytest.raises(UserError, match=rf"cannot write '{path}' \(5,000 bytes\): File too large"):
@@ -53,7 +52,7 @@ def test_steps_are_read_from_names(name, step):
 
 
 def test_journal_on_a_full_disk(tmp_path, small_disk):
-    """T5: on opening, when it is rewritten, and on every line."""
+    """On opening, when it is rewritten, and on every line."""
     path = tmp_path / "metrics.jsonl"
     journal = JsonlWriter(path, 0)
     for step in range(1, 50):

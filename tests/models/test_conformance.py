@@ -119,7 +119,7 @@ def test_velocity_has_the_shape_of_the_image(family, parts, noisy):
 
 
 def test_velocity_equals_the_librarys_own_call(family, parts, noisy):
-    """F2: sigma in, no factor of 1000, no sign: what the library predicts for timestep sigma (t = .5 among them)."""
+    """Sigma in, no factor of 1000, no sign: what the library predicts for timestep sigma (t = .5 among them)."""
     for i, caption in enumerate(CAPTIONS):
         text = family.encode_text(parts, [caption], LENGTH)
         direct = DIRECT[family.spec.name](parts, noisy[i : i + 1], SIGMA[i : i + 1], text.trimmed())
@@ -143,13 +143,12 @@ LOW = [SIGMA.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.int64)
 
 @pytest.mark.parametrize("sigma", [*map(torch.tensor, ([0.0, 0.5, 1000.0], [1.001] * 3, [-0.01, 0.5, 0.5])), *LOW], ids=str)
 def test_sigma_out_of_range_raises(family, parts, noisy, sigma):
-    """F2, trap 13: sigma and 1000 sigma are not both accepted. Trap 11: nor a sigma that bf16 has moved by up to .002."""
+    """Sigma and 1000 sigma are not both accepted, nor a sigma that bf16 has moved by up to .002."""
     with pytest.raises(ValueError, match=r"sigma must be float32 in \[0, 1\]"):
         velocity(family, parts, noisy, sigma=sigma)
 
 
 def test_sigma_that_is_not_a_number_raises(family, parts, noisy):
-    """F2."""
     with pytest.raises(ValueError, match="sigma must be"):
         velocity(family, parts, noisy, sigma=torch.tensor([0.5, float("nan"), 0.5]))
 
@@ -173,7 +172,7 @@ def test_gradient_reaches_every_linear_of_the_blocks(family, parts, noisy):
 
 
 def test_masked_is_dropped(family, parts, noisy):
-    """X1, X4: in a batch of captions of different lengths, each row is as if its padding had never been there."""
+    """In a batch of captions of different lengths, each row is as if its padding had never been there."""
     together = velocity(family, parts, noisy)
     for i, caption in enumerate(CAPTIONS):
         words = int(family.encode_text(parts, [caption], LENGTH).sequences[0].mask.sum())
@@ -183,7 +182,7 @@ def test_masked_is_dropped(family, parts, noisy):
 
 @pytest.mark.parametrize("length", [8, 24, 48])
 def test_length_of_the_padding(family, parts, noisy, length):
-    """X4, LAB 3: with the mask, 8, 12, 24 and 48 tokens are one prompt; without, padding takes part."""
+    """With the mask, 8, 12, 24 and 48 tokens are one prompt; without, padding takes part."""
     torch.testing.assert_close(velocity(family, parts, noisy, length=length), velocity(family, parts, noisy), **TOLERANCE)
     if family.spec.name not in MASKABLE:
         return
@@ -193,7 +192,7 @@ def test_length_of_the_padding(family, parts, noisy, length):
 
 
 def test_what_stands_in_the_padding_changes_nothing(family, parts, noisy):
-    """X1, trap 1: exactly nothing; without the mask, a lot."""
+    """Exactly nothing; without the mask, a lot."""
     text = family.encode_text(parts, CAPTIONS, LENGTH)
     other = Conditioning(
         tuple(Tokens(torch.where(s.mask[..., None], s.embeds, 100 * s.embeds.flip(1) - 7), s.mask) for s in text.sequences),
@@ -213,7 +212,7 @@ def permuted(sequence: Tokens, order: torch.Tensor) -> Tokens:
 
 
 def test_order_of_text_tokens_is_only_in_their_embeddings(family, parts, noisy):
-    """A5: text has no positions in the network, so any permutation of the tokens and their mask gives the same image."""
+    """Text has no positions in the network, so any permutation of the tokens and their mask gives the same image."""
     parts.mask, text = "none", family.encode_text(parts, CAPTIONS, 8)
     order = torch.tensor([6, 2, 0, 7, 1, 5, 3, 4])
     turned = Conditioning(tuple(permuted(s, order[order < s.mask.shape[1]]) for s in text.sequences), text.vectors)
@@ -222,7 +221,7 @@ def test_order_of_text_tokens_is_only_in_their_embeddings(family, parts, noisy):
 
 
 def test_empty_caption_has_one_real_token(family, parts):
-    """X6: and a caption cut short keeps its end token."""
+    """And a caption cut short keeps its end token."""
     text = family.encode_text(parts, ["", "a b c d e f g h i j k l m n"], LENGTH)
     assert text.sequences[0].mask.dtype == torch.bool and text.sequences[0].mask.sum(1).tolist() == [1, LENGTH]
     assert torch.equal(text.sequences[0].mask[0], torch.arange(LENGTH) == 0)
@@ -231,7 +230,7 @@ def test_empty_caption_has_one_real_token(family, parts):
 
 
 def test_dropped_captions_are_the_empty_prompt(family, parts, noisy):
-    """N8, trap 24: tokens, mask and pooled vector together, and the same velocity as asking for the empty caption."""
+    """Tokens, mask and pooled vector together, and the same velocity as asking for the empty caption."""
     text, empty = family.encode_text(parts, CAPTIONS, LENGTH), family.encode_text(parts, [""], LENGTH)
     mixed = text.where(torch.tensor([False, True, False]), empty)
     for name, tensor in mixed.tensors().items():
@@ -321,7 +320,7 @@ def test_unknown_family_names_the_nearest(name, hint):
 
 @pytest.mark.parametrize(("channels", "patch", "height", "width"), [(1, 4, 8, 16), (3, 2, 4, 6), (16, 2, 8, 4)])
 def test_packing(channels, patch, height, width):
-    """A4: tokens row by row, channels (c, row, column); and back again."""
+    """Tokens row by row, channels (c, row, column); and back again."""
     c, h, w = torch.meshgrid(torch.arange(channels), torch.arange(height), torch.arange(width), indexing="ij")
     image = (10_000 * c + 100 * h + w)[None].expand(2, -1, -1, -1)
     tokens = patchify(image, patch)
@@ -340,7 +339,7 @@ def flux():
 
 
 def test_padded_with_bool_mask_equals_truncated(flux):
-    """X2, X3, X4: diffusers' own mask path, on 48 padded tokens. A float mask is an added +1 or 0, not a mask."""
+    """Diffusers' own mask path, on 48 padded tokens. A float mask is an added +1 or 0, not a mask."""
     family, parts = flux
     noisy = keyed.noise(0, "test", 0, range(3), parts.sample_shape)
     text = family.encode_text(parts, CAPTIONS, 48)
@@ -361,7 +360,7 @@ def test_padded_with_bool_mask_equals_truncated(flux):
 
 
 def test_text_is_trimmed_to_the_longest_caption(flux):
-    """X4: the network is never given columns that are padding in every row; unmasked, it gets all of them."""
+    """The network is never given columns that are padding in every row; unmasked, it gets all of them."""
     family, parts = flux
     seen = []
     parts.net.register_forward_pre_hook(
@@ -373,7 +372,7 @@ def test_text_is_trimmed_to_the_longest_caption(flux):
 
 
 def test_no_mask_where_nothing_is_padding():
-    """X4: equal lengths keep the fast kernels; text comes before the image (trap 2)."""
+    """Equal lengths keep the fast kernels; text comes before the image."""
     assert attention_mask(torch.ones(2, 5, dtype=torch.bool), 8) is None
     mask = attention_mask(torch.tensor([[True, False], [True, True]]), 3)["attention_mask"]
     assert mask[:, 0, 0].tolist() == [[True, False, True, True, True], [True] * 5]
@@ -387,7 +386,7 @@ def mnist(**changes):
 
 
 def test_mnist_network_has_the_published_size():
-    """M1: 59,845,696 parameters, 16 tokens of 64."""
+    """59,845,696 parameters, 16 tokens of 64."""
     parts = mnist()
     assert sum(p.numel() for p in parts.net.parameters()) == 59_845_696
     assert (parts.net.config.in_channels, PixelFlux().tokens(parts, parts.sample_shape), parts.sample_shape) == (
@@ -398,13 +397,13 @@ def test_mnist_network_has_the_published_size():
 
 
 def test_mnist_network_in_colour():
-    """M2: 3 channels of patch 8 make tokens of 192."""
+    """3 channels of patch 8 make tokens of 192."""
     parts = mnist(channels=3)
     assert (parts.net.config.in_channels, PixelFlux().tokens(parts, parts.sample_shape), parts.sample_shape) == (
         192,
         16,
         (3, 32, 32),
     )
-    # A3: two linears in each of 6 double blocks, one in each of 12 single
+    # two linears in each of 6 double blocks, one in each of 12 single
     modulation = PixelFlux().presets(parts.net)["modulation"]
     assert sum(len(matching(pattern, linears(parts.net))) for pattern in modulation) == 6 * 2 + 12

@@ -35,7 +35,7 @@ def table(first: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("code", blocks("python"), ids=["result", "others"])
 def test_snippets_run(code, tmp_path, monkeypatch):
-    """N5: every snippet, with a small model in place of the large one."""
+    """Every snippet, with a small model in place of the large one."""
     monkeypatch.chdir(tmp_path)
     write_tiny_flux(Path(re.search(r'from_pretrained\("(.*?)"', code)[1]))
     small = {'"cuda"': '"cpu"', "1024": "32", "steps=28": "steps=3", "steps=4": "steps=2, height=32, width=32"}
@@ -53,7 +53,7 @@ def test_recipes_load(text):
 
 
 def test_models_are_the_published_ones():
-    """A1, A8, F5, F7: blocks, guidance and shift as the program knows them."""
+    """Blocks, guidance and shift as the program knows them."""
     rows = {row["model"].strip("`"): row for row in table("model")}
     assert rows.keys() == {p.id for p in PUBLISHED if "Redux" not in p.id}
     for name, row in rows.items():
@@ -78,7 +78,7 @@ def full_size(name: str, quant: str) -> tuple[int, int]:
 
 
 def test_memory_is_arithmetic():
-    """Q4: each row from the full-size network on the meta device and 12 bytes per trained parameter."""
+    """Each row from the full-size network on the meta device and 12 bytes per trained parameter."""
     rows = table("base")
     assert len(rows) == 5
     for row in rows:

@@ -61,7 +61,7 @@ def narrowed(function: FunctionType, width: int) -> FunctionType:
 
 @with_and_without_guidance
 def test_every_tensor_of_the_full_network_has_its_place(guidance):
-    """A2: 19 + 38 blocks; diffusers' own reader turns our names back into exactly the network's names and shapes."""
+    """19 + 38 blocks; diffusers' own reader turns our names back into exactly the network's names and shapes."""
     state = full_size(guidance).state_dict()
     bfl = naming.to_bfl(state)
     assert sum(t.numel() for t in bfl.values()) == sum(t.numel() for t in state.values())
@@ -74,7 +74,7 @@ def test_every_tensor_of_the_full_network_has_its_place(guidance):
 
 @with_and_without_guidance
 def test_every_linear_of_the_full_network_has_a_name_in_every_table(guidance):
-    """FORMATS 7: names are distinct, and the rows of every fused weight are taken exactly once."""
+    """Names are distinct, and the rows of every fused weight are taken exactly once."""
     shapes = linear_shapes(full_size(guidance))
     assert len(shapes) == 494 + (10 if guidance else 8)
     places = {name: naming.original_name(name, shapes) for name in shapes}
@@ -91,7 +91,7 @@ def test_every_linear_of_the_full_network_has_a_name_in_every_table(guidance):
 
 @with_and_without_guidance
 def test_same_network_through_from_single_file(guidance, tmp_path, monkeypatch):
-    """A2, FORMATS 1d: bit-equal tensors and answers through diffusers' loader, offline, given the folder of the config."""
+    """Bit-equal tensors and answers through diffusers' loader, offline, given the folder of the config."""
     net = small(guidance)
     save_file({n: t.contiguous() for n, t in naming.to_bfl(net.state_dict()).items()}, tmp_path / "bfl.safetensors")
     net.save_config(tmp_path / "config")
@@ -126,7 +126,7 @@ def answer(net: FluxTransformer2DModel) -> torch.Tensor:
 
 
 def test_halves_of_the_last_modulation_change_places():
-    """A2: BFL has (shift, scale), diffusers (scale, shift)."""
+    """BFL has (shift, scale), diffusers (scale, shift)."""
     net = small(False)
     bfl = naming.to_bfl(net.state_dict())["final_layer.adaLN_modulation.1.weight"]
     own = net.norm_out.linear.weight

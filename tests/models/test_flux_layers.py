@@ -24,13 +24,13 @@ def resolve(net, *targets: dict, kind: str = "lokr"):
 
 
 def test_size_of_schnell(schnell):
-    """A1: parameters and linears of FLUX.1-schnell."""
+    """Parameters and linears of FLUX.1-schnell."""
     assert sum(p.numel() for p in schnell.parameters()) == 11_891_178_560
     assert len(linear_names(schnell)) == 502
 
 
 def test_linears_of_each_set(schnell):
-    """A3: modulation is two linears in each of 19 double blocks and one in each of 38 single ones."""
+    """Modulation is two linears in each of 19 double blocks and one in each of 38 single ones."""
     counts = {name: len(resolve(schnell, {"preset": name})) for name in presets(schnell)}
     # 14 linears in a double block, 6 in a single one
     half = 19 * 14 + 19 * 6 + 19
@@ -44,14 +44,14 @@ def test_linears_of_each_set(schnell):
     [(1, 11_833), (2, 2959), (3, 1315), (4, 739.6), (6, 328.7), (8, 184.9), (10, 173.7), (16, 46.4), (-1, 4.7)],
 )
 def test_sizes_of_lokr_on_all_blocks(schnell, factor, millions):
-    """K4: LoKr on all 494 linears of the blocks."""
+    """LoKr on all 494 linears of the blocks."""
     found = resolve(schnell, {"preset": "blocks", "factor": factor})
     assert count_parameters(found, "lokr") / 1e6 == pytest.approx(millions, rel=1e-3, abs=0.05)
 
 
 @pytest.mark.parametrize(("preset", "factor", "millions"), [("libreflux", 4, 605.2), ("modulation", 1, 3227.5)])
 def test_the_two_published_sizes(schnell, preset, factor, millions):
-    """K5: 600 M and 3.2 B, by the real adapter and by the count."""
+    """600 M and 3.2 B, by the real adapter and by the count."""
     targets = resolve(schnell, {"preset": preset, "factor": factor})
     with torch.device("meta"):
         adapter = Adapter(schnell, "lokr", targets)
@@ -62,7 +62,7 @@ def test_the_two_published_sizes(schnell, preset, factor, millions):
 
 
 def test_edges_and_modulation(schnell):
-    """K5: edges at factor 1 with all modulation at factor 2 are 3.52 B; the first target wins where both match."""
+    """Edges at factor 1 with all modulation at factor 2 are 3.52 B; the first target wins where both match."""
     targets = resolve(schnell, {"preset": "modulation", "factor": 2}, {"preset": "edges", "factor": 1})
     assert count_parameters(targets, "lokr") / 1e9 == pytest.approx(3.52, abs=0.005)
 
@@ -78,7 +78,7 @@ FORMS = [
 
 @pytest.mark.parametrize(("kind", "form"), FORMS)
 def test_count_is_the_adapters_own(kind, form):
-    """K1, K2: the count without building equals what LyCORIS builds, whatever the form."""
+    """The count without building equals what LyCORIS builds, whatever the form."""
     net = PixelFlux().tiny(0).net
     targets = resolve(net, {"preset": "blocks", **form}, kind=kind)
     assert count_parameters(targets, kind) == sum(p.numel() for p in Adapter(net, kind, targets).parameters())
@@ -89,7 +89,7 @@ def test_count_is_the_adapters_own(kind, form):
     [(8, 38, [0, 1, 2], range(19, 38)), (19, 38, range(8), range(19, 38)), (4, 5, [0, 1], [2, 3, 4]), (1, 1, [0], [0])],
 )
 def test_pruned_networks_get_their_own_halves_and_edges(doubles, singles, first, whole):
-    """A8: Flex.1 has 8 double blocks; sets follow the depth of the network at hand."""
+    """Flex.1 has 8 double blocks; sets follow the depth of the network at hand."""
     with torch.device("meta"):
         net = FluxTransformer2DModel(
             num_layers=doubles,

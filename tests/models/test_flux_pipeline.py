@@ -60,7 +60,7 @@ def far(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
 def test_unmasked_is_the_stock_pipeline(stock, cfg):
-    """A9, O19: without masks, at the same lengths, every image is FluxPipeline's own, with and without guidance."""
+    """Without masks, at the same lengths, every image is FluxPipeline's own, with and without guidance."""
     own = quiet(MaskedFluxPipeline(**stock.components))
     settings = {"true_cfg_scale": cfg, "guidance_scale": 2.0, "max_sequence_length": 24, "num_images_per_prompt": 2}
     for output_type in ("latent", "np"):
@@ -81,7 +81,7 @@ def test_unmasked_is_the_stock_pipeline(stock, cfg):
 
 
 def test_padding_does_not_matter(pipe):
-    """X1, X4: with both masks 512 tokens, the prompt's own length, and the stock pipeline at that length agree."""
+    """With both masks 512 tokens, the prompt's own length, and the stock pipeline at that length agree."""
     padded = draw(pipe, max_sequence_length=512)
     assert torch.allclose(padded, draw(pipe, max_sequence_length=5), atol=1e-5)
     stock = FluxPipeline(**pipe.components)
@@ -93,7 +93,7 @@ def test_padding_does_not_matter(pipe):
 
 @pytest.mark.parametrize(("mask", "changes"), [("bool", False), ("none", True), ("libreflux", True)])
 def test_what_padding_holds(pipe, mask, changes):
-    """X1, X3: whatever stands in the padding's embeddings, a masked image does not change by a single bit."""
+    """Whatever stands in the padding's embeddings, a masked image does not change by a single bit."""
     before = draw(pipe, [SHORT, LONG], mask=mask, max_sequence_length=32)
     pad = pipe.text_encoder_2.shared.weight[0]
     kept = pad.clone()
@@ -109,7 +109,7 @@ def test_what_padding_holds(pipe, mask, changes):
 
 @pytest.mark.parametrize("mask", ["bool", "none", "libreflux"])
 def test_a_batch_is_its_rows(pipe, mask):
-    """X4, X9: prompts and negative prompts of different lengths, each pair alone and all in one batch."""
+    """Prompts and negative prompts of different lengths, each pair alone and all in one batch."""
     negatives, settings = ["", "red " * 9], {"mask": mask, "true_cfg_scale": 3.0, "max_sequence_length": 32}
     both = draw(pipe, [SHORT, LONG], negatives, **settings)
     for i, prompt in enumerate([SHORT, LONG]):
@@ -118,7 +118,7 @@ def test_a_batch_is_its_rows(pipe, mask):
 
 
 def test_libreflux_is_neither(pipe):
-    """X3: a bias of 1 on real tokens shows padding e times less than no mask does, and hides nothing."""
+    """A bias of 1 on real tokens shows padding e times less than no mask does, and hides nothing."""
     found = {mask: draw(pipe, mask=mask, t5_mask=False, max_sequence_length=64) for mask in ("bool", "none", "libreflux")}
     assert far(found["libreflux"], found["bool"]) and far(found["libreflux"], found["none"])
     assert not far(draw(pipe, mask="libreflux", max_sequence_length=5), draw(pipe, mask="none", max_sequence_length=5))
@@ -138,7 +138,7 @@ def forwards(pipe, **settings) -> list[tuple[int, int]]:
 
 
 def test_steps_without_guidance(pipe):
-    """N2, O19: one forward where guidance is off or skipped, else two; each text has its own length."""
+    """One forward where guidance is off or skipped, else two; each text has its own length."""
     assert forwards(pipe) == [(1, 5)] * 3
     assert forwards(pipe, true_cfg_scale=4.0) == [(1, 5), (1, 1)] * 3
     assert forwards(pipe, true_cfg_scale=4.0, skip_cfg_steps=2) == [(1, 5), (1, 5), (1, 5), (1, 1)]
@@ -148,7 +148,7 @@ def test_steps_without_guidance(pipe):
 
 
 def test_guidance_of_two_kinds(pipe, folders):
-    """A7, O18: distilled and true guidance act together and apart on dev's shape; schnell's has no distilled one."""
+    """Distilled and true guidance act together and apart on dev's shape; schnell's has no distilled one."""
     images = [draw(pipe, guidance_scale=g, true_cfg_scale=c) for g, c in ((3.5, 1.0), (1.0, 3.5), (2.0, 2.0), (1.0, 1.0))]
     assert all(far(a, b) for i, a in enumerate(images) for b in images[:i])
     schnell = quiet(MaskedFluxPipeline.from_pretrained(folders["schnell"], local_files_only=True))
@@ -175,7 +175,7 @@ def test_parts_of_different_precision(folders, pipe):
 
 @pytest.mark.parametrize("where", ["process", "layer"])
 def test_a_backend_that_drops_masks_is_refused(pipe, where, monkeypatch):
-    """X5: refused before the first step where padding must be hidden, taken where nothing has to be."""
+    """Refused before the first step where padding must be hidden, taken where nothing has to be."""
     if where == "layer":
         processor = list(pipe.transformer.attn_processors.values())[-1]
         monkeypatch.setattr(processor, "_attention_backend", AttentionBackendName.FLASH_VARLEN, raising=False)
@@ -192,7 +192,7 @@ def test_a_backend_that_drops_masks_is_refused(pipe, where, monkeypatch):
 
 
 def test_facts_of_the_folder(tmp_path, pipe, folders):
-    """X9: what the model folder says is used; what the call says goes first; a value nobody knows is refused."""
+    """What the model folder says is used; what the call says goes first; a value nobody knows is refused."""
     folder = tmp_path / "model"
     write_tiny_flux(folder, guidance=True)
     facts = {"family": "x", "mask": "libreflux", "t5_mask": False, "text_length": 20}
@@ -232,7 +232,7 @@ def test_a_cut_prompt_is_told(pipe, caplog):
 
 
 def test_saves_a_plain_folder(tmp_path, pipe):
-    """FORMATS 0.9: programs without this package load what it saves."""
+    """Programs without this package load what it saves."""
     pipe.save_pretrained(tmp_path / "saved")
     again = DiffusionPipeline.from_pretrained(tmp_path / "saved", local_files_only=True)
     assert type(again) is FluxPipeline

@@ -50,7 +50,7 @@ def test_the_folder_follows_the_seed(folder, tmp_path):
 
 
 def test_t5_tokens(pipe):
-    """X6, X8: pad 0, </s> 1 last, one valid token for "", unknown words in letters, cut captions keep their end."""
+    """Pad 0, </s> 1 last, one valid token for "", unknown words in letters, cut captions keep their end."""
     tokens = pipe.tokenizer_2(["", "a red cat", "zq"], padding="max_length", max_length=6, truncation=True)
     assert tokens.input_ids[0] == [1, 0, 0, 0, 0, 0] and [sum(m) for m in tokens.attention_mask] == [1, 5, 4]
     assert all(row[sum(mask) - 1] == 1 for row, mask in zip(tokens.input_ids, tokens.attention_mask))
@@ -70,7 +70,7 @@ def test_clip_tokens(pipe):
 
 @torch.no_grad()
 def test_texts_are_told_apart(pipe):
-    """Both encoders answer to the words, T5 also to padding it is not told to ignore (A9)."""
+    """Both encoders answer to the words, T5 also to padding it is not told to ignore."""
     pooled = pipe._get_clip_prompt_embeds(["a red cat", "a red dog"])
     assert (pooled[0] - pooled[1]).abs().max() > 0.1
     short, long = (pipe._get_t5_prompt_embeds("a red cat", max_sequence_length=n)[0, :5] for n in (8, 256))
@@ -79,7 +79,7 @@ def test_texts_are_told_apart(pipe):
 
 @pytest.mark.parametrize("guidance", [False, True])
 def test_draws_a_image(tmp_path, guidance, pipe):
-    """A7: schnell-like takes no guidance and no shift, dev-like answers to both; both draw."""
+    """Schnell-like takes no guidance and no shift, dev-like answers to both; both draw."""
     if guidance:
         write_tiny_flux(tmp_path / "dev", guidance=True, layers=2, single_layers=1)
         pipe = FluxPipeline.from_pretrained(tmp_path / "dev", local_files_only=True)

@@ -65,7 +65,7 @@ def flux():
 @pytest.mark.parametrize("outputs", [20, 5, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_codes_and_scales_equal_quantos(dtype, outputs):
-    """Q1: symmetric, one scale per output row, in the weight's own dtype; an all-zero row stays zero."""
+    """Symmetric, one scale per output row, in the weight's own dtype; an all-zero row stays zero."""
     layer = linear(outputs=outputs, dtype=dtype)
     theirs = prepared(layer, "int8-quanto").weight
     codes, scale = quantize_rows(layer.weight.detach())
@@ -76,7 +76,7 @@ def test_codes_and_scales_equal_quantos(dtype, outputs):
 
 @pytest.mark.parametrize(("width", "error"), [(256, 0.0069), (3072, 0.0086)])
 def test_forward_error(width, error):
-    """Q1: weight-only error of Gaussian weights, .69 % at 256 inputs and .86 % at 3,072; below 1 %."""
+    """Weight-only error of Gaussian weights, .69 % at 256 inputs and .86 % at 3,072; below 1 %."""
     layer = nn.Linear(width, 64, bias=False)
     layer.weight.data = keyed.noise(0, "weight", 0, [0], (64, width))[0]
     x = keyed.noise(0, "x", 0, range(64), (width,))
@@ -88,7 +88,7 @@ def test_forward_error(width, error):
 @pytest.mark.parametrize("shape", [(7, 48), (2, 5, 48)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_passes_equal_those_of_the_dense_weight(shape, dtype, bias):
-    """Q1: output and input gradient are those of a plain linear with the dequantized weight."""
+    """Output and input gradient are those of a plain linear with the dequantized weight."""
     layer = linear(dtype=dtype, bias=bias)
     ours = prepared(layer, "int8")
     x = keyed.noise(0, "x", 0, [0], shape)[0].to(dtype).requires_grad_()
@@ -116,7 +116,7 @@ def test_output_and_gradient_equal_quantos():
 
 @pytest.mark.parametrize("quant", MODES)
 def test_prepared_base_is_frozen_and_lets_gradients_through(flux, quant):
-    """Q3: nothing of the base requires a gradient (quanto's freeze() turns that on), and backward reaches the input."""
+    """Nothing of the base requires a gradient (quanto's freeze() turns that on), and backward reaches the input."""
     family, parts = flux
     names = prepare_base(parts.net, quant, [], "cpu")
     assert not [n for n, p in parts.net.named_parameters() if p.requires_grad]
@@ -131,7 +131,7 @@ def test_prepared_base_is_frozen_and_lets_gradients_through(flux, quant):
 
 
 def test_velocity_of_the_quantized_network(flux):
-    """Q1: both int8 modes are the same network, within 1 % of the original."""
+    """Both int8 modes are the same network, within 1 % of the original."""
     family, parts = flux
     noisy, sigma = keyed.noise(0, "noise", 0, range(4), parts.sample_shape), torch.tensor([0.1, 0.4, 0.7, 1.0])
     text, results = family.encode_text(parts, ["3 seven"] * 4, 12), {}
@@ -147,7 +147,7 @@ def test_velocity_of_the_quantized_network(flux):
 @pytest.mark.parametrize("quant", MODES)
 @pytest.mark.parametrize("pattern", [p for p in LIBREFLUX if "norm" in p] + ["**.norm1", "norm", "transformer_blocks.0", "a**"])
 def test_exclude_that_matches_no_linear_is_an_error(flux, quant, pattern):
-    """Q2, trap 15: LibreFLUX's patterns name containers and protect nothing; ours refuse, whatever the mode."""
+    """LibreFLUX's patterns name containers and protect nothing; ours refuse, whatever the mode."""
     _, parts = flux
     with pytest.raises(UserError) as error:
         prepare_base(parts.net, quant, ["proj_out", pattern], "cpu", lambda key: f"r.toml:7: {key}")
@@ -173,7 +173,7 @@ EXCLUDED = {
 @pytest.mark.parametrize("quant", ["int8", "int8-quanto"])
 @pytest.mark.parametrize("pattern", EXCLUDED)
 def test_excluded_linears_keep_their_weights(flux, quant, pattern):
-    """Q2: what the pattern names, and no more; the returned names are those that changed type."""
+    """What the pattern names, and no more; the returned names are those that changed type."""
     _, parts = flux
     before = copy.deepcopy(parts.net)
     names = prepare_base(parts.net, quant, [pattern], "cpu")
@@ -185,7 +185,7 @@ def test_excluded_linears_keep_their_weights(flux, quant, pattern):
 
 
 def test_libreflux_list_under_quanto():
-    """Q2: quanto itself, given LibreFLUX's list, excludes 3 linears of 60 in a network of 2 + 4 blocks."""
+    """Quanto itself, given LibreFLUX's list, excludes 3 linears of 60 in a network of 2 + 4 blocks."""
     image = {"channels": 1, "height": 8, "width": 16, "patch": 4, "layers": 2, "single_layers": 4, "heads": 2}
     new = SimpleNamespace(**image, head_dim=16, rope_axes=[4, 6, 6], text_dim=16, pooled_dim=16)
     net = PixelFlux().build(new).net
@@ -196,14 +196,14 @@ def test_libreflux_list_under_quanto():
 
 
 def test_quanto_takes_linears_only():
-    """Q2: the returned names are all that was quantized, in a network with convolutions too."""
+    """The returned names are all that was quantized, in a network with convolutions too."""
     net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 8))
     assert prepare_base(net, "int8-quanto", [], "cpu") == ["2"]
     assert type(net[0]) is nn.Conv2d
 
 
 def test_quantos_freeze_asks_for_gradients():
-    """Q3, trap 32: the library's behaviour that decides the order of prepare_base; if it changes, this says so."""
+    """The library's behaviour that decides the order of prepare_base; if it changes, this says so."""
     holder = nn.Sequential(linear()).requires_grad_(False)
     quantize(holder, weights=qint8)
     freeze(holder)
@@ -224,7 +224,7 @@ def test_dense_weight_is_one_for_both(dtype):
 
 
 def test_storage_counts_int8_as_one_byte():
-    """Q1, Q4: codes 1 byte, scale and bias 4; quanto's weights report the float size they stand for."""
+    """Codes 1 byte, scale and bias 4; quanto's weights report the float size they stand for."""
     layer = nn.Linear(256, 64)
     assert storage_bytes(nn.Sequential(layer)) == 4 * (256 * 64 + 64)
     ours = nn.Sequential(prepared(layer, "int8"))

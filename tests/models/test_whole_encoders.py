@@ -83,20 +83,20 @@ SCALE = "encoder.block.0.layer.0.SelfAttention.q.scale_weight"
 FAULTS = [
     ("text_encoder_2", dropped("block.1.layer.1"), "4 tensors are missing: encoder.block.1.layer.1.DenseReluDense.wi_0.weight"),
     ("text_encoder_2", dropped("shared"), "2 tensors are missing: encoder.embed_tokens.weight, shared.weight"),
-    ("text_encoder_2", lambda t: t | {SCALE: torch.ones(1)}, f"1 tensors are unknown: {SCALE}"),
+    ("text_encoder_2", lambda t: t | {SCALE: torch.ones(1)}, f"1 tensor is unknown: {SCALE}"),
     ("text_encoder", lambda t: {f"te.{name}": v for name, v in t.items()}, "36 tensors are unknown: te.embeddings"),
     (
         "text_encoder",
         lambda t: t | {"final_layer_norm.bias": torch.zeros(31)},
-        "1 tensors are of another shape: final_layer_norm.bias (31,) for (32,)",
+        "1 tensor is of another shape: final_layer_norm.bias (31,) for (32,)",
     ),
     ("vae", dropped("encoder.mid_block"), "26 tensors are missing: encoder.mid_block.attentions.0.group_norm.bias"),
     (
         "vae",
         lambda t: t | {"decoder.conv_in.bias": torch.zeros(3)},
-        "1 tensors are of another shape: decoder.conv_in.bias (3,) for (8,)",
+        "1 tensor is of another shape: decoder.conv_in.bias (3,) for (8,)",
     ),
-    ("vae", lambda t: t | {"quant_conv.bias": torch.zeros(32)}, "1 tensors are unknown: quant_conv.bias"),
+    ("vae", lambda t: t | {"quant_conv.bias": torch.zeros(32)}, "1 tensor is unknown: quant_conv.bias"),
 ]
 
 
@@ -314,7 +314,7 @@ def shorten(folder: Path, kept: int) -> None:
 def test_a_tokenizer_that_knows_no_words_is_refused(model, refused):
     """The file is there; what it holds are the special tokens."""
     shorten(model / "tokenizer_2", 4)
-    assert "takes 'blue' and 'bird' for the same: its vocabulary is missing" in refused()
+    assert "gives 'blue' and 'bird' the same tokens: its vocabulary is missing" in refused()
 
 
 @pytest.mark.parametrize(

@@ -117,16 +117,16 @@ def test_influence_has_one_stream(there):
     assert all(min(block["image"]) > 0 and "text" not in block for block in blocks)
 
 
-@pytest.mark.parametrize("form", ["diffusers", "single", "int8"])
-def test_a_merged_model_is_released_as_what_it_is(there, merged, form, tmp_path):
+@pytest.mark.parametrize("format", ["diffusers", "single", "int8"])
+def test_a_merged_model_is_released_as_what_it_is(there, merged, format, tmp_path):
     out = tmp_path / "my-model"
-    assert main(["export", str(merged), "--format", form, "--out", str(out), "--base", "dedistill/example-small"]) == 0
+    assert main(["export", str(merged), "--format", format, "--out", str(out), "--base", "dedistill/example-small"]) == 0
     card = (out / "README.md").read_text()
     assert "license: cc0-1.0" in card and "base_model: dedistill/example-small" in card
     assert not re.search("flux|T5|black-forest|schnell|ComfyUI", card, re.IGNORECASE)
     for file in out.rglob("*.json"):
         assert "flux" not in file.read_text().lower(), file
-    if form == "single":
+    if format == "single":
         told = header(out / "my-model.safetensors")
         assert told["modelspec.architecture"] == "dedistill-example" and told["modelspec.prediction_type"] == "epsilon"
         assert "flux" not in json.dumps(told).lower()
@@ -138,17 +138,17 @@ def test_a_merged_model_is_released_as_what_it_is(there, merged, form, tmp_path)
 def test_forms_that_do_not_apply_say_so(there, merged, average, tmp_path, capsys):
     assert main(["export", str(merged), "--format", "bfl", "--out", str(tmp_path / "a")]) == 2
     assert "'bfl' is not for example" in capsys.readouterr().err and not (tmp_path / "a").exists()
-    for spelling in ("kohya", "peft"):
-        file = tmp_path / f"{spelling}.safetensors"
-        assert main(["export", str(average), "--format", spelling, "--model", "models/tiny", "--out", str(file)]) == 2
+    for format in ("kohya", "peft"):
+        file = tmp_path / f"{format}.safetensors"
+        assert main(["export", str(average), "--format", format, "--model", "models/tiny", "--out", str(file)]) == 2
         assert not file.exists()
     assert "LoRA only" in capsys.readouterr().err
 
 
 def test_adapters_are_released_and_checked(there, average, tmp_path, capsys):
-    for spelling, begins in (("lycoris", "lycoris_blocks_0_to_q."), ("transformer", "unet.blocks.0.to_q.")):
-        file = tmp_path / spelling / "mine.safetensors"
-        assert main(["export", str(average), "--format", spelling, "--model", "models/tiny", "--out", str(file)]) == 0
+    for format, begins in (("lycoris", "lycoris_blocks_0_to_q."), ("transformer", "unet.blocks.0.to_q.")):
+        file = tmp_path / format / "mine.safetensors"
+        assert main(["export", str(average), "--format", format, "--model", "models/tiny", "--out", str(file)]) == 0
         assert any(name.startswith(begins) for name in load_file(file))
         told = header(file)
         assert (

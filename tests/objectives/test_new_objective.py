@@ -29,10 +29,10 @@ class PseudoHuber(Objective):
     name = "pseudo_huber"
 
     def sample(self, batch: Batch, draws: Draws) -> NoisyBatch:
-        noise, sigma = draws.noise(tuple(batch.pixels.shape[1:])), torch.from_numpy(0.5 + draws.p / 2).float()
-        target = noise - batch.pixels
+        noise, sigma = draws.noise(tuple(batch.latents.shape[1:])), torch.from_numpy(0.5 + draws.p / 2).float()
+        target = noise - batch.latents
         return NoisyBatch(
-            interpolate(batch.pixels, noise, sigma), sigma, target, batch.captions, draws.dropped, batch.names, batch.text
+            interpolate(batch.latents, noise, sigma), sigma, target, batch.captions, draws.dropped, batch.names, batch.text
         )
 
     def loss(self, model: Model, batch: NoisyBatch) -> Tensor:

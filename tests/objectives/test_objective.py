@@ -94,7 +94,7 @@ EVERYTHING = [f.name for f in fields(NoisyBatch)]
 
 @every_kind
 def test_a_task_is_a_function_of_seed_step_and_position(kind, digits):
-    """B6, C4: asked again, by another object, it is the same to the bit; another seed or step is another question."""
+    """Asked again, by another object, it is the same to the bit; another seed or step is another question."""
     source, slots = digits if kind == "flow" else Pairs(), np.arange(16)
     first = objective(kind, source).noisy_batch(3, slots)
     torch.manual_seed(9)
@@ -108,7 +108,7 @@ def test_a_task_is_a_function_of_seed_step_and_position(kind, digits):
 @pytest.mark.parametrize("sizes", [[1] * 16, [4] * 4, [8, 8], [3, 5, 8], [16]], ids=str)
 @every_kind
 def test_micro_batches_ask_the_same_questions(kind, sizes, digits):
-    """B7, trap 10: samples, noise, sigmas, captions and dropout do not depend on how the slots of a step are grouped."""
+    """Samples, noise, sigmas, captions and dropout do not depend on how the slots of a step are grouped."""
     dropping = {"data": {"caption_dropout": 0.5}} if kind == "flow" else {}
     made = objective(kind, digits if kind == "flow" else None, **dropping)
     whole = made.noisy_batch(5, np.arange(16))
@@ -120,7 +120,7 @@ def test_micro_batches_ask_the_same_questions(kind, sizes, digits):
 
 
 def test_sigmas_of_a_step_cover_the_whole_range():
-    """B5, B7, traps 9 and 10: one sigma in each sixteenth of the global batch, at a place that changes from step to step."""
+    """One sigma in each sixteenth of the global batch, at a place that changes from step to step."""
     made = objective()
     order = [(made.noisy_batch(step, np.arange(16)).sigma * 16).long() for step in range(50)]
     assert all(sorted(o.tolist()) == list(range(16)) for o in order)
@@ -132,15 +132,15 @@ def test_flow_matching_task(digits):
     """The noisy sample is (1 - sigma) data + sigma noise and the target noise - data: both from one fresh noise."""
     task = objective(source=digits).noisy_batch(2, np.arange(16))
     batch = digits.draw(0, 2, np.arange(16), 16)
-    noise, s = task.target + batch.pixels, task.sigma.reshape(-1, 1, 1, 1)
+    noise, s = task.target + batch.latents, task.sigma.reshape(-1, 1, 1, 1)
     assert task.noisy.dtype == task.sigma.dtype == torch.float32
-    torch.testing.assert_close(task.noisy, (1 - s) * batch.pixels + s * noise, rtol=0, atol=1e-5)
+    torch.testing.assert_close(task.noisy, (1 - s) * batch.latents + s * noise, rtol=0, atol=1e-5)
     assert float(noise.mean()) == pytest.approx(0, abs=0.1) and float(noise.std()) == pytest.approx(1, abs=0.05)
     assert task.captions == batch.captions and task.names == batch.names
 
 
 def test_distillation_task_ends_at_the_next_stored_point():
-    """R4: asked at a stored point, the target times the width of the window leads exactly to the next stored point."""
+    """Asked at a stored point, the target times the width of the window leads exactly to the next stored point."""
     seen = set()
     for step in range(4):
         task = objective("distill").noisy_batch(step, np.arange(16))
@@ -157,7 +157,7 @@ def test_distillation_task_ends_at_the_next_stored_point():
 
 
 def test_distilling_needs_points_on_the_way():
-    """R4: pairs without a trajectory are refused, not guessed."""
+    """Pairs without a trajectory are refused, not guessed."""
 
     class Ends(Pairs):
         def draw(self, *args, **kwargs):
@@ -176,11 +176,11 @@ def oracle_loss(task: NoisyBatch, places: np.ndarray) -> float:
 
 
 def test_reflow_uses_the_stored_noise():
-    """R2, trap 22: the field of the pairs has loss 0 on them; with permuted or fresh noise there is nothing to learn."""
+    """The field of the pairs has loss 0 on them; with permuted or fresh noise there is nothing to learn."""
     slots = np.arange(64)
     task = objective("reflow", batch=64).noisy_batch(0, slots)
     batch = Pairs().draw(0, 0, slots, 64)
-    torch.testing.assert_close(task.target + batch.pixels, batch.noise, rtol=0, atol=1e-6)
+    torch.testing.assert_close(task.target + batch.latents, batch.noise, rtol=0, atol=1e-6)
     assert oracle_loss(task, slots) < 1e-10
     permuted = Pairs()
     permuted.permuted = True
@@ -224,7 +224,7 @@ def test_the_density_is_that_of_training_only(digits):
     [("flow", None, 0.1), ("flow", 0.25, 0.25), ("flow", 0.0, 0), ("distill", None, 0), ("reflow", None, 0)],
 )
 def test_rate_of_dropped_captions(kind, given, wanted):
-    """N8, trap 22: a tenth for images unless told otherwise, none for pairs; within a percent over 20,000 slots."""
+    """A tenth for images unless told otherwise, none for pairs; within a percent over 20,000 slots."""
     settings = {} if given is None else {"data": {"caption_dropout": given}}
     made = objective(kind, batch=2000, **settings)
     drops = torch.stack([made.noisy_batch(step, np.arange(2000)).dropped for step in range(10 if wanted else 1)]).float()
@@ -244,7 +244,7 @@ class Listening(PixelFlux):
 
 
 def test_dropped_captions_are_the_empty_prompt_entirely(digits):
-    """N8, trap 24: embeds, mask and pooled vector of '' together, one real token; other rows keep their caption."""
+    """Embeds, mask and pooled vector of '' together, one real token; other rows keep their caption."""
     model = build_model(recipe(data={"caption_dropout": 0.5}))
     model.family = Listening()
     made = objective(source=digits, data={"caption_dropout": 0.5})

@@ -1,4 +1,4 @@
-"""Averages of deltas: exact when dense, nearest when brought back to an adapter, and not the average of factors (E6)."""
+"""Averages of deltas: exact when dense, nearest when brought back to an adapter, and not the average of factors."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def wanted(kind: str, weights: np.ndarray, noise: float = 0.3) -> dict[str, torc
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_dense_is_the_average_of_the_weights(kind, tmp_path):
-    """E6: for every layer and alpha, whatever the factors; scale included."""
+    """For every layer and alpha, whatever the factors; scale included."""
     snapshots = write(tmp_path / "snapshots", kind)
     averages = chain_averages([0.2, 0.6, 1.0], len(STEPS), tmp_path / "out")
     write_dense(snapshots, averages)
@@ -68,7 +68,7 @@ def test_dense_is_the_average_of_the_weights(kind, tmp_path):
 
 
 def test_averages_of_factors_and_of_deltas_differ_by_the_identity(tmp_path):
-    """E6: lerp(dW) - dW(lerp) = alpha (1 - alpha) (A2 - A1) x (B2 - B1), through both writers."""
+    """lerp(dW) - dW(lerp) = alpha (1 - alpha) (A2 - A1) x (B2 - B1), through both writers."""
     snapshots, alpha = write(tmp_path / "snapshots", "lokr")[:2], 0.4
     (factors,) = lerp_snapshots(snapshots, [alpha], tmp_path / "factors")
     (dense,) = averages = chain_averages([alpha], 2, tmp_path / "dense")
@@ -84,7 +84,7 @@ def test_averages_of_factors_and_of_deltas_differ_by_the_identity(tmp_path):
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_refactored_has_the_sizes_of_the_snapshots_and_the_error_that_it_states(kind, tmp_path):
-    """E6: loads where a snapshot loads; its distance from the average of the weights is what was said."""
+    """Loads where a snapshot loads; its distance from the average of the weights is what was said."""
     snapshots = write(tmp_path / "snapshots", kind)
     averages = chain_averages([0.2, 0.6], len(STEPS), tmp_path / "out")
     lost = write_refactored(snapshots, averages)
@@ -99,7 +99,7 @@ def test_refactored_has_the_sizes_of_the_snapshots_and_the_error_that_it_states(
 
 @pytest.mark.parametrize("kind", ["lokr", "lora"])
 def test_refactored_is_the_nearest(kind):
-    """E6: no other Kronecker product, or product of this rank, is as close (Eckart and Young): perturbed ones are further."""
+    """No other Kronecker product, or product of this rank, is as close (Eckart and Young): perturbed ones are further."""
     factors = {"lokr": ("lokr_w1", "lokr_w2"), "lora": ("lora_up.weight", "lora_down.weight")}[kind]
     each = [tensors(kind, step) for step in STEPS]
     layer = {f: [t[f"lycoris_a.{f}"].double() for t in each] for f in factors}
@@ -115,7 +115,7 @@ def test_refactored_is_the_nearest(kind):
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_equal_snapshots_lose_nothing(kind, tmp_path):
-    """E6: what is an adapter stays that adapter."""
+    """What is an adapter stays that adapter."""
     snapshots = write(tmp_path / "snapshots", kind, noise=0.0)
     averages = chain_averages([0.3], len(STEPS), tmp_path / "out")
     (misfit,) = write_refactored(snapshots, averages)
@@ -137,7 +137,7 @@ def test_whole_weights_are_sent_to_factors(space, tmp_path):
 
 @pytest.mark.parametrize("space", ["delta", "refactored", "factors"])
 def test_damage_leaves_nothing_behind(space, tmp_path):
-    """E8: the hash is only known at the end, when almost everything has been written."""
+    """The hash is only known at the end, when almost everything has been written."""
     snapshots = write(tmp_path / "snapshots", "lokr")
     raw = bytearray(snapshots[1].path.read_bytes())
     raw[-1] ^= 1

@@ -48,7 +48,7 @@ def tool(*arguments: object) -> int:
 
 
 def test_widths_from_the_tracked_averages(run, capsys):
-    """E3, E4: a tracked width is its own last snapshot; one far outside is made, with a warning that says how far off."""
+    """A tracked width is its own last snapshot; one far outside is made, with a warning that says how far off."""
     assert tool(run, "--sigma-rel", "0.1", "0.075", "0.02") == 0
     said = capsys.readouterr().out
     assert "8 snapshots of the averages of sigma_rel 0.05 and 0.1, up to step 8" in said and "3 averages in" in said
@@ -63,7 +63,7 @@ def test_widths_from_the_tracked_averages(run, capsys):
 
 
 def test_the_header_lists_every_input(run):
-    """E8: file of which average, hash and weight, which add up to 1; what it stands for; no warning is lost in it."""
+    """File of which average, hash and weight, which add up to 1; what it stands for; no warning is lost in it."""
     assert tool(run, "--sigma-rel", "0.075") == 0
     with safe_open(run / "posthoc" / "sigma_rel_0.075.safetensors", framework="pt") as f:
         header = f.metadata()
@@ -76,7 +76,7 @@ def test_the_header_lists_every_input(run):
 
 
 def test_as_of_an_earlier_step(run, capsys):
-    """E4, E5: nothing later has a part in it."""
+    """Nothing later has a part in it."""
     assert tool(run, "--sigma-rel", "0.1", "--step", "4") == 0
     found = load_file(run / "posthoc" / "sigma_rel_0.1.safetensors")
     tracked = load_file(run / "snapshots" / "ema_0.1" / "step-00000004.safetensors")
@@ -89,7 +89,7 @@ def test_as_of_an_earlier_step(run, capsys):
 
 @pytest.mark.parametrize("space", ["factors", "refactored"])
 def test_adapters_of_both_kinds_are_candidates_of_the_sweep(run, space, capsys):
-    """E9: they load into the recipe's network like any snapshot."""
+    """They load into the recipe's network like any snapshot."""
     assert tool(run, "--alpha", "0.5", "--sigma-rel", "0.075", "--space", space) == 0
     said = capsys.readouterr().out
     assert ("refactoring lost" in said) == (space == "refactored")
@@ -103,7 +103,7 @@ def test_adapters_of_both_kinds_are_candidates_of_the_sweep(run, space, capsys):
 
 @pytest.mark.parametrize("kind", [("--alpha", "0.4"), ("--sigma-rel", "0.075")])
 def test_merged_is_the_average_of_the_weights(run, kind, tmp_path, capsys):
-    """E6: base + average of deltas, to bfloat16, is the average of what each snapshot merges to; the base stays."""
+    """Base + average of deltas, to bfloat16, is the average of what each snapshot merges to; the base stays."""
     assert tool(run, *kind, "--space", "merged", "--out", tmp_path / "merged") == 0
     (folder,) = (tmp_path / "merged").iterdir()
     assert tool(run, *kind, "--space", "delta") == 0
@@ -143,7 +143,6 @@ def _header(path: Path) -> dict[str, str]:
 
 
 def test_a_gap_can_be_skipped(run, capsys):
-    """T25."""
     (run / "snapshots" / "step-00000004.safetensors").unlink()
     assert tool(run) == 1
     assert "step-00000004.safetensors' is missing" in capsys.readouterr().err
@@ -158,8 +157,8 @@ def test_a_gap_can_be_skipped(run, capsys):
         (["--sigma-rel", "0"], "sigma_rel = 0"),
         (["--sigma-rel", "nan"], "expects a finite number"),
         (["--sigma-rel", "0.1", "--step", "5"], "--step 5: there are snapshots of steps 2, 4, 6, 8"),
-        (["--step", "3"], "--step 3 leaves 1 snapshots"),
-        (["--skip", "5"], "has and misses no snapshot of step 5"),
+        (["--step", "3"], "--step 3 leaves 1 snapshot"),
+        (["--skip", "5"], "has no snapshot of this step, and none is missing"),
         (["--alpha", "0"], "alpha = 0"),
     ],
 )
@@ -171,7 +170,7 @@ def test_what_cannot_be_made(run, arguments, message, capsys):
 
 @pytest.mark.parametrize("damage", ["none", "flip", "foreign"])
 def test_what_was_tracked_wrongly_is_refused(run, damage, capsys):
-    """T25, for the tracked averages as for snapshots."""
+    """Tracked averages as snapshots are: missing, damaged, or of another run."""
     if damage == "none":
         for folder in (run / "snapshots").glob("ema_*"):
             shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Power-law averages: the width and its exponent, the update, and what two stored ones give (E3-E5)."""
+"""Power-law averages: the width and its exponent, the update, and what two stored ones give."""
 
 import numpy as np
 import pytest
@@ -48,27 +48,25 @@ def error(found: np.ndarray, wanted: np.ndarray, last: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("sigma", "gamma"), [(0.05, 16.9722), (0.1, 6.9372), (0.15, 3.5579), (0.2, 1.8262)])
 def test_known_exponents(sigma, gamma):
-    """E3."""
     assert exponent(sigma) == pytest.approx(gamma, abs=5e-5)
 
 
 @pytest.mark.parametrize("sigma", [0.001, 0.01, 0.05, 0.1, 0.2, 0.28, 0.2886])
 def test_width_and_exponent_are_inverse(sigma):
-    """E3, both ways."""
     assert width(exponent(sigma)) == pytest.approx(sigma, rel=1e-9)
     assert exponent(width(exponent(sigma))) == pytest.approx(exponent(sigma), rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("sigma", [0.0, -0.1, WIDEST, 0.29, 1.0, float("nan")])
 def test_a_width_that_no_average_has_is_refused(sigma):
-    """E3: .2887 is that of the plain mean."""
+    """.2887 is that of the plain mean."""
     with pytest.raises(UserError, match=r"sigma_rel.*between 0 and 0\.2887"):
         exponent(sigma)
 
 
 @pytest.mark.parametrize("sigma", [0.03, 0.05, 0.1, 0.25])
 def test_the_update_makes_the_profile(sigma):
-    """E3: tracked on unit vectors, the weights of the steps have the width asked for and the power's mean."""
+    """Tracked on unit vectors, the weights of the steps have the width asked for and the power's mean."""
     weights = track(np.eye(STEPS), sigma, [STEPS])[STEPS]
     times = np.arange(1, STEPS + 1) / STEPS
     mean = float((weights * times).sum())
@@ -79,7 +77,7 @@ def test_the_update_makes_the_profile(sigma):
 
 @pytest.mark.parametrize("every", [10, 100])
 def test_updates_far_apart_count_their_time(every):
-    """E5: with the interval as it is, an update each hundred steps keeps width and mean age; taken as 1 it would not."""
+    """With the interval as it is, an update each hundred steps keeps width and mean age; taken as 1 it would not."""
     weights = track(np.eye(STEPS), 0.1, [STEPS], every)[STEPS]
     times = np.arange(1, STEPS + 1) / STEPS
     mean = float((weights * times).sum())
@@ -95,7 +93,7 @@ def test_updates_far_apart_count_their_time(every):
 
 @pytest.mark.parametrize(("count", "wanted"), [(4, 4.5e-2), (8, 7.4e-3), (16, 8.5e-4), (32, 8.4e-5)])
 def test_reconstruction_of_a_random_walk(walk, stored, count, wanted):
-    """E4: width .15 from the averages of .05 and .10."""
+    """Width .15 from the averages of .05 and .10."""
     direct = track(walk, 0.15, [STEPS])[STEPS]
     value, expected, weights = rebuilt(stored, 0.15, count)
     assert error(value, direct, walk[-1]) == pytest.approx(wanted, rel=0.15)
@@ -105,7 +103,7 @@ def test_reconstruction_of_a_random_walk(walk, stored, count, wanted):
 @pytest.mark.parametrize("count", [4, 8, 16])
 @pytest.mark.parametrize("sigma", [0.02, 0.03, 0.075, 0.2, 0.25])
 def test_the_expected_error_is_the_error(walk, stored, sigma, count):
-    """E4: outside the tracked widths it grows, and is known beforehand: .03 is poor."""
+    """Outside the tracked widths it grows, and is known beforehand: .03 is poor."""
     direct = track(walk, sigma, [STEPS])[STEPS]
     value, expected, _ = rebuilt(stored, sigma, count)
     assert error(value, direct, walk[-1]) == pytest.approx(expected, rel=0.15)
@@ -116,28 +114,28 @@ def test_the_expected_error_is_the_error(walk, stored, sigma, count):
 @pytest.mark.parametrize("sigma", STORED)
 @pytest.mark.parametrize("count", [2, 8, 32])
 def test_a_tracked_width_is_itself(walk, stored, sigma, count):
-    """E4: exactly the stored average."""
+    """Exactly the stored average."""
     value, expected, weights = rebuilt(stored, sigma, count)
     np.testing.assert_allclose(value, stored[sigma][STEPS], atol=1e-9)
     assert expected < 1e-7 and np.isclose(weights, 1).sum() == 1
 
 
 def test_an_earlier_time(walk, stored):
-    """E4: as of step 2000, from what there was by then."""
+    """As of step 2000, from what there was by then."""
     direct = track(walk, 0.15, [2000])[2000]
     value, expected, _ = rebuilt(stored, 0.15, 32, step=2000)
     assert error(value, direct, walk[1999]) == pytest.approx(expected, rel=0.15) and expected < 1e-3
 
 
 def test_later_averages_are_not_used():
-    """E5: they hold weights that the target must not."""
+    """They hold weights that the target must not."""
     with pytest.raises(ValueError, match="later"):
         coefficients([Profile(10, 5.0), Profile(20, 5.0)], Profile(15, 5.0))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_weights_add_up_to_one(count):
-    """E5: at few snapshots a plain least-squares solution does not."""
+    """At few snapshots a plain least-squares solution does not."""
     for sigma in (0.03, 0.15, 0.25):
         profiles = [Profile(t, exponent(s)) for s in STORED for t in np.linspace(STEPS / count, STEPS, count)]
         assert coefficients(profiles, Profile(STEPS, exponent(sigma))).sum() == pytest.approx(1, abs=1e-12)

@@ -1,4 +1,4 @@
-"""Sealed snapshots: what was changed, lost, renamed or brought from another run is refused by name (RELIABILITY T25)."""
+"""Checksummed snapshots: what was changed, lost, renamed or brought from another run is refused by name."""
 
 import shutil
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dedistill.adapters.files import read_tensors
 from dedistill.errors import UserError
-from dedistill.io.safetensors import SEAL, SealedReader, check_seal
+from dedistill.io.safetensors import CHECKSUM, ChecksummedReader, verify_checksum
 from dedistill.posthoc.snapshots import PREVIOUS, find_snapshots, write_snapshot
 
 STEPS = range(10, 210, 10)
@@ -44,18 +44,18 @@ def folder(twenty, tmp_path):
     return shutil.copytree(twenty, tmp_path / "snapshots")
 
 
-def test_any_program_reads_a_sealed_file(folder):
-    """What is sealed is an ordinary safetensors file; our own readers check the seal and keep it to themselves."""
+def test_any_program_reads_a_checksummed_file(folder):
+    """A checksummed file is an ordinary safetensors file; our own readers verify the checksum and keep it to themselves."""
     path = path_of(folder, 20)
     assert all(torch.equal(t, tensors(20)[n]) for n, t in load_file(path).items())
     with safe_open(path, framework="pt") as f:
         assert (
-            set(f.metadata()) == {"format", "dedistill.run", "dedistill.step", PREVIOUS, SEAL}
-            and f.metadata()[SEAL] != "0" * 64
+            set(f.metadata()) == {"format", "dedistill.run", "dedistill.step", PREVIOUS, CHECKSUM}
+            and f.metadata()[CHECKSUM] != "0" * 64
         )
     found, header = read_tensors(path)
-    assert found.keys() == tensors(20).keys() and SEAL not in header
-    check_seal(path)
+    assert found.keys() == tensors(20).keys() and CHECKSUM not in header
+    verify_checksum(path)
 
 
 def test_the_same_snapshot_has_the_same_bytes(folder, tmp_path):
@@ -66,7 +66,7 @@ def test_the_same_snapshot_has_the_same_bytes(folder, tmp_path):
 
 
 def test_every_flipped_bit_is_found_by_name(folder, tmp_path):
-    """T25, E8: in length, header, seal and numbers alike, bit by bit of one file; nothing is written."""
+    """In length, header, checksum and numbers alike, bit by bit of one file; nothing is written."""
     path = path_of(folder, 100)
     good = path.read_bytes()
     for at in range(len(good)):
@@ -91,7 +91,7 @@ def test_a_flipped_bit_is_found_wherever_a_snapshot_is_used(folder):
 
 @pytest.mark.parametrize("step", STEPS[:-1])
 def test_a_missing_one_is_named(step, folder, tmp_path):
-    """T25: each of twenty but the last, of which nothing tells; --skip takes the gap."""
+    """Each of twenty but the last, of which nothing tells; --skip takes the gap."""
     path_of(folder, step).unlink()
     with pytest.raises(UserError, match=rf"{path_of(folder, step).name}' is missing.*--skip {step}"):
         average(folder, tmp_path / "out")
@@ -101,7 +101,7 @@ def test_a_missing_one_is_named(step, folder, tmp_path):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_one_of_another_run_is_named(step, folder, tmp_path):
-    """T25: same names and shapes, same step, other numbers, each of twenty."""
+    """Same names and shapes, same step, other numbers, each of twenty."""
     other = write(tmp_path / "other" / "snapshots", run=1)
     shutil.copy(path_of(other, step), path_of(folder, step))
     with pytest.raises(UserError, match=path_of(folder, step).name):
@@ -110,7 +110,7 @@ def test_one_of_another_run_is_named(step, folder, tmp_path):
 
 
 def test_a_damaged_one_can_be_skipped(folder, tmp_path):
-    """T25: it is not even opened then; the average says what it was made from."""
+    """It is not even opened then; the average says what it was made from."""
     path_of(folder, 100).write_bytes(b"nothing")
     with pytest.raises(UserError, match="step-00000100"):
         average(folder, tmp_path / "out")
@@ -128,14 +128,14 @@ def test_a_renamed_one_is_refused(folder, tmp_path):
         average(folder, tmp_path / "out")
 
 
-def test_one_without_a_seal_is_refused(folder, tmp_path):
+def test_one_without_a_checksum_is_refused(folder, tmp_path):
     save_file(tensors(100), path_of(folder, 100), metadata={"dedistill.step": "100"})
-    with pytest.raises(UserError, match=r"step-00000100.* carries no hash"):
+    with pytest.raises(UserError, match=r"step-00000100.* carries no checksum"):
         average(folder, tmp_path / "out")
 
 
 def test_an_unknown_step_to_skip_is_refused(folder):
-    with pytest.raises(UserError, match="has and misses no snapshot of step 55"):
+    with pytest.raises(UserError, match=r"--skip 55: .* has no snapshot of this step, and none is missing"):
         find_snapshots(folder, [55])
 
 
@@ -155,9 +155,9 @@ def test_a_file_of_another_length_is_damaged(folder, left):
     raw = path.read_bytes()
     path.write_bytes(raw + b"\0" if left == "more" else raw[:-1])
     with pytest.raises(UserError, match="step-00000100"):
-        check_seal(path)
+        verify_checksum(path)
 
 
 def test_what_is_not_read_to_its_end_is_not_said_to_be_whole(folder):
-    with SealedReader(path_of(folder, 100)) as file, pytest.raises(UserError, match="damaged"):
+    with ChecksummedReader(path_of(folder, 100)) as file, pytest.raises(UserError, match="damaged"):
         file.finish()

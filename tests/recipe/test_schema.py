@@ -105,7 +105,7 @@ CONTRADICTIONS = [
     (["train.lr_floor=0.1"], "train.lr_floor: has no effect with schedule = 'constant'"),
     (
         ["train.spike=0.5"],
-        "train.spike: 0.5 times the usual gradient norm is no spike; use more than 1, or 0 for no limit",
+        "train.spike: 0.5 times the usual gradient norm is not a spike; use more than 1, or 0 for no limit",
     ),
     (
         ["train.optimizer=adamw_bf16", "train.precision=bf16"],

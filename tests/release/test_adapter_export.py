@@ -1,4 +1,4 @@
-"""Adapter files on their way out: header, every spelling, and who loads how much of it."""
+"""Adapter files on their way out: header, every format, and who loads how much of it."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def loads(file: Path, base: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_headers(base, tmp_path):
-    """FORMATS 1c: what is required, in strings; the snapshot's own facts stay."""
+    """What is required, in strings; the snapshot's own facts stay."""
     file = snapshot(base, tmp_path / "a.safetensors", "lokr", EVERYWHERE)
     said = header(export_adapter(file, tmp_path / "out.safetensors", "lycoris", base))
     assert {f"modelspec.{k}" for k in ("sai_model_spec", "implementation", "title", "resolution")} <= said.keys()
@@ -71,7 +71,7 @@ def test_headers(base, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lokr", "mixed", "lora"])
 def test_lycoris_builds_the_same_layers_from_the_config(kind, base, tmp_path):
-    """FORMATS 1c: a LyCORIS network made from the header has our tensors' names and shapes, and takes them."""
+    """A LyCORIS network made from the header has our tensors' names and shapes, and takes them."""
     file = snapshot(base, tmp_path / "a.safetensors", kind.replace("mixed", "lokr"), EVERYWHERE, kind == "mixed")
     out = export_adapter(file, tmp_path / "out.safetensors", "lycoris", base)
     config = json.loads(header(out)["lycoris_config"])
@@ -92,7 +92,7 @@ def test_lycoris_builds_the_same_layers_from_the_config(kind, base, tmp_path):
 
 
 def test_peft_metadata_gives_the_same_adapter(base, tmp_path):
-    """FORMATS 1c: with the header's LoraConfig and without it, diffusers ends with the same network."""
+    """With the header's LoraConfig and without it, diffusers ends with the same network."""
     out = export_adapter(
         snapshot(base, tmp_path / "a.safetensors", "lora", EVERYWHERE), tmp_path / "p.safetensors", "peft", base
     )
@@ -113,7 +113,7 @@ def test_peft_metadata_gives_the_same_adapter(base, tmp_path):
 
 
 def test_who_loads_what(base, tmp_path):
-    """FORMATS 1a, 1b: the tables, on our own files in every spelling."""
+    """The tables, on our own files in every format."""
     lokr = snapshot(base, tmp_path / "lokr.safetensors", "lokr", BLOCKS)
     mixed = snapshot(base, tmp_path / "mixed.safetensors", "lokr", BLOCKS, mixed=True)
     lora = snapshot(base, tmp_path / "lora.safetensors", "lora", EVERYWHERE)
@@ -136,7 +136,7 @@ def test_who_loads_what(base, tmp_path):
 
 
 def test_the_table_for_load_lora_weights_is_what_diffusers_does(base, tmp_path):
-    """FORMATS 1b: its own converter and its filter, on kohya's names in and outside the blocks, and on LyCORIS' LoRA."""
+    """Its own converter and its filter, on kohya's names in and outside the blocks, and on LyCORIS' LoRA."""
     lora = snapshot(base, tmp_path / "lora.safetensors", "lora", [n for n in EVERYWHERE if "single" not in n])
     kohya = export_adapter(lora, tmp_path / "k.safetensors", "kohya", base)
     (verdict,) = (v for v in check_file(kohya, base) if v.program == "diffusers, load_lora_weights")
@@ -157,7 +157,7 @@ def test_the_table_for_load_lora_weights_is_what_diffusers_does(base, tmp_path):
 
 @pytest.mark.parametrize("guidance", [False, True])
 def test_every_linear_at_full_size_is_in_comfyuis_table(guidance):
-    """FORMATS 1b: 19 + 38 blocks on meta; a LoKr on every linear loads whole in ComfyUI, LyCORIS and load_lokr."""
+    """19 + 38 blocks on meta; a LoKr on every linear loads whole in ComfyUI, LyCORIS and load_lokr."""
     config = full_config("black-forest-labs/FLUX.1-dev" if guidance else "", False)
     shapes = linear_shapes(skeleton(config))
     assert len(shapes) == 494 + (10 if guidance else 8)

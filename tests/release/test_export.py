@@ -1,4 +1,4 @@
-"""Exports: every form read back by its reader gives the same network; headers and cards say what they must."""
+"""Exports: every format read back by its reader gives the same network; headers and cards say what they must."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def card(folder: Path) -> dict:
 
 
 def test_diffusers_folder_is_a_whole_pipeline(base, tmp_path):
-    """FORMATS 1d: shards with an index; FluxPipeline loads the folder, its network gives the same answers."""
+    """Shards with an index; FluxPipeline loads the folder, its network gives the same answers."""
     export_model(base, tmp_path / "out", "diffusers", shard_bytes=100_000)
     assert (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").exists()
     pipe = FluxPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
@@ -88,7 +88,7 @@ def test_a_folder_that_points_to_its_encoders_is_made_whole(base, tmp_path):
 
 
 def test_single_file_has_every_tensor_and_says_what_it_is(base, tmp_path):
-    """FORMATS 1c, 1d: diffusers' names; ModelSpec's required keys, strings only."""
+    """Diffusers' names; ModelSpec's required keys, strings only."""
     export_model(base, tmp_path / "single", "single")
     file = tmp_path / "single" / "single.safetensors"
     tensors, net = load_file(file), Denoiser(base)
@@ -101,7 +101,7 @@ def test_single_file_has_every_tensor_and_says_what_it_is(base, tmp_path):
 
 
 def test_bfl_file_joins_what_bfl_fuses(base, tmp_path):
-    """FORMATS 1d: the streamed file equals the names and tensors of the map that diffusers' reader inverts."""
+    """The streamed file equals the names and tensors of the map that diffusers' reader inverts."""
     from dedistill.models.flux.naming import to_bfl
 
     export_model(base, tmp_path / "bfl", "bfl")
@@ -109,16 +109,16 @@ def test_bfl_file_joins_what_bfl_fuses(base, tmp_path):
     assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
 
 
-@pytest.mark.parametrize("form", ["single", "bfl"])
-def test_a_file_we_wrote_is_a_base_again(form, base, tmp_path):
-    """FORMATS 1d: model.path takes either single file, with the encoders of the folder it came from."""
-    export_model(base, tmp_path / form, form)
-    net = load_transformer(tmp_path / form / f"{form}.safetensors", base)
+@pytest.mark.parametrize("format", ["single", "bfl"])
+def test_a_file_we_wrote_is_a_base_again(format, base, tmp_path):
+    """model.path takes either single file, with the encoders of the folder it came from."""
+    export_model(base, tmp_path / format, format)
+    net = load_transformer(tmp_path / format / f"{format}.safetensors", base)
     assert torch.equal(answer(net), answer(FluxTransformer2DModel.from_pretrained(base / "transformer")))
 
 
 def test_int8_export_is_our_int8_base(base, tmp_path):
-    """Q1: codes and answers equal those of quantizing the loaded network; what is excluded stays as it was."""
+    """Codes and answers equal those of quantizing the loaded network; what is excluded stays as it was."""
     export_model(base, tmp_path / "int8", "int8", exclude=["proj_out", "**.norm1.linear"])
     net = FluxTransformer2DModel.from_pretrained(base / "transformer")
     prepare_base(net, "int8", ["proj_out", "**.norm1.linear"], "cpu")
@@ -135,8 +135,8 @@ def test_int8_export_is_our_int8_base(base, tmp_path):
 
 def test_a_damaged_folder_is_refused_by_tensor(base, tmp_path):
     for change, match in (
-        ("drop", "misses 1 tensors.*x_embedder"),
-        ("add", "does not know 1 tensors.*extra"),
+        ("drop", "misses 1 tensor.*x_embedder"),
+        ("add", "does not know 1 tensor.*extra"),
         ("cut", "safetensors"),
     ):
         folder = tmp_path / change
@@ -170,7 +170,7 @@ def test_a_damaged_folder_is_refused_by_tensor(base, tmp_path):
     ],
 )
 def test_licences(source, config, licence):
-    """FORMATS 1f: from the name, or from a guidance embedding where the name tells nothing; dev is never given away."""
+    """From the name, or from a guidance embedding where the name tells nothing; dev is never given away."""
     base = base_of(PUBLISHED, source, config)
     assert licence_for(base, None) == licence
     if licence == DEV:
@@ -187,7 +187,7 @@ def test_a_name_that_contradicts_the_network_is_refused():
 
 
 def test_cards(base, tmp_path):
-    """FORMATS 1f: front matter, usage, padding, training, licence; provenance outweighs what the user says."""
+    """Front matter, usage, padding, training, licence; provenance outweighs what the user says."""
     export_model(base, tmp_path / "out", "single")
     front, text = card(tmp_path / "out"), (tmp_path / "out" / "README.md").read_text()
     assert front["license"] == "apache-2.0" and front["base_model"] == "black-forest-labs/FLUX.1-schnell"
@@ -217,12 +217,12 @@ def test_cards(base, tmp_path):
     assert written(SCHNELL, {}, base="black-forest-labs/FLUX.1-schnell", licence="mit")["license"] == "mit"
 
 
-@pytest.mark.parametrize("form", ["diffusers", "single", "bfl", "int8"])
-def test_python_in_cards_compiles(form, base, tmp_path):
-    export_model(base, tmp_path / "out", form)
+@pytest.mark.parametrize("format", ["diffusers", "single", "bfl", "int8"])
+def test_python_in_cards_compiles(format, base, tmp_path):
+    export_model(base, tmp_path / "out", format)
     text = (tmp_path / "out" / "README.md").read_text()
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert bool(blocks) == (form != "single")
+    assert bool(blocks) == (format != "single")
     for block in blocks:
         compile(block, "card", "exec")
 

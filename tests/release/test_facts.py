@@ -96,7 +96,7 @@ def test_a_full_training_says_how_it_was_made(home, tmp_path):
 
 
 def test_guidance_of_the_training_is_that_of_the_pipeline(home, tmp_path):
-    """A7, A8: a model that was fed 1 is fed 1, one that passed it by passes it by, until something else is asked for."""
+    """A model that was fed 1 is fed 1, one that passed it by passes it by, until something else is asked for."""
 
     def drawn(folder, **settings):
         pipe = MaskedFluxPipeline.from_pretrained(folder)
@@ -121,7 +121,7 @@ def test_guidance_of_the_training_is_that_of_the_pipeline(home, tmp_path):
 
 
 def test_weights_are_merged_where_they_belong(home, tmp_path):
-    """Q5: another base, or another form of adapter, is an error; a base that was moved is not."""
+    """Another base, or another form of adapter, is an error; a base that was moved is not."""
     other, lora = load_recipe(home / "elsewhere.toml"), load_recipe(home / "lora.toml")
     with pytest.raises(UserError, match=r"was trained on '.*base', the recipe's model\.path is '.*other'"):
         merge_adapter(other, snapshot(home, "lokr"), tmp_path / "no")
@@ -140,7 +140,7 @@ def test_weights_are_merged_where_they_belong(home, tmp_path):
 
 
 def test_provenance_goes_through_a_single_file(home, tmp_path):
-    """Q5: base -> merge -> BFL file -> merge: both merges, and the first base."""
+    """Base -> merge -> BFL file -> merge: both merges, and the first base."""
     merge_adapter(load_recipe(home / "lokr.toml"), snapshot(home, "lokr"), tmp_path / "first", dtype="fp32")
     export_model(tmp_path / "first", tmp_path / "bfl", "bfl")
     text = (home / "lokr.toml").read_text()

@@ -94,7 +94,7 @@ def alone(recipe, path):
 
 @pytest.mark.parametrize(("form", "family"), [*((form, "pixel_flux") for form in FORMS), ("lokr-rank", "flux")])
 def test_merged_reloaded_and_adapted_are_one(form, family, tmp_path):
-    """FORMATS 7: to 1e-6 in fp32, every linear of the network adapted."""
+    """To 1e-6 in fp32, every linear of the network adapted."""
     recipe = recipe_for(tmp_path / "a", write_base(family, tmp_path / "base"), family, form)
     model = trained(recipe, tmp_path / "a.safetensors")
     assert len(model.targets) == len(linear_names(model.parts.net))
@@ -117,7 +117,7 @@ def test_other_spellings_merge_to_the_same_bytes(tmp_path):
 
 
 def test_merging_again_on_top(tmp_path):
-    """Q5: a new adapter on the merged base starts where the old one ended; the chain of both is kept."""
+    """A new adapter on the merged base starts where the old one ended; the chain of both is kept."""
     base = write_base("pixel_flux", tmp_path / "base")
     first = recipe_for(tmp_path / "a", base)
     wanted = answer(trained(first, tmp_path / "a.safetensors"))
@@ -136,7 +136,7 @@ def test_merging_again_on_top(tmp_path):
 
 @pytest.mark.parametrize(("size", "nearest"), [(1e-3, (0.75, 0.82)), (1e-2, (0.12, 0.22))])
 def test_what_rounding_loses(size, nearest):
-    """FORMATS 0 row 4: at 1e-3 of the weight, nearest leaves most entries where they were; stochastic keeps it all."""
+    """At 1e-3 of the weight, nearest leaves most entries where they were; stochastic keeps it all."""
     weight = keyed.noise(0, "w", 0, [0], (512, 512))[0].bfloat16()
     delta = keyed.noise(0, "d", 0, [0], (512, 512))[0] * size
     total = weight.float() + delta

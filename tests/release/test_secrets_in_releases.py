@@ -43,8 +43,8 @@ def home(tmp_path_factory, photos) -> Path:
     return folder
 
 
-def export(source: Path, out: Path, form: str = "diffusers", *more: object) -> int:
-    return tool("export_model", source, "--format", form, "--out", out, *more)
+def export(source: Path, out: Path, format: str = "diffusers", *more: object) -> int:
+    return tool("export_model", source, "--format", format, "--out", out, *more)
 
 
 def merge(home: Path, out: Path, base: Path | None = None, weights: Path | None = None) -> int:
@@ -135,7 +135,7 @@ def test_components_are_taken_from_a_pipeline_only(kind, home, tmp_path, capsys)
     (tmp_path / "base/dedistill.json").write_text(json.dumps({"components": str(private)}))
     assert export(tmp_path / "base", tmp_path / "out") == 1
     said = capsys.readouterr().err
-    assert str(private) in said and "no pipeline folder" in said and not list(tmp_path.glob("out*"))
+    assert str(private) in said and "not a pipeline folder" in said and not list(tmp_path.glob("out*"))
 
 
 def leading_out(kind: str, folder: Path, outside: Path) -> Path:
@@ -224,12 +224,12 @@ def merged(home) -> Path:
     return home / "merged"
 
 
-@pytest.mark.parametrize("form", ["diffusers", "int8", "single", "bfl"])
-def test_a_released_model_names_no_place(form, home, merged, tmp_path):
+@pytest.mark.parametrize("format", ["diffusers", "int8", "single", "bfl"])
+def test_a_released_model_names_no_place(format, home, merged, tmp_path):
     """Not in dedistill.json, configs, headers and card; how it was trained is told."""
-    assert export(merged, tmp_path / "x", form) == 0
+    assert export(merged, tmp_path / "x", format) == 0
     assert telling(tmp_path / "x", PLACE, "unreleased-product", '"product', str(home)) == []
-    if form in ("diffusers", "int8"):
+    if format in ("diffusers", "int8"):
         facts = json.loads((tmp_path / "x/dedistill.json").read_text())
     else:
         header = said_in(tmp_path / "x/x.safetensors")
@@ -241,12 +241,12 @@ def test_a_released_model_names_no_place(form, home, merged, tmp_path):
     assert "`base`" in (tmp_path / "x/README.md").read_text()
 
 
-@pytest.mark.parametrize("form", ["peft", "kohya", "lycoris"])
-def test_a_released_adapter_names_no_place(form, home, tmp_path):
+@pytest.mark.parametrize("format", ["peft", "kohya", "lycoris"])
+def test_a_released_adapter_names_no_place(format, home, tmp_path):
     source = home / "run/snapshots/step-00000002.safetensors"
     assert PLACE in said_in(source)["dedistill.recipe"], "a run is continued by it"
     out = tmp_path / "adapter.safetensors"
-    assert export(source, out, form, "--model", home / "base") == 0
+    assert export(source, out, format, "--model", home / "base") == 0
     assert telling(tmp_path, PLACE, "unreleased-product", '"product') == []
     assert said_in(out)["ss_learning_rate"] == "0.01" and said_in(out)["dedistill.step"] == "2"
 
@@ -273,9 +273,9 @@ def test_provenance_of_others_is_not_passed_on(home, tmp_path):
     step |= {"dtype": "bf16", "rounding": "nearest", "lost": 0.0}
     facts = {"family": "flux", "auths": {"x": TOKEN}, "merges": [step], "base": {"path": f"/{TOKEN}/thing"}}
     (folder / "dedistill.json").write_text(json.dumps(facts))
-    for form in ("diffusers", "single"):
-        assert export(folder, tmp_path / form, form) == 0
-        assert telling(tmp_path / form, TOKEN) == []
+    for format in ("diffusers", "single"):
+        assert export(folder, tmp_path / format, format) == 0
+        assert telling(tmp_path / format, TOKEN) == []
 
 
 def test_a_released_adapter_still_knows_its_base(home, tmp_path, capsys):
@@ -291,7 +291,7 @@ def test_a_released_adapter_still_knows_its_base(home, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "was trained on 'base'" in said and "give its folder the name 'base'" in said and not (tmp_path / "three").exists()
     assert export(home / "base", tmp_path / "four", "single", "--base", home / "base") == 2
-    assert not (tmp_path / "four").exists() and "no hub id" in capsys.readouterr().err
+    assert not (tmp_path / "four").exists() and "not a hub id" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

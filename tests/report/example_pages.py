@@ -103,7 +103,7 @@ def run(folder: Path) -> Path:
 def selection(folder: Path) -> Path:
     """Twelve cells, some of them burnt."""
     how = [at(8, cfg) for cfg in (1.0, 2.0, 4.0)]
-    cells = [{"candidate": name, **a.facts, "passes": a.nfe()} for name in ("base", "last <b>") for a in how]
+    cells = [{"candidate": name, **a.facts, "nfe": a.nfe()} for name in ("base", "last <b>") for a in how]
     rows = []
     for i, cell in enumerate(cells):
         burnt = 0.01 * cell["cfg"] ** 2

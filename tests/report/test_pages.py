@@ -208,6 +208,16 @@ def test_broken_files_are_the_users_to_mend(tmp_path, file, content):
         write_sweep_page(tmp_path)
 
 
+@pytest.mark.parametrize(("file", "what"), [("index.json", "image 0"), ("scores.json", "cells 0")])
+def test_steps_that_are_not_counted_are_refused(tmp_path, file, what):
+    """They need not be there, as in sweeps of earlier versions."""
+    write_sweep(tmp_path)
+    first = lambda table: table[0] if isinstance(table, list) else table["cells"][0]  # noqa: E731
+    rewrite(tmp_path / file, lambda table: first(table).update(steps="8"))
+    with pytest.raises(UserError, match=f"{what}: 'steps' is missing or has the wrong type"):
+        write_sweep_page(tmp_path)
+
+
 @pytest.mark.parametrize("file", ["../secret.png", "/etc/secret.png", "images/none.png", "scores.json"])
 def test_a_image_outside_missing_or_broken_is_refused(tmp_path, file):
     write_sweep(tmp_path)

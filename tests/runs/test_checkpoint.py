@@ -34,7 +34,7 @@ def test_newest_good_one_is_read_back(folder):
 @pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "manifest.json"])
 @pytest.mark.parametrize("bit", [3, 1000, -2])
 def test_any_flipped_bit_is_found_and_named(folder, name, bit):
-    """T6: safetensors itself loads such a file without an error."""
+    """Safetensors itself loads such a file without an error."""
     path = folder / "step-00000030" / name
     raw = bytearray(path.read_bytes())
     raw[bit % len(raw)] ^= 16
@@ -46,7 +46,6 @@ def test_any_flipped_bit_is_found_and_named(folder, name, bit):
 
 @pytest.mark.parametrize("hurt", ["truncate", "remove", "zero"])
 def test_truncated_missing_and_zeroed_files_are_found(folder, hurt):
-    """T7."""
     path = folder / "step-00000030" / "trainable.safetensors"
     raw = path.read_bytes()
     if hurt == "remove":
@@ -74,7 +73,7 @@ def test_only_bad_ones_stop_the_run_again_and_again(folder):
 
 
 def test_a_rotten_checkpoint_does_not_count_as_kept(folder):
-    """T7: with the older of two rotten, the next save keeps the good ones and drops what is older than both."""
+    """With the older of two rotten, the next save keeps the good ones and drops what is older than both."""
     (folder / "step-00000030" / "optimizer.safetensors").write_bytes(b"rot")
     ck.save_checkpoint(folder, 40, group(40), {"skipped": 0}, keep=2)
     assert [p.name for p in ck.list_checkpoints(folder) if not ck.damage(p)] == ["step-00000020", "step-00000040"]
@@ -88,7 +87,7 @@ def test_empty_folder_is_a_fresh_start(tmp_path):
 
 @pytest.mark.parametrize("fails_at", range(1, 7))
 def test_write_error_leaves_nothing_behind_and_the_old_ones_intact(folder, monkeypatch, fails_at):
-    """T5: ENOSPC at every file of a save names the path and the bytes."""
+    """ENOSPC at every file of a save names the path and the bytes."""
     calls = 0
     real = os.fsync
 
@@ -133,7 +132,7 @@ def save_and_crash(folder, point: int) -> int:
 
 
 def test_killed_at_any_point_of_a_save_the_newest_whole_one_loads(folder):
-    """T2: SIGKILL before every fsync, rename and directory open of the save path."""
+    """SIGKILL before every fsync, rename and directory open of the save path."""
     survived, points = set(), 0
     for point in range(1, 12):
         status = save_and_crash(folder, point)

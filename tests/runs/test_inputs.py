@@ -38,7 +38,7 @@ def test_another_base_is_refused_by_name(adapter_recipe, own_base, capsys):
     capsys.readouterr()
     assert main([str(adapter_recipe), "--set", "train.steps=8"]) == 1
     err = capsys.readouterr().err
-    assert "model.path: 1 files differ from those that the run in" in err and file in err and "dedistill.toml:" in err
+    assert "model.path: 1 file differs from those that the run in" in err and file in err and "dedistill.toml:" in err
 
 
 def test_the_base_is_read_once_per_run_and_again_only_when_touched(adapter_recipe, own_base, tmp_path, files_read):
@@ -90,7 +90,7 @@ def test_a_base_of_the_same_size_and_time_is_refused(adapter_recipe, own_base, c
     file = swap_number(own_base, at)
     capsys.readouterr()
     assert main(longer(adapter_recipe)) == 1
-    assert "model.path: 1 files differ" in (err := capsys.readouterr().err) and str(file) in err
+    assert "model.path: 1 file differs" in (err := capsys.readouterr().err) and str(file) in err
 
 
 def test_a_base_whose_whole_stamp_was_kept_is_refused(adapter_recipe, own_base, tmp_path, capsys):
@@ -104,7 +104,7 @@ def test_a_base_whose_whole_stamp_was_kept_is_refused(adapter_recipe, own_base, 
     record.write_bytes(checksummed(told))
     capsys.readouterr()
     assert main(longer(adapter_recipe)) == 1
-    assert "model.path: 1 files differ" in (err := capsys.readouterr().err) and str(file) in err
+    assert "model.path: 1 file differs" in (err := capsys.readouterr().err) and str(file) in err
 
 
 def test_the_same_base_on_another_disk_goes_on(adapter_recipe, own_base, tmp_path, capsys):
@@ -158,7 +158,7 @@ def test_other_pairs_are_refused(teacher_recipe, tmp_path, capsys):
     capsys.readouterr()
     assert main(student) == 1
     err = capsys.readouterr().err
-    assert "data.path: 1 files differ" in err and str(folder / "pairs.json") in err
+    assert "data.path: 1 file differs" in err and str(folder / "pairs.json") in err
 
 
 def test_a_start_that_failed_binds_nothing(adapter_recipe, base_model, tmp_path, capsys):
@@ -208,7 +208,7 @@ def test_an_older_export_is_replaced(teacher_recipe, tmp_path):
 
 
 def test_a_full_disk_at_the_export_is_named(teacher_recipe, tmp_path, capsys, small_disk):
-    """T5: safetensors reports it as no OSError; the older folder and the checkpoint stay."""
+    """Safetensors reports it as no OSError; the older folder and the checkpoint stay."""
     assert main([str(teacher_recipe)]) == 0
     model = tmp_path / "teacher" / "model"
     (model / "run.json").unlink()

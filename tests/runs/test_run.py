@@ -52,7 +52,7 @@ def test_metrics_rows_are_complete(adapter_recipe, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
 @pytest.mark.parametrize("stop", [2, 4])
 def test_resumed_equals_uninterrupted_and_differs_from_weights_only(adapter_recipe, tmp_path, stop, optimizer, monkeypatch):
-    """C4 and RELIABILITY 3, the three-way oracle: A uninterrupted, B stopped and continued, C with the optimizer lost."""
+    """Three runs: A uninterrupted, B stopped and continued, C with the optimizer lost."""
     precision = ["train.precision=bf16"] if optimizer == "adamw_bf16" else []
     settings = [f"train.optimizer={optimizer}", *precision]
     a = run(adapter_recipe, tmp_path / "a", *settings)
@@ -100,7 +100,7 @@ def _forget_optimizer(folder: Path) -> None:
 
 
 def test_micro_batches_change_nothing_but_rounding(adapter_recipe, tmp_path):
-    """B7, O6, trap 25: 32 x 1 and 8 x 4 see the same samples, noise and sigmas."""
+    """32 x 1 and 8 x 4 see the same samples, noise and sigmas."""
     big = run(adapter_recipe, tmp_path / "big", "train.batch=32", "train.lr=1e-3")
     small = run(adapter_recipe, tmp_path / "small", "train.batch=32", "train.lr=1e-3", "train.micro_batch=8")
     a, b = weights(big), weights(small)
@@ -111,7 +111,6 @@ def test_micro_batches_change_nothing_but_rounding(adapter_recipe, tmp_path):
 
 
 def test_gradient_checkpointing_gives_the_same_weights(adapter_recipe, tmp_path):
-    """G4."""
     a = run(adapter_recipe, tmp_path / "a")
     b = run(adapter_recipe, tmp_path / "b", "train.gradient_checkpointing=true")
     assert max(float((weights(a)[k] - weights(b)[k]).abs().max()) for k in weights(a)) < 1e-6

@@ -78,7 +78,7 @@ def everything(source: PairSource) -> list[tuple[np.ndarray, np.ndarray, str]]:
 
 
 def test_the_facts_are_stored(made):
-    """R3, trap 22: scale, solver, steps, negative prompt and teacher, beside the hash of every shard."""
+    """Scale, solver, steps, negative prompt and teacher, beside the hash of every shard."""
     facts = read_checksummed(made.folder / "pairs.json")
     assert facts == made.facts and facts["complete"] is True
     assert {k: facts[k] for k in ("teacher", "cfg", "steps", "seed", "count", "shard_size")} == {
@@ -92,7 +92,7 @@ def test_the_facts_are_stored(made):
 
 
 def test_images_come_again_from_the_stored_noise(made, teacher):
-    """R5: from the noise, the caption and the facts alone, every image and every point on the way to 1e-5."""
+    """From the noise, the caption and the facts alone, every image and every point on the way to 1e-5."""
     noise, states, captions = zip(*everything(PairSource(made.folder)))
     noise, states = torch.from_numpy(np.stack(noise)), torch.from_numpy(np.stack(states))
     facts, sigmas = made.facts, sigma_grid(made.facts["steps"])
@@ -109,7 +109,7 @@ def test_images_come_again_from_the_stored_noise(made, teacher):
 
 @pytest.mark.parametrize("mask", ["bool", "none"])
 def test_a_different_teacher_has_another_hash(mask, teacher):
-    """R3: the hash follows the weights of the network and of the trained part, and nothing else."""
+    """The hash follows the weights of the network and of the trained part, and nothing else."""
     adapter = {"adapter": {"kind": "lokr", "targets": [{"preset": "attention"}], "init": "perturbed_normal"}}
     first = teacher_hash(model())
     assert first == teacher_hash(teacher) != teacher_hash(model(seed=1))
@@ -122,7 +122,7 @@ def test_a_different_teacher_has_another_hash(mask, teacher):
 
 
 def test_making_again_changes_nothing(copy, teacher, digits):
-    """R3: a finished folder is left as it is, to the time of its files, and nothing is computed."""
+    """A finished folder is left as it is, to the time of its files, and nothing is computed."""
     stamps = {p.name: p.stat().st_mtime_ns for p in copy.glob("*.tar")}
     calls = []
     facts = make_pairs(teacher, digits, copy, **SETTINGS, progress=lambda done, total: calls.append(done))
@@ -158,7 +158,7 @@ def _tear(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_delete_last, _cut_middle, _interrupt, _forget, _tear])
 def test_a_restart_gives_the_same_bytes(damage, made, copy, teacher, digits):
-    """R3, R5: whatever was lost is made again, byte for byte, and what was there is kept."""
+    """Whatever was lost is made again, byte for byte, and what was there is kept."""
     damage(copy)
     calls = []
     facts = make_pairs(teacher, digits, copy, **SETTINGS, progress=lambda done, total: calls.append(done))
@@ -174,7 +174,7 @@ def test_a_restart_gives_the_same_bytes(damage, made, copy, teacher, digits):
     ids=lambda c: next(iter(c)),
 )
 def test_other_settings_do_not_mix(change, copy, teacher, digits):
-    """R3: pairs of another scale, solver grid, seed or teacher are refused, told by name and value, and left alone."""
+    """Pairs of another scale, solver grid, seed or teacher are refused, told by name and value, and left alone."""
     before = shards(copy)
     with pytest.raises(UserError, match="holds pairs made differently") as caught:
         make_pairs(teacher, digits, copy, **SETTINGS | change)
@@ -185,7 +185,7 @@ def test_other_settings_do_not_mix(change, copy, teacher, digits):
 
 
 def test_a_shifted_teacher_walks_its_own_sigmas(copy, digits, tmp_path_factory):
-    """R3, S6: timesteps.shift of the teacher's recipe moves the grid, is stored, and does not mix with another."""
+    """timesteps.shift of the teacher's recipe moves the grid, is stored, and does not mix with another."""
     shifted = model(timesteps={"shift": 3.0})
     with pytest.raises(UserError, match=r"holds pairs made differently \(shift: 1\.0 there, 3\.0 here; sigmas: "):
         make_pairs(shifted, digits, copy, **SETTINGS)
@@ -195,14 +195,14 @@ def test_a_shifted_teacher_walks_its_own_sigmas(copy, digits, tmp_path_factory):
 
 @pytest.mark.parametrize("points", [4, 5, 12])
 def test_points_that_are_no_states_of_the_solver(points, tmp_path, teacher, digits):
-    """R4, R5: only states that were computed can be stored."""
+    """Only states that were computed can be stored."""
     with pytest.raises(UserError, match=f"--points {points} does not divide --steps 6") as caught:
         make_pairs(teacher, digits, tmp_path / "out", **SETTINGS | {"points": points})
     assert caught.value.exit_code == 2 and not (tmp_path / "out").exists()
 
 
 def test_pairs_do_not_depend_on_shards(made, tmp_path, teacher, digits):
-    """R5: pair i is the same, whatever shard it lies in and whichever pairs were computed with it."""
+    """Pair i is the same, whatever shard it lies in and whichever pairs were computed with it."""
     make_pairs(teacher, digits, tmp_path, **SETTINGS | {"shard_size": 7})
     for one, other in zip(everything(PairSource(tmp_path)), everything(PairSource(made.folder))):
         assert one[2] == other[2] and np.array_equal(one[0], other[0])
@@ -210,12 +210,12 @@ def test_pairs_do_not_depend_on_shards(made, tmp_path, teacher, digits):
 
 
 def test_prompts_do_not_depend_on_their_number(digits):
-    """N1, R5: prompt i is the same in a set of another size, as noise i is, so that a larger set contains the smaller."""
+    """Prompt i is the same in a set of another size, as noise i is, so that a larger set contains the smaller."""
     assert digits.prompts(0, 20)[:7] == digits.prompts(0, 7)
 
 
 def test_every_pair_is_drawn_once_per_epoch_and_none_is_both(made):
-    """R2, trap 22: training and held-out pairs are disjoint and make up all; noise, image and caption go together."""
+    """Training and held-out pairs are disjoint and make up all; noise, image and caption go together."""
     source, stored = PairSource(made.folder), {}
     for i, pair in enumerate(everything(source)):
         stored[f"pairs/{i}"] = pair
@@ -227,7 +227,7 @@ def test_every_pair_is_drawn_once_per_epoch_and_none_is_both(made):
         for k, name in enumerate(batch.names):
             noise, states, caption = stored[name]
             assert batch.captions[k] == caption and np.array_equal(batch.noise[k], noise)
-            assert np.array_equal(batch.trajectory[k], states) and np.array_equal(batch.pixels[k], states[-1])
+            assert np.array_equal(batch.trajectory[k], states) and np.array_equal(batch.latents[k], states[-1])
     assert batch.trajectory_sigmas.tolist() == made.facts["sigmas"] and source.image == (1, 8, 16)
     later = [source.draw(0, step, np.arange(8), 8).names for step in range(5, 30)]
     assert not {n for names in later for n in names} & set(held_out.names)
@@ -236,7 +236,7 @@ def test_every_pair_is_drawn_once_per_epoch_and_none_is_both(made):
 
 
 def test_prompts_of_pairs_are_keyed_and_as_many_as_asked_for(made):
-    """R5: stored captions with repetition, of training pairs, too, so that a reflowed model can make pairs again."""
+    """Stored captions with repetition, of training pairs, too, so that a reflowed model can make pairs again."""
     source = PairSource(made.folder)
     captions = [pair[2] for pair in everything(source)]
     prompts = source.prompts(3, 400)
@@ -245,7 +245,7 @@ def test_prompts_of_pairs_are_keyed_and_as_many_as_asked_for(made):
 
 
 def test_pairs_are_made_from_the_captions_of_pairs(made, teacher, tmp_path):
-    """R5: a second round of reflow, with more pairs than captions are held out."""
+    """A second round of reflow, with more pairs than captions are held out."""
     source = PairSource(made.folder)
     make_pairs(teacher, source, tmp_path, **SETTINGS | {"count": 60})
     again = PairSource(tmp_path)
@@ -254,7 +254,7 @@ def test_pairs_are_made_from_the_captions_of_pairs(made, teacher, tmp_path):
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
 def test_a_damaged_shard_is_refused_by_name(damage, copy):
-    """R3: a flipped bit, a cut file and a lost one are found before anything is trained on them."""
+    """A flipped bit, a cut file and a lost one are found before anything is trained on them."""
     raw = bytearray((copy / SHARDS[1]).read_bytes())
     raw[5000] ^= 1
     (copy / SHARDS[1]).write_bytes(raw if damage == "bit" else raw[:4096])
@@ -265,13 +265,13 @@ def test_a_damaged_shard_is_refused_by_name(damage, copy):
 
 
 def test_unfinished_missing_or_few_pairs_are_refused(copy, tmp_path_factory, teacher, digits):
-    """R3: the message says what is missing and which tool makes it."""
+    """The message says what is missing and which tool makes it."""
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(UserError, match=f"no pairs in '{empty}'.*dedistill pairs"):
         PairSource(empty)
     _interrupt(copy)
-    with pytest.raises(UserError, match=r"is unfinished \(1 shards\); run dedistill pairs again"):
+    with pytest.raises(UserError, match=r"is unfinished \(1 shard\); run dedistill pairs again"):
         PairSource(copy)
     make_pairs(teacher, digits, empty, **SETTINGS | {"count": 1})
-    with pytest.raises(UserError, match="holds 1 pairs"):
+    with pytest.raises(UserError, match="holds 1 pair"):
         PairSource(empty)

@@ -69,7 +69,7 @@ def count_calls(net: torch.nn.Module) -> list[int]:
 
 
 def test_rows_of_noise_do_not_depend_on_their_number():
-    """N1: seeds fixed per cell: row i is the same in a sheet of 3 and of 9; seeds and rows differ."""
+    """Seeds fixed per cell: row i is the same in a sheet of 3 and of 9; seeds and rows differ."""
     many, few = start_noise(5, 9, IMAGE), start_noise(5, 3, IMAGE)
     assert many.shape == (9, *IMAGE) and torch.equal(many[:3], few)
     assert not torch.equal(start_noise(6, 3, IMAGE), few) and not torch.equal(few[0], few[1])
@@ -103,7 +103,7 @@ def by_hand(own: Model, noise: torch.Tensor, sigmas: np.ndarray, cfg: float, ski
     ],
 )
 def test_guidance_costs_and_gives_what_it_says(cfg, skip, steps, evaluations):
-    """O19, N2, N3: CFG 1 needs one evaluation per step, the first ``skip`` steps too; the result is that of the formula."""
+    """CFG 1 needs one evaluation per step, the first ``skip`` steps too; the result is that of the formula."""
     own, noise = model(), start_noise(0, len(PROMPTS), IMAGE)
     calls = count_calls(own.parts.net)
     found = sample(own, PROMPTS, noise, at(steps, cfg, skip))
@@ -127,12 +127,12 @@ def test_chunks_make_the_same_images(masked, monkeypatch):
 
 
 def test_a_micro_batch_bounds_sampling_too():
-    """G4: a model that only fits two samples at a time makes images two at a time."""
+    """A model that only fits two samples at a time makes images two at a time."""
     assert model(train={"micro_batch": 2}).chunk == 2 and model().chunk == 256
 
 
 def test_images_are_made_on_the_shifted_sigmas_of_the_recipe(tmp_path):
-    """S6: the grid of a sweep follows timesteps.shift, a number or the family's own."""
+    """The grid of a sweep follows timesteps.shift, a number or the family's own."""
     own = model(timesteps={"shift": 3.0})
     auto = model(timesteps={"shift": "auto"})
     assert own.grid_shift == 3.0 and auto.grid_shift == auto.shift(auto.parts.sample_shape) != 1.0 == model().grid_shift
@@ -147,7 +147,7 @@ def test_images_are_made_on_the_shifted_sigmas_of_the_recipe(tmp_path):
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
 def test_padding_is_invisible_to_a_masked_model_only(cfg, masked):
-    """X1, X4, trap 1: padded to 8, 12, 24 or 48 tokens a prompt gives one image; without the mask it gives four."""
+    """Padded to 8, 12, 24 or 48 tokens a prompt gives one image; without the mask it gives four."""
     noise, how = start_noise(0, 3, IMAGE), at(4, cfg)
     for own, same in ((masked, True), (model("none"), False)):
         first, *others = (sample(own, PROMPTS, noise, how, length=n) for n in (8, 12, 24, 48))
@@ -175,7 +175,7 @@ def test_leaving_a_trajectory_early_leaves_the_mode_too():
 
 
 def test_numbers_of_images():
-    """N6: burnt pixels, contrast and detail order flat, blurred, natural, noisy and saturated images as they should."""
+    """Burnt pixels, contrast and detail order flat, blurred, natural, noisy and saturated images as they should."""
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     noise = keyed.noise(0, "image", 0, [0], (16, 16))[0]
     wave = 0.8 * torch.sin(2 * torch.pi * x / 16) * torch.cos(2 * torch.pi * y / 16)
@@ -230,23 +230,23 @@ def test_precision_and_recall():
 
 
 def test_the_judge_reads_digits(judge):
-    """C1: better than 97 % on digits it never saw; real canvases agree with true captions, and with no others."""
+    """Better than 97 % on digits it never saw; real canvases agree with true captions, and with no others."""
     source = load_digits(0.0)
     assert judge.held_out_accuracy > 0.97
     batch = source.draw(0, 0, np.arange(200), 200)
-    assert judge.correct(batch.pixels, batch.captions).tolist() == [1.0] * 200
+    assert judge.correct(batch.latents, batch.captions).tolist() == [1.0] * 200
     unseen = source.draw(0, 0, np.arange(200), 200, held_out=True)
-    assert judge.correct(unseen.pixels, unseen.captions).mean() > 0.96
+    assert judge.correct(unseen.latents, unseen.captions).mean() > 0.96
     shifted = batch.captions[1:] + batch.captions[:1]
-    assert judge.correct(batch.pixels, shifted).mean() < 0.25
+    assert judge.correct(batch.latents, shifted).mean() < 0.25
     assert judge_for(source).side == 8 and judge_for(object()) is None
 
 
 def test_prompts_without_digits_have_no_accuracy(judge, tmp_path):
-    """M6: they are left out of the mean, and a sweep of only such prompts has none."""
+    """They are left out of the mean, and a sweep of only such prompts has none."""
     source = load_digits(0.0)
     batch = source.draw(0, 0, np.arange(2), 2)
-    assert np.isnan(judge.correct(batch.pixels, [batch.captions[0], "a cat"])).tolist() == [False, True]
+    assert np.isnan(judge.correct(batch.latents, [batch.captions[0], "a cat"])).tolist() == [False, True]
     mixed = Grid((ClassifierFree(),), prompts=("two, then three!", "a cat"), seeds=(0,))
     (cell,) = run([Opened().candidate("a")], tmp_path / "mixed", mixed, judge)["cells"]
     rows = strict(tmp_path / "mixed" / "index.json")
@@ -258,7 +258,7 @@ def test_prompts_without_digits_have_no_accuracy(judge, tmp_path):
 
 
 def test_another_judge_judges_again(tmp_path, judge):
-    """N1: cells are reused only with the scores of a judge made from the same images."""
+    """Cells are reused only with the scores of a judge made from the same images."""
     source = load_digits(0.0)
     source.train = tuple(part[:-1] for part in source.train)
     other = DigitJudge(source)
@@ -271,8 +271,8 @@ def test_another_judge_judges_again(tmp_path, judge):
 
 
 def test_the_judge_measures_distance_to_real_digits(judge):
-    """C1: real digits are near and lie among real ones; noise, black and broken images do not."""
-    real = load_digits(0.0).draw(1, 0, np.arange(300), 300, held_out=True).pixels
+    """Real digits are near and lie among real ones; noise, black and broken images do not."""
+    real = load_digits(0.0).draw(1, 0, np.arange(300), 300, held_out=True).latents
     near = judge.numbers(real)
     assert near["precision"] > 0.8 and near["recall"] > 0.6
     noise, black, lost = keyed.noise(0, "bad", 0, range(300), IMAGE), -torch.ones_like(real), torch.full_like(real, torch.nan)
@@ -315,7 +315,7 @@ def strict(path: Path):
 
 
 def test_a_sweep_is_complete(tmp_path, judge):
-    """N1, N2: a row per image with its settings and numbers, the image at its own resolution, CFG 1 only once."""
+    """A row per image with its settings and numbers, the image at its own resolution, CFG 1 only once."""
     scores = run(Opened().pair(), tmp_path, judge=judge)
     rows = strict(tmp_path / "index.json")
     places = {(r["candidate"], r["cfg"], r["skip"], r["prompt"], r["seed"]) for r in rows}
@@ -356,7 +356,7 @@ def test_a_sweep_with_clip(tmp_path):
 
 
 def test_a_sweep_makes_only_what_is_missing(tmp_path):
-    """N1: nothing twice; new weights, another setting or a lost image remake their cells and no others."""
+    """Nothing twice; new weights, another setting or a lost image remake their cells and no others."""
     first = run(Opened().pair(), tmp_path)
     files, before = {p: p.read_bytes() for p in tmp_path.glob("*.json")}, stamps(tmp_path)
     assert run((opened := Opened()).pair(), tmp_path) == first and opened.names == []
@@ -374,7 +374,7 @@ def test_a_sweep_makes_only_what_is_missing(tmp_path):
 
 
 def test_several_step_counts_are_cells_of_their_own(tmp_path):
-    """N1: the candidate's own count keeps the plain folder, so that cells made before are found; images differ by steps."""
+    """The candidate's own count keeps the plain folder, so that cells made before are found; images differ by steps."""
     once = Grid(classifier_free((1.0, 3.0), (0, 2)), tuple(PROMPTS), (0,))
     before = run([Opened().candidate("last")], tmp_path, once)["cells"]
     opened = Opened()
@@ -391,7 +391,7 @@ def test_several_step_counts_are_cells_of_their_own(tmp_path):
 
 
 def test_an_interrupted_sweep_continues(tmp_path):
-    """N1: cells finished before the interruption are kept, and the whole equals one that was never interrupted."""
+    """Cells finished before the interruption are kept, and the whole equals one that was never interrupted."""
 
     def stop(line):
         raise KeyboardInterrupt
@@ -412,8 +412,21 @@ def test_a_damaged_cell_is_made_again(tmp_path, damage):
     assert run(Opened().pair(), tmp_path) == whole
 
 
+@pytest.mark.parametrize("earlier", [{}, {"passes": 5}])
+def test_the_cost_of_a_cell_that_was_made_earlier_is_nfe(tmp_path, earlier):
+    """Cells of earlier versions say "passes", the oldest nothing; neither is made again."""
+    grid = Grid(classifier_free((3.0,), (1,)), tuple(PROMPTS), (0,))
+    before = run([Opened().candidate("last")], tmp_path, grid)
+    file = next(tmp_path.rglob("cell.json"))
+    table = json.loads(file.read_text())
+    assert table["cell"].pop("nfe") == 5
+    file.write_text(json.dumps({**table, "cell": table["cell"] | earlier}))
+    opened = Opened()
+    assert run([opened.candidate("last")], tmp_path, grid) == before and opened.names == []
+
+
 def test_numbers_that_are_measured_otherwise_are_measured_again(tmp_path, monkeypatch):
-    """N1: a cell whose numbers are of another version of the meters is made again."""
+    """A cell whose numbers are of another version of the meters is made again."""
     opened = Opened()
     run(opened.pair(), tmp_path)
     monkeypatch.setattr("dedistill.evaluation.sweep.VERSION", -1)
@@ -422,13 +435,13 @@ def test_numbers_that_are_measured_otherwise_are_measured_again(tmp_path, monkey
 
 
 def test_a_judge_that_comes_later_judges_all(tmp_path, judge):
-    """N1: cells made without a judge have no accuracy, so a sweep with one does not reuse their scores."""
+    """Cells made without a judge have no accuracy, so a sweep with one does not reuse their scores."""
     run(Opened().pair(), tmp_path)
     assert all("accuracy" in c for c in run(Opened().pair(), tmp_path, judge=judge)["cells"])
 
 
 def test_a_broken_model_still_gives_valid_json(tmp_path, judge):
-    """N1: images of NaN are counted and shown as what they are, and both files can still be read."""
+    """Images of NaN are counted and shown as what they are, and both files can still be read."""
     own = model()
     with torch.no_grad():
         own.parts.net.proj_out.weight.fill_(torch.nan)
@@ -437,7 +450,7 @@ def test_a_broken_model_still_gives_valid_json(tmp_path, judge):
 
 
 def test_two_candidates_of_one_name_are_refused(tmp_path):
-    """N1: their images would overwrite each other."""
+    """Their images would overwrite each other."""
     with pytest.raises(UserError, match="share a name") as caught:
         run([Opened().candidate("last"), Opened().candidate("last", weights="other")], tmp_path)
     assert caught.value.exit_code == 2 and not list(tmp_path.iterdir())

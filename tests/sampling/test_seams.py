@@ -127,7 +127,7 @@ def test_a_sweep_keeps_ways_of_sampling_apart(tmp_path):
     opened = []
     one = Candidate("one", "w", 4, lambda: opened.append(1) or closed_form())
     scores = sweep([one], grid, tmp_path, title="t", judge=None, say=lambda line: None)
-    told = [(cell.get("method"), cell["passes"]) for cell in scores["cells"]]
+    told = [(cell.get("method"), cell["nfe"]) for cell in scores["cells"]]
     assert told == [(None, 8), ("sigma 0.3 to 0.8", 6), ("Heun", 16), ("Heun, sigma 0.3 to 0.8", 12)]
     assert scores["settings"]["solver"] == "Euler, Heun"
     folders = ["cfg3_skip0", "cfg3_skip0_Heun", "cfg3_skip0_Heun-sigma-0.3-to-0.8", "cfg3_skip0_sigma-0.3-to-0.8"]
@@ -144,11 +144,11 @@ def test_a_selection_tells_ways_of_sampling_apart(tmp_path):
     cells, rows = [], []
     for solver, correct in (("euler", 0.5), ("heun", 1.0)):
         how = Sampling(solver=solver, steps=4, guidance=ClassifierFree(3.0))
-        cells.append({"candidate": "one", **how.facts, "passes": how.nfe()})
+        cells.append({"candidate": "one", **how.facts, "nfe": how.nfe()})
         rows += [{"candidate": "one", **how.facts, "prompt": f"{i}", "seed": 0, "correct": correct} for i in range(16)]
     number = {"key": "accuracy", "image": "correct", "label": "accuracy", "better": "high", "help": "", "adherence": True}
     found = select({"numbers": [number], "cells": cells}, rows)
-    assert found["chosen"] == 1 and [cell["passes"] for cell in found["cells"]] == [8, 16]
+    assert found["chosen"] == 1 and [cell["nfe"] for cell in found["cells"]] == [8, 16]
     assert "one, Heun at CFG 3 in 4 steps" in write_selection_page(tmp_path, found, "t").read_text()
 
 

@@ -108,7 +108,7 @@ def test_unwritable_directory(adapter_recipe, tmp_path, capsys):
 
 
 def test_non_finite_steps_change_nothing_and_stop_the_run(adapter_recipe, tmp_path, capsys, monkeypatch):
-    """T10: named samples and sigmas, no update, stop at the third in a row; weights are those of the last good step."""
+    """Named samples and sigmas, no update, stop at the third in a row; weights are those of the last good step."""
     calls = 0
 
     def poisoned(real, model, task):
@@ -129,7 +129,7 @@ def test_non_finite_steps_change_nothing_and_stop_the_run(adapter_recipe, tmp_pa
 
 
 def test_a_stop_at_non_finite_steps_keeps_the_good_ones_and_remembers_the_bad(adapter_recipe, tmp_path, capsys, monkeypatch):
-    """T10: the weights are saved before stopping, and starting again does not grant three more bad steps."""
+    """The weights are saved before stopping, and starting again does not grant three more bad steps."""
     calls = []
 
     def poisoned(real, model, task):
@@ -151,7 +151,7 @@ def test_a_stop_at_non_finite_steps_keeps_the_good_ones_and_remembers_the_bad(ad
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(adapter_recipe, tmp_path):
-    """T5: a file size limit stands for a full disk; the message names path and bytes."""
+    """A file size limit stands for a full disk; the message names path and bytes."""
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
     code = limit + f"from dedistill.train import main; sys.exit(main([{str(adapter_recipe)!r}]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -164,7 +164,6 @@ def test_full_disk_keeps_the_last_good_checkpoint(adapter_recipe, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_finishes_the_step_saves_and_says_how_to_continue(adapter_recipe, tmp_path, number):
-    """T4."""
     command = [sys.executable, "-m", "dedistill.train", str(adapter_recipe)]
     command += ["--set", "train.steps=100000", "--set", "validate.every=99999"]  # or the last row is left to the next start
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -184,7 +183,6 @@ def test_signal_finishes_the_step_saves_and_says_how_to_continue(adapter_recipe,
 
 
 def test_wandb_offline_and_broken_never_stop_a_run(adapter_recipe, tmp_path, capsys, monkeypatch):
-    """C3, T17."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert main([str(adapter_recipe), "--set", "log.wandb=true", "--debug"]) == 0
@@ -209,7 +207,7 @@ def test_wandb_offline_and_broken_never_stop_a_run(adapter_recipe, tmp_path, cap
     ],
 )
 def test_only_a_key_of_wandb_counts_as_one(tmp_path, monkeypatch, text, has):
-    """C3: a password of some other host is no reason to go online."""
+    """A password of some other host is no reason to go online."""
     from dedistill.runs.metrics import _has_key
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -223,7 +221,7 @@ def test_only_a_key_of_wandb_counts_as_one(tmp_path, monkeypatch, text, has):
 
 
 def test_weights_that_a_finite_step_blows_up_are_never_saved(adapter_recipe, tmp_path, capsys):
-    """T10: the step itself was finite; the weights after it are not."""
+    """The step itself was finite; the weights after it are not."""
     err = fails(capsys, adapter_recipe, "train.lr=1e30", "train.weight_decay=1e9", "checkpoint.every=1", code=1)
     assert "not finite" in err and "intact" in err
     for checkpoint in list_checkpoints(tmp_path / "dedistill" / "checkpoints"):
@@ -232,7 +230,7 @@ def test_weights_that_a_finite_step_blows_up_are_never_saved(adapter_recipe, tmp
 
 
 def test_a_signal_between_steps_still_saves(adapter_recipe, tmp_path, monkeypatch):
-    """T4: asked for while the row is shown, after the checkpoint was decided."""
+    """Asked for while the row is shown, after the checkpoint was decided."""
     from dedistill.report import console
 
     def interrupting(rows, start, plan):

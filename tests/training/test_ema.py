@@ -1,4 +1,4 @@
-"""Tracked averages in whole runs: what they average, what a resume keeps, what they cost a run without them (E3-E5, C4)."""
+"""Tracked averages in whole runs: what they average, what a resume keeps, what they cost a run without them."""
 
 import shutil
 from pathlib import Path
@@ -50,7 +50,7 @@ def settings(tmp_path) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
 def test_a_tracked_average_is_that_of_the_snapshots(adapter_recipe, tmp_path, settings, optimizer):
-    """E3: after each step, the power-weighted mean of the weights after every step so far; alpha buffers as they are."""
+    """After each step, the power-weighted mean of the weights after every step so far; alpha buffers as they are."""
     precision = ["train.precision=bf16"] if optimizer == "adamw_bf16" else []
     out = run(adapter_recipe, tmp_path / "a", *settings, f"train.optimizer={optimizer}", *precision)
     raw = snapshots(out)
@@ -71,7 +71,7 @@ def test_a_tracked_average_is_that_of_the_snapshots(adapter_recipe, tmp_path, se
 
 @pytest.mark.parametrize("stop", [2, 3])
 def test_resumed_equals_uninterrupted(adapter_recipe, tmp_path, settings, stop, monkeypatch):
-    """C4, F26: every snapshot and the state itself, bit for bit; without the state it would not be."""
+    """Every snapshot and the state itself, bit for bit; without the state it would not be."""
     a = run(adapter_recipe, tmp_path / "a", *settings)
     original = Trainer._train_step
 
@@ -96,7 +96,7 @@ def test_resumed_equals_uninterrupted(adapter_recipe, tmp_path, settings, stop, 
 
 
 def test_two_processes_track_what_one_does(adapter_recipe, tmp_path, settings):
-    """C4: with exact gradients bit for bit; rank 0 alone writes."""
+    """With exact gradients bit for bit; rank 0 alone writes."""
     alone = run(adapter_recipe, tmp_path / "one", *settings, "train.exact=true")
     said = tmp_path / "said"
     codes = run_ranks(2, main, arguments(adapter_recipe, tmp_path / "two", *settings, "train.exact=true"), said=said)
@@ -149,7 +149,7 @@ def test_widths_that_make_no_sense(adapter_recipe, tmp_path, setting, message, c
 
 
 def test_time_passes_over_steps_that_are_not_taken_in():
-    """E5: the share of the new weights is that of all the steps since the last update."""
+    """The share of the new weights is that of all the steps since the last update."""
     weight = {"w": torch.tensor([1.0])}
     often, seldom = Averages([0.1], weight), Averages([0.1], weight)
     for step in range(1, 41):

@@ -58,7 +58,7 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 def test_exact_weights_are_bit_equal_and_continue_anywhere(adapter_recipe, tmp_path):
-    """T8: a base in parts on 2, a whole one on 1, parts on 3 unevenly, against one process."""
+    """A base in parts on 2, a whole one on 1, parts on 3 unevenly, against one process."""
     settings = (*FEW, "train.exact=true")
     for i, (start, size) in enumerate([(shard, 2), (train, 1), (shard, 3)]):
         start(size, adapter_recipe, tmp_path / "chain", *settings, f"train.steps={2 * (i + 1)}")
@@ -238,7 +238,7 @@ def _signalled(arguments: list[str], end: bool) -> int:
 
 
 def test_a_signal_to_any_process_stops_all_after_one_save(adapter_recipe, tmp_path):
-    """T4: nobody is left waiting for weights."""
+    """Nobody is left waiting for weights."""
     given = arguments(adapter_recipe, tmp_path / "run", *FEW, "checkpoint.every=0")
     codes = run_ranks(2, _sharded, _signalled, given, False, said=tmp_path / "said")
     assert codes == [RUN_AGAIN] * 2, (tmp_path / "said/0").read_text()

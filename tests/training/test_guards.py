@@ -1,4 +1,4 @@
-"""The rule by which a step is applied or not, and samples are left out (RELIABILITY T10)."""
+"""The rule by which a step is applied or not, and samples are left out."""
 
 import json
 import math

@@ -28,7 +28,7 @@ def recipe(optimizer: str = "adamw", **train) -> Recipe:
 
 
 class OriginalAdamWBF16:
-    """A model of adamw_bfloat16 as SimpleTuner ships it: its two faults and nothing else (W2).
+    """A model of adamw_bfloat16 as SimpleTuner ships it: its two faults and nothing else.
 
     The first moment adds the whole gradient to a tenth of itself; the second is kept in bf16 with a beta of .999.
     """
@@ -86,7 +86,7 @@ def values_at(optimizer, p: nn.Parameter, steps: list[int]) -> list[float]:
 
 @pytest.mark.parametrize("lr", [1e-5, 3e-5, 1e-4])
 def test_bf16_tracks_fp32(lr):
-    """W1: from w = 1, parameter and compensation together are within 3 % of fp32's way at any time of 1000 steps."""
+    """From w = 1, parameter and compensation together are within 3 % of fp32's way at any time of 1000 steps."""
     steps, start = [30, 100, 300, 1000], torch.ones(64)
     full, low = (nn.Parameter(start.clone().to(d)) for d in (torch.float32, torch.bfloat16))
     wanted = values_at(make_optimizer(recipe(lr=lr), [full]), full, steps)
@@ -99,7 +99,7 @@ def test_bf16_tracks_fp32(lr):
 
 
 def test_plain_bf16_stands_still():
-    """W1, trap 19: torch's AdamW at lr 1e-5 leaves bf16 parameters of 1 at exactly 1, where ours moves by a percent."""
+    """Torch's AdamW at lr 1e-5 leaves bf16 parameters of 1 at exactly 1, where ours moves by a percent."""
     plain, low = (nn.Parameter(torch.ones(64, dtype=torch.bfloat16)) for _ in range(2))
     values_at(torch.optim.AdamW([plain], lr=1e-5, betas=(0.9, 0.99), weight_decay=0), plain, [1000])
     (way,) = values_at(ours(low, lr=1e-5), low, [1000])
@@ -109,7 +109,7 @@ def test_plain_bf16_stands_still():
 
 @both
 def test_momentum_answers_a_pulse(optimizer):
-    """W2: a unit pulse leaves .1, .09, .081 in the first moment."""
+    """A unit pulse leaves .1, .09, .081 in the first moment."""
     p = nn.Parameter(torch.ones(8, dtype=OPTIMIZERS[optimizer]))
     made = ours(p) if optimizer == "adamw_bf16" else make_optimizer(recipe(optimizer), [p])
     found = momentum_after_a_pulse(made, p, corrected=optimizer == "adamw_bf16")
@@ -118,14 +118,14 @@ def test_momentum_answers_a_pulse(optimizer):
 
 @both
 def test_second_moment_falls_after_the_gradient(optimizer):
-    """W2, trap 19: a hundredth of the gradient is a ten-thousandth of its square, and the state gets there."""
+    """A hundredth of the gradient is a ten-thousandth of its square, and the state gets there."""
     p = nn.Parameter(torch.ones(8, dtype=OPTIMIZERS[optimizer]))
     fall = fall_after_a_drop(ours(p) if optimizer == "adamw_bf16" else make_optimizer(recipe(optimizer), [p]), p)
     assert 1e-4 <= fall < (1e-3 if optimizer == "adamw_bf16" else 2e-4)
 
 
 def test_the_checks_fail_for_the_original():
-    """W2, trap 19: its momentum answers 1, .09, .0081 and its second moment never falls, so these checks can fail."""
+    """Its momentum answers 1, .09, .0081 and its second moment never falls, so these checks can fail."""
     p = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     assert momentum_after_a_pulse(OriginalAdamWBF16([p], 1e-3), p, False) == pytest.approx([1.0, 0.09, 0.0081], rel=1e-2)
     assert fall_after_a_drop(OriginalAdamWBF16([p], 1e-3), p) == 1.0
@@ -135,14 +135,14 @@ def test_the_checks_fail_for_the_original():
 
 @pytest.mark.parametrize("beta2", [0.9, 0.95, 0.99])
 def test_betas_that_recipes_allow_let_the_second_moment_fall(beta2):
-    """W2: up to the largest second beta that a recipe may ask for in bf16."""
+    """Up to the largest second beta that a recipe may ask for in bf16."""
     p = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     assert fall_after_a_drop(ours(p, betas=[0.9, beta2]), p) < 1e-3
 
 
 @pytest.mark.parametrize(("optimizer", "wanted"), [("adamw", 8), ("adamw_bf16", 8)])
 def test_bytes_per_parameter(optimizer, wanted):
-    """W3: two bf16 moments and an fp32 remainder, or two fp32 moments, beside each parameter."""
+    """Two bf16 moments and an fp32 remainder, or two fp32 moments, beside each parameter."""
     p = nn.Parameter(torch.zeros(1000, 100, dtype=OPTIMIZERS[optimizer]))
     made = make_optimizer(recipe(optimizer), [p])
     p.grad = torch.ones_like(p)
@@ -154,14 +154,14 @@ def test_bytes_per_parameter(optimizer, wanted):
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_weight_decay_in_fp32(decay):
-    """W1: decoupled: with gradients of nearly nothing, 1000 steps at lr 1e-3 take e^-.1 of the weight."""
+    """Decoupled: with gradients of nearly nothing, 1000 steps at lr 1e-3 take e^-.1 of the weight."""
     p = nn.Parameter(torch.ones(8))
     follow(make_optimizer(recipe(weight_decay=decay), [p]), p, [0.0] * 1000, "exp_avg")
     assert float(p.detach().mean()) == pytest.approx(math.exp(-decay), rel=1e-3)
 
 
 def test_weight_decay_in_bf16():
-    """W1: the decay of a recipe is not lost in rounding."""
+    """The decay of a recipe is not lost in rounding."""
     p = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     made = ours(p, weight_decay=0.1)
     follow(made, p, [0.0] * 1000, "exp_avg")
@@ -181,7 +181,7 @@ def _train(optimizer, parameters: dict[str, nn.Parameter], steps: range) -> None
 
 @both
 def test_state_continues_bit_for_bit(optimizer):
-    """C4, W1: tensors out, into fresh objects, and on: the same as never having stopped; without them it is not."""
+    """Tensors out, into fresh objects, and on: the same as never having stopped; without them it is not."""
     settings = recipe(optimizer, weight_decay=0.01)
     whole, stopped = _parameters(OPTIMIZERS[optimizer]), _parameters(OPTIMIZERS[optimizer])
     _train(make_optimizer(settings, whole.values()), whole, range(20))
@@ -203,7 +203,7 @@ def test_state_continues_bit_for_bit(optimizer):
 @both
 @pytest.mark.parametrize("damage", ["missing", "one key missing", "unknown", "shape", "group", "empty"])
 def test_state_that_does_not_fit_is_refused_and_changes_nothing(optimizer, damage):
-    """C4: a parameter without its moments would start anew without a word; half a state is never loaded."""
+    """A parameter without its moments would start anew without a word; half a state is never loaded."""
     parameters = _parameters(OPTIMIZERS[optimizer])
     made = make_optimizer(recipe(optimizer), parameters.values())
     _train(made, parameters, range(2))
@@ -236,7 +236,7 @@ def test_state_that_does_not_fit_is_refused_and_changes_nothing(optimizer, damag
 
 
 def test_step_of_a_fused_optimizer_goes_to_its_device():
-    """C4: torch keeps and loads the step of a fused optimizer on the parameter's device, where the kernel reads it."""
+    """Torch keeps and loads the step of a fused optimizer on the parameter's device, where the kernel reads it."""
     cpu, far = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, device="meta"))
     source = make_optimizer(recipe(), [cpu])
     _train(source, {"w": cpu}, range(2))
@@ -274,7 +274,7 @@ def test_learning_rate(train, wanted):
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rate_is_a_function_of_the_step(schedule):
-    """C4: no order of calls matters; the rate never rises after the warm-up and never leaves [floor, lr]."""
+    """No order of calls matters; the rate never rises after the warm-up and never leaves [floor, lr]."""
     made = recipe(schedule=schedule, warmup=10, **({} if schedule == "constant" else {"lr_floor": 0.05}))
     forward = [learning_rate(made, s) for s in range(100)]
     assert forward == [learning_rate(made, s) for s in reversed(range(100))][::-1]
@@ -285,7 +285,7 @@ def test_learning_rate_is_a_function_of_the_step(schedule):
 
 @both
 def test_no_state_is_a_fresh_start(optimizer):
-    """C4: going back to before the first step forgets moments and counts."""
+    """Going back to before the first step forgets moments and counts."""
     used, fresh = _parameters(OPTIMIZERS[optimizer]), _parameters(OPTIMIZERS[optimizer])
     start = {n: p.detach().clone() for n, p in used.items()}
     made = make_optimizer(recipe(optimizer), used.values())

@@ -91,7 +91,7 @@ def _noting(given: list[str]) -> int:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_from_two_processes_to_one_to_three(adapter_recipe, tmp_path, stage):
-    """T8, promise 3: ZeRO on 2, plain on 1, ZeRO on 3, by resume, against one process: questions and learning rates to the
+    """ZeRO on 2, plain on 1, ZeRO on 3, by resume, against one process: questions and learning rates to the
     bit, weights and moments to TOLERANCE; each process held its share alone, int8 as int8."""
     # some steps are clipped, some are not; four micro-batches are two each on two processes, and two, one and one on three
     settings = ("log.every=1", "validate.every=6", "validate.samples=2", "snapshot.every=0")
@@ -122,7 +122,7 @@ def test_from_two_processes_to_one_to_three(adapter_recipe, tmp_path, stage):
 
 @pytest.mark.parametrize(("stage", "fault"), [(2, "gradient"), (3, "gradient"), (2, "norm"), slow(3, "norm")])
 def test_a_step_that_is_not_finite_changes_nothing(adapter_recipe, tmp_path, stage, fault):
-    """T10, F18: NaN in the gradient of one process, or a step that the guard refuses: weights, moments and counts keep every
+    """NaN in the gradient of one process, or a step that the guard refuses: weights, moments and counts keep every
     bit on all processes, and the next step goes on."""
     settings = (*BRIEF, "checkpoint.every=1", "checkpoint.keep=9")
     out = zero(stage, 2, adapter_recipe, tmp_path / "r", *settings, work=FAULTS[fault])
@@ -134,13 +134,11 @@ def test_a_step_that_is_not_finite_changes_nothing(adapter_recipe, tmp_path, sta
 
 @pytest.mark.parametrize("stage", [2, slow(3)])
 def test_a_spoilt_optimizer_stops_all(adapter_recipe, tmp_path, stage):
-    """T10: NaN in a moment that one process holds; no step is made from it."""
+    """NaN in a moment that one process holds; no step is made from it."""
     given = arguments(adapter_recipe, tmp_path / "r", *BRIEF)
     assert run_ranks(2, _launched, stage, tmp_path, given, _bad_moment, said=tmp_path / "said") == [1, 1]
     for rank in (0, 1):
-        assert (
-            "before step 2 the optimizer state holds 1 tensors that are not finite" in (tmp_path / f"said/{rank}").read_text()
-        )
+        assert "before step 2 the optimizer state holds 1 tensor that is not finite" in (tmp_path / f"said/{rank}").read_text()
     assert not list_checkpoints(tmp_path / "r" / "checkpoints")
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dedistill.data.images.types import ImageSet
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 
 if TYPE_CHECKING:
     import pyarrow
@@ -157,7 +157,9 @@ def _csv(path: Path) -> list[tuple[str, Row | str]]:
         rows = []
         for row in reader:
             whole = "" not in row and None not in row.values()
-            rows.append((f"line {reader.line_num}", row if whole else f"expected {len(reader.fieldnames or ())} fields"))
+            rows.append(
+                (f"line {reader.line_num}", row if whole else f"expected {amount(len(reader.fieldnames or ()), 'field')}")
+            )
         return rows
 
 

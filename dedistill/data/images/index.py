@@ -19,7 +19,7 @@ from dedistill.data.images.caption_files import BadCaption
 from dedistill.data.images.listing import images_of
 from dedistill.data.images.types import NOWHERE, Found, ImageSet, Place
 from dedistill.distributed.heartbeat import heartbeat
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io.atomic import WholeFile, make_folder
 
 FORMAT = "dedistill index 2"
@@ -171,7 +171,7 @@ def build_index(
     ]
     keep = file if limit is None else None  # a few first images never replace a whole index
     entries: list[Entry] = []
-    saved = said = time.monotonic()
+    saved = reported = time.monotonic()
     with ThreadPoolExecutor(READERS) as pool:
         for chunk in _chunks(found):
             jobs = [
@@ -184,9 +184,9 @@ def build_index(
             if keep and now - saved > SAVE_EVERY:
                 Index(sources, limits, known.entries + entries, complete=False).save(keep)
                 saved = now
-            if now - said > 10:
-                say(f"data: looked at {len(entries):,} of {len(found):,} images")
-                said = now
+            if now - reported > 10:
+                say(f"data: looked at {len(entries):,} of {amount(len(found), 'image')}")
+                reported = now
     index = Index(sources, limits, entries)
     if keep and not known.covers(index):
         index.save(keep)
@@ -327,9 +327,10 @@ def _judge(index: Index, say: Callable[[str], None]) -> None:
     if index.without_caption:
         count, total = len(index.without_caption), len(index.entries)
         raise UserError(
-            f"data: {count:,} of {total:,} images have no caption: {', '.join(index.without_caption[:3])}"
-            f"{' ...' if count > 3 else ''}. Put a .txt, .caption or .json file of the same name beside each, or set "
-            f'data.missing_captions to "quarantine" (leave them out) or "empty" (train on an empty caption)'
+            f"data: {count:,} of {total:,} images {'has' if count == 1 else 'have'} no caption: "
+            f"{', '.join(index.without_caption[:3])}{' ...' if count > 3 else ''}. "
+            "Put a .txt, .caption or .json file of the same name beside each, or set "
+            'data.missing_captions to "quarantine" (leave them out) or "empty" (train on an empty caption)'
         )
     for number, source in enumerate(index.sources):
         usable = [sample for sample in index.samples if sample.source == number]
@@ -338,7 +339,10 @@ def _judge(index: Index, say: Callable[[str], None]) -> None:
         if not usable:
             held = f"{len(bad):,} cannot be used: {examples}" if bad else "it holds none by name"
             raise UserError(f"data: source '{source.title}': no usable image in '{source.path}' ({held})")
-        say(f"data: source '{source.title}': {len(usable):,} images" + (f"; left out {len(bad):,}: {examples}" if bad else ""))
+        say(
+            f"data: source '{source.title}': {amount(len(usable), 'image')}"
+            + (f"; left out {len(bad):,}: {examples}" if bad else "")
+        )
         several = next((s for s in usable if len(s.captions) > 1), None)
         if several and source.split_lines is None:
             shown = " | ".join(caption[:60] for caption in several.captions[:3])

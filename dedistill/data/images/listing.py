@@ -11,7 +11,7 @@ from typing import BinaryIO, cast
 from dedistill.data.images import caption_files, decode
 from dedistill.data.images.caption_files import read_table
 from dedistill.data.images.types import Found, ImageSet, Place
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io.hashing import Stamp
 
 TABLES = ("jsonl", "csv", "parquet")
@@ -123,7 +123,7 @@ def _of_shard(root: Path, shard: Place) -> Iterator[Found]:
         yield Found(shard.file, problem=f"cannot be read: {e.strerror or e}")
         return
     except (tarfile.TarError, ValueError) as e:
-        problem = f"damaged, or not a plain tar file; {len(samples)} samples stand before that: {e}"
+        problem = f"damaged, or not a plain tar file; {amount(len(samples), 'sample stands', 'samples stand')} before that: {e}"
     problem = problem or ("" if samples else "it holds no files")
     for key, members in samples.items():
         yield _of_members(f"{shard.file}::{key}", members, shard)

@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from dedistill.data.images.buckets import buckets_for, crops_of
 from dedistill.data.images.index import READERS, Index, Sample
 from dedistill.data.order import caption_warnings
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 
 SIDES = (256, 384, 512, 768, 1024, 1536, 2048, 4096)
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
@@ -83,8 +83,8 @@ def scan_lines(facts: dict[str, Any]) -> list[str]:
     lines = []
     for source in facts["sources"]:
         lines.append(
-            f"{source['name']}: {source['images']:,} images, {source['captions']:,} captions"
-            f" ({source['several']:,} images have several), {source['left_out']:,} left out;"
+            f"{source['name']}: {amount(source['images'], 'image')}, {amount(source['captions'], 'caption')}"
+            f" ({amount(source['several'], 'image has', 'images have')} several), {source['left_out']:,} left out;"
             f" captions of {source['shortest']} to {source['longest']} {facts['unit']}, median {source['median']:g}"
         )
     for title, key in ((f"caption length in {facts['unit']}", "lengths"), ("side of a square of as many pixels", "sides")):
@@ -96,14 +96,13 @@ def scan_lines(facts: dict[str, Any]) -> list[str]:
         )
     if facts["one_sided"]:
         name, what = facts["one_sided"][0]
-        lines.append(
-            f"{len(facts['one_sided']):,} images have several captions, but only short or only long ones ({name}: {what})"
-        )
+        images = amount(len(facts["one_sided"]), "image has", "images have")
+        lines.append(f"{images} several captions, but only short or only long ones ({name}: {what})")
     lines += [f"left out: {name}: {reason}" for name, reason in facts["quarantined"][:20]]
     if len(facts["quarantined"]) > 20:
         lines.append(f"... and {len(facts['quarantined']) - 20:,} more")
     groups = facts["near_duplicates"]
-    lines.append(f"near-duplicates: {len(groups):,} groups, {sum(map(len, groups)):,} images")
+    lines.append(f"near-duplicates: {amount(len(groups), 'group')}, {amount(sum(map(len, groups)), 'image')}")
     lines += ["  " + " = ".join(facts["names"][i] for i in group[:4]) for group in groups[:10]]
     return lines
 
@@ -121,7 +120,7 @@ def _hashes(index: Index, say: Callable[[str], None]) -> np.ndarray:
         for i, value in enumerate(pool.map(one, range(len(index.samples))), 1):
             hashes.append(value)
             if i % 5000 == 0:
-                say(f"data: compared {i:,} of {len(index.samples):,} images")
+                say(f"data: compared {i:,} of {amount(len(index.samples), 'image')}")
     return np.array(hashes, dtype=np.uint64)
 
 

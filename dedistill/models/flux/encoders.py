@@ -45,8 +45,8 @@ class FluxText:
                 raise UserError(f"model.path: '{folder}' has no folder '{name}', which FLUX's captions need")
         for name, vocabularies in VOCABULARIES.items():
             if not any(all((folder / name / file).is_file() for file in files) for files in vocabularies):
-                told = ", or ".join(" and ".join(files) for files in vocabularies)
-                raise UserError(f"model.path: '{folder / name}' has no vocabulary; it needs {told}. Fetch it with all files")
+                needed = ", or ".join(" and ".join(files) for files in vocabularies)
+                raise UserError(f"model.path: '{folder / name}' has no vocabulary; it needs {needed}. Fetch it with all files")
         self._loaded: _Loaded | None = None
 
     def files(self) -> list[Path]:
@@ -61,7 +61,7 @@ class FluxText:
             t5, clip = (json.loads((self.folder / f / "config.json").read_text()) for f in ("text_encoder_2", "text_encoder"))
             return Widths((int(t5["d_model"]),), {"pooled": int(clip["hidden_size"])})
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-            raise UserError(f"model.path: the text encoders in '{self.folder}' have no whole config.json: {e!r}") from e
+            raise UserError(f"model.path: the text encoders in '{self.folder}' have no usable config.json: {e!r}") from e
 
     @property
     def loaded(self) -> bool:

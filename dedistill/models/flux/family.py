@@ -65,7 +65,7 @@ class Flux(FluxBlocks):
             net.time_text_embed.__class__ = BypassedGuidance  # same parameters and names, another forward
             return None
         if wanted is None:
-            raise UserError("model.guidance: this network has a guidance embedding; say what it is fed, usually 1.0", 2)
+            raise UserError("model.guidance: this network has a guidance embedding; set what it is fed, usually 1.0", 2)
         return float(wanted)
 
     def full_size(self, spec: Model) -> nn.Module:
@@ -90,9 +90,9 @@ class Flux(FluxBlocks):
         self.save_rest(parts, folder)
 
     def save_rest(self, parts: Components, folder: Path) -> None:
-        kept = {key: parts.facts[key] for key in MADE if key in parts.facts}
+        made = {key: parts.facts[key] for key in MADE if key in parts.facts}
         text = {"mask": parts.mask, "t5_mask": _text(parts).t5_mask, "text_length": parts.text_length}
-        facts = kept | {"family": self.spec.name, "guidance": _told(parts), **text}
+        facts = made | {"family": self.spec.name, "guidance": _guidance_fact(parts), **text}
         facts["components"] = str(_place(parts).components.resolve())
         copy_files(pipeline_files(_place(parts).components, SPEC.folder, SAVED)[0], folder)
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -126,11 +126,11 @@ class Flux(FluxBlocks):
         value = parts.guidance if guidance is None else guidance
         embedding = _net(parts).time_text_embed
         if value is not None and type(embedding) is not CombinedTimestepGuidanceTextProjEmbeddings:
-            raise UserError("this network has no guidance embedding, or goes past it; leave the distilled guidance out")
-        told = None if value is None else torch.full((len(noisy),), value, device=noisy.device)
+            raise UserError("this network has no guidance embedding, or bypasses it; leave the distilled guidance out")
+        fed = None if value is None else torch.full((len(noisy),), value, device=noisy.device)
         if type(embedding) is BypassedGuidance:
-            told = torch.zeros(len(noisy), device=noisy.device)  # diffusers wants a number; it is not looked at
-        return flux_velocity(net, embedding, noisy, sigma, text, patch=PATCH, mask=parts.mask, guidance=told)
+            fed = torch.zeros(len(noisy), device=noisy.device)  # diffusers wants a number; it is not looked at
+        return flux_velocity(net, embedding, noisy, sigma, text, patch=PATCH, mask=parts.mask, guidance=fed)
 
     def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
         return _tokens(shape)
@@ -182,7 +182,7 @@ def _place(parts: Components) -> loading.Place:
     return cast(loading.Place, parts.source)
 
 
-def _told(parts: Components) -> str:
+def _guidance_fact(parts: Components) -> str:
     """What the guidance embedding is fed, for those who use the weights: "none" without one, "bypassed", or the value."""
     if not _net(parts).config.guidance_embeds:
         return "none"
@@ -191,10 +191,10 @@ def _told(parts: Components) -> str:
 
 def _other_use(spec: Model, facts: dict[str, Any]) -> list[str]:
     """Settings in which a recipe differs from what the weights were trained with: allowed, but never unnoticed."""
-    asked = {"mask": spec.mask, "t5_mask": spec.t5_mask}
+    settings = {"mask": spec.mask, "t5_mask": spec.t5_mask}
     return [
         f"model.{key} = {value!r} here; '{spec.path}' was trained with {facts[key]!r}"
-        for key, value in asked.items()
+        for key, value in settings.items()
         if key in facts and facts[key] != value
     ]
 

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.models.flux import naming
 
 HUB_FILES = [
@@ -72,7 +72,7 @@ def _local(path: str, revision: str | None, key: str) -> Path:
         raise UserError(f"{key}: '{path}' does not exist")
     if not _COMMIT.fullmatch(revision or ""):
         raise UserError(
-            f"{key}: '{path}' is no local folder. For a hub id pin its commit, 40 hexadecimal digits, with model.revision; "
+            f"{key}: '{path}' is not a local folder. For a hub id pin its commit, 40 hexadecimal digits, with model.revision; "
             "a branch or tag may change under a run",
             2,
         )
@@ -146,7 +146,7 @@ _BFL_SIZES = {
 def _config_of(tensors: dict[str, Tensor], names: dict[str, Any], source: str, components: Path) -> dict[str, Any]:
     """The config of a network from the shapes of its tensors; what shapes cannot tell from the folder of its components."""
     if missing := [names[k] for k in ("image", "text", "pooled", "head") if names[k] not in tensors]:
-        raise UserError(f"model.path: '{source}' is no FLUX denoiser: it has no tensor '{missing[0]}'")
+        raise UserError(f"model.path: '{source}' is not a FLUX denoiser: it has no tensor '{missing[0]}'")
     hidden, channels = tensors[names["image"]].shape
     head = tensors[names["head"]].shape[0]
     beside = components / "transformer" / "config.json"
@@ -176,7 +176,7 @@ def build(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> Fl
     shapes = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
     for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape")):
         if names:
-            raise UserError(f"model.path: '{source}': {len(names)} tensors are {what}, e.g. {names[0]}")
+            raise UserError(f"model.path: '{source}': {amount(len(names), 'tensor is', 'tensors are')} {what}, e.g. {names[0]}")
     net.load_state_dict(tensors, assign=True)
     return net.eval()
 

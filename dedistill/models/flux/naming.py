@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 
 # --- FLUX's two sets of names ----------------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ def original_parts(module: str) -> tuple[str, tuple[str, ...]]:
     block = re.fullmatch(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.(.+)", module)
     stack, number, rest = block.groups() if block else ("", "", module)
     if rest not in _BFL_OF[stack]:
-        raise UserError(f"'{module}' is no layer of FLUX: it has no name in BFL's files")
+        raise UserError(f"'{module}' is not a layer of FLUX: it has no name in BFL's files")
     bfl, parts = _BFL_OF[stack][rest]
     if not block:
         return bfl, parts
@@ -120,7 +120,9 @@ def original_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         # BFL calls the weight of an RMSNorm its scale
         plan[f"{bfl}.{'scale' if bfl.endswith('_norm') else kind}"] = tuple(f"{part}.{kind}" for part in parts)
     if missing := sorted({part for parts in plan.values() for part in parts} - set(names)):
-        raise UserError(f"{len(missing)} tensors are missing beside those they are fused with, e.g. '{missing[0]}'")
+        raise UserError(
+            f"{amount(len(missing), 'tensor is', 'tensors are')} missing beside those they are fused with, e.g. '{missing[0]}'"
+        )
     return plan
 
 
@@ -143,7 +145,9 @@ def from_bfl(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]
     plan = original_plan(shapes)
     for names, what in ((plan.keys() - tensors.keys(), "missing"), (tensors.keys() - plan.keys(), "unknown")):
         if names:
-            raise UserError(f"model.path: '{source}': {len(names)} tensors are {what}, e.g. {min(names)}")
+            raise UserError(
+                f"model.path: '{source}': {amount(len(names), 'tensor is', 'tensors are')} {what}, e.g. {min(names)}"
+            )
     found: dict[str, Tensor] = {}
     for bfl, parts in plan.items():
         tensor, sizes = tensors[bfl], [shapes[part][0] for part in parts]

@@ -57,7 +57,7 @@ class MaskedFluxPipeline(FluxPipeline):
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "MaskedFluxPipeline":
         if "transformer" not in kwargs and _folder_facts(str(Path(folder) / "transformer")).get("quantized"):
             raise UserError(
-                f"'{folder}' is an int8 export, whose codes are no weights: add "
+                f"'{folder}' is an int8 export, whose codes are not weights: add "
                 "transformer=dedistill.release.export.load_int8(folder)"
             )
         for part in sorted(p for p in Path(folder).glob("*") if p.is_dir()):
@@ -135,21 +135,21 @@ class MaskedFluxPipeline(FluxPipeline):
         # under this class's name, programs without this package could not load the folder
         FluxPipeline(**self.components).save_pretrained(*args, **kwargs)
 
-    def _text_use(self, asked: dict[str, Any]) -> TextUse:
-        own = {name: value for name, value in asked.items() if value is not None}
+    def _text_use(self, given: dict[str, Any]) -> TextUse:
+        own = {name: value for name, value in given.items() if value is not None}
         facts = _folder_facts(self.transformer.config.get("_name_or_path"))
-        return TextUse(**({name: facts[name] for name in asked if name in facts} | own))
+        return TextUse(**({name: facts[name] for name in given if name in facts} | own))
 
-    def _distilled(self, asked: float | None) -> float:
-        """What the guidance embedding is fed; lets it be passed by where the model was trained so and nothing is asked."""
+    def _distilled(self, given: float | None) -> float:
+        """What the guidance embedding is fed; lets it be passed by where the model was trained so and nothing is given."""
         if not self.transformer.config.guidance_embeds:
-            return 0.0 if asked is None else asked
+            return 0.0 if given is None else given
         trained = _folder_facts(self.transformer.config.get("_name_or_path")).get("guidance", "unknown")
-        passed = asked is None and trained == "bypassed"
+        passed = given is None and trained == "bypassed"
         embedding = BypassedGuidance if passed else CombinedTimestepGuidanceTextProjEmbeddings
         self.transformer.time_text_embed.__class__ = embedding
-        if asked is not None or passed:
-            return asked or 0.0
+        if given is not None or passed:
+            return given or 0.0
         return float(trained) if trained.replace(".", "", 1).isdigit() else GUIDANCE
 
     def _branches(

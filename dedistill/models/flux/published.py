@@ -119,7 +119,7 @@ def _of_config(config: Path) -> Shape:
 
 
 def _of_file(file: Path) -> Shape:
-    """By the names of its tensors, in diffusers' or BFL's spelling."""
+    """By the names of its tensors, which diffusers and BFL call differently."""
     with safe_open(file, framework="numpy") as f:
         names = list(f.keys())
     double, single = (

@@ -16,28 +16,28 @@ from dedistill.training.trainer import Trainer
 
 
 def test_one_at_a_time_and_errors_surface():
-    gate, order, saver = threading.Event(), [], AsyncCheckpointWriter()
-    saver.start({}, lambda _: (gate.wait(), order.append(1)))
-    saver.check()  # still running: nothing to say
+    gate, order, writer = threading.Event(), [], AsyncCheckpointWriter()
+    writer.start({}, lambda _: (gate.wait(), order.append(1)))
+    writer.check()  # still running: nothing to say
     gate.set()
-    saver.start({}, lambda _: order.append(2))
-    saver.wait()
+    writer.start({}, lambda _: order.append(2))
+    writer.wait()
     assert order == [1, 2]
 
     def fails(_):
         raise UserError("cannot write")
 
-    saver.start({}, fails)
+    writer.start({}, fails)
     with pytest.raises(UserError, match="cannot write"):
-        saver.start({}, lambda _: order.append(3))
-    saver.wait()
-    saver.close()
+        writer.start({}, lambda _: order.append(3))
+    writer.wait()
+    writer.close()
     assert order == [1, 2]
 
 
 def test_copies_are_private_and_their_memory_is_used_again():
-    """T26, F9, F10: in the file is what a tensor was when the save began, in each save anew."""
-    weights, seen, memory, saver = torch.zeros(4), [], set(), AsyncCheckpointWriter()
+    """In the file is what a tensor was when the save began, in each save anew."""
+    weights, seen, memory, writer = torch.zeros(4), [], set(), AsyncCheckpointWriter()
     for number in range(3):
         gate = threading.Event()
 
@@ -47,17 +47,17 @@ def test_copies_are_private_and_their_memory_is_used_again():
             memory.add(groups["a"]["w"].data_ptr())
 
         weights.fill_(number)
-        saver.start({"a": {"w": weights}}, write)
+        writer.start({"a": {"w": weights}}, write)
         weights.fill_(-1)
         gate.set()
-    saver.wait()
-    saver.close()
+    writer.wait()
+    writer.close()
     assert seen == [[0.0] * 4, [1.0] * 4, [2.0] * 4]
     assert len(memory) == 1 and weights.data_ptr() not in memory
 
 
 def test_what_is_saved_is_of_its_step(adapter_recipe, tmp_path, monkeypatch):
-    """T26, F9: training goes on, and changes every tensor, while a slow writer has not begun."""
+    """Training goes on, and changes every tensor, while a slow writer has not begun."""
     plain = tmp_path / "plain"
     assert main([str(adapter_recipe), "--set", f"run.out={plain}", "--set", "snapshot.every=1"]) == 0
     released, real = threading.Event(), keeping.save_checkpoint
@@ -92,7 +92,7 @@ def test_what_is_saved_is_of_its_step(adapter_recipe, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fails_at", [2, 4, 6])
 def test_a_save_that_fails_stops_the_run_with_its_reason(adapter_recipe, tmp_path, monkeypatch, capsys, fails_at):
-    """F8, T26: at the next step, or at the end for the last one; what was saved before is intact."""
+    """At the next step, or at the end for the last one; what was saved before is intact."""
     real = keeping.save_checkpoint
 
     def failing(folder, step, *rest, keep):
