@@ -157,6 +157,26 @@ def test_bypass_keeps_a_small_delta_in_bf16(form):
         assert relative(F.linear(x.float(), rounded.float()), wanted) > 0.5, "the control must show the loss"
 
 
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_gives_what_lycoris_gives(form, dtype):
+    """Output and every gradient of our forward against that of the library whose parameters it has, with alpha and multiplier."""
+    own = build(form, dtype=dtype)
+    for name, module in own.adapter.by_target.items():
+        module.to(dtype)
+        module.scale, module.multiplier = 0.5, 1.5
+        linear = own.net.get_submodule(name)
+        x = keyed.noise(0, name, 0, range(6), (3, linear.in_features)).to(dtype).requires_grad_()
+        weights = [x, *module.parameters()]
+        ours = module(x)
+        theirs = module.bypass_forward(x, module.multiplier)
+        above = keyed.noise(1, name, 0, range(6), tuple(ours.shape[1:])).to(dtype)
+        found = (ours, *torch.autograd.grad(ours, weights, above))
+        wanted = (theirs, *torch.autograd.grad(theirs, weights, above))
+        limit = 1e-12 if dtype == torch.float64 else 2e-6
+        assert max(relative(a, b) for a, b in zip(found, wanted)) < limit, name
+
+
 def test_two_adapters_in_one_process_are_independent(monkeypatch):
     """No class-level state leaks, be it from another adapter or from LyCORIS' own presets."""
     first, second = FAMILY.tiny(0), FAMILY.tiny(0)
