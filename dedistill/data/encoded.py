@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class EncodedImages:
                     f"data.sets.{i}: no image of this set is left to train on: {len(images)} of all sets are usable, "
                     f"{len(self._held)} of these are held out for validation. Add images, or lower data.held_out"
                 )
-        self._latents, self._texts, self._latent_shape, self._text_widths = latents, texts, latent_shape, text_widths
+        self._latents, self._texts, self._latent_shape, self._text_widths = latents, texts, cache(latent_shape), text_widths
         self._slots = lru_cache(maxsize=4)(self._slots_of)
 
     @property

@@ -57,8 +57,7 @@ class Conditioning:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
         """With every tensor changed alike."""
-        sequences = tuple(Tokens(change(s.embeds), change(s.mask)) for s in self.sequences)
-        return Conditioning(sequences, {name: change(vector) for name, vector in self.vectors.items()})
+        return combined(change, self)
 
     def to(self, device: torch.device | str) -> "Conditioning":
         """Embeddings and vectors on ``device``. Masks come to the CPU: lengths are read off them without waiting for it."""
@@ -91,8 +90,7 @@ class Conditioning:
         lengths = [max(pair) for pair in zip(self.lengths(), empty.lengths())]
         own, other = self.padded(lengths), empty.padded(lengths).expand(len(self))
         chosen = lambda one, two: torch.where(dropped.to(one.device).reshape(-1, *[1] * (one.ndim - 1)), two, one)  # noqa: E731
-        pairs = zip(own.tensors().items(), other.tensors().values(), strict=True)
-        return from_tensors({name: chosen(tensor, instead) for (name, tensor), instead in pairs})
+        return combined(chosen, own, other)
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names of a cache: "embeds", "mask" of the first sequence, "embeds.1" ... of others, vectors by their own."""
@@ -122,8 +120,16 @@ def stored_shapes(widths: Widths) -> dict[str, tuple[int | str, ...]]:
 def collate(captions: Sequence[Conditioning]) -> Conditioning:
     """One batch of several, padded to the longest."""
     lengths = [max(column) for column in zip(*(c.lengths() for c in captions))]
-    padded = [c.padded(lengths).tensors() for c in captions]
-    return from_tensors({name: torch.cat([tensors[name] for tensors in padded]) for name in padded[0]})
+    return combined(lambda *tensors: torch.cat(tensors), *(c.padded(lengths) for c in captions))
+
+
+def combined(change: Callable[..., Tensor], *batches: Conditioning) -> Conditioning:
+    """What ``change`` makes of each tensor of the ``batches``, the same one of all of them at a time."""
+    made = [
+        Tokens(change(*(s.embeds for s in same)), change(*(s.mask for s in same)))
+        for same in zip(*(batch.sequences for batch in batches), strict=True)
+    ]
+    return Conditioning(tuple(made), {name: change(*(b.vectors[name] for b in batches)) for name in batches[0].vectors})
 
 
 def _ending(i: int) -> str:

@@ -7,6 +7,7 @@ of it stands in ``dedistill/recipe/objectives.py``.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from typing import ClassVar, TypedDict
 
@@ -84,7 +85,7 @@ class Objective(ABC):
         self.seed, self.batch, self.source = recipe.run.seed, recipe.train.batch, source
         self.dropout = recipe.data.caption_dropout
         given = {k: getattr(t, k) for k in ("alpha", "beta", "mean", "std", "scale")}
-        self.shift_of = lambda shape: t.resolved_shift(shift_of(shape))
+        self.shift_of = cache(lambda shape: t.resolved_shift(shift_of(shape)))
         self.sampling: Sigmas = {
             "density": t.density,
             "params": {k: v for k, v in given.items() if v is not None},
