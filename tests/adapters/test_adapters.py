@@ -160,7 +160,7 @@ def test_bypass_keeps_a_small_delta_in_bf16(form):
 @every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_layer_gives_what_lycoris_gives(form, dtype):
-    """Output and every gradient of our forward against that of the library whose parameters it has, with alpha and multiplier."""
+    """Output and every gradient of our forward against those of the library, whose parameters it has."""
     own = build(form, dtype=dtype)
     for name, module in own.adapter.by_target.items():
         module.to(dtype)
