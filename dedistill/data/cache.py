@@ -6,7 +6,6 @@ entries depend on beside their key. Nothing is ever changed in place, so a kille
 
 import fcntl
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from dedistill.distributed.heartbeat import heartbeat
 from dedistill.errors import UserError
 from dedistill.io.atomic import TEMPORARY, make_folder, refused, replace_file, replace_json
 from dedistill.io.hashing import file_sha256
+from dedistill.io.tables import read_table
 
 OPEN_SHARDS = 256
 NAME_LENGTH = 16
@@ -49,13 +49,8 @@ class Store:
         return sorted(self.folder.glob("*.safetensors"))
 
     def _check_inputs(self) -> None:
-        file = self.folder / "inputs.json"
-        try:
-            before = json.loads(file.read_text())
-            differing = [k for k in sorted({*before, *self.inputs}) if before.get(k) != self.inputs.get(k)]
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
-            raise UserError(f"data.cache: '{file}' cannot be read ({e}); delete '{self.folder}' to encode again") from e
-        if differing:
+        before = read_table(self.folder / "inputs.json", "data.cache", f"delete '{self.folder}' to encode again")
+        if differing := [k for k in sorted({*before, *self.inputs}) if before.get(k) != self.inputs.get(k)]:
             listed = "; ".join(f"{k}: {before.get(k)!r} there, {self.inputs.get(k)!r} here" for k in differing)
             raise UserError(
                 f"data.cache: '{self.folder}' is stale, it was made with other inputs ({listed}). "

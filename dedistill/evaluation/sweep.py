@@ -22,6 +22,7 @@ from dedistill.evaluation.numbers import NUMBERS, VERSION, diversity, image_numb
 from dedistill.flow.guidance import ClassifierFree, Guider
 from dedistill.flow.solvers import SOLVERS
 from dedistill.io.atomic import replace_json
+from dedistill.io.tables import read_list, read_table
 from dedistill.models.model import Model
 from dedistill.sampling.images import as_image
 from dedistill.sampling.sampler import Sampling, sample, start_noise
@@ -209,20 +210,8 @@ def _short(cell: dict[str, Any]) -> str:
 # --- the two files of a sweep, read and checked ----------------------------------------------------------------------
 
 
-def read_json(path: Path) -> object:
-    """Parse a JSON file; a missing or broken one is the user's to mend."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; is {path.parent} the folder of a finished sweep?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); run the sweep again to write it anew") from None
-
-
 def read_scores(path: Path) -> dict[str, Any]:
-    scores = read_json(path)
-    if not isinstance(scores, dict):
-        raise UserError(f"{path}: expected an object with title, settings, numbers and cells")
+    scores = read_table(path, otherwise=f"is '{path.parent}' the folder of a finished sweep?")
     for key, kind in {"title": str, "settings": dict, "numbers": list, "cells": list}.items():
         if not isinstance(scores.get(key), kind):
             raise UserError(f"{path}: {key!r} is missing or not a {kind.__name__}")
@@ -242,8 +231,8 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def read_index(path: Path) -> list[dict[str, Any]]:
-    images = read_json(path)
-    if not isinstance(images, list) or not images:
+    images = read_list(path, otherwise=f"is '{path.parent}' the folder of a finished sweep?")
+    if not images:
         raise UserError(f"{path}: expected a list with one object per image")
     kinds: dict[str, type | tuple[type, ...]] = {
         "file": str,

@@ -4,7 +4,6 @@ What is written is meant to be uploaded. So credentials of a clone, code, pickle
 get into it, whatever folder it is made from: only what is known is taken.
 """
 
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 
 from dedistill.errors import UserError
 from dedistill.io.atomic import replace_json
+from dedistill.io.tables import read_table
 from dedistill.models.registry import is_hub_id
 
 COMPONENTS = (
@@ -71,7 +71,7 @@ def copy_files(files: Files, out: Path) -> None:
     for inside, file in files.items():
         target = out / inside
         target.parent.mkdir(parents=True, exist_ok=True)
-        if _CONFIG.fullmatch(inside.name) and (config := _table(file)) != (public := public_config(config)):
+        if _CONFIG.fullmatch(inside.name) and (config := read_table(file)) != (public := public_config(config)):
             replace_json(target, public)
         elif inside.suffix == ".safetensors":
             _link(file, target)
@@ -92,7 +92,7 @@ def _is_local(key: str, value: str) -> bool:
 def _components(source: Path) -> set[str]:
     """Names of the folders of components, with those that model_index.json names."""
     index = source / _INDEX
-    named = _table(_followed(index, source)) if index.exists() or index.is_symlink() else {}
+    named = read_table(_followed(index, source)) if index.exists() or index.is_symlink() else {}
     return {*COMPONENTS, *(name for name, value in named.items() if isinstance(value, list))}
 
 
@@ -136,15 +136,6 @@ def _followed(path: Path, source: Path) -> Path:
         f"'{path}' leads to '{real}' by a link; a new model folder takes only what is in '{source}' itself: "
         "put a copy in place of the link"
     )
-
-
-def _table(file: Path) -> dict[str, Any]:
-    try:
-        if isinstance(table := json.loads(file.read_text()), dict):
-            return table
-        raise ValueError(f"a {type(table).__name__}, not a table")
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"'{file}' cannot be read as JSON: {e}") from e
 
 
 def _link(file: Path, out: Path) -> None:

@@ -1,6 +1,5 @@
 """Networks and tokenizers of transformers and diffusers from a folder: whole or refused, and never code of the folder's."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from dedistill.errors import UserError, amount
+from dedistill.io.tables import read_table
 
 if TYPE_CHECKING:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -104,7 +104,7 @@ def check_folder(folder: Path, source: str) -> None:
     At a terminal transformers asks whether to run such code, and without one it advises to trust it.
     """
     for file in sorted(folder.glob("*config.json")):
-        if "auto_map" in _object(file, source):
+        if "auto_map" in read_table(file, source):
             raise UserError(
                 f"{source}: '{folder}' comes with code of its own ('auto_map' in {file.name}). A model with code of its own "
                 "is not loaded; take one of a class that is part of transformers or diffusers"
@@ -115,19 +115,11 @@ def check_folder(folder: Path, source: str) -> None:
             "merge it into them, or keep it elsewhere"
         )
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        files = _object(index, source).get("weight_map")
+        files = read_table(index, source).get("weight_map")
         named = files.values() if isinstance(files, dict) else [files]
         # by any other extension the file is read as a pickle
         if wrong := [f for f in named if not (isinstance(f, str) and f == Path(f).name and f.endswith(".safetensors"))]:
             raise UserError(f"{source}: '{index}' names {wrong[0]!r}; weights are read from safetensors of its folder only")
-
-
-def _object(file: Path, source: str) -> dict[str, Any]:
-    with reading(f"{source}: '{file}' cannot be read"):
-        found = json.loads(file.read_bytes())
-    if not isinstance(found, dict):
-        raise UserError(f"{source}: '{file}' does not hold a JSON object")
-    return found
 
 
 @contextmanager

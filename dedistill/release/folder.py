@@ -1,6 +1,5 @@
 """Denoisers as folders and files of tensors, read and written one tensor at a time."""
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from dedistill.adapters.formats import FOLDERS
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import replace_json, whole_folder
 from dedistill.io.safetensors import DTYPES, Layout, TensorFile
+from dedistill.io.tables import read_table
 from dedistill.models.registry import imported, spec_of
 
 SHARD_BYTES = 10 * 1000**3
@@ -63,7 +63,7 @@ class Denoiser:
 def network_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder's denoiser."""
     places = [folder / name / "config.json" for name in FOLDERS]
-    return _read_json(next((place for place in places if place.exists()), places[0]))
+    return read_table(next((place for place in places if place.exists()), places[0]))
 
 
 def skeleton(config: dict[str, Any]) -> nn.Module:
@@ -112,7 +112,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """What ``dedistill.json`` says of a model folder; empty without one."""
-    return _read_json(folder / FACTS) if (folder / FACTS).exists() else {}
+    return read_table(folder / FACTS) if (folder / FACTS).exists() else {}
 
 
 def _shards(layout: Layout, limit: int) -> list[dict[str, tuple[tuple[int, ...], torch.dtype]]]:
@@ -129,13 +129,6 @@ def _shards(layout: Layout, limit: int) -> list[dict[str, tuple[tuple[int, ...],
 
 def _bytes(entry: tuple[tuple[int, ...], torch.dtype]) -> int:
     return torch.Size(entry[0]).numel() * entry[1].itemsize
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"'{path}' cannot be read: {e}") from e
 
 
 def _opened(file: Path) -> safe_open:

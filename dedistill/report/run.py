@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from markupsafe import Markup
 
 from dedistill.errors import UserError, amount
 from dedistill.io.ownership import claim
+from dedistill.io.tables import read_table
 from dedistill.report.pages import field, figure, is_number, number, render
 from dedistill.report.plots import heat_map
 from dedistill.runs.metrics import read_rows
@@ -69,12 +69,10 @@ def write_run_page(run: Path) -> Path:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
+    recipe = read_table(path, otherwise=f"is '{path.parent}' the folder of a run?")
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
         return {"run": {"name": recipe["run"]["name"]}, "train": {k: recipe["train"][k] for k in ("steps", "objective")}}
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; is '{path.parent}' the folder of a run?") from None
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (KeyError, TypeError) as e:
         raise UserError(f"{path}: damaged ({e!r}); restore it, or take metrics.jsonl to a folder with a whole one") from e
 
 

@@ -12,6 +12,7 @@ from dedistill.errors import UserError, amount
 from dedistill.io import ownership
 from dedistill.io.atomic import checksummed, make_folder, read_checksummed, replace_file
 from dedistill.io.hashing import Hashed, Stamp, hash_file
+from dedistill.io.tables import read_table
 from dedistill.recipe import RESOLVED, Recipe, to_toml
 from dedistill.recipe.resolve import as_it_was_meant
 from dedistill.runs.checkpoint import sweep_temporaries
@@ -170,7 +171,8 @@ class RunDirectory:
     def _compare(self, known: Path) -> None:
         if self.recipe.run.resume == "never":
             raise UserError(f"'{self.path}' already holds a run and run.resume = 'never'; choose another run.out")
-        differing, free = _differences(as_it_was_meant(self._read(known), self.recipe.model), self.recipe.resolved())
+        before = read_table(known, otherwise=f"restore it, or move '{self.path}' away to start over")
+        differing, free = _differences(as_it_was_meant(before, self.recipe.model), self.recipe.resolved())
         if differing:
             raise UserError(
                 f"'{self.path}' holds a run of another recipe. It differs in:\n"
@@ -187,14 +189,6 @@ class RunDirectory:
     def _by_default(self, key: str) -> str:
         """What to say of a key that the recipe leaves out: nobody changed it, but the default may have changed."""
         return "" if self.recipe.says(key) else " by default"
-
-    def _read(self, file: Path) -> dict[str, Any]:
-        try:
-            if isinstance(table := json.loads(file.read_text()), dict):
-                return table
-            raise ValueError(f"a {type(table).__name__}")
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"'{file}' is damaged; restore it, or move '{self.path}' away to start over") from e
 
     def bind(self, inputs: dict[str, list[Path]], images: str | None = None, sample: str | None = None) -> list[str]:
         """Record in inputs.json which bytes the run is made from; refuse to continue it from others, naming them.

@@ -122,9 +122,9 @@ def test_a_run_without_bins_or_meters(tmp_path):
         ("metrics.jsonl", None, r"metrics\.jsonl: no row yet"),
         ("metrics.jsonl", '{"step": 1', r"metrics\.jsonl: no row yet"),
         ("metrics.jsonl", '{"step": 1}\n', r"metrics\.jsonl: the row of step 1 has no 'applied'"),
-        ("recipe.json", None, r"recipe\.json: not found"),
-        ("recipe.json", "{", r"recipe\.json: damaged"),
-        ("recipe.json", "[]", r"recipe\.json: damaged"),
+        ("recipe.json", None, r"recipe\.json' cannot be read as JSON: No such file"),
+        ("recipe.json", "{", r"recipe\.json' cannot be read as JSON: Expecting"),
+        ("recipe.json", "[]", r"recipe\.json' cannot be read as JSON: an object was expected"),
         ("recipe.json", '{"run": {"name": "a"}}', r"recipe\.json: damaged"),
     ],
 )

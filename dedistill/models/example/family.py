@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dedistill.errors import UserError
 from dedistill.flow.parameterization import to_velocity
+from dedistill.io.tables import read_table
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.example import SPEC
 from dedistill.models.family import MADE, Components, Output, States, check_sigma, float_dtype
@@ -103,12 +104,11 @@ class Example:
             if getattr(spec, key) != value:
                 raise UserError(f"model.{key}: has no effect on {SPEC.name}; leave it out", 2)
         folder = Path(spec.path or "")
+        facts, config = (read_table(folder / f, "model.path") for f in ("dedistill.json", f"{SPEC.folder}/config.json"))
         try:
-            facts = json.loads((folder / "dedistill.json").read_text())
-            config = json.loads((folder / SPEC.folder / "config.json").read_text())
             family, widths, channels = facts["family"], config["text_widths"], config["channels"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"model.path: no {SPEC.name} model in '{folder}': {e}") from e
+        except KeyError as e:
+            raise UserError(f"model.path: no {SPEC.name} model in '{folder}': {e} is missing") from e
         if family != SPEC.name:
             raise UserError(f"model.path: '{folder}' holds a {family} model, not {SPEC.name}")
         denoiser = load_whole(ExampleNet, folder / SPEC.folder, "model.path") if net else nn.Module()
@@ -119,9 +119,7 @@ class Example:
     def full_size(self, spec: Model) -> nn.Module:
         config = Path(spec.path or "") / SPEC.folder / "config.json"
         with torch.device("meta"):
-            return (
-                ExampleNet.from_config(json.loads(config.read_text())) if config.exists() else ExampleNet(width=256, layers=8)
-            )
+            return ExampleNet.from_config(read_table(config)) if config.exists() else ExampleNet(width=256, layers=8)
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         self.save(self.tiny(0, layers=8 if full_depth else 2), folder)

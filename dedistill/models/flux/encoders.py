@@ -1,6 +1,5 @@
 """FLUX's encoders: T5 and CLIP for captions, a VAE for images. Loaded when first used, never for a cached sample."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dedistill.errors import UserError
+from dedistill.io.tables import read_table
 from dedistill.models.conditioning import Conditioning, Widths, collate
 from dedistill.models.pretrained import check_vocabulary, load_tokenizer, load_whole
 
@@ -57,10 +57,10 @@ class FluxText:
     @property
     def widths(self) -> Widths:
         """Of T5's embeddings and of CLIP's pooled vector, as the encoders' files say; loads nothing."""
+        t5, clip = (read_table(self.folder / f / "config.json", "model.path") for f in ("text_encoder_2", "text_encoder"))
         try:
-            t5, clip = (json.loads((self.folder / f / "config.json").read_text()) for f in ("text_encoder_2", "text_encoder"))
             return Widths((int(t5["d_model"]),), {"pooled": int(clip["hidden_size"])})
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"model.path: the text encoders in '{self.folder}' have no usable config.json: {e!r}") from e
 
     @property
@@ -132,11 +132,11 @@ class FluxVae:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        config = read_table(folder / "config.json", f"model.path: no VAE in '{folder}'")
         try:
-            config = json.loads((folder / "config.json").read_text())
             self.channels, self.scale = int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"model.path: no VAE in '{folder}': {e}") from e
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"model.path: no VAE in '{folder}': its config.json lacks or misstates {e}") from e
         self._loaded = None
 
     def files(self) -> list[Path]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dedistill.errors import UserError, amount
+from dedistill.io.tables import read_table
 from dedistill.models.flux import naming
 
 HUB_FILES = [
@@ -50,13 +51,13 @@ def locate(path: str, revision: str | None, components: str | None) -> Place:
     if not transformer.exists():
         raise UserError(f"model.path: '{here}' has no folder 'transformer': not a FLUX model in diffusers' layout")
     scheduler = around / "scheduler" / "scheduler_config.json"
-    return Place(transformer, around, _json(scheduler) if scheduler.exists() else {}, facts)
+    return Place(transformer, around, read_table(scheduler, "model.path") if scheduler.exists() else {}, facts)
 
 
 def _facts(here: Path) -> dict[str, Any]:
     """What weights of ours say of themselves: dedistill.json of a folder, the header of a single file."""
     if here.is_dir():
-        return _json(here / "dedistill.json") if (here / "dedistill.json").exists() else {}
+        return read_table(here / "dedistill.json", "model.path") if (here / "dedistill.json").exists() else {}
     try:
         with safe_open(here, framework="pt") as f:
             header = f.metadata() or {}
@@ -85,13 +86,6 @@ def _local(path: str, revision: str | None, key: str) -> Path:
         raise UserError(f"{key}: '{path}' at revision '{revision}' cannot be fetched, and no such local folder: {e}") from e
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"model.path: '{path}' cannot be read: {e}") from e
-
-
 def load_transformer(place: Path, components: Path) -> FluxTransformer2DModel:
     """The denoiser in its stored dtype, from diffusers' folder or from one file with diffusers' or BFL's names.
 
@@ -103,7 +97,7 @@ def load_transformer(place: Path, components: Path) -> FluxTransformer2DModel:
         return _from_file(tensors, place, components)
     if not tensors:
         raise UserError(f"model.path: no safetensors in '{place}'")
-    config = {k: v for k, v in _json(place / "config.json").items() if not k.startswith("_")}
+    config = {k: v for k, v in read_table(place / "config.json", "model.path").items() if not k.startswith("_")}
     stacks = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
     config |= {key: _depth(tensors, stack) for key, stack in stacks.items()}
     return build(config, tensors, str(place))
@@ -150,7 +144,7 @@ def _config_of(tensors: dict[str, Tensor], names: dict[str, Any], source: str, c
     hidden, channels = tensors[names["image"]].shape
     head = tensors[names["head"]].shape[0]
     beside = components / "transformer" / "config.json"
-    known = _json(beside) if beside.exists() else {}
+    known = read_table(beside, "model.path") if beside.exists() else {}
     axes = known.get("axes_dims_rope", [16, 56, 56])
     if sum(axes) != head:
         raise UserError(f"model.path: '{source}' has heads of {head}; positions of {axes} do not fit them")

@@ -1,6 +1,5 @@
 """A pipeline for those who use the result in diffusers: both branches of the guidance with their own text and mask."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from dedistill.errors import UserError
 from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, ClassifierFree
 from dedistill.flow.timesteps import dynamic_shift
+from dedistill.io.tables import read_table
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.flux.encoders import encode
 from dedistill.models.flux.family import BypassedGuidance
@@ -209,10 +209,4 @@ class MaskedFluxPipeline(FluxPipeline):
 def _folder_facts(transformer: str | None) -> dict[str, Any]:
     """What the model folder around the transformer's folder says of its use; empty where it says nothing."""
     file = Path(transformer or "").parent / "dedistill.json"
-    if not transformer or not file.is_file():
-        return {}
-    try:
-        facts = json.loads(file.read_text())
-        return dict(facts)
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"'{file}' cannot be read: {e}") from e
+    return read_table(file) if transformer and file.is_file() else {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
+from dedistill.io.tables import read_table
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import MADE, Components
 from dedistill.models.flux.network import FluxBlocks, flux_velocity
@@ -96,10 +97,10 @@ class PixelFlux(FluxBlocks):
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def _from_folder(self, folder: Path, mask: str) -> Components:
+        facts = read_table(folder / "dedistill.json", "model.path", f"is '{folder}' a {self.spec.name} model, and trained?")
         try:
-            facts = json.loads((folder / "dedistill.json").read_text())
             family, image, text = facts["family"], tuple(facts["picture"]), WordEncoder(**facts["text"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"model.path: no {self.spec.name} model in '{folder}' (train it first): {e}") from e
         if family != self.spec.name:
             raise UserError(f"model.path: '{folder}' holds a {family} model, not {self.spec.name}")

@@ -1,0 +1,49 @@
+"""JSON files of others: each way of being wrong is one message that names the file."""
+
+import json
+import re
+
+import pytest
+
+from dedistill.errors import UserError
+from dedistill.io import tables
+
+WRONG = {
+    "missing": (None, "No such file"),
+    "empty": (b"", "Expecting value"),
+    "cut": (b'{"a": [1, 2', "Expecting"),
+    "another kind": (b"[1]", "an object was expected, not a list"),
+    "null": (b"null", "an object was expected, not a NoneType"),
+    "not text": (b'{"a": "\xff\xfe\xfa"}', "codec can't decode"),
+    "deep": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
+    "large": (b" " * 4096, "more than 0 MiB"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_table_is_named(tmp_path, monkeypatch, case):
+    raw, reason = WRONG[case]
+    file = tmp_path / "config.json"
+    if raw is not None:
+        file.write_bytes(raw)
+    if case == "large":
+        monkeypatch.setattr(tables, "LARGEST", 1000)
+    with pytest.raises(UserError, match=re.escape(str(file))) as caught:
+        tables.read_table(file, "model.path", "fetch it again")
+    message = str(caught.value)
+    assert reason in message and "\n" not in message
+    assert message.startswith("model.path: ") and message.endswith("; fetch it again")
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(UserError, match="Is a directory"):
+        tables.read_table(tmp_path)
+
+
+def test_what_is_right_comes_back(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"ü": [1, None]}), encoding="utf-8")
+    (tmp_path / "b.json").write_bytes("[1]".encode("utf-16"))  # json finds out the encoding itself
+    assert tables.read_table(tmp_path / "a.json") == {"ü": [1, None]}
+    assert tables.read_list(tmp_path / "b.json") == [1]
+    with pytest.raises(UserError, match="an array was expected, not a dict"):
+        tables.read_list(tmp_path / "a.json")
