@@ -17,4 +17,4 @@ if [ "${1:-}" = quick ]; then
   shift
   set -- -m "not slow and not long" "$@"
 fi
-python -m pytest -q -n auto --dist loadfile --durations=8 "$@"
+python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=8 "$@"  # long files first: conftest.py

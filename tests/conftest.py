@@ -22,6 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if str(item.path.relative_to(here).with_suffix("")) in LONG:
             item.add_marker("long")
+    items.sort(key=lambda item: "long" not in item.keywords)  # short files last, so that no process waits for another
 
 
 @pytest.fixture(scope="session")
