@@ -1,5 +1,6 @@
 """Several processes of one run, forked: the imports are there already, so that a run of three takes a second or two."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -37,8 +38,10 @@ def start_ranks(size: int, work: Callable[..., int | None], *arguments: object, 
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     ranks = [_fork.Process(target=_rank, args=(rank, size, port, said / str(rank), work, arguments)) for rank in range(size)]
+    gc.freeze()  # or the first collection in each process copies all that is imported
     for process in ranks:
         process.start()
+    gc.unfreeze()
     return ranks
 
 

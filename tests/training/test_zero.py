@@ -68,17 +68,18 @@ def _noting(given: list[str]) -> int:
 
     def fit(self, *arguments):
         net = self.model.parts.net
-        live = lambda: sum(p.nbytes for p in net.parameters())  # noqa: E731
+        held = [*net.parameters()]
+        live = lambda: sum(p.nbytes for p in held)  # noqa: E731
         for module in net.modules():
             module.register_forward_pre_hook(lambda *_: peak.append(max(peak.pop(), live())))
         yield from original(self, *arguments)
         state = self.engine.optimizer.state.values()
-        held = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in net.parameters()]
+        parts = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in net.parameters()]
         note = {
             "moments": sum(s["exp_avg"].numel() for s in state),
-            "base": sum(t.nbytes for t in held),
+            "base": sum(t.nbytes for t in parts),
             "whole": self.model.facts["storage_bytes"],
-            "int8": sum(t.nbytes for t in held if t.dtype == torch.int8) / sum(t.nbytes for t in held),
+            "int8": sum(t.nbytes for t in parts if t.dtype == torch.int8) / sum(t.nbytes for t in parts),
             "trained": self.model.facts["trained_parameters"],
             "live": live(),
             "peak": peak[0],
