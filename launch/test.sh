@@ -11,10 +11,18 @@ if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get 
 fi
 ruff check .
 ruff format --check .
-mypy
+types=$(mktemp)
+mypy >"$types" 2>&1 &  # beside the tests, half a minute on one core
+mypy=$!
+trap 'kill "$mypy" 2>/dev/null || true; rm -f "$types"' EXIT
 export OMP_NUM_THREADS=1  # one test process per core instead
 if [ "${1:-}" = quick ]; then
   shift
   set -- -m "not slow and not long" "$@"
 fi
-python -m pytest -q -n auto --dist loadfile --durations=8 "$@"
+code=0
+# Long files first (conftest.py), so that no core waits for another at the end.
+python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=8 "$@" || code=$?
+wait "$mypy" || code=$?
+cat "$types"
+exit "$code"

@@ -17,11 +17,21 @@ from dedistill.io import hashing
 torch.set_num_threads(1)
 
 
+def is_long(file: Path) -> bool:
+    return str(file.relative_to(Path(__file__).parent).with_suffix("")) in LONG
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Long files that are left out need not be imported, either, nor what they import."""
+    left_out = collection_path.suffix == ".py" and "not long" in config.option.markexpr
+    return True if left_out and is_long(collection_path) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
     for item in items:
-        if str(item.path.relative_to(here).with_suffix("")) in LONG:
+        if is_long(item.path):
             item.add_marker("long")
+    items.sort(key=lambda item: "long" not in item.keywords)  # short files last, so that no process waits for another
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,19 @@
 """Several processes of one run, forked: the imports are there already, so that a run of three takes a second or two."""
 
+import gc
 import multiprocessing
 import os
 import socket
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, PartialState
 
+LAUNCH = Path(__file__).parents[1] / "launch"
 _fork = multiprocessing.get_context("fork")
 
 
@@ -35,9 +38,36 @@ def start_ranks(size: int, work: Callable[..., int | None], *arguments: object, 
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     ranks = [_fork.Process(target=_rank, args=(rank, size, port, said / str(rank), work, arguments)) for rank in range(size)]
+    gc.freeze()  # or the first collection in each process copies all that is imported
     for process in ranks:
         process.start()
+    gc.unfreeze()
     return ranks
+
+
+def run_launched(config: str, work: Callable[[list[str]], int], given: list[str], *, said: Path) -> int:
+    """Exit code of ``accelerate launch`` with a file of launch/ and two processes of ``work(given)``: what it reads, checks
+    and says to them is its own, but they are those of :func:`start_ranks`."""
+    launcher = _fork.Process(target=_launcher, args=(str(LAUNCH / config), work, given, said))
+    launcher.start()
+    launcher.join()
+    return launcher.exitcode
+
+
+def _launcher(config: str, work: Callable[[list[str]], int], given: list[str], said: Path) -> None:
+    import torch.distributed.run as torchrun
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    def start(asked: Namespace) -> None:
+        words = asked.training_script_args
+        assert asked.module and asked.training_script == "dedistill.train" and words == given
+        sys.exit(max(run_ranks(int(asked.nproc_per_node), work, words, said=said)))
+
+    torchrun.run = start
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.chdir(LAUNCH.parent)  # paths in the file are as from there
+    options = ["--config_file", config, "--num_processes", "2", "--num_cpu_threads_per_process", "1"]
+    launch_command(launch_command_parser().parse_args([*options, "-m", "dedistill.train", *given]))
 
 
 def _rank(rank: int, size: int, port: int, said: Path, work: Callable[..., int | None], arguments: tuple) -> None:

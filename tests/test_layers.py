@@ -1,6 +1,7 @@
 """Who may import whom (docs/decisions/0001-layers.md), and where a family's name may occur."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -25,6 +26,7 @@ LEVELS = [
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
+parse = functools.cache(ast.parse)
 MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in FILES}
 
 
@@ -35,7 +37,7 @@ def part(path: Path) -> str:
 def imports(text: str) -> set[str]:
     """Parts of the package that a module imports, however it spells it; importing the package itself counts as all."""
     found = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parse(text)):
         if isinstance(node, ast.ImportFrom):
             assert not node.level, "imports are absolute"
             if node.module == "dedistill":
@@ -80,7 +82,7 @@ def test_every_part_has_a_level_and_no_module_is_loose():
 def modules_imported(path: Path) -> set[str]:
     """Dotted names of modules of the package that a file imports, also inside functions and for types only."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
         elif isinstance(node, ast.Import):
@@ -99,7 +101,7 @@ def test_files_and_functions_are_short():
     for path in FILES:
         text = path.read_text()
         assert text.count("\n") <= 400, path
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parse(text)):
             if isinstance(node, ast.FunctionDef):
                 told = len((ast.get_docstring(node) or "").splitlines())  # what it says of itself does not count
                 assert node.end_lineno - node.lineno + 1 - told <= 60, f"{node.name} in {path}"
@@ -115,7 +117,7 @@ def test_study_benchmarks_and_tests_stand_above_the_package():
 
 def packages(path: Path) -> set[str]:
     """Top-level names that a file imports, also inside functions."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(parse(path.read_text())))
     names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
     return {name.split(".")[0] for name in [*names, *(n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module)]}
 
@@ -174,7 +176,7 @@ def test_no_pickle_no_torchvision_no_remote_code():
             assert word not in f.read_text(), f"{word} in {f}"
     for f in [*shipped, *(ROOT / "benchmarks").rglob("*.py")]:
         text = f.read_text()
-        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        calls = [node for node in ast.walk(parse(text)) if isinstance(node, ast.Call)]
         loaders = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "from_pretrained"]
         told = [k for c in loaders for k in c.keywords if k.arg == "trust_remote_code" and ast.unparse(k.value) == "False"]
         assert len(told) == len(loaders) and text.count("trust_remote_code") == len(told), f"a loader in {f} may run code"

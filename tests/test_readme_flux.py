@@ -103,10 +103,11 @@ def test_the_whole_section(home, monkeypatch, capsys):
 
 
 def judge(home: Path, capsys) -> None:
-    """The two commands by which a user knows whether it worked, on few samples and scales."""
+    """The two commands by which a user knows whether it worked, on few samples and scales, all in one batch."""
     (home / "prompts.txt").write_text("".join(f"{n} red foxes\n" for n in range(16)))
     evaluate, report = re.findall(r"^    (dedistill (?:evaluate|report) .*)$", SECTION, flags=re.M)
-    assert run(f"{evaluate} --candidates base last --cfg 1 3 --samples 16") == 0, capsys.readouterr().err
+    few = "--candidates base last --cfg 1 3 --samples 16 --set train.batch=16 --set train.micro_batch=16"
+    assert run(f"{evaluate} {few}") == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert all(question in said for question in ("How distilled is it still?", "Which weights?", "How to sample?")), said
     assert run(report) == 0, capsys.readouterr().err

@@ -15,6 +15,7 @@ from dedistill.recipe.shipped import FOLDER, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 BUILD = "import sys; from setuptools import build_meta as b; b.build_{kind}(sys.argv[1])"
+EACH = "import sys; from dedistill.cli.main import main; sys.exit(any(main(line.split()) for line in sys.argv[1:]))"
 CHAIN = [
     "train dedistill:digits/teacher --set train.steps=20 --set train.warmup=2 --set validate.samples=32",
     "pairs dedistill:digits/teacher --out runs/digits/pairs --count 64 --steps 4 --points 4",
@@ -69,17 +70,17 @@ def test_the_wheel_has_all_that_is_no_code(installed):
 
 
 def test_the_chain_of_digits_from_another_folder(installed, tmp_path):
-    """Teacher, pairs, student, de-distilling by a recipe of one's own, averages, sweep: all of it shortened."""
+    """Teacher, pairs, student, de-distilling by a recipe of one's own, averages, sweep: all of it shortened, in one process."""
     assert done([str(installed), "--version"], tmp_path).strip() == f"dedistill {__version__}"
     (tmp_path / "my.toml").write_text(MINE)
-    for line in CHAIN:
-        done([str(installed), *line.split()], tmp_path)
+    python = str(installed.with_name("python"))
+    done([python, "-c", EACH, *CHAIN], tmp_path)
     for made in ("student/model/transformer", "pairs/pairs.json"):
         assert (tmp_path / "runs/digits" / made).exists()
     assert (tmp_path / "runs/my/sweep/index.html").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["my.toml", "runs"]
     own = "import dedistill; print(dedistill.__file__)"
-    assert str(installed.parents[1]) in done([str(installed.with_name("python")), "-c", own], tmp_path)
+    assert str(installed.parents[1]) in done([python, "-c", own], tmp_path)
 
 
 @pytest.mark.slow

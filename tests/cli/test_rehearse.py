@@ -37,15 +37,17 @@ def rehearse(tmp_path, images, capsys):
     return run
 
 
-def test_stages_and_what_they_leave(rehearse, tmp_path):
-    """The base is a hub id that is not there: a rehearsal needs no weights and no network."""
-    code, said = rehearse("flux_schnell_24gb")
+def test_stages_and_what_they_leave(tmp_path, monkeypatch, capsys):
+    """The base is a hub id that is not there, and no images are: a rehearsal needs no weights, no network and no data."""
+    monkeypatch.chdir(tmp_path)
+    code, said = main(["dedistill:flux_schnell_24gb", "--rehearse", "--set", "run.out=run"]), capsys.readouterr().err
     assert code == 0, said
+    assert "no images in 'data/images' yet: rehearsing on 4 sample images of the package's own" in said
     stages = [line.split(" s  ")[1] for line in said.splitlines() if line.startswith("ok")]
     assert stages == [
         "the plan can be reached",
         "layers and sizes at full scale",
-        "your images and captions",
+        "sample images and captions",
         "a tiny model of the same classes",
         "caches, training, validation, saving",
         "a run that is killed and continued ends the same",

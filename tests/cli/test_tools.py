@@ -112,26 +112,29 @@ def test_sweep_folder(story, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in before}, "images that are there were made again"
 
 
-@pytest.mark.parametrize("name", ["cfg_sweep", "evaluate"])
-def test_a_base_is_hashed_once_however_many_candidates(story, monkeypatch, tmp_path, files_read, name):
+def hashed_once(base: Path, files_read, averages: int) -> bool:
+    """Whether the base and each of so many averages were read for their hashes, once each, however many candidates."""
+    read = {file: count for file, count in files_read.items() if file.resolve().is_relative_to(base.resolve())}
+    assert any(file.suffix == ".safetensors" for file in read)
+    found = [file for file in files_read if file.parent.name == "posthoc"]
+    return len(found) == averages and {*read.values(), *(files_read[file] for file in found)} == {1}
+
+
+def test_a_base_is_hashed_once_however_many_candidates(story, monkeypatch, tmp_path, files_read):
     """Twelve of one base: its ten averages, itself, and the last weights."""
     monkeypatch.chdir(story)
-    few = ["--prompts", "20", "--samples", "16"] if name == "evaluate" else ["--prompts", "1"]
-    small = ["--cfg", "1", "--skip", "0", "--steps", "1", "--out", str(tmp_path)]
-    assert tool(name, "small/dedistill.toml", *few, *small) == 0
-    base = Path(load_recipe("small/dedistill.toml").model.path).resolve()
-    read = {file: count for file, count in files_read.items() if file.resolve().is_relative_to(base)}
-    assert any(file.suffix == ".safetensors" for file in read) and set(read.values()) == {1}
-    averages = [file for file in files_read if file.parent.name == "posthoc"]
-    assert len(averages) == 10 and all(files_read[file] == 1 for file in averages)
+    small = ["--prompts", "1", "--cfg", "1", "--skip", "0", "--steps", "1", "--out", str(tmp_path)]
+    assert tool("cfg_sweep", "small/dedistill.toml", *small) == 0
+    assert hashed_once(Path(load_recipe("small/dedistill.toml").model.path), files_read, averages=10)
 
 
-def test_evaluation_answers_after_a_run(story, monkeypatch, capsys):
+def test_evaluation_answers_after_a_run(story, monkeypatch, capsys, files_read):
     """One command: every page, three answers with intervals, two step counts; run again it makes nothing twice."""
     monkeypatch.chdir(story)
     few = ["--prompts", "20", "--samples", "16", "--cfg", "1", "3", "--steps", "2", "3"]
     chosen = ["--candidates", "base", "alpha_linear_0.9", "last"]
     assert tool("evaluate", "small/dedistill.toml", *chosen, *few) == 0
+    assert hashed_once(Path(load_recipe("small/dedistill.toml").model.path), files_read, averages=1)
     said = capsys.readouterr()
     folder = story / "runs/digits/dedistill/evaluation"
     answers = [a["answer"] for a in json.loads((folder / "evaluation.json").read_text())["answers"]]

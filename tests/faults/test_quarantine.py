@@ -32,6 +32,23 @@ def recipe(tmp_path_factory, base_model):
     return folder / "recipe.toml"
 
 
+@pytest.fixture(scope="module")
+def good(recipe):
+    """A run without bad samples."""
+    return train(recipe, recipe.parent / "good", *SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def spoilt(recipe):
+    """Runs where the samples are bad, by what they are: their directories, and what was said."""
+    found = {}
+    for kind in ("nan", "spike"):
+        out, said = recipe.parent / kind, recipe.parent / f"said-{kind}"
+        assert run_ranks(1, _spoilt, arguments(recipe, out, *SETTINGS), kind, said=said) == [0], (said / "0").read_text()
+        found[kind] = out, (said / "0").read_text()
+    return found
+
+
 @pytest.fixture(autouse=True)
 def early(monkeypatch):
     """Spikes are known after four steps."""
@@ -63,19 +80,16 @@ def rows(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", ["nan", "spike"])
-def test_bad_samples_are_left_out_and_the_run_goes_on(recipe, tmp_path, monkeypatch, capsys, kind):
+def test_bad_samples_are_left_out_and_the_run_goes_on(good, spoilt, kind):
     """No step was trained on one, the others are as they would be, and all steps are trained in the end."""
-    spoil(monkeypatch, kind)
-    run = train(recipe, tmp_path / "run", *SETTINGS)
-    said = capsys.readouterr().err
+    run, said = spoilt[kind]
     assert "step 7 and those after it: 3 samples stand out" in said and "trained again from step 7 on" in said
     found = rows(run)
     assert [r["step"] for r in found] == list(range(1, 13)) and all(r["applied"] for r in found)
     assert [e["sample"] for e in found[6]["quarantined"]] == bad_names() and found[6]["quarantined"][0]["sigma"] > 0
     _, manifest = read_checkpoint(list_checkpoints(run / "checkpoints")[-1])
     assert manifest["skipped"] == 0 and set(manifest["guard"]["quarantine"]) == set(bad_names())
-    monkeypatch.undo()
-    whole = rows(train(recipe, tmp_path / "good", *SETTINGS))
+    whole = rows(good)
     assert whole[:6] == found[:6] and all(a["sigma_mean"] == b["sigma_mean"] for a, b in zip(whole, found))
     assert [a["loss"] == b["loss"] for a, b in zip(whole, found)][6:9] == [False] * 3
 
@@ -117,14 +131,14 @@ def test_train_spike_says_what_a_spike_is(recipe, tmp_path, monkeypatch):
     assert all(r["applied"] for r in rows(train(recipe, tmp_path / "run", *SETTINGS, "train.spike=0")))
 
 
-@pytest.mark.parametrize("every", [0, 1, 4])
-def test_the_way_back_makes_no_difference(recipe, tmp_path, monkeypatch, every):
+def test_the_way_back_makes_no_difference(recipe, tmp_path, monkeypatch):
     """From a checkpoint just before, long before, within, or without any: the same bits, averages included."""
     spoil(monkeypatch, "nan")
     tracked = (*SETTINGS, "snapshot.every=4", "snapshot.ema=[0.05, 0.1]")
     usual = train(recipe, tmp_path / "usual", *tracked)
-    run = train(recipe, tmp_path / "run", *tracked, f"checkpoint.every={every}", "checkpoint.keep=2")
-    assert differences(usual, run) == []
+    for every in (0, 1, 4):
+        run = train(recipe, tmp_path / f"run{every}", *tracked, f"checkpoint.every={every}", "checkpoint.keep=2")
+        assert differences(usual, run) == [], every
 
 
 @pytest.mark.parametrize("every", [0, 1])
@@ -138,10 +152,9 @@ def test_the_very_first_steps(recipe, tmp_path, monkeypatch, every):
 
 
 @pytest.mark.parametrize("at", [3, 7])
-def test_interrupted_anywhere_the_run_is_the_same(recipe, tmp_path, monkeypatch, at):
+def test_interrupted_anywhere_the_run_is_the_same(recipe, spoilt, tmp_path, monkeypatch, at):
     """The quarantine and all the guard knows are in the checkpoint; hits before a stop count after it."""
     spoil(monkeypatch, "spike")
-    whole = train(recipe, tmp_path / "whole", *SETTINGS)
     real, sent = Trainer._train_step, []
 
     def step(self, number, tasks):
@@ -152,13 +165,13 @@ def test_interrupted_anywhere_the_run_is_the_same(recipe, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", step)
         assert main(arguments(recipe, tmp_path / "run", *SETTINGS)) == 75
-    assert differences(whole, train(recipe, tmp_path / "run", *SETTINGS)) == []
+    assert differences(spoilt["spike"][0], train(recipe, tmp_path / "run", *SETTINGS)) == []
 
 
-def test_killed_after_going_back_the_run_is_the_same(recipe, tmp_path, monkeypatch):
+def test_killed_after_going_back_the_run_is_the_same(recipe, spoilt, tmp_path, monkeypatch):
     """What is left is a checkpoint from before the quarantine: the same steps find the same samples again."""
     spoil(monkeypatch, "nan")
-    whole = train(recipe, tmp_path / "whole", *SETTINGS)
+    whole = spoilt["nan"][0]
     copy = shutil.copytree(whole, tmp_path / "copy")
     for checkpoint in list_checkpoints(copy / "checkpoints"):
         if checkpoint.name > "step-00000006":
@@ -166,10 +179,10 @@ def test_killed_after_going_back_the_run_is_the_same(recipe, tmp_path, monkeypat
     assert differences(whole, train(recipe, copy, *SETTINGS)) == []
 
 
-def _spoilt(given: list[str]) -> int:
+def _spoilt(given: list[str], kind: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(guards, "WARM_UP", 4)
-        spoil(patch, "nan")
+        spoil(patch, kind)
         return main(given)
 
 
@@ -178,8 +191,8 @@ def test_every_number_of_processes_leaves_out_the_same(recipe, tmp_path):
     found = {}
     for size in (1, 3):
         out = tmp_path / str(size)
-        codes = run_ranks(size, _spoilt, arguments(recipe, out, *SETTINGS, "train.exact=true"), said=tmp_path / f"said{size}")
-        assert codes == [0] * size, (tmp_path / f"said{size}" / "0").read_text()
+        given, said = arguments(recipe, out, *SETTINGS, "train.exact=true"), tmp_path / f"said{size}"
+        assert run_ranks(size, _spoilt, given, "nan", said=said) == [0] * size, (said / "0").read_text()
         found[size] = out
     assert differences(found[1], found[3]) == []
     assert rows(found[1])[6]["quarantined"]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from dedistill.release.headers import read_recipe
 PACKAGE = Path(__file__).parents[2] / "dedistill"
 FEW = ["train.steps=6", "train.warmup=0", "snapshot.every=2", "validate.samples=4", "validate.every=3", "checkpoint.every=3"]
 SETTINGS = [word for setting in FEW for word in ("--set", setting)]
+SCORED = ["--samples", "16"]
+PATHS = ["--cfg", "1", "3", "--few", "1", "2", "--steps", "4"]
+EACH = "import shlex, sys; from dedistill.cli.main import main; sys.exit(any(main(shlex.split(line)) for line in sys.argv[1:]))"
 MORE = '[meters]\nevery = 3\nsamples = 2\nsteps = 2\n[preview]\nevery = 3\nprompts = ["a red circle"]\n'
 
 
@@ -98,8 +102,8 @@ def test_training_learns_and_goes_on_as_it_was(there):
         ["scan", "data/tiny", "--out", "scan"],
         ["influence", "tiny.toml", "--budget", "20K", "--prompts", "2", "--sigmas", "2", "--out", "influence", *SETTINGS],
         ["sweep", "tiny.toml", "--cfg", "1", "3", "--prompts", "2", "--out", "sweep", *SETTINGS],
-        ["measure", "tiny.toml", "--prompts", "4", "--out", "measured", *SETTINGS],
-        ["evaluate", "tiny.toml", "--cfg", "1", "3", "--prompts", "prompts.txt", "--out", "evaluated", *SETTINGS],
+        ["measure", "tiny.toml", *PATHS, *SCORED, "--prompts", "4", "--out", "measured", *SETTINGS],
+        ["evaluate", "tiny.toml", "--cfg", "1", "3", "--prompts", "prompts.txt", *SCORED, "--out", "evaluated", *SETTINGS],
         ["report", "runs/tiny"],
         ["pairs", "tiny.toml", "--out", "pairs", "--count", "4", "--steps", "2", "--points", "2", *SETTINGS],
     ],
@@ -185,15 +189,14 @@ def test_a_family_of_another_package(tmp_path):
     (tmp_path / "mine.toml").write_text(recipe)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(PACKAGE.parent)])}
 
-    def run(*words: str) -> str:
-        command = [sys.executable, "-m", "dedistill", *words]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
-
-    run("tiny", "other", "models/tiny", "--images", "data")
-    run("train", "mine.toml", *SETTINGS)
-    run("merge", "mine.toml", "--weights", "runs/mine/snapshots/step-00000006.safetensors", "--out", "models/out", *SETTINGS)
-    run("export", "models/out", "--format", "diffusers", "--out", "released")
+    lines = [
+        ["tiny", "other", "models/tiny", "--images", "data"],
+        ["train", "mine.toml", *SETTINGS],
+        ["merge", "mine.toml", "--weights", "runs/mine/snapshots/step-00000006.safetensors", "--out", "models/out", *SETTINGS],
+        ["export", "models/out", "--format", "diffusers", "--out", "released"],
+    ]
+    command = [sys.executable, "-c", EACH, *map(shlex.join, lines)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "released/unet/config.json").read_text())["_class_name"] == "OtherNet"
     assert 'family = "other"' in (tmp_path / "released/README.md").read_text()

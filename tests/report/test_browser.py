@@ -37,27 +37,47 @@ def browser():
         browser.close()
 
 
+def watched(browser, wrong: list[str], **options):
+    """A new tab that notes what is asked of a network, and what goes wrong."""
+    context = browser.new_context(**{"viewport": DESK, **options})
+    context.set_default_timeout(5000)
+    context.on("request", lambda r: r.url.startswith(("file:", "data:")) or wrong.append(r.url))
+    context.on("requestfailed", lambda r: wrong.append(r.url))
+    context.on("console", lambda m: m.type == "error" and wrong.append(m.text))
+    context.on("weberror", lambda e: wrong.append(str(e.error)))
+    return context.new_page()
+
+
+@pytest.fixture(scope="module")
+def shared(browser):
+    """One tab for all tests that ask for nothing special, as each new one is a process; and what went wrong in it."""
+    wrong: list[str] = []
+    return watched(browser, wrong), wrong
+
+
 @pytest.fixture
-def open_page(browser, pages):
+def open_page(browser, pages, shared):
     """Opens a page by name; afterwards nothing may have been asked of a network, and nothing may have gone wrong."""
-    contexts, wrong = [], []
+    (tab, wrong), own = shared, []
 
     def opened(name: str, **options):
-        context = browser.new_context(**{"viewport": DESK, **options})
-        context.set_default_timeout(5000)
-        contexts.append(context)
-        context.on("request", lambda r: r.url.startswith(("file:", "data:")) or wrong.append(r.url))
-        context.on("requestfailed", lambda r: wrong.append(r.url))
-        context.on("console", lambda m: m.type == "error" and wrong.append(m.text))
-        context.on("weberror", lambda e: wrong.append(str(e.error)))
-        page = context.new_page()
+        page = tab
+        if options:
+            own.append(watched(browser, wrong, **options))
+            page = own[-1]
+        else:
+            page.goto("about:blank")
+            page.set_viewport_size(DESK)
+            page.emulate_media(color_scheme="null")
         page.goto(pages[name].as_uri())
         return page
 
     yield opened
-    for context in contexts:
-        context.close()
-    assert wrong == []
+    for page in own:
+        page.context.close()
+    found = [*wrong]
+    wrong.clear()
+    assert found == []
 
 
 def viewer_shows(page) -> str:

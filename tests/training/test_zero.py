@@ -14,7 +14,7 @@ import deepspeed.runtime.zero.stage3  # noqa: F401 - these here, so that forked 
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_launched, run_ranks
 from safetensors.torch import load_file
 from test_launch import ENVIRONMENT, ROOT
 from test_world import BF16, LORA, arguments, furthest, same, saved, train
@@ -68,17 +68,18 @@ def _noting(given: list[str]) -> int:
 
     def fit(self, *arguments):
         net = self.model.parts.net
-        live = lambda: sum(p.nbytes for p in net.parameters())  # noqa: E731
+        held = [*net.parameters()]
+        live = lambda: sum(p.nbytes for p in held)  # noqa: E731
         for module in net.modules():
             module.register_forward_pre_hook(lambda *_: peak.append(max(peak.pop(), live())))
         yield from original(self, *arguments)
         state = self.engine.optimizer.state.values()
-        held = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in net.parameters()]
+        parts = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in net.parameters()]
         note = {
             "moments": sum(s["exp_avg"].numel() for s in state),
-            "base": sum(t.nbytes for t in held),
+            "base": sum(t.nbytes for t in parts),
             "whole": self.model.facts["storage_bytes"],
-            "int8": sum(t.nbytes for t in held if t.dtype == torch.int8) / sum(t.nbytes for t in held),
+            "int8": sum(t.nbytes for t in parts if t.dtype == torch.int8) / sum(t.nbytes for t in parts),
             "trained": self.model.facts["trained_parameters"],
             "live": live(),
             "peak": peak[0],
@@ -331,16 +332,28 @@ def test_deepspeed_is_imported_only_when_asked_for(adapter_recipe):
     assert done.returncode == 0, done.stderr[-800:]
 
 
-@pytest.mark.parametrize("stage", [2, slow(3)])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_files_of_launch(adapter_recipe, tmp_path, stage):
+    """What ``accelerate launch`` makes of them is that engine, on two processes, which says what it is."""
+    given, said = arguments(adapter_recipe, tmp_path / "r", *BRIEF), tmp_path / "said"
+    assert run_launched(f"zero{stage}.yaml", main, given, said=said) == 0, (said / "0").read_text()
+    assert_launched(stage, tmp_path / "r", (said / "0").read_text())
+
+
+def assert_launched(stage: int, out: Path, said: str) -> None:
+    effects = json.loads((out / "plan.json").read_text())["effects"]
+    assert (effects["engine"], effects["processes"]) == (f"zero{stage}", 2)
+    assert f"in parts (ZeRO-{stage})" in said and "DeepSpeed" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_real_launch(adapter_recipe, tmp_path, stage):
-    """``accelerate launch`` with the file of launch/ starts two processes under that engine, and says what it is."""
     options = ["--config_file", f"launch/zero{stage}.yaml", "--num_processes", "2", "--num_cpu_threads_per_process", "1"]
     command = ["accelerate", "launch", *options, "-m", "dedistill.train", str(adapter_recipe), "--set", "train.steps=2"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
-    effects = json.loads((tmp_path / "dedistill/plan.json").read_text())["effects"]
-    assert (effects["engine"], effects["processes"]) == (f"zero{stage}", 2)
-    assert f"in parts (ZeRO-{stage})" in done.stderr and "DeepSpeed" not in done.stderr
+    assert_launched(stage, tmp_path / "dedistill", done.stderr)
 
 
 def _spoilt(given: list[str]) -> int:
