@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     checks = tell(recipes, args.out, cfgs=args.cfg, prompts=args.prompts, steps=args.steps, commands=commands)
     print(f"\nreport: {args.out / 'index.html'}")
     if failed := [f"  {c['text']}: {c['value']} ({c['bound']})" for c in checks if not c["ok"]]:
-        raise UserError(f"{len(failed)} of {amount(len(checks), 'claim')} failed:\n" + "\n".join(failed))
+        raise UserError(f"{len(failed)} of {amount(len(checks), 'claim')} do not hold:\n" + "\n".join(failed))
     return 0
 
 
