@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,9 +229,10 @@ def _words(process: int) -> list[str]:
     """The launcher's own command up to the program it starts, where the system shows it (Linux); empty elsewhere."""
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
-        words = words[: words.index("dedistill.train")]
     except (OSError, ValueError):
         return []
+    ours = (i for i, pair in enumerate(pairwise(words)) if pair[0] == "dedistill.train" or pair == ("dedistill", "train"))
+    words = words[: next(ours, 0)]
     for i, word in enumerate(words):
         if Path(word).name in ("accelerate", "torchrun"):
             return [Path(word).name, *words[i + 1 :]]

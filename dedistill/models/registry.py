@@ -57,14 +57,16 @@ def get_family(name: str, where: str = "model.family") -> "Family":
 def spec_of(config: Config, family: str | None = None) -> ModelSpec:
     """The family of a denoiser with that config.json: the one that a recipe or folder names, else the first that has its class.
 
-    Raises UserError for a class that no family has.
+    Raises UserError for a class that it, or no family, has.
     """
     kind = str(config.get("_class_name"))
-    for name in [family] if family in _places() else families():
+    asked = [family] if family in _places() else families()
+    for name in asked:
         if kind in (spec := get_spec(name)).networks:
             return spec
-    known = sorted({network for name in families() for network in get_spec(name).networks})
-    raise UserError(f"config.json names a network of no family: _class_name is '{kind}', known: {', '.join(known)}")
+    known = sorted({network for name in asked for network in get_spec(name).networks})
+    whose = f"not one of {family}" if asked == [family] else "one of no family"
+    raise UserError(f"config.json names a network, {kind!r} (_class_name), that is {whose}; known: {', '.join(known)}")
 
 
 def text_length(family: "Family", length: int, where: str = "model.text_length") -> int:

@@ -142,4 +142,6 @@ def test_what_does_not_fit_is_refused_by_name():
         naming.to_bfl(state)
     with pytest.raises(UserError, match=r"NoSuchTransformer.*FluxTransformer2DModel"):
         spec_of({"_class_name": "NoSuchTransformer"})
+    with pytest.raises(UserError, match=r"'FluxTransformer2DModel'.* not one of example; known: ExampleNet$"):
+        spec_of({"_class_name": "FluxTransformer2DModel"}, "example")
     assert names_of(spec_of({"_class_name": "FluxTransformer2DModel"})) is naming
