@@ -67,7 +67,7 @@ def velocity(parts, root: nn.Module) -> torch.Tensor:
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    return float((found.double() - wanted.double()).detach().norm() / wanted.detach().double().norm())
 
 
 @every_quant

@@ -97,11 +97,12 @@ class PixelFlux(FluxBlocks):
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def _from_folder(self, folder: Path, mask: str) -> Components:
-        facts = read_table(folder / "dedistill.json", "model.path", f"is '{folder}' a {self.spec.name} model, and trained?")
+        missing = f"model.path: no {self.spec.name} model in '{folder}' (train it first)"
+        facts = read_table(folder / "dedistill.json", missing)
         try:
             family, image, text = facts["family"], tuple(facts["picture"]), WordEncoder(**facts["text"])
         except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"model.path: no {self.spec.name} model in '{folder}' (train it first): {e}") from e
+            raise UserError(f"{missing}: {e}") from e
         if family != self.spec.name:
             raise UserError(f"model.path: '{folder}' holds a {family} model, not {self.spec.name}")
         net = load_whole(FluxTransformer2DModel, folder / "transformer", "model.path")
