@@ -133,7 +133,8 @@ class EncodedImages:
             latents.append(self._latents.read(latent_key(slot.image.sample, slot.crop), {"latent": shape})["latent"])
         captions = [s.caption for s in slots]
         text = collate([read_text(self._texts, c, self._text_widths) for c in captions])
-        return Batch(torch.stack(latents).float(), captions, [s.name for s in slots], text=text)
+        names, images = [s.name for s in slots], [s.image.sample.sha256 for s in slots]
+        return Batch(torch.stack(latents).float(), captions, names, text=text, image_ids=images)
 
     def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
         slots = self._slots(seed, step, batch, held_out)

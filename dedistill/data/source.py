@@ -1,6 +1,6 @@
 """What every source of samples provides, and training without some of its samples."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -19,7 +19,8 @@ T = TypeVar("T")
 class Batch:
     """Samples of some slots: latents [B, C, H, W] as the denoiser sees them, their captions, and names to report them by.
 
-    text: the captions, encoded already. noise and trajectory [B, K, C, H, W] come with stored pairs only;
+    text: the captions, encoded already. image_ids: what tells the images apart that the samples are of; empty where names do.
+    noise and trajectory [B, K, C, H, W] come with stored pairs only;
     trajectory_sigmas [K] falls from 1 to 0.
     """
 
@@ -30,6 +31,7 @@ class Batch:
     trajectory: Tensor | None = None
     trajectory_sigmas: np.ndarray | None = None
     text: Conditioning | None = None
+    image_ids: list[str] = field(default_factory=list)
 
 
 def needed(part: T | None) -> T:

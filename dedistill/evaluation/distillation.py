@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from dedistill.data.source import Source
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.evaluation.judges import DigitJudge
-from dedistill.evaluation.meters import GUIDED, RatioEstimate, guidance_meters, interval, path_meters, response
+from dedistill.evaluation.meters import GUIDED, RatioEstimate, guidance_meters, interval, path_meters
 from dedistill.evaluation.sweep import Candidate
 from dedistill.evaluation.validation import held_out_meters
 from dedistill.flow.solvers import sigma_grid
@@ -27,7 +27,7 @@ from dedistill.sampling.sampler import start_noise
 # --- results of candidates, kept on disk --------------------------------------------------------------------------
 
 
-VERSION = 2
+VERSION = 3
 """Results of another version of the meters are not used."""
 
 
@@ -63,10 +63,7 @@ def result_file(folder: Path, name: str, part: str) -> Path:
 
 
 def _table(result: EvalResult) -> dict[str, Any]:
-    readings = {
-        key: {"top": r.top.tolist(), "bottom": r.bottom.tolist(), "strata": None if r.strata is None else r.strata.tolist()}
-        for key, r in result.readings.items()
-    }
+    readings = {key: {"top": r.top.tolist(), "bottom": r.bottom.tolist()} for key, r in result.readings.items()}
     return {"image": list(result.image), "places": result.places, "readings": readings}
 
 
@@ -81,10 +78,7 @@ def _current_names(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _result(table: dict[str, Any]) -> EvalResult:
-    readings = {
-        key: RatioEstimate(np.array(r["top"]), np.array(r["bottom"]), None if r["strata"] is None else np.array(r["strata"]))
-        for key, r in table["readings"].items()
-    }
+    readings = {key: RatioEstimate(np.array(r["top"]), np.array(r["bottom"])) for key, r in table["readings"].items()}
     return EvalResult(readings, table["places"], tuple(table["image"]))
 
 
@@ -92,6 +86,8 @@ def _result(table: dict[str, Any]) -> EvalResult:
 
 
 BINS = 8
+SMALLEST = 0.01
+"""Share of the reference's value. A difference that is certain and smaller is not called one."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +207,6 @@ def _evaluate_paths(candidate: str, model: Model, settings: EvalSettings) -> Eva
     found |= guidance_meters(model, settings.prompts, noise, steps=settings.steps, cfgs=settings.cfgs, judge=settings.judge)
     _check(candidate, found)
     found = {key: reading for key, reading in found.items() if reading.bottom.any()}  # no accuracy without digits
-    if len(settings.cfgs) > 1:
-        found |= {f"response_{key}": response(found[key]) for key in RESPONSES if key in found}
     return EvalResult(found, settings.places(model), tuple(model.parts.sample_shape))
 
 
@@ -220,7 +214,7 @@ def _check(candidate: str, found: dict[str, RatioEstimate]) -> None:
     for key, reading in found.items():
         if not np.isfinite(reading.top).all():
             raise UserError(f"{candidate}: {key}: not every sample has a finite number; the weights are broken")
-        if key not in RESPONSES and not reading.bottom.sum(0).all():
+        if key.removeprefix("response_") not in RESPONSES and not reading.bottom.sum(0).all():
             raise UserError(f"{candidate}: {key}: paths have no length; the model predicts velocities of 0. Was it trained?")
 
 
@@ -254,12 +248,14 @@ def measure(
     return {
         "title": title,
         "settings": {
-            "prompts": len(settings.prompts),
-            "held-out samples": settings.samples,
+            "prompts": distinct(len(settings.prompts), len(set(settings.prompts))),
+            "held-out samples": f"{settings.samples}, of {amount(len(against['loss'].top), 'image')}",
             "held-out data": settings.recipe.run.name,
             "paths": f"{settings.steps} Euler steps at CFG 1",
-            "intervals": "95 %, bootstrap over samples",
+            "intervals": "95 %, bootstrap over images and prompts",
         },
+        "images": len(against["loss"].top),
+        "distinct_prompts": len(set(settings.prompts)),
         "reference": reference,
         "meters": [vars(m) for m in _all_meters(settings.cfgs) if m.key in against],
         "candidates": {
@@ -306,24 +302,43 @@ def _all_meters(cfgs: tuple[float, ...]) -> list[Meter]:
     return [*METERS, *moves]
 
 
+def distinct(count: int, different: int) -> str:
+    """12, or 12 of 3 different ones."""
+    return str(count) if different == count else f"{count}, {different} of them different"
+
+
 def _rows(reading: RatioEstimate, reference: RatioEstimate, places: list[float] | None, own: bool) -> list[dict[str, Any]]:
-    """A row per place; differences are taken within each bootstrap sample, which both share."""
-    draws, others = reading.resampled(), reference.resampled()
-    low, high = interval(draws)
+    """A row per place; differences are taken within each bootstrap sample, which both share. Bounds and verdict are None
+    where too few units are behind the place."""
+    draws, others, units = reading.resampled(), reference.resampled(), reading.units
+    low, high = interval(draws, reading)
     rows: list[dict[str, Any]] = [
-        {"value": float(v), "low": float(a), "high": float(b)} for v, a, b in zip(reading.value, low, high)
+        {"value": float(v), "low": known_bound(a), "high": known_bound(b), "units": int(n)}
+        for v, a, b, n in zip(reading.value, low, high, units)
     ]
     for row, place in zip(rows, places or []):
         row["at"] = place
     if not own:
-        low, high = interval(draws - others)
-        for row, d, a, b in zip(rows, reading.value - reference.value, low, high):
-            row |= {"difference": float(d), "difference_low": float(a), "difference_high": float(b), "verdict": _verdict(a, b)}
+        low, high = interval(draws - others, reading)
+        for row, d, a, b, there in zip(rows, reading.value - reference.value, low, high, reference.value):
+            row |= {"difference": float(d), "difference_low": known_bound(a), "difference_high": known_bound(b)}
+            row["verdict"] = _verdict(float(d), known_bound(a), known_bound(b), float(there))
     return rows
 
 
-def _verdict(low: float, high: float) -> str:
-    return "higher" if low > 0 else "lower" if high < 0 else "no difference seen"
+def known_bound(bound: float) -> float | None:
+    """A bound of an interval for JSON; None where there is none."""
+    return float(bound) if np.isfinite(bound) else None
+
+
+def _verdict(difference: float, low: float | None, high: float | None, reference: float) -> str | None:
+    if low is None or high is None:
+        return None
+    if low <= 0 <= high:
+        return "no difference seen"
+    if abs(difference) < SMALLEST * abs(reference):
+        return f"by less than {SMALLEST:.0%}"
+    return "higher" if low > 0 else "lower"
 
 
 def _short(readings: dict[str, RatioEstimate]) -> str:

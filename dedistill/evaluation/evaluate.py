@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dedistill.evaluation.distillation import EvalSettings, check_comparable, evaluate_candidate, measure
+from dedistill.evaluation.distillation import EvalSettings, check_comparable, evaluate_candidate, known_bound, measure
 from dedistill.evaluation.judges import ClipJudge
 from dedistill.evaluation.meters import RatioEstimate
 from dedistill.evaluation.numbers import check_by
@@ -82,7 +82,7 @@ def shortlist(run: list[Candidate], losses: dict[str, RatioEstimate]) -> list[Ca
 def _together(losses: dict[str, RatioEstimate], names: list[str]) -> RatioEstimate:
     """The losses of several candidates as the places of one reading: all were asked the same samples in the same order."""
     own = [losses[name] for name in names]
-    return RatioEstimate(np.hstack([r.top for r in own]), np.hstack([r.bottom for r in own]), own[0].strata)
+    return RatioEstimate(np.hstack([r.top for r in own]), np.hstack([r.bottom for r in own]))
 
 
 def _loss_rows(found: Comparison, names: list[str], looked_at: set[str]) -> list[dict[str, Any]]:
@@ -90,8 +90,8 @@ def _loss_rows(found: Comparison, names: list[str], looked_at: set[str]) -> list
         {
             "candidate": name,
             "value": float(found.value[i]),
-            "low": float(found.low[i]),
-            "high": float(found.high[i]),
+            "low": known_bound(found.low[i]),
+            "high": known_bound(found.high[i]),
             "may_be_best": bool(found.may_be_best[i]),
             "looked_at": name in looked_at,
         }

@@ -1,13 +1,16 @@
 """How distilled a model is, in numbers of single samples: what few steps lose, how curved paths are, what guidance does.
 
-Every meter is a ratio of two sums over samples, so that one bootstrap serves them all and candidates that were asked
-the same questions are compared pair by pair. CFG is 1 unless a meter is about CFG.
+Every meter is a ratio of two sums over images or prompts, so that one bootstrap serves them all and candidates that were
+asked the same questions are compared pair by pair. CFG is 1 unless a meter is about CFG.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import norm, t
 from torch import Tensor
 
 from dedistill.evaluation.influence import angular_distance
@@ -19,53 +22,97 @@ from dedistill.flow.solvers import sigma_grid
 from dedistill.models.model import Model
 from dedistill.sampling.sampler import Sampling, sample, trajectories
 
-RESAMPLES = 1000
+RESAMPLES = 4000
 LEVEL = 0.95
+LEAST_UNITS = 16
+"""Images or prompts. With fewer, no interval is given: one that holds for all kinds of images would say nothing."""
 GUIDED = ("saturated", "contrast", "blur", "shadow")
 """Numbers of images that are followed over CFG."""
 
 
 @dataclass(frozen=True)
 class RatioEstimate:
-    """A meter at M places (solver steps, bins of sigma, CFG scales): top and bottom [N, M]; its value is sum / sum [M].
+    """A meter at M places (solver steps, bins of sigma, CFG scales): top and bottom [U, M]; its value is sum / sum [M].
 
-    strata [N]: samples are resampled within equal numbers only; None: all alike.
+    A row is what one unit adds: an image with all that was drawn of it, or a prompt. Only units are independent of one
+    another; many draws of few images are no more evidence than the images are.
     """
 
     top: np.ndarray
     bottom: np.ndarray
-    strata: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, top: np.ndarray, bottom: np.ndarray, units: Sequence[str], sigmas: np.ndarray | None = None) -> "RatioEstimate":
+        """Of samples [N, M], of which those with equal ``units`` [N] belong together.
+
+        sigmas [N]: where they were chosen beforehand. How the numbers depend on them is then no uncertainty.
+        """
+        if sigmas is not None:
+            top = _without_trend(top, bottom, sigmas)
+        _, place = np.unique(np.asarray(units), return_inverse=True)
+        sums = np.zeros((2, place.max() + 1, top.shape[1]))
+        np.add.at(sums[0], place, top)
+        np.add.at(sums[1], place, bottom)
+        return cls(*sums)
 
     @property
     def value(self) -> np.ndarray:
         return ratio(np.ones((1, len(self.top))), self)[0]
 
+    @property
+    def units(self) -> np.ndarray:
+        """How many units each place stands on [M]."""
+        return (self.bottom != 0).sum(0)
+
+    @property
+    def equal_units(self) -> np.ndarray:
+        """How many units of equal weight would tell as much [M]: fewer, where some were drawn often and some once."""
+        squares = (self.bottom**2).sum(0)
+        return self.bottom.sum(0) ** 2 / np.where(squares == 0, 1, squares)
+
     def resampled(self) -> np.ndarray:
-        """[1000, M] values of bootstrap samples; the same samples for every reading of as many."""
-        return ratio(resamples(len(self.top), self.strata), self)
+        """[4000, M] values of bootstrap samples; the same units for every reading of as many."""
+        return ratio(resamples(len(self.top)), self)
+
+
+def _without_trend(top: np.ndarray, bottom: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+    """Numerators [N, M] of the same sum, without what a cubic in sigma explains of them.
+
+    A regression takes away little of what images differ by; means of small strata would take it along, and make intervals
+    too narrow where there are few images (tests/evaluation/test_meters.py).
+    """
+    count, total = len(sigmas), bottom.sum(0)
+    value = top.sum(0) / np.where(total == 0, 1, total)
+    degree = min(3, count // 8)
+    basis, _ = np.linalg.qr(np.polynomial.legendre.legvander(2 * sigmas - 1, degree))
+    rest = top - value * bottom
+    rest -= basis @ (basis.T @ rest)
+    return value * bottom + rest * math.sqrt(max(1, count - 1) / max(1, count - 1 - degree))
 
 
 def ratio(weights: np.ndarray, reading: RatioEstimate) -> np.ndarray:
-    """weights [R, N] -> values [R, M]; NaN where the bottom is 0."""
+    """weights [R, U] -> values [R, M]; NaN where the bottom is 0."""
     top, bottom = weights @ reading.top, weights @ reading.bottom
     return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom != 0)
 
 
-def resamples(count: int, strata: np.ndarray | None = None) -> np.ndarray:
-    """How often each sample is drawn [1000, count] when as many are drawn with replacement, stratum by stratum."""
-    strata = np.zeros(count, dtype=int) if strata is None else strata
-    weights = np.zeros((RESAMPLES, count))
-    for stratum in np.unique(strata):
-        members = np.flatnonzero(strata == stratum)
-        rng = keyed.generator(0, "bootstrap", int(stratum))
-        weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), RESAMPLES)
-    return weights
+def resamples(count: int) -> np.ndarray:
+    """How often each unit is drawn [4000, count] when as many are drawn with replacement."""
+    return keyed.generator(0, "bootstrap", 0).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)
 
 
-def interval(resampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile interval of 95 % [M], [M] (Efron & Tibshirani 1993, ch. 13)."""
-    tail = 50 * (1 - LEVEL)
-    low, high = np.nanpercentile(resampled, [tail, 100 - tail], axis=0)
+def interval(resampled: np.ndarray, reading: RatioEstimate) -> tuple[np.ndarray, np.ndarray]:
+    """Interval of 95 % [M], [M] of bootstrap values [4000, M] of a ``reading``, or of its difference to another one.
+
+    Percentiles (Efron & Tibshirani 1993, ch. 13), taken further out for few units, by as much as Student's t lies outside
+    the normal and the spread of few is too small (Hesterberg 2015, Am. Stat. 69, sec. 3.3). NaN for fewer than
+    ``LEAST_UNITS``: then even these are wrong.
+    """
+    low, high = np.full(resampled.shape[1], np.nan), np.full(resampled.shape[1], np.nan)
+    for i, (units, equal) in enumerate(zip(reading.units, reading.equal_units)):
+        if units >= LEAST_UNITS:
+            tail = 100 * norm.cdf(np.sqrt(equal / (equal - 1)) * t.ppf((1 - LEVEL) / 2, equal - 1))
+            low[i], high[i] = np.nanpercentile(resampled[:, i], [tail, 100 - tail])
     return low, high
 
 
@@ -86,12 +133,13 @@ def path_meters(
         short = torch.cat([s[-1] for s in trajectories(model, prompts, noise, Sampling(steps=n))])
         gaps.append(((short.flatten(1).double().numpy() - ends) ** 2).mean(1))
     one = chord[:, None]
-    return {
-        "straightness": RatioEstimate((curvature * -np.diff(sigmas)).sum(1, keepdims=True), one),
-        "curvature": RatioEstimate(curvature, np.repeat(one, steps, 1)),
-        "turning_angle": RatioEstimate(angle[:, None], np.ones_like(one)),
-        "few_steps": RatioEstimate(np.stack(gaps, 1), np.repeat(one, len(few), 1)),
+    pairs = {
+        "straightness": ((curvature * -np.diff(sigmas)).sum(1, keepdims=True), one),
+        "curvature": (curvature, np.repeat(one, steps, 1)),
+        "turning_angle": (angle[:, None], np.ones_like(one)),
+        "few_steps": (np.stack(gaps, 1), np.repeat(one, len(few), 1)),
     }
+    return {key: RatioEstimate.of(top, bottom, prompts) for key, (top, bottom) in pairs.items()}
 
 
 def path_numbers(states: list[Tensor], sigmas: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -116,10 +164,14 @@ def guidance_meters(
             numbers |= {"correct": judge.correct(images, prompts), "realistic": judge.realistic(images)}
         columns.append(numbers)
     stacked = {key: np.stack([numbers[key] for numbers in columns], 1) for key in columns[0]}
-    return {key: RatioEstimate(np.nan_to_num(top), np.isfinite(top).astype(float)) for key, top in stacked.items()}
+    found = {key: (np.nan_to_num(top), np.isfinite(top).astype(float)) for key, top in stacked.items()}
+    readings = {key: RatioEstimate.of(top, there, prompts) for key, (top, there) in found.items()}
+    if len(cfgs) > 1:
+        readings |= {f"response_{key}": RatioEstimate.of(*response(*pair), prompts) for key, pair in found.items()}
+    return readings
 
 
-def response(reading: RatioEstimate) -> RatioEstimate:
-    """How far a number moves from the first place to the last, over samples that have it at both."""
-    both = reading.bottom[:, :1] * reading.bottom[:, -1:]
-    return RatioEstimate((reading.top[:, -1:] - reading.top[:, :1]) * both, both)
+def response(top: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far a number moves from the first place to the last, of samples [N, M] that have it (``there``) at both."""
+    both = there[:, :1] * there[:, -1:]
+    return (top[:, -1:] - top[:, :1]) * both, both

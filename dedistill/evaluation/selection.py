@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 
 from dedistill.errors import UserError, amount
-from dedistill.evaluation.meters import LEVEL, RatioEstimate, interval, ratio, resamples
+from dedistill.evaluation.meters import LEAST_UNITS, LEVEL, RatioEstimate, interval, ratio, resamples
 
-LEAST_PROMPTS = 16
-"""With fewer different prompts a bootstrap tells nothing."""
 CELL = ("candidate", "cfg", "skip", "steps", "method")
 
 
@@ -42,13 +40,16 @@ def compare_with_best(reading: RatioEstimate, better: str) -> Comparison:
     bounds of the differences follow from the same event.
     """
     sign = {"high": 1.0, "low": -1.0}[better]
-    weights = resamples(len(reading.top), reading.strata)
+    weights = resamples(len(reading.top))
     value, draws = reading.value, ratio(weights, reading)
-    low, high = interval(draws)
+    low, high = interval(draws, reading)
     # what each sample adds to each ratio, to first order: its derivative by the sample's weight
     pull = sign * (reading.top - value * reading.bottom) / reading.bottom.mean(0)
     ahead = sign * (value[None] - value[:, None])  # [i, j]: how much better j is than i
-    chance = np.stack([_chance(weights, pull - pull[:, [i]]) for i in range(len(value))])
+    if len(reading.top) < LEAST_UNITS:  # then nothing can be told apart
+        chance = np.full(ahead.shape, np.inf)
+    else:
+        chance = np.stack([_chance(weights, pull - pull[:, [i]]) for i in range(len(value))])
     others = ~np.eye(len(value), dtype=bool)
     equal = 1e-12 * np.abs(value).max()  # sums of the same numbers differ by rounding
     may_be_best = (ahead <= chance + equal).all(1)
@@ -119,9 +120,9 @@ def select(
 
 def check_prompts(prompts: Sequence[str]) -> None:
     """Raise UserError for too few different prompts to choose by."""
-    if (count := len(set(prompts))) < LEAST_PROMPTS:
+    if (count := len(set(prompts))) < LEAST_UNITS:
         some = amount(count, "different prompt is", "different prompts are")
-        raise UserError(f"--prompts: {some} too few to choose by; at least {LEAST_PROMPTS}", 2)
+        raise UserError(f"--prompts: {some} too few to choose by; at least {LEAST_UNITS}", 2)
 
 
 def _mildest(cells: list[dict[str, Any]], candidate: str) -> int:
@@ -162,9 +163,9 @@ def _reading(cells: list[dict[str, Any]], rows: list[dict[str, Any]], key: str) 
 def _fill(cells: list[dict[str, Any]], number: dict[str, Any], reading: RatioEstimate) -> None:
     """Each cell's value of ``number`` with its interval, and whether it may be too much worse than in the cell ``against``."""
     draws = reading.resampled()
-    low, high = interval(draws)
+    low, high = interval(draws, reading)
     sign = -1.0 if number["better"] == "high" else 1.0
-    worst = interval(sign * (draws - draws[:, [cell["against"] for cell in cells]]))[1]
+    worst = interval(sign * (draws - draws[:, [cell["against"] for cell in cells]]), reading)[1]
     for i, cell in enumerate(cells):
         cell["numbers"][number["key"]] = {"value": float(reading.value[i]), "low": float(low[i]), "high": float(high[i])}
         if worst[i] > number.get("tolerance", np.inf):

@@ -1,7 +1,7 @@
 """What a model says of held-out samples, on fixed noise and sigmas: its loss, and how distilled it still is."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import World
-from dedistill.evaluation.meters import RatioEstimate, path_numbers
+from dedistill.evaluation.meters import LEAST_UNITS, RatioEstimate, path_numbers
 from dedistill.flow.guidance import CONDITIONAL
 from dedistill.flow.path import flow_loss, implied_noise
 from dedistill.flow.solvers import sigma_grid
@@ -34,13 +34,15 @@ def held_out_meters(model: Model, batches: list[NoisyBatch], bins: int) -> dict[
         numbers = np.concatenate([held_out_numbers(model, batch) for batch in batches])
     finally:
         model.root.train(training)
-    sigma, *columns = numbers[numbers[:, 0].argsort()].T  # every model's samples in one order, however they were batched
-    place = np.minimum((sigma * bins).astype(int), bins - 1)
-    member = np.eye(bins)[place]
+    order = numbers[:, 0].argsort()  # every model's samples in one order, however they were batched
+    images = [image for batch in batches for image in batch.image_ids]
+    images = [images[i] for i in order]
+    sigma, *columns = numbers[order].T
+    member = np.eye(bins)[np.minimum((sigma * bins).astype(int), bins - 1)]
     found = {}
     for key, column in zip(("loss", "guidance"), columns):
-        found[key] = RatioEstimate(column[:, None], np.ones((len(column), 1)), place)
-        found[f"{key}_by_sigma"] = RatioEstimate(column[:, None] * member, member, place)
+        found[key] = RatioEstimate.of(column[:, None], np.ones((len(column), 1)), images, sigma)
+        found[f"{key}_by_sigma"] = RatioEstimate.of(column[:, None] * member, member, images)
     return found
 
 
@@ -72,7 +74,8 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self, model: Model, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-        """{"val_loss", "val_loss_se"} in evaluation mode, the same on every process.
+        """{"val_loss", "val_images", "val_loss_se"} in evaluation mode, the same on every process; images: different ones
+        that the samples are of. No standard error where these are fewer than 16.
 
         None as soon as any process was ``interrupted``: a validation may take longer than a stop may.
         """
@@ -80,18 +83,19 @@ class Validator:
         model.root.eval()
         for batch in self.padding:
             self.objective.loss(model, batch)
-        own: list[tuple[float, float]] = []
+        own: list[tuple[float, float, str]] = []
         for batch in self.batches:
             if interrupted():
                 break
             heartbeat.beat("validating")
-            own += zip(batch.sigma.tolist(), self.objective.loss(model, batch).tolist())
+            own += zip(batch.sigma.tolist(), self.objective.loss(model, batch).tolist(), batch.image_ids)
         model.root.train(training)
         heard = self.world.gather((own, interrupted()))
         if any(ended for _, ended in heard):
             return None
-        by_sigma = np.array([loss for _, loss in sorted(pair for pairs, _ in heard for pair in pairs)])
-        return {"val_loss": float(by_sigma.mean()), "val_loss_se": stratified_error(by_sigma)}
+        sigmas, losses, images = zip(*sorted(tuple(row) for rows, _ in heard for row in rows))
+        found = {"val_loss": float(np.mean(losses)), "val_images": len(set(images))}
+        return found | ({"val_loss_se": error} if (error := standard_error(sigmas, losses, images)) is not None else {})
 
 
 def fixed_share(objective: Objective, samples: int, size: int, world: World) -> tuple[list[NoisyBatch], list[NoisyBatch]]:
@@ -101,13 +105,15 @@ def fixed_share(objective: Objective, samples: int, size: int, world: World) -> 
     return batches, objective.validation_batches(1, 1) * (most - len(batches))
 
 
-def stratified_error(losses: np.ndarray) -> float:
-    """Standard error of the mean of one draw per stratum, in stratum order (collapsed strata, Cochran 1977, sec. 5A.12).
-
-    Neighbouring strata are paired; what differs between sigmas does not count as uncertainty. 0 for fewer than 2.
-    """
-    pairs = losses[: len(losses) // 2 * 2].reshape(-1, 2)
-    return math.sqrt(float(np.square(pairs[:, 0] - pairs[:, 1]).sum())) / max(len(losses), 1)
+def standard_error(sigmas: Sequence[float], losses: Sequence[float], images: Sequence[str]) -> float | None:
+    """Of the mean loss over images like these. What differs between sigmas, which are fixed, does not count as uncertainty,
+    and the draws of one image count as one (Cochran 1977, ch. 9). None for fewer than 16 images."""
+    one = np.ones((len(losses), 1))
+    reading = RatioEstimate.of(np.array(losses)[:, None], one, images, np.array(sigmas))
+    if (count := len(reading.top)) < LEAST_UNITS:
+        return None
+    rest = reading.top - reading.value * reading.bottom
+    return math.sqrt(count / (count - 1) * float((rest**2).sum())) / len(losses)
 
 
 # --- how distilled the model still is while it trains ----------------------------------------------------------------

@@ -6,7 +6,7 @@ of it stands in ``dedistill/recipe/objectives.py``.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from typing import ClassVar, TypedDict
@@ -38,6 +38,8 @@ class NoisyBatch:
     names: list[str]
     text: Conditioning | None = None
     """The captions, where they are encoded already."""
+    image_ids: list[str] = field(default_factory=list)
+    """What tells the images apart that the samples are of."""
 
     def pinned(self) -> "NoisyBatch":
         """In memory from which a GPU copies by itself, while it works on what came before."""
@@ -160,7 +162,7 @@ class Objective(ABC):
         if missing := [field for field in self.needs if getattr(batch, field) is None]:
             needed = f"the {' and '.join(missing)} of every sample"
             raise UserError(f"train.objective: '{self.name}' needs {needed}, which '{self.source.name}' does not have")
-        return self.sample(batch, draws)
+        return replace(self.sample(batch, draws), image_ids=batch.image_ids or batch.names)
 
 
 def objective_for(recipe: Recipe, source: Source, shift_of: Callable[[tuple[int, ...]], float]) -> Objective:

@@ -103,5 +103,8 @@ def _numbers(row: dict[str, Any]) -> str:
 
 
 def _line(row: dict[str, Any], plan: Plan) -> str:
-    held_out = f" held-out {row['val_loss']:.4f} +- {row['val_loss_se']:.4f}" if "val_loss" in row else ""
+    held_out = f" held-out {row['val_loss']:.4f}" if "val_loss" in row else ""
+    if held_out:
+        spread = f" +- {row['val_loss_se']:.4f}" if "val_loss_se" in row else ""
+        held_out += f"{spread} ({amount(row['val_images'], 'image')})"
     return f"step {row['step']}/{plan.steps} {_numbers(row)}{held_out}"

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dedistill.errors import amount
+from dedistill.evaluation.meters import LEAST_UNITS
 from dedistill.io.atomic import replace_json
 from dedistill.report.pages import decimals, field, figure, render
 from dedistill.report.plots import tick_label
@@ -26,6 +27,7 @@ def write_distillation_page(folder: Path, found: dict[str, Any]) -> Path:
         "distillation.html.j2",
         title=found["title"],
         settings=found["settings"],
+        few=few_words(found),
         reference=found["reference"],
         names=names,
         summary=[row for meter in found["meters"] if _in_summary(meter) for row in _summary(meter, found)],
@@ -34,6 +36,18 @@ def write_distillation_page(folder: Path, found: dict[str, Any]) -> Path:
     )
     page.write_text(html, encoding="utf-8")
     return page
+
+
+def few_words(found: dict[str, Any]) -> str:
+    """What a reader must know where there are too few images or prompts for intervals; empty otherwise."""
+    counts = ((found["images"], "held-out image"), (found["distinct_prompts"], "different prompt"))
+    few = [amount(count, what) for count, what in counts if count < LEAST_UNITS]
+    if not few:
+        return ""
+    return (
+        f"Measured on {' and '.join(few)}: with fewer than {LEAST_UNITS} no interval is given and nothing is called higher or "
+        "lower, since other images could say otherwise. Hold out more (data.held_out), or give more prompts (--prompts)."
+    )
 
 
 def _in_summary(meter: dict[str, Any]) -> bool:
@@ -51,7 +65,7 @@ def _summary(meter: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any
         texts = [
             {
                 "value": f"{cell['value']:.{places}f}",
-                "interval": f"{cell['low']:.{places}f} to {cell['high']:.{places}f}",
+                "interval": interval_words(cell, places),
                 "verdict": cell.get("verdict"),
             }
             for cell in cells
@@ -60,9 +74,19 @@ def _summary(meter: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any
     return lines
 
 
+def interval_words(row: dict[str, Any], places: int) -> str:
+    """From where to where, or why that is not said."""
+    if row["low"] is None:
+        return f"no interval: {row['units']} different"
+    return f"{row['low']:.{places}f} to {row['high']:.{places}f}"
+
+
 def _plot(meter: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     series = {
-        name: [(round(row["at"], 3), row["value"], row["low"], row["high"]) for row in rows[meter["key"]]]
+        name: [
+            (round(row["at"], 3), row["value"], *((row["low"], row["high"]) if row["low"] is not None else ()))
+            for row in rows[meter["key"]]
+        ]
         for name, rows in found["candidates"].items()
     }
     label, log = meter["label"], meter["key"] in LOG

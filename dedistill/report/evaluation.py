@@ -7,7 +7,7 @@ from dedistill.evaluation.evaluate import MOST_AVERAGES
 from dedistill.evaluation.selection import CELL
 from dedistill.evaluation.sweep import read_index
 from dedistill.io.atomic import replace_json
-from dedistill.report.distillation import write_distillation_page
+from dedistill.report.distillation import interval_words, write_distillation_page
 from dedistill.report.pages import decimals, display_width, drop_old_thumbnails, field, render
 from dedistill.report.selection import UNJUDGED, chosen_words, number_words, place_words, rule, write_selection_page
 from dedistill.report.sweep import shot, write_sweep_page
@@ -95,13 +95,15 @@ _SUMMARY = (("guidance", "guidance gap"), ("loss", "held-out loss"))
 
 def _meter(readings: dict[str, Any], key: str) -> str:
     row = readings[key][0]
-    places = decimals([row["high"]])
-    return f"{row['value']:.{places}f} ({row['low']:.{places}f} to {row['high']:.{places}f})"
+    places = decimals([row["high"] if row["high"] is not None else row["value"]])
+    return f"{row['value']:.{places}f} ({interval_words(row, places)})"
 
 
 def _difference(row: dict[str, Any]) -> str:
-    if row["verdict"] == "no difference seen":
-        return row["verdict"]
+    if row["verdict"] is None:
+        return "too few to compare"
+    if row["verdict"] not in ("higher", "lower"):
+        return f"different {row['verdict']}" if row["verdict"].startswith("by") else row["verdict"]
     low, high = sorted(abs(row[key]) for key in ("difference_low", "difference_high"))
     places = decimals([high])
     return f"{row['verdict']} by {low:.{places}f} to {high:.{places}f}"

@@ -29,7 +29,11 @@ CURVES = (
         "training loss",
         "Mean of a batch. It scatters with the noise levels that were drawn; the held-out loss does not.",
     ),
-    ("val_loss", "held-out loss", "Always the same samples, noise and sigmas, with its 95 % interval."),
+    (
+        "val_loss",
+        "held-out loss",
+        "Always the same samples, noise and sigmas; its 95 % interval from 16 images on.",
+    ),
     ("grad_norm", "gradient norm", "Before clipping."),
     ("lr", "learning rate", ""),
     ("guidance_gap", "guidance gap", "Between velocities with and without a caption. Baked-in guidance widens it."),

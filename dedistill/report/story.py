@@ -246,14 +246,14 @@ def _candidate(name: str, recipe: Recipe, steps: int) -> Candidate:
     return Candidate(name, last.weights, steps, last.open)
 
 
-def _held_out_losses(recipes: dict[str, Recipe], source: Source) -> dict[str, dict[str, float]]:
+def _held_out_losses(recipes: dict[str, Recipe], source: Source) -> dict[str, dict[str, float | None]]:
     """Flow-matching loss of every stage on the same held-out samples, noise and sigmas."""
     found = {}
     for name in STAGES:
         model = open_finished(recipes[name])
         objective = objective_for(recipes["dedistilled"], source, model.shift)
         result = needed(Validator(objective, HELD_OUT, model.chunk)(model))  # nothing interrupts it here
-        found[name] = {"fm_loss": result["val_loss"], "fm_loss_se": result["val_loss_se"]}
+        found[name] = {"fm_loss": result["val_loss"], "fm_loss_se": result.get("val_loss_se")}
     return found
 
 

@@ -12,9 +12,9 @@ from samplings import at
 
 from dedistill.data.digits import load_digits
 from dedistill.errors import UserError
-from dedistill.evaluation.distillation import EvalSettings, measure
+from dedistill.evaluation.distillation import EvalSettings, _rows, measure
 from dedistill.evaluation.judges import DigitJudge, precision_recall
-from dedistill.evaluation.meters import RatioEstimate, guidance_meters, interval, path_meters, resamples, response
+from dedistill.evaluation.meters import RatioEstimate, guidance_meters, interval, path_meters, response
 from dedistill.evaluation.sweep import Candidate
 from dedistill.evaluation.validation import held_out_meters
 from dedistill.flow import keyed
@@ -72,8 +72,8 @@ def test_many_steps_measure_the_exact_paths():
     count = 250
     noise = start_noise(0, count, IMAGE)
     found = path_meters(closed_form(ONE), ["0"] * count, noise, steps=256, few=(1,))
-    low, high = interval(found["straightness"].resampled())
-    assert low[0] < straightness(ONE) < high[0] and high[0] - low[0] < 0.3 * straightness(ONE)
+    assert found["straightness"].value[0] == pytest.approx(straightness(ONE), rel=0.1)
+    assert found["straightness"].units[0] == 1, "one prompt, however many noises"
     e = noise.flatten(1).double()
     first, last = e - ONE.means, -ONE.means - ONE.stds * e
     angle = torch.rad2deg(torch.arccos(torch.cosine_similarity(first, last)))
@@ -98,9 +98,9 @@ def test_the_loss_of_the_exact_velocity_is_the_floor_bin_by_bin():
     grid = np.linspace(0, 1, 21)
     at = [sum(float(w) * PLANE.given(k).floor(s) for k, w in enumerate(PLANE.weights)) for s in grid]
     floors = np.interp(sigmas, grid, at).reshape(BINS, -1).mean(1)
-    low, high = interval(found["loss_by_sigma"].resampled())
+    low, high = interval_of(found["loss_by_sigma"])
     np.testing.assert_array_less(np.abs(found["loss_by_sigma"].value - floors), (high - low))
-    low, high = interval(found["loss"].resampled())
+    low, high = interval_of(found["loss"])
     assert abs(found["loss"].value[0] - floors.mean()) < high[0] - low[0] < 0.06
 
 
@@ -116,7 +116,7 @@ def test_the_guidance_gap_is_the_distance_of_the_exact_fields():
 
     at = [sum(float(w) * gap(s, k) for k, w in enumerate(PLANE.weights)) for s in grid]
     wanted = np.interp((np.arange(count) + 0.5) / count, grid, at).reshape(BINS, -1).mean(1)
-    low, high = interval(found["guidance_by_sigma"].resampled())
+    low, high = interval_of(found["guidance_by_sigma"])
     np.testing.assert_array_less(np.abs(found["guidance_by_sigma"].value - wanted), high - low)
 
 
@@ -127,7 +127,7 @@ def test_baked_guidance_is_read_off_exactly(baked):
     np.testing.assert_allclose(distilled["guidance_by_sigma"].value, baked**2 * honest["guidance_by_sigma"].value, rtol=1e-4)
     rise = distilled["loss"].resampled() - honest["loss"].resampled()
     wanted = (baked - 1) ** 2 * honest["guidance"].value[0]
-    low, high = interval(rise)
+    low, high = interval(rise, honest["loss"])
     assert low[0] - (high[0] - low[0]) / 2 < wanted < high[0] + (high[0] - low[0]) / 2
 
 
@@ -136,7 +136,7 @@ def test_more_distillation_never_reads_as_less():
     stages = [held_out_meters(closed_form(baked=w), tasks(500), BINS) for w in (1.0, 1.5, 2.0, 3.0)]
     for key in ("loss", "guidance"):
         for before, after in pairwise(stages):
-            assert interval(after[key].resampled() - before[key].resampled())[0][0] > 0
+            assert interval(after[key].resampled() - before[key].resampled(), after[key])[0][0] > 0
 
 
 def test_the_response_to_cfg_is_that_of_the_exact_images():
@@ -144,13 +144,14 @@ def test_the_response_to_cfg_is_that_of_the_exact_images():
     count, cfgs = 60, (1.0, 2.0, 4.0)
     noise, prompts = start_noise(0, count, IMAGE), ["1"] * count
     found = guidance_meters(closed_form(), prompts, noise, steps=16, cfgs=cfgs, judge=None)
-    assert set(found) == {"saturated", "contrast", "blur", "shadow"}
+    keys = {"saturated", "contrast", "blur", "shadow"}
+    assert set(found) == keys | {f"response_{key}" for key in keys}
     for i, cfg in enumerate(cfgs):
         field = lambda x, s, _, cfg=cfg: PLANE.guided(x, s, 1, cfg)  # noqa: E731 - one line
         *_, exact = solve("euler", field, noise.flatten(1).double(), sigma_grid(16))
         assert found["contrast"].value[i] == pytest.approx(float(exact.std(1, correction=0).mean()), rel=1e-5)
         assert found["saturated"].value[i] == pytest.approx(float((exact.abs() > 1.1).double().mean()), abs=1e-9)
-    moved = response(found["contrast"])
+    moved = found["response_contrast"]
     assert moved.value[0] == pytest.approx(found["contrast"].value[2] - found["contrast"].value[0], abs=1e-12)
 
 
@@ -176,35 +177,91 @@ def test_batches_do_not_matter():
     torch.testing.assert_close(few[0].top, few[1].top, rtol=1e-6, atol=1e-9)
 
 
+def interval_of(reading: RatioEstimate):
+    return interval(reading.resampled(), reading)
+
+
 def test_the_interval_of_a_mean_is_the_textbook_one():
-    """1.96 standard errors on both sides, within the bootstrap's own noise."""
-    x = np.random.default_rng(0).standard_normal((400, 1))
-    low, high = interval(RatioEstimate(x, np.ones_like(x)).resampled())
-    half = 1.96 * x.std() / 20
-    assert (x.mean() - low[0], high[0] - x.mean()) == (pytest.approx(half, rel=0.1), pytest.approx(half, rel=0.1))
+    """Student's, on both sides, within the bootstrap's own noise."""
+    for count, reach in ((400, 1.966), (20, 2.093)):
+        x = np.random.default_rng(0).standard_normal((count, 1))
+        low, high = interval_of(RatioEstimate(x, np.ones_like(x)))
+        half = reach * x.std(ddof=1) / np.sqrt(count)
+        assert (x.mean() - low[0], high[0] - x.mean()) == (pytest.approx(half, rel=0.12), pytest.approx(half, rel=0.12))
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
+TRIALS = 1500
+
+
+def simulated(images: int, draws: int, rng: np.random.Generator) -> tuple[RatioEstimate, float]:
+    """``TRIALS`` data sets of losses at fixed sigmas, in as many places, and the true mean.
+
+    A loss is what its sigma asks for, times what the image is like (skewed, 30 %), plus noise of the draw.
+    """
+    sigma = (np.arange(draws) + 0.5) / draws
+    image = rng.integers(images, size=draws) if draws > images else np.arange(draws)
+    level = 0.2 + 2 * (sigma - 0.6) ** 2
+    like = rng.gamma(11, 1 / 11, (images, TRIALS))
+    losses = level[:, None] * like[image] + 0.1 * rng.standard_normal((draws, TRIALS))
+    units = [str(i) for i in image]
+    return RatioEstimate.of(losses, np.ones_like(losses), units, sigma), float(level.mean())
+
+
+@pytest.mark.parametrize(("images", "draws"), [(16, 16), (16, 512), (25, 64), (60, 512), (200, 512), (500, 512)])
+def test_intervals_cover_the_truth_as_often_as_they_say(images, draws):
+    """95 +- 2 % of intervals hold the mean over all images that there could be, on few images drawn often and on many."""
+    reading, truth = simulated(images, draws, keyed.generator(images, "coverage"))
+    low, high = interval_of(reading)
+    assert 0.93 <= np.mean((low < truth) & (truth < high)) <= 0.97
+
+
+@pytest.mark.parametrize(("images", "draws"), [(16, 512), (60, 512)])
+def test_draws_taken_for_images_would_cover_far_less(images, draws):
+    """What the numbers above are for: 512 draws of a few images are not 512 images."""
+    rng = keyed.generator(images, "coverage")
+    sigma = (np.arange(draws) + 0.5) / draws
+    image = rng.integers(images, size=draws)
+    losses = rng.gamma(11, 1 / 11, (images, TRIALS))[image] + 0.1 * rng.standard_normal((draws, TRIALS))
+    wrong = RatioEstimate.of(losses, np.ones_like(losses), [str(i) for i in range(draws)], sigma)
+    low, high = interval_of(wrong)
+    assert np.mean((low < 1) & (high > 1)) < 0.65
+
+
+@pytest.mark.parametrize("images", [1, 2, 8, 15])
+def test_with_few_images_there_is_no_interval(images):
+    reading, _ = simulated(images, 512, keyed.generator(0, "few"))
+    low, high = interval_of(reading)
+    assert np.isnan(low).all() and np.isnan(high).all() and (reading.units == images).all()
+    assert np.isfinite(reading.value).all()
+
+
+def test_intervals_of_ratios_cover_the_truth():
     """95 % of intervals of a ratio of sums hold the true ratio: 300 sets of 60 skewed samples."""
-    weights, held = resamples(60), 0
-    for i in range(300):
-        rng = keyed.generator(i, "coverage")
-        bottom = rng.gamma(4, 1, (60, 1))
-        top = bottom * 0.5 + rng.standard_normal((60, 1)) * 0.3
-        low, high = interval((weights @ top) / (weights @ bottom))
-        held += low[0] < 0.5 < high[0]
-    assert 0.91 < held / 300 < 0.98
+    rng = keyed.generator(0, "ratios")
+    bottom = rng.gamma(4, 1, (60, 300))
+    low, high = interval_of(RatioEstimate(bottom * 0.5 + rng.standard_normal((60, 300)) * 0.3, bottom))
+    assert 0.91 < np.mean((low < 0.5) & (high > 0.5)) < 0.98
 
 
-def test_strata_are_resampled_apart():
-    """Each stratum keeps its size, so what differs between strata is no uncertainty."""
-    strata = np.repeat([0, 1, 2], [5, 10, 15])
-    weights = resamples(30, strata)
-    for k, size in enumerate((5, 10, 15)):
-        assert (weights[:, strata == k].sum(1) == size).all()
-    top = np.random.default_rng(0).standard_normal((30, 1)) * 0.01 + strata[:, None]
-    alike, apart = (interval(RatioEstimate(top, np.ones_like(top), s).resampled()) for s in (None, strata))
-    assert apart[1][0] - apart[0][0] < 0.1 * (alike[1][0] - alike[0][0])
+def test_what_sigma_explains_is_no_uncertainty():
+    sigma = (np.arange(64) + 0.5) / 64
+    top = np.random.default_rng(0).standard_normal((64, 1)) * 0.01 + (3 * sigma**2 - sigma)[:, None]
+    units, one = [str(i) for i in range(64)], np.ones_like(top)
+    alike, apart = (RatioEstimate.of(top, one, units, s) for s in (None, sigma))
+    assert apart.value == pytest.approx(alike.value, rel=1e-12)
+    (loose, wide), (low, high) = interval_of(alike), interval_of(apart)
+    assert high[0] - low[0] < 0.1 * (wide[0] - loose[0])
+
+
+def test_the_draws_of_an_image_are_one_unit():
+    """Each sample ten times is no more than once, whatever its place in the list."""
+    rng = np.random.default_rng(0)
+    top, bottom = rng.standard_normal((20, 3)), rng.random((20, 3)) + 0.5
+    once = RatioEstimate.of(top, bottom, [f"image {i:02}" for i in range(20)])
+    order = rng.permutation(200)
+    often = RatioEstimate.of(*(np.repeat(x, 10, 0)[order] for x in (top, bottom)), np.repeat(np.arange(20), 10)[order])
+    np.testing.assert_allclose(often.resampled(), once.resampled(), rtol=1e-10)
+    assert (often.units == 20).all()
 
 
 def test_pairs_cancel_what_samples_share():
@@ -217,7 +274,8 @@ def test_pairs_cancel_what_samples_share():
 def test_samples_without_a_number_do_not_count():
     """A prompt without digits has no accuracy."""
     reading = RatioEstimate(np.array([[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
-    assert reading.value.tolist() == [0.5, 1.0] and response(reading).value.tolist() == [0.5]
+    moved = RatioEstimate(*response(reading.top, reading.bottom))
+    assert reading.value.tolist() == [0.5, 1.0] and moved.value.tolist() == [0.5]
     assert np.isnan(RatioEstimate(np.zeros((3, 1)), np.zeros((3, 1))).value).all()
 
 
@@ -257,7 +315,25 @@ def test_candidates_are_compared_with_the_reference():
     assert [row["at"] for row in a["few_steps"]] == [1, 2] and [row["at"] for row in a["contrast"]] == [1.0, 3.0]
     assert [row["at"] for row in a["curvature"]] == [1, 0.75, 0.5, 0.25] and len(a["loss_by_sigma"]) == 8
     for rows in (*a.values(), *b.values()):
-        assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
+        assert all(row["low"] is None or row["low"] <= row["value"] <= row["high"] for row in rows)
+    assert found["distinct_prompts"] == 2 and {row["low"] for row in a["straightness"]} == {None}
+    assert a["loss"][0]["units"] == found["images"] >= 16 and b["straightness"][0]["verdict"] is None
+
+
+def test_a_difference_that_is_certain_and_tiny_is_not_called_one():
+    rng = np.random.default_rng(0)
+    top, one = 1 + 0.1 * rng.standard_normal((60, 1)), np.ones((60, 1))
+    for factor, verdict in ((1.005, "by less than 1%"), (0.995, "by less than 1%"), (1.02, "higher"), (0.98, "lower")):
+        (row,) = _rows(RatioEstimate(top * factor, one), RatioEstimate(top, one), None, False)
+        assert row["verdict"] == verdict and row["difference_low"] * row["difference_high"] > 0
+
+
+@pytest.mark.parametrize("images", [1, 15, 16])
+def test_under_sixteen_images_nothing_is_called_higher(images):
+    top, one = np.linspace(1, 2, images)[:, None], np.ones((images, 1))
+    (row,) = _rows(RatioEstimate(3 * top, one), RatioEstimate(top, one), None, False)
+    assert row["units"] == images and row["value"] == pytest.approx(4.5 if images > 1 else 3)
+    assert (row["verdict"], row["low"] is None) == ((None, True) if images < 16 else ("higher", False))
 
 
 def test_a_single_scale_has_no_response(tmp_path):

@@ -47,7 +47,8 @@ def distillation(folder: Path) -> Path:
     few = [row(0.145, 1), row(0.0123, 4)]
     names = ["teacher", "<b>student</b> & co", "dedistilled"]
     candidates = {name: {"loss": [row(0.4 + i / 7)], "few_steps": few} for i, name in enumerate(names)}
-    found = {"title": "How distilled", "settings": {"prompts": 8}, "reference": "teacher", "meters": METERS}
+    found = {"title": "How distilled", "settings": {"prompts": 24}, "reference": "teacher", "meters": METERS}
+    found |= {"images": 40, "distinct_prompts": 24}
     return write_distillation_page(folder, found | {"candidates": candidates})
 
 

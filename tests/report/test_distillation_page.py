@@ -17,7 +17,7 @@ METERS = [
 
 
 def row(value: float, at: float | None = None, verdict: str | None = None) -> dict:
-    found = {"value": value, "low": value * 0.9, "high": value * 1.1}
+    found = {"value": value, "low": value * 0.9, "high": value * 1.1, "units": 40}
     found |= {} if at is None else {"at": at}
     if verdict:
         found |= {"difference": value / 7, "difference_low": value / 9, "difference_high": value / 5, "verdict": verdict}
@@ -32,14 +32,15 @@ def found() -> dict:
         "few_steps": [row(0.2, 1, "higher"), row(0.0083, 4, "no difference seen")],
     }
     names = {"teacher": teacher, HOSTILE: student}
-    return {"title": "t", "settings": {"prompts": 8}, "reference": "teacher", "meters": METERS, "candidates": names}
+    counts = {"settings": {"prompts": 24}, "images": 40, "distinct_prompts": 24}
+    return {"title": "t", "reference": "teacher", "meters": METERS, "candidates": names, **counts}
 
 
 def test_the_page_shows_every_number_and_verdict(tmp_path, found):
     page = Page(write_distillation_page(tmp_path, found))
     text = " ".join("".join(page.text).split())
     values = [r for rows in found["candidates"].values() for key in rows for r in rows[key]]
-    assert all(f"{r[key]:.4g}" in text for r in values for key in r if key not in ("at", "verdict"))
+    assert all(f"{r[key]:.4g}" in text for r in values for key in r if key not in ("at", "verdict", "units"))
     assert text.count("higher") == 2 and text.count("no difference seen") == 1
     assert "few-step gap, 1 step" in text and "few-step gap, 4 steps" in text
     assert HOSTILE in text and "<b>student" not in page.source
@@ -48,6 +49,19 @@ def test_the_page_shows_every_number_and_verdict(tmp_path, found):
     assert json.loads((tmp_path / "distillation.json").read_text()) == found
     plain = page.source.replace("http://www.w3.org/2000/svg", "")
     assert "http" not in plain and not page.all("script", src="") and page.source.count("<svg") == 1
+
+
+def test_few_images_have_numbers_and_no_intervals(tmp_path, found):
+    """The page says on what it stands and what to do; nothing is called higher."""
+    few = {"low": None, "high": None, "units": 3}
+    unsaid = {"difference_low": None, "difference_high": None, "verdict": None}
+    for rows in (r for name in found["candidates"].values() for r in name.values()):
+        rows[:] = [r | few | (unsaid if "verdict" in r else {}) for r in rows]
+    page = Page(write_distillation_page(tmp_path, found | {"images": 3, "distinct_prompts": 1}))
+    text = " ".join("".join(page.text).split())
+    assert "Measured on 3 held-out images and 1 different prompt" in text and "data.held_out" in text and "--prompts" in text
+    assert text.count("no interval: 3 different") == 6 and "0.4178" in text
+    assert not page.all("span", class_="verdict") and "0.376" not in text and page.source.count('class="span"') == 0
 
 
 def test_intervals_are_drawn_where_they_belong():
