@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dedistill.data.cache import Store, sole_writer
 from dedistill.data.digits import idx_files, load_digits, load_mnist
-from dedistill.data.encoded import CroppedImage, EncodedImages, latent_key, read_text, text_key
+from dedistill.data.encoded import CroppedImage, EncodedImages, HeldOut, latent_key, read_text, text_key
 from dedistill.data.images.buckets import Crop, apply_crop, crops_of, too_small
 from dedistill.data.images.index import READERS, Index, Sample, build_index
 from dedistill.data.images.listing import ImageSet, images_of
@@ -131,7 +131,8 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
         latents, texts = open_stores(recipe, family, parts, cache)
     text_cache = {caption: read_text(texts, caption, parts.text.widths) for caption in prompts}
     weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, parts)
-    held_out, widths = filled(recipe.data.held_out, "data.held_out"), parts.text.widths
+    held_out: HeldOut = filled(recipe.data.held_out, "data.held_out")
+    widths = parts.text.widths
     source = EncodedImages(images, weights, latents, texts, held_out=held_out, latent_shape=latent_shape, text_widths=widths)
     facts = {
         "images": len(images),

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from dedistill.data.source import Batch
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.conditioning import Conditioning, Widths, collate, from_tensors, stored_shapes
+
+LEAST_HELD_OUT = 16
+HeldOut = float | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,15 @@ def read_text(texts: Store, caption: str, widths: Widths) -> Conditioning:
     return from_tensors(texts.read(text_key(caption), stored_shapes(widths))).each(lambda t: t[None])
 
 
-def split(images: Sequence[CroppedImage], share: float) -> tuple[list[CroppedImage], list[CroppedImage]]:
+def split(images: Sequence[CroppedImage], share: HeldOut) -> tuple[list[CroppedImage], list[CroppedImage]]:
     """(train, held out), by the hash of each image's bytes: names and order do not matter.
 
-    At least one is held out when ``share`` is above 0; copies of an image stay together.
+    At least one is held out when ``share`` is above 0; copies of an image stay together. auto: 2 %, or more where that is
+    less than the 16 images from which on intervals are given, but no more than a fifth.
     """
     order = sorted({p.sample.sha256 for p in images})
-    held = set(order[: max(1, round(share * len(order))) if share else 0])
+    part = min(0.2, max(0.02, LEAST_HELD_OUT / max(1, len(order)))) if share == "auto" else float(share)
+    held = set(order[: max(1, round(part * len(order))) if part else 0])
     return [p for p in images if p.sample.sha256 not in held], [p for p in images if p.sample.sha256 in held]
 
 
@@ -75,7 +81,7 @@ class EncodedImages:
         latents: Store,
         texts: Store,
         *,
-        held_out: float,
+        held_out: HeldOut,
         latent_shape: Callable[[int, int], tuple[int, ...]],
         text_widths: Widths,
     ):

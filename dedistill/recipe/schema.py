@@ -206,8 +206,10 @@ class Data(Table):
         None, description="pictures: whether each line of a text file is a caption of its own."
     )
     limit: Positive | None = Field(None, description="pictures: only the first so many of each set, for trials. None: all.")
-    held_out: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, Default(0.02, *_OF_IMAGES)] = Field(
-        None, description="pictures: share kept for validation, at least one image; 0 for none."
+    held_out: Annotated[Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] | None, Default("auto", *_OF_IMAGES)] = Field(
+        None,
+        description="pictures: share kept for validation, at least one image; 0 for none. auto: 2 %, or what 16 images take, "
+        "but no more than a fifth.",
     )
     caption_noise: Share = Field(
         0.0, description="Share of digit words replaced at random, as in captions from the web; makes guidance matter."

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,3 +194,15 @@ def test_threads_may_read_and_draw_at_once(stores):
     with ThreadPoolExecutor(8) as pool:
         jobs = [pool.submit(draw, source, step % 4, range(BATCH), held_out=step % 2 == 1) for step in range(24)]
         assert [job.result() for job in jobs] == wanted * 6
+
+
+ENOUGH = [(1, 1), (4, 1), (10, 2), (25, 5), (80, 16), (100, 16), (500, 16), (800, 16), (2000, 40)]
+
+
+@pytest.mark.parametrize(("images", "held"), ENOUGH)
+def test_by_default_enough_is_held_out_for_intervals(images, held):
+    """16 images where that is no more than a fifth, and 2 % of many."""
+    everything = [SimpleNamespace(sample=SimpleNamespace(sha256=f"{i:064}")) for i in range(images)]
+    train, kept = split(everything, "auto")
+    assert (len(train), len(kept)) == (images - held, held)
+    assert split(everything[::-1], "auto")[1][::-1] == kept
