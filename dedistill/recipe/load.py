@@ -50,6 +50,10 @@ class _Place(NamedTuple):
         return f"{self.file}:{self.line}" if self.line else self.file
 
 
+_OVERRIDES = 1000
+"""Order of the first override."""
+
+
 class _Draft:
     """Plain data on its way to a Recipe, with the place of every key and the mistakes found so far."""
 
@@ -102,7 +106,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     draft = _read_chain(str(path))
     for i, text in enumerate(overrides):
-        _override(draft, text, _Place(1000 + i, "--set"))
+        _override(draft, text, _Place(_OVERRIDES + i, "--set"))
+    _drop_other_revision(draft)
     for key in draft.places:
         if _SECRET.search(key.rpartition(".")[2]):
             draft.blame(key, "looks like a secret, and recipes are copied and shared; set an environment variable instead")
@@ -166,18 +171,33 @@ def _find(name: str, folder: Path, via: str) -> tuple[Path, str]:
 
 
 def _take_own_places(draft: _Draft, own: dict[str, Any], file: Path) -> None:
-    """A recipe that extends another and has no [run] writes where its own name says, never into the other's folders."""
+    """A recipe that extends another and names no folder writes where its own name says, never into the other's folders."""
     run, data = draft.data.get("run"), draft.data.get("data")
-    if "run" in own or not isinstance(run, dict):
+    if "out" in _table(own, "run") or not isinstance(run, dict):
         return
     name = re.sub(r"[^A-Za-z0-9._ -]", "-", file.stem).lstrip("._ -")[:100] or "run"
-    places = {"run.name": name, "run.out": f"runs/{file.stem}"}
+    places = {"run.out": f"runs/{file.stem}"}
+    if "name" not in _table(own, "run"):
+        places["run.name"] = name
     if isinstance(data, dict) and "cache" in data and "cache" not in _table(own, "data"):
         places["data.cache"] = f"cache/{file.stem}"
     for key, value in places.items():
         table, _, last = key.partition(".")
         draft.data[table][last] = value
         draft.places[key] = _Place(0, draft.file)
+
+
+def _drop_other_revision(draft: _Draft) -> None:
+    """The commit of one model says nothing of another: it goes where only ``model.path`` was replaced."""
+    path, revision = (draft.places.get(f"model.{key}") for key in ("path", "revision"))
+    if path and revision and _weight(path) > _weight(revision):
+        del draft.data["model"]["revision"]
+        draft.forget("model.revision")
+
+
+def _weight(place: _Place) -> int:
+    """The larger, the later what stands there is laid over the rest: what is extended, the file itself, ``--set``."""
+    return place.order if place.order >= _OVERRIDES else -place.order
 
 
 def _table(data: dict[str, Any], name: str) -> dict[str, Any]:

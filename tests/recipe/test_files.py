@@ -179,3 +179,40 @@ def test_overrides_may_open_a_table_and_the_last_one_wins(load):
 )
 def test_wrong_overrides(errors_of, override, message):
     assert errors_of(NEW, override) == [message]
+
+
+@pytest.mark.parametrize(
+    ("table", "out"),
+    [
+        ("", "runs/mine"),
+        ('[run]\nname = "cat"\n', "runs/mine"),
+        ("[run]\nstuck_after = 500\n", "runs/mine"),
+        ('[run]\nout = "a/b"\n', "a/b"),
+    ],
+)
+def test_a_recipe_never_writes_into_the_run_of_the_one_it_extends(tmp_path, monkeypatch, table, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text(f'extends = "dedistill:flux_lora"\n{table}')
+    found, base = load_recipe("mine.toml"), load_recipe("dedistill:flux_lora")
+    assert (found.run.out, found.run.name) == (out, "cat" if "cat" in table else base.run.name if "out" in table else "mine")
+    assert (found.data.cache == base.data.cache) == ("out" in table)
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "kept"),
+    [
+        ("", [], True),
+        ('[model]\npath = "someone/else"\n', [], False),
+        ("", ["model.path=someone/else"], False),
+        ('[model]\npath = "someone/else"\nrevision = "REVISION"\n', [], True),
+        ('[model]\nrevision = "REVISION"\n', [], True),
+        ("", ["model.path=someone/else", "model.revision=REVISION"], True),
+        ('[model]\npath = "someone/else"\nrevision = "REVISION"\n', ["model.path=a/third"], False),
+    ],
+)
+def test_the_commit_of_one_model_is_not_anothers(tmp_path, monkeypatch, text, settings, kept):
+    monkeypatch.chdir(tmp_path)
+    commit = load_recipe("dedistill:flux_schnell_24gb").model.revision
+    (tmp_path / "mine.toml").write_text(f'extends = "dedistill:flux_schnell_24gb"\n{text}'.replace("REVISION", "a" * 40))
+    found = load_recipe("mine.toml", [s.replace("REVISION", "a" * 40) for s in settings]).model
+    assert commit and (found.revision in (commit, "a" * 40)) == kept and (kept or found.revision is None)
