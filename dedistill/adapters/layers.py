@@ -17,7 +17,7 @@ class LoraLayer(LoConModule):
     """y = W x + up down x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] in any float type -> [..., out] in the base's."""
+        """x [..., in] in a type that the base takes -> [..., out] in the base's."""
         base = self.org_forward(x)
         down, up = (w.to(base.dtype) for w in (self.lora_down.weight, self.lora_up.weight))
         delta = F.linear(F.linear(x.to(base.dtype), down), up)
@@ -29,7 +29,7 @@ class LokrLayer(LokrModule):
     """y = W x + (w1 (x) w2) x, of w1 [p, a] and w2 [q, b]: x is taken as a groups of b numbers. w2 may be w2_a w2_b."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., a b] in any float type -> [..., p q] in the base's."""
+        """x [..., a b] in a type that the base takes -> [..., p q] in the base's."""
         base = self.org_forward(x)
         w1 = self.lokr_w1 if self.use_w1 else self.lokr_w1_a @ self.lokr_w1_b
         groups = x.to(base.dtype).unflatten(-1, (w1.shape[1], -1))

@@ -137,6 +137,8 @@ def guarded(action: Callable[[], int | None], *, debug: bool) -> int:
             traceback.print_exc()
         print(f"{_speaker()}error: {e}", file=sys.stderr)
         return e.exit_code
+    except BrokenPipeError:  # main() ends quietly: who reads has seen enough
+        raise
     except OSError as e:
         if debug:
             traceback.print_exc()

@@ -43,5 +43,5 @@ def run(args: argparse.Namespace) -> int:
     shapes = dense_shapes(model.parts.net, linear_names(model.parts.net))
     factors, used = share_out(found.per_block(), shapes, args.budget)
     page = write_influence(out, found, factors, used, args.budget, args.recipe)
-    print(f"done: {page}, and influence beside it with {used:,} trained parameters", file=sys.stderr)
+    print(f"done: {page}, and influence.toml beside it with {used:,} trained parameters", file=sys.stderr)
     return 0

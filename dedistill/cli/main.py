@@ -1,5 +1,6 @@
 """``dedistill COMMAND``: which command is meant; each reads its own arguments."""
 
+import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
@@ -32,7 +33,17 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0 done; 2 wrong arguments or recipe; 75 stopped, run the same command
     again; 70 a mistake of the program; 1 anything else."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        code = _run((sys.argv[1:] if argv is None else argv) or ["--help"])
+        sys.stdout.flush()
+    except BrokenPipeError:  # as with | head: who reads has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left to be flushed at the end goes nowhere
+        return 0
+    return code
+
+
+def _run(words: list[str]) -> int:
+    name, *rest = words
     if name in ("-h", "--help"):
         print(_overview())
         return 0

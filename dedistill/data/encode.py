@@ -156,7 +156,8 @@ def _prompts(recipe: Recipe) -> list[str]:
 def check_cached(recipe: Recipe) -> None:
     """Raises UserError for a recipe whose data are not encoded beforehand."""
     if recipe.data.source != "pictures":
-        raise UserError(f"{recipe.where('data.source')}: '{recipe.data.source}' has no cache; only 'pictures' are encoded", 2)
+        own = f"'{recipe.data.source}' has no cache: only data.source = 'pictures' is encoded"
+        raise UserError(f"{recipe.where('data.source')}: {own}", 2)
 
 
 def check_cache(recipe: Recipe, *, say: Say) -> list[str]:

@@ -16,7 +16,7 @@ from dedistill.evaluation.sweep import Candidate, Grid, classifier_free
 from dedistill.io.atomic import with_home
 from dedistill.io.hashing import file_sha256
 from dedistill.io.ownership import claim
-from dedistill.models.model import Model
+from dedistill.models.model import ARITHMETIC, Model
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.runs.directory import model_files
 from dedistill.runs.model import last_weights, open_base, open_finished, sampling_device
@@ -126,7 +126,7 @@ def _identity(recipe: Recipe, *places: Path | str) -> str:
     """Hash of everything an image depends on beside prompt, noise and steps: files of models, and how they are used."""
     settings = recipe.resolved()
     used = [settings[table] for table in ("model", "base", "adapter", "sample")]
-    used += [settings["train"]["precision"], settings["timesteps"]["shift"], settings["run"]["seed"]]
+    used += [settings["train"]["precision"], settings["timesteps"]["shift"], settings["run"]["seed"], ARITHMETIC]
     digest = hashlib.sha256(json.dumps(used).encode())
     if recipe.model.components and Path(recipe.model.components).is_dir():
         places += (recipe.model.components,)
@@ -135,7 +135,7 @@ def _identity(recipe: Recipe, *places: Path | str) -> str:
             continue  # a hub id: its commit is among the settings
         files = model_files(place)
         if not any(file.suffix == ".safetensors" for file in files):
-            raise UserError(f"no weights in '{place}': train this recipe first")
+            raise UserError(f"no weights in '{place}': train the recipe that makes them first")
         for file in files:
             digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()

@@ -4,7 +4,6 @@ The folder holds ``index.json`` (a row per image), ``scores.json`` (a row per ce
 own resolution. Cells whose images and rows are there already are not made again.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -140,10 +139,13 @@ def _rename_nfe(cell: dict[str, Any]) -> dict[str, Any]:
 def _reusable(folder: Path, key: dict[str, Any], out: Path) -> dict[str, Any] | None:
     """Rows and scores of a cell made earlier from the same weights and settings, if all its images are there."""
     try:
-        known = json.loads((folder / "cell.json").read_text())
-        if known["key"] == key and known["cell"] and all((out / row["file"]).exists() for row in known["rows"]):
-            return known
-    except (OSError, ValueError, KeyError, TypeError):
+        known = read_table(folder / "cell.json")
+        if known["key"] == key:
+            _require(folder, "cell", [known["cell"]], CELL_KINDS)
+            _require(folder, "image", known["rows"], IMAGE_KINDS)
+            if all((out / row["file"]).is_file() for row in known["rows"]):
+                return known
+    except (UserError, KeyError, TypeError):
         pass  # not there yet, or damaged: made again
     return None
 
@@ -210,13 +212,18 @@ def _short(cell: dict[str, Any]) -> str:
 # --- the two files of a sweep, read and checked ----------------------------------------------------------------------
 
 
+Kinds = dict[str, type | tuple[type, ...]]
+CELL_KINDS: Kinds = {"candidate": str, "cfg": (int, float), "skip": int}
+IMAGE_KINDS: Kinds = {**CELL_KINDS, "file": str, "prompt": str, "seed": int}
+
+
 def read_scores(path: Path) -> dict[str, Any]:
     scores = read_table(path, otherwise=f"is '{path.parent}' the folder of a finished sweep?")
     for key, kind in {"title": str, "settings": dict, "numbers": list, "cells": list}.items():
         if not isinstance(scores.get(key), kind):
             raise UserError(f"{path}: {key!r} is missing or not a {kind.__name__}")
     _require(path, "numbers", scores["numbers"], {"key": str, "label": str})
-    _require(path, "cells", scores["cells"], {"candidate": str, "cfg": (int, float), "skip": int})
+    _require(path, "cells", scores["cells"], CELL_KINDS)
     if not scores["cells"]:
         raise UserError(f"{path}: 'cells' is empty: the sweep made no images")
     for cell in scores["cells"]:
@@ -234,22 +241,14 @@ def read_index(path: Path) -> list[dict[str, Any]]:
     images = read_list(path, otherwise=f"is '{path.parent}' the folder of a finished sweep?")
     if not images:
         raise UserError(f"{path}: expected a list with one object per image")
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "file": str,
-        "candidate": str,
-        "cfg": (int, float),
-        "skip": int,
-        "prompt": str,
-        "seed": int,
-    }
-    _require(path, "image", images, kinds)
+    _require(path, "image", images, IMAGE_KINDS)
     for entry in images:
         if Path(entry["file"]).is_absolute() or ".." in Path(entry["file"]).parts:
             raise UserError(f"{path}: {entry['file']!r} lies outside the sweep folder; paths must be relative to it")
     return images
 
 
-def _require(path: Path, what: str, entries: Iterable[object], kinds: dict[str, type | tuple[type, ...]]) -> None:
+def _require(path: Path, what: str, entries: Iterable[object], kinds: Kinds) -> None:
     """Raise when an entry lacks one of the keys or has another kind of value there; amounts of things need not be there."""
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):

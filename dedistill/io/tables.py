@@ -8,6 +8,8 @@ from dedistill.errors import UserError
 
 LARGEST = 2**28
 """Bytes. An index of a model of a thousand shards has some 1e7."""
+_NAMES = {dict: "an object", list: "an array", str: "a string", int: "a number", float: "a number", bool: "a truth value"}
+_NAMES |= {type(None): "null"}
 Kind = TypeVar("Kind", dict[str, Any], list[Any])
 
 
@@ -27,8 +29,7 @@ def _read(path: Path, kind: type[Kind], where: str, otherwise: str) -> Kind:
             raise ValueError(f"it has more than {LARGEST >> 20} MiB")
         found = json.loads(path.read_bytes())
         if not isinstance(found, kind):
-            wanted = {dict: "an object", list: "an array"}[kind]
-            raise ValueError(f"{wanted} was expected, not a {type(found).__name__}")
+            raise ValueError(f"{_NAMES[kind]} was expected, not {_NAMES.get(type(found), type(found).__name__)}")
     except (OSError, ValueError, RecursionError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is nested too deeply" if isinstance(e, RecursionError) else e
         start, end = where and f"{where}: ", otherwise and f"; {otherwise}"

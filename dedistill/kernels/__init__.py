@@ -1,5 +1,7 @@
 """GPU kernels of our own, in Triton, for what torch does in many small or slow ones.
 
+Every load and store is masked: after a memory fault a process could do nothing more on its GPU, with torch's kernels neither.
+
 Each caller has the same in plain torch beside it, which runs everywhere else and says what is right.
 """
 

@@ -124,7 +124,10 @@ def collate(captions: Sequence[Conditioning]) -> Conditioning:
 
 
 def combined(change: Callable[..., Tensor], *batches: Conditioning) -> Conditioning:
-    """What ``change`` makes of each tensor of the ``batches``, the same one of all of them at a time."""
+    """What ``change`` makes of each tensor of the ``batches``, the same one of all of them at a time. Raises ValueError for
+    batches of other sequences or vectors than the first has."""
+    if len({(len(batch.sequences), *sorted(batch.vectors)) for batch in batches}) > 1:
+        raise ValueError("captions of different encoders cannot be in one batch")
     made = [
         Tokens(change(*(s.embeds for s in same)), change(*(s.mask for s in same)))
         for same in zip(*(batch.sequences for batch in batches), strict=True)

@@ -126,7 +126,8 @@ class Family(Protocol):
     ) -> Tensor:
         """noise - data as ``net`` (the denoiser, or a module that wraps it) predicts it; noisy [B, C, H, W], sigma [B].
 
-        guidance: value for a distilled guidance embedding, None for the one of training.
+        guidance: value for a distilled guidance embedding, None for the one of training. A frozen base runs without autocast:
+        what goes into the network is to have its dtype (``float_dtype``); what comes out and goes through formulas, noisy's.
         """
 
     def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:

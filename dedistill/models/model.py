@@ -26,6 +26,9 @@ from dedistill.recipe.resolve import filled
 from dedistill.recipe.schema import Adapter as AdapterTable
 
 CHUNK = 256
+ARITHMETIC = 2
+"""Raised when the same weights and samples give other numbers than before, by rounding. 2: adapters and what they are put on
+compute in the base's dtype, without autocast."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dedistill.errors import UserError, amount
 from dedistill.io.safetensors import tensors_checksum
+from dedistill.models.model import ARITHMETIC
 from dedistill.posthoc.snapshots import write_snapshot
 from dedistill.recipe import Recipe
 from dedistill.runs.checkpoint import drop_after, newest_until, newest_valid, read_checkpoint, save_checkpoint
@@ -82,7 +83,13 @@ class Keeper:
                 )
         name = self.world.broadcast_object(found.name if found else None)
         if name is not None:
-            self.state.load(self._read(self.run.checkpoints / name))
+            manifest = self._read(self.run.checkpoints / name)
+            self.state.load(manifest)
+            if (made := manifest.get("arithmetic", 1)) != ARITHMETIC and self.engine.model.adapter:
+                notes.append(
+                    f"until step {self.state.step} this run was trained by a version whose adapters round otherwise "
+                    f"(arithmetic {made}, here {ARITHMETIC}): it goes on, and differs from that version by rounding"
+                )
         self._compare("weights", self.engine.replicated_params())
         return notes
 
@@ -123,7 +130,8 @@ class Keeper:
         groups = {"trainable": self.engine.weights(), "optimizer": self.engine.state(), **self.averages.state()}
         groups = {name: self._good(tensors) for name, tensors in groups.items()}
         if self.world.main:
-            facts = self.state.saved() | {"recipe": self.recipe.resolved(), "saved_at": time.time()}
+            now = {"recipe": self.recipe.resolved(), "saved_at": time.time(), "arithmetic": ARITHMETIC}
+            facts = self.state.saved() | now
             folder, step, keep = self.run.checkpoints, self.state.step, self.recipe.checkpoint.keep
             no_copy = ("trainable", "optimizer") if self.engine.gathers else ()
             self.writer.start(groups, lambda copies: save_checkpoint(folder, step, copies, facts, keep=keep), no_copy=no_copy)

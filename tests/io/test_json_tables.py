@@ -12,8 +12,8 @@ WRONG = {
     "missing": (None, "No such file"),
     "empty": (b"", "Expecting value"),
     "cut": (b'{"a": [1, 2', "Expecting"),
-    "another kind": (b"[1]", "an object was expected, not a list"),
-    "null": (b"null", "an object was expected, not a NoneType"),
+    "another kind": (b"[1]", "an object was expected, not an array"),
+    "null": (b"null", "an object was expected, not null"),
     "not text": (b'{"a": "\xff\xfe\xfa"}', "codec can't decode"),
     "deep": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
     "large": (b" " * 4096, "more than 0 MiB"),
@@ -45,5 +45,5 @@ def test_what_is_right_comes_back(tmp_path):
     (tmp_path / "b.json").write_bytes("[1]".encode("utf-16"))  # json finds out the encoding itself
     assert tables.read_table(tmp_path / "a.json") == {"ü": [1, None]}
     assert tables.read_list(tmp_path / "b.json") == [1]
-    with pytest.raises(UserError, match="an array was expected, not a dict"):
+    with pytest.raises(UserError, match="an array was expected, not an object"):
         tables.read_list(tmp_path / "a.json")

@@ -11,6 +11,7 @@ from tiny_recipes import ADAPTER
 
 from dedistill.runs.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from dedistill.train import main
+from dedistill.training import keeping
 
 
 def run(recipe: Path, out: Path, *settings: str) -> Path:
@@ -169,3 +170,16 @@ def test_what_is_only_written_may_change_on_the_way(plain, adapter_recipe, tmp_p
     run(adapter_recipe, b, "train.steps=8", "log.sigma_bins=3", "validate.every=8", "snapshot.every=1", "checkpoint.every=1")
     assert same(weights(a), weights(b))
     assert len(metrics(b)[-1]["sigma_loss"]) == 3
+
+
+def test_a_run_of_an_earlier_arithmetic_says_that_it_goes_on_with_another(adapter_recipe, tmp_path, monkeypatch, capsys):
+    """What was saved before its version was written down counts as the first."""
+    out = ["--set", f"run.out={tmp_path / 'run'}"]
+    monkeypatch.setattr(keeping, "ARITHMETIC", 1)
+    assert main([str(adapter_recipe), *out, "--set", "train.steps=4"]) == 0
+    capsys.readouterr()
+    assert main([str(adapter_recipe), *out, "--set", "train.steps=5"]) == 0
+    assert "round otherwise" not in capsys.readouterr().err
+    monkeypatch.setattr(keeping, "ARITHMETIC", 2)
+    assert main([str(adapter_recipe), *out, "--set", "train.steps=6"]) == 0
+    assert "until step 5 this run was trained by a version whose adapters round otherwise" in capsys.readouterr().err

@@ -412,6 +412,16 @@ def test_a_damaged_cell_is_made_again(tmp_path, damage):
     assert run(Opened().pair(), tmp_path) == whole
 
 
+@pytest.mark.parametrize(
+    "part", [{"cell": ["x"]}, {"cell": {"candidate": "last"}}, {"rows": [{"file": "a.png"}]}, {"rows": {}}]
+)
+def test_a_cell_whose_parts_are_damaged_is_made_again(tmp_path, part):
+    whole = run(Opened().pair(), tmp_path)
+    file = next(tmp_path.rglob("cell.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | part))
+    assert run(Opened().pair(), tmp_path) == whole
+
+
 @pytest.mark.parametrize("earlier", [{}, {"passes": 5}])
 def test_the_cost_of_a_cell_that_was_made_earlier_is_nfe(tmp_path, earlier):
     """Cells of earlier versions say "passes", the oldest nothing; neither is made again."""
