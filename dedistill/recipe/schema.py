@@ -207,9 +207,7 @@ class Data(Table):
     )
     limit: Positive | None = Field(None, description="pictures: only the first so many of each set, for trials. None: all.")
     held_out: Annotated[Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] | None, Default("auto", *_OF_IMAGES)] = Field(
-        None,
-        description="pictures: share kept for validation, at least one image; 0 for none. auto: 2 %, or what 16 images take, "
-        "but no more than a fifth.",
+        None, description="pictures: share kept for validation; 0: none; auto: 2 %, or what 16 images take, at most a fifth."
     )
     caption_noise: Share = Field(
         0.0, description="Share of digit words replaced at random, as in captions from the web; makes guidance matter."
