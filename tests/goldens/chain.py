@@ -10,6 +10,7 @@ processor, so a record holds for processors with the same vector instructions on
 import hashlib
 import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -111,7 +112,16 @@ def fingerprint() -> dict[str, str]:
     import numpy
     import torch
 
-    return {"cpu": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__, "numpy": numpy.__version__}
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "model": names[0].partition(":")[2].strip()
+        if names
+        else platform.processor(),  # of the same capability, too, sums differ
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
 
 
 def _write_tiny_flux(folder: Path) -> None:
