@@ -147,6 +147,10 @@ class EncodedImages:
         return [slots[p].name for p in positions]
 
     def prompts(self, seed: int, count: int) -> list[str]:
-        everything = [c for p in (self._held or self._sets[0]) for c in p.sample.captions]
-        picks = keyed.generator(seed, "prompts").integers(len(everything), size=count)
-        return [everything[i] for i in picks]
+        """Different captions as far as there are: of held-out images first, then of the others; then these once more."""
+        chosen: list[str] = []
+        for purpose, images in (("prompts", self._held), ("prompts/train", [p for own in self._sets for p in own])):
+            if len(chosen) < count:
+                more = sorted({c for p in images for c in p.sample.captions} - set(chosen))
+                chosen += [more[i] for i in keyed.generator(seed, purpose).permutation(len(more))]
+        return [chosen[i % len(chosen)] for i in range(count)]

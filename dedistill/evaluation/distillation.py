@@ -15,7 +15,7 @@ from dedistill.data.source import Source
 from dedistill.errors import UserError, amount
 from dedistill.evaluation.judges import DigitJudge
 from dedistill.evaluation.meters import GUIDED, RatioEstimate, guidance_meters, interval, path_meters
-from dedistill.evaluation.sweep import Candidate
+from dedistill.evaluation.sweep import Candidate, distinct
 from dedistill.evaluation.validation import held_out_meters
 from dedistill.flow.solvers import sigma_grid
 from dedistill.io.atomic import checksummed, make_folder, read_checksummed, replace_file
@@ -248,7 +248,7 @@ def measure(
     return {
         "title": title,
         "settings": {
-            "prompts": distinct(len(settings.prompts), len(set(settings.prompts))),
+            "prompts": distinct(settings.prompts),
             "held-out samples": f"{settings.samples}, of {amount(len(against['loss'].top), 'image')}",
             "held-out data": settings.recipe.run.name,
             "paths": f"{settings.steps} Euler steps at CFG 1",
@@ -300,11 +300,6 @@ def _all_meters(cfgs: tuple[float, ...]) -> list[Meter]:
         for m in map(by_key.__getitem__, RESPONSES)
     ]
     return [*METERS, *moves]
-
-
-def distinct(count: int, different: int) -> str:
-    """12, or 12 of 3 different ones."""
-    return str(count) if different == count else f"{count}, {different} of them different"
 
 
 def _rows(reading: RatioEstimate, reference: RatioEstimate, places: list[float] | None, own: bool) -> list[dict[str, Any]]:

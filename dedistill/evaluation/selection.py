@@ -122,7 +122,11 @@ def check_prompts(prompts: Sequence[str]) -> None:
     """Raise UserError for too few different prompts to choose by."""
     if (count := len(set(prompts))) < LEAST_UNITS:
         some = amount(count, "different prompt is", "different prompts are")
-        raise UserError(f"--prompts: {some} too few to choose by; at least {LEAST_UNITS}", 2)
+        raise UserError(
+            f"--prompts: {some} too few to choose by; at least {LEAST_UNITS} are needed: captions of the data, where it has as "
+            "many, or a text file with a prompt per line (--prompts prompts.txt)",
+            2,
+        )
 
 
 def _mildest(cells: list[dict[str, Any]], candidate: str) -> int:

@@ -98,7 +98,7 @@ def sweep(
     scores = {
         "title": title,
         "settings": {
-            "prompts": len(grid.prompts),
+            "prompts": distinct(grid.prompts),
             "seeds": ", ".join(map(str, grid.seeds)),
             "solver": ", ".join(SOLVERS[solver].name for solver in grid.solvers),
             **({"judge reads real held-out digits": f"{judge.held_out_accuracy:.1%}"} if judge else {}),
@@ -109,6 +109,12 @@ def sweep(
     replace_json(out / "index.json", rows)
     replace_json(out / "scores.json", scores)
     return scores
+
+
+def distinct(prompts: Sequence[str]) -> int | str:
+    """How many there are, and how many different ones where that is less."""
+    count, different = len(prompts), len(set(prompts))
+    return count if different == count else f"{count}, {different} of them different"
 
 
 def _folder_name(candidate: Candidate, column: Sampling) -> str:

@@ -116,9 +116,7 @@ def fingerprint() -> dict[str, str]:
     names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
     return {
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "model": names[0].partition(":")[2].strip()
-        if names
-        else platform.processor(),  # of the same capability, too, sums differ
+        "model": names[0].partition(":")[2].strip() if names else platform.processor(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
     }
