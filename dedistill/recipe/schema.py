@@ -170,6 +170,7 @@ class ImageSet(Table):
     captions: list[str] | None = Field(
         None, min_length=1, description="Fields of json files and tables that hold captions. None: those with a usual name."
     )
+    file_column: str | None = Field(None, min_length=1, description="Column of a table that names images. None: file_name.")
 
 
 Resolution = Annotated[int, Field(ge=16, multiple_of=16)]
