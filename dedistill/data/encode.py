@@ -197,6 +197,7 @@ def cached_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, 
 def _inputs(recipe: Recipe, family: Family, parts: Components, cache: Path) -> dict[str, dict[str, object]]:
     """What "latents" and "text" were made with; of files their hash."""
     inputs = family.cache_inputs(parts, _length(recipe, family))
+    inputs["latents"]["colours"] = "sRGB"  # once they were taken for that, whatever an image's profile said
     for table in inputs.values():
         for key, value in table.items():
             if isinstance(value, list):
@@ -216,6 +217,7 @@ def image_sets(recipe: Recipe) -> list[ImageSet]:
             s.path,
             name=s.name or "",
             fields=tuple(s.captions or ()),
+            file_column=s.file_column or "file_name",
             split_lines=SPLIT_LINES[filled(data.split_lines, "data.split_lines")],
             missing_captions=filled(data.missing_captions, "data.missing_captions"),
         )
