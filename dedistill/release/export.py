@@ -48,7 +48,7 @@ def export_adapter(file: Path, out: Path, format: str, model: Path | None = None
     config = config_for(tensors, header, model)
     shapes = linear_shapes(skeleton(config))
     spec = _spec_for(config, header)
-    layers = by_layer(tensors, shapes, str(file), folder=spec.folder)
+    layers = by_layer(tensors, shapes, str(file), folder=spec.folder, header=header)
     try:
         check_shapes(layers, shapes, str(file))
     except UserError as e:
