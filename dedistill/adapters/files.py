@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoKrConfig, inject_adapter_in_model
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dedistill.adapters.delta import scale
 from dedistill.adapters.formats import FOLDERS, by_layer, check_shapes, is_lora
 from dedistill.errors import UserError
 from dedistill.io.safetensors import CHECKSUM, verify_checksum
+from dedistill.io.weights import open_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -27,7 +28,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     it holds NaN or Inf.
     """
     try:
-        with safe_open(path, framework="pt") as f:
+        with open_weights(path) as f:
             header = f.metadata() or {}
             if header.pop(CHECKSUM, None):
                 verify_checksum(path)

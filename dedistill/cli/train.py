@@ -144,6 +144,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         with world.translate_dist_errors():
             for _ in progress(rows, trainer.state.step, plan) if world.main else rows:
                 pass
+            trainer.check_applied()
             exported = trainer.keeper.export() if trainer.state.step == plan.steps else None
         trackers.close()
         if world.main:

@@ -95,6 +95,7 @@ def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     parts = family.load(recipe.model, seed=recipe.run.seed, net=False)
     if parts.vae is None:
         raise UserError(f"{recipe.where('data.source')}: {family.spec.name} has no codec that encodes 'pictures'", 2)
+    recipe.timesteps.resolved_shift(lambda: family.shift(parts, family.tokens(parts, parts.sample_shape)))  # or it says why not
     return family, parts
 
 
@@ -281,7 +282,14 @@ def _encode_captions(captions: list[str], store: Store, family: Family, parts: C
         heartbeat.beat("encoding captions", patient=True)
         cut += sum(tokens > length for tokens in parts.text.tokens(chunk))
         text = family.encode_text(parts, chunk, length)
-        store.write({text_key(c): _stored(text.index_select(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)})
+        stored = {c: _stored(text.index_select(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)}
+        for caption, tensors in stored.items():
+            if not all(t.isfinite().all() for t in tensors.values()):
+                raise UserError(
+                    f"model.path: the text encoders give numbers that are not finite (NaN or Inf) for {caption[:60]!r}. If "
+                    "they do for all captions, their weights are damaged, or too large for fp16: take them in bf16"
+                )
+        store.write({text_key(caption): tensors for caption, tensors in stored.items()})
     return cut
 
 
@@ -320,7 +328,10 @@ def _latent(sample: Sample, crop: Crop, pixels: np.ndarray, family: Family, part
     noise = keyed.noise(0, f"vae/{latent_key(sample, crop)}", 0, [0], shape)
     latent = family.encode_images(parts, x, noise)[0].to("cpu", torch.float16)
     if not latent.isfinite().all():
-        raise UserError(f"data: the latents of '{sample.name}' are not finite; leave this image out")
+        raise UserError(
+            f"data: the latents of '{sample.name}' are not finite. Where that is so of all images, the VAE is damaged; else "
+            "leave this image out"
+        )
     return latent
 
 

@@ -163,7 +163,7 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     model.root.to(device)
     model.negative, model.guidance = recipe.sample.negative, recipe.sample.guidance
     model.bf16 = recipe.train.precision == "bf16"
-    model.grid_shift = recipe.timesteps.resolved_shift(model.shift(parts.sample_shape))
+    model.grid_shift = recipe.timesteps.resolved_shift(lambda: model.shift(parts.sample_shape))
     model.chunk = recipe.train.micro_batch or CHUNK
     if recipe.train.gradient_checkpointing:
         cast(Denoiser, parts.net).enable_gradient_checkpointing()

@@ -3,6 +3,7 @@
 Every field's description is what the JSON schema shows in an editor. Unknown keys are refused.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -167,9 +168,7 @@ class ImageSet(Table):
     path: Place = Field(description="Folder of images, folder of tar shards, or a table (parquet, csv, jsonl).")
     name: str | None = Field(None, min_length=1, description="What it is called in messages. None: as the folder.")
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="Share of the samples, relative to the other sets.")
-    captions: list[str] | None = Field(
-        None, min_length=1, description="Fields of json files and tables that hold captions. None: those with a usual name."
-    )
+    captions: list[str] | None = Field(None, min_length=1, description="Fields that hold captions. None: those of usual names.")
     file_column: str | None = Field(None, min_length=1, description="Column of a table that names images. None: file_name.")
 
 
@@ -242,9 +241,9 @@ class Timesteps(Table):
     )
     stratify: bool = Field(True, description="One draw in each of `batch` equal shares of probability, per step.")
 
-    def resolved_shift(self, dynamic: float) -> float:
-        """The shift in numbers; ``dynamic`` is the family's, for ``auto``."""
-        return dynamic if self.shift == "auto" else float(self.shift)
+    def resolved_shift(self, dynamic: Callable[[], float]) -> float:
+        """The shift in numbers; ``dynamic`` gives the family's, for ``auto``."""
+        return dynamic() if self.shift == "auto" else float(self.shift)
 
 
 class Train(Table):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dedistill.adapters.formats import FOLDERS
@@ -14,6 +14,7 @@ from dedistill.errors import UserError, amount
 from dedistill.io.atomic import replace_json, whole_folder
 from dedistill.io.safetensors import DTYPES, Layout, TensorFile
 from dedistill.io.tables import read_table
+from dedistill.io.weights import open_weights, weight_files
 from dedistill.models.registry import imported, spec_of
 
 SHARD_BYTES = 10 * 1000**3
@@ -35,9 +36,11 @@ class Denoiser:
         place = folder / self.spec.folder
         self._files: dict[str, Any] = {}  # kept open: opening one again for each tensor costs milliseconds
         self.layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for path in sorted(place.glob("*.safetensors")):
-            file = _opened(path)
+        for path in weight_files(place):
+            file = open_weights(path)
             for name in file.keys():  # noqa: SIM118
+                if name in self.layout:
+                    raise UserError(f"'{path}' holds '{name}', which another file of the folder holds as well")
                 part = file.get_slice(name)
                 if part.get_dtype() not in _DTYPE:
                     raise UserError(f"'{path}': tensor '{name}' is stored as {part.get_dtype()}, which is not supported")
@@ -129,10 +132,3 @@ def _shards(layout: Layout, limit: int) -> list[dict[str, tuple[tuple[int, ...],
 
 def _bytes(entry: tuple[tuple[int, ...], torch.dtype]) -> int:
     return torch.Size(entry[0]).numel() * entry[1].itemsize
-
-
-def _opened(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"'{file}' cannot be read as safetensors: {e}") from e

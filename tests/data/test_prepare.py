@@ -359,3 +359,21 @@ def test_a_recipe_names_the_columns_of_a_table(image_recipe, tmp_path, column):
     (images / "metadata.jsonl").write_text("\n".join(rows))
     recipe = load_recipe(image_recipe, [f'data.sets=[{{path="{images}", file_column="{column}", captions=["llava"]}}]'])
     assert [s.captions for s in build_index(module.image_sets(recipe)).samples] == [(f"number {i}",) for i in range(3)]
+
+
+@pytest.mark.parametrize("part", ["embeds", "pooled"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_text_that_is_not_finite_is_never_cached(image_recipe, monkeypatch, part, value):
+    """As an encoder in fp16 gives for single captions, by an overflow."""
+    real = Flux.encode_text
+
+    def overflowing(self, parts, captions, length):
+        text = real(self, parts, captions, length)
+        for i in [i for i, caption in enumerate(captions) if caption.endswith(" 5")]:
+            (text.tokens.embeds if part == "embeds" else text.vectors["pooled"])[i].view(-1)[0] = value
+        return text
+
+    monkeypatch.setattr(Flux, "encode_text", overflowing)
+    with pytest.raises(UserError, match=r"the text encoders give numbers that are not finite .* for 'the red sun 5'"):
+        encode(image_recipe)
+    assert len(stores(image_recipe)[1]) == 0
