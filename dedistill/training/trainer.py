@@ -153,8 +153,8 @@ class Trainer:
         if self.state.step == self.plan.steps == self.state.skipped:
             raise BadSteps(
                 f"none of the {amount(self.plan.steps, 'step')} was applied: each had a loss or gradient that was not finite "
-                f"or far too large. The weights are those of the start. '{self.run.metrics}' says which samples stood out; lower "
-                "train.lr, or look at what the recipe trains on"
+                f"or far too large. The weights are those of the start. '{self.run.metrics}' says which samples stood out; "
+                "lower train.lr, or look at what the recipe trains on"
             )
 
     def _tasks(self, start: int) -> Tasks:
