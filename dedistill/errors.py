@@ -1,10 +1,20 @@
 """What is said to the user: the one exception that carries a message for them, and how messages count."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 RUN_AGAIN = 75
 """Exit code of a run that is not finished: the same command goes on with it (EX_TEMPFAIL of sysexits.h)."""
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal: what names, captions and files of others could control it with is spelt out."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""All but tabs and line feeds."""
 
 
 class UserError(Exception):
@@ -15,7 +25,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, exit_code: int = 1):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.exit_code = exit_code
 
 

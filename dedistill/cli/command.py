@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from dedistill.errors import RUN_AGAIN, UserError
+from dedistill.errors import RUN_AGAIN, UserError, printable
 from dedistill.io.atomic import with_home
 from dedistill.recipe import Recipe, load_recipe
 
@@ -140,7 +140,8 @@ def guarded(action: Callable[[], int | None], *, debug: bool) -> int:
     except OSError as e:
         if debug:
             traceback.print_exc()
-        print(f"{_speaker()}error: {e.filename or 'input/output'}: {e.strerror or e}", file=sys.stderr)
+        place = printable(str(e.filename or "input/output"))
+        print(f"{_speaker()}error: {place}: {e.strerror or e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; what was complete is kept", file=sys.stderr)
@@ -149,7 +150,8 @@ def guarded(action: Callable[[], int | None], *, debug: bool) -> int:
         if debug:
             traceback.print_exc()
         print(
-            f"{_speaker()}internal error: {type(e).__name__}: {e}\nRun again with --debug for the traceback.", file=sys.stderr
+            f"{_speaker()}internal error: {type(e).__name__}: {printable(str(e))}\nRun again with --debug for the traceback.",
+            file=sys.stderr,
         )
         return INTERNAL_ERROR
 

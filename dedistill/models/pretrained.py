@@ -92,6 +92,20 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
         )
 
 
+DEEPEST = 1000
+"""Blocks of one kind in a network. Published ones have tens."""
+
+
+def without_weights(kind: type[Net], config: dict[str, Any], source: str) -> Net:
+    """A network of class ``kind`` on the meta device, as ``config`` describes it. Raises UserError where it describes none."""
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    if deep := [key for key, value in own.items() if "layers" in key and isinstance(value, int) and value > DEEPEST]:
+        raise UserError(f"{source}: config.json has {deep[0]} = {own[deep[0]]:,}; at most {DEEPEST:,} are taken")
+    with reading(f"{source}: config.json does not describe a {kind.__name__}"), torch.device("meta"):
+        maker: Any = kind  # as above
+        return maker.from_config(own)
+
+
 def load_tokenizer(
     kind: "type[AutoTokenizer | PreTrainedTokenizerBase]", folder: Path, source: str
 ) -> "PreTrainedTokenizerBase":

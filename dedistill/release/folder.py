@@ -15,7 +15,8 @@ from dedistill.io.atomic import replace_json, whole_folder
 from dedistill.io.safetensors import DTYPES, Layout, TensorFile
 from dedistill.io.tables import read_table
 from dedistill.io.weights import open_weights, weight_files
-from dedistill.models.registry import imported, spec_of
+from dedistill.models.pretrained import without_weights
+from dedistill.models.registry import checked_facts, imported, spec_of
 
 SHARD_BYTES = 10 * 1000**3
 """diffusers' own default: a larger network is written as several files with an index."""
@@ -72,8 +73,7 @@ def network_config(folder: Path) -> dict[str, Any]:
 def skeleton(config: dict[str, Any]) -> nn.Module:
     """A network without weights (meta device) from its config.json. Raises UserError for one of no family."""
     network: Any = imported(spec_of(config).networks[config["_class_name"]])
-    with torch.device("meta"):
-        return network.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    return without_weights(network, config, "the denoiser")
 
 
 def linear_shapes(net: nn.Module) -> dict[str, tuple[int, int]]:
@@ -115,7 +115,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """What ``dedistill.json`` says of a model folder; empty without one."""
-    return read_table(folder / FACTS) if (folder / FACTS).exists() else {}
+    return checked_facts(read_table(folder / FACTS), f"'{folder / FACTS}'") if (folder / FACTS).exists() else {}
 
 
 def _shards(layout: Layout, limit: int) -> list[dict[str, tuple[tuple[int, ...], torch.dtype]]]:

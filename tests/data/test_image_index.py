@@ -379,3 +379,32 @@ def test_a_folder_that_many_links_lead_to_is_read_once(folder, tmp_path):
     assert len(build_index([ImageSet(str(tmp_path / "d0"))]).samples) == 1
     (folder / "deep" / "again").symlink_to(folder / "deep" / "er")
     assert len(build_index([ImageSet(str(folder))]).samples) == 5
+
+
+@pytest.mark.parametrize("kind", ["caption", "image", "listed"])
+def test_links_to_files_elsewhere_are_left_out(folder, tmp_path, kind):
+    """Else a data set could have any file of this machine read as a caption, and shown on a page."""
+    (tmp_path / "secret").write_text("password")
+    (tmp_path / "mine.jpg").write_bytes(jpeg())
+    place, target = {"caption": ("a.txt", "secret"), "image": ("z.jpg", "mine.jpg"), "listed": ("z.jpg", "mine.jpg")}[kind]
+    (folder / place).unlink(missing_ok=True)
+    (folder / place).symlink_to(tmp_path / target)
+    if kind == "listed":
+        (folder / "metadata.csv").write_text("file_name,text\nz.jpg,x\nb.jpg,y\n")
+    index = build_index([ImageSet(str(folder))])
+    assert f"'{place}' is a link that leads out of this folder" in dict(index.quarantined)[f"photos/{place[0]}.jpg"]
+    assert not [s for s in index.samples if "password" in s.captions or s.name == "photos/z.jpg"]
+
+
+def test_links_inside_to_folders_and_to_the_hubs_blobs_are_followed(folder, tmp_path):
+    (folder / "again.jpg").symlink_to("a.jpg")
+    (folder / "again.txt").symlink_to(folder / "a.txt")
+    assert "again.jpg" in names(build_index([ImageSet(str(folder))]))
+    hub = tmp_path / "datasets--x--y"
+    (hub / "blobs").mkdir(parents=True)
+    (hub / "snapshots" / "abc" / "train").mkdir(parents=True)
+    for name, data in (("x.jpg", jpeg()), ("x.txt", b"from the hub")):
+        (hub / "blobs" / name.replace(".", "")).write_bytes(data)
+        (hub / "snapshots" / "abc" / "train" / name).symlink_to(f"../../../blobs/{name.replace('.', '')}")
+    for root in (hub / "snapshots" / "abc", hub / "snapshots" / "abc" / "train"):
+        assert [s.captions for s in build_index([ImageSet(str(root))]).samples] == [("from the hub",)]

@@ -119,6 +119,4 @@ def test_a_run_of_which_no_step_was_applied_is_not_done(adapter_recipe, tmp_path
         said = capsys.readouterr().err
         assert f"none of the {steps} step" in said and "done" not in said
     poison(monkeypatch, PLACES[place], steps=())
-    assert (
-        main(arguments(adapter_recipe, tmp_path / "run", f"train.steps={steps + 1}", "validate.every=0", "train.warmup=0")) == 0
-    )
+    assert main(asked[1]) == 0

@@ -342,4 +342,4 @@ def test_every_text_of_a_recipe_is_known_to_be_a_place_or_not():
 def test_a_recipe_in_a_header_that_is_none_is_said(home, tmp_path, capsys):
     save_file({"x.alpha": torch.ones(())}, tmp_path / "a.safetensors", metadata={"dedistill.recipe": "=="})
     assert export(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "peft") == 1
-    assert "recipe in the file's header cannot be read" in capsys.readouterr().err
+    assert "a.safetensors' cannot be read: Invalid statement" in capsys.readouterr().err

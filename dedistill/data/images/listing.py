@@ -100,8 +100,14 @@ def _of_files(source: ImageSet, root: Path, folder: str, seen: set[tuple[int, in
         elif table:
             yield Found(name, problem=f"no good row of {folder}{table} names it")
         else:
+            texts = beside.of(entry.name)
+            if out := [
+                e.name for e in (entry, *(e for _, e in texts)) if e.is_symlink() and leads_out(root, f"{folder}{e.name}")
+            ]:
+                yield Found(name, problem=f"'{out[0]}' {LEADS_OUT}")
+                continue
             try:
-                sidecars = tuple((kind, whole(f"{folder}{e.name}", e.stat())) for kind, e in beside.of(entry.name))
+                sidecars = tuple((kind, whole(f"{folder}{e.name}", e.stat())) for kind, e in texts)
                 yield Found(name, whole(name, entry.stat()), sidecars)
             except OSError as e:
                 yield Found(name, problem=f"cannot be read: {e.strerror}")
@@ -131,6 +137,26 @@ def _stem(name: str) -> str:
 def one_spelling(name: str) -> str:
     """The same for all ways to write a letter with an accent: macOS takes it apart, others do not."""
     return unicodedata.normalize("NFC", name)
+
+
+LEADS_OUT = "is a link that leads out of this folder: put a copy in its place"
+
+
+def leads_out(root: Path, name: str) -> bool:
+    """Whether file ``name`` is a link to outside of ``root`` and of the folder that it stands in.
+
+    Else whoever makes a data set could have any file read as a caption, and shown. Links to whole folders are the user's own
+    doing; in the cache of the Hugging Face hub the files are links to the blobs beside the snapshot.
+    """
+    path = root / name
+    try:
+        if not path.is_symlink():
+            return False
+        top, real = Path(os.path.realpath(root)), Path(os.path.realpath(path))
+        blobs = [above.parent / "blobs" for above in top.parents if above.name == "snapshots"]
+        return not any(real.is_relative_to(home) for home in (top, os.path.realpath(path.parent), *blobs))
+    except (OSError, ValueError):  # whoever reads it says what is wrong
+        return False
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -222,6 +248,8 @@ def _of_table(source: ImageSet, path: Path, folder: str = "") -> Iterator[Found]
         name = f"{folder}{inside}"
         if inside.startswith(".."):
             yield Found(file, problem=f"lies outside '{path.parent}', the folder of {path.name}")
+        elif leads_out(path.parent, inside):
+            yield Found(name, problem=f"'{inside}' {LEADS_OUT}")
         elif name in places:  # under another spelling
             both = tuple(dict.fromkeys((*(places[name].captions or ()), *captions)))
             places[name] = replace(places[name], captions=both)

@@ -15,7 +15,8 @@ from dedistill.io.safetensors import DTYPES
 from dedistill.io.tables import parse_table, read_table
 from dedistill.io.weights import open_weights, weight_files
 from dedistill.models.flux import naming
-from dedistill.models.pretrained import check_finite, reading
+from dedistill.models.pretrained import DEEPEST, check_finite, without_weights
+from dedistill.models.registry import checked_facts
 
 HUB_FILES = [
     *("*.json", "*/*.json", "*/*.txt", "*/*.model"),
@@ -59,9 +60,11 @@ def locate(path: str, revision: str | None, components: str | None) -> Place:
 def _facts(here: Path) -> dict[str, Any]:
     """What weights of ours say of themselves: dedistill.json of a folder, the header of a single file."""
     if here.is_dir():
-        return read_table(here / "dedistill.json", "model.path") if (here / "dedistill.json").exists() else {}
+        file = here / "dedistill.json"
+        return checked_facts(read_table(file, "model.path"), f"model.path: '{file}'") if file.exists() else {}
     header = open_weights(here, "model.path").metadata() or {}
-    return parse_table(header.get("dedistill.facts", "{}"), f"model.path: '{here}': dedistill.facts in its header")
+    where = f"model.path: '{here}': dedistill.facts in its header"
+    return checked_facts(parse_table(header.get("dedistill.facts", "{}"), where), where)
 
 
 def _local(path: str, revision: str | None, key: str) -> Path:
@@ -115,7 +118,7 @@ def _from_file(tensors: dict[str, Tensor], file: Path, components: Path) -> Flux
     bfl = any(name.startswith("double_blocks.") for name in tensors)
     config = _config_of(tensors, _BFL_SIZES if bfl else _SIZES, str(file), components)
     if bfl:
-        shapes = {n: tuple(p.shape) for n, p in _meta(config, str(file)).named_parameters()}
+        shapes = {n: tuple(p.shape) for n, p in empty_network(config, str(file)).named_parameters()}
         tensors = naming.from_bfl(tensors, shapes, str(file))
     return build(config, tensors, str(file))
 
@@ -168,7 +171,7 @@ def _config_of(tensors: dict[str, Tensor], names: dict[str, Any], source: str, c
 
 def build(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> FluxTransformer2DModel:
     """A network whose parameters are ``tensors`` themselves: nothing is copied, and nothing may be left over."""
-    net = _meta(config, source)
+    net = empty_network(config, source)
     own = dict(net.named_parameters()) | dict(net.named_buffers())
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if scales := [name for name in unknown if name.endswith(_SCALED)]:
@@ -192,9 +195,9 @@ def build(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> Fl
 _SCALED = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", "scaled_fp8")
 
 
-def _meta(config: dict[str, Any], source: str) -> FluxTransformer2DModel:
-    with reading(f"model.path: '{source}': config.json does not describe a FluxTransformer2DModel"), torch.device("meta"):
-        return FluxTransformer2DModel.from_config(config)
+def empty_network(config: dict[str, Any], source: str) -> FluxTransformer2DModel:
+    """On the meta device."""
+    return without_weights(FluxTransformer2DModel, config, f"model.path: '{source}'")
 
 
 def _read(place: Path, *, empty: bool = False) -> dict[str, Tensor]:
@@ -223,10 +226,6 @@ def _header(opened: safe_open, name: str) -> Tensor:
 def _aligned(tensor: Tensor) -> Tensor:
     """Mapped tensors may start anywhere; some kernels crash on that."""
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
-
-
-DEEPEST = 1000
-"""Blocks of a stack. FLUX.1 has 38."""
 
 
 def _depth(tensors: dict[str, Tensor], stack: str, source: str) -> int:
