@@ -34,10 +34,19 @@ def amount(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether ``error`` says that memory ran out, Python's or torch's: on a CPU that is a RuntimeError like any other."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 @contextmanager
 def enough_memory(doing: str) -> Iterator[None]:
     """Names what was going on when memory ran out. That may be for another process: the same command may well succeed."""
     try:
         yield
-    except MemoryError as e:
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
         raise UserError(f"out of memory while {doing}; what was complete is kept", RUN_AGAIN) from e

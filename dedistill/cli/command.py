@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from dedistill.errors import RUN_AGAIN, UserError, printable
+from dedistill.errors import RUN_AGAIN, UserError, is_out_of_memory, printable
 from dedistill.io.atomic import with_home
 from dedistill.recipe import Recipe, load_recipe
 
@@ -149,10 +149,11 @@ def guarded(action: Callable[[], int | None], *, debug: bool) -> int:
     except Exception as e:
         if debug:
             traceback.print_exc()
-        print(
-            f"{_speaker()}internal error: {type(e).__name__}: {printable(str(e))}\nRun again with --debug for the traceback.",
-            file=sys.stderr,
-        )
+        if is_out_of_memory(e):
+            print(f"{_speaker()}error: out of memory; what was complete is kept ({printable(str(e))[:200]})", file=sys.stderr)
+            return RUN_AGAIN
+        what = f"{type(e).__name__}: {printable(str(e))}"
+        print(f"{_speaker()}internal error: {what}\nRun again with --debug for the traceback.", file=sys.stderr)
         return INTERNAL_ERROR
 
 

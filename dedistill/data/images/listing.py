@@ -154,7 +154,7 @@ def leads_out(root: Path, name: str) -> bool:
             return False
         top, real = Path(os.path.realpath(root)), Path(os.path.realpath(path))
         blobs = [above.parent / "blobs" for above in top.parents if above.name == "snapshots"]
-        return not any(real.is_relative_to(home) for home in (top, os.path.realpath(path.parent), *blobs))
+        return not any(real.is_relative_to(home) for home in (top, Path(os.path.realpath(path.parent)), *blobs))
     except (OSError, ValueError):  # whoever reads it says what is wrong
         return False
 
