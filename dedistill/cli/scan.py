@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
     from dedistill.data.images.index import build_index
     from dedistill.data.images.scan import scan, scan_lines
     from dedistill.io.ownership import claim
-    from dedistill.report.console import say
     from dedistill.report.scan import write_scan_page
 
+    say = lambda line: print(printable(line), file=sys.stderr, flush=True)  # noqa: E731
     if args.out:
         claim(args.out, "scan", "--out")
     file = args.out / "index.jsonl" if args.out else None

@@ -186,3 +186,20 @@ def test_a_member_of_less_than_nothing_costs_its_shard_alone(shards, size, kind)
     (shards / "00002.tar").write_bytes(bytes(head) + bytes(10240))
     index = build_index([ImageSet(str(shards))])
     assert len(index.samples) == 8 and [name for name, _ in index.quarantined] == ["laion/00002.tar"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("text", [b"9" * 300_000, b"20000 comment=" + b"x" * 19_985 + b"\n"])
+def test_long_extended_headers_cost_their_shard_alone(shards, kind, text):
+    info = tarfile.TarInfo("./PaxHeaders/x")
+    info.type, info.size = kind, len(text)
+    (shards / "00002.tar").write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + text + bytes(-len(text) % 512 + 10240))
+    index = build_index([ImageSet(str(shards))])
+    assert len(index.samples) == 8 and [name for name, _ in index.quarantined] == ["laion/00002.tar"]
+
+
+def test_long_names_are_still_read(shards):
+    with tarfile.open(shards / "00002.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        add(tar, "é" * 1500 + ".jpg", image(70))
+        add(tar, "é" * 1500 + ".txt", b"a long name")
+    assert ("a long name",) in [s.captions for s in build_index([ImageSet(str(shards))]).samples]

@@ -188,7 +188,7 @@ def _of_shard(root: Path, shard: Place) -> Iterator[Found]:
     samples: dict[str, list[tuple[str, Place]]] = {}
     problem = ""
     try:
-        with tarfile.open(root / shard.file, "r:") as tar:  # "r:" is plain tar only; nothing is extracted
+        with tarfile.open(root / shard.file, "r:", tarinfo=_Member) as tar:  # "r:" is plain tar only; nothing is extracted
             for member in tar:
                 if not member.isfile() or member.issparse():
                     continue
@@ -212,6 +212,18 @@ def _of_shard(root: Path, shard: Place) -> Iterator[Found]:
         yield _of_members(f"{shard.file}::{key}", members, shard)
     if problem:
         yield Found(shard.file, shard._replace(size=0), problem=problem)
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses extended headers of a length that no file's name and attributes have: to read them may take hours."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:  # the hook that tarfile keeps for subclasses
+        if self.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE) and self.size > MAX_EXTENDED:
+            raise tarfile.HeaderError(f"an extended header of {self.size:,} bytes; the limit is {MAX_EXTENDED:,}")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
+MAX_EXTENDED = 1 << 14
 
 
 def _only_zeros_from(file: BinaryIO, offset: int) -> bool:
