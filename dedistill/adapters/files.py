@@ -29,7 +29,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with open_weights(path) as f:
-            header = f.metadata() or {}
+            header = dict(sorted((f.metadata() or {}).items()))  # the library's order is another each time
             if header.pop(CHECKSUM, None):
                 verify_checksum(path)
             # clone: mapped tensors are unaligned, which crashes some int8 kernels
