@@ -1,9 +1,11 @@
 """What messages and pages share: amounts of things in words."""
 
+import io
+
 import pytest
 import torch
 
-from dedistill.cli.command import guarded
+from dedistill.cli.command import BrokenPipeTolerant, guarded
 from dedistill.errors import RUN_AGAIN, UserError, amount, enough_memory, printable
 from dedistill.report.console import say
 from dedistill.report.pages import render
@@ -66,3 +68,11 @@ def test_memory_that_runs_out_is_no_fault_of_ours(capsys, error):
 def test_other_errors_pass_through_where_memory_is_looked_at():
     with pytest.raises(RuntimeError, match="shapes"), enough_memory("decoding x"):
         raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_a_terminal_cannot_show_is_spelt_out(encoding):
+    raw = io.BytesIO()
+    out = BrokenPipeTolerant(io.TextIOWrapper(raw, encoding=encoding))
+    print("漢 and 7", file=out, flush=True)
+    assert raw.getvalue() == b"\\u6f22 and 7\n"

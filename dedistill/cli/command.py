@@ -38,7 +38,11 @@ class BrokenPipeTolerant:
 
     def write(self, text: str) -> int:
         with suppress(OSError):
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:  # a terminal or file that takes ASCII alone
+                known = self._stream.encoding or "ascii"
+                self._stream.write(text.encode(known, "backslashreplace").decode(known))
         return len(text)
 
     def flush(self) -> None:
