@@ -107,7 +107,8 @@ def _is_row(line: str) -> bool:
         return False
     samples = [sample for key in _SAMPLES for sample in (row.get(key, []) if isinstance(row.get(key, []), list) else [None])]
     numbers = row.get("sigma_loss", [])
-    return all(isinstance(sample, dict) and "sample" in sample for sample in samples) and isinstance(numbers, list)
+    plain = isinstance(numbers, list) and all(isinstance(n, int | float | None) for n in numbers)
+    return plain and all(isinstance(sample, dict) and "sample" in sample for sample in samples)
 
 
 _SAMPLES = ("quarantined", "not_finite", "spike")
