@@ -1,10 +1,20 @@
 """What is said to the user: the one exception that carries a message for them, and how messages count."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 RUN_AGAIN = 75
 """Exit code of a run that is not finished: the same command goes on with it (EX_TEMPFAIL of sysexits.h)."""
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal: what names, captions and files of others could control it with is spelt out."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""All but tabs and line feeds."""
 
 
 class UserError(Exception):
@@ -15,7 +25,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, exit_code: int = 1):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.exit_code = exit_code
 
 
@@ -24,10 +34,19 @@ def amount(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether ``error`` says that memory ran out, Python's or torch's: on a CPU that is a RuntimeError like any other."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 @contextmanager
 def enough_memory(doing: str) -> Iterator[None]:
     """Names what was going on when memory ran out. That may be for another process: the same command may well succeed."""
     try:
         yield
-    except MemoryError as e:
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
         raise UserError(f"out of memory while {doing}; what was complete is kept", RUN_AGAIN) from e

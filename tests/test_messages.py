@@ -1,8 +1,13 @@
 """What messages and pages share: amounts of things in words."""
 
-import pytest
+import io
 
-from dedistill.errors import amount
+import pytest
+import torch
+
+from dedistill.cli.command import BrokenPipeTolerant, guarded
+from dedistill.errors import RUN_AGAIN, UserError, amount, enough_memory, printable
+from dedistill.report.console import say
 from dedistill.report.pages import render
 
 
@@ -23,3 +28,51 @@ def test_amounts_agree_with_their_words(number, words, text):
 def test_templates_say_amounts_alike(tmp_path):
     (tmp_path / "t.j2").write_text('{{ 1 | amount("group") }}, {{ [1, 2] | length | amount("entry", "entries") }}')
     assert render("t.j2", tmp_path) == "1 group, 2 entries"
+
+
+@pytest.mark.parametrize("sign", ["\x1b]0;mine\x07", "\x1b[2J", "\r", "\x9b31m", "\x7f", "\x08"])
+def test_nothing_that_controls_a_terminal_reaches_it(capsys, sign):
+    def fail():
+        raise UserError(f"a{sign}b cannot be read")
+
+    def break_down():
+        raise ValueError(f"a{sign}b")
+
+    say(f"left out: a{sign}b")
+    assert guarded(fail, debug=False) == 1 and guarded(break_down, debug=False) == 70
+    said = capsys.readouterr().err
+    assert sign not in said and said.count("\\x") == 3 * len([c for c in sign if not " " <= c <= "~"])
+    assert printable("ü\t\n漢") == "ü\t\n漢"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+)
+def test_memory_that_runs_out_is_no_fault_of_ours(capsys, error):
+    def fail():
+        raise error
+
+    def named():
+        with enough_memory("decoding x"):
+            raise error
+
+    assert guarded(fail, debug=False) == guarded(named, debug=False) == RUN_AGAIN
+    assert capsys.readouterr().err.count("out of memory") >= 2
+
+
+def test_other_errors_pass_through_where_memory_is_looked_at():
+    with pytest.raises(RuntimeError, match="shapes"), enough_memory("decoding x"):
+        raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_a_terminal_cannot_show_is_spelt_out(encoding):
+    raw = io.BytesIO()
+    out = BrokenPipeTolerant(io.TextIOWrapper(raw, encoding=encoding))
+    print("漢 and 7", file=out, flush=True)
+    assert raw.getvalue() == b"\\u6f22 and 7\n"

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoKrConfig, inject_adapter_in_model
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dedistill.adapters.delta import scale
 from dedistill.adapters.formats import FOLDERS, by_layer, check_shapes, is_lora
 from dedistill.errors import UserError
 from dedistill.io.safetensors import CHECKSUM, verify_checksum
+from dedistill.io.weights import open_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -23,17 +24,26 @@ if TYPE_CHECKING:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file and its header, without the checksum of a checksummed one, which is checked.
 
-    Raises UserError naming the file when it is unreadable, or when a checksummed one has changed since it was written.
+    Raises UserError naming the file when it is unreadable, when a checksummed one has changed since it was written, or when
+    it holds NaN or Inf.
     """
     try:
-        with safe_open(path, framework="pt") as f:
-            header = f.metadata() or {}
+        with open_weights(path) as f:
+            header = dict(sorted((f.metadata() or {}).items()))  # the library's order is another each time
             if header.pop(CHECKSUM, None):
                 verify_checksum(path)
             # clone: mapped tensors are unaligned, which crashes some int8 kernels
-            return {name: f.get_tensor(name).clone() for name in f.keys()}, header  # noqa: SIM118
+            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as e:
         raise UserError(f"'{path}' cannot be read as safetensors: {e}") from e
+    if wrong := next((name for name, t in tensors.items() if t.is_floating_point() and not _finite(t)), None):
+        raise UserError(f"'{path}': tensor '{wrong}' holds numbers that are not finite (NaN or Inf): the adapter is of no use")
+    return tensors, header
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Also of kinds of numbers that torch only converts."""
+    return bool((tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all())
 
 
 # --- A LoKr in a diffusers pipeline, whatever factors it has ---------------------------------------------------------
@@ -55,10 +65,10 @@ def load_lokr(pipe: "DiffusionPipeline | nn.Module", file: str | Path, name: str
     net: Any = getattr(pipe, folder) if folder else pipe
     if name in getattr(net, "peft_config", {}):
         raise UserError(f"the network already has an adapter '{name}': give another name")
-    source, (tensors, _) = str(file), read_tensors(Path(file))
+    source, (tensors, header) = str(file), read_tensors(Path(file))
     linears = {n.removesuffix(".base_layer"): m for n, m in net.named_modules() if isinstance(m, nn.Linear)}
     shapes = {n: (m.out_features, m.in_features) for n, m in linears.items()}
-    layers = by_layer(tensors, shapes, source, folder=folder or FOLDERS[0])
+    layers = by_layer(tensors, shapes, source, folder=folder or FOLDERS[0], header=header)
     if is_lora(layers):
         raise UserError(f"'{source}' is a LoRA: use pipe.load_lora_weights, after dedistill export --format peft")
     check_shapes(layers, shapes, source)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dedistill.adapters.attach import file_name
 from dedistill.adapters.delta import rank, scale
+from dedistill.adapters.strength import with_alphas
 from dedistill.errors import UserError
 
 LOKR = ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")
@@ -63,12 +64,18 @@ Layers = dict[str, dict[str, Tensor]]
 
 
 def by_layer(
-    tensors: Mapping[str, Tensor], linears: Iterable[str], source: str, *, dense: bool = False, folder: str = FOLDERS[0]
+    tensors: Mapping[str, Tensor],
+    linears: Iterable[str],
+    source: str,
+    *,
+    dense: bool = False,
+    folder: str = FOLDERS[0],
+    header: Mapping[str, str] | None = None,
 ) -> Layers:
     """A file in the ``lycoris_``, ``<folder>.`` or PEFT format, taken apart by the ``linears`` it belongs to.
 
     dense: a layer may also be a whole change of weight, ``diff``, as averages of deltas are. folder: where a pipeline keeps
-    this denoiser; names that begin with another one are not its own.
+    this denoiser; names that begin with another one are not its own. header: the file's, which may say how strong it is.
     Raises UserError naming file and tensor for a name that fits no linear, a kind of tensor this program cannot apply
     (DoRA, LoHa, Tucker), and a layer of which a factor is missing: an adapter is read whole or not at all.
     """
@@ -88,7 +95,10 @@ def by_layer(
     for linear, factors in layers.items():
         if set(factors) - {"alpha"} not in (*_WHOLE, {DENSE}):
             raise UserError(f"'{source}': '{linear}' is incomplete, it has only {', '.join(sorted(factors))}")
-    return layers
+        for factor, tensor in factors.items():
+            if tensor.numel() != 1 if factor == "alpha" else tensor.ndim != 2:
+                raise UserError(f"'{source}': '{linear}' has a {factor} of shape {tuple(tensor.shape)}, which none can have")
+    return with_alphas(layers, header or {}, source, folder)
 
 
 def layer_of(key: str) -> str:

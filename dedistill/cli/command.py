@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from dedistill.errors import RUN_AGAIN, UserError
+from dedistill.errors import RUN_AGAIN, UserError, is_out_of_memory, printable
 from dedistill.io.atomic import with_home
 from dedistill.recipe import Recipe, load_recipe
 
@@ -38,7 +38,11 @@ class BrokenPipeTolerant:
 
     def write(self, text: str) -> int:
         with suppress(OSError):
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:  # a terminal or file that takes ASCII alone
+                known = self._stream.encoding or "ascii"
+                self._stream.write(text.encode(known, "backslashreplace").decode(known))
         return len(text)
 
     def flush(self) -> None:
@@ -142,7 +146,8 @@ def guarded(action: Callable[[], int | None], *, debug: bool) -> int:
     except OSError as e:
         if debug:
             traceback.print_exc()
-        print(f"{_speaker()}error: {e.filename or 'input/output'}: {e.strerror or e}", file=sys.stderr)
+        place = printable(str(e.filename or "input/output"))
+        print(f"{_speaker()}error: {place}: {e.strerror or e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; what was complete is kept", file=sys.stderr)
@@ -150,9 +155,11 @@ def guarded(action: Callable[[], int | None], *, debug: bool) -> int:
     except Exception as e:
         if debug:
             traceback.print_exc()
-        print(
-            f"{_speaker()}internal error: {type(e).__name__}: {e}\nRun again with --debug for the traceback.", file=sys.stderr
-        )
+        if is_out_of_memory(e):
+            print(f"{_speaker()}error: out of memory; what was complete is kept ({printable(str(e))[:200]})", file=sys.stderr)
+            return RUN_AGAIN
+        what = f"{type(e).__name__}: {printable(str(e))}"
+        print(f"{_speaker()}internal error: {what}\nRun again with --debug for the traceback.", file=sys.stderr)
         return INTERNAL_ERROR
 
 

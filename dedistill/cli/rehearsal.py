@@ -71,6 +71,9 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], None], say: Say) -> None:
         text_length(family, filled(recipe.model.text_length, "model.text_length"), recipe.where("model.text_length"))
     with stage("layers and sizes at full scale"):
         say("  " + _check_full_size(recipe, family))
+    if recipe.model.path and Path(recipe.model.path).exists():  # else it is to be fetched, or made by an earlier stage
+        with stage("the model, by its files"):
+            family.load(recipe.model, seed=recipe.run.seed, net=False)
     if recipe.data.source == "pictures":
         recipe, whose = _with_samples(recipe, out, say)
         with stage(f"{whose} images and captions"):

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from dedistill.cli.command import command_parser, guarded, path, place, positive
+from dedistill.errors import printable
 
 if TYPE_CHECKING:
     from dedistill.data.images.types import ImageSet
@@ -36,13 +37,13 @@ def run(args: argparse.Namespace) -> int:
     from dedistill.io.ownership import claim
     from dedistill.report.scan import write_scan_page
 
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    say = lambda line: print(printable(line), file=sys.stderr, flush=True)  # noqa: E731
     if args.out:
         claim(args.out, "scan", "--out")
     file = args.out / "index.jsonl" if args.out else None
     index = build_index(_sources(args), file=file, say=say)
     facts = scan(index, resolutions=args.resolutions, tokenizer=args.tokenizer, say=say)
-    print("\n".join(scan_lines(facts)))
+    print(printable("\n".join(scan_lines(facts))))
     if args.out:
         print(f"done: {write_scan_page(args.out, index, facts)}", file=sys.stderr)
     return 0

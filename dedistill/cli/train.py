@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dedistill.cli import prepare
 from dedistill.cli.command import recipe_parser, run_recipe
-from dedistill.errors import RUN_AGAIN, UserError, amount
+from dedistill.errors import RUN_AGAIN, UserError, amount, printable
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.resolve import Plan, make_plan
 
@@ -83,7 +83,7 @@ def _rehearse(recipe: Recipe) -> int:
             raise KeyboardInterrupt
 
     terminal = sys.stderr  # each stage's own output goes to a file
-    rehearse(recipe, stage, lambda line: print(line, file=terminal, flush=True))
+    rehearse(recipe, stage, lambda line: print(printable(line), file=terminal, flush=True))
     return 0
 
 
@@ -144,6 +144,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         with world.translate_dist_errors():
             for _ in progress(rows, trainer.state.step, plan) if world.main else rows:
                 pass
+            trainer.check_applied()
             exported = trainer.keeper.export() if trainer.state.step == plan.steps else None
         trackers.close()
         if world.main:

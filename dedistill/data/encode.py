@@ -95,6 +95,7 @@ def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     parts = family.load(recipe.model, seed=recipe.run.seed, net=False)
     if parts.vae is None:
         raise UserError(f"{recipe.where('data.source')}: {family.spec.name} has no codec that encodes 'pictures'", 2)
+    recipe.timesteps.resolved_shift(lambda: family.shift(parts, family.tokens(parts, parts.sample_shape)))  # or it says why not
     return family, parts
 
 
@@ -199,6 +200,7 @@ def cached_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, 
 def _inputs(recipe: Recipe, family: Family, parts: Components, cache: Path) -> dict[str, dict[str, object]]:
     """What "latents" and "text" were made with; of files their hash."""
     inputs = family.cache_inputs(parts, _length(recipe, family))
+    inputs["latents"]["colours"] = "sRGB"  # once they were taken for that, whatever an image's profile said
     for table in inputs.values():
         for key, value in table.items():
             if isinstance(value, list):
@@ -218,6 +220,7 @@ def image_sets(recipe: Recipe) -> list[ImageSet]:
             s.path,
             name=s.name or "",
             fields=tuple(s.captions or ()),
+            file_column=s.file_column or "file_name",
             split_lines=SPLIT_LINES[filled(data.split_lines, "data.split_lines")],
             missing_captions=filled(data.missing_captions, "data.missing_captions"),
         )
@@ -281,7 +284,14 @@ def _encode_captions(captions: list[str], store: Store, family: Family, parts: C
         heartbeat.beat("encoding captions", patient=True)
         cut += sum(tokens > length for tokens in parts.text.tokens(chunk))
         text = family.encode_text(parts, chunk, length)
-        store.write({text_key(c): _stored(text.index_select(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)})
+        stored = {c: _stored(text.index_select(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)}
+        for caption, tensors in stored.items():
+            if not all(t.isfinite().all() for t in tensors.values()):
+                raise UserError(
+                    f"model.path: the text encoders give numbers that are not finite (NaN or Inf) for {caption[:60]!r}. If "
+                    "they do for all captions, their weights are damaged, or too large for fp16: take them in bf16"
+                )
+        store.write({text_key(caption): tensors for caption, tensors in stored.items()})
     return cut
 
 
@@ -320,7 +330,10 @@ def _latent(sample: Sample, crop: Crop, pixels: np.ndarray, family: Family, part
     noise = keyed.noise(0, f"vae/{latent_key(sample, crop)}", 0, [0], shape)
     latent = family.encode_images(parts, x, noise)[0].to("cpu", torch.float16)
     if not latent.isfinite().all():
-        raise UserError(f"data: the latents of '{sample.name}' are not finite; leave this image out")
+        raise UserError(
+            f"data: the latents of '{sample.name}' are not finite. Where that is so of all images, the VAE is damaged; else "
+            "leave this image out"
+        )
     return latent
 
 

@@ -64,11 +64,18 @@ class PairSource(OneSize):
         return [self._part(int(i), "txt").decode() for i in picks]
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
-        noise, trajectory = (
-            np.load(io.BytesIO(self._part(index, ext)), allow_pickle=False).astype(np.float32)
-            for ext in ("noise.npy", "trajectory.npy")
-        )
-        return noise, trajectory, self._part(index, "txt").decode()
+        try:
+            noise, trajectory = (
+                np.load(io.BytesIO(self._part(index, ext)), allow_pickle=False).astype(np.float32)
+                for ext in ("noise.npy", "trajectory.npy")
+            )
+            if noise.shape != self.image or trajectory.shape != (len(self.sigmas), *self.image):
+                raise ValueError(f"arrays of {noise.shape} and {trajectory.shape}")
+            return noise, trajectory, self._part(index, "txt").decode()
+        except (ValueError, KeyError, TypeError, EOFError, OSError) as e:
+            raise UserError(
+                f"data.path: pair {index} of '{self.folder}' cannot be read ({e}); it was not made by dedistill pairs"
+            ) from e
 
     def _part(self, index: int, ext: str) -> bytes:
         shard, member = self._members[index]

@@ -127,7 +127,7 @@ class ChecksummedReader:
         self.path = path
         try:
             with safe_open(path, framework="pt") as f:  # checks the header and the length
-                self.metadata = f.metadata() or {}
+                self.metadata = dict(sorted((f.metadata() or {}).items()))  # the library's order is another each time
                 parts = {name: f.get_slice(name) for name in f.offset_keys()}
                 found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
         except (OSError, SafetensorError) as e:

@@ -23,15 +23,35 @@ def read_list(path: Path, where: str = "", otherwise: str = "") -> list[Any]:
     return _read(path, list, where, otherwise)
 
 
+def parse_table(text: str, what: str) -> dict[str, Any]:
+    """The object in JSON that stands in a file of another kind, as in a header of safetensors. what: how messages call it.
+
+    Raises UserError for anything else.
+    """
+    try:
+        return _parsed(text, dict)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{what} cannot be read as JSON: {_reason(e)}") from e
+
+
 def _read(path: Path, kind: type[Kind], where: str, otherwise: str) -> Kind:
     try:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has more than {LARGEST >> 20} MiB")
-        found = json.loads(path.read_bytes())
-        if not isinstance(found, kind):
-            raise ValueError(f"{_NAMES[kind]} was expected, not {_NAMES.get(type(found), type(found).__name__)}")
+        return _parsed(path.read_bytes(), kind)
     except (OSError, ValueError, RecursionError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "it is nested too deeply" if isinstance(e, RecursionError) else e
         start, end = where and f"{where}: ", otherwise and f"; {otherwise}"
-        raise UserError(f"{start}'{path}' cannot be read as JSON: {reason}{end}") from e
+        raise UserError(f"{start}'{path}' cannot be read as JSON: {_reason(e)}{end}") from e
+
+
+def _parsed(text: str | bytes, kind: type[Kind]) -> Kind:
+    found = json.loads(text)
+    if not isinstance(found, kind):
+        raise ValueError(f"{_NAMES[kind]} was expected, not {_NAMES.get(type(found), type(found).__name__)}")
     return found
+
+
+def _reason(error: Exception) -> object:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return error.strerror if isinstance(error, OSError) else error

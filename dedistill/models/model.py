@@ -1,7 +1,6 @@
 """From a recipe to a model that can be called: family, frozen base, adapter, in that order."""
 
 import os
-import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from dedistill.models.family import Components, Denoiser, Family
 from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
 from dedistill.models.registry import get_family, public_name, text_length
 from dedistill.recipe import Recipe
+from dedistill.recipe.embedded import read_recipe
 from dedistill.recipe.resolve import filled
 from dedistill.recipe.schema import Adapter as AdapterTable
 
@@ -127,7 +127,7 @@ def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
     header: that of the file at ``path``. A base that is no longer where it was may have been moved: then only names of
     tensors are compared. A released file tells no more of a local base than its name, which has to be the same.
     """
-    made = tomllib.loads(header.get("dedistill.recipe", ""))
+    made = read_recipe(header.get("dedistill.recipe", ""), f"'{path}'")
     if not made or recipe.adapter is None:
         return
     kind, table, here = made.get("adapter", {}).get("kind"), made.get("model", {}), recipe.model.path
@@ -166,7 +166,7 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     model.root.to(device)
     model.negative, model.guidance = recipe.sample.negative, recipe.sample.guidance
     model.bf16 = recipe.train.precision == "bf16"
-    model.grid_shift = recipe.timesteps.resolved_shift(model.shift(parts.sample_shape))
+    model.grid_shift = recipe.timesteps.resolved_shift(lambda: model.shift(parts.sample_shape))
     model.chunk = recipe.train.micro_batch or CHUNK
     if recipe.train.gradient_checkpointing:
         cast(Denoiser, parts.net).enable_gradient_checkpointing()

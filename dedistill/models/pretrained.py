@@ -1,11 +1,13 @@
 """Networks and tokenizers of transformers and diffusers from a folder: whole or refused, and never code of the folder's."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dedistill.errors import UserError, amount
 from dedistill.io.tables import read_table
@@ -61,7 +63,47 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
             f"{source}: the weights in '{folder}' ({files}) are not those of the {kind.__name__} that its config.json "
             f"describes. {'; '.join(problems)}. Fetch the folder again; it must be {needed}"
         )
+    check_finite(net.state_dict(), f"{source}: '{folder}'")
     return net
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises UserError, naming ``source`` and a tensor, for weights that hold NaN or Inf, or whose matrices are mostly zero.
+
+    Of zeros are files whose download broke off after their room on the disk was taken. A matrix of zeros alone is none:
+    networks are given some on purpose.
+    """
+    matrices = empty = 0
+    example = ""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+            continue
+        low, high = (float(x) for x in torch.aminmax(tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()))
+        if not math.isfinite(low - high):
+            raise UserError(f"{source}: tensor '{name}' holds numbers that are not finite (NaN or Inf): the file is damaged")
+        if tensor.ndim > 1:
+            matrices += 1
+            if low == high == 0:
+                empty, example = empty + 1, example or name
+    if empty > matrices / 4:
+        raise UserError(
+            f"{source}: {empty} of its {matrices} matrices are zero throughout, e.g. '{example}': the file was not downloaded "
+            "to its end; fetch it again"
+        )
+
+
+DEEPEST = 1000
+"""Blocks of one kind in a network. Published ones have tens."""
+
+
+def without_weights(kind: type[Net], config: dict[str, Any], source: str) -> Net:
+    """A network of class ``kind`` on the meta device, as ``config`` describes it. Raises UserError where it describes none."""
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    if deep := [key for key, value in own.items() if "layers" in key and isinstance(value, int) and value > DEEPEST]:
+        raise UserError(f"{source}: config.json has {deep[0]} = {own[deep[0]]:,}; at most {DEEPEST:,} are taken")
+    with reading(f"{source}: config.json does not describe a {kind.__name__}"), torch.device("meta"):
+        maker: Any = kind  # as above
+        return maker.from_config(own)
 
 
 def load_tokenizer(

@@ -89,6 +89,31 @@ def defaults_before(model: Model) -> dict[str, Any]:
     return get_spec(model.family).defaults_before(model) if model.family in _places() else {}
 
 
+# --- what model folders say of themselves ---------------------------------------------------------------------------
+
+
+def checked_facts(facts: dict[str, Any], where: str) -> dict[str, Any]:
+    """``facts``, what dedistill.json or a header says of weights, if all that is read of them is of its kind.
+
+    where: the file, as messages call it. Raises UserError that names it and the key.
+    """
+    base = facts.get("base", {})
+    chains = {key: facts.get(key, []) for key in ("trained", "merges")}
+    wrong = [key for key, rows in chains.items() if not (isinstance(rows, list) and all(map(_is_step, rows)))]
+    if not isinstance(base, dict) or not isinstance(base.get("path") or "", str):
+        wrong.append("base")
+    wrong += [key for key in ("components", "family", "mask", "quantized") if not isinstance(facts.get(key), str | None)]
+    if wrong:
+        raise UserError(f"{where}: '{wrong[0]}' is not what dedistill writes there; fetch the file again, or remove it")
+    return facts
+
+
+def _is_step(row: object) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("recipe"), str):
+        return False
+    return isinstance(row.get("adapter", ""), str) and isinstance(row.get("adapter_header", {}), dict)
+
+
 # --- bases as others know them ---------------------------------------------------------------------------------------
 
 

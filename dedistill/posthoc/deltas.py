@@ -19,7 +19,7 @@ from dedistill.adapters.formats import layer_of
 from dedistill.errors import UserError
 from dedistill.io.atomic import make_folder
 from dedistill.io.safetensors import ChecksummedReader, Layout, TensorFile
-from dedistill.posthoc.snapshots import Average, Snapshot, agreed_layout
+from dedistill.posthoc.snapshots import Average, Snapshot, agreed_layout, read_finite
 
 LORA = {"lora_up.weight", "lora_down.weight"}
 LOKR = {"lokr_w1", "lokr_w2"}
@@ -195,7 +195,7 @@ def _layers(readers: list[ChecksummedReader], layout: Layout) -> Iterator[tuple[
     for name, (shape, dtype) in layout.items():
         tensors = [torch.empty(shape, dtype=dtype) for _ in readers]
         for reader, tensor in zip(readers, tensors):
-            reader.read_into(tensor)
+            read_finite(reader, tensor, name)
         layer = layer_of(name)
         begun.setdefault(layer, {})[name.removeprefix(f"{layer}.")] = tensors
         if len(begun[layer]) == len(groups[layer]):

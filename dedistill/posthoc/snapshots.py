@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -175,10 +176,17 @@ def _sums(
         while left:
             size = min(left, CHUNK)
             rows = torch.empty(len(readers), size, dtype=dtype)
-            list(pool.map(ChecksummedReader.read_into, readers, rows))
+            list(pool.map(partial(read_finite, name=name), readers, rows))
             # alpha is a constant of the format, not a weight
             yield name, rows[-1:].expand(len(weights), -1) if is_constant(name) else (mix @ rows.to(wide)).to(dtype)
             left -= size
+
+
+def read_finite(reader: ChecksummedReader, part: Tensor, name: str) -> None:
+    """The next numbers of tensor ``name``. Raises UserError for NaN and Inf, which would spoil every average."""
+    reader.read_into(part)
+    if not part.isfinite().all():
+        raise UserError(f"snapshot '{reader.path}': tensor '{name}' is not finite: leave that snapshot out")
 
 
 def is_constant(name: str) -> bool:

@@ -204,9 +204,17 @@ def _table(data: dict[str, Any], name: str) -> dict[str, Any]:
     return data[name] if isinstance(data.get(name), dict) else {}
 
 
+MAX_BYTES = 1 << 20
+MAX_KEYS = 5000
+
+
 def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], dict[str, _Place]]:
     """Data of one file, called ``file`` in errors, and where it stands; ``via`` opens the message when another named it."""
     try:
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise ValueError("not a regular file")  # to read a pipe or a device might never end
+        if path.is_file() and (size := path.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"{size:,} bytes, more than a recipe has ({MAX_BYTES:,})")
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         raise RecipeError([f"{via}{file}: not a text file in UTF-8 (byte {exc.start})"]) from None
@@ -220,6 +228,8 @@ def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], 
     try:
         data = tomllib.loads(text)
         places = {key: _Place(order, file, line) for key, line in locate(text).items()}
+        if len(places) > MAX_KEYS:
+            raise RecipeError([f"{file}: {len(places):,} keys, more than a recipe has ({MAX_KEYS:,})"])
     except RecursionError:
         raise RecipeError([f"{file}: nested too deeply"]) from None
     except ValueError as exc:

@@ -3,6 +3,7 @@
 Every field's description is what the JSON schema shows in an editor. Unknown keys are refused.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,7 @@ from dedistill.io.atomic import with_home
 from dedistill.recipe.objectives import DROPOUTS, ObjectiveName
 
 Positive = Annotated[int, Field(ge=1)]
+Bounded = Annotated[int, Field(ge=1, le=1_000_000)]  # what takes memory or time in proportion
 Share = Annotated[float, Field(ge=0, le=1)]
 Place = Annotated[str, StringConstraints(min_length=1), AfterValidator(with_home)]
 """A path, or a hub id; ``~`` is the home folder."""
@@ -167,9 +169,8 @@ class ImageSet(Table):
     path: Place = Field(description="Folder of images, folder of tar shards, or a table (parquet, csv, jsonl).")
     name: str | None = Field(None, min_length=1, description="What it is called in messages. None: as the folder.")
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="Share of the samples, relative to the other sets.")
-    captions: list[str] | None = Field(
-        None, min_length=1, description="Fields of json files and tables that hold captions. None: those with a usual name."
-    )
+    captions: list[str] | None = Field(None, min_length=1, description="Fields that hold captions. None: those of usual names.")
+    file_column: str | None = Field(None, min_length=1, description="Column of a table that names images. None: file_name.")
 
 
 Resolution = Annotated[int, Field(ge=16, multiple_of=16)]
@@ -241,9 +242,9 @@ class Timesteps(Table):
     )
     stratify: bool = Field(True, description="One draw in each of `batch` equal shares of probability, per step.")
 
-    def resolved_shift(self, dynamic: float) -> float:
-        """The shift in numbers; ``dynamic`` is the family's, for ``auto``."""
-        return dynamic if self.shift == "auto" else float(self.shift)
+    def resolved_shift(self, dynamic: Callable[[], float]) -> float:
+        """The shift in numbers; ``dynamic`` gives the family's, for ``auto``."""
+        return dynamic() if self.shift == "auto" else float(self.shift)
 
 
 class Train(Table):
@@ -253,7 +254,7 @@ class Train(Table):
         "reflow: flow matching on the stored noise and its image.",
     )
     steps: Positive = Field(description="Optimizer steps in all.")
-    batch: Positive = Field(description="Global batch: samples per optimizer step, on any number of devices.")
+    batch: Bounded = Field(description="Global batch: samples per optimizer step, on any number of devices.")
     micro_batch: Positive | None = Field(
         None,
         description="Most samples per forward pass. None: no limit but the batch, or a process's share of it; passes without "
@@ -290,7 +291,7 @@ class Train(Table):
 
 class Validate(Table):
     every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between validations; 0 never. Also at the end.")
-    samples: Annotated[Positive | None, Default(256, "validate.every")] = Field(
+    samples: Annotated[Bounded | None, Default(256, "validate.every")] = Field(
         None, description="Held-out samples, on fixed noise and fixed sigmas."
     )
 
@@ -299,8 +300,8 @@ class Meters(Table):
     every: Annotated[int, Field(ge=0)] = Field(
         0, description="Steps between meters of distillation; 0 never. Also before the first step and at the end."
     )
-    samples: Positive = Field(16, description="Held-out captions, on fixed noise.")
-    steps: Positive = Field(16, description="Euler steps of their paths.")
+    samples: Bounded = Field(16, description="Held-out captions, on fixed noise.")
+    steps: Bounded = Field(16, description="Euler steps of their paths.")
 
 
 class Checkpoint(Table):
@@ -321,7 +322,7 @@ class Snapshot(Table):
 
 class Log(Table):
     every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
-    sigma_bins: Positive = Field(8, description="Equal bins of sigma in which the loss is reported.")
+    sigma_bins: Bounded = Field(8, description="Equal bins of sigma in which the loss is reported.")
     wandb: bool = Field(False, description="Also log to Weights & Biases; offline when there is no key.")
 
 
@@ -329,7 +330,7 @@ _Side = Annotated[Resolution | None, Default(BY_FAMILY)]
 
 
 class Sample(Table):
-    steps: Positive = Field(16, description="Euler steps when images are made with this model.")
+    steps: Bounded = Field(16, description="Euler steps when images are made with this model.")
     height: _Side = Field(None, description="Image height in pixels. None for networks of one size.")
     width: _Side = Field(None, description="Image width in pixels. None for networks of one size.")
     negative: str = Field("", description="Prompt of the unconditional branch of CFG; the empty prompt is the trained one.")

@@ -11,7 +11,8 @@ from dedistill.errors import UserError
 from dedistill.io.atomic import replace_file
 from dedistill.models.registry import is_hub_id, licence_for, published
 from dedistill.models.spec import ModelSpec
-from dedistill.release.headers import guidance_fact, read_recipe, source_name, source_of
+from dedistill.recipe.embedded import read_recipe
+from dedistill.release.headers import guidance_fact, source_name, source_of
 
 _OWN = "dedistill.release"
 _TAGS = ["text-to-image", "de-distilled", "classifier-free-guidance"]

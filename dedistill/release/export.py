@@ -18,6 +18,7 @@ from dedistill.models.pipeline_files import Files, copy_files, is_pipeline, pipe
 from dedistill.models.quantize import Int8Linear, excluded, quantize_rows
 from dedistill.models.registry import families, get_spec, spec_of
 from dedistill.models.spec import ModelSpec
+from dedistill.recipe.embedded import read_recipe
 from dedistill.release.card import write_card
 from dedistill.release.folder import (
     FACTS,
@@ -30,7 +31,7 @@ from dedistill.release.folder import (
     skeleton,
     write_weights,
 )
-from dedistill.release.headers import adapter_header, lycoris_config, model_header, public_facts, read_recipe
+from dedistill.release.headers import adapter_header, lycoris_config, model_header, public_facts
 
 # --- adapter files for other programs --------------------------------------------------------------------------------
 
@@ -45,10 +46,11 @@ def export_adapter(file: Path, out: Path, format: str, model: Path | None = None
     if out.exists():
         raise UserError(f"'{out}' already exists: choose another --out, or remove it")
     tensors, header = read_tensors(file)
+    read_recipe(header.get("dedistill.recipe", ""), f"'{file}'")  # where it cannot be read, the file is named
     config = config_for(tensors, header, model)
     shapes = linear_shapes(skeleton(config))
     spec = _spec_for(config, header)
-    layers = by_layer(tensors, shapes, str(file), folder=spec.folder)
+    layers = by_layer(tensors, shapes, str(file), folder=spec.folder, header=header)
     try:
         check_shapes(layers, shapes, str(file))
     except UserError as e:
@@ -71,6 +73,7 @@ def export_adapter(file: Path, out: Path, format: str, model: Path | None = None
 def check_file(file: Path, model: Path | None = None) -> list[Verdict]:
     """What each program makes of adapter ``file`` on the network in folder ``model``, as in :func:`export_adapter`."""
     tensors, header = read_tensors(file)
+    read_recipe(header.get("dedistill.recipe", ""), f"'{file}'")  # where it cannot be read, the file is named
     config = config_for(tensors, header, model)
     spec = _spec_for(config, header)
     return check_adapter(tensors, linear_shapes(skeleton(config)), names_of(spec), spec.folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dedistill.adapters.formats import FOLDERS
@@ -14,7 +14,9 @@ from dedistill.errors import UserError, amount
 from dedistill.io.atomic import replace_json, whole_folder
 from dedistill.io.safetensors import DTYPES, Layout, TensorFile
 from dedistill.io.tables import read_table
-from dedistill.models.registry import imported, spec_of
+from dedistill.io.weights import open_weights, weight_files
+from dedistill.models.pretrained import without_weights
+from dedistill.models.registry import checked_facts, imported, spec_of
 
 SHARD_BYTES = 10 * 1000**3
 """diffusers' own default: a larger network is written as several files with an index."""
@@ -35,9 +37,11 @@ class Denoiser:
         place = folder / self.spec.folder
         self._files: dict[str, Any] = {}  # kept open: opening one again for each tensor costs milliseconds
         self.layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for path in sorted(place.glob("*.safetensors")):
-            file = _opened(path)
+        for path in weight_files(place):
+            file = open_weights(path)
             for name in file.keys():  # noqa: SIM118
+                if name in self.layout:
+                    raise UserError(f"'{path}' holds '{name}', which another file of the folder holds as well")
                 part = file.get_slice(name)
                 if part.get_dtype() not in _DTYPE:
                     raise UserError(f"'{path}': tensor '{name}' is stored as {part.get_dtype()}, which is not supported")
@@ -69,8 +73,7 @@ def network_config(folder: Path) -> dict[str, Any]:
 def skeleton(config: dict[str, Any]) -> nn.Module:
     """A network without weights (meta device) from its config.json. Raises UserError for one of no family."""
     network: Any = imported(spec_of(config).networks[config["_class_name"]])
-    with torch.device("meta"):
-        return network.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    return without_weights(network, config, "the denoiser")
 
 
 def linear_shapes(net: nn.Module) -> dict[str, tuple[int, int]]:
@@ -112,7 +115,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """What ``dedistill.json`` says of a model folder; empty without one."""
-    return read_table(folder / FACTS) if (folder / FACTS).exists() else {}
+    return checked_facts(read_table(folder / FACTS), f"'{folder / FACTS}'") if (folder / FACTS).exists() else {}
 
 
 def _shards(layout: Layout, limit: int) -> list[dict[str, tuple[tuple[int, ...], torch.dtype]]]:
@@ -129,10 +132,3 @@ def _shards(layout: Layout, limit: int) -> list[dict[str, tuple[tuple[int, ...],
 
 def _bytes(entry: tuple[tuple[int, ...], torch.dtype]) -> int:
     return torch.Size(entry[0]).numel() * entry[1].itemsize
-
-
-def _opened(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"'{file}' cannot be read as safetensors: {e}") from e

@@ -7,7 +7,6 @@ same network from, ``dedistill.*`` is what a sampler must know to use the weight
 import copy
 import datetime
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from dedistill.adapters.formats import Layers, factor_shapes, is_lora
 from dedistill.errors import UserError
 from dedistill.models.registry import imported, licence_for, public_name, published
 from dedistill.models.spec import ModelSpec
+from dedistill.recipe.embedded import read_recipe
 from dedistill.recipe.toml import table_to_toml
 
 # --- what a release tells of how it was made -------------------------------------------------------------------------
@@ -83,14 +83,6 @@ def public_recipe(text: str) -> str:
         if key in model:
             model[key] = public_name(model[key], model.get("revision"))
     return text if public == recipe else table_to_toml(public)
-
-
-def read_recipe(text: str) -> dict[str, Any]:
-    """A recipe that was written into a file, as plain data; empty for an empty text."""
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
-        raise UserError(f"the recipe in the file's header cannot be read: {e}") from e
 
 
 # --- headers of released safetensors files ---------------------------------------------------------------------------

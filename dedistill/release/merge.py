@@ -134,7 +134,7 @@ def merge_adapter(
     tensors, header = read_tensors(weights)
     check_origin(header, recipe, weights)
     shapes = linear_shapes(parts.net)
-    layers = by_layer(tensors, shapes, str(weights), dense=True, folder=family.spec.folder)
+    layers = by_layer(tensors, shapes, str(weights), dense=True, folder=family.spec.folder, header=header)
     check_shapes(layers, shapes, str(weights))
     state = parts.net.state_dict()
     layout = {name: (tuple(t.shape), DTYPES[dtype]) for name, t in state.items()}

@@ -7,11 +7,12 @@ from itertools import groupby
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dedistill.adapters.attach import Adapter
 from dedistill.adapters.targets import Resolved
-from dedistill.errors import amount
+from dedistill.errors import amount, printable
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
 from dedistill.recipe.objectives import OBJECTIVES
@@ -44,7 +45,7 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
     snapshots = f", {amount(plan.snapshots, 'snapshot')}" if plan.snapshots else ""
     out.print(f"  results   {recipe.run.out}/ (metrics.jsonl, checkpoints{snapshots})")
     for note in [*model.parts.notes, *notes]:
-        out.print(f"  [yellow]note[/yellow]      {note}", markup=True)
+        out.print(f"  [yellow]note[/yellow]      {escape(printable(note))}", markup=True)
     if start:
         out.print(f"  continued from step {start:,}")
 
@@ -81,7 +82,7 @@ def progress(rows: Iterable[dict[str, Any]], start: int, plan: Plan) -> Iterator
 
 def say(line: str) -> None:
     """A line about work that goes on, at once."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _live(rows: Iterable[dict[str, Any]], start: int, plan: Plan) -> Iterator[dict[str, Any]]:

@@ -102,6 +102,8 @@ def damage(checkpoint: Path) -> str:
         return f"{MANIFEST} {e}"
     if manifest.get("schema") != SCHEMA or manifest.get("step") != step_of(checkpoint):
         return f"{MANIFEST} is of another schema or step"
+    if odd := _of_another_kind(manifest):
+        return f"{MANIFEST} has {odd!r} of another kind than is written there"
     for name, entry in manifest["files"].items():
         path, size, digest = checkpoint / name, entry["bytes"], entry["sha256"]
         if not path.is_file():
@@ -111,6 +113,16 @@ def damage(checkpoint: Path) -> str:
         if file_sha256(path) != digest:
             return f"{name} differs from what was written (SHA-256)"
     return ""
+
+
+def _of_another_kind(manifest: dict[str, Any]) -> str:
+    """The key of a manifest whose value is not of its kind; empty when all are."""
+    kinds: dict[str, Any] = {"files": dict, "guard": dict, "skipped": int, "unfinished": dict | None}
+    if wrong := [key for key, kind in kinds.items() if key in manifest and not isinstance(manifest[key], kind)]:
+        return wrong[0]
+    files = manifest.get("files", {})
+    whole = all(isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() and Path(n).name == n for n, e in files.items())
+    return "" if files and whole else "files"
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:

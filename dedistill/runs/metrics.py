@@ -103,7 +103,16 @@ def _is_row(line: str) -> bool:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and isinstance(row.get("step"), int)
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return False
+    samples = [sample for key in _SAMPLES for sample in (row.get(key, []) if isinstance(row.get(key, []), list) else [None])]
+    numbers = row.get("sigma_loss", [])
+    plain = isinstance(numbers, list) and all(isinstance(n, int | float | None) for n in numbers)
+    return plain and all(isinstance(sample, dict) and "sample" in sample for sample in samples)
+
+
+_SAMPLES = ("quarantined", "not_finite", "spike")
+"""Keys of a row whose values are lists of samples."""
 
 
 def _has_key() -> bool:

@@ -148,6 +148,15 @@ class Trainer:
             if record:
                 record.close()
 
+    def check_applied(self) -> None:
+        """Raises BadSteps when the run has come to its end and none of its steps changed anything."""
+        if self.state.step == self.plan.steps == self.state.skipped:
+            raise BadSteps(
+                f"none of the {amount(self.plan.steps, 'step')} was applied: each had a loss or gradient that was not finite "
+                f"or far too large. The weights are those of the start. '{self.run.metrics}' says which samples stood out; "
+                "lower train.lr, or look at what the recipe trains on"
+            )
+
     def _tasks(self, start: int) -> Tasks:
         """Every micro-batch of this process, from step ``start`` on."""
         for step in range(start, self.plan.steps):

@@ -66,3 +66,16 @@ def test_json(content, fields, expected):
 def test_refused(content, kind, reason):
     with pytest.raises(BadCaption, match=reason):
         read(content, kind)
+
+
+@pytest.mark.parametrize("split_lines", [None, True])
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
+def test_only_line_feeds_and_carriage_returns_end_a_line(sign, split_lines):
+    whole = f"an owl{sign}on a branch"
+    assert read(whole, split_lines=split_lines) == (whole,)
+    assert read(f"{whole}\ran owl\r\nno owl", split_lines=split_lines) == (whole, "an owl", "no owl")
+
+
+@pytest.mark.parametrize("answers", [["a fox", None, "a red fox"], [None, "a fox", "a red fox", None]])
+def test_nulls_among_captions_are_passed_over(answers):
+    assert read(json.dumps({"captions": answers, "caption": [None]}), "json") == ("a fox", "a red fox")

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import time
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -238,7 +239,7 @@ def test_names_of_sources(folder, tmp_path):
         lambda t: t[:-40],
         lambda t: "{}\n" + t,
         lambda t: "",
-        lambda t: t.replace("index 2", "index 0"),
+        lambda t: t.replace("index 3", "index 0"),
         lambda t: t.replace("a", "b", 9),
     ],
 )
@@ -341,3 +342,69 @@ def test_errors(folder, tmp_path):
     (folder / "metadata.jsonl").write_text("")
     with pytest.raises(UserError, match=r"holds metadata.csv and metadata.jsonl"):
         build_index([ImageSet(str(folder))])
+
+
+@pytest.mark.parametrize(
+    ("image", "texts"),
+    [
+        ("DSC_7.JPG", ("DSC_7.TXT",)),
+        ("DSC_7.jpg", ("DSC_7.Caption", "DSC_7.JSON")),
+        (unicodedata.normalize("NFC", "Übung é.jpg"), (unicodedata.normalize("NFD", "Übung é.Txt"),)),
+        (unicodedata.normalize("NFD", "가나.JPEG"), (unicodedata.normalize("NFC", "가나.txt"),)),
+    ],
+)
+def test_captions_are_found_however_their_names_are_spelt(tmp_path, image, texts):
+    (tmp_path / image).write_bytes(jpeg())
+    for text in texts:
+        (tmp_path / text).write_text('{"caption": "json"}' if text.endswith("JSON") else text[-4:])
+    index = build_index([ImageSet(str(tmp_path))])
+    assert [len(sample.captions) for sample in index.samples] == [len(texts)]
+
+
+def test_a_caption_of_the_very_same_name_comes_before_one_that_reads_the_same(tmp_path):
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "é")
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg())
+        (tmp_path / f"{name}.txt").write_text(form)
+    assert {s.captions for s in build_index([ImageSet(str(tmp_path))]).samples} == {("NFC",), ("NFD",)}
+
+
+def test_a_folder_that_many_links_lead_to_is_read_once(folder, tmp_path):
+    for i in range(40):  # 2^40 ways to the last one
+        (tmp_path / f"d{i}").mkdir()
+        for name in "ab" if i else "":
+            (tmp_path / f"d{i - 1}" / name).symlink_to(tmp_path / f"d{i}")
+    (tmp_path / "d39" / "x.jpg").write_bytes(jpeg())
+    (tmp_path / "d39" / "x.txt").write_text("x")
+    assert len(build_index([ImageSet(str(tmp_path / "d0"))]).samples) == 1
+    (folder / "deep" / "again").symlink_to(folder / "deep" / "er")
+    assert len(build_index([ImageSet(str(folder))]).samples) == 5
+
+
+@pytest.mark.parametrize("kind", ["caption", "image", "listed"])
+def test_links_to_files_elsewhere_are_left_out(folder, tmp_path, kind):
+    """Else a data set could have any file of this machine read as a caption, and shown on a page."""
+    (tmp_path / "secret").write_text("password")
+    (tmp_path / "mine.jpg").write_bytes(jpeg())
+    place, target = {"caption": ("a.txt", "secret"), "image": ("z.jpg", "mine.jpg"), "listed": ("z.jpg", "mine.jpg")}[kind]
+    (folder / place).unlink(missing_ok=True)
+    (folder / place).symlink_to(tmp_path / target)
+    if kind == "listed":
+        (folder / "metadata.csv").write_text("file_name,text\nz.jpg,x\nb.jpg,y\n")
+    index = build_index([ImageSet(str(folder))])
+    assert f"'{place}' is a link that leads out of this folder" in dict(index.quarantined)[f"photos/{place[0]}.jpg"]
+    assert not [s for s in index.samples if "password" in s.captions or s.name == "photos/z.jpg"]
+
+
+def test_links_inside_to_folders_and_to_the_hubs_blobs_are_followed(folder, tmp_path):
+    (folder / "again.jpg").symlink_to("a.jpg")
+    (folder / "again.txt").symlink_to(folder / "a.txt")
+    assert "again.jpg" in names(build_index([ImageSet(str(folder))]))
+    hub = tmp_path / "datasets--x--y"
+    (hub / "blobs").mkdir(parents=True)
+    (hub / "snapshots" / "abc" / "train").mkdir(parents=True)
+    for name, data in (("x.jpg", jpeg()), ("x.txt", b"from the hub")):
+        (hub / "blobs" / name.replace(".", "")).write_bytes(data)
+        (hub / "snapshots" / "abc" / "train" / name).symlink_to(f"../../../blobs/{name.replace('.', '')}")
+    for root in (hub / "snapshots" / "abc", hub / "snapshots" / "abc" / "train"):
+        assert [s.captions for s in build_index([ImageSet(str(root))]).samples] == [("from the hub",)]

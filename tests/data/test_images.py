@@ -218,3 +218,80 @@ def test_random_damage_never_raises_anything_else(china, kind):
 def test_size_is_exif_transposed_like_pillow(china):
     image = with_orientation(china, 6, "JPEG")
     assert np.array_equal(decode(image), ImageOps.exif_transpose(Image.open(io.BytesIO(image))))
+
+
+SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141))
+WIDE = {
+    "Adobe RGB": (((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)), 2.2),
+    "ProPhoto": (((0.79767, 0.28804, 0.0), (0.13519, 0.71188, 0.0), (0.03134, 0.00009, 0.82491)), 1.8),
+    "linear sRGB": (SRGB, 1.0),
+}
+"""XYZ (D50) of red, green and blue, and gamma."""
+
+
+def icc_profile(primaries, gamma: float, space: bytes = b"RGB ") -> bytes:
+    """A matrix profile, or a grey one, by the ICC's own layout (version 2.4)."""
+
+    def xyz(*values: float) -> bytes:
+        return b"XYZ \0\0\0\0" + struct.pack(">iii", *(round(v * 65536) for v in values))
+
+    white, curve = (0.9642, 1.0, 0.8249), b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(gamma * 256), 0)
+    tags = [(b"desc", b"desc\0\0\0\0" + struct.pack(">I", 5) + b"mine\0" + b"\0" * 78), (b"wtpt", xyz(*white))]
+    tags += [(b"cprt", b"text\0\0\0\0none\0")]
+    if space == b"GRAY":
+        tags += [(b"kTRC", curve)]
+    for letter, primary in zip("rgb", primaries):
+        tags += [(f"{letter}XYZ".encode(), xyz(*primary)), (f"{letter}TRC".encode(), curve)]
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, tag in tags:
+        table += name + struct.pack(">II", start + len(body), len(tag))
+        body += tag + b"\0" * (-len(tag) % 4)
+    head = struct.pack(">I", start + len(body)) + b"\0\0\0\0" + struct.pack(">I", 0x02400000) + b"mntr" + space + b"XYZ "
+    return head + b"\0" * 12 + b"acsp" + b"\0" * 28 + xyz(*white)[8:] + b"\0" * 48 + table + body
+
+
+def in_srgb(pixels: np.ndarray, primaries, gamma: float) -> np.ndarray:
+    """By the definitions of both spaces, cut at their edges."""
+    linear = (pixels / 255) ** gamma @ np.array(primaries) @ np.linalg.inv(np.array(SRGB))
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+COLOURS = np.array([[230, 60, 60], [40, 160, 70], [30, 50, 200], [128, 128, 128], [255, 255, 255], [0, 0, 0]], dtype=np.uint8)
+
+
+@pytest.mark.parametrize("space", WIDE)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_go_through_the_profile_of_the_image(space, mode):
+    image = Image.fromarray(np.tile(COLOURS, (4, 1, 1)))
+    image = image.quantize(16, dither=Image.Dither.NONE) if mode == "P" else image.convert(mode)
+    found = np.asarray(decode(data(image, "PNG", icc_profile=icc_profile(*WIDE[space])))).astype(int)
+    assert np.abs(found[1] - in_srgb(COLOURS, *WIDE[space])).max() <= 4
+
+
+@pytest.mark.parametrize("gamma", [1.8, 2.6])
+def test_grey_goes_through_its_profile_too(gamma):
+    ramp = np.arange(20, 256, dtype=np.uint8)
+    found = np.asarray(decode(data(Image.fromarray(ramp[None]), "TIFF", icc_profile=icc_profile((), gamma, b"GRAY"))))
+    wanted = in_srgb(np.repeat(ramp[:, None], 3, 1), SRGB, gamma)
+    assert np.abs(found[0].astype(int) - wanted).max() <= 3
+
+
+@pytest.mark.parametrize("profile", [icc_profile(SRGB, 1.0)[:300], icc_profile((), 2.2, b"GRAY"), b"", b"junk" * 100])
+def test_a_profile_that_cannot_be_used_changes_nothing(china, profile):
+    assert np.array_equal(decode(data(china, "PNG", icc_profile=profile)), decode(data(china, "PNG")))
+
+
+def test_a_profile_of_srgb_changes_nothing_at_all(china):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.array_equal(decode(data(china, "PNG", icc_profile=profile)), decode(data(china, "PNG")))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(mode):
+    """A file of a megabyte could keep the decoder busy for hours."""
+    whole = data(Image.new(mode, (3000, 3000)), "JPEG", progressive=True)
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    assert decode(whole + last * 40).size == (3000, 3000)
+    with pytest.raises(BadImage, match="scans; the limit is 64"):
+        decode(whole[:-2] + last * 30_000 + whole[-2:])

@@ -1,5 +1,6 @@
 """Encoding beforehand, and training from what was encoded, on a tiny FLUX with images written here."""
 
+import json
 import multiprocessing
 import random
 import shutil
@@ -18,6 +19,7 @@ from dedistill.data.encode import look, open_stores, prepare
 from dedistill.data.encoded import latent_key, read_text, text_key
 from dedistill.data.images.buckets import apply_crop
 from dedistill.data.images.decode import decode
+from dedistill.data.images.index import build_index
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.io.atomic import checksummed, read_checksummed
@@ -348,3 +350,30 @@ def test_encoders_of_another_dtype_train_in_fp32(image_recipe, tiny_flux, tmp_pa
     T5EncoderModel.from_pretrained(base / "text_encoder_2").to(torch.bfloat16).save_pretrained(base / "text_encoder_2")
     run(image_recipe, tmp_path / "run", f"model.path={base}")
     assert encode(image_recipe, f"model.path={base}")[0].text_cache[""].tokens.embeds.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("column", ["image", "Bild"])
+def test_a_recipe_names_the_columns_of_a_table(image_recipe, tmp_path, column):
+    images = write_images(tmp_path / "table", 3)
+    rows = [json.dumps({column: f"p{i:02d}.png", "llava": f"number {i}", "blip": "x"}) for i in range(3)]
+    (images / "metadata.jsonl").write_text("\n".join(rows))
+    recipe = load_recipe(image_recipe, [f'data.sets=[{{path="{images}", file_column="{column}", captions=["llava"]}}]'])
+    assert [s.captions for s in build_index(module.image_sets(recipe)).samples] == [(f"number {i}",) for i in range(3)]
+
+
+@pytest.mark.parametrize("part", ["embeds", "pooled"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_text_that_is_not_finite_is_never_cached(image_recipe, monkeypatch, part, value):
+    """As an encoder in fp16 gives for single captions, by an overflow."""
+    real = Flux.encode_text
+
+    def overflowing(self, parts, captions, length):
+        text = real(self, parts, captions, length)
+        for i in [i for i, caption in enumerate(captions) if caption.endswith(" 5")]:
+            (text.tokens.embeds if part == "embeds" else text.vectors["pooled"])[i].view(-1)[0] = value
+        return text
+
+    monkeypatch.setattr(Flux, "encode_text", overflowing)
+    with pytest.raises(UserError, match=r"the text encoders give numbers that are not finite .* for 'the red sun 5'"):
+        encode(image_recipe)
+    assert len(stores(image_recipe)[1]) == 0

@@ -159,3 +159,47 @@ def test_compressed_and_foreign_files_are_not_shards(shards, tmp_path):
     assert all("not a plain tar file" in reason for _, reason in index.quarantined)
     with pytest.raises(UserError, match="no usable image"):
         build_index([ImageSet(str(shards / "00003.tar"))])
+
+
+def test_what_lies_beside_shards_or_below_is_left_out_by_name(shards, tmp_path):
+    (shards / "loose.jpg").write_bytes(image(3))
+    index = build_index([ImageSet(str(shards))])
+    assert len(index.samples) == 8
+    assert index.quarantined == [("laion/loose.jpg", "it lies beside the shards of this folder, not in one")]
+    (shards / "loose.jpg").unlink()
+    with pytest.raises(UserError, match="a shard below the folder of this set"):
+        build_index([ImageSet(str(tmp_path))])
+
+
+@pytest.mark.parametrize("size", [-1, -1024])
+@pytest.mark.parametrize("kind", ["base-256", "pax"])
+def test_a_member_of_less_than_nothing_costs_its_shard_alone(shards, size, kind):
+    info = tarfile.TarInfo("a.jpg")
+    if kind == "pax":
+        info.pax_headers = {"size": str(size)}
+        head = info.tobuf(tarfile.PAX_FORMAT)
+    else:
+        head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        head[124:136] = b"\xff" + (2**88 + size).to_bytes(11, "big")
+        head[148:156] = b" " * 8
+        head[148:156] = b"%06o\0 " % sum(head[:512])
+    (shards / "00002.tar").write_bytes(bytes(head) + bytes(10240))
+    index = build_index([ImageSet(str(shards))])
+    assert len(index.samples) == 8 and [name for name, _ in index.quarantined] == ["laion/00002.tar"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("text", [b"9" * 300_000, b"20000 comment=" + b"x" * 19_985 + b"\n"])
+def test_long_extended_headers_cost_their_shard_alone(shards, kind, text):
+    info = tarfile.TarInfo("./PaxHeaders/x")
+    info.type, info.size = kind, len(text)
+    (shards / "00002.tar").write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + text + bytes(-len(text) % 512 + 10240))
+    index = build_index([ImageSet(str(shards))])
+    assert len(index.samples) == 8 and [name for name, _ in index.quarantined] == ["laion/00002.tar"]
+
+
+def test_long_names_are_still_read(shards):
+    with tarfile.open(shards / "00002.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        add(tar, "é" * 1500 + ".jpg", image(70))
+        add(tar, "é" * 1500 + ".txt", b"a long name")
+    assert ("a long name",) in [s.captions for s in build_index([ImageSet(str(shards))]).samples]

@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import unicodedata
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dedistill.data.images import caption_files
 from dedistill.data.images import index as module
 from dedistill.data.images.index import build_index
 from dedistill.data.images.types import ImageSet
@@ -122,7 +124,7 @@ def test_csv_rows_of_the_wrong_length(folder):
     (folder / "metadata.csv").write_text("file_name,caption\na.png,a cat, black\nsub/b.png\nsub/b.png,ok\n")
     index = build_index([ImageSet(str(folder))])
     assert [s.captions for s in index.samples] == [("ok",)]
-    assert [reason for _, reason in index.quarantined] == ["expected 2 fields"] * 2
+    assert [reason for _, reason in index.quarantined] == ["expected 2 fields"] * 2 + ["no good row of metadata.csv names it"]
 
 
 def test_absolute_paths_inside_the_folder_are_fine(folder):
@@ -151,3 +153,102 @@ def test_unreadable_lists(folder, kind):
     (folder / f"metadata.{kind}").write_bytes(b"\xff\xfe\x00 no text")
     with pytest.raises(UserError, match=f"metadata.{kind}' cannot be read"):
         build_index([ImageSet(str(folder))])
+
+
+TWO = {"train/a.png": ("a fox, red",), "train/sub/b.png": ("an owl",)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ',file_name,caption\n0,a.png,"a fox, red"\n1,sub/b.png,an owl\n',
+        'file_name,,caption,,\na.png,7,"a fox, red",,\nsub/b.png,,an owl,8,\n',
+        'file_name, caption\na.png, "a fox, red"\nsub/b.png, an owl\n',
+        ' ,file_name , caption,\n,"a.png","a fox, red",\n\n,"sub/b.png",an owl,\n',
+    ],
+)
+def test_columns_without_a_name_and_blanks_between_fields(folder, text):
+    (folder / "metadata.csv").write_text(text)
+    index = build_index([ImageSet(str(folder))])
+    assert {s.name: s.captions for s in index.samples} == TWO and not index.quarantined
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"file_name;caption\na.png;x\n", "separated by semicolons: save it with commas"),
+        (b"file_name\tcaption\na.png\tx\n", "separated by tabs"),
+        ("file_name,caption\na.png,x\n".encode("utf-16"), "UTF-16: save it as UTF-8"),
+        (b"image,caption\na.png,x\n", r"file_column in \[\[data.sets\]\]"),
+        (b"file_name,caption,caption\na.png,x,y\n", "two columns are called 'caption'"),
+    ],
+)
+def test_tables_of_another_form_say_so(folder, content, message):
+    (folder / "metadata.csv").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        build_index([ImageSet(str(folder))])
+
+
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.large_string()])
+def test_text_in_parquet_however_it_is_kept(folder, kind):
+    columns = {"file_name": ["a.png", "sub/b.png"], "text": ["a fox, red", "an owl"]}
+    table = pa.table({name: pa.array(values).cast(kind) for name, values in columns.items()})
+    pq.write_table(table, folder / "metadata.parquet")
+    assert {s.name: s.captions for s in build_index([ImageSet(str(folder))]).samples} == TWO
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_nulls_in_lists_of_captions(folder, kind):
+    write(folder, kind, [{"file_name": "a.png", "captions": [None, "x", None]}, {"file_name": "sub/b.png", "captions": ["y"]}])
+    assert [s.captions for s in build_index([ImageSet(str(folder))]).samples] == [("x",), ("y",)]
+
+
+def test_tables_have_bounds(folder, monkeypatch):
+    write(folder, "parquet", [{"file_name": "a.png", "text": "x" * 100}] * 50)
+    monkeypatch.setattr(caption_files, "MAX_ROWS", 49)
+    with pytest.raises(UserError, match="50 rows; the limit is 49"):
+        build_index([ImageSet(str(folder))])
+    monkeypatch.setattr(caption_files, "MAX_ROWS", 50)
+    monkeypatch.setattr(caption_files, "MAX_TABLE_BYTES", 3000)  # the file itself is shorter, its texts are longer
+    with pytest.raises(UserError, match="split it into several sets"):
+        build_index([ImageSet(str(folder))])
+
+
+@pytest.mark.parametrize("name", ["sub\\b.png", ".\\sub\\b.png", "./sub/../sub/b.png"])
+def test_places_as_other_systems_write_them(folder, name):
+    write(folder, "jsonl", [{"file_name": name, "text": "x"}, {"file_name": "sub/b.png", "text": "y"}])
+    index = build_index([ImageSet(str(folder))])
+    assert {s.name: s.captions for s in index.samples} == {"train/sub/b.png": ("x", "y")}
+
+
+def test_backslashes_lead_out_of_no_folder(folder):
+    Image.new("RGB", (16, 8)).save(folder.parent / "x.png")
+    write(folder, "jsonl", [{"file_name": "..\\x.png", "text": "x"}, {"file_name": "a.png", "text": "y"}])
+    assert "lies outside" in dict(build_index([ImageSet(str(folder))]).quarantined)["train/..\\x.png"]
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_of_the_table_and_of_the_disk(folder, forms):
+    on_disk, listed = (unicodedata.normalize(form, "Füchse.png") for form in forms)
+    Image.new("RGB", (16, 8)).save(folder / on_disk)
+    write(folder, "csv", [{"file_name": listed, "text": "foxes"}])
+    assert [s.captions for s in build_index([ImageSet(str(folder))]).samples] == [("foxes",)]
+
+
+def test_images_that_a_table_does_not_list_are_left_out_by_name(folder):
+    write(folder, "jsonl", [{"file_name": "a.png", "text": "x"}])
+    (folder / "sub" / "b.txt").write_text("an owl")
+    index = build_index([ImageSet(str(folder))])
+    assert index.quarantined == [("train/sub/b.png", "no good row of metadata.jsonl names it")]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_tables_of_folders_below(folder, kind):
+    """Hugging Face's layout: each split's table in its folder."""
+    Image.new("RGB", (16, 8), "green").save(folder / "sub" / "c.png")
+    (folder / "a.txt").write_text("a cat")
+    write(folder / "sub", kind, [{"file_name": "b.png", "text": "an owl"}])
+    index = build_index([ImageSet(str(folder))])
+    assert {s.name: s.captions for s in index.samples} == {"train/a.png": ("a cat",), "train/sub/b.png": ("an owl",)}
+    assert index.quarantined == [("train/sub/c.png", f"no good row of sub/metadata.{kind} names it")]
+    assert index.read(1) == (folder / "sub" / "b.png").read_bytes()

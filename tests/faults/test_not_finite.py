@@ -105,3 +105,18 @@ def test_a_spoilt_optimizer_state_is_never_saved(adapter_recipe, tmp_path, monke
     assert main(arguments(adapter_recipe, tmp_path / "run", "checkpoint.every=1")) == 1
     assert "not saved" in capsys.readouterr().err
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step-{AT:08d}"
+
+
+@pytest.mark.parametrize(("place", "steps"), [("latent", 1), ("gradient", 2), ("caption embedding", 2)])
+def test_a_run_of_which_no_step_was_applied_is_not_done(adapter_recipe, tmp_path, monkeypatch, capsys, place, steps):
+    poison(monkeypatch, PLACES[place], steps=range(steps))
+    asked = [
+        arguments(adapter_recipe, tmp_path / "run", f"train.steps={n}", "validate.every=1", "train.warmup=0")
+        for n in (steps, steps + 1)
+    ]
+    for _ in range(2):  # a second start says it again
+        assert main(asked[0]) == 1
+        said = capsys.readouterr().err
+        assert f"none of the {steps} step" in said and "done" not in said
+    poison(monkeypatch, PLACES[place], steps=())
+    assert main(asked[1]) == 0

@@ -47,3 +47,10 @@ def test_what_is_right_comes_back(tmp_path):
     assert tables.read_list(tmp_path / "b.json") == [1]
     with pytest.raises(UserError, match="an array was expected, not an object"):
         tables.read_list(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(("text", "reason"), [("[]", "an object was expected"), ("{", "Expecting"), ("[" * 99999, "deeply")])
+def test_json_in_a_header_is_an_object_or_an_error_that_names_it(text, reason):
+    with pytest.raises(UserError, match=f"facts of 'x' cannot be read as JSON: .*{reason}"):
+        tables.parse_table(text, "facts of 'x'")
+    assert tables.parse_table('{"a": 1}', "facts of 'x'") == {"a": 1}

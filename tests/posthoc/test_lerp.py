@@ -16,6 +16,7 @@ import dedistill.posthoc.snapshots as stream
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.io.safetensors import ChecksummedReader
+from dedistill.posthoc.deltas import write_dense
 from dedistill.posthoc.profiles import ALPHAS, chain_weights, describe, output_name
 from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
 
@@ -195,6 +196,7 @@ MEASURED = """
 import os, re
 from pathlib import Path
 import torch
+from dedistill.posthoc.deltas import write_dense
 from dedistill.posthoc.profiles import ALPHAS, chain_averages
 from dedistill.posthoc.snapshots import find_snapshots
 from dedistill.posthoc.snapshots import write_averages
@@ -317,3 +319,29 @@ def test_factors_are_averaged_not_deltas(tmp_path):
     gap = alpha * (1 - alpha) * torch.kron(a2 - a1, b2 - b1)
     torch.testing.assert_close(of_deltas - of_factors, gap, rtol=0, atol=1e-6)
     assert float(gap.norm()) > 1e-3 * float(of_deltas.norm())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", ["lycoris_a.lokr_w2", "lycoris_b.lokr_w1"])
+@pytest.mark.parametrize("space", ["factors", "dense"])
+def test_snapshots_that_are_not_finite_are_refused_by_name(tmp_path, value, name, space):
+    folder = write(tmp_path / "snapshots", STEPS[:2])
+    spoilt = tensors(STEPS[2])
+    spoilt[name].view(-1)[3] = value
+    path = write_snapshot(folder, STEPS[2], spoilt, {"format": "pt"})
+    with pytest.raises(UserError, match=f"snapshot '{path}': tensor '{name}' is not finite"):
+        if space == "factors":
+            lerp_snapshots(find_snapshots(folder), [0.5], tmp_path / "out")
+        else:
+            average = stream.Average(tmp_path / "out" / "x.safetensors", np.full(3, 1 / 3), "x")
+            write_dense(find_snapshots(folder), [average])
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.9])
+def test_an_average_made_again_has_the_same_bytes(tmp_path, alpha):
+    header = {"format": "pt"} | {f"dedistill.{name}": "x" for name in "zyxabcdefghij"}
+    for step in STEPS:
+        write_snapshot(tmp_path / "snapshots", step, tensors(step), header)
+    made = [lerp_snapshots(find_snapshots(tmp_path / "snapshots"), [alpha], tmp_path / str(i))[0] for i in range(5)]
+    assert len({file.read_bytes() for file in made}) == 1

@@ -151,6 +151,7 @@ path = "drawings.parquet"
 name = "drawn"
 weight = 0.5
 captions = ["caption", "long_caption"]
+file_column = "image"
 
 """,
     TRAINED,

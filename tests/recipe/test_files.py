@@ -1,5 +1,7 @@
 """Where a recipe comes from: files that cannot be read, extends, --set."""
 
+import os
+
 import pytest
 from full_recipes import NEW, SMALL
 
@@ -216,3 +218,27 @@ def test_the_commit_of_one_model_is_not_anothers(tmp_path, monkeypatch, text, se
     (tmp_path / "mine.toml").write_text(f'extends = "dedistill:flux_schnell_24gb"\n{text}'.replace("REVISION", "a" * 40))
     found = load_recipe("mine.toml", [s.replace("REVISION", "a" * 40) for s in settings]).model
     assert commit and (found.revision in (commit, "a" * 40)) == kept and (kept or found.revision is None)
+
+
+@pytest.mark.parametrize("name", ["x.toml", "/dev/zero", "pipe"])
+def test_only_small_regular_files_are_read(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    (tmp_path / "x.toml").write_bytes(b"# " + b"x" * (1 << 20))
+    (tmp_path / "y.toml").write_text(f"extends = '{name}'\n")
+    said = r"1,048,578 bytes, more than a recipe has" if name == "x.toml" else "not a regular file"
+    for file in (name, "y.toml"):
+        with pytest.raises(RecipeError, match=said):
+            load_recipe(file)
+
+
+@pytest.mark.parametrize("row", ["[t{}]\n", "k{} = 1\n"])
+def test_recipes_have_a_bound_of_keys(load, row):
+    with pytest.raises(RecipeError, match=r"x\.toml: 6,000 keys, more than a recipe has \(5,000\)"):
+        load("".join(row.format(i) for i in range(6000)))
+
+
+@pytest.mark.parametrize("key", ["log.sigma_bins", "train.batch", "sample.steps"])
+def test_sizes_that_take_memory_have_bounds(errors_of, key):
+    (line,) = errors_of(SMALL, f"{key}=2000000000")
+    assert f"{key}: " in line and "at most 1" in line

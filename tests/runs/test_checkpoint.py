@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dedistill.errors import UserError
+from dedistill.io.atomic import checksummed, read_checksummed
 from dedistill.runs import checkpoint as ck
 
 
@@ -155,3 +156,15 @@ def test_manifest_says_what_is_inside(folder):
     assert manifest["schema"] == 2 and manifest["skipped"] == 0
     assert set(manifest["files"]) == {"trainable.safetensors", "optimizer.safetensors"}
     assert all({"bytes", "sha256"} == set(entry) for entry in manifest["files"].values())
+
+
+OTHER_KINDS = [{"files": []}, {"files": {}}, {"files": {"a": 5}}, {"files": {"../../x": {"bytes": 1, "sha256": ""}}}]
+
+
+@pytest.mark.parametrize("change", [*OTHER_KINDS, {"guard": [1]}, {"skipped": "many"}, {"unfinished": "row"}])
+def test_a_manifest_of_other_kinds_is_damage(tmp_path, change):
+    checkpoint = ck.save_checkpoint(tmp_path, 1, group(1), {"guard": {}, "skipped": 0, "unfinished": None}, keep=1)
+    assert ck.damage(checkpoint) == ""
+    file = checkpoint / "manifest.json"
+    file.write_bytes(checksummed(read_checksummed(file) | change))
+    assert f"manifest.json has '{next(iter(change))}' of another kind" in ck.damage(checkpoint)

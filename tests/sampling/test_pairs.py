@@ -1,5 +1,7 @@
 """Stored pairs: what is kept with them, whether they can be made again, and what is refused."""
 
+import io
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -275,3 +277,24 @@ def test_unfinished_missing_or_few_pairs_are_refused(copy, tmp_path_factory, tea
     make_pairs(teacher, digits, empty, **SETTINGS | {"count": 1})
     with pytest.raises(UserError, match="holds 1 pair"):
         PairSource(empty)
+
+
+@pytest.mark.parametrize("array", [np.array([{}, None], dtype=object), np.zeros((3, 2)), np.array(["a", "b"]), b"no array"])
+@pytest.mark.parametrize("part", ["noise.npy", "trajectory.npy"])
+def test_pairs_of_others_are_refused_by_name(copy, array, part):
+    shard, facts = copy / "00000.tar", read_checksummed(copy / "pairs.json")
+    raw = io.BytesIO(array) if isinstance(array, bytes) else io.BytesIO()
+    if not isinstance(array, bytes):
+        np.save(raw, array, allow_pickle=True)
+    with tarfile.open(shard) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar]
+    with tarfile.open(shard, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            data = raw.getvalue() if name.endswith(part) else data
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    facts["shards"][0]["sha256"] = file_sha256(shard)
+    (copy / "pairs.json").write_bytes(checksummed(facts))
+    with pytest.raises(UserError, match=f"data.path: pair 0 of '{copy}' cannot be read"):
+        PairSource(copy)._read(0)

@@ -121,6 +121,7 @@ PLAN_ONLY = {"train.gradient_checkpointing": "effects", "train.micro_batch": "pl
 # what the key changes is a name
 SAID = {"run.name"}
 ELSEWHERE = {
+    "data.sets.0.file_column": "test_prepare.py: a recipe names the columns of a table",
     "run.resume": "test_bad_input.py: never refuses a used directory",
     "model.family": "test_bad_input.py: another name is an error",
     "model.new.channels": "test below: must agree with the data",

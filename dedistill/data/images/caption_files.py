@@ -21,6 +21,8 @@ EXTENSIONS = ("txt", "caption", "json")
 FIELDS = ("caption", "caption_short", "captions")
 """Keys of a JSON file that hold captions where a recipe names no others."""
 MAX_BYTES = 1 << 20
+LINE_END = re.compile(r"\r\n|[\n\r]")
+"""What ends a line of a text file. Unicode has more, which word processors and models that write captions put inside one."""
 
 
 class BadCaption(Exception):
@@ -44,7 +46,7 @@ def captions_in(data: bytes, extension: str, *, fields: tuple[str, ...], split_l
 
 
 def _from_text(text: str, split_lines: bool | None) -> tuple[str, ...]:
-    lines = [line.strip() for line in text.strip().splitlines()]
+    lines = [line.strip() for line in LINE_END.split(text.strip())]
     if split_lines is None:
         split_lines = "" not in lines
     return cleaned(lines if split_lines else [text])
@@ -61,11 +63,13 @@ def _from_json(text: str, fields: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def as_captions(value: object, field: str) -> list[str]:
-    """A cell or a JSON value: a string, a list of strings, or nothing. Raises ``BadCaption`` for other types."""
-    values: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
-    wrong = next((v for v in values if not isinstance(v, str)), None)
-    if wrong is not None:
-        raise BadCaption(f"{field!r} holds a {type(wrong).__name__}; expected a string or a list of strings")
+    """A cell or a JSON value: a string, a list of strings, or nothing. Nulls of a list are what a captioner did not answer.
+
+    Raises ``BadCaption`` for other types.
+    """
+    values: list[Any] = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+    if wrong := [v for v in values if not isinstance(v, str)]:
+        raise BadCaption(f"{field!r} holds a {type(wrong[0]).__name__}; expected a string or a list of strings")
     return values
 
 
@@ -85,8 +89,11 @@ def cleaned(captions: list[str]) -> tuple[str, ...]:
 
 
 CAPTION_COLUMN = re.compile(r"(\w+_)?captions?(_(short|long|\d+))?|text|prompt")
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 BAD_BYTES = "surrogateescape"
 """What is not UTF-8 costs the row it stands in: captions with surrogates are refused."""
+MAX_ROWS = 4_000_000
+MAX_TABLE_BYTES = 1 << 30
 Row = dict[str, object]
 
 
@@ -97,6 +104,8 @@ def read_table(source: ImageSet, path: Path) -> list[tuple[str, tuple[str, ...],
     the only other column of text. Raises ``UserError`` for an unreadable list or an undecided choice of columns.
     """
     try:
+        if (size := path.stat().st_size) > MAX_TABLE_BYTES:
+            raise ValueError(f"{size:,} bytes; the limit is {MAX_TABLE_BYTES:,}: split it into several sets")
         rows = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path)
     except (OSError, ValueError, csv.Error) as e:  # pyarrow's errors are ValueErrors, a wrong encoding is one too
         raise UserError(f"data: source '{source.title}': '{path}' cannot be read: {e}") from e
@@ -122,7 +131,8 @@ def _caption_columns(source: ImageSet, path: Path, rows: list[Row]) -> list[str]
     if not columns:
         raise UserError(f"{where} cannot be read: no line of it is a row in UTF-8")
     if source.file_column not in columns:
-        raise UserError(f"{where} has no column {source.file_column!r} that names the image (columns: {', '.join(columns)})")
+        listed = f"{where} has no column {source.file_column!r} that names the image (columns: {', '.join(columns)})"
+        raise UserError(listed + _other_form(path, columns))
     if missing := [field for field in source.fields if field not in columns]:
         raise UserError(f"{where} has no column {', '.join(map(repr, missing))} (columns: {', '.join(columns)})")
     if source.fields:
@@ -130,8 +140,22 @@ def _caption_columns(source: ImageSet, path: Path, rows: list[Row]) -> list[str]
     texts = [c for c in columns if c != source.file_column and any(isinstance(row.get(c), str | list) for row in rows)]
     usual = [c for c in texts if CAPTION_COLUMN.fullmatch(c)]
     if len(usual or texts) > 1 and not usual:
-        raise UserError(f"{where} has several columns of text ({', '.join(texts)}); name those with captions in 'fields'")
+        raise UserError(
+            f"{where} has several columns of text ({', '.join(texts)}); name those with captions: "
+            "captions in [[data.sets]], or --fields of dedistill scan"
+        )
     return usual or texts
+
+
+def _other_form(path: Path, columns: list[str]) -> str:
+    """What a table without the column looks like, and how to have it read; empty where it is just another table."""
+    with open(path, "rb") as f:
+        if f.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            return "; it is UTF-16: save it as UTF-8"
+    separator = next((name for sign, name in SEPARATORS.items() if sign in columns[0]), "") if len(columns) == 1 else ""
+    if separator:
+        return f"; its fields are separated by {separator}: save it with commas"
+    return "; another column is named by file_column in [[data.sets]], or --file-column of dedistill scan"
 
 
 def _jsonl(path: Path) -> list[tuple[str, Row | str]]:
@@ -151,28 +175,45 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row | str]]:
 
 
 def _csv(path: Path) -> list[tuple[str, Row | str]]:
+    """Rows without the columns that have no name: pandas' index stands in the first, spreadsheets add empty ones at the end."""
     csv.field_size_limit(1 << 30)  # beyond its own limit it would give up the whole table
     with open(path, encoding="utf-8-sig", errors=BAD_BYTES, newline="") as f:
-        reader = csv.DictReader(f, restkey="")
-        rows = []
-        for row in reader:
-            whole = "" not in row and None not in row.values()
-            rows.append(
-                (f"line {reader.line_num}", row if whole else f"expected {amount(len(reader.fieldnames or ()), 'field')}")
-            )
-        return rows
+        reader = csv.reader(f, skipinitialspace=True)
+        names = [name.strip() for name in next(reader, [])]
+        named = [name for name in names if name]
+        if twice := [name for name in named if named.count(name) > 1]:
+            raise ValueError(f"two columns are called {twice[0]!r}")
+        wrong = f"expected {amount(len(names), 'field')}"
+        return [
+            (f"line {reader.line_num}", {n: v for n, v in zip(names, row) if n} if len(row) == len(names) else wrong)
+            for row in reader
+            if row
+        ]
 
 
 def _parquet(path: Path) -> list[tuple[str, Row | str]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pq.read_schema(path)
-    plain = [field.name for field in schema if _is_text(field.type, pa)]
-    table = pq.read_table(path, columns=plain)
-    return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]
+    with pq.ParquetFile(path) as file:
+        if (count := file.metadata.num_rows) > MAX_ROWS:
+            raise ValueError(f"it has {count:,} rows; the limit is {MAX_ROWS:,}: split it into several sets")
+        plain = [field.name for field in file.schema_arrow if _is_text(field.type, pa)]
+        rows: list[Row] = []
+        size = 0
+        for batch in file.iter_batches(batch_size=1024, columns=plain):  # a small file may unpack to any size
+            if (size := size + batch.nbytes) > MAX_TABLE_BYTES:
+                raise ValueError(f"its texts exceed {MAX_TABLE_BYTES >> 20:,} MiB together: split it into several sets")
+            rows += batch.to_pylist()
+    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def _is_text(kind: "pyarrow.DataType", pa: ModuleType) -> bool:
-    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
-    return pa.types.is_string(inner) or pa.types.is_large_string(inner)
+    """Text or lists of text, however they are kept: pandas' categories, for one, are dictionaries."""
+    t = pa.types
+    lists = (t.is_list, t.is_large_list, t.is_fixed_size_list, t.is_list_view, t.is_large_list_view)
+    if any(is_list(kind) for is_list in lists):
+        kind = kind.value_type
+    if t.is_dictionary(kind):
+        kind = kind.value_type
+    return t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind)

@@ -1,6 +1,7 @@
 """From the bytes of an image file to upright 8-bit RGB. Sizes are checked before anything is decoded."""
 
 import io
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -9,6 +10,9 @@ from PIL import Image, ImageCms, ImageOps
 MAX_PIXELS = 80_000_000
 """Below Pillow's own warning (89 million). Pillow itself refuses more than 178,956,970, whatever the limit here says."""
 MAX_BYTES = 100 << 20
+MAX_SCANS = 64
+"""Of a JPEG. Progressive ones have about ten, and as many for each further image in the same file."""
+_SCAN = b"\xff\xda"
 # EPS and PDF would start other programs; formats of one vendor or purpose only widen what hostile bytes can reach
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 PILLOW_READS = ("jpg", "jpeg", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm")
@@ -24,8 +28,8 @@ class BadImage(Exception):
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
     """The image in ``data`` as RGB: turned as its EXIF says, alpha over white, the first frame of an animation.
 
-    Grey of 16 bits is scaled to 8; CMYK goes through its own colour profile where it has one. Raises ``BadImage`` for
-    everything that is too large, unknown, damaged or cut short.
+    Grey of 16 bits is scaled to 8; colours go through the image's own profile, where it has one, to sRGB.
+    Raises ``BadImage`` for everything that is too large, unknown, damaged or cut short.
     """
     image = _open(data, max_pixels, max_bytes)
     try:
@@ -51,6 +55,9 @@ def _open(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise BadImage(f"{width} x {height} pixels; the limit is {max_pixels:,} pixels")
+    # each is decoded over the whole image, and takes some thirty bytes
+    if data.startswith(b"\xff\xd8") and (scans := data.count(_SCAN)) > MAX_SCANS:
+        raise BadImage(f"a JPEG of {scans:,} scans; the limit is {MAX_SCANS}")
     return image
 
 
@@ -75,12 +82,42 @@ def _rgb(image: Image.Image) -> Image.Image:
         return _from_integers(np.asarray(image))
     if image.mode == "F":
         raise BadImage("floating-point pixels have no known range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode == "CMYK" and "icc_profile" in image.info:
-        return _managed(image)
-    return image.convert("RGB")
+    if image.mode == "CMYK":
+        return _managed(image) if "icc_profile" in image.info else image.convert("RGB")
+    profile = image.info.get("icc_profile")
+    if not image.has_transparency_data:
+        grey = image.mode in ("L", "1")
+        return _in_srgb(image.convert("L" if grey else "RGB"), profile).convert("RGB")
+    image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    coloured = _in_srgb(image.convert("RGB"), profile).convert("RGBA")
+    coloured.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured).convert("RGB")
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """``image``, grey or RGB, as its colour profile says; unchanged without one that can be used, or where it says sRGB."""
+    transform = _transform_of(profile, image.mode) if profile else None
+    return cast(Image.Image, ImageCms.applyTransform(image, transform)) if transform else image
+
+
+@lru_cache(maxsize=64)
+def _transform_of(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From ``profile`` to sRGB; None where it changes nothing: the profiles of sRGB differ among each other by rounding."""
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(own, ImageCms.createProfile("sRGB"), mode, "RGB")
+        probe = _PROBE.convert(mode)
+        moved = np.asarray(ImageCms.applyTransform(probe, transform), dtype=int) - np.asarray(probe.convert("RGB"), dtype=int)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+    return transform if np.abs(moved).max() > SRGB_DIFFERS else None
+
+
+SRGB_DIFFERS = 2
+"""Levels of 255."""
+_STEPS = np.arange(0, 256, 15, dtype=np.uint8)
+_PROBE = Image.fromarray(np.stack(np.meshgrid(_STEPS, _STEPS, _STEPS), axis=-1).reshape(len(_STEPS), -1, 3))
 
 
 def _from_integers(grey: np.ndarray) -> Image.Image:

@@ -22,7 +22,7 @@ from dedistill.distributed.heartbeat import heartbeat
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import WholeFile, make_folder
 
-FORMAT = "dedistill index 2"
+FORMAT = "dedistill index 3"
 CHUNK = 1024
 SAVE_EVERY = 60.0
 """Seconds between saves of an unfinished index, so that a killed one goes on where it was."""

@@ -4,9 +4,11 @@ import errno
 import os
 import stat
 import tarfile
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Literal, cast
 
 from dedistill.data.images import caption_files, decode
 from dedistill.data.images.caption_files import read_table
@@ -41,41 +43,120 @@ def images_of(source: ImageSet, known: Known) -> Iterator[Found]:
 
 
 def _of_folder(source: ImageSet, path: Path, known: Known) -> Iterator[Found]:
+    """By the table of the folder itself, else by its shards, else file by file; what these do not cover is left out by name."""
     names = sorted(os.listdir(path))
-    tables = [name for name in names if name in {f"metadata.{kind}" for kind in TABLES}]
-    if len(tables) > 1:
-        raise UserError(f"data: source '{source.title}': '{path}' holds {' and '.join(tables)}; give the path of one of them")
-    if tables:
-        return _of_table(source, path / tables[0])
+    table = _table_in(source, path, names)
     shards = [name for name in names if _extension(name) == "tar" and not name.startswith(".")]
-    return _of_shards(path, shards, known) if shards else _of_files(path, "", set())
+    if not table and not shards:
+        yield from _of_files(source, path, "", set())
+        return
+    covered: set[str] = set()
+    for found in _of_table(source, path / table) if table else _of_shards(path, shards, known):
+        covered.add(found.name)
+        yield found
+    for found in _of_files(source, path, "", set(), tables=False):
+        if found.name not in covered:
+            reason = f"no good row of {table} names it" if table else "it lies beside the shards of this folder, not in one"
+            yield Found(found.name, problem=found.problem or f"{reason}")
+
+
+def _table_in(source: ImageSet, folder: Path, names: Collection[str]) -> str | None:
+    """The name of the table that describes ``folder``, if there is one."""
+    tables = [name for name in (f"metadata.{kind}" for kind in TABLES) if name in names]
+    if len(tables) > 1:
+        raise UserError(f"data: source '{source.title}': '{folder}' holds {' and '.join(sorted(tables))}; give the path of one")
+    return tables[0] if tables else None
 
 
 def _extension(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 
-def _of_files(root: Path, folder: str, above: set[tuple[int, int]]) -> Iterator[Found]:
-    """Images of ``root``/``folder`` and below, name by name. Links to folders are followed, but never in a circle."""
+def _of_files(source: ImageSet, root: Path, folder: str, seen: set[tuple[int, int]], *, tables: bool = True) -> Iterator[Found]:
+    """Images of ``root``/``folder`` and below, name by name. Links to folders are followed, each folder once (``seen``).
+
+    tables: a folder below that has a table of its own, as each split has in Hugging Face's layout, is listed by it.
+    """
     status = os.stat(root / folder)
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
+    if (identity := (status.st_dev, status.st_ino)) in seen:
         return
+    seen.add(identity)
     entries = sorted((e for e in os.scandir(root / folder) if not e.name.startswith(".")), key=lambda e: e.name)
-    by_name = {e.name: e for e in entries}
+    beside = _Captions(entries)
+    table = _table_in(source, root / folder, {e.name for e in entries}) if tables and folder else None
+    covered: set[str] = set()
+    for found in _of_table(source, root / folder / table, folder) if table else ():
+        covered.add(found.name)
+        yield found
     for entry in entries:
         name = f"{folder}{entry.name}"
         if _is_folder(entry):
             if entry.name != "__MACOSX":
-                yield from _of_files(root, f"{name}/", above | {identity})
-        elif _extension(entry.name) in decode.EXTENSIONS:
-            stem = entry.name.rpartition(".")[0]
-            beside = [(e, by_name[f"{stem}.{e}"]) for e in caption_files.EXTENSIONS if f"{stem}.{e}" in by_name]
+                yield from _of_files(source, root, f"{name}/", seen, tables=tables)
+        elif folder and _extension(entry.name) == "tar":
+            yield Found(name, problem="a shard below the folder of this set; give its own folder as a set")
+        elif name in covered or _extension(entry.name) not in decode.EXTENSIONS:
+            continue
+        elif table:
+            yield Found(name, problem=f"no good row of {folder}{table} names it")
+        else:
+            texts = beside.of(entry.name)
+            if out := [
+                e.name for e in (entry, *(e for _, e in texts)) if e.is_symlink() and leads_out(root, f"{folder}{e.name}")
+            ]:
+                yield Found(name, problem=f"'{out[0]}' {LEADS_OUT}")
+                continue
             try:
-                sidecars = tuple((kind, whole(f"{folder}{e.name}", e.stat())) for kind, e in beside)
+                sidecars = tuple((kind, whole(f"{folder}{e.name}", e.stat())) for kind, e in texts)
                 yield Found(name, whole(name, entry.stat()), sidecars)
             except OSError as e:
                 yield Found(name, problem=f"cannot be read: {e.strerror}")
+
+
+class _Captions:
+    """The caption files of one folder, by the images that they belong to."""
+
+    def __init__(self, entries: list[os.DirEntry[str]]):
+        files = [e for e in entries if _extension(e.name) in caption_files.EXTENSIONS]
+        self._exact: dict[str, list[os.DirEntry[str]]] = {}
+        self._same: dict[str, list[os.DirEntry[str]]] = {}
+        for e in sorted(files, key=lambda e: caption_files.EXTENSIONS.index(_extension(e.name))):
+            self._exact.setdefault(_stem(e.name), []).append(e)
+            self._same.setdefault(one_spelling(_stem(e.name)), []).append(e)
+
+    def of(self, image: str) -> list[tuple[str, os.DirEntry[str]]]:
+        """(kind, file) for all of this image's name, their extension in any case; else for those whose name reads the same."""
+        found = self._exact.get(_stem(image)) or self._same.get(one_spelling(_stem(image)), [])
+        return [(_extension(e.name), e) for e in found]
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def one_spelling(name: str) -> str:
+    """The same for all ways to write a letter with an accent: macOS takes it apart, others do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+LEADS_OUT = "is a link that leads out of this folder: put a copy in its place"
+
+
+def leads_out(root: Path, name: str) -> bool:
+    """Whether file ``name`` is a link to outside of ``root`` and of the folder that it stands in.
+
+    Else whoever makes a data set could have any file read as a caption, and shown. Links to whole folders are the user's own
+    doing; in the cache of the Hugging Face hub the files are links to the blobs beside the snapshot.
+    """
+    path = root / name
+    try:
+        if not path.is_symlink():
+            return False
+        top, real = Path(os.path.realpath(root)), Path(os.path.realpath(path))
+        blobs = [above.parent / "blobs" for above in top.parents if above.name == "snapshots"]
+        return not any(real.is_relative_to(home) for home in (top, Path(os.path.realpath(path.parent)), *blobs))
+    except (OSError, ValueError):  # whoever reads it says what is wrong
+        return False
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -107,13 +188,15 @@ def _of_shard(root: Path, shard: Place) -> Iterator[Found]:
     samples: dict[str, list[tuple[str, Place]]] = {}
     problem = ""
     try:
-        with tarfile.open(root / shard.file, "r:") as tar:  # "r:" is plain tar only; nothing is extracted
+        with tarfile.open(root / shard.file, "r:", tarinfo=_Member) as tar:  # "r:" is plain tar only; nothing is extracted
             for member in tar:
                 if not member.isfile() or member.issparse():
                     continue
                 folder, _, base = member.name.rpartition("/")
                 key, _, extension = base.partition(".")
                 place = shard._replace(offset=member.offset_data, size=member.size)
+                if member.size < 0:
+                    raise tarfile.ReadError(f"a member of {member.size:,} bytes at offset {member.offset:,}")
                 if key and place.offset + place.size <= shard.size:
                     samples.setdefault(f"{folder}/{key}" if folder else key, []).append((extension.lower(), place))
             # tarfile takes a header that it cannot read, or that is zeroed, for the end: the rest would be lost without a word
@@ -129,6 +212,18 @@ def _of_shard(root: Path, shard: Place) -> Iterator[Found]:
         yield _of_members(f"{shard.file}::{key}", members, shard)
     if problem:
         yield Found(shard.file, shard._replace(size=0), problem=problem)
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses extended headers of a length that no file's name and attributes have: to read them may take hours."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:  # the hook that tarfile keeps for subclasses
+        if self.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE) and self.size > MAX_EXTENDED:
+            raise tarfile.HeaderError(f"an extended header of {self.size:,} bytes; the limit is {MAX_EXTENDED:,}")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
+MAX_EXTENDED = 1 << 14
 
 
 def _only_zeros_from(file: BinaryIO, offset: int) -> bool:
@@ -153,16 +248,42 @@ def _of_members(name: str, members: list[tuple[str, Place]], shard: Place) -> Fo
     return Found(f"{name}.{images[0][0]}", images[0][1], tuple(texts))
 
 
-def _of_table(source: ImageSet, path: Path) -> Iterator[Found]:
+def _of_table(source: ImageSet, path: Path, folder: str = "") -> Iterator[Found]:
+    """The images of a list. folder: of the list, below the source's root, with a slash at its end."""
+    places: dict[str, Found] = {}
     for file, captions, problem in read_table(source, path):
         if problem:
-            yield Found(file, problem=problem)
+            yield Found(f"{folder}{file}", problem=problem)
             continue
         inside = os.path.normpath(os.path.relpath(file, path.parent) if os.path.isabs(file) else file)
+        inside = next((name for name in _spellings(inside) if _exists(path.parent / name)), inside)
+        name = f"{folder}{inside}"
         if inside.startswith(".."):
             yield Found(file, problem=f"lies outside '{path.parent}', the folder of {path.name}")
-            continue
-        try:
-            yield Found(inside, whole(inside, os.stat(path.parent / inside)), captions=captions)
-        except (OSError, ValueError) as e:
-            yield Found(inside, problem=f"listed in {path.name}, but cannot be read: {getattr(e, 'strerror', e)}")
+        elif leads_out(path.parent, inside):
+            yield Found(name, problem=f"'{inside}' {LEADS_OUT}")
+        elif name in places:  # under another spelling
+            both = tuple(dict.fromkeys((*(places[name].captions or ()), *captions)))
+            places[name] = replace(places[name], captions=both)
+        else:
+            try:
+                places[name] = Found(name, whole(name, os.stat(path.parent / inside)), captions=captions)
+            except (OSError, ValueError) as e:
+                yield Found(name, problem=f"listed in {path.name}, but cannot be read: {getattr(e, 'strerror', e)}")
+    yield from places.values()
+
+
+def _spellings(file: str) -> list[str]:
+    """A file as a table names it, and what it is called on this disk where another system wrote the table."""
+    slashed = os.path.normpath(file.replace("\\", "/"))
+    return [name if form is None else unicodedata.normalize(form, name) for name in (file, slashed) for form in _FORMS]
+
+
+_FORMS: tuple[Literal["NFC", "NFD"] | None, ...] = (None, "NFC", "NFD")
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except (OSError, ValueError):  # too long a name, or a NUL in it
+        return False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
+from dedistill.io.tables import read_table
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import MADE, Components
 from dedistill.models.flux import SPEC, loading
@@ -40,16 +41,23 @@ class Flux(FluxBlocks):
         Text encoders and VAE are found now and loaded when first used. Raises UserError when anything is missing.
         """
         place = loading.locate(_path(spec), spec.revision, spec.components)
-        denoiser = loading.load_transformer(place.transformer, place.components) if net else nn.Module()
+        # without it, too, its files' headers are looked at: what cannot be trained is refused before anything is encoded
+        denoiser = loading.load_transformer(place.transformer, place.components, empty=not net)
         vae = FluxVae(place.components / "vae")
+        if (channels := denoiser.config.in_channels) != vae.channels * PATCH**2:
+            raise UserError(
+                f"model.path: the denoiser takes {channels} numbers of each patch, and a patch has {vae.channels * PATCH**2}: "
+                "it was made for another task, such as filling in, or for another VAE"
+            )
+        guidance = self._guidance(denoiser, spec.guidance)
         return Components(
-            denoiser,
+            denoiser if net else nn.Module(),
             FluxText(place.components, spec.t5_mask),
             (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
             spec.mask,
             vae=vae,
             text_length=filled(spec.text_length, "model.text_length"),
-            guidance=self._guidance(denoiser, spec.guidance) if net else None,
+            guidance=guidance if net else None,
             source=place,
             facts={"base": {"path": spec.path, "revision": spec.revision}} | place.facts,
             notes=[*_other_use(spec, place.facts), *_cannot_be_saved(place.components)],
@@ -71,7 +79,7 @@ class Flux(FluxBlocks):
     def full_size(self, spec: Model) -> nn.Module:
         with torch.device("meta"):
             if (config := Path(_path(spec)) / "transformer" / "config.json").exists():
-                return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(config.parent))
+                return loading.empty_network(read_table(config, "model.path"), str(config))
             shape = shape_of(_path(spec), spec.revision)
             sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
             return FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)
@@ -137,16 +145,18 @@ class Flux(FluxBlocks):
 
     def shift(self, parts: Components, tokens: int) -> float:
         """As the model's own scheduler says: schnell has 1, dev grows with the number of image tokens."""
-        s = _place(parts).scheduler
-        if not s.get("use_dynamic_shifting", False):
-            return float(s.get("shift", 1.0))
-        return dynamic_shift(
-            tokens,
-            s.get("base_shift", 0.5),
-            s.get("max_shift", 1.15),
-            s.get("base_image_seq_len", 256),
-            s.get("max_image_seq_len", 4096),
-        )
+        place = _place(parts)
+        s, file = place.scheduler, place.components / "scheduler" / "scheduler_config.json"
+        if not s:
+            raise UserError(f"timesteps.shift: 'auto' needs '{file}', which is missing: fetch it, or set a number")
+        try:
+            if not s.get("use_dynamic_shifting", False):
+                return float(s.get("shift", 1.0))
+            low, high = float(s.get("base_shift", 0.5)), float(s.get("max_shift", 1.15))
+            few, many = int(s.get("base_image_seq_len", 256)), int(s.get("max_image_seq_len", 4096))
+            return dynamic_shift(tokens, low, high, few, many)
+        except (TypeError, ValueError, ArithmeticError) as e:
+            raise UserError(f"model.path: '{file}' does not describe a shift: {e}") from e
 
 
 class BypassedGuidance(CombinedTimestepGuidanceTextProjEmbeddings):

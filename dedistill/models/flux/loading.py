@@ -1,6 +1,5 @@
 """Where a FLUX model's files are, and its denoiser read from them: safetensors only, whole or not at all."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dedistill.errors import UserError, amount
-from dedistill.io.tables import read_table
+from dedistill.io.safetensors import DTYPES
+from dedistill.io.tables import parse_table, read_table
+from dedistill.io.weights import open_weights, weight_files
 from dedistill.models.flux import naming
+from dedistill.models.pretrained import DEEPEST, check_finite, without_weights
+from dedistill.models.registry import checked_facts
 
 HUB_FILES = [
     *("*.json", "*/*.json", "*/*.txt", "*/*.model"),
@@ -57,13 +60,11 @@ def locate(path: str, revision: str | None, components: str | None) -> Place:
 def _facts(here: Path) -> dict[str, Any]:
     """What weights of ours say of themselves: dedistill.json of a folder, the header of a single file."""
     if here.is_dir():
-        return read_table(here / "dedistill.json", "model.path") if (here / "dedistill.json").exists() else {}
-    try:
-        with safe_open(here, framework="pt") as f:
-            header = f.metadata() or {}
-        return json.loads(header.get("dedistill.facts", "{}"))
-    except (OSError, SafetensorError, ValueError) as e:
-        raise UserError(f"model.path: '{here}' cannot be read as safetensors: {e}") from e
+        file = here / "dedistill.json"
+        return checked_facts(read_table(file, "model.path"), f"model.path: '{file}'") if file.exists() else {}
+    header = open_weights(here, "model.path").metadata() or {}
+    where = f"model.path: '{here}': dedistill.facts in its header"
+    return checked_facts(parse_table(header.get("dedistill.facts", "{}"), where), where)
 
 
 def _local(path: str, revision: str | None, key: str) -> Path:
@@ -86,21 +87,25 @@ def _local(path: str, revision: str | None, key: str) -> Path:
         raise UserError(f"{key}: '{path}' at revision '{revision}' cannot be fetched, and no such local folder: {e}") from e
 
 
-def load_transformer(place: Path, components: Path) -> FluxTransformer2DModel:
+def load_transformer(place: Path, components: Path, *, empty: bool = False) -> FluxTransformer2DModel:
     """The denoiser in its stored dtype, from diffusers' folder or from one file with diffusers' or BFL's names.
 
-    Its depth is what the files hold, whatever a config says. Raises UserError when a tensor is missing, unknown, or of
-    another shape.
+    Its depth is what the files hold, whatever a config says. empty: on the meta device, by the files' headers alone.
+    Raises UserError when a tensor is missing, unknown, of another shape, or not made of finite numbers.
     """
-    tensors = _read(place)
+    tensors = _read(place, empty=empty)
     if place.is_file():
-        return _from_file(tensors, place, components)
-    if not tensors:
-        raise UserError(f"model.path: no safetensors in '{place}'")
-    config = {k: v for k, v in read_table(place / "config.json", "model.path").items() if not k.startswith("_")}
-    stacks = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
-    config |= {key: _depth(tensors, stack) for key, stack in stacks.items()}
-    return build(config, tensors, str(place))
+        net = _from_file(tensors, place, components)
+    else:
+        if not tensors:
+            raise UserError(f"model.path: no safetensors in '{place}'")
+        config = {k: v for k, v in read_table(place / "config.json", "model.path").items() if not k.startswith("_")}
+        stacks = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
+        config |= {key: _depth(tensors, stack, str(place)) for key, stack in stacks.items()}
+        net = build(config, tensors, str(place))
+    if not empty:
+        check_finite(tensors, f"model.path: '{place}'")
+    return net
 
 
 PREFIX = "model.diffusion_model."
@@ -108,12 +113,12 @@ PREFIX = "model.diffusion_model."
 
 
 def _from_file(tensors: dict[str, Tensor], file: Path, components: Path) -> FluxTransformer2DModel:
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    if any(name.startswith(PREFIX) for name in tensors):  # what else such a file holds are encoders and VAE
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     bfl = any(name.startswith("double_blocks.") for name in tensors)
     config = _config_of(tensors, _BFL_SIZES if bfl else _SIZES, str(file), components)
     if bfl:
-        with torch.device("meta"):
-            shapes = {n: tuple(p.shape) for n, p in FluxTransformer2DModel.from_config(config).named_parameters()}
+        shapes = {n: tuple(p.shape) for n, p in empty_network(config, str(file)).named_parameters()}
         tensors = naming.from_bfl(tensors, shapes, str(file))
     return build(config, tensors, str(file))
 
@@ -141,16 +146,19 @@ def _config_of(tensors: dict[str, Tensor], names: dict[str, Any], source: str, c
     """The config of a network from the shapes of its tensors; what shapes cannot tell from the folder of its components."""
     if missing := [names[k] for k in ("image", "text", "pooled", "head") if names[k] not in tensors]:
         raise UserError(f"model.path: '{source}' is not a FLUX denoiser: it has no tensor '{missing[0]}'")
+    for key, dimensions in (("image", 2), ("text", 2), ("pooled", 2), ("head", 1)):
+        if tensors[names[key]].ndim != dimensions:
+            raise UserError(f"model.path: '{source}': '{names[key]}' has the shape {tuple(tensors[names[key]].shape)}")
     hidden, channels = tensors[names["image"]].shape
     head = tensors[names["head"]].shape[0]
     beside = components / "transformer" / "config.json"
     known = read_table(beside, "model.path") if beside.exists() else {}
     axes = known.get("axes_dims_rope", [16, 56, 56])
-    if sum(axes) != head:
+    if not isinstance(axes, list) or not all(isinstance(n, int) for n in axes) or not head or sum(axes) != head:
         raise UserError(f"model.path: '{source}' has heads of {head}; positions of {axes} do not fit them")
     return {
-        "num_layers": _depth(tensors, names["stacks"][0]),
-        "num_single_layers": _depth(tensors, names["stacks"][1]),
+        "num_layers": _depth(tensors, names["stacks"][0], source),
+        "num_single_layers": _depth(tensors, names["stacks"][1], source),
         "in_channels": channels,
         "num_attention_heads": hidden // head,
         "attention_head_dim": head,
@@ -163,28 +171,56 @@ def _config_of(tensors: dict[str, Tensor], names: dict[str, Any], source: str, c
 
 def build(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> FluxTransformer2DModel:
     """A network whose parameters are ``tensors`` themselves: nothing is copied, and nothing may be left over."""
-    with torch.device("meta"):
-        net = FluxTransformer2DModel.from_config(config)
+    net = empty_network(config, source)
     own = dict(net.named_parameters()) | dict(net.named_buffers())
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if scales := [name for name in unknown if name.endswith(_SCALED)]:
+        raise UserError(
+            f"model.path: '{source}' holds scaled fp8 weights ('{scales[0]}'), which are not trained on; take the model in bf16"
+        )
     shapes = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
-    for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape")):
+    codes = [n for n in own.keys() & tensors.keys() if not tensors[n].is_floating_point()]
+    for names, what in (
+        (missing, "missing"),
+        (unknown, "unknown"),
+        (shapes, "of another shape"),
+        (codes, "of whole numbers: quantized by another program"),
+    ):
         if names:
             raise UserError(f"model.path: '{source}': {amount(len(names), 'tensor is', 'tensors are')} {what}, e.g. {names[0]}")
     net.load_state_dict(tensors, assign=True)
     return net.eval()
 
 
-def _read(place: Path) -> dict[str, Tensor]:
-    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+_SCALED = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", "scaled_fp8")
+
+
+def empty_network(config: dict[str, Any], source: str) -> FluxTransformer2DModel:
+    """On the meta device."""
+    return without_weights(FluxTransformer2DModel, config, f"model.path: '{source}'")
+
+
+def _read(place: Path, *, empty: bool = False) -> dict[str, Tensor]:
+    """All tensors of a file, or of the files of a folder that count. empty: on the meta device, by their headers."""
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in [place] if place.is_file() else weight_files(place, "model.path"):
+        opened = open_weights(file, "model.path")
         try:
-            with safe_open(file, framework="pt") as f:
-                tensors |= {name: _aligned(f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118
+            for name in opened.keys():  # noqa: SIM118
+                if name in tensors:
+                    raise UserError(f"model.path: '{file}' holds '{name}', which another file of the folder holds as well")
+                tensors[name] = _header(opened, name) if empty else _aligned(opened.get_tensor(name))
         except (OSError, SafetensorError) as e:
             raise UserError(f"model.path: '{file}' cannot be read as safetensors: {e}") from e
     return tensors
+
+
+def _header(opened: safe_open, name: str) -> Tensor:
+    part = opened.get_slice(name)
+    known = {code: dtype for dtype, code in DTYPES.items()}
+    # of other kinds, such as fp8, only whether they are floating point is looked at
+    dtype = known.get(part.get_dtype(), torch.float32 if part.get_dtype().startswith("F") else torch.uint8)
+    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -192,5 +228,10 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
-def _depth(tensors: dict[str, Tensor], stack: str) -> int:
-    return 1 + max((int(n.split(".")[1]) for n in tensors if n.startswith(f"{stack}.")), default=-1)
+def _depth(tensors: dict[str, Tensor], stack: str, source: str) -> int:
+    """How many blocks the files hold. Names that are none of a block are left to :func:`build`."""
+    numbers = {int(m.group(1)) for n in tensors if (m := re.match(rf"{stack}\.(\d{{1,9}})\.", n))}
+    if len(numbers) > DEEPEST or numbers != set(range(len(numbers))):
+        gap = next((i for i in range(len(numbers)) if i not in numbers), len(numbers))
+        raise UserError(f"model.path: '{source}': {len(numbers):,} blocks '{stack}', and none of number {gap}; fetch it again")
+    return len(numbers)

@@ -1,6 +1,5 @@
 """Published models of FLUX's shape: what is known of them before a byte is fetched."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dedistill.errors import UserError
+from dedistill.io.tables import read_table
 from dedistill.models.spec import APACHE, Config, Licence, Published, named_in
 from dedistill.recipe.schema import Model
 
@@ -109,13 +109,13 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
             return _of_config(config)
         if place.name not in named and revision and not place.exists():
             return _of_config(_config_on_the_hub(path, revision))
-    except (OSError, ValueError, AttributeError, SafetensorError):
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError, UserError):
         pass  # whoever loads the weights says what is wrong with them
     return named.get(place.name, SCHNELL)
 
 
 def _of_config(config: Path) -> Shape:
-    return shape_in(json.loads(config.read_text()))
+    return shape_in(read_table(config))
 
 
 def _of_file(file: Path) -> Shape:

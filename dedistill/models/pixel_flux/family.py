@@ -15,7 +15,7 @@ from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import MADE, Components
 from dedistill.models.flux.network import FluxBlocks, flux_velocity
 from dedistill.models.pixel_flux import SPEC
-from dedistill.models.pretrained import load_whole
+from dedistill.models.pretrained import load_whole, without_weights
 from dedistill.models.words import WordEncoder
 from dedistill.recipe.schema import Architecture, Model
 
@@ -77,7 +77,9 @@ class PixelFlux(FluxBlocks):
             place = Path(spec.path or "") / "transformer"
             if not place.exists():  # an earlier stage will make it
                 return self.tiny(0).net
-            return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(place))
+            return without_weights(
+                FluxTransformer2DModel, read_table(place / "config.json", "model.path"), f"model.path: '{place}'"
+            )
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         self.save(self.tiny(0, image or (1, 8, 16)), folder)

@@ -1,0 +1,77 @@
+"""Which safetensors files of a folder are its network's weights, and what a file that is none really is."""
+
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from dedistill.errors import UserError
+from dedistill.io.tables import read_table
+
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_KINDS = (
+    (b"version https://git-lfs", "it is a pointer of Git LFS: fetch the file itself (git lfs pull)"),
+    (b"GGUF", "it is a GGUF file, weights quantized for other programs: take the model as safetensors"),
+    (b"\x80", "it is a pickle, which is not opened: take the model as safetensors"),
+    (b"PK\x03\x04", "it is a pickle or a zip file, which is not opened: take the model as safetensors"),
+    (b"<", "it is a web page: the download failed, or needs a login"),
+)
+
+
+def open_weights(file: Path, source: str = "") -> safe_open:
+    """A safetensors file, opened to read single tensors. source: how the message of an error begins, e.g. a recipe's key.
+
+    Raises UserError that names the file and, where its first bytes tell, what it is.
+    """
+    start = f"{source}: " if source else ""
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as e:
+        reason = str(e)
+        try:
+            with open(file, "rb") as f:
+                head = f.read(64)
+            reason = next((kind for sign, kind in _KINDS if head.startswith(sign)), "it is empty" if not head else reason)
+        except OSError as refused:
+            reason = refused.strerror or reason
+        raise UserError(f"{start}'{file}' cannot be read as safetensors: {reason}") from e
+
+
+def weight_files(folder: Path, source: str = "") -> list[Path]:
+    """The weights in ``folder``: what its index names, else its only file, else a whole set of shards; never a mixture.
+
+    Raises UserError when a file is missing, and when others lie beside of which nothing says whether they count: variants
+    in another precision, averages, shards of an earlier download. None at all is an empty list.
+    """
+    start = f"{source}: " if source else ""
+    found = {file.name: file for file in sorted(folder.glob("*.safetensors"))}
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        raise UserError(f"{start}'{folder}' has {len(indices)} indices ({', '.join(i.name for i in indices)}); leave one")
+    if indices:
+        where = read_table(indices[0], source).get("weight_map")
+        named = set(where.values()) if isinstance(where, dict) and all(isinstance(f, str) for f in where.values()) else set()
+        if not named:
+            raise UserError(f"{start}'{indices[0]}' names no weights; fetch the folder again")
+        if missing := sorted(named - found.keys()):
+            raise UserError(f"{start}'{folder}' lacks {missing[0]!r}, which {indices[0].name} names; fetch it again")
+        chosen, rule = named, f"{indices[0].name} does not name"
+    else:
+        shards = [match for name in found if (match := _SHARD.fullmatch(name))]
+        sets = {match.group(1, 3) for match in shards}
+        if len(sets) == 1 and len(shards) == len(found):
+            ((stem, count),) = sets
+            for i in range(1, int(count) + 1):
+                if (name := f"{stem}-{i:05d}-of-{count}.safetensors") not in found:
+                    raise UserError(f"{start}'{folder}' lacks '{name}', one of its {int(count)} shards; fetch it again")
+        if len(found) <= 1 or (len(sets) == 1 and len(shards) == len(found)):
+            return list(found.values())
+        first = min(found, key=lambda name: (len(name), name))
+        chosen, rule = {first}, f"lie beside {first}"
+    if others := sorted(found.keys() - chosen):
+        listed = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
+        raise UserError(
+            f"{start}'{folder}' holds weights that {rule}: {listed}. Which of them count is not known; move away those that "
+            "do not"
+        )
+    return [found[name] for name in sorted(chosen)]
