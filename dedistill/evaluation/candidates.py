@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from dedistill.data.encode import open_data
+from dedistill.data.images.caption_files import LINE_END
 from dedistill.data.source import Source
 from dedistill.errors import UserError
 from dedistill.evaluation.judges import ClipJudge, DigitJudge, judge_for
@@ -146,7 +147,8 @@ def read_prompts(value: str, source: Callable[[], Source]) -> tuple[str, ...]:
     if value.isdigit() and int(value) > 0:
         return tuple(source().prompts(0, int(value)))
     try:
-        lines = [line.strip() for line in Path(with_home(value)).read_text().splitlines()]
+        text = Path(with_home(value)).read_bytes().decode("utf-8-sig")
+        lines = [line.strip() for line in LINE_END.split(text)]
     except (OSError, ValueError) as e:
         raise UserError(f"--prompts: '{value}' is neither a number nor a readable text file: {e}", exit_code=2) from e
     if not (prompts := tuple(line for line in lines if line)):

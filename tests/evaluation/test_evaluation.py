@@ -11,6 +11,7 @@ from closed_form_models import ClosedFormData, closed_form
 from samplings import at
 
 from dedistill.errors import UserError
+from dedistill.evaluation.candidates import read_prompts
 from dedistill.evaluation.distillation import EvalSettings, evaluate_candidate, measure, result_file
 from dedistill.evaluation.evaluate import evaluate, shortlist
 from dedistill.evaluation.meters import RatioEstimate
@@ -224,3 +225,11 @@ def test_answers_with_a_choice():
     beside = three_answers(found)[2]["answer"]
     assert beside.endswith(" Beside last at CFG 1 in 8 steps: <burnt> 0.0100 (0.0100 to 0.0100) against 0.0100.")
     assert how.startswith("last at CFG 2 in 8 steps: accuracy 0.900") and "It has <burnt> 0.0100 (0.0100 to 0.0100)." in how
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_prompts_of_a_file_as_editors_write_it(tmp_path, mark, end):
+    prompts = ("ein Fuchs im Schnee ❄", "one\u2028line", "and\x85this")
+    (tmp_path / "p.txt").write_bytes(mark + end.join(prompts).encode() + end.encode())
+    assert read_prompts(str(tmp_path / "p.txt"), None) == prompts

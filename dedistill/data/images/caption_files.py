@@ -97,8 +97,21 @@ MAX_TABLE_BYTES = 1 << 30
 Row = dict[str, object]
 
 
-def read_table(source: ImageSet, path: Path) -> list[tuple[str, tuple[str, ...], str]]:
-    """(file, captions, problem) for each image of the list; several rows of one image are joined.
+class BadRow(str):
+    """Why a row cannot be used. ``named``: the fields that it has for all that."""
+
+    named: dict[str, str]
+
+    def __new__(cls, reason: str, named: dict[str, str]) -> "BadRow":
+        row = super().__new__(cls, reason)
+        row.named = named
+        return row
+
+
+def read_table(source: ImageSet, path: Path) -> list[tuple[str, tuple[str, ...], str, str]]:
+    """(file, captions, problem, "") for each image of the list; several rows of one image are joined.
+
+    For a row that cannot be used: (where, (), why, the image it names).
 
     Caption columns are ``source.fields``, else those with a usual name (caption, short_caption, captions, text ...), else
     the only other column of text. Raises ``UserError`` for an unreadable list or an undecided choice of columns.
@@ -112,17 +125,19 @@ def read_table(source: ImageSet, path: Path) -> list[tuple[str, tuple[str, ...],
     good = [row for _, row in rows if isinstance(row, dict)]
     kept = _caption_columns(source, path, good)
     joined: dict[str, tuple[list[str], str]] = {}
+    about: dict[str, str] = {}
     for where, row in rows:
         file = row.get(source.file_column) if isinstance(row, dict) else None
         if isinstance(row, str) or not isinstance(file, str) or not file:
             joined[f"{path.name} {where}"] = ([], row if isinstance(row, str) else f"no {source.file_column!r}")
+            about[f"{path.name} {where}"] = row.named.get(source.file_column, "") if isinstance(row, BadRow) else ""
             continue
         captions, problem = joined.setdefault(file, ([], ""))
         try:
             captions += cleaned([caption for column in kept for caption in as_captions(row.get(column), column)])
         except BadCaption as e:
             joined[file] = (captions, problem or f"{path.name} {where}: {e}")
-    return [(file, tuple(dict.fromkeys(captions)), problem) for file, (captions, problem) in joined.items()]
+    return [(file, tuple(dict.fromkeys(c)), problem, about.get(file, "")) for file, (c, problem) in joined.items()]
 
 
 def _caption_columns(source: ImageSet, path: Path, rows: list[Row]) -> list[str]:
@@ -184,11 +199,12 @@ def _csv(path: Path) -> list[tuple[str, Row | str]]:
         if twice := [name for name in named if named.count(name) > 1]:
             raise ValueError(f"two columns are called {twice[0]!r}")
         wrong = f"expected {amount(len(names), 'field')}"
-        return [
-            (f"line {reader.line_num}", {n: v for n, v in zip(names, row) if n} if len(row) == len(names) else wrong)
-            for row in reader
-            if row
-        ]
+        rows: list[tuple[str, Row | str]] = []
+        for row in filter(None, reader):
+            found = {name: value for name, value in zip(names, row) if name}
+            whole: Row = dict(found)
+            rows.append((f"line {reader.line_num}", whole if len(row) == len(names) else BadRow(wrong, found)))
+        return rows
 
 
 def _parquet(path: Path) -> list[tuple[str, Row | str]]:

@@ -52,7 +52,7 @@ def _of_folder(source: ImageSet, path: Path, known: Known) -> Iterator[Found]:
         return
     covered: set[str] = set()
     for found in _of_table(source, path / table) if table else _of_shards(path, shards, known):
-        covered.add(found.name)
+        covered |= {found.name, found.about}
         yield found
     for found in _of_files(source, path, "", set(), tables=False):
         if found.name not in covered:
@@ -86,7 +86,7 @@ def _of_files(source: ImageSet, root: Path, folder: str, seen: set[tuple[int, in
     table = _table_in(source, root / folder, {e.name for e in entries}) if tables and folder else None
     covered: set[str] = set()
     for found in _of_table(source, root / folder / table, folder) if table else ():
-        covered.add(found.name)
+        covered |= {found.name, found.about}
         yield found
     for entry in entries:
         name = f"{folder}{entry.name}"
@@ -251,9 +251,9 @@ def _of_members(name: str, members: list[tuple[str, Place]], shard: Place) -> Fo
 def _of_table(source: ImageSet, path: Path, folder: str = "") -> Iterator[Found]:
     """The images of a list. folder: of the list, below the source's root, with a slash at its end."""
     places: dict[str, Found] = {}
-    for file, captions, problem in read_table(source, path):
+    for file, captions, problem, about in read_table(source, path):
         if problem:
-            yield Found(f"{folder}{file}", problem=problem)
+            yield Found(f"{folder}{file}", problem=problem, about=about and f"{folder}{os.path.normpath(about)}")
             continue
         inside = os.path.normpath(os.path.relpath(file, path.parent) if os.path.isabs(file) else file)
         inside = next((name for name in _spellings(inside) if _exists(path.parent / name)), inside)

@@ -62,3 +62,5 @@ class Found:
     sidecars: tuple[tuple[str, Place], ...] = ()  # extension, place
     captions: tuple[str, ...] | None = None
     problem: str = ""
+    about: str = ""
+    """Of a bad row of a table: the image that it names all the same."""
