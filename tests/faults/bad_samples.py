@@ -151,7 +151,7 @@ def write_folder(folder: Path) -> dict[str, str]:
     put("dangling link", "jpg", None, "cannot be read").symlink_to(folder / "nowhere")
     put("link to itself", "jpg", None, "cannot be read").symlink_to("link to itself.jpg")
     os.mkfifo(put("a pipe", "jpg", None, "not a regular file"))
-    put("link to a device", "jpg", None, "not a regular file").symlink_to("/dev/zero")
+    put("link to a device", "jpg", None, "not a regular file|leads out of this folder").symlink_to("/dev/zero")
     put("a pipe for a caption", "jpg", JPEG, "not a regular file")
     (folder / "a pipe for a caption.txt").unlink()
     os.mkfifo(folder / "a pipe for a caption.txt")

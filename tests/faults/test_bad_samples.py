@@ -37,7 +37,8 @@ def test_every_kind_of_bad_row_costs_that_row(tmp_path):
     reasons = write_table(tmp_path / "set")
     index = build_index([ImageSet(str(tmp_path / "set"), missing_captions="quarantine")])
     assert [s.name for s in index.samples] == [f"set/good{i}.jpg" for i in range(5, 10)]
-    assert len(index.quarantined) == len(reasons)
+    # the image of the row that is no JSON object is told of, too
+    assert len(index.quarantined) == len(reasons) + 1 and index.quarantined[-1][1] == "no good row of metadata.jsonl names it"
     found = [reason for _, reason in index.quarantined]
     assert all(any(re.search(wanted, reason) for reason in found) for wanted in reasons), found
 
