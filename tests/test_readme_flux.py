@@ -80,7 +80,7 @@ def test_the_whole_section(home, monkeypatch, capsys):
         code, said = run(command), capsys.readouterr()
         assert code == 0, f"{command}\n{said.err}"
         if "rehearse" in command:
-            assert len(re.findall(r"^ok ", said.out + said.err, flags=re.M)) == 10
+            assert len(re.findall(r"^ok ", said.out + said.err, flags=re.M)) == 11
         if "check" in command:
             assert "dedistill.load_lokr" in said.out, "it names the programs"
     for made in ("runs/scan/index.html", "runs/my_flux/sweep/index.html", "exports/my-model/model_index.json"):
