@@ -13,12 +13,11 @@ from dedistill.data.cache import Store
 from dedistill.data.images.buckets import Crop
 from dedistill.data.images.index import Sample
 from dedistill.data.order import choose, draw_samples, sample_indices
-from dedistill.data.source import Batch
+from dedistill.data.source import LEAST_UNITS, Batch
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.conditioning import Conditioning, Widths, collate, from_tensors, stored_shapes
 
-LEAST_HELD_OUT = 16
 HeldOut = float | Literal["auto"]
 
 
@@ -59,7 +58,7 @@ def split(images: Sequence[CroppedImage], share: HeldOut) -> tuple[list[CroppedI
     less than the 16 images from which on intervals are given, but no more than a fifth.
     """
     order = sorted({p.sample.sha256 for p in images})
-    part = min(0.2, max(0.02, LEAST_HELD_OUT / max(1, len(order)))) if share == "auto" else float(share)
+    part = min(0.2, max(0.02, LEAST_UNITS / max(1, len(order)))) if share == "auto" else float(share)
     held = set(order[: max(1, round(part * len(order))) if part else 0])
     return [p for p in images if p.sample.sha256 not in held], [p for p in images if p.sample.sha256 in held]
 

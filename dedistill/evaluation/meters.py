@@ -13,6 +13,7 @@ import torch
 from scipy.stats import norm, t
 from torch import Tensor
 
+from dedistill.data.source import LEAST_UNITS
 from dedistill.evaluation.influence import angular_distance
 from dedistill.evaluation.judges import DigitJudge
 from dedistill.evaluation.numbers import image_numbers
@@ -24,8 +25,6 @@ from dedistill.sampling.sampler import Sampling, sample, trajectories
 
 RESAMPLES = 4000
 LEVEL = 0.95
-LEAST_UNITS = 16
-"""Images or prompts. With fewer, no interval is given: one that holds for all kinds of images would say nothing."""
 GUIDED = ("saturated", "contrast", "blur", "shadow")
 """Numbers of images that are followed over CFG."""
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from dedistill.data.source import LEAST_UNITS
 from dedistill.errors import UserError, amount
-from dedistill.evaluation.meters import LEAST_UNITS, LEVEL, RatioEstimate, interval, ratio, resamples
+from dedistill.evaluation.meters import LEVEL, RatioEstimate, interval, ratio, resamples
 
 CELL = ("candidate", "cfg", "skip", "steps", "method")
 

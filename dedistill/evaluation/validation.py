@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dedistill.data.source import LEAST_UNITS
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import World
-from dedistill.evaluation.meters import LEAST_UNITS, RatioEstimate, path_numbers
+from dedistill.evaluation.meters import RatioEstimate, path_numbers
 from dedistill.flow.guidance import CONDITIONAL
 from dedistill.flow.path import flow_loss, implied_noise
 from dedistill.flow.solvers import sigma_grid

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from dedistill.data.source import LEAST_UNITS
 from dedistill.errors import amount
-from dedistill.evaluation.meters import LEAST_UNITS
 from dedistill.io.atomic import replace_json
 from dedistill.report.pages import decimals, field, figure, render
 from dedistill.report.plots import tick_label

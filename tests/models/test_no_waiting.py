@@ -44,7 +44,7 @@ def test_a_pass_waits_for_nothing(family, kind, captions, checkpointing):
 
 
 def test_the_device_with_no_numbers_shows_a_wait():
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError, match="meta tensors"):
         bool(torch.empty(2, device="meta").max() > 0)
 
 
