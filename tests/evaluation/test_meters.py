@@ -217,9 +217,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(images, draws):
         return float(np.mean((low < truth) & (truth < high)))
 
     by_image, by_draw = covered(units), covered([str(i) for i in range(draws)])
-    print(
-        f"| {images} ({len(set(units))} drawn) | {draws} | {by_image:.1%} | {by_draw:.1%} |"
-    )
+    print(f"| {images} ({len(set(units))} drawn) | {draws} | {by_image:.1%} | {by_draw:.1%} |")
     assert 0.93 <= by_image <= 0.97
     assert by_draw < 0.65 or draws < 8 * images
 
