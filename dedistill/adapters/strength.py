@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dedistill.adapters.delta import rank
 from dedistill.errors import UserError
-from dedistill.io.tables import parse_table
+from dedistill.io.json_files import parse_object
 
 PEFT_CONFIG = "lora_adapter_metadata"
 """The header's entry. Its keys begin with the denoiser's folder, or are PEFT's own where a network saved itself."""
@@ -47,7 +47,7 @@ def with_alphas(
 def _config(header: Mapping[str, str], source: str, folder: str) -> dict[str, Any]:
     if PEFT_CONFIG not in header:
         return {}
-    whole = parse_table(header[PEFT_CONFIG], f"'{source}': {PEFT_CONFIG} in its header")
+    whole = parse_object(header[PEFT_CONFIG], f"'{source}': {PEFT_CONFIG} in its header")
     own = {key.removeprefix(f"{folder}."): value for key, value in whole.items() if key.startswith(f"{folder}.")}
     return own or {key: value for key, value in whole.items() if "." not in key}
 

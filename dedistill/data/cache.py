@@ -21,7 +21,7 @@ from dedistill.distributed.heartbeat import heartbeat
 from dedistill.errors import UserError
 from dedistill.io.atomic import TEMPORARY, make_folder, refused, replace_file, replace_json
 from dedistill.io.hashing import file_sha256
-from dedistill.io.tables import read_table
+from dedistill.io.json_files import read_object
 
 OPEN_SHARDS = 256
 NAME_LENGTH = 16
@@ -49,7 +49,7 @@ class Store:
         return sorted(self.folder.glob("*.safetensors"))
 
     def _check_inputs(self) -> None:
-        before = read_table(self.folder / "inputs.json", "data.cache", f"delete '{self.folder}' to encode again")
+        before = read_object(self.folder / "inputs.json", "data.cache", f"delete '{self.folder}' to encode again")
         if differing := [k for k in sorted({*before, *self.inputs}) if before.get(k) != self.inputs.get(k)]:
             listed = "; ".join(f"{k}: {before.get(k)!r} there, {self.inputs.get(k)!r} here" for k in differing)
             raise UserError(

@@ -21,7 +21,7 @@ from dedistill.evaluation.numbers import NUMBERS, VERSION, diversity, image_numb
 from dedistill.flow.guidance import ClassifierFree, Guider
 from dedistill.flow.solvers import SOLVERS
 from dedistill.io.atomic import replace_json
-from dedistill.io.tables import read_list, read_table
+from dedistill.io.json_files import read_array, read_object
 from dedistill.models.model import Model
 from dedistill.sampling.images import as_image
 from dedistill.sampling.sampler import Sampling, sample, start_noise
@@ -145,7 +145,7 @@ def _rename_nfe(cell: dict[str, Any]) -> dict[str, Any]:
 def _reusable(folder: Path, key: dict[str, Any], out: Path) -> dict[str, Any] | None:
     """Rows and scores of a cell made earlier from the same weights and settings, if all its images are there."""
     try:
-        known = read_table(folder / "cell.json")
+        known = read_object(folder / "cell.json")
         if known["key"] == key:
             _require(folder, "cell", [known["cell"]], CELL_KINDS)
             _require(folder, "image", known["rows"], IMAGE_KINDS)
@@ -224,7 +224,7 @@ IMAGE_KINDS: Kinds = {**CELL_KINDS, "file": str, "prompt": str, "seed": int}
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    scores = read_table(path, otherwise=f"is '{path.parent}' the folder of a finished sweep?")
+    scores = read_object(path, otherwise=f"is '{path.parent}' the folder of a finished sweep?")
     for key, kind in {"title": str, "settings": dict, "numbers": list, "cells": list}.items():
         if not isinstance(scores.get(key), kind):
             raise UserError(f"{path}: {key!r} is missing or not a {kind.__name__}")
@@ -244,7 +244,7 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def read_index(path: Path) -> list[dict[str, Any]]:
-    images = read_list(path, otherwise=f"is '{path.parent}' the folder of a finished sweep?")
+    images = read_array(path, otherwise=f"is '{path.parent}' the folder of a finished sweep?")
     if not images:
         raise UserError(f"{path}: expected a list with one object per image")
     _require(path, "image", images, IMAGE_KINDS)

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dedistill.errors import UserError
-from dedistill.io.tables import read_table
+from dedistill.io.json_files import read_object
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _KINDS = (
@@ -49,7 +49,7 @@ def weight_files(folder: Path, source: str = "") -> list[Path]:
     if len(indices) > 1:
         raise UserError(f"{start}'{folder}' has {len(indices)} indices ({', '.join(i.name for i in indices)}); leave one")
     if indices:
-        where = read_table(indices[0], source).get("weight_map")
+        where = read_object(indices[0], source).get("weight_map")
         named = set(where.values()) if isinstance(where, dict) and all(isinstance(f, str) for f in where.values()) else set()
         if not named:
             raise UserError(f"{start}'{indices[0]}' names no weights; fetch the folder again")

@@ -13,7 +13,7 @@ from typing import Any
 
 from dedistill.errors import UserError
 from dedistill.io.atomic import replace_json
-from dedistill.io.tables import read_table
+from dedistill.io.json_files import read_object
 from dedistill.models.registry import is_hub_id
 
 COMPONENTS = (
@@ -71,7 +71,7 @@ def copy_files(files: Files, out: Path) -> None:
     for inside, file in files.items():
         target = out / inside
         target.parent.mkdir(parents=True, exist_ok=True)
-        if _CONFIG.fullmatch(inside.name) and (config := read_table(file)) != (public := public_config(config)):
+        if _CONFIG.fullmatch(inside.name) and (config := read_object(file)) != (public := public_config(config)):
             replace_json(target, public)
         elif inside.suffix == ".safetensors":
             _link(file, target)
@@ -92,7 +92,7 @@ def _is_local(key: str, value: str) -> bool:
 def _components(source: Path) -> set[str]:
     """Names of the folders of components, with those that model_index.json names."""
     index = source / _INDEX
-    named = read_table(_followed(index, source)) if index.exists() or index.is_symlink() else {}
+    named = read_object(_followed(index, source)) if index.exists() or index.is_symlink() else {}
     return {*COMPONENTS, *(name for name, value in named.items() if isinstance(value, list))}
 
 

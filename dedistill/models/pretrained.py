@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dedistill.errors import UserError, amount
-from dedistill.io.tables import read_table
+from dedistill.io.json_files import read_object
 
 if TYPE_CHECKING:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -146,7 +146,7 @@ def check_folder(folder: Path, source: str) -> None:
     At a terminal transformers asks whether to run such code, and without one it advises to trust it.
     """
     for file in sorted(folder.glob("*config.json")):
-        if "auto_map" in read_table(file, source):
+        if "auto_map" in read_object(file, source):
             raise UserError(
                 f"{source}: '{folder}' comes with code of its own ('auto_map' in {file.name}). A model with code of its own "
                 "is not loaded; take one of a class that is part of transformers or diffusers"
@@ -157,7 +157,7 @@ def check_folder(folder: Path, source: str) -> None:
             "merge it into them, or keep it elsewhere"
         )
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        files = read_table(index, source).get("weight_map")
+        files = read_object(index, source).get("weight_map")
         named = files.values() if isinstance(files, dict) else [files]
         # by any other extension the file is read as a pickle
         if wrong := [f for f in named if not (isinstance(f, str) and f == Path(f).name and f.endswith(".safetensors"))]:

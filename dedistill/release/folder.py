@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dedistill.adapters.formats import FOLDERS
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import replace_json, whole_folder
+from dedistill.io.json_files import read_object
 from dedistill.io.safetensors import DTYPES, Layout, TensorFile
-from dedistill.io.tables import read_table
 from dedistill.io.weights import open_weights, weight_files
 from dedistill.models.pretrained import without_weights
 from dedistill.models.registry import checked_facts, imported, spec_of
@@ -67,7 +67,7 @@ class Denoiser:
 def network_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder's denoiser."""
     places = [folder / name / "config.json" for name in FOLDERS]
-    return read_table(next((place for place in places if place.exists()), places[0]))
+    return read_object(next((place for place in places if place.exists()), places[0]))
 
 
 def skeleton(config: dict[str, Any]) -> nn.Module:
@@ -115,7 +115,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """What ``dedistill.json`` says of a model folder; empty without one."""
-    return checked_facts(read_table(folder / FACTS), f"'{folder / FACTS}'") if (folder / FACTS).exists() else {}
+    return checked_facts(read_object(folder / FACTS), f"'{folder / FACTS}'") if (folder / FACTS).exists() else {}
 
 
 def _shards(layout: Layout, limit: int) -> list[dict[str, tuple[tuple[int, ...], torch.dtype]]]:

@@ -10,8 +10,8 @@ import numpy as np
 from markupsafe import Markup
 
 from dedistill.errors import UserError, amount
+from dedistill.io.json_files import read_object
 from dedistill.io.ownership import claim
-from dedistill.io.tables import read_table
 from dedistill.report.pages import field, figure, is_number, number, render
 from dedistill.report.plots import heat_map
 from dedistill.runs.metrics import read_rows
@@ -73,7 +73,7 @@ def write_run_page(run: Path) -> Path:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    recipe = read_table(path, otherwise=f"is '{path.parent}' the folder of a run?")
+    recipe = read_object(path, otherwise=f"is '{path.parent}' the folder of a run?")
     try:
         return {"run": {"name": recipe["run"]["name"]}, "train": {k: recipe["train"][k] for k in ("steps", "objective")}}
     except (KeyError, TypeError) as e:

@@ -12,7 +12,7 @@ from dedistill.errors import UserError, amount
 from dedistill.io import ownership
 from dedistill.io.atomic import checksummed, make_folder, read_checksummed, replace_file
 from dedistill.io.hashing import Hashed, Stamp, hash_file
-from dedistill.io.tables import read_table
+from dedistill.io.json_files import read_object
 from dedistill.recipe import RESOLVED, Recipe, to_toml
 from dedistill.recipe.resolve import as_it_was_meant
 from dedistill.runs.checkpoint import sweep_temporaries
@@ -171,7 +171,7 @@ class RunDirectory:
     def _compare(self, known: Path) -> None:
         if self.recipe.run.resume == "never":
             raise UserError(f"'{self.path}' already holds a run and run.resume = 'never'; choose another run.out")
-        before = read_table(known, otherwise=f"restore it, or move '{self.path}' away to start over")
+        before = read_object(known, otherwise=f"restore it, or move '{self.path}' away to start over")
         differing, free = _differences(as_it_was_meant(before, self.recipe.model), self.recipe.resolved())
         if differing:
             raise UserError(

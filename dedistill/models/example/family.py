@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dedistill.errors import UserError
 from dedistill.flow.parameterization import to_velocity
-from dedistill.io.tables import read_table
+from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.example import SPEC
 from dedistill.models.family import MADE, Components, Output, States, check_sigma, float_dtype
@@ -104,7 +104,7 @@ class Example:
             if getattr(spec, key) != value:
                 raise UserError(f"model.{key}: has no effect on {SPEC.name}; leave it out", 2)
         folder = Path(spec.path or "")
-        facts, config = (read_table(folder / f, "model.path") for f in ("dedistill.json", f"{SPEC.folder}/config.json"))
+        facts, config = (read_object(folder / f, "model.path") for f in ("dedistill.json", f"{SPEC.folder}/config.json"))
         try:
             family, widths, channels = facts["family"], config["text_widths"], config["channels"]
         except KeyError as e:
@@ -119,7 +119,7 @@ class Example:
     def full_size(self, spec: Model) -> nn.Module:
         config = Path(spec.path or "") / SPEC.folder / "config.json"
         with torch.device("meta"):
-            return ExampleNet.from_config(read_table(config)) if config.exists() else ExampleNet(width=256, layers=8)
+            return ExampleNet.from_config(read_object(config)) if config.exists() else ExampleNet(width=256, layers=8)
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         self.save(self.tiny(0, layers=8 if full_depth else 2), folder)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dedistill.errors import UserError
-from dedistill.io.tables import read_table
+from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths, collate
 from dedistill.models.pretrained import check_vocabulary, load_tokenizer, load_whole
 
@@ -57,7 +57,7 @@ class FluxText:
     @property
     def widths(self) -> Widths:
         """Of T5's embeddings and of CLIP's pooled vector, as the encoders' files say; loads nothing."""
-        t5, clip = (read_table(self.folder / f / "config.json", "model.path") for f in ("text_encoder_2", "text_encoder"))
+        t5, clip = (read_object(self.folder / f / "config.json", "model.path") for f in ("text_encoder_2", "text_encoder"))
         try:
             return Widths((int(t5["d_model"]),), {"pooled": int(clip["hidden_size"])})
         except (ValueError, KeyError, TypeError) as e:
@@ -132,7 +132,7 @@ class FluxVae:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        config = read_table(folder / "config.json", f"model.path: no VAE in '{folder}'")
+        config = read_object(folder / "config.json", f"model.path: no VAE in '{folder}'")
         try:
             self.channels, self.scale = int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)
         except (ValueError, KeyError, TypeError) as e:

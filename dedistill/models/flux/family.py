@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
-from dedistill.io.tables import read_table
+from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import MADE, Components
 from dedistill.models.flux import SPEC, loading
@@ -79,7 +79,7 @@ class Flux(FluxBlocks):
     def full_size(self, spec: Model) -> nn.Module:
         with torch.device("meta"):
             if (config := Path(_path(spec)) / "transformer" / "config.json").exists():
-                return loading.empty_network(read_table(config, "model.path"), str(config))
+                return loading.empty_network(read_object(config, "model.path"), str(config))
             shape = shape_of(_path(spec), spec.revision)
             sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
             return FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)

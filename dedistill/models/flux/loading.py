@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dedistill.errors import UserError, amount
+from dedistill.io.json_files import parse_object, read_object
 from dedistill.io.safetensors import DTYPES
-from dedistill.io.tables import parse_table, read_table
 from dedistill.io.weights import open_weights, weight_files
 from dedistill.models.flux import naming
 from dedistill.models.pretrained import DEEPEST, check_finite, without_weights
@@ -54,17 +54,17 @@ def locate(path: str, revision: str | None, components: str | None) -> Place:
     if not transformer.exists():
         raise UserError(f"model.path: '{here}' has no folder 'transformer': not a FLUX model in diffusers' layout")
     scheduler = around / "scheduler" / "scheduler_config.json"
-    return Place(transformer, around, read_table(scheduler, "model.path") if scheduler.exists() else {}, facts)
+    return Place(transformer, around, read_object(scheduler, "model.path") if scheduler.exists() else {}, facts)
 
 
 def _facts(here: Path) -> dict[str, Any]:
     """What weights of ours say of themselves: dedistill.json of a folder, the header of a single file."""
     if here.is_dir():
         file = here / "dedistill.json"
-        return checked_facts(read_table(file, "model.path"), f"model.path: '{file}'") if file.exists() else {}
+        return checked_facts(read_object(file, "model.path"), f"model.path: '{file}'") if file.exists() else {}
     header = open_weights(here, "model.path").metadata() or {}
     where = f"model.path: '{here}': dedistill.facts in its header"
-    return checked_facts(parse_table(header.get("dedistill.facts", "{}"), where), where)
+    return checked_facts(parse_object(header.get("dedistill.facts", "{}"), where), where)
 
 
 def _local(path: str, revision: str | None, key: str) -> Path:
@@ -99,7 +99,7 @@ def load_transformer(place: Path, components: Path, *, empty: bool = False) -> F
     else:
         if not tensors:
             raise UserError(f"model.path: no safetensors in '{place}'")
-        config = {k: v for k, v in read_table(place / "config.json", "model.path").items() if not k.startswith("_")}
+        config = {k: v for k, v in read_object(place / "config.json", "model.path").items() if not k.startswith("_")}
         stacks = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
         config |= {key: _depth(tensors, stack, str(place)) for key, stack in stacks.items()}
         net = build(config, tensors, str(place))
@@ -152,7 +152,7 @@ def _config_of(tensors: dict[str, Tensor], names: dict[str, Any], source: str, c
     hidden, channels = tensors[names["image"]].shape
     head = tensors[names["head"]].shape[0]
     beside = components / "transformer" / "config.json"
-    known = read_table(beside, "model.path") if beside.exists() else {}
+    known = read_object(beside, "model.path") if beside.exists() else {}
     axes = known.get("axes_dims_rope", [16, 56, 56])
     if not isinstance(axes, list) or not all(isinstance(n, int) for n in axes) or not head or sum(axes) != head:
         raise UserError(f"model.path: '{source}' has heads of {head}; positions of {axes} do not fit them")

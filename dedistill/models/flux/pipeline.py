@@ -17,7 +17,7 @@ from torch import Tensor
 from dedistill.errors import UserError
 from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, ClassifierFree
 from dedistill.flow.timesteps import dynamic_shift
-from dedistill.io.tables import read_table
+from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.flux.encoders import encode
 from dedistill.models.flux.family import BypassedGuidance
@@ -209,4 +209,4 @@ class MaskedFluxPipeline(FluxPipeline):
 def _folder_facts(transformer: str | None) -> dict[str, Any]:
     """What the model folder around the transformer's folder says of its use; empty where it says nothing."""
     file = Path(transformer or "").parent / "dedistill.json"
-    return read_table(file) if transformer and file.is_file() else {}
+    return read_object(file) if transformer and file.is_file() else {}

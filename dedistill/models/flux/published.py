@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dedistill.errors import UserError
-from dedistill.io.tables import read_table
+from dedistill.io.json_files import read_object
 from dedistill.models.spec import APACHE, Config, Licence, Published, named_in
 from dedistill.recipe.schema import Model
 
@@ -115,7 +115,7 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
 
 
 def _of_config(config: Path) -> Shape:
-    return shape_in(read_table(config))
+    return shape_in(read_object(config))
 
 
 def _of_file(file: Path) -> Shape:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
-from dedistill.io.tables import read_table
+from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import MADE, Components
 from dedistill.models.flux.network import FluxBlocks, flux_velocity
@@ -78,7 +78,7 @@ class PixelFlux(FluxBlocks):
             if not place.exists():  # an earlier stage will make it
                 return self.tiny(0).net
             return without_weights(
-                FluxTransformer2DModel, read_table(place / "config.json", "model.path"), f"model.path: '{place}'"
+                FluxTransformer2DModel, read_object(place / "config.json", "model.path"), f"model.path: '{place}'"
             )
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
@@ -100,7 +100,7 @@ class PixelFlux(FluxBlocks):
 
     def _from_folder(self, folder: Path, mask: str) -> Components:
         missing = f"model.path: no {self.spec.name} model in '{folder}' (train it first)"
-        facts = read_table(folder / "dedistill.json", missing)
+        facts = read_object(folder / "dedistill.json", missing)
         try:
             family, image, text = facts["family"], tuple(facts["picture"]), WordEncoder(**facts["text"])
         except (ValueError, KeyError, TypeError) as e:

@@ -13,17 +13,17 @@ _NAMES |= {type(None): "null"}
 Kind = TypeVar("Kind", dict[str, Any], list[Any])
 
 
-def read_table(path: Path, where: str = "", otherwise: str = "") -> dict[str, Any]:
+def read_object(path: Path, where: str = "", otherwise: str = "") -> dict[str, Any]:
     """The object in a JSON file. Raises UserError for anything else. where, otherwise: how its message starts and ends."""
     return _read(path, dict, where, otherwise)
 
 
-def read_list(path: Path, where: str = "", otherwise: str = "") -> list[Any]:
-    """The array in a JSON file, as :func:`read_table`."""
+def read_array(path: Path, where: str = "", otherwise: str = "") -> list[Any]:
+    """The array in a JSON file, as :func:`read_object`."""
     return _read(path, list, where, otherwise)
 
 
-def parse_table(text: str, what: str) -> dict[str, Any]:
+def parse_object(text: str, what: str) -> dict[str, Any]:
     """The object in JSON that stands in a file of another kind, as in a header of safetensors. what: how messages call it.
 
     Raises UserError for anything else.

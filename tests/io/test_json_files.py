@@ -6,7 +6,7 @@ import re
 import pytest
 
 from dedistill.errors import UserError
-from dedistill.io import tables
+from dedistill.io import json_files
 
 WRONG = {
     "missing": (None, "No such file"),
@@ -27,9 +27,9 @@ def test_what_is_no_table_is_named(tmp_path, monkeypatch, case):
     if raw is not None:
         file.write_bytes(raw)
     if case == "large":
-        monkeypatch.setattr(tables, "LARGEST", 1000)
+        monkeypatch.setattr(json_files, "LARGEST", 1000)
     with pytest.raises(UserError, match=re.escape(str(file))) as caught:
-        tables.read_table(file, "model.path", "fetch it again")
+        json_files.read_object(file, "model.path", "fetch it again")
     message = str(caught.value)
     assert reason in message and "\n" not in message
     assert message.startswith("model.path: ") and message.endswith("; fetch it again")
@@ -37,20 +37,20 @@ def test_what_is_no_table_is_named(tmp_path, monkeypatch, case):
 
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(UserError, match="Is a directory"):
-        tables.read_table(tmp_path)
+        json_files.read_object(tmp_path)
 
 
 def test_what_is_right_comes_back(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"ü": [1, None]}), encoding="utf-8")
     (tmp_path / "b.json").write_bytes("[1]".encode("utf-16"))  # json finds out the encoding itself
-    assert tables.read_table(tmp_path / "a.json") == {"ü": [1, None]}
-    assert tables.read_list(tmp_path / "b.json") == [1]
+    assert json_files.read_object(tmp_path / "a.json") == {"ü": [1, None]}
+    assert json_files.read_array(tmp_path / "b.json") == [1]
     with pytest.raises(UserError, match="an array was expected, not an object"):
-        tables.read_list(tmp_path / "a.json")
+        json_files.read_array(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(("text", "reason"), [("[]", "an object was expected"), ("{", "Expecting"), ("[" * 99999, "deeply")])
 def test_json_in_a_header_is_an_object_or_an_error_that_names_it(text, reason):
     with pytest.raises(UserError, match=f"facts of 'x' cannot be read as JSON: .*{reason}"):
-        tables.parse_table(text, "facts of 'x'")
-    assert tables.parse_table('{"a": 1}', "facts of 'x'") == {"a": 1}
+        json_files.parse_object(text, "facts of 'x'")
+    assert json_files.parse_object('{"a": 1}', "facts of 'x'") == {"a": 1}
