@@ -16,8 +16,8 @@ from dedistill.flow.guidance import ClassifierFree
 from dedistill.models.model import Model
 from dedistill.posthoc.average import average_run
 from dedistill.recipe import Recipe, load_recipe
+from dedistill.recipe.model_tables import Base
 from dedistill.recipe.resolve import resolve
-from dedistill.recipe.schema import Base
 from dedistill.release.merge import merge_adapter
 from dedistill.runs.model import last_weights, open_finished
 from dedistill.sampling.pairs import make_pairs, teacher_hash

@@ -1,7 +1,7 @@
 """Recipes of tiny real runs, for tests."""
 
+from dedistill.recipe.model_tables import Adapter
 from dedistill.recipe.resolve import recipe_of
-from dedistill.recipe.schema import Adapter
 
 
 def adapter_table(kind: str, *targets: dict, **keys) -> Adapter:

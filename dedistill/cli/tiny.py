@@ -17,7 +17,7 @@ from dedistill.cli.recipes import said_of
 from dedistill.errors import UserError
 from dedistill.models.registry import families, get_family
 from dedistill.recipe import load_recipe
-from dedistill.recipe.schema import Model
+from dedistill.recipe.model_tables import Model
 from dedistill.recipe.shipped import PREFIX, shipped_recipes
 from dedistill.recipe.toml import table_to_toml
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dedistill.flow.path import seen_anywhere
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.spec import ModelSpec
-from dedistill.recipe.schema import Model
+from dedistill.recipe.model_tables import Model
 
 MADE = ("base", "merges", "trained")
 """What a model folder says of how its weights were made; families write it and read it back."""

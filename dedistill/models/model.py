@@ -22,8 +22,8 @@ from dedistill.models.quantize import cast_float, dense_weight, linear_names, pr
 from dedistill.models.registry import get_family, public_name, text_length
 from dedistill.recipe import Recipe
 from dedistill.recipe.embedded import read_recipe
+from dedistill.recipe.model_tables import Adapter as AdapterTable
 from dedistill.recipe.resolve import filled
-from dedistill.recipe.schema import Adapter as AdapterTable
 
 CHUNK = 256
 ARITHMETIC = 2

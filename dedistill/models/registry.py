@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dedistill.errors import UserError
 from dedistill.models.spec import UNKNOWN, Config, Licence, ModelSpec, Published
-from dedistill.recipe.schema import Model
+from dedistill.recipe.model_tables import Model
 
 if TYPE_CHECKING:
     from dedistill.models.family import Family

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dedistill.recipe.schema import Model
+from dedistill.recipe.model_tables import Model
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import tomllib
 from typing import Any, Literal, get_args, get_origin
 
 from dedistill.errors import UserError
-from dedistill.recipe.schema import Recipe, Table
+from dedistill.recipe.fields import Table
+from dedistill.recipe.schema import Recipe
 from dedistill.recipe.toml import fields_of, table_in
 
 

@@ -16,9 +16,10 @@ from pydantic_core import ErrorDetails
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import with_home
 from dedistill.recipe.explain import any_of, explain, quote, shown
+from dedistill.recipe.fields import Table
 from dedistill.recipe.resolve import resolve
 from dedistill.recipe.rules import contradictions
-from dedistill.recipe.schema import Recipe, Table
+from dedistill.recipe.schema import Recipe
 from dedistill.recipe.shipped import near_shipped, shipped_file
 from dedistill.recipe.toml import dotted, fields_of, json_schema, locate, table_in, to_toml
 

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any, TypeVar
 
-from dedistill.recipe.schema import BY_FAMILY, Default, Model, Recipe, Table
+from dedistill.recipe.fields import BY_FAMILY, Default, Table
+from dedistill.recipe.model_tables import Model
+from dedistill.recipe.schema import Recipe
 from dedistill.recipe.toml import fields_of, table_in
 
 T = TypeVar("T")

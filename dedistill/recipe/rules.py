@@ -1,7 +1,8 @@
 """Keys that are well formed alone but make no sense together."""
 
+from dedistill.recipe.model_tables import Adapter
 from dedistill.recipe.objectives import OBJECTIVES
-from dedistill.recipe.schema import Adapter, Meters, Preview, Recipe, Timesteps
+from dedistill.recipe.schema import Meters, Preview, Recipe, Timesteps
 
 
 def contradictions(recipe: Recipe) -> list[tuple[str, str]]:

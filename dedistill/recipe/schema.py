@@ -4,56 +4,15 @@ Every field's description is what the JSON schema shows in an editor. Unknown ke
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints
+from pydantic import Field, PrivateAttr
 
-from dedistill.io.atomic import with_home
+from dedistill.recipe.fields import BY_FAMILY, SAFE_NAME, Bounded, Default, Place, Positive, Share, Table
+from dedistill.recipe.model_tables import Adapter, Base, Model
 from dedistill.recipe.objectives import DROPOUTS, ObjectiveName
 
-Positive = Annotated[int, Field(ge=1)]
-Bounded = Annotated[int, Field(ge=1, le=1_000_000)]  # what takes memory or time in proportion
-Share = Annotated[float, Field(ge=0, le=1)]
-Place = Annotated[str, StringConstraints(min_length=1), AfterValidator(with_home)]
-"""A path, or a hub id; ``~`` is the home folder."""
-SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._ -]*$"
-"""Names that are folders somewhere: no separators, nothing hidden, no way up."""
-BY_FAMILY = "the family's"
-
-
-@dataclass(frozen=True)
-class Default:
-    """What ``recipe.resolve`` puts in the place of a key that is left out, in recipes where the key has an effect.
-
-    Elsewhere the key stays none. A field may have several, of which at most one holds.
-    """
-
-    value: Any
-    """A value, or BY_FAMILY."""
-    key: str = ""
-    """Dotted key on which the effect depends; empty: it always has one."""
-    among: tuple[str, ...] = ()
-    """Values of ``key`` with which it holds; empty: all but 0."""
-
-    def holds(self, found: object) -> bool:
-        """Whether it does where ``key`` is ``found``."""
-        return not self.key or (found in self.among if self.among else bool(found))
-
-    def __str__(self) -> str:
-        if not self.key:
-            return str(self.value)
-        where = f"= {' or '.join(map(repr, self.among))}" if self.among else "more than 0"
-        return f"{self.value} with {self.key} {where}"
-
-
-_RANKS = Default(16, "adapter.kind", ("lora",)), Default("full", "adapter.kind", ("lokr",))
 _OF_IMAGES = ("data.source", ("pictures",))
-
-
-class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class Run(Table):
@@ -72,94 +31,6 @@ class Run(Table):
         600.0,
         description="Seconds without a sign of life after which a process writes its stacks and ends with code 75; 0: never. "
         "Six times that while loading or waiting for other processes.",
-    )
-
-
-class Architecture(Table):
-    """Sizes of a network that starts from random weights."""
-
-    channels: Positive = Field(1, description="Channels of an image.")
-    height: Positive = Field(description="Image height in pixels.")
-    width: Positive = Field(description="Image width in pixels.")
-    patch: Positive = Field(description="Side of the square of pixels that makes one token.")
-    layers: Positive = Field(description="Double-stream blocks.")
-    single_layers: Positive = Field(description="Single-stream blocks.")
-    heads: Positive = Field(description="Attention heads.")
-    head_dim: Positive = Field(description="Width of one head; the hidden size is heads * head_dim.")
-    rope_axes: list[Positive] = Field(min_length=3, max_length=3, description="Rotary widths; they add up to head_dim.")
-    text_dim: Positive = Field(32, description="Width of a text token.")
-    pooled_dim: Positive = Field(32, description="Width of the pooled text vector.")
-
-
-class Model(Table):
-    family: str = Field(description="Model family, e.g. pixel_flux.")
-    path: Place | None = Field(
-        None, description="Trained weights: folder, single file, or hub id. None with new: exactly one of the two is set."
-    )
-    revision: str | None = Field(
-        None, min_length=1, description="Commit of a hub id, for which it is required. None for files."
-    )
-    components: Place | None = Field(
-        None,
-        description="Folder or hub id of text encoders and VAE, where path is a single file with the denoiser alone. "
-        "None: they are in path.",
-    )
-    mask: Literal["bool", "none", "libreflux"] = Field(
-        "bool",
-        description="bool: padding of the text is invisible to attention; none: it takes part, as FLUX was trained; "
-        "libreflux: real tokens get +1 on their scores, as that model was trained.",
-    )
-    t5_mask: bool = Field(
-        True, description="The text encoder ignores padding too. false: as diffusers and LibreFLUX call T5, padding leaks in."
-    )
-    guidance: Annotated[Annotated[float, Field(ge=0)] | Literal["bypass"] | None, Default(BY_FAMILY)] = Field(
-        None,
-        description="Value fed to a distilled guidance embedding in training. bypass: train without it (Flex.1-alpha). "
-        "None where the network has no such embedding.",
-    )
-    text_length: Annotated[Positive | None, Default(BY_FAMILY)] = Field(
-        None, description="Tokens a caption is padded or cut to."
-    )
-    new: Architecture | None = Field(None, description="Sizes of a new network with random weights. None with path.")
-
-
-class Base(Table):
-    quant: Literal["none", "int8", "int8-quanto"] = Field(
-        "none", description="Storage of the frozen base: none, int8 (plain tensors, ours), int8-quanto (optimum-quanto)."
-    )
-    exclude: list[str] = Field(
-        default_factory=list, description="Name patterns of linears that stay unquantized; each must match at least one."
-    )
-
-
-class Target(Table):
-    """Linears that get an adapter of one shape. The first target that matches a name wins."""
-
-    pattern: str | None = Field(
-        None,
-        description="Module name; * stands for anything within one dotted part, ** for any number of parts. None with preset.",
-    )
-    preset: str | None = Field(
-        None, description="Named set of layers of the family, e.g. modulation, attention, mlp. None with pattern."
-    )
-    factor: Annotated[Annotated[int, Field(ge=-1)] | None, Default(4, "adapter.kind", ("lokr",))] = Field(
-        None, description="LoKr: side of the small Kronecker factor; -1 is the most even split."
-    )
-    rank: Annotated[Positive | Literal["full"] | None, *_RANKS] = Field(
-        None, description="LoRA: rank. LoKr: rank of the large factor, or full."
-    )
-
-
-class Adapter(Table):
-    kind: Literal["lokr", "lora"] = Field(description="Kind of the adapter.")
-    targets: list[Target] = Field(min_length=1, description="Which linears, in order of precedence.")
-    init: Literal["default", "ones", "perturbed_normal"] = Field(
-        "default",
-        description="default: as LyCORIS; ones: first LoKr factor 1, second 0; perturbed_normal: first 1, second small noise "
-        "with the mean and deviation of the layer's own weights.",
-    )
-    init_scale: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Default(1e-3, "adapter.init", ("perturbed_normal",))] = (
-        Field(None, description="Size of the perturbed_normal start relative to the weights.")
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from dedistill.recipe.schema import BY_FAMILY, Default, Recipe, Table
+from dedistill.recipe.fields import BY_FAMILY, Default, Table
+from dedistill.recipe.schema import Recipe
 
 # --- line numbers of the keys of a TOML document ---------------------------------------------------------------------
 

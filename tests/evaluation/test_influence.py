@@ -19,7 +19,7 @@ from dedistill.models.model import Model, build_model
 from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import linear_names
 from dedistill.recipe import load_recipe
-from dedistill.recipe.schema import Adapter, Architecture
+from dedistill.recipe.model_tables import Adapter, Architecture
 from dedistill.report.influence import write_influence
 from dedistill.runs.model import open_base
 

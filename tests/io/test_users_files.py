@@ -246,7 +246,8 @@ def test_a_tilde_is_the_home_folder_in_recipes_and_on_command_lines(tmp_path, mo
 
 
 def test_every_place_in_a_recipe_knows_the_home_folder(monkeypatch):
-    from dedistill.recipe.schema import Data, ImageSet, Model, Run
+    from dedistill.recipe.model_tables import Model
+    from dedistill.recipe.schema import Data, ImageSet, Run
 
     monkeypatch.setenv("HOME", "/home/me")
     places = [

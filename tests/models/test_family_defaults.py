@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from dedistill.models.flux.loading import PREFIX
 from dedistill.models.flux.tiny import write_tiny_flux
 from dedistill.models.registry import families, get_family
+from dedistill.recipe.model_tables import Model
 from dedistill.recipe.resolve import recipe_of
-from dedistill.recipe.schema import Model
 
 COMMIT = "0a" * 20
 
@@ -83,7 +83,7 @@ def test_a_hub_id_by_its_config_and_without_torch(tmp_path):
     code = """
 import sys
 from dedistill.models.registry import family_defaults
-from dedistill.recipe.schema import Model
+from dedistill.recipe.model_tables import Model
 ids = "someone/tuned-dev", "someone/else"
 found = [family_defaults(Model(family="flux", path=path, revision=sys.argv[1])) for path in ids]
 print([f.get("model.guidance") for f in found], [m for m in ("torch", "diffusers", "transformers") if m in sys.modules])

@@ -16,7 +16,7 @@ from dedistill.models.flux.network import MASKS
 from dedistill.models.flux.published import PUBLISHED, shape_of
 from dedistill.models.flux.tiny import write_tiny_flux
 from dedistill.models.quantize import prepare_base, storage_bytes
-from dedistill.recipe.schema import Model
+from dedistill.recipe.model_tables import Model
 
 PAGE = (Path(__file__).parents[2] / "docs/flux.md").read_text()
 GIB = 2**30

@@ -12,7 +12,7 @@ from dedistill.models.flux import loading
 from dedistill.models.flux.family import Flux
 from dedistill.models.flux.naming import to_bfl
 from dedistill.models.flux.tiny import write_tiny_flux
-from dedistill.recipe.schema import Model
+from dedistill.recipe.model_tables import Model
 
 NAME = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -34,7 +34,7 @@ from dedistill.models.quantize import (
     storage_bytes,
 )
 from dedistill.recipe import Recipe, load_recipe
-from dedistill.recipe.schema import Base
+from dedistill.recipe.model_tables import Base
 from dedistill.training.fsdp import Fsdp2
 
 MODES = {"none": nn.Linear, "int8": Int8Linear, "int8-quanto": QLinear}

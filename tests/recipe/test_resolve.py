@@ -7,9 +7,9 @@ import pytest
 from full_recipes import IMAGES, MODE, NEW, SMALL, TRAINED
 
 from dedistill.recipe import Recipe, load_recipe
+from dedistill.recipe.fields import BY_FAMILY, Default, Table
 from dedistill.recipe.resolve import as_it_was_meant, resolve
 from dedistill.recipe.rules import contradictions
-from dedistill.recipe.schema import BY_FAMILY, Default, Table
 from dedistill.recipe.toml import fields_of, table_in
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))

@@ -14,9 +14,9 @@ import pytest
 from full_recipes import IMAGES, MODE, NEW, SMALL, TRAINED
 
 from dedistill.recipe import Recipe, RecipeError, load_recipe, to_toml
+from dedistill.recipe.fields import Table
 from dedistill.recipe.load import json_schema
 from dedistill.recipe.rules import contradictions
-from dedistill.recipe.schema import Table
 from dedistill.recipe.toml import fields_of, table_in
 
 ROOT = Path(__file__).parents[2]

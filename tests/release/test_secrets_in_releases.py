@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_recipes import IMAGES
 
 from dedistill.models.registry import public_name
-from dedistill.recipe.schema import Recipe, Table
+from dedistill.recipe.fields import Table
+from dedistill.recipe.schema import Recipe
 from dedistill.recipe.toml import fields_of, table_in
 from dedistill.release.headers import public_recipe
 from dedistill.train import main

@@ -9,7 +9,9 @@ from test_run import run, same, weights
 
 from dedistill.models.pixel_flux import SPEC
 from dedistill.recipe import Recipe, load_recipe
-from dedistill.recipe.schema import Adapter, Data, Default, Timesteps, Train, Validate
+from dedistill.recipe.fields import Default
+from dedistill.recipe.model_tables import Adapter
+from dedistill.recipe.schema import Data, Timesteps, Train, Validate
 from dedistill.train import main
 
 

@@ -18,7 +18,7 @@ from dedistill.models.example import SPEC
 from dedistill.models.family import MADE, Components, Output, States, check_sigma, float_dtype
 from dedistill.models.pretrained import load_whole
 from dedistill.models.words import WordEncoder
-from dedistill.recipe.schema import Model
+from dedistill.recipe.model_tables import Model
 
 SCALE = 8
 """Pixels per latent, each way."""

@@ -23,8 +23,8 @@ from dedistill.models.flux.encoders import FluxText, FluxVae
 from dedistill.models.flux.network import FluxBlocks, flux_velocity
 from dedistill.models.flux.published import shape_of
 from dedistill.models.pipeline_files import copy_files, pipeline_files
+from dedistill.recipe.model_tables import Model
 from dedistill.recipe.resolve import filled
-from dedistill.recipe.schema import Model
 
 PATCH = 2
 SAVED = ("model_index.json", "scheduler")

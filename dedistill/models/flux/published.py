@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
 from dedistill.models.spec import APACHE, Config, Licence, Published, named_in
-from dedistill.recipe.schema import Model
+from dedistill.recipe.model_tables import Model
 
 NETWORK = "FluxTransformer2DModel"
 

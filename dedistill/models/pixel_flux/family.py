@@ -17,7 +17,7 @@ from dedistill.models.flux.network import FluxBlocks, flux_velocity
 from dedistill.models.pixel_flux import SPEC
 from dedistill.models.pretrained import load_whole, without_weights
 from dedistill.models.words import WordEncoder
-from dedistill.recipe.schema import Architecture, Model
+from dedistill.recipe.model_tables import Architecture, Model
 
 
 class PixelFlux(FluxBlocks):
