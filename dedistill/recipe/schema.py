@@ -4,7 +4,8 @@ Every field's description is what the JSON schema shows in an editor. Unknown ke
 """
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
