@@ -21,24 +21,24 @@ def network() -> nn.Sequential:
 
 
 def ours(quant: str, factor: int):
-    net = network()
-    prepare_base(net, quant, [], "cpu")
-    adapter = Adapter(net, "lokr", [Resolved("0", (WIDTH, WIDTH), factor, None, "0")]).to(torch.bfloat16)
+    denoiser = network()
+    prepare_base(denoiser, quant, [], "cpu")
+    adapter = Adapter(denoiser, "lokr", [Resolved("0", (WIDTH, WIDTH), factor, None, "0")]).to(torch.bfloat16)
     return step(adapter)
 
 
 def rebuild(factor: int):
     """LyCORIS as it comes on a plain linear: W + dW is built in every forward."""
-    net = network().requires_grad_(False)
-    module = LokrModule("x", net[0], 1.0, 1, 1, factor=factor, full_matrix=True).to(torch.bfloat16)
+    denoiser = network().requires_grad_(False)
+    module = LokrModule("x", denoiser[0], 1.0, 1, 1, factor=factor, full_matrix=True).to(torch.bfloat16)
     module.apply_to()
-    net.adapter = [module]
-    return step(net)
+    denoiser.adapter = [module]
+    return step(denoiser)
 
 
-def step(net: nn.Module):
+def step(denoiser: nn.Module):
     x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    return lambda: net(x).square().mean().backward()
+    return lambda: denoiser(x).square().mean().backward()
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def share(recipe: Path, out: Path) -> tuple[float, float]:
     if train([str(recipe), "--set", f"run.out={out}"]) != 0:
         raise SystemExit("the run failed")
     last = json.loads((out / "timings.jsonl").read_text().splitlines()[-1])
-    return 100 * last["waited"] / last["seconds"], last["seconds"] / (STEPS - 1)
+    return 100 * last["data_wait_s"] / last["seconds"], last["seconds"] / (STEPS - 1)
 
 
 def main() -> None:

@@ -34,17 +34,17 @@ class Tokens:
         return self.text if TEXT_LINEARS & set(parts) else self.image
 
 
-def forward_flops(net: nn.Module, tokens: Tokens) -> tuple[int, int]:
+def forward_flops(denoiser: nn.Module, tokens: Tokens) -> tuple[int, int]:
     """(L, A) of one sample: linears, and scores and sums of attention over image and text together."""
-    shapes = dense_shapes(net, linear_names(net))
+    shapes = dense_shapes(denoiser, linear_names(denoiser))
     linears = sum(2 * out * in_ * tokens.through(name) for name, (out, in_) in shapes.items())
-    blocks = len(net.transformer_blocks) + len(net.single_transformer_blocks)
-    return linears, 4 * (tokens.image + tokens.text) ** 2 * net.inner_dim * blocks
+    blocks = len(denoiser.transformer_blocks) + len(denoiser.single_transformer_blocks)
+    return linears, 4 * (tokens.image + tokens.text) ** 2 * denoiser.inner_dim * blocks
 
 
-def model_flops(net: nn.Module, tokens: Tokens) -> int:
+def model_flops(denoiser: nn.Module, tokens: Tokens) -> int:
     """2 L + 3 A of one sample: what a training step on the frozen base alone takes."""
-    linears, attention = forward_flops(net, tokens)
+    linears, attention = forward_flops(denoiser, tokens)
     return 2 * linears + 3 * attention
 
 

@@ -89,17 +89,17 @@ def blank(sizes: Sizes) -> Components:
         return FAMILY.build(recipe_for(sizes, "lokr").model.new)
 
 
-def fill(net: nn.Module, device: str) -> None:
+def fill(denoiser: nn.Module, device: str) -> None:
     """Random bf16 weights made on the device and quantized block by block: never more than one block unquantized."""
-    cast_float(net, torch.bfloat16)
+    cast_float(denoiser, torch.bfloat16)
     generator = torch.Generator(device).manual_seed(0)
-    for block in FAMILY.blocks(net):
+    for block in FAMILY.blocks(denoiser):
         _materialise(block, device, generator)
         prepare_base(block, "int8", [], device)
-    for child in net.children():
+    for child in denoiser.children():
         if not isinstance(child, nn.ModuleList):
             _materialise(child, device, generator)
-    prepare_base(net, "int8", FAMILY.presets(net)["blocks"], device)
+    prepare_base(denoiser, "int8", FAMILY.presets(denoiser)["blocks"], device)
 
 
 def _materialise(module: nn.Module, device: str, generator: torch.Generator) -> None:
@@ -123,7 +123,7 @@ class Setup:
     def flops(self, pixels: int) -> tuple[int, int]:
         """Of one sample: the base alone, and with the adapter."""
         tokens = Tokens((pixels // VAE // PATCH) ** 2, TEXT)
-        base = model_flops(self.model.parts.net, tokens)
+        base = model_flops(self.model.components.denoiser, tokens)
         return base, base + adapter_flops(self.model.targets, self.recipe.adapter.kind, tokens)
 
     def step(self, pixels: int, batch: int, generator: torch.Generator) -> float:
@@ -152,19 +152,19 @@ class Setup:
         return loss.detach()
 
 
-def set_up(parts: Components, sizes: Sizes, name: str, device: str) -> Setup:
+def set_up(components: Components, sizes: Sizes, name: str, device: str) -> Setup:
     """Attach and start the adapter of that name, in the order of dedistill.models.model."""
-    recipe, net = recipe_for(sizes, name), parts.net
+    recipe, denoiser = recipe_for(sizes, name), components.denoiser
     table = recipe.adapter
-    targets = resolve_targets(table, dense_shapes(net, linear_names(net)), FAMILY.presets(net))
+    targets = resolve_targets(table, dense_shapes(denoiser, linear_names(denoiser)), FAMILY.presets(denoiser))
     with torch.device(device):
-        adapter = Adapter(net, table.kind, targets)
-    weight = lambda name: dense_weight(net.get_submodule(name))  # noqa: E731
+        adapter = Adapter(denoiser, table.kind, targets)
+    weight = lambda name: dense_weight(denoiser.get_submodule(name))  # noqa: E731
     for layer, module in adapter.by_target.items():
         initialise(module, layer, lambda n=layer: weight(n), init=table.init, scale=table.init_scale, seed=0)
     adapter.to(torch.bfloat16)
     check_started(adapter.by_target, weight, init=table.init, scale=table.init_scale)
-    model = Model(FAMILY, parts, adapter, TEXT, bf16=True, adapter=adapter, targets=targets)
+    model = Model(FAMILY, components, adapter, TEXT, bf16=True, adapter=adapter, targets=targets)
     return Setup(model, make_optimizer(recipe, model.trainable().values()), recipe)
 
 
@@ -260,13 +260,13 @@ def line(row: dict) -> str:
 def measure(sizes: Sizes, device: str, out: Path, clock: Clock) -> None:
     """Every cell in turn; the file is written anew after each, so that a killed run keeps what it measured."""
     peak = matmul_flops(sizes.matmul, device, clock)
-    parts = blank(sizes)
-    fill(parts.net, device)
+    components = blank(sizes)
+    fill(components.denoiser, device)
     facts = {
         "device": device_name(device),
         "torch": torch.__version__,
         "matmul_tflops": peak / 1e12,
-        "base_gb": storage_bytes(parts.net) / 1e9,
+        "base_gb": storage_bytes(components.denoiser) / 1e9,
         "text_tokens": TEXT,
         "parameters": {},
         "rows": [],
@@ -275,10 +275,14 @@ def measure(sizes: Sizes, device: str, out: Path, clock: Clock) -> None:
         f"{facts['device']}, torch {torch.__version__}: base {facts['base_gb']:.3g} GB, bf16 matmul {peak / 1e12:.3g} TFLOP/s"
     )
     for name in ADAPTERS:
-        setup = set_up(parts, sizes, name, device)
+        setup = set_up(components, sizes, name, device)
         facts["parameters"][name] = sum(p.numel() for p in setup.model.trainable().values())
         for pixels, batch, checkpointing in product(sizes.pixels, (1, 4), (False, True)):
-            (parts.net.enable_gradient_checkpointing if checkpointing else parts.net.disable_gradient_checkpointing)()
+            (
+                components.denoiser.enable_gradient_checkpointing
+                if checkpointing
+                else components.denoiser.disable_gradient_checkpointing
+            )()
             row = {"adapter": name, "pixels": pixels, "batch": batch, "checkpointing": checkpointing}
             row |= cell(setup, sizes, pixels, batch, peak, clock)
             facts["rows"].append(row)

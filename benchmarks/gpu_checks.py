@@ -56,18 +56,22 @@ KERNELS = {
 def model(sizes: dict, kind: str, side: int, device: str, *, bf16: bool, mask: str = "bool") -> Model:
     """A frozen int8 network of these sizes with a random adapter on its blocks; the same numbers on every device."""
     new = SimpleNamespace(channels=16, height=side, width=side, patch=2, **sizes)
-    parts = FAMILY.build(new, mask=mask, seed=0)
-    cast_float(parts.net, torch.bfloat16 if bf16 else torch.float32)
-    shapes = {n: s for n, s in dense_shapes(parts.net, linear_names(parts.net)).items() if "transformer_blocks" in n}
-    prepare_base(parts.net, "int8", [], device)
+    components = FAMILY.build(new, mask=mask, seed=0)
+    cast_float(components.denoiser, torch.bfloat16 if bf16 else torch.float32)
+    shapes = {
+        n: s
+        for n, s in dense_shapes(components.denoiser, linear_names(components.denoiser)).items()
+        if "transformer_blocks" in n
+    }
+    prepare_base(components.denoiser, "int8", [], device)
     factor, rank = (4, None) if kind == "lokr" else (None, 4)
     targets = [Resolved(name, shape, factor, rank, "blocks") for name, shape in shapes.items()]
-    adapter = Adapter(parts.net, kind, targets)
+    adapter = Adapter(components.denoiser, kind, targets)
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
     adapter.to(device, torch.bfloat16 if bf16 else torch.float32)
-    return Model(FAMILY, parts, adapter, TOKENS, bf16=bf16, adapter=adapter, targets=targets)
+    return Model(FAMILY, components, adapter, TOKENS, bf16=bf16, adapter=adapter, targets=targets)
 
 
 def batch(side: int, text_dim: int, pooled_dim: int, *, ragged: bool) -> tuple[Tensor, Tensor, Tensor, Conditioning]:

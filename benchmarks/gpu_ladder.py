@@ -128,7 +128,7 @@ def graphed(setup: Setup) -> Iterator[None]:
     recorded: dict[tuple, tuple] = {}
 
     def play(*samples: Tensor) -> Tensor:
-        key = (*(s.shape for s in samples), setup.model.parts.net.is_gradient_checkpointing)
+        key = (*(s.shape for s in samples), setup.model.components.denoiser.is_gradient_checkpointing)
         if key not in recorded:
             recorded[key] = record(samples)
         graph, inputs, loss = recorded[key]
@@ -163,8 +163,8 @@ def graphed(setup: Setup) -> Iterator[None]:
 @contextmanager
 def dense(setup: Setup) -> Iterator[None]:
     """The base as bf16 weights."""
-    net = setup.model.parts.net
-    linears = [module for module in net.modules() if isinstance(module, int8.Int8Linear)]
+    denoiser = setup.model.components.denoiser
+    linears = [module for module in denoiser.modules() if isinstance(module, int8.Int8Linear)]
     codes = {module: module.weight for module in linears}
     for module in linears:
         module.weight = nn.Parameter(module.dequantized(), requires_grad=False)
@@ -231,21 +231,24 @@ def profile(setup: Setup, pixels: int, batch: int, clock: Clock) -> dict:
 
 
 def checkpointing(setup: Setup, on: bool) -> None:
-    net = setup.model.parts.net
+    denoiser = setup.model.components.denoiser
     if not on:
-        return net.disable_gradient_checkpointing()
+        return denoiser.disable_gradient_checkpointing()
     # nothing is drawn at random within a block, and the state of a GPU's generator cannot be read while a graph is recorded
-    net.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+    denoiser.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
 
 def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[[], None]) -> None:
     """Every stage in turn, the most wanted first; each is written down before the next."""
     peak = matmul_flops(sizes.matmul, device, clock)
     facts["matmul_tflops"] = peak / 1e12
-    parts = blank(sizes)
-    fill(parts.net, device)
-    setup = set_up(parts, sizes, "lokr", device)
-    kinds = {t.device.type for t in (*parts.net.parameters(), *parts.net.buffers(), *setup.model.trainable().values())}
+    components = blank(sizes)
+    fill(components.denoiser, device)
+    setup = set_up(components, sizes, "lokr", device)
+    kinds = {
+        t.device.type
+        for t in (*components.denoiser.parameters(), *components.denoiser.buffers(), *setup.model.trainable().values())
+    }
     assert kinds == {torch.device(device).type}, f"tensors on {kinds}"
     small, large = sizes.pixels
     facts |= {"cells": [], "changes": [], "profiles": {}, "spent": {}}

@@ -117,12 +117,12 @@ def chain(lab: Seed) -> Scores:
 @torch.no_grad()
 def _write_int4(model: Model, out: Path) -> None:
     """The model with every linear's weight rounded to 15 levels, symmetric, one scale per output row."""
-    for module in model.parts.net.modules():
+    for module in model.components.denoiser.modules():
         if isinstance(module, nn.Linear):
             scale = module.weight.abs().amax(1, keepdim=True) / 7
             module.weight.copy_((module.weight / scale.clamp(min=1e-12)).round().clamp(-7, 7) * scale)
     out.mkdir(exist_ok=True)
-    model.family.save(model.parts, out)
+    model.family.save(model.components, out)
 
 
 def variant(lab: Seed, name: str) -> Scores:

@@ -38,7 +38,7 @@ class Examiner:
 
     def images(self, model: Model, cfg: float, *, steps: int = STEPS, length: int | None = None) -> dict[str, float]:
         """accuracy, frechet, precision, recall, saturated of images at one scale."""
-        noise = start_noise(0, len(self.prompts), model.parts.sample_shape)
+        noise = start_noise(0, len(self.prompts), model.components.sample_shape)
         made = sample(model, self.prompts, noise, Sampling(steps=steps, guidance=ClassifierFree(cfg)), length=length)
         numbers = {"accuracy": float(np.mean(self.judge.correct(made, self.prompts)))} | self.judge.numbers(made)
         return numbers | {"saturated": float(image_numbers(made)["saturated"].mean())}
@@ -52,7 +52,7 @@ class Examiner:
 
     def paths(self, model: Model, cfg: float = 1.0) -> dict[str, float]:
         """straightness of the paths, and Frechet distances in one step and in 16."""
-        noise, sigmas = start_noise(0, len(self.prompts), model.parts.sample_shape), sigma_grid(32, model.grid_shift)
+        noise, sigmas = start_noise(0, len(self.prompts), model.components.sample_shape), sigma_grid(32, model.grid_shift)
         how = Sampling(steps=32, guidance=ClassifierFree(cfg))
         found = [path_numbers(states, sigmas)[:2] for states in trajectories(model, self.prompts, noise, how)]
         chord, curvature = (np.concatenate(part) for part in zip(*found))

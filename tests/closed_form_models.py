@@ -29,15 +29,15 @@ class ClosedForm:
     def __init__(self, mixture: Mixture, straight: bool = False):
         self.mixture, self.straight = mixture, straight
 
-    def encode_text(self, parts, captions, length):
+    def encode_text(self, components, captions, length):
         labels = torch.tensor([[float(c) if c else -1.0] for c in captions])
         return Conditioning.of(torch.zeros(len(captions), 1, 1), torch.ones(len(captions), 1, dtype=torch.bool), pooled=labels)
 
-    def velocity(self, parts, net, noisy, sigma, text, guidance=None):
+    def velocity(self, components, denoiser, noisy, sigma, text, guidance=None):
         x, s, out = noisy.flatten(1).double(), sigma.double(), torch.zeros(noisy.flatten(1).shape, dtype=torch.float64)
         for label in text.vectors["pooled"][:, 0].unique().tolist():
             rows = text.vectors["pooled"][:, 0] == label
-            out[rows] = self._velocity(x[rows], s[rows], int(label), float(net.weight))
+            out[rows] = self._velocity(x[rows], s[rows], int(label), float(denoiser.weight))
         return out.reshape(noisy.shape)
 
     def _velocity(self, x, s, label, baked):
@@ -47,21 +47,21 @@ class ClosedForm:
             return noise - self.mixture.transport(noise)
         return self.mixture.velocity(x, s) if label < 0 else self.mixture.guided(x, s, label, baked)
 
-    def decode(self, parts, latents):
+    def decode(self, components, latents):
         return latents
 
-    def shift(self, parts, tokens):
+    def shift(self, components, tokens):
         return 1.0
 
-    def tokens(self, parts, shape):
+    def tokens(self, components, shape):
         return 1
 
 
 def closed_form(mixture: Mixture = PLANE, *, baked: float = 1.0, straight: bool = False, chunk: int = 256) -> Model:
-    net = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(net.weight, baked)
-    parts = Components(net, SimpleNamespace(unload=lambda: None), IMAGE)
-    return Model(ClosedForm(mixture, straight), parts, net, text_length=1, chunk=chunk)
+    denoiser = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(denoiser.weight, baked)
+    components = Components(denoiser, SimpleNamespace(unload=lambda: None), IMAGE)
+    return Model(ClosedForm(mixture, straight), components, denoiser, text_length=1, chunk=chunk)
 
 
 class ClosedFormData(OneSize):

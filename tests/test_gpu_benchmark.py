@@ -35,7 +35,7 @@ def network():
     return PixelFlux().build(new)
 
 
-def counted(parts, call, *, backward: bool) -> int:
+def counted(components, call, *, backward: bool) -> int:
     """Operations of one call, as torch counts the matmuls that run; every input wants a gradient."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator).requires_grad_()  # noqa: E731
@@ -43,7 +43,7 @@ def counted(parts, call, *, backward: bool) -> int:
     noisy = draw(BATCH, 1, 16, 32)
     # the plain kernel spells attention out as matmuls, which are counted one by one
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        out = PixelFlux().velocity(parts, call, noisy, torch.full((BATCH,), 0.5), text)
+        out = PixelFlux().velocity(components, call, noisy, torch.full((BATCH,), 0.5), text)
         if backward:
             out.sum().backward()
     return counter.get_total_flops()
@@ -53,8 +53,10 @@ def test_forward_is_exactly_what_torch_counts():
     """PERFORMANCE 2.1: linears and attention of every kind of block."""
     from benchmarks.flops import Tokens, forward_flops
 
-    parts = network()
-    assert counted(parts, parts.net, backward=False) == BATCH * sum(forward_flops(parts.net, Tokens(IMAGE, TEXT)))
+    components = network()
+    assert counted(components, components.denoiser, backward=False) == BATCH * sum(
+        forward_flops(components.denoiser, Tokens(IMAGE, TEXT))
+    )
 
 
 @pytest.mark.parametrize("quant", ["none", "int8"])
@@ -62,11 +64,13 @@ def test_training_step_on_a_frozen_base_is_2_l_and_3_a(quant):
     """PERFORMANCE 2.3: exact, but for the linears of sigma, whose inputs want no gradient."""
     from benchmarks.flops import Tokens, model_flops
 
-    parts = network()
-    prepare_base(parts.net, quant, [], "cpu")
-    embedder = parts.net.time_text_embed.timestep_embedder
+    components = network()
+    prepare_base(components.denoiser, quant, [], "cpu")
+    embedder = components.denoiser.time_text_embed.timestep_embedder
     sigma = 2 * (embedder.linear_1.weight.numel() + embedder.linear_2.weight.numel())
-    assert counted(parts, parts.net, backward=True) == BATCH * (model_flops(parts.net, Tokens(IMAGE, TEXT)) - sigma)
+    assert counted(components, components.denoiser, backward=True) == BATCH * (
+        model_flops(components.denoiser, Tokens(IMAGE, TEXT)) - sigma
+    )
 
 
 FORMS = [
@@ -82,14 +86,14 @@ def test_an_adapter_adds_its_factors_three_times(kind, target):
     """PERFORMANCE 3.1."""
     from benchmarks.flops import Tokens, adapter_flops
 
-    parts = network()
-    prepare_base(parts.net, "int8", [], "cpu")
-    before = counted(parts, parts.net, backward=True)
+    components = network()
+    prepare_base(components.denoiser, "int8", [], "cpu")
+    before = counted(components, components.denoiser, backward=True)
     table = adapter_table(kind, target)
-    presets = PixelFlux().presets(parts.net)
-    targets = resolve_targets(table, dense_shapes(parts.net, linear_names(parts.net)), presets)
-    adapter = Adapter(parts.net, kind, targets)
-    added = counted(parts, adapter, backward=True) - before
+    presets = PixelFlux().presets(components.denoiser)
+    targets = resolve_targets(table, dense_shapes(components.denoiser, linear_names(components.denoiser)), presets)
+    adapter = Adapter(components.denoiser, kind, targets)
+    added = counted(components, adapter, backward=True) - before
     assert added == BATCH * adapter_flops(targets, kind, Tokens(IMAGE, TEXT))
 
 
@@ -99,8 +103,8 @@ def test_full_size_is_the_known_table(pixels, linears, attention, model):
     from benchmarks.flops import Tokens, forward_flops, model_flops
     from benchmarks.gpu import FULL, blank
 
-    net, tokens = blank(FULL).net, Tokens((pixels // 16) ** 2, 80)
-    found = [*forward_flops(net, tokens), model_flops(net, tokens)]
+    denoiser, tokens = blank(FULL).denoiser, Tokens((pixels // 16) ** 2, 80)
+    found = [*forward_flops(denoiser, tokens), model_flops(denoiser, tokens)]
     assert [f / 1e12 for f in found] == pytest.approx([linears, attention, model], rel=5e-3)
 
 
@@ -129,14 +133,14 @@ def test_weights_are_random_and_on_the_device():
     """Never zeros: int8 codes, scales, biases and norms, and the adapter too."""
     from benchmarks.gpu import TINY, blank, fill, set_up
 
-    parts = blank(TINY)
-    fill(parts.net, "cpu")
-    assert not any(t.is_meta for t in (*parts.net.parameters(), *parts.net.buffers()))
-    assert len(linear_names(parts.net)) == sum(isinstance(m, Int8Linear) for m in parts.net.modules())
-    for name, parameter in parts.net.named_parameters():
+    components = blank(TINY)
+    fill(components.denoiser, "cpu")
+    assert not any(t.is_meta for t in (*components.denoiser.parameters(), *components.denoiser.buffers()))
+    assert len(linear_names(components.denoiser)) == sum(isinstance(m, Int8Linear) for m in components.denoiser.modules())
+    for name, parameter in components.denoiser.named_parameters():
         assert (parameter.float() != 0).float().mean() > 0.95, name
         assert not parameter.requires_grad
-    setup = set_up(parts, TINY, "lokr", "cpu")
+    setup = set_up(components, TINY, "lokr", "cpu")
     assert all((p != 0).all() and p.dtype == torch.bfloat16 for p in setup.model.trainable().values())
     assert count_parameters(setup.model.targets, "lokr") == sum(p.numel() for p in setup.model.trainable().values())
 

@@ -87,7 +87,7 @@ def test_variances_are_those_of_gradients_taken_one_by_one(tmp_path):
         ["train.batch=4", "model.new.layers=1", "model.new.single_layers=1"],
     )
     source, model = open_source(recipe.data), build_model(recipe)
-    model.parts.net.requires_grad_(True)
+    model.components.denoiser.requires_grad_(True)
     objective, losses, gradients = objective_for(recipe, source, model.shift), [], []
     for step in range(3):
         model.root.zero_grad()

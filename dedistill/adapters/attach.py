@@ -24,21 +24,21 @@ class Adapter(nn.Module):
     broadcast, saved or optimized with it.
     """
 
-    def __init__(self, net: nn.Module, kind: str, targets: list[Resolved]):
+    def __init__(self, denoiser: nn.Module, kind: str, targets: list[Resolved]):
         super().__init__()
-        self._net = [net]
+        self._denoiser = [denoiser]
         self.by_target: dict[str, LycorisBaseModule] = {}
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         """Of each target's parameters. An engine may cut the parameters themselves."""
         for target in targets:
-            module = _build(kind, target, linear_in(net, target.name))
+            module = _build(kind, target, linear_in(denoiser, target.name))
             module.apply_to()
             self.add_module(file_name(target.name), module)
             self.by_target[target.name] = module
             self.shapes[target.name] = {name: tuple(p.shape) for name, p in module.named_parameters()}
 
     def forward(self, *args: Any, **kwargs: Any) -> object:
-        return self._net[0](*args, **kwargs)
+        return self._denoiser[0](*args, **kwargs)
 
     def detach_from_base(self) -> None:
         """Give the network its own forward back, bit for bit."""
@@ -105,11 +105,11 @@ def _build(kind: str, target: Resolved, linear: nn.Linear) -> LycorisBaseModule:
     return LokrLayer(name, linear, 1.0, rank, rank, factor=target.factor, full_matrix=target.rank is None, bypass_mode=True)
 
 
-def dense_shapes(net: nn.Module, names: list[str]) -> dict[str, tuple[int, int]]:
+def dense_shapes(denoiser: nn.Module, names: list[str]) -> dict[str, tuple[int, int]]:
     """name -> (out, in) of the linears ``names``."""
-    return {n: (linear_in(net, n).out_features, linear_in(net, n).in_features) for n in names}
+    return {n: (linear_in(denoiser, n).out_features, linear_in(denoiser, n).in_features) for n in names}
 
 
-def linear_in(net: nn.Module, name: str) -> nn.Linear:
+def linear_in(denoiser: nn.Module, name: str) -> nn.Linear:
     """Quantized ones are no ``nn.Linear``, but have its sizes."""
-    return cast(nn.Linear, net.get_submodule(name))
+    return cast(nn.Linear, denoiser.get_submodule(name))

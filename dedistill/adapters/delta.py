@@ -49,7 +49,7 @@ def scale(factors: Mapping[str, Tensor]) -> float:
 
 
 @torch.no_grad()
-def merge(net: nn.Module, modules: Mapping[str, LycorisBaseModule]) -> None:
+def merge(denoiser: nn.Module, modules: Mapping[str, LycorisBaseModule]) -> None:
     """Add every adapter's delta into the dense linear it sits on: float32 sum, rounded once to the weight's dtype.
 
     modules: linear name -> LyCORIS module. Raises ValueError for a quantized linear, whose codes would swallow
@@ -57,7 +57,7 @@ def merge(net: nn.Module, modules: Mapping[str, LycorisBaseModule]) -> None:
     """
     linears: dict[str, nn.Linear] = {}
     for name in modules:
-        linear = net.get_submodule(name)
+        linear = denoiser.get_submodule(name)
         if type(linear) is not nn.Linear:
             raise ValueError(f"'{name}' is a {type(linear).__name__}; merge into the unquantized base instead")
         linears[name] = linear

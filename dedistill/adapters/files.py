@@ -62,11 +62,11 @@ def load_lokr(pipe: "DiffusionPipeline | nn.Module", file: str | Path, name: str
     """
     # set_adapters and the like come from mixins of diffusers, which no stub of a module has
     folder = next((folder for folder in FOLDERS if hasattr(pipe, folder)), None)
-    net: Any = getattr(pipe, folder) if folder else pipe
-    if name in getattr(net, "peft_config", {}):
+    denoiser: Any = getattr(pipe, folder) if folder else pipe
+    if name in getattr(denoiser, "peft_config", {}):
         raise UserError(f"the network already has an adapter '{name}': give another name")
     source, (tensors, header) = str(file), read_tensors(Path(file))
-    linears = {n.removesuffix(".base_layer"): m for n, m in net.named_modules() if isinstance(m, nn.Linear)}
+    linears = {n.removesuffix(".base_layer"): m for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
     shapes = {n: (m.out_features, m.in_features) for n, m in linears.items()}
     layers = by_layer(tensors, shapes, source, folder=folder or FOLDERS[0], header=header)
     if is_lora(layers):
@@ -76,17 +76,17 @@ def load_lokr(pipe: "DiffusionPipeline | nn.Module", file: str | Path, name: str
     r = max(max(t.shape) for t in factors.values())  # so large that PEFT makes full factors; alpha = r: scale 1
     # the state dict names the layers exactly; target_modules alone would also take what ends alike
     inject_adapter_in_model(
-        LoKrConfig(r=r, alpha=r, target_modules=sorted(layers)), net, name, low_cpu_mem_usage=True, state_dict=factors
+        LoKrConfig(r=r, alpha=r, target_modules=sorted(layers)), denoiser, name, low_cpu_mem_usage=True, state_dict=factors
     )
     for linear in layers:
-        layer = net.get_submodule(linear)
+        layer = denoiser.get_submodule(linear)
         weight = layer.get_base_layer().weight
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         for w in ("lokr_w1", "lokr_w2"):
             tensor = factors[f"{linear}.{w}"].to(weight.device, dtype)
             getattr(layer, w)[name] = nn.Parameter(tensor, requires_grad=False)
-    net._hf_peft_config_loaded = True  # diffusers' own mark, without which set_adapters refuses
-    net.set_adapters([name])
+    denoiser._hf_peft_config_loaded = True  # diffusers' own mark, without which set_adapters refuses
+    denoiser.set_adapters([name])
     return name
 
 

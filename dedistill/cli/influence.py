@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts, lambda: open_data(recipe, sampling_device(), say).source)
     model = open_base(recipe)
     found = measure(model, list(prompts), sigmas=args.sigmas, batch=args.batch)
-    shapes = dense_shapes(model.parts.net, linear_names(model.parts.net))
+    shapes = dense_shapes(model.components.denoiser, linear_names(model.components.denoiser))
     factors, used = share_out(found.per_block(), shapes, args.budget)
     page = write_influence(out, found, factors, used, args.budget, args.recipe)
     print(f"done: {page}, and influence.toml beside it with {used:,} trained parameters", file=sys.stderr)

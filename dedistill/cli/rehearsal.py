@@ -73,7 +73,7 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], None], say: Say) -> None:
         say("  " + _check_full_size(recipe, family))
     if recipe.model.path and Path(recipe.model.path).exists():  # else it is to be fetched, or made by an earlier stage
         with stage("the model, by its files"):
-            family.load(recipe.model, seed=recipe.run.seed, net=False)
+            family.load(recipe.model, seed=recipe.run.seed, denoiser=False)
     if recipe.data.source == "pictures":
         recipe, whose = _with_samples(recipe, out, say)
         with stage(f"{whose} images and captions"):
@@ -172,12 +172,14 @@ def _check_captions(recipe: Recipe) -> None:
 
 def _check_full_size(recipe: Recipe, family: Family) -> str:
     """Layer patterns against the full-size network, and whether what will be kept fits the disk."""
-    net = family.full_size(recipe.model)
-    total = sum(p.numel() for p in net.parameters())
+    denoiser = family.full_size(recipe.model)
+    total = sum(p.numel() for p in denoiser.parameters())
     if recipe.adapter is None:
         count, summary = total, f"all {total:,} parameters are trained"
     else:
-        targets = resolve_targets(recipe.adapter, dense_shapes(net, linear_names(net)), family.presets(net), recipe.where)
+        targets = resolve_targets(
+            recipe.adapter, dense_shapes(denoiser, linear_names(denoiser)), family.presets(denoiser), recipe.where
+        )
         count = count_parameters(targets, recipe.adapter.kind)
         layers = amount(len(targets), "layer")
         summary = f"{count:,} trained parameters in {layers} of a network of {total:,}"

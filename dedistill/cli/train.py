@@ -125,13 +125,13 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         if world.main:
             held.enter_context(run)
             notes = stop.watch(run.path)
-        world.same(flat(recipe.resolved()))
+        world.assert_equal_on_all_ranks(flat(recipe.resolved()))
         data = open_data(recipe, accelerator.device, say, world)
-        model = build_model(recipe, "cpu" if engine.cuts_on_cpu else accelerator.device)
+        model = build_model(recipe, "cpu" if engine.builds_on_cpu else accelerator.device)
         model.text_cache |= data.text_cache
-        _check_images(recipe, data.source.image, model.parts.sample_shape)
-        base = sample_sha256(model.parts.net)
-        world.same({"hash of the data": data.digest, "hash of a sample of the base": base})
+        _check_images(recipe, data.source.image, model.components.sample_shape)
+        base = sample_sha256(model.components.denoiser)
+        world.assert_equal_on_all_ranks({"hash of the data": data.digest, "hash of a sample of the base": base})
         engine.place(model, accelerator.device)
         if world.main:
             notes += run.bind(input_files(recipe), data.digest, base)
@@ -162,7 +162,7 @@ def _announce(trainer: "Trainer", data: dict[str, object], notes: list[str]) -> 
     plan, model, world = trainer.plan, trainer.model, trainer.world
     replace_json(trainer.run.path / "plan.json", {"plan": plan.as_dict(), "effects": model.facts | data | trainer.facts()})
     devices = f"{world.size} x {model.device.type}" if world.size > 1 else str(model.device)
-    header(trainer.recipe, plan, model, trainer.state.step, devices + trainer.engine.in_parts, notes)
+    header(trainer.recipe, plan, model, trainer.state.step, devices + trainer.engine.placement, notes)
 
 
 def _conclude(trainer: "Trainer", plan: Plan, again: str, exported: Path | None) -> None:

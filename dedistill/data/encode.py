@@ -85,21 +85,23 @@ def open_data(recipe: Recipe, device: torch.device | str, say: Say, world: World
     """
     if recipe.data.source != "pictures":
         return Prepared(open_source(recipe.data))
-    family, parts = _encoders(recipe)
-    parts.device = device
-    return prepare(recipe, family, parts, say=say, world=world or World())
+    family, components = _encoders(recipe)
+    components.device = device
+    return prepare(recipe, family, components, say=say, world=world or World())
 
 
 def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     family = get_family(recipe.model.family, recipe.where("model.family"))
-    parts = family.load(recipe.model, seed=recipe.run.seed, net=False)
-    if parts.vae is None:
+    components = family.load(recipe.model, seed=recipe.run.seed, denoiser=False)
+    if components.vae is None:
         raise UserError(f"{recipe.where('data.source')}: {family.spec.name} has no codec that encodes 'pictures'", 2)
-    recipe.timesteps.resolved_shift(lambda: family.shift(parts, family.tokens(parts, parts.sample_shape)))  # or it says why not
-    return family, parts
+    recipe.timesteps.resolved_shift(
+        lambda: family.shift(components, family.tokens(components, components.sample_shape))
+    )  # or it says why not
+    return family, components
 
 
-def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, world: World | None = None) -> Prepared:
+def prepare(recipe: Recipe, family: Family, components: Components, *, say: Say, world: World | None = None) -> Prepared:
     """Encode what the cache lacks, then open it.
 
     Raises UserError when nothing usable is found, or when the cache was made with other encoders or settings.
@@ -109,31 +111,31 @@ def prepare(recipe: Recipe, family: Family, parts: Components, *, say: Say, worl
     for rank in range(2):  # rank 0 looks first, and leaves the others an index to read
         if min(world.rank, 1) == rank:
             cache, index, images = look(recipe, say)
-            latents, texts = open_stores(recipe, family, parts, cache)
+            latents, texts = open_stores(recipe, family, components, cache)
         world.wait()
     prompts = _prompts(recipe)
     captions = list(dict.fromkeys([*prompts, *(c for p in images for c in p.sample.captions)]))
     if any(world.gather(bool(_missing_captions(captions, texts) or _missing_images(images, latents)))):
         with sole_writer(cache, say) if world.main else nullcontext():
             world.wait()
-            latents, texts = open_stores(recipe, family, parts, cache)  # another run may have written meanwhile
+            latents, texts = open_stores(recipe, family, components, cache)  # another run may have written meanwhile
             mine = slice(world.rank, None, world.size)
             captions_left, images_left = _missing_captions(captions, texts)[mine], _missing_images(images, latents)[mine]
             world.wait()
             length = _length(recipe, family)
-            cut = sum(world.gather(_encode_captions(captions_left, texts, family, parts, length, say)))
+            cut = sum(world.gather(_encode_captions(captions_left, texts, family, components, length, say)))
             if cut:
                 say(f"{amount(cut, 'caption is', 'captions are')} longer than {length} tokens and cut")
-            parts.text.unload()
-            _encode_images(images_left, index, latents, family, parts, say)
-            if parts.vae:
-                parts.vae.unload()
+            components.text.unload()
+            _encode_images(images_left, index, latents, family, components, say)
+            if components.vae:
+                components.vae.unload()
             world.wait()
-        latents, texts = open_stores(recipe, family, parts, cache)
-    text_cache = {caption: read_text(texts, caption, parts.text.widths) for caption in prompts}
-    weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, parts)
+        latents, texts = open_stores(recipe, family, components, cache)
+    text_cache = {caption: read_text(texts, caption, components.text.widths) for caption in prompts}
+    weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, components)
     held_out: HeldOut = filled(recipe.data.held_out, "data.held_out")
-    widths = parts.text.widths
+    widths = components.text.widths
     source = EncodedImages(images, weights, latents, texts, held_out=held_out, latent_shape=latent_shape, text_widths=widths)
     facts = {
         "images": len(images),
@@ -164,9 +166,9 @@ def check_cached(recipe: Recipe) -> None:
 def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
     """What is wrong with the cache of ``recipe``: one line per problem, nothing is encoded. Reads every shard."""
     check_cached(recipe)
-    family, parts = _encoders(recipe)
+    family, components = _encoders(recipe)
     cache, _, images = look(recipe, say)
-    latents, texts = open_stores(recipe, family, parts, cache)
+    latents, texts = open_stores(recipe, family, components, cache)
     problems = [f"'{shard}' is damaged: delete it, it is encoded again" for s in (latents, texts) for shard in s.damaged()]
     wanted = {latent_key(p.sample, crop) for p in images for crop in p.crops}
     captions = {text_key(c) for c in [*_prompts(recipe), *(c for p in images for c in p.sample.captions)]}
@@ -179,13 +181,13 @@ def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
     return problems
 
 
-def open_stores(recipe: Recipe, family: Family, parts: Components, cache: Path) -> tuple[Store, Store]:
+def open_stores(recipe: Recipe, family: Family, components: Components, cache: Path) -> tuple[Store, Store]:
     """(latents, text). Raises UserError, naming what differs, when they were made by other encoders or settings."""
-    inputs = _inputs(recipe, family, parts, cache)
+    inputs = _inputs(recipe, family, components, cache)
     return Store(cache / "latents", inputs["latents"]), Store(cache / "text", inputs["text"])
 
 
-def cached_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, Conditioning]:
+def cached_text(recipe: Recipe, family: Family, components: Components) -> dict[str, Conditioning]:
     """What the cache of ``recipe`` has of the empty prompt, the negative one and those of previews; nothing without a cache.
 
     A finished model that is given these uses the very tensors it was trained with. Raises as ``open_stores`` does.
@@ -193,13 +195,13 @@ def cached_text(recipe: Recipe, family: Family, parts: Components) -> dict[str, 
     if recipe.data.source != "pictures" or not (cache := Path(filled(recipe.data.cache, "data.cache"))).is_dir():
         return {}
     refuse_foreign(cache, "cache", "data.cache")
-    texts = Store(cache / "text", _inputs(recipe, family, parts, cache)["text"])
-    return {c: read_text(texts, c, parts.text.widths) for c in _prompts(recipe) if text_key(c) in texts}
+    texts = Store(cache / "text", _inputs(recipe, family, components, cache)["text"])
+    return {c: read_text(texts, c, components.text.widths) for c in _prompts(recipe) if text_key(c) in texts}
 
 
-def _inputs(recipe: Recipe, family: Family, parts: Components, cache: Path) -> dict[str, dict[str, object]]:
+def _inputs(recipe: Recipe, family: Family, components: Components, cache: Path) -> dict[str, dict[str, object]]:
     """What "latents" and "text" were made with; of files their hash."""
-    inputs = family.cache_inputs(parts, _length(recipe, family))
+    inputs = family.cache_inputs(components, _length(recipe, family))
     inputs["latents"]["colours"] = "sRGB"  # once they were taken for that, whatever an image's profile said
     for table in inputs.values():
         for key, value in table.items():
@@ -277,14 +279,14 @@ def _missing_images(images: list[CroppedImage], store: Store) -> list[CroppedIma
     return [p for p in images if any(latent_key(p.sample, crop) not in store for crop in p.crops)]
 
 
-def _encode_captions(captions: list[str], store: Store, family: Family, parts: Components, length: int, say: Say) -> int:
+def _encode_captions(captions: list[str], store: Store, family: Family, components: Components, length: int, say: Say) -> int:
     """Returns how many ``captions`` are longer than ``length`` tokens, and so were cut."""
     cut = 0
     for chunk in _with_progress(captions, CAPTIONS_PER_SHARD, "caption", say):
         heartbeat.beat("encoding captions", patient=True)
-        cut += sum(tokens > length for tokens in parts.text.tokens(chunk))
-        text = family.encode_text(parts, chunk, length)
-        stored = {c: _stored(text.index_select(slice(i, i + 1)), parts.mask) for i, c in enumerate(chunk)}
+        cut += sum(tokens > length for tokens in components.text.tokens(chunk))
+        text = family.encode_text(components, chunk, length)
+        stored = {c: _stored(text.index_select(slice(i, i + 1)), components.mask) for i, c in enumerate(chunk)}
         for caption, tensors in stored.items():
             if not all(t.isfinite().all() for t in tensors.values()):
                 raise UserError(
@@ -301,7 +303,9 @@ def _stored(text: Conditioning, mask: str) -> dict[str, Tensor]:
     return {name: tensor[0].cpu() for name, tensor in text.tensors().items()}
 
 
-def _encode_images(images: list[CroppedImage], index: Index, store: Store, family: Family, parts: Components, say: Say) -> None:
+def _encode_images(
+    images: list[CroppedImage], index: Index, store: Store, family: Family, components: Components, say: Say
+) -> None:
     place = {id(sample): i for i, sample in enumerate(index.samples)}
 
     def pixels(image: CroppedImage) -> list[np.ndarray]:
@@ -316,19 +320,19 @@ def _encode_images(images: list[CroppedImage], index: Index, store: Store, famil
             for image, crops in zip(chunk, pool.map(pixels, chunk)):
                 heartbeat.beat("encoding images", patient=True)
                 entries |= {
-                    latent_key(image.sample, crop): {"latent": _latent(image.sample, crop, array, family, parts)}
+                    latent_key(image.sample, crop): {"latent": _latent(image.sample, crop, array, family, components)}
                     for crop, array in zip(image.crops, crops)
                 }
                 heartbeat.beat("decoding images")
             store.write(entries)
 
 
-def _latent(sample: Sample, crop: Crop, pixels: np.ndarray, family: Family, parts: Components) -> Tensor:
+def _latent(sample: Sample, crop: Crop, pixels: np.ndarray, family: Family, components: Components) -> Tensor:
     """One encoded crop [C, h, w], float16, its posterior sampled with noise that belongs to its key."""
     x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-    shape = family.latent_shape(parts, crop.height, crop.width)
+    shape = family.latent_shape(components, crop.height, crop.width)
     noise = keyed.noise(0, f"vae/{latent_key(sample, crop)}", 0, [0], shape)
-    latent = family.encode_images(parts, x, noise)[0].to("cpu", torch.float16)
+    latent = family.encode_images(components, x, noise)[0].to("cpu", torch.float16)
     if not latent.isfinite().all():
         raise UserError(
             f"data: the latents of '{sample.name}' are not finite. Where that is so of all images, the VAE is damaged; else "

@@ -85,15 +85,15 @@ TRIES = 64
 
 
 class QuarantineSource:
-    """``source`` without the samples named in ``since``, each from the step on that stands there.
+    """``source`` without the samples named in ``quarantined_from``, each from the step on that stands there.
 
-    The sample at a place is a function of (seed, step, position, since): where a named one would stand, the same place is
+    The sample at a place depends on (seed, step, position, quarantined_from): where a named one would stand, the same place is
     drawn again under other seeds until another one comes. Noise, sigma and dropout belong to the place, and stay.
     Held-out samples are left alone.
     """
 
-    def __init__(self, source: Source, since: dict[str, int]):
-        self.source, self.name, self.image, self.since = source, source.name, source.image, since
+    def __init__(self, source: Source, quarantined_from: dict[str, int]):
+        self.source, self.name, self.image, self.quarantined_from = source, source.name, source.image, quarantined_from
 
     def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
         """As the source's; a substitute is a group of its own."""
@@ -127,7 +127,7 @@ class QuarantineSource:
 
     def _seeds(self, seed: int, step: int, positions: np.ndarray, batch: int, held_out: bool) -> dict[int, int]:
         """Places that get a substitute -> the seed it is drawn under."""
-        out = {name for name, since in self.since.items() if since <= step}
+        out = {name for name, start in self.quarantined_from.items() if start <= step}
         if held_out or not out:
             return {}
         names = self.source.names(seed, step, np.asarray(positions), batch)

@@ -133,10 +133,10 @@ def start(*, cpu: bool, **options: Any) -> "tuple[Accelerator, World]":
     with World().translate_dist_errors():
         accelerator = Accelerator(cpu=cpu, **options)
         world = World.joined()
-    asked = max(ranks(), promised(os.getppid()))
-    if not asked == world.size == accelerator.num_processes:
+    wanted = max(ranks(), promised(os.getppid()))
+    if not wanted == world.size == accelerator.num_processes:
         raise UserError(
-            f"the launcher was to start {asked} processes, but this one is of {world.size}. On a CPU, use launch/cpu_2.yaml "
+            f"the launcher was to start {wanted} processes, but this one is of {world.size}. On a CPU, use launch/cpu_2.yaml "
             "(accelerate starts one process for distributed_type MULTI_CPU and for --cpu).",
             exit_code=2,
         )
@@ -201,8 +201,8 @@ def promised(launcher: int) -> int:
     words = _words(launcher) if launched() else []
     if "launch" not in words:
         return 0
-    if said := _option(words, "--num_processes"):
-        return int(said)
+    if processes := _option(words, "--num_processes"):
+        return int(processes)
     file = _option(words, "--config_file") or default_config_file
     return load_config_from_file(file).num_processes if Path(file).is_file() else 0
 

@@ -86,7 +86,7 @@ class World:
             self.wait()
             dist.destroy_process_group()
 
-    def same(self, facts: Mapping[str, object]) -> None:
+    def assert_equal_on_all_ranks(self, facts: Mapping[str, object]) -> None:
         """Raises UserError, naming rank and fact, unless every rank says the same."""
         everyone = self.gather(facts)
         for rank, other in enumerate(everyone):

@@ -191,23 +191,23 @@ def evaluate_candidate(
 
 def _evaluate_held_out(candidate: str, model: Model, settings: EvalSettings) -> EvalResult:
     batches = settings.batches(model)
-    if batches[0].noisy.shape[1] != model.parts.sample_shape[0]:
-        there, here = batches[0].noisy.shape[1], model.parts.sample_shape[0]
+    if batches[0].noisy.shape[1] != model.components.sample_shape[0]:
+        there, here = batches[0].noisy.shape[1], model.components.sample_shape[0]
         raise UserError(f"the held-out samples have {there} channels, the model's {here}: choose another recipe with --data")
     model.remember([*settings.prompts, model.negative, *(c for b in batches if b.text is None for c in b.captions)])
     found = held_out_meters(model, batches, BINS)
     _check(candidate, found)
-    return EvalResult(found, settings.places(model), tuple(model.parts.sample_shape))
+    return EvalResult(found, settings.places(model), tuple(model.components.sample_shape))
 
 
 def _evaluate_paths(candidate: str, model: Model, settings: EvalSettings) -> EvalResult:
     model.remember([*settings.prompts, model.negative])
-    noise = start_noise(0, len(settings.prompts), model.parts.sample_shape)
+    noise = start_noise(0, len(settings.prompts), model.components.sample_shape)
     found = path_meters(model, settings.prompts, noise, steps=settings.steps, few=settings.few)
     found |= guidance_meters(model, settings.prompts, noise, steps=settings.steps, cfgs=settings.cfgs, judge=settings.judge)
     _check(candidate, found)
     found = {key: reading for key, reading in found.items() if reading.bottom.any()}  # no accuracy without digits
-    return EvalResult(found, settings.places(model), tuple(model.parts.sample_shape))
+    return EvalResult(found, settings.places(model), tuple(model.components.sample_shape))
 
 
 def _check(candidate: str, found: dict[str, RatioEstimate]) -> None:
@@ -269,7 +269,7 @@ def _of_one_shape(candidate: Candidate, shapes: dict[tuple[int, ...], str]) -> C
 
     def opened() -> Model:
         model = candidate.open()
-        _check_shape(candidate.name, tuple(model.parts.sample_shape), shapes)
+        _check_shape(candidate.name, tuple(model.components.sample_shape), shapes)
         return model
 
     return replace(candidate, open=opened)

@@ -151,10 +151,10 @@ def measure(model: Model, prompts: list[str], *, sigmas: int, batch: int, seed: 
     Every prompt has the noise of its place in the list, and weighs the same whatever its length; ``batch`` is only how
     many run at once. Raises UserError when states are not finite.
     """
-    names = {module: name for name, module in model.parts.net.named_modules()}
-    blocks = model.family.blocks(model.parts.net)
+    names = {module: name for name, module in model.components.denoiser.named_modules()}
+    blocks = model.family.blocks(model.components.denoiser)
     grid, meter = sigma_grid(sigmas), Meter(model.family, blocks, sigmas)
-    noise = start_noise(seed, len(prompts), model.parts.sample_shape)
+    noise = start_noise(seed, len(prompts), model.components.sample_shape)
     training = model.root.training
     model.root.eval()
     for start in range(0, len(prompts), batch):

@@ -171,7 +171,7 @@ def _make_cell(
     place = {"candidate": name, **column.facts}
     everything, vectors, rows = [], [], []
     for seed in grid.seeds:
-        noise = start_noise(seed, len(grid.prompts), model.parts.sample_shape)
+        noise = start_noise(seed, len(grid.prompts), model.components.sample_shape)
         images = sample(model, list(grid.prompts), noise, column)
         numbers = image_numbers(images)
         if judge:

@@ -20,7 +20,7 @@ MADE = ("base", "merges", "trained")
 class Components:
     """A loaded model: the denoiser that is trained or adapted, and what stays frozen around it."""
 
-    net: nn.Module
+    denoiser: nn.Module
     """An empty module where the denoiser was left out."""
     text: "TextEncoders"
     """What encodes captions."""
@@ -73,7 +73,7 @@ Output = Tensor | tuple[Tensor, ...]
 
 
 class Denoiser(Protocol):
-    """What is asked of ``Components.net`` beside being a module; diffusers' models have it."""
+    """What is asked of ``Components.denoiser`` beside being a module; diffusers' models have it."""
 
     def enable_gradient_checkpointing(self) -> None: ...
 
@@ -85,13 +85,13 @@ class Family(Protocol):
     max_text_length: int
     """Tokens of a caption that its encoders take."""
 
-    def load(self, spec: Model, *, seed: int, net: bool = True) -> Components:
+    def load(self, spec: Model, *, seed: int, denoiser: bool = True) -> Components:
         """The components a recipe's [model] table asks for, from a folder or with random weights.
 
-        net False: all but the denoiser, for encoding before training.
+        denoiser False: all but the denoiser, for encoding before training.
         """
 
-    def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
+    def cache_inputs(self, components: Components, length: int) -> dict[str, dict[str, Any]]:
         """What encoded "latents" and "text" depend on beside image and caption: settings, and lists of weight files."""
 
     def full_size(self, spec: Model) -> nn.Module:
@@ -103,44 +103,50 @@ class Family(Protocol):
         image: the shape of samples where the data give it. full_depth: as many blocks, else a few of each kind.
         """
 
-    def save(self, parts: Components, folder: Path) -> None:
-        """Write ``parts`` so that ``load`` with ``path = folder`` gives them back."""
+    def save(self, components: Components, folder: Path) -> None:
+        """Write ``components`` so that ``load`` with ``path = folder`` gives them back."""
 
-    def save_rest(self, parts: Components, folder: Path) -> None:
+    def save_rest(self, components: Components, folder: Path) -> None:
         """What ``save`` writes beside the denoiser, for writers that stream the denoiser themselves."""
 
-    def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
+    def encode_text(self, components: Components, captions: list[str], length: int) -> Conditioning:
         """Captions padded to ``length`` tokens. The empty caption has exactly one real token."""
 
-    def encode_images(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
+    def encode_images(self, components: Components, pixels: Tensor, noise: Tensor) -> Tensor:
         """What the denoiser sees of pixels [B, 3, H, W] in [-1, 1]; noise [B, C, h, w] samples the codec's posterior."""
 
-    def decode(self, parts: Components, latents: Tensor) -> Tensor:
+    def decode(self, components: Components, latents: Tensor) -> Tensor:
         """Pixels [B, C, H, W], about [-1, 1], of what the denoiser sees."""
 
-    def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, components: Components, height: int, width: int) -> tuple[int, int, int]:
         """Shape of what the denoiser sees of an image. Raises UserError for a size it cannot have."""
 
     def velocity(
-        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None
+        self,
+        components: Components,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Conditioning,
+        guidance: float | None = None,
     ) -> Tensor:
-        """noise - data as ``net`` (the denoiser, or a module that wraps it) predicts it; noisy [B, C, H, W], sigma [B].
+        """noise - data as ``denoiser`` (the denoiser, or a module that wraps it) predicts it; noisy [B, C, H, W], sigma [B].
 
         guidance: value for a distilled guidance embedding, None for the one of training. A frozen base runs without autocast:
         what goes into the network is to have its dtype (``float_dtype``); what comes out and goes through formulas, noisy's.
         """
 
-    def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
+    def tokens(self, components: Components, shape: tuple[int, ...]) -> int:
         """Image tokens of a sample of that shape."""
 
-    def shift(self, parts: Components, tokens: int) -> float:
+    def shift(self, components: Components, tokens: int) -> float:
         """Resolution-dependent shift of sigma for that many image tokens."""
 
-    def blocks(self, net: nn.Module) -> list[nn.Module]:
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         """The unit of checkpointing, compiling, offloading and sharding."""
 
-    def presets(self, net: nn.Module) -> dict[str, list[str]]:
-        """Named sets of layers of ``net`` as name patterns."""
+    def presets(self, denoiser: nn.Module) -> dict[str, list[str]]:
+        """Named sets of layers of ``denoiser`` as name patterns."""
 
     def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
         """The hidden states that one of ``blocks`` was called with and returned. text: what the network was told."""

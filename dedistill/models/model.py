@@ -36,7 +36,7 @@ class Model:
     """What is trained and what is called are one module, ``root``: the adapter, or the whole network without one."""
 
     family: Family
-    parts: Components
+    components: Components
     root: nn.Module
     text_length: int
     bf16: bool = False
@@ -57,7 +57,7 @@ class Model:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters under the names that files use."""
-        return self.adapter.trainable() if self.adapter else dict(self.parts.net.named_parameters())
+        return self.adapter.trainable() if self.adapter else dict(self.components.denoiser.named_parameters())
 
     def modules(self) -> list[list[str]]:
         """Names of the trained parameters that work only together: those of each adapted layer; all, without an adapter."""
@@ -91,14 +91,14 @@ class Model:
         """One batch of encoded captions on the model's device; those in ``text_cache`` are the very tensors of the cache."""
         if captions and all(c in self.text_cache for c in captions):
             return collate([self.text_cache[c] for c in captions]).to(self.device)
-        return self.family.encode_text(self.parts, captions, length or self.text_length).to(self.device)
+        return self.family.encode_text(self.components, captions, length or self.text_length).to(self.device)
 
     def remember(self, captions: list[str]) -> None:
         """Encode captions once and for all, and free the encoders: ``encode`` gives these tensors from now on."""
         if new := [c for c in dict.fromkeys(captions) if c not in self.text_cache]:
-            text = self.family.encode_text(self.parts, new, self.text_length).to("cpu")
+            text = self.family.encode_text(self.components, new, self.text_length).to("cpu")
             self.text_cache |= {c: text.index_select(slice(i, i + 1)) for i, c in enumerate(new)}
-        self.parts.text.unload()
+        self.components.text.unload()
 
     def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None) -> Tensor:
         """noise - data as the model predicts it, float32; the same arithmetic in training, validation and sampling."""
@@ -106,19 +106,19 @@ class Model:
         # float32 for every LayerNorm there, and for what follows it
         whole = self.bf16 and self.adapter is None
         with torch.autocast(self.device.type, torch.bfloat16) if whole else nullcontext():
-            return self.family.velocity(self.parts, self.root, noisy, sigma, text, guidance).float()
+            return self.family.velocity(self.components, self.root, noisy, sigma, text, guidance).float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, C, H, W] on the CPU, about [-1, 1]."""
-        return self.family.decode(self.parts, latents).float().cpu()
+        return self.family.decode(self.components, latents).float().cpu()
 
     def shift(self, shape: tuple[int, ...]) -> float:
         """Resolution-dependent shift of sigma for samples of ``shape``."""
-        return self.family.shift(self.parts, self.family.tokens(self.parts, shape))
+        return self.family.shift(self.components, self.family.tokens(self.components, shape))
 
     @property
     def device(self) -> torch.device:
-        return next(self.parts.net.parameters()).device
+        return next(self.components.denoiser.parameters()).device
 
 
 def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
@@ -149,31 +149,31 @@ def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
 def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     """Load, freeze, quantize and adapt as ``recipe`` says; every effect is checked and recorded in ``facts``."""
     family = get_family(recipe.model.family, recipe.where("model.family"))
-    parts = family.load(recipe.model, seed=recipe.run.seed)
-    parts.device = device
+    components = family.load(recipe.model, seed=recipe.run.seed)
+    components.device = device
     if recipe.sample.height and recipe.sample.width:
-        parts.sample_shape = family.latent_shape(parts, recipe.sample.height, recipe.sample.width)
+        components.sample_shape = family.latent_shape(components, recipe.sample.height, recipe.sample.width)
     length = text_length(family, filled(recipe.model.text_length, "model.text_length"), recipe.where("model.text_length"))
     facts: dict[str, Any] = {
-        "network_parameters": sum(p.numel() for p in parts.net.parameters()),
-        "picture": list(parts.sample_shape),
+        "network_parameters": sum(p.numel() for p in components.denoiser.parameters()),
+        "picture": list(components.sample_shape),
     }
     if recipe.adapter is None:
-        cast_float(parts.net, torch.float32)
-        model = Model(family, parts, parts.net.to(device), length, facts=facts)
+        cast_float(components.denoiser, torch.float32)
+        model = Model(family, components, components.denoiser.to(device), length, facts=facts)
     else:
-        model = _adapt(recipe, recipe.adapter, family, parts, facts, device, length)
+        model = _adapt(recipe, recipe.adapter, family, components, facts, device, length)
     model.root.to(device)
     model.negative, model.guidance = recipe.sample.negative, recipe.sample.guidance
     model.bf16 = recipe.train.precision == "bf16"
-    model.grid_shift = recipe.timesteps.resolved_shift(lambda: model.shift(parts.sample_shape))
+    model.grid_shift = recipe.timesteps.resolved_shift(lambda: model.shift(components.sample_shape))
     model.chunk = recipe.train.micro_batch or CHUNK
     if recipe.train.gradient_checkpointing:
-        cast(Denoiser, parts.net).enable_gradient_checkpointing()
-    facts |= {"text_length": length, "mask": parts.mask, "guidance": parts.guidance}
-    facts["gradient_checkpointing"] = bool(getattr(parts.net, "is_gradient_checkpointing", False))
+        cast(Denoiser, components.denoiser).enable_gradient_checkpointing()
+    facts |= {"text_length": length, "mask": components.mask, "guidance": components.guidance}
+    facts["gradient_checkpointing"] = bool(getattr(components.denoiser, "is_gradient_checkpointing", False))
     facts["trained_parameters"] = sum(p.numel() for p in model.trainable().values())
-    facts["storage_bytes"] = storage_bytes(parts.net)
+    facts["storage_bytes"] = storage_bytes(components.denoiser)
     return model
 
 
@@ -181,19 +181,19 @@ def _adapt(
     recipe: Recipe,
     table: AdapterTable,
     family: Family,
-    parts: Components,
+    components: Components,
     facts: dict[str, Any],
     device: torch.device | str,
     length: int,
 ) -> Model:
-    net = parts.net
-    cast_float(net, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
-    shapes = dense_shapes(net, linear_names(net))
-    quantized = prepare_base(net, recipe.base.quant, recipe.base.exclude, device, recipe.where)
+    denoiser = components.denoiser
+    cast_float(denoiser, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    shapes = dense_shapes(denoiser, linear_names(denoiser))
+    quantized = prepare_base(denoiser, recipe.base.quant, recipe.base.exclude, device, recipe.where)
     facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
-    targets = resolve_targets(table, shapes, family.presets(net), recipe.where)
-    adapter = Adapter(net, table.kind, targets).to(next(net.parameters()).device)
-    weight = _weight_reader(net)
+    targets = resolve_targets(table, shapes, family.presets(denoiser), recipe.where)
+    adapter = Adapter(denoiser, table.kind, targets).to(next(denoiser.parameters()).device)
+    weight = _weight_reader(denoiser)
     for name, module in adapter.by_target.items():
         initialise(module, name, partial(weight, name), init=table.init, scale=table.init_scale, seed=recipe.run.seed)
     if recipe.train.optimizer == "adamw_bf16":
@@ -201,8 +201,8 @@ def _adapt(
             parameter.data = parameter.data.to(torch.bfloat16)
     facts["lycoris_backend"] = os.environ["LYCORIS_KERNEL_BACKEND"]
     facts["init"] = check_started(adapter.by_target, weight, init=table.init, scale=table.init_scale)
-    return Model(family, parts, adapter, length, adapter=adapter, targets=targets, facts=facts)
+    return Model(family, components, adapter, length, adapter=adapter, targets=targets, facts=facts)
 
 
-def _weight_reader(net: nn.Module) -> Callable[[str], Tensor]:
-    return lambda name: dense_weight(linear_in(net, name))
+def _weight_reader(denoiser: nn.Module) -> Callable[[str], Tensor]:
+    return lambda name: dense_weight(linear_in(denoiser, name))

@@ -37,7 +37,7 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
     needed = needed or f"a folder of {kind.__name__}: config.json and its weights as safetensors"
     with reading(f"{source}: '{folder}' cannot be loaded; it must be {needed}"):
         loader: Any = kind  # from_pretrained is of both libraries' models, and of no common class
-        net, info = loader.from_pretrained(
+        denoiser, info = loader.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -48,10 +48,10 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
         )
     shapes = {name: f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in info["mismatched_keys"]}
     # of shards diffusers looks at the index alone: what a file then lacks stays without memory
-    without_memory = {name for name, tensor in net.state_dict().items() if tensor.is_meta}
+    without_memory = {name for name, tensor in denoiser.state_dict().items() if tensor.is_meta}
     missing = {*info["missing_keys"], *without_memory} - shapes.keys()
     # parts of a larger model may lie beside, as a decoder beside its encoder, but nothing more within the network's own
-    unknown = [name for name in info["unexpected_keys"] if missing or hasattr(net, name.split(".")[0])]
+    unknown = [name for name in info["unexpected_keys"] if missing or hasattr(denoiser, name.split(".")[0])]
     faults = {"missing": missing, "of another shape": shapes.values(), "unknown": unknown}
     if problems := [
         f"{amount(len(names), 'tensor is', 'tensors are')} {what}: {_some(sorted(names))}"
@@ -63,8 +63,8 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
             f"{source}: the weights in '{folder}' ({files}) are not those of the {kind.__name__} that its config.json "
             f"describes. {'; '.join(problems)}. Fetch the folder again; it must be {needed}"
         )
-    check_finite(net.state_dict(), f"{source}: '{folder}'")
-    return net
+    check_finite(denoiser.state_dict(), f"{source}: '{folder}'")
+    return denoiser
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:

@@ -165,31 +165,31 @@ def _quantizer_of(module: nn.Module) -> Quantizer | None:
 # --- freeze and quantize a network's linears by exact name -----------------------------------------------------------
 
 
-def linear_names(net: nn.Module) -> list[str]:
+def linear_names(denoiser: nn.Module) -> list[str]:
     """Names of every linear, quantized or not."""
-    return [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
 
 
 def prepare_base(
-    net: nn.Module, quant: str, exclude: list[str], device: torch.device | str, where: Callable[[str], str] = str
+    denoiser: nn.Module, quant: str, exclude: list[str], device: torch.device | str, where: Callable[[str], str] = str
 ) -> list[str]:
-    """Quantize ``net`` in place, move it to ``device``, freeze all of it; returns the names of the quantized linears.
+    """Quantize ``denoiser`` in place, move it to ``device``, freeze all of it; returns the names of the quantized linears.
 
     quant: a name of ``QUANTIZERS``. A linear that matches a pattern of ``exclude`` keeps its dtype.
     Raises UserError for a pattern that matches no linear.
     """
     kernels.prove(device)
-    names = linear_names(net)
+    names = linear_names(denoiser)
     kept = excluded(exclude, names, where)
     quantizer = QUANTIZERS[quant]
     chosen: list[str] = []
     if quantizer:
         chosen = [name for name in names if name not in kept]
         for name in chosen:  # one at a time, so that the whole dense network is never on the device
-            net.set_submodule(name, quantizer.convert(linear_in(net, name).to(device)))
-    net.to(device)
+            denoiser.set_submodule(name, quantizer.convert(linear_in(denoiser, name).to(device)))
+    denoiser.to(device)
     # after quantization: quanto's freeze() makes the weights it rebuilds require gradients again
-    net.requires_grad_(False)
+    denoiser.requires_grad_(False)
     return chosen
 
 
@@ -218,22 +218,22 @@ def _excluded(pattern: str, names: list[str], where: str) -> list[str]:
     return found
 
 
-def storage_bytes(net: nn.Module) -> int:
+def storage_bytes(denoiser: nn.Module) -> int:
     """Bytes that parameters and buffers really occupy (quanto reports the size its weights would have in float)."""
-    return sum(part.numel() * part.element_size() for part in _stored(net).values())
+    return sum(part.numel() * part.element_size() for part in _stored(denoiser).values())
 
 
-def sample_sha256(net: nn.Module, tensors: int = 64, elements: int = 1024) -> str:
+def sample_sha256(denoiser: nn.Module, tensors: int = 64, elements: int = 1024) -> str:
     """Hash of the first ``elements`` of ``tensors`` of the stored tensors, evenly chosen: tells two bases apart at once."""
-    stored = sorted(_stored(net).items())
+    stored = sorted(_stored(denoiser).items())
     chosen = stored[:: max(1, len(stored) // tensors)]
     return tensors_sha256({name: part.reshape(-1)[:elements] for name, part in chosen})
 
 
-def _stored(net: nn.Module) -> dict[str, Tensor]:
+def _stored(denoiser: nn.Module) -> dict[str, Tensor]:
     """The tensors that hold a network's numbers, as they are stored."""
-    parts = dict([*net.named_parameters(), *net.named_buffers()])
-    for name, module in net.named_modules():
+    parts = dict([*denoiser.named_parameters(), *denoiser.named_buffers()])
+    for name, module in denoiser.named_modules():
         if quantizer := _quantizer_of(module):
             for own, _ in [*module.named_parameters(), *module.named_buffers()]:
                 del parts[f"{name}.{own}"]
@@ -241,8 +241,8 @@ def _stored(net: nn.Module) -> dict[str, Tensor]:
     return parts
 
 
-def cast_float(net: nn.Module, dtype: torch.dtype) -> None:
+def cast_float(denoiser: nn.Module, dtype: torch.dtype) -> None:
     """Store the frozen floating-point weights in ``dtype``. Before quantization, so that scales follow."""
-    for parameter in net.parameters():
+    for parameter in denoiser.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""Model families by name, the package's own and those of others. A family's code is imported when it is asked for."""
+"""Model families by name, the package's own and those of others. A family's code is imported when it is searched for."""
 
 import re
 from collections.abc import Mapping
@@ -60,12 +60,12 @@ def spec_of(config: Config, family: str | None = None) -> ModelSpec:
     Raises UserError for a class that it, or no family, has.
     """
     kind = str(config.get("_class_name"))
-    asked = [family] if family in _places() else families()
-    for name in asked:
+    searched = [family] if family in _places() else families()
+    for name in searched:
         if kind in (spec := get_spec(name)).networks:
             return spec
-    known = sorted({network for name in asked for network in get_spec(name).networks})
-    whose = f"not one of {family}" if asked == [family] else "one of no family"
+    known = sorted({network for name in searched for network in get_spec(name).networks})
+    whose = f"not one of {family}" if searched == [family] else "one of no family"
     raise UserError(f"config.json names a network, {kind!r} (_class_name), that is {whose}; known: {', '.join(known)}")
 
 

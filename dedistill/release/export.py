@@ -145,14 +145,14 @@ def export_model(
     when a tensor is missing or unknown, a file is a link to elsewhere, the licence is not ours to give, ``out`` exists, or
     the disk is full.
     """
-    net = Denoiser(source)
+    stored = Denoiser(source)
     facts = read_facts(source)
-    if any(dtype == torch.int8 for _, dtype in net.layout.values()):
+    if any(dtype == torch.int8 for _, dtype in stored.layout.values()):
         raise UserError(f"'{source}' is an int8 export already; export the folder it was made from")
-    files, left_out = _around(source, facts, net.spec) if format in _FOLDERS else ({}, [])
+    files, left_out = _around(source, facts, stored.spec) if format in _FOLDERS else ({}, [])
     with new_folder(out) as folder:
-        write_card(folder, out.name, format, net.config, net.spec, facts, str(source), base=base, licence=licence)
-        _MODEL_FORMATS[format](net, folder, out.name, facts, exclude or [], shard_bytes)
+        write_card(folder, out.name, format, stored.config, stored.spec, facts, str(source), base=base, licence=licence)
+        _MODEL_FORMATS[format](stored, folder, out.name, facts, exclude or [], shard_bytes)
         copy_files(files, folder)
     if left_out:
         others = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
@@ -176,42 +176,44 @@ def _around(source: Path, facts: dict[str, Any], spec: ModelSpec) -> tuple[Files
     return files, left_out
 
 
-def _diffusers(net: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:
-    _write_folder(net, folder, facts, net.layout, net.items(), shard_bytes)
+def _diffusers(stored: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:
+    _write_folder(stored, folder, facts, stored.layout, stored.items(), shard_bytes)
 
 
-def _single(net: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:
-    with TensorFile(folder / f"{name}.safetensors", net.layout, model_header(name, net.config, facts, net.spec)) as out:
-        for key, tensor in net.items():
+def _single(stored: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:
+    with TensorFile(
+        folder / f"{name}.safetensors", stored.layout, model_header(name, stored.config, facts, stored.spec)
+    ) as out:
+        for key, tensor in stored.items():
             out.write(key, tensor)
 
 
-def _bfl(net: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:
-    naming = _needed_names(net.spec, "bfl")
-    plan = naming.original_plan(net.layout)
+def _bfl(stored: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:
+    naming = _needed_names(stored.spec, "bfl")
+    plan = naming.original_plan(stored.layout)
     layout = {}
     for bfl, parts in plan.items():
-        shapes = [net.layout[part][0] for part in parts]
-        layout[bfl] = ((sum(s[0] for s in shapes), *shapes[0][1:]), net.layout[parts[0]][1])
-    with TensorFile(folder / f"{name}.safetensors", layout, model_header(name, net.config, facts, net.spec)) as out:
+        shapes = [stored.layout[part][0] for part in parts]
+        layout[bfl] = ((sum(s[0] for s in shapes), *shapes[0][1:]), stored.layout[parts[0]][1])
+    with TensorFile(folder / f"{name}.safetensors", layout, model_header(name, stored.config, facts, stored.spec)) as out:
         for bfl, parts in plan.items():
-            out.write(bfl, naming.join(bfl, [net[part] for part in parts]))
+            out.write(bfl, naming.join(bfl, [stored[part] for part in parts]))
 
 
-def _int8(net: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:
-    linears = list(linear_shapes(net.skeleton()))
+def _int8(stored: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:
+    linears = list(linear_shapes(stored.skeleton()))
     kept = excluded(exclude, linears)
     weights = {f"{linear}.weight" for linear in linears if linear not in kept}
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for key, (shape, dtype) in net.layout.items():
+    for key, (shape, dtype) in stored.layout.items():
         layout[key] = (shape, torch.int8 if key in weights else dtype)
         if key in weights:
             layout[f"{key}_scale"] = ((shape[0], 1), dtype)
-    _write_folder(net, folder, {**facts, "quantized": "int8"}, layout, _quantized(net, weights), shard_bytes)
+    _write_folder(stored, folder, {**facts, "quantized": "int8"}, layout, _quantized(stored, weights), shard_bytes)
 
 
-def _quantized(net: Denoiser, weights: set[str]) -> Stream:
-    for key, tensor in net.items():
+def _quantized(stored: Denoiser, weights: set[str]) -> Stream:
+    for key, tensor in stored.items():
         if key in weights:
             codes, scale = quantize_rows(tensor)
             yield key, codes
@@ -220,10 +222,12 @@ def _quantized(net: Denoiser, weights: set[str]) -> Stream:
             yield key, tensor
 
 
-def _write_folder(net: Denoiser, folder: Path, facts: dict[str, Any], layout: Layout, stream: Stream, shard_bytes: int) -> None:
-    place = folder / net.spec.folder
+def _write_folder(
+    stored: Denoiser, folder: Path, facts: dict[str, Any], layout: Layout, stream: Stream, shard_bytes: int
+) -> None:
+    place = folder / stored.spec.folder
     place.mkdir()
-    replace_json(place / "config.json", public_config(net.config))
+    replace_json(place / "config.json", public_config(stored.config))
     write_weights(place, layout, stream, shard_bytes)
     if facts:
         replace_json(folder / FACTS, public_facts(facts))
@@ -242,11 +246,11 @@ def formats_of(spec: ModelSpec) -> tuple[str, ...]:
 def load_int8(folder: str | Path) -> nn.Module:
     """The denoiser of an int8 export, frozen, to be given to a pipeline as its ``transformer``."""
     stored = Denoiser(Path(folder))
-    net, tensors = stored.skeleton(), {name: tensor.clone() for name, tensor in stored.items()}
-    for name in linear_shapes(net):
+    network, tensors = stored.skeleton(), {name: tensor.clone() for name, tensor in stored.items()}
+    for name in linear_shapes(network):
         if (scale := tensors.pop(f"{name}.weight_scale", None)) is not None:
             bias = tensors.pop(f"{name}.bias", None)
-            net.set_submodule(name, Int8Linear(tensors.pop(f"{name}.weight"), scale, bias))
-    state: dict[str, Any] = {n: t for n, t in net.state_dict().items() if not t.is_meta} | tensors
-    net.load_state_dict(state, assign=True)
-    return net.requires_grad_(False).eval()
+            network.set_submodule(name, Int8Linear(tensors.pop(f"{name}.weight"), scale, bias))
+    state: dict[str, Any] = {n: t for n, t in network.state_dict().items() if not t.is_meta} | tensors
+    network.load_state_dict(state, assign=True)
+    return network.requires_grad_(False).eval()

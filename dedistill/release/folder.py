@@ -76,9 +76,9 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
     return without_weights(network, config, "the denoiser")
 
 
-def linear_shapes(net: nn.Module) -> dict[str, tuple[int, int]]:
+def linear_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
     """name -> (out, in) of every linear, in the network's order."""
-    return {n: (m.out_features, m.in_features) for n, m in net.named_modules() if isinstance(m, nn.Linear)}
+    return {n: (m.out_features, m.in_features) for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
 
 
 def write_weights(folder: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:

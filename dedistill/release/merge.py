@@ -130,24 +130,24 @@ def merge_adapter(
     if recipe.model.path is None:
         raise UserError(f"{recipe.where('model')}: a merge needs trained weights to go into: set model.path", 2)
     family = get_family(recipe.model.family, recipe.where("model.family"))
-    parts = family.load(recipe.model, seed=recipe.run.seed)
+    components = family.load(recipe.model, seed=recipe.run.seed)
     tensors, header = read_tensors(weights)
     check_origin(header, recipe, weights)
-    shapes = linear_shapes(parts.net)
+    shapes = linear_shapes(components.denoiser)
     layers = by_layer(tensors, shapes, str(weights), dense=True, folder=family.spec.folder, header=header)
     check_shapes(layers, shapes, str(weights))
-    state = parts.net.state_dict()
+    state = components.denoiser.state_dict()
     layout = {name: (tuple(t.shape), DTYPES[dtype]) for name, t in state.items()}
     merged, digest = Merged(), hashlib.sha256()
     with new_folder(out) as folder:
-        family.save_rest(parts, folder)  # first, since it may refuse: the weights take long
+        family.save_rest(components, folder)  # first, since it may refuse: the weights take long
         stream = _merged_tensors(state, layers, DTYPES[dtype], rounding, recipe.run.seed, merged, digest, say)
         place = folder / family.spec.folder
         place.mkdir()
         write_weights(place, layout, stream, shard_bytes)
-        cast(Denoiser, parts.net).save_config(place)
+        cast(Denoiser, components.denoiser).save_config(place)
         merged.base_sha256 = digest.hexdigest()
-        facts = read_facts(folder) | provenance(recipe, parts.facts, weights, header, merged, dtype, rounding)
+        facts = read_facts(folder) | provenance(recipe, components.facts, weights, header, merged, dtype, rounding)
         replace_json(folder / FACTS, facts)
         per_layer = {name: stats.facts() for name, stats in merged.layers.items()}
         replace_json(folder / REPORT, {"total": merged.total.facts(), "layers": per_layer})

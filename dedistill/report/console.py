@@ -44,7 +44,7 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
     out.print(f"  steps     {start:,} to {plan.steps:,}, batch {plan.batch}{micro}, lr {t.lr:g} {t.schedule}, {t.optimizer}")
     snapshots = f", {amount(plan.snapshots, 'snapshot')}" if plan.snapshots else ""
     out.print(f"  results   {recipe.run.out}/ (metrics.jsonl, checkpoints{snapshots})")
-    for note in [*model.parts.notes, *notes]:
+    for note in [*model.components.notes, *notes]:
         out.print(f"  [yellow]note[/yellow]      {escape(printable(note))}", markup=True)
     if start:
         out.print(f"  continued from step {start:,}")

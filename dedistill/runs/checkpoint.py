@@ -165,7 +165,7 @@ def newest_until(folder: Path, step: int) -> Path | None:
     return next((c for c, own in reversed(_steps(folder).items()) if own <= step and not damage(c)), None)
 
 
-def drop_after(folder: Path, step: int, keep: int = 0) -> None:
+def remove_after(folder: Path, step: int, keep: int = 0) -> None:
     """Remove checkpoints of later steps than ``step``, all but the ``keep`` newest: the run takes another course from there."""
     later = [c for c, own in _steps(folder).items() if own > step]
     for checkpoint in reversed(later[: len(later) - keep]):

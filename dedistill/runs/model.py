@@ -25,8 +25,8 @@ def export_model(model: Model, folder: Path, step: int, recipe: Recipe) -> None:
     """Write ``model`` as ``folder``, in place of an older one. Raises UserError naming it when the disk refuses."""
     try:
         with whole_folder(folder) as temporary:
-            trained = [*model.parts.facts.get("trained", []), {"step": step, "recipe": to_toml(recipe)}]
-            model.family.save(replace(model.parts, facts=model.parts.facts | {"trained": trained}), temporary)
+            trained = [*model.components.facts.get("trained", []), {"step": step, "recipe": to_toml(recipe)}]
+            model.family.save(replace(model.components, facts=model.components.facts | {"trained": trained}), temporary)
             write_synced(temporary / MARK, (json.dumps({"step": step}) + "\n").encode())
     except (OSError, SafetensorError) as e:  # safetensors reports a full disk in its own way
         raise UserError(f"cannot write the model folder '{folder}': {e}. The checkpoint of step {step} is intact.") from e
@@ -87,7 +87,7 @@ def open_base(recipe: Recipe) -> Model:
 def _build(recipe: Recipe, device: str) -> Model:
     """With the prompts that training had encoded, so that guidance starts from the very empty prompt it was trained on."""
     model = build_model(recipe, device)
-    model.text_cache |= cached_text(recipe, model.family, model.parts)
+    model.text_cache |= cached_text(recipe, model.family, model.components)
     return model
 
 
@@ -106,5 +106,5 @@ def last_weights(out: Path) -> Path:
         if not (problem := damage(checkpoint)):
             return checkpoint / "trainable.safetensors"
         problems.append(f"'{checkpoint}' is damaged: {problem}")
-    told = "\n" + "\n".join(problems) if problems else ""
-    raise UserError(f"'{out}' holds no snapshot and no good checkpoint: train this recipe first{told}")
+    details = "\n" + "\n".join(problems) if problems else ""
+    raise UserError(f"'{out}' holds no snapshot and no good checkpoint: train this recipe first{details}")

@@ -67,7 +67,7 @@ class StopRequests:
         self._folder = folder
         return [f"'{folder / name}' was there before the start and is removed" for name in self._taken()]
 
-    def asked(self) -> Asked:
+    def poll(self) -> Asked:
         """What was asked of this process since the last call. To be called once a step."""
         files = self._taken()
         stop = BY_SIGNAL if self.interrupted() else BY_FILE if "stop" in files else ""

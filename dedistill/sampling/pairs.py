@@ -61,7 +61,7 @@ def make_pairs(
         "count": count,
         "shard_size": shard_size,
         "sigmas": sigmas[stored].tolist(),
-        "picture": list(model.parts.sample_shape),
+        "picture": list(model.components.sample_shape),
         "source": source.name,
     }
     claim(out, "pairs", "--out")
@@ -70,7 +70,7 @@ def make_pairs(
     assert len(prompts) == count, f"source '{source.name}' gave {len(prompts)} prompts, {count} were asked for"
     for number in range(len(shards), -(-count // shard_size)):
         ids = range(number * shard_size, min(count, (number + 1) * shard_size))
-        noise = keyed.noise(seed, "pairs", 0, ids, model.parts.sample_shape)
+        noise = keyed.noise(seed, "pairs", 0, ids, model.components.sample_shape)
         captions = prompts[ids.start : ids.stop]
         states = [torch.stack([c[k] for k in stored], 1) for c in trajectories(model, captions, noise, sampling)]
         shards.append(_write_shard(out, number, ids, captions, noise, torch.cat(states)))
@@ -86,7 +86,7 @@ def teacher_hash(model: Model) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    for tensors in (dict(model.parts.net.state_dict()), model.tensors(copy=False)):
+    for tensors in (dict(model.components.denoiser.state_dict()), model.tensors(copy=False)):
         for name in sorted(tensors):
             digest.update(name.encode())
             digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

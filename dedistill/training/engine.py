@@ -67,11 +67,11 @@ class Engine:
 
     name = "ddp"
     """What the launcher calls it (World.engine) and plan.json says."""
-    in_parts = ""
-    """What it spreads, as the header of a run goes on after the devices."""
+    placement = ""
+    """What it shards, as the header of a run goes on after the devices."""
     requires_equal_forwards = False
     """Whether all processes must run equally many passes: each asks the others for weights or sums of gradients."""
-    cuts_on_cpu = False
+    builds_on_cpu = False
     """Whether the model is to be built in the memory of the CPU, since no device holds all of it."""
     gathers = False
     """Whether ``weights`` and ``state`` put copies together on the CPU; otherwise they give what training goes on with."""

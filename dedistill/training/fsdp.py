@@ -18,8 +18,8 @@ from dedistill.training.engine import Engine
 class Fsdp2(Engine):
     """The base in parts. Its adapter is no part of the network, so it is trained as where every process holds everything."""
 
-    name, in_parts = "fsdp2", ", the base in parts"
-    requires_equal_forwards = cuts_on_cpu = True
+    name, placement = "fsdp2", ", the base in parts"
+    requires_equal_forwards = builds_on_cpu = True
 
     def check(self) -> None:
         if self.recipe.adapter is None:
@@ -43,22 +43,22 @@ def shard_base(model: Model, world: World, device: torch.device | str) -> None:
     """
     # it warns of writing into what a block returns, which would lose its hooks; no family does
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    net, device = model.parts.net, torch.device(device)
+    denoiser, device = model.components.denoiser, torch.device(device)
     mesh = init_device_mesh(device.type, (world.size,))
-    blocks = model.family.blocks(net)
+    blocks = model.family.blocks(denoiser)
     for block in blocks:
         # the last one is needed again at once, where backward starts
         fully_shard(block, mesh=mesh, reshard_after_forward=block is not blocks[-1])
-    fully_shard(net, mesh=mesh)
-    if whole := [name for name, parameter in net.named_parameters() if not isinstance(parameter, DTensor)]:
+    fully_shard(denoiser, mesh=mesh)
+    if whole := [name for name, parameter in denoiser.named_parameters() if not isinstance(parameter, DTensor)]:
         tensors = amount(len(whole), "tensor of the base is", "tensors of the base are")
         raise UserError(f"FSDP2 was asked for, and {tensors} whole, e.g. {whole[0]}")
     model.root.to(device)
-    model.parts.device = device
-    model.facts["storage_bytes_here"] = local_bytes(net)
+    model.components.device = device
+    model.facts["storage_bytes_here"] = local_bytes(denoiser)
 
 
-def local_bytes(net: nn.Module) -> int:
+def local_bytes(denoiser: nn.Module) -> int:
     """Bytes of the parameters of a sharded network that this process holds between passes."""
-    parts = [p.to_local() if isinstance(p, DTensor) else p for p in net.parameters()]
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in denoiser.parameters()]
     return sum(part.numel() * part.element_size() for part in parts)

@@ -40,12 +40,12 @@ class BadSteps(UserError):
     """The run was stopped by :class:`Guard`; the weights are those of the last good step."""
 
 
-class GoBack(Exception):
-    """To train again from step ``since`` on, without the samples that are now quarantined."""
+class Rollback(Exception):
+    """To train again from ``step`` on, without the samples that are now quarantined."""
 
-    def __init__(self, since: int):
-        super().__init__(since)
-        self.since = since
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
 
 
 class Suspect(TypedDict):
@@ -93,7 +93,7 @@ class Guard:
         """The inverse of :meth:`state`."""
         vars(self).update(state)
 
-    def since(self) -> dict[str, int]:
+    def quarantined_from(self) -> dict[str, int]:
         """The quarantine as ``QuarantineSource`` takes it."""
         return {name: entry["since"] for name, entry in self.quarantine.items()}
 
@@ -102,7 +102,7 @@ class Guard:
     ) -> dict[str, list[Suspect]]:
         """What speaks against applying ``step``: {"not_finite" or "spike": samples that stand out}; empty when nothing does.
 
-        losses, sigmas: [B] in the order of positions; names: of the samples at given positions. Raises BadSteps or GoBack at
+        losses, sigmas: [B] in the order of positions; names: of the samples at given positions. Raises BadSteps or Rollback at
         the last step that patience is had with.
         """
         finite = math.isfinite(norm) and bool(losses.isfinite().all())
@@ -139,7 +139,7 @@ class Guard:
             entry[:] = [keep * entry[0] + (1 - keep) * loss, entry[1] + 1]
 
     def _on_too_many_bad_steps(self, step: int, loss: float, norm: float, what: str, found: list[Suspect]) -> None:
-        """Quarantine what stood out and raise GoBack, or raise BadSteps.
+        """Quarantine what stood out and raise Rollback, or raise BadSteps.
 
         Neither where nothing but a sample that cannot be quarantined any more has brought it here.
         """
@@ -154,7 +154,7 @@ class Guard:
             self.refused = [step for step in self.refused if step < since]
             left = {name: [s for s in steps if s < since] for name, steps in self.hits.items()}
             self.hits = {name: steps for name, steps in left.items() if steps and name not in self.quarantine}
-            raise GoBack(since)
+            raise Rollback(since)
         why = f"; samples: {found[:4]}" if found else " in the gradient"
         tried = f" {amount(len(self.quarantine), 'sample was', 'samples were')} quarantined before." if self.quarantine else ""
         if self.consecutive_bad < PATIENCE and len(self.refused) <= WINDOW / 2:

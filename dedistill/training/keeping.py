@@ -13,7 +13,7 @@ from dedistill.io.safetensors import tensors_checksum
 from dedistill.models.model import ARITHMETIC
 from dedistill.posthoc.snapshots import write_snapshot
 from dedistill.recipe import Recipe
-from dedistill.runs.checkpoint import drop_after, newest_until, newest_valid, read_checkpoint, save_checkpoint
+from dedistill.runs.checkpoint import newest_until, newest_valid, read_checkpoint, remove_after, save_checkpoint
 from dedistill.runs.directory import RunDirectory
 from dedistill.runs.metrics import Row, last_step
 from dedistill.runs.model import export_model, exported_step, snapshot_header
@@ -116,13 +116,13 @@ class Keeper:
         found = newest_until(folder, since) if self.world.main else None
         name = self.world.broadcast_object(found.name if found else None)
         if self.world.main:
-            drop_after(folder, since, keep=0 if name else 1)  # at any instant there is one to go on from
+            remove_after(folder, since, keep=0 if name else 1)  # at any instant there is one to go on from
         self.engine.discard()
         self.state.roll_back(since, self._read(folder / name) if name is not None else None)
         if name is None:
             self.checkpoint(wait=True)
         if self.world.main:
-            drop_after(folder, since)
+            remove_after(folder, since)
 
     def checkpoint(self, *, wait: bool) -> None:
         """Rank 0 saves beside training, after all have agreed on what. wait: until it is safe; nobody ends before that."""
@@ -170,4 +170,4 @@ class Keeper:
         """Raises UserError unless all processes hold the same bytes."""
         if self.world.size > 1:
             step = self.state.step if step is None else step
-            self.world.same({f"checksum of the {what} at step {step}": tensors_checksum(tensors)})
+            self.world.assert_equal_on_all_ranks({f"checksum of the {what} at step {step}": tensors_checksum(tensors)})

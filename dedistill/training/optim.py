@@ -139,12 +139,12 @@ def state_entries(
     """(name of a parameter or group, key, value) of each of ``tensors``. Raises UserError naming ``source`` unless they are
     the whole state of parameters of these names and shapes, or none at all."""
     entries = [(*full.rpartition("/")[::2], value) for full, value in tensors.items()]
-    if tensors and (problem := _misfit(optimizer, names, entries)):
+    if tensors and (problem := _mismatch(optimizer, names, entries)):
         raise UserError(f"the optimizer state of '{source}' does not fit this recipe: {problem}")
     return entries
 
 
-def _misfit(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], entries: list[tuple[str, str, Tensor]]) -> str:
+def _mismatch(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], entries: list[tuple[str, str, Tensor]]) -> str:
     """What keeps (name, key, value) ``entries`` from being loaded; empty when nothing does."""
     groups = {f"group/{i}" for i in range(len(optimizer.param_groups))}
     states = [(name, key, value) for name, key, value in entries if name not in groups]

@@ -43,8 +43,8 @@ class Preview:
                 self._write(step, latents, interrupted)
         except torch.OutOfMemoryError:
             if not self.out_of_memory:
-                said = "out of memory; training goes on. Lower sample.height and sample.width."
-                print(f"preview at step {step}: {said}", file=sys.stderr)
+                message = "out of memory; training goes on. Lower sample.height and sample.width."
+                print(f"preview at step {step}: {message}", file=sys.stderr)
             self.out_of_memory = True
         except OSError as e:
             print(f"preview at step {step}: cannot write '{self.folder}': {e.strerror or e}; training goes on", file=sys.stderr)
@@ -54,7 +54,7 @@ class Preview:
     def _latents(self) -> Iterator[Tensor]:
         """What is to be decoded [1, C, h, w], column by column, prompt by prompt."""
         p, prompts = self.settings, list(self.settings.prompts)
-        noise = start_noise(p.seed, len(prompts), self.model.parts.sample_shape)
+        noise = start_noise(p.seed, len(prompts), self.model.components.sample_shape)
         for sampling in self.columns:
             for i, prompt in enumerate(prompts):  # one at a time: memory is what training has left over
                 heartbeat.beat("making previews")
@@ -93,7 +93,7 @@ def _all(latents: Iterator[Tensor]) -> list[Tensor]:
 
 def _release(model: Model) -> None:
     """Give the memory of the codec and of the images back to training."""
-    if model.parts.vae is not None:
-        model.parts.vae.unload()
+    if model.components.vae is not None:
+        model.components.vae.unload()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -26,13 +26,13 @@ from dedistill.runs.metrics import MetricsLogger, Row, Trackers
 from dedistill.runs.requests import BY_SIGNAL, StopRequests
 from dedistill.training.background import ahead
 from dedistill.training.engine import Engine
-from dedistill.training.guards import EVERY, BadSteps, GoBack, Guard, ParameterChangeCheck
+from dedistill.training.guards import EVERY, BadSteps, Guard, ParameterChangeCheck, Rollback
 from dedistill.training.keeping import Keeper, RunState
 from dedistill.training.optim import learning_rate
 from dedistill.training.preview import Preview
 
-Tasks = Generator[tuple[np.ndarray, NoisyBatch] | None, None, None]
-"""Positions and task of one micro-batch after the other; None where a step ends. No positions: the task counts for nothing."""
+MicroBatches = Generator[tuple[np.ndarray, NoisyBatch] | None, None, None]
+"""Positions and samples of one micro-batch after the other; None where a step ends. No positions: it counts for nothing."""
 
 
 class Trainer:
@@ -51,9 +51,9 @@ class Trainer:
         self.change_check = ParameterChangeCheck(engine.bit_sums, model.modules())
         self.trained_now = False
         self.stopping = ""
-        """How some process was asked to stop, as StopRequests.asked says it."""
-        self.asked = {"save": False, "sample": False}
-        self.waited = 0.0
+        """How some process was asked to stop, as StopRequests.poll says it."""
+        self.requests = {"save": False, "sample": False}
+        self.data_wait_s = 0.0
         """Seconds since the last line of timings.jsonl in which training stood still for data."""
         self.micro_batch = min(plan.micro_batch, ceil_div(plan.batch, self.world.size))
         validate, meters, preview = recipe.validate_, recipe.meters, recipe.preview
@@ -77,7 +77,7 @@ class Trainer:
         optimizer = type(self.engine.optimizer)
         return {
             "objective": self.objective.name,
-            "sigma": self.objective.sampling | {"shift": self.objective.shift_of(self.model.parts.sample_shape)},
+            "sigma": self.objective.sampling | {"shift": self.objective.shift_of(self.model.components.sample_shape)},
             "caption_dropout": self.objective.dropout,
             "optimizer": optimizer.__module__.split(".")[0] + "." + optimizer.__name__,
             "betas": list(self.recipe.train.betas),
@@ -98,8 +98,8 @@ class Trainer:
     def _settle(self) -> None:
         """Take in a state that was loaded: weights to compare later ones with, and samples that are left out."""
         self.change_check.start()
-        since = self.state.guard.since()
-        self.objective.source = QuarantineSource(self.source, since) if since else self.source
+        quarantined_from = self.state.guard.quarantined_from()
+        self.objective.source = QuarantineSource(self.source, quarantined_from) if quarantined_from else self.source
 
     # --- from step to step -------------------------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ class Trainer:
                 self.preview(0)
         record = MetricsLogger(self.run, state.step - bool(state.unfinished)) if self.world.main else None
         self.model.root.train()
-        self.stop, tasks = stop, ahead(self._tasks(state.step))
+        self.stop, micro_batches = stop, ahead(self._micro_batches(state.step))
         try:
             if state.unfinished:
                 self.trained_now = True
@@ -125,12 +125,12 @@ class Trainer:
             while state.step < self.plan.steps and not self.stopping:
                 self.keeper.writer.check()
                 try:
-                    row = self._train_step(state.step, tasks)
-                except GoBack as back:
-                    tasks.close()
-                    self._roll_back(back.since)
+                    row = self._train_step(state.step, micro_batches)
+                except Rollback as back:
+                    micro_batches.close()
+                    self._roll_back(back.step)
                     record = record and record.reopened(self.run, state.step)
-                    tasks = ahead(self._tasks(state.step))
+                    micro_batches = ahead(self._micro_batches(state.step))
                     continue
                 except BadSteps:
                     if self.trained_now:  # the weights are good: bad steps were not applied
@@ -143,7 +143,7 @@ class Trainer:
                 yield self._conclude(row, record, trackers)
         finally:
             stop.deferred = False
-            tasks.close()
+            micro_batches.close()
             self.keeper.writer.close()
             if record:
                 record.close()
@@ -157,20 +157,20 @@ class Trainer:
                 "lower train.lr, or look at what the recipe trains on"
             )
 
-    def _tasks(self, start: int) -> Tasks:
+    def _micro_batches(self, start: int) -> MicroBatches:
         """Every micro-batch of this process, from step ``start`` on."""
         for step in range(start, self.plan.steps):
             own, padding = self.objective.share(step, self.micro_batch, self.world)
             # padding first, while there are no gradients yet that theirs could get into
             for positions, counted in [*((c, c[:0]) for c in padding), *((o, o) for o in own)]:
                 with enough_memory(f"loading positions {positions.tolist()} of step {step + 1}"):
-                    task = self.objective.noisy_batch(step, positions)
-                yield counted, task.pinned() if self.model.device.type == "cuda" else task
+                    noisy = self.objective.noisy_batch(step, positions)
+                yield counted, noisy.pinned() if self.model.device.type == "cuda" else noisy
             yield None
 
-    def _train_step(self, step: int, tasks: Tasks) -> Row:
+    def _train_step(self, step: int, micro_batches: MicroBatches) -> Row:
         """One optimizer step over all slots of the global batch; every sample weighs the same. Returns its row."""
-        losses, sigmas = self._gradients(tasks)
+        losses, sigmas = self._gradients(micro_batches)
         grad_norm = self.engine.norm()
         lr = learning_rate(self.recipe, step)
         names = partial(self.objective.source.names, self.recipe.run.seed, step, batch=self.plan.batch)
@@ -198,7 +198,7 @@ class Trainer:
             return {**row, "loss": str(mean), "grad_norm": str(grad_norm), **wrong}  # JSON has no NaN
         return row | {"sigma_mean": float(sigmas.mean()), "sigma_loss": sigma_bins(losses, sigmas, self.recipe.log.sigma_bins)}
 
-    def _gradients(self, tasks: Tasks) -> tuple[Tensor, Tensor]:
+    def _gradients(self, micro_batches: MicroBatches) -> tuple[Tensor, Tensor]:
         """Leave the gradient of the whole batch in place; (losses [B], sigmas [B]).
 
         What comes back is of all processes, in the order of positions, so that it does not depend on who did what.
@@ -209,26 +209,29 @@ class Trainer:
         while True:
             start = time.monotonic()
             heartbeat.beat("waiting for data")
-            item = next(tasks)
+            item = next(micro_batches)
             heartbeat.beat("training")
-            self.waited += time.monotonic() - start
+            self.data_wait_s += time.monotonic() - start
             if item is None:
                 break
-            counted, task = item
-            loss = self.objective.loss(self.model, task)  # one number per sample
+            counted, noisy = item
+            loss = self.objective.loss(self.model, noisy)  # one number per sample
             self.engine.backward(loss.sum() / self.plan.batch, counts=len(counted) > 0)
             positions += counted.tolist()
             losses.append(loss.detach()[: len(counted)])
-            sigmas.append(task.sigma[: len(counted)])
+            sigmas.append(noisy.sigma[: len(counted)])
         # read once: a GPU goes on while the next micro-batch is prepared
         numbers = (torch.cat(parts).tolist() if parts else [] for parts in (losses, sigmas))
         slots = list(zip(positions, *numbers, strict=True))
         # words before gradients: they may be waited for longer, and not on the GPU (see World)
-        heard = self.world.gather((slots, self.stop.asked()))
-        self.stopping = max(asked["stop"] for _, asked in heard)
-        self.asked = {"save": any(asked["save"] for _, asked in heard), "sample": any(asked["sample"] for _, asked in heard)}
+        gathered = self.world.gather((slots, self.stop.poll()))
+        self.stopping = max(request["stop"] for _, request in gathered)
+        self.requests = {
+            "save": any(request["save"] for _, request in gathered),
+            "sample": any(request["sample"] for _, request in gathered),
+        }
         self.engine.finish()
-        _, every_loss, every_sigma = zip(*sorted(slot for own, _ in heard for slot in own))
+        _, every_loss, every_sigma = zip(*sorted(slot for own, _ in gathered for slot in own))
         return torch.tensor(every_loss), torch.tensor(every_sigma)
 
     # --- between two steps -------------------------------------------------------------------------------------------
@@ -239,7 +242,7 @@ class Trainer:
         state.unfinished = None
         last = state.step == self.plan.steps
         validate = self.validate if _due(recipe.validate_.every, state.step, last) else None
-        saving = last or self.asked["save"] or _due(recipe.checkpoint.every, state.step, last)
+        saving = last or self.requests["save"] or _due(recipe.checkpoint.every, state.step, last)
         # where the learning rate goes to its end, steps may be below what weights can hold
         fading = recipe.train.schedule != "constant" and state.step > 0.95 * self.plan.steps
         if (validate or saving or state.step % EVERY == 0) and not fading:
@@ -256,12 +259,12 @@ class Trainer:
         if not state.unfinished:
             if _due(recipe.snapshot.every, state.step, last):
                 self.keeper.snapshot()
-            if self.asked["sample"] or _due(recipe.preview.every, state.step, last):
+            if self.requests["sample"] or _due(recipe.preview.every, state.step, last):
                 self._preview()
             special = {"val_loss", "guidance_gap", "quarantined"} & row.keys() or last or not row["applied"]
             if record and (special or row["step"] == 1 or _due(recipe.log.every, state.step, last)):
-                record.write(row, self.waited)
-                self.waited = 0.0
+                record.write(row, self.data_wait_s)
+                self.data_wait_s = 0.0
                 trackers.log(row, state.step)
         if saving or self.stopping:
             if record:
@@ -272,7 +275,7 @@ class Trainer:
     def _preview(self) -> None:
         if self.preview:
             self.preview(self.state.step, self._interrupted)
-        elif self.world.main and self.asked["sample"]:
+        elif self.world.main and self.requests["sample"]:
             print("asked for previews, but the recipe has no [preview] table", file=sys.stderr)
 
     def _interrupted(self) -> bool:

@@ -63,11 +63,13 @@ def main(arguments: list[str]) -> None:
     found = watch(process, memory, limit, patience)
     if not found:
         return
-    said = f"watchdog: rank {rank}: {found}"
-    print(f"{said}; it is ended, its stacks go to '{file}'. Run the same command again to go on.", file=sys.stderr, flush=True)
+    message = f"watchdog: rank {rank}: {found}"
+    print(
+        f"{message}; it is ended, its stacks go to '{file}'. Run the same command again to go on.", file=sys.stderr, flush=True
+    )
     written = end(process, stacks)
     with open(file, "ab") as f:
-        f.write(f"{said}\n".encode() + written + b"\n")
+        f.write(f"{message}\n".encode() + written + b"\n")
 
 
 if __name__ == "__main__":

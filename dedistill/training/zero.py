@@ -64,9 +64,9 @@ class Zero(Engine):
         self.zero = self.engine.optimizer
         self.optimizer = self.zero.optimizer
         self.any_spoilt = False
-        model.root, model.parts.device = self.engine, self.engine.device
+        model.root, model.components.device = self.engine, self.engine.device
         self._check_stage(root)
-        model.facts["storage_bytes_here"] = local_bytes(model.parts.net)
+        model.facts["storage_bytes_here"] = local_bytes(model.components.denoiser)
 
     def _cut(self, root: nn.Module, config: dict[str, Any]) -> None:
         """Leave each process its part of every parameter, one after the other. Adapters work inside the layers they are
@@ -74,7 +74,7 @@ class Zero(Engine):
         self.deepspeed.zero.Init(module=root, config_dict_or_path=config, dtype=torch.float32)
         root.to(self.deepspeed.get_accelerator().current_device_name())  # buffers; of parameters there is nothing left here
         for name, module in self.model.adapter.by_target.items() if self.model.adapter else ():
-            layer = self.model.parts.net.get_submodule(name)
+            layer = self.model.components.denoiser.get_submodule(name)
             for parameter in module.parameters():
                 self.deepspeed.zero.register_external_parameter(layer, parameter)
 
@@ -207,12 +207,12 @@ class Zero(Engine):
 
 
 class Zero2(Zero):
-    name, stage, in_parts = "zero2", 2, ", the optimizer in parts (ZeRO-2)"
+    name, stage, placement = "zero2", 2, ", the optimizer in parts (ZeRO-2)"
 
 
 class Zero3(Zero):
-    name, stage, in_parts = "zero3", 3, ", base, adapter and optimizer in parts (ZeRO-3)"
-    cuts_on_cpu = True
+    name, stage, placement = "zero3", 3, ", base, adapter and optimizer in parts (ZeRO-3)"
+    builds_on_cpu = True
 
     def check(self) -> None:
         super().check()
@@ -229,9 +229,9 @@ def _part(parameter: nn.Parameter) -> Tensor:
     return getattr(parameter, PART)
 
 
-def local_bytes(net: nn.Module) -> int:
-    """Bytes of the parameters of ``net`` that this process holds between passes: parts, and what is too small to be cut."""
-    held = [t for p in net.parameters() for t in (p, getattr(p, PART, None)) if t is not None]
+def local_bytes(denoiser: nn.Module) -> int:
+    """Bytes of parameters that this process holds between passes: parts, and what is too small to be cut."""
+    held = [t for p in denoiser.parameters() for t in (p, getattr(p, PART, None)) if t is not None]
     return sum(t.numel() * t.element_size() for t in held)
 
 
@@ -241,15 +241,15 @@ class _Root(nn.Module):
     def __init__(self, model: Model, *, whole: bool):
         """whole: register the base, too, for DeepSpeed to cut."""
         super().__init__()
-        self.adapter, self._net = model.adapter, [model.parts.net]
+        self.adapter, self._denoiser = model.adapter, [model.components.denoiser]
         self.autocast = model.bf16 and model.adapter is None  # as Model.velocity
         if whole or model.adapter is None:
-            self.net = model.parts.net
+            self.denoiser = model.components.denoiser
 
     def forward(self, *args: Any, **kwargs: Any) -> object:
-        net = self._net[0]
-        with torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=self.autocast):
-            return net(*args, **kwargs)
+        denoiser = self._denoiser[0]
+        with torch.autocast(next(denoiser.parameters()).device.type, torch.bfloat16, enabled=self.autocast):
+            return denoiser(*args, **kwargs)
 
 
 def _config(recipe: Recipe) -> dict[str, Any]:

@@ -36,21 +36,21 @@ every_form = pytest.mark.parametrize("form", FORMS)
 every_quant = pytest.mark.parametrize("quant", QUANTS)
 
 
-def attach(parts, table: dict) -> Adapter:
-    shapes = dense_shapes(parts.net, linear_names(parts.net))
+def attach(components, table: dict) -> Adapter:
+    shapes = dense_shapes(components.denoiser, linear_names(components.denoiser))
     table = adapter_table(table["kind"], *table["targets"])
-    return Adapter(parts.net, table.kind, resolve_targets(table, shapes, FAMILY.presets(parts.net)))
+    return Adapter(components.denoiser, table.kind, resolve_targets(table, shapes, FAMILY.presets(components.denoiser)))
 
 
 def build(form: str, quant: str = "none", dtype: torch.dtype = torch.float32, *, size: float = 0.2) -> SimpleNamespace:
     """A tiny network with an adapter whose factors are normal with deviation ``size``; 0 leaves them as LyCORIS does."""
-    parts = FAMILY.tiny(0)
-    cast_float(parts.net, dtype)
-    prepare_base(parts.net, quant, [], "cpu")
-    adapter = attach(parts, FORMS[form])
+    components = FAMILY.tiny(0)
+    cast_float(components.denoiser, dtype)
+    prepare_base(components.denoiser, quant, [], "cpu")
+    adapter = attach(components, FORMS[form])
     if size:
         fill(adapter, size)
-    return SimpleNamespace(parts=parts, net=parts.net, adapter=adapter)
+    return SimpleNamespace(components=components, denoiser=components.denoiser, adapter=adapter)
 
 
 @torch.no_grad()
@@ -59,11 +59,11 @@ def fill(adapter: Adapter, size: float, seed: int = 0) -> None:
         p.copy_(torch.from_numpy(keyed.generator(seed, name).standard_normal(tuple(p.shape), dtype="float32")) * size)
 
 
-def velocity(parts, root: nn.Module) -> torch.Tensor:
+def velocity(components, root: nn.Module) -> torch.Tensor:
     """The velocity [2, 1, 8, 16] of a fixed question."""
-    text = FAMILY.encode_text(parts, ["two then three", "a handwritten seven then a 4"], 12)
-    noisy = keyed.noise(0, "question", 0, range(2), parts.sample_shape)
-    return FAMILY.velocity(parts, root, noisy, torch.tensor([0.3, 0.8]), text)
+    text = FAMILY.encode_text(components, ["two then three", "a handwritten seven then a 4"], 12)
+    noisy = keyed.noise(0, "question", 0, range(2), components.sample_shape)
+    return FAMILY.velocity(components, root, noisy, torch.tensor([0.3, 0.8]), text)
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -76,7 +76,7 @@ def test_every_layer_answers_as_dense_weight_plus_delta(form, quant):
     """The bypass form equals the materialised Kronecker or low-rank product, quantized or not."""
     own = build(form, quant)
     for name, module in own.adapter.by_target.items():
-        linear = own.net.get_submodule(name)
+        linear = own.denoiser.get_submodule(name)
         x = keyed.noise(0, name, 0, range(7), (linear.in_features,))
         change = delta(module).detach()
         wanted = F.linear(x.double(), dense_weight(linear).double() + change.double(), linear.bias.double())
@@ -89,16 +89,16 @@ def test_every_layer_answers_as_dense_weight_plus_delta(form, quant):
 def test_forward_merge_and_reload_agree(form, tmp_path):
     """What training sees, what merging writes and what a file gives back are one delta."""
     own, plain = build(form), FAMILY.tiny(0)
-    adapted = velocity(own.parts, own.adapter).detach()
-    assert relative(velocity(plain, plain.net).detach(), adapted) > 1e-3
-    merge(plain.net, own.adapter.by_target)
-    assert relative(velocity(plain, plain.net).detach(), adapted) < 1e-6
+    adapted = velocity(own.components, own.adapter).detach()
+    assert relative(velocity(plain, plain.denoiser).detach(), adapted) > 1e-3
+    merge(plain.denoiser, own.adapter.by_target)
+    assert relative(velocity(plain, plain.denoiser).detach(), adapted) < 1e-6
     save_file(own.adapter.tensors(), tmp_path / "a.safetensors", metadata={"format": "pt", "who": "a"})
     tensors, header = read_tensors(tmp_path / "a.safetensors")
     other = build(form, size=0.4)
-    assert not torch.equal(velocity(other.parts, other.adapter), adapted)
+    assert not torch.equal(velocity(other.components, other.adapter), adapted)
     other.adapter.load_tensors(tensors, "a.safetensors")
-    assert torch.equal(velocity(other.parts, other.adapter), adapted)
+    assert torch.equal(velocity(other.components, other.adapter), adapted)
     assert header["who"] == "a"
 
 
@@ -106,10 +106,10 @@ def test_forward_merge_and_reload_agree(form, tmp_path):
 def test_merge_into_bf16_rounds_once(form):
     """Trap 7: the sum is formed in float32 and rounded once to the weight's dtype."""
     own = build(form, dtype=torch.bfloat16)
-    before = {n: own.net.get_submodule(n).weight.float().clone() for n in own.adapter.by_target}
-    merge(own.net, own.adapter.by_target)
+    before = {n: own.denoiser.get_submodule(n).weight.float().clone() for n in own.adapter.by_target}
+    merge(own.denoiser, own.adapter.by_target)
     for name, module in own.adapter.by_target.items():
-        weight = own.net.get_submodule(name).weight
+        weight = own.denoiser.get_submodule(name).weight
         assert weight.dtype == torch.bfloat16
         assert torch.equal(weight, (before[name] + delta(module)).bfloat16())
 
@@ -119,19 +119,19 @@ def test_merge_into_a_quantized_base_is_refused(quant):
     """Trap 6: elsewhere this silently merges nothing."""
     own = build("lokr", quant)
     with pytest.raises(ValueError, match=r"transformer_blocks\.0.*unquantized base"):
-        merge(own.net, own.adapter.by_target)
+        merge(own.denoiser, own.adapter.by_target)
 
 
 def test_refused_merge_changes_nothing():
     """Trap 6: in a base with excluded layers, a refusal in the middle must not leave half a merge behind."""
-    parts = FAMILY.tiny(0)
-    prepare_base(parts.net, "int8", ["transformer_blocks.*.norm1.linear"], "cpu")
-    adapter = attach(parts, FORMS["lokr"])
+    components = FAMILY.tiny(0)
+    prepare_base(components.denoiser, "int8", ["transformer_blocks.*.norm1.linear"], "cpu")
+    adapter = attach(components, FORMS["lokr"])
     fill(adapter, 0.2)
-    first = parts.net.transformer_blocks[0].norm1.linear.weight
+    first = components.denoiser.transformer_blocks[0].norm1.linear.weight
     before = first.clone()
     with pytest.raises(ValueError):
-        merge(parts.net, adapter.by_target)
+        merge(components.denoiser, adapter.by_target)
     assert torch.equal(first, before)
 
 
@@ -140,7 +140,7 @@ def test_bypass_keeps_a_small_delta_in_bf16(form):
     """Trap 5: of a delta 1e-3 of the weight, the bypass branch keeps 99 %; the rebuilt weight loses most of it."""
     own = build(form, dtype=torch.bfloat16)
     for name, module in own.adapter.by_target.items():
-        linear = own.net.get_submodule(name)
+        linear = own.denoiser.get_submodule(name)
         weight = dense_weight(linear)
         initialise(module, name, lambda w=weight: w, init="perturbed_normal", scale=1e-3, seed=0)
         x = keyed.noise(0, name, 0, range(256), (linear.in_features,)).bfloat16()
@@ -165,7 +165,7 @@ def test_a_layer_gives_what_lycoris_gives(form, dtype):
     for name, module in own.adapter.by_target.items():
         module.to(dtype)
         module.scale, module.multiplier = 0.5, 1.5
-        linear = own.net.get_submodule(name)
+        linear = own.denoiser.get_submodule(name)
         x = keyed.noise(0, name, 0, range(6), (3, linear.in_features)).to(dtype).requires_grad_()
         weights = [x, *module.parameters()]
         ours = module(x)
@@ -201,13 +201,13 @@ def test_two_adapters_in_one_process_are_independent(monkeypatch):
 def test_detaching_gives_the_base_back_bit_for_bit(form, quant):
     """The frozen network answers as if nothing had ever sat on it."""
     plain = FAMILY.tiny(0)
-    prepare_base(plain.net, quant, [], "cpu")
-    base = velocity(plain, plain.net)
+    prepare_base(plain.denoiser, quant, [], "cpu")
+    base = velocity(plain, plain.denoiser)
     own = build(form, quant)
-    assert not torch.equal(velocity(own.parts, own.adapter), base)
+    assert not torch.equal(velocity(own.components, own.adapter), base)
     own.adapter.detach_from_base()
-    assert torch.equal(velocity(own.parts, own.net), base)
-    assert own.net.state_dict().keys() == plain.net.state_dict().keys()
+    assert torch.equal(velocity(own.components, own.denoiser), base)
+    assert own.denoiser.state_dict().keys() == plain.denoiser.state_dict().keys()
 
 
 @every_quant
@@ -217,16 +217,16 @@ def test_gradient_reaches_every_factor_and_nothing_else(form, quant):
     own = build(form, quant, size=0)
     params = own.adapter.trainable()
     optimizer = torch.optim.SGD(params.values(), lr=0.1)
-    velocity(own.parts, own.adapter).square().mean().backward()
+    velocity(own.components, own.adapter).square().mean().backward()
     silent = {n for n, p in params.items() if not p.grad.any()}
     first = {"lokr": ("lokr_w1",), "lokr-rank": ("lokr_w1", "lokr_w2_a"), "lora": ("lora_down.weight",)}[form]
     assert silent == {n for n in params if n.endswith(first)}
     optimizer.step()
     optimizer.zero_grad()
-    velocity(own.parts, own.adapter).square().mean().backward()
+    velocity(own.components, own.adapter).square().mean().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in params.values())
-    assert not any(p.requires_grad or p.grad is not None for p in own.net.parameters())
-    assert not {id(p) for p in own.adapter.parameters()} & {id(p) for p in own.net.parameters()}
+    assert not any(p.requires_grad or p.grad is not None for p in own.denoiser.parameters())
+    assert not {id(p) for p in own.adapter.parameters()} & {id(p) for p in own.denoiser.parameters()}
 
 
 @every_form
@@ -237,11 +237,11 @@ def test_tensors_are_private_copies(form):
     kept = {n: t.clone() for n, t in saved.items()}
     fill(own.adapter, 0.3, seed=1)
     assert all(torch.equal(saved[n], kept[n]) for n in kept)
-    now = velocity(own.parts, own.adapter)
+    now = velocity(own.components, own.adapter)
     for tensor in own.adapter.tensors().values():
         assert tensor.is_contiguous() and not tensor.requires_grad
         tensor.fill_(9.0)
-    assert torch.equal(velocity(own.parts, own.adapter), now)
+    assert torch.equal(velocity(own.components, own.adapter), now)
 
 
 @every_form
@@ -287,15 +287,15 @@ def test_lycoris_itself_reads_our_files(form, tmp_path):
     own, plain = build(form), FAMILY.tiny(0)
     save_file(own.adapter.tensors(), tmp_path / "a.safetensors")
     with torch.no_grad():
-        network, _ = create_lycoris_from_weights(1.0, str(tmp_path / "a.safetensors"), plain.net)
+        network, _ = create_lycoris_from_weights(1.0, str(tmp_path / "a.safetensors"), plain.denoiser)
         for module in network.loras:
             module.bypass_mode = True
         network.apply_to()
-        found, wanted = velocity(plain, plain.net), velocity(own.parts, own.adapter)
+        found, wanted = velocity(plain, plain.denoiser), velocity(own.components, own.adapter)
         assert len(network.loras) == len(own.adapter.by_target)
         assert relative(found, wanted) < 1e-6
         network.restore()
-        assert relative(velocity(plain, plain.net), wanted) > 1e-3
+        assert relative(velocity(plain, plain.denoiser), wanted) > 1e-3
     assert load_file(tmp_path / "a.safetensors").keys() == own.adapter.tensors().keys()
 
 
@@ -312,8 +312,8 @@ def test_table_of_factors(size, factor, small):
     LyCORIS' own table says 12 x 30 for 360 at factor 16, its code 15 x 24: that is what the rule gives.
     """
     with torch.device("meta"):
-        net = nn.ModuleDict({"wide": nn.Linear(6, size), "tall": nn.Linear(size, 6)})
-        adapter = Adapter(net, "lokr", [Resolved(n, (0, 0), factor, None, n) for n in net])
+        denoiser = nn.ModuleDict({"wide": nn.Linear(6, size), "tall": nn.Linear(size, 6)})
+        adapter = Adapter(denoiser, "lokr", [Resolved(n, (0, 0), factor, None, n) for n in denoiser])
     wide, tall = adapter.by_target["wide"], adapter.by_target["tall"]
     assert (wide.lokr_w1.shape[0], wide.lokr_w2.shape[0]) == (small, size // small)
     assert (tall.lokr_w1.shape[1], tall.lokr_w2.shape[1]) == (small, size // small)
@@ -322,7 +322,7 @@ def test_table_of_factors(size, factor, small):
 @pytest.mark.parametrize(("rank", "full"), [(11, False), (12, True), (40, True)])
 def test_a_rank_of_half_the_factor_is_a_full_matrix(rank, full):
     """With w2 of 24 x 8, a rank from 12 on is kept whole, and still has scale 1."""
-    net = nn.ModuleDict({"linear": nn.Linear(32, 96)})
-    module = Adapter(net, "lokr", [Resolved("linear", (96, 32), 4, rank, "linear")]).by_target["linear"]
+    denoiser = nn.ModuleDict({"linear": nn.Linear(32, 96)})
+    module = Adapter(denoiser, "lokr", [Resolved("linear", (96, 32), 4, rank, "linear")]).by_target["linear"]
     assert module.use_w2 is full and module.scale == 1 and float(module.alpha) == rank
     assert delta(module).shape == (96, 32)

@@ -14,9 +14,9 @@ WIDTH, TOKENS = 256, 512
 
 def operations(factor: int | None) -> float:
     """FLOPs of forward and backward to input and adapter, in units of one base matmul."""
-    net = nn.Sequential(nn.Linear(WIDTH, WIDTH))
-    prepare_base(net, "int8", [], "cpu")
-    call = Adapter(net, "lokr", [Resolved("0", (WIDTH, WIDTH), factor, None, "0")]) if factor else net
+    denoiser = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    prepare_base(denoiser, "int8", [], "cpu")
+    call = Adapter(denoiser, "lokr", [Resolved("0", (WIDTH, WIDTH), factor, None, "0")]) if factor else denoiser
     x = torch.randn(TOKENS, WIDTH, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         call(x).sum().backward()
@@ -35,6 +35,6 @@ def test_lokr_costs_its_factored_form(factor):
 
 
 def test_int8_base_takes_a_byte_per_weight():
-    net = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
-    prepare_base(net, "int8", [], "cpu")
-    assert storage_bytes(net) == WIDTH * WIDTH + WIDTH * 4
+    denoiser = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+    prepare_base(denoiser, "int8", [], "cpu")
+    assert storage_bytes(denoiser) == WIDTH * WIDTH + WIDTH * 4

@@ -36,19 +36,19 @@ SIZES = {
 def flux(guidance: bool = False, seed: int = 0) -> FluxTransformer2DModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = FluxTransformer2DModel(**SIZES, guidance_embeds=guidance)
-        for p in net.parameters():
+        denoiser = FluxTransformer2DModel(**SIZES, guidance_embeds=guidance)
+        for p in denoiser.parameters():
             p.data.normal_(std=0.1)
-    return net.requires_grad_(False).eval()
+    return denoiser.requires_grad_(False).eval()
 
 
-def answer(net: nn.Module) -> torch.Tensor:
+def answer(denoiser: nn.Module) -> torch.Tensor:
     """The network's answer [2, 6, 4] to a fixed question."""
     noise = lambda name, *shape: keyed.noise(0, name, 0, range(2), shape)  # noqa: E731
     ids = torch.zeros(6, 3)
     ids[:, 1] = torch.arange(6)
-    guidance = {"guidance": torch.tensor([1.0, 3.0])} if net.config.guidance_embeds else {}
-    return net(
+    guidance = {"guidance": torch.tensor([1.0, 3.0])} if denoiser.config.guidance_embeds else {}
+    return denoiser(
         hidden_states=noise("picture", 6, 4),
         encoder_hidden_states=noise("text", 5, 24),
         pooled_projections=noise("pooled", 20),
@@ -74,18 +74,18 @@ FORMS = {
 
 def adapted(form: str, names: list[str] | None = None) -> SimpleNamespace:
     """A small FLUX with an adapter on ``names`` (every linear by default), its answer and its file's tensors."""
-    net = flux(guidance=True)
-    before = answer(net)
-    shapes = dense_shapes(net, linear_names(net))
+    denoiser = flux(guidance=True)
+    before = answer(denoiser)
+    shapes = dense_shapes(denoiser, linear_names(denoiser))
     chosen = []
     for i, name in enumerate(names or shapes):
         kind, factor, rank = FORMS[form](i)
         chosen.append(Resolved(name, shapes[name], factor, rank, "x"))
-    adapter = Adapter(net, kind, chosen)
+    adapter = Adapter(denoiser, kind, chosen)
     for name, p in adapter.trainable().items():
         p.data.copy_(torch.from_numpy(keyed.generator(0, name).standard_normal(tuple(p.shape), dtype="float32")) * 0.2)
     with torch.no_grad():
-        after = answer(net)
+        after = answer(denoiser)
     assert relative(after, before) > 0.02
     adapter.detach_from_base()
     tensors = adapter.tensors()
@@ -186,9 +186,9 @@ def test_diffusers_loads_our_kohya_file(names, tmp_path, monkeypatch):
     state, alphas = FluxPipeline.lora_state_dict(str(tmp_path), weight_name="kohya.safetensors", return_alphas=True)
     # the converter leaves the prefix out outside the blocks
     state = {k if k.startswith("transformer.") else f"transformer.{k}": t for k, t in state.items()}
-    net = flux(guidance=True)
-    FluxPipeline.load_lora_into_transformer(state, network_alphas=alphas, transformer=net)
-    assert relative(answer(net), own.answer) < 1e-6
+    denoiser = flux(guidance=True)
+    FluxPipeline.load_lora_into_transformer(state, network_alphas=alphas, transformer=denoiser)
+    assert relative(answer(denoiser), own.answer) < 1e-6
 
 
 def test_diffusers_loads_our_peft_file(tmp_path):
@@ -198,17 +198,17 @@ def test_diffusers_loads_our_peft_file(tmp_path):
     state, alphas, _ = FluxPipeline.lora_state_dict(
         str(tmp_path), weight_name="peft.safetensors", return_alphas=True, return_lora_metadata=True
     )
-    net = flux(guidance=True)
-    FluxPipeline.load_lora_into_transformer(state, network_alphas=alphas, transformer=net)
-    assert relative(answer(net), own.answer) < 1e-6
+    denoiser = flux(guidance=True)
+    FluxPipeline.load_lora_into_transformer(state, network_alphas=alphas, transformer=denoiser)
+    assert relative(answer(denoiser), own.answer) < 1e-6
 
 
 def test_diffusers_loads_a_lokr_of_one_factor(tmp_path):
     """The transformer format in diffusers' own loader, which takes one factor and no more."""
     names = [n for n in linear_names(flux()) if ".attn." in n]
-    own, net = adapted("lokr", names), flux(guidance=True)
-    net.load_lora_adapter(as_transformer(own.layers), prefix="transformer")
-    assert relative(answer(net), own.answer) < 1e-6
+    own, denoiser = adapted("lokr", names), flux(guidance=True)
+    denoiser.load_lora_adapter(as_transformer(own.layers), prefix="transformer")
+    assert relative(answer(denoiser), own.answer) < 1e-6
     with pytest.raises(ValueError, match="decompose_factor"):
         flux(guidance=True).load_lora_adapter(as_transformer(adapted("lokr-mixed").layers), prefix="transformer")
 
@@ -219,29 +219,29 @@ def test_load_lokr_equals_our_adapter(form, write, tmp_path):
     """Any mixture of factors and ranks, through a pipeline, at equal answers; and out again."""
     own = adapted(form)
     save_file(write(own.layers), tmp_path / "a.safetensors")
-    net = flux(guidance=True)
-    before = answer(net)
-    name = dedistill.load_lokr(SimpleNamespace(transformer=net), tmp_path / "a.safetensors")
-    assert relative(answer(net), own.answer) < 1e-6
+    denoiser = flux(guidance=True)
+    before = answer(denoiser)
+    name = dedistill.load_lokr(SimpleNamespace(transformer=denoiser), tmp_path / "a.safetensors")
+    assert relative(answer(denoiser), own.answer) < 1e-6
     with pytest.raises(UserError, match="already has an adapter 'dedistill'"):
-        dedistill.load_lokr(net, tmp_path / "a.safetensors")
-    net.set_adapters([name], weights=[0.0])
-    assert relative(answer(net), before) < 1e-6
-    net.delete_adapters([name])
-    assert torch.equal(answer(net), before)
+        dedistill.load_lokr(denoiser, tmp_path / "a.safetensors")
+    denoiser.set_adapters([name], weights=[0.0])
+    assert relative(answer(denoiser), before) < 1e-6
+    denoiser.delete_adapters([name])
+    assert torch.equal(answer(denoiser), before)
 
 
 def test_load_lokr_refuses_what_it_cannot_load_whole(tmp_path):
     """Bad input: nothing is loaded; file and tensor are named."""
-    own, net = adapted("lokr"), flux(guidance=True)
-    before = answer(net)
+    own, denoiser = adapted("lokr"), flux(guidance=True)
+    before = answer(denoiser)
     first = next(iter(own.tensors))
 
     def refused(tensors: dict, match: str):
         save_file(tensors, tmp_path / "bad.safetensors")
         with pytest.raises(UserError, match=match):
-            dedistill.load_lokr(net, tmp_path / "bad.safetensors")
-        assert torch.equal(answer(net), before)
+            dedistill.load_lokr(denoiser, tmp_path / "bad.safetensors")
+        assert torch.equal(answer(denoiser), before)
 
     refused(own.tensors | {"lycoris_no_such_layer.lokr_w1": torch.ones(1)}, r"bad\.safetensors.*lycoris_no_such_layer")
     refused({k: t for k, t in own.tensors.items() if k != first}, "incomplete")

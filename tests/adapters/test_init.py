@@ -33,24 +33,24 @@ every_init = pytest.mark.parametrize(("form", "init"), INITS)
 
 def start(form: str, init: str, *, quant: str = "none", scale: float = SCALE, seed: int = 0, only: int | None = None):
     """An adapter on a tiny network, started; ``only`` the layer of that place where it is given."""
-    net = FAMILY.tiny(0).net
-    shapes = dense_shapes(net, linear_names(net))
-    prepare_base(net, quant, [], "cpu")
+    denoiser = FAMILY.tiny(0).denoiser
+    shapes = dense_shapes(denoiser, linear_names(denoiser))
+    prepare_base(denoiser, quant, [], "cpu")
     table = adapter_table(FORMS[form]["kind"], *FORMS[form]["targets"])
-    targets = resolve_targets(table, shapes, FAMILY.presets(net))
-    adapter = Adapter(net, table.kind, targets[slice(only, only and only + 1)])
+    targets = resolve_targets(table, shapes, FAMILY.presets(denoiser))
+    adapter = Adapter(denoiser, table.kind, targets[slice(only, only and only + 1)])
     for name, module in adapter.by_target.items():
-        weight = dense_weight(net.get_submodule(name))
+        weight = dense_weight(denoiser.get_submodule(name))
         initialise(module, name, lambda w=weight: w, init=init, scale=scale, seed=seed)
-    return SimpleNamespace(net=net, adapter=adapter, layers=adapter.by_target)
+    return SimpleNamespace(denoiser=denoiser, adapter=adapter, layers=adapter.by_target)
 
 
 def weight_of(own) -> dict[str, torch.Tensor]:
-    return {name: dense_weight(own.net.get_submodule(name)) for name in own.layers}
+    return {name: dense_weight(own.denoiser.get_submodule(name)) for name in own.layers}
 
 
 def check(own, init: str, scale: float = SCALE) -> dict[str, float]:
-    return check_started(own.layers, lambda name: dense_weight(own.net.get_submodule(name)), init=init, scale=scale)
+    return check_started(own.layers, lambda name: dense_weight(own.denoiser.get_submodule(name)), init=init, scale=scale)
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "int8-quanto"])
@@ -232,7 +232,7 @@ def test_a_layer_of_zeros_starts_and_can_train(form, init):
     """It has no deviation to take a share of, so its delta is 0; at most one factor is, or nothing would ever move."""
     own = start(form, init)
     name = list(own.layers)[3]
-    own.net.get_submodule(name).weight.data.zero_()
+    own.denoiser.get_submodule(name).weight.data.zero_()
     module = own.layers[name]
     for factor in module.parameters():
         factor.data.zero_()
@@ -271,10 +271,10 @@ def test_the_start_survives_assembly(quant, optimizer):
         }
     )
     model = build_model(recipe)
-    net = model.parts.net
+    denoiser = model.components.denoiser
     assert len(model.facts["init"]) == 20
     for name, module in model.adapter.by_target.items():
-        ratio = float(delta(module).detach().std() / dense_weight(net.get_submodule(name)).std())
+        ratio = float(delta(module).detach().std() / dense_weight(denoiser.get_submodule(name)).std())
         assert ratio == pytest.approx(SCALE, rel=1.5e-2)
         assert model.facts["init"][name] == pytest.approx(ratio, rel=1e-4)
         assert module.lokr_w2.dtype == (torch.bfloat16 if optimizer == "adamw_bf16" else torch.float32)
@@ -282,18 +282,18 @@ def test_the_start_survives_assembly(quant, optimizer):
 
 def test_a_layer_of_one_block_still_starts():
     """Factor 1 makes w1 a single 1 and w2 the whole delta."""
-    net = torch.nn.ModuleDict({"linear": torch.nn.Linear(8, 24)})
-    module = Adapter(net, "lokr", [Resolved("linear", (24, 8), 1, None, "linear")]).by_target["linear"]
-    initialise(module, "linear", lambda: net["linear"].weight, init="perturbed_normal", scale=0.1, seed=0)
+    denoiser = torch.nn.ModuleDict({"linear": torch.nn.Linear(8, 24)})
+    module = Adapter(denoiser, "lokr", [Resolved("linear", (24, 8), 1, None, "linear")]).by_target["linear"]
+    initialise(module, "linear", lambda: denoiser["linear"].weight, init="perturbed_normal", scale=0.1, seed=0)
     assert module.lokr_w1.shape == (1, 1) and torch.equal(delta(module), module.lokr_w2)
-    assert float(delta(module).detach().std() / dense_weight(net["linear"]).std()) == pytest.approx(0.1, rel=1e-5)
+    assert float(delta(module).detach().std() / dense_weight(denoiser["linear"]).std()) == pytest.approx(0.1, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [8, 16, 24])
 def test_a_small_layer_is_no_failed_start(size):
     """Tiling leaves a deviation as it is, so a layer whose w2 has a few entries has started well, too."""
-    net = torch.nn.ModuleDict({"linear": torch.nn.Linear(size, size)})
-    adapter = Adapter(net, "lokr", [Resolved("linear", (size, size), 4, None, "linear")])
-    own = SimpleNamespace(net=net, layers=adapter.by_target)
-    initialise(own.layers["linear"], "linear", lambda: net["linear"].weight, init="perturbed_normal", scale=SCALE, seed=0)
+    denoiser = torch.nn.ModuleDict({"linear": torch.nn.Linear(size, size)})
+    adapter = Adapter(denoiser, "lokr", [Resolved("linear", (size, size), 4, None, "linear")])
+    own = SimpleNamespace(denoiser=denoiser, layers=adapter.by_target)
+    initialise(own.layers["linear"], "linear", lambda: denoiser["linear"].weight, init="perturbed_normal", scale=SCALE, seed=0)
     check(own, "perturbed_normal")

@@ -24,8 +24,8 @@ def network() -> nn.Module:
 
 def saved(config: LoraConfig, prefix: str) -> tuple[dict, dict, dict]:
     """(tensors, header, change of weight by PEFT) of a LoRA as diffusers saves it."""
-    net = inject_adapter_in_model(config, network(), "x")
-    layers = {name: m for name, m in net.named_modules() if hasattr(m, "lora_A")}
+    denoiser = inject_adapter_in_model(config, network(), "x")
+    layers = {name: m for name, m in denoiser.named_modules() if hasattr(m, "lora_A")}
     tensors = {}
     for name, m in layers.items():
         nn.init.normal_(m.lora_B["x"].weight)

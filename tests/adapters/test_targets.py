@@ -133,9 +133,9 @@ def test_errors_show_names_to_choose_from():
 
 def test_presets_of_the_real_network_are_disjoint_and_complete():
     """Every pattern of the family finds layers of today's diffusers; three kinds make up the blocks."""
-    net = PixelFlux().tiny(0).net
-    shapes = dense_shapes(net, linear_names(net))
-    found, presets = {}, PixelFlux().presets(net)
+    denoiser = PixelFlux().tiny(0).denoiser
+    shapes = dense_shapes(denoiser, linear_names(denoiser))
+    found, presets = {}, PixelFlux().presets(denoiser)
     for preset, patterns in presets.items():
         for pattern in patterns:
             assert resolve_targets(adapter_table("lokr", {"pattern": pattern}), shapes, {}), pattern

@@ -39,12 +39,12 @@ WIDTHS = Widths((32,), {"pooled": 32})
 def encode(file, *settings):
     """(Prepared, what was said) of a recipe file."""
     recipe, said = load_recipe(file, settings), []
-    return prepare(recipe, Flux(), Flux().load(recipe.model, seed=0, net=False), say=said.append), said
+    return prepare(recipe, Flux(), Flux().load(recipe.model, seed=0, denoiser=False), say=said.append), said
 
 
 def stores(file, *settings) -> tuple[Store, Store]:
     recipe = load_recipe(file, settings)
-    return open_stores(recipe, Flux(), Flux().load(recipe.model, seed=0, net=False), type(file)(recipe.data.cache))
+    return open_stores(recipe, Flux(), Flux().load(recipe.model, seed=0, denoiser=False), type(file)(recipe.data.cache))
 
 
 def encoded(said: list[str]) -> list[str]:
@@ -65,7 +65,7 @@ def test_what_is_cached_is_what_encoding_gives(image_recipe):
     encode(image_recipe, *settings)
     recipe = load_recipe(image_recipe, settings)
     latents, texts = stores(image_recipe, *settings)
-    parts = Flux().load(recipe.model, seed=0, net=False)
+    components = Flux().load(recipe.model, seed=0, denoiser=False)
     _, index, images = look(recipe, lambda line: None)
     crops = 0
     for i, image in enumerate(images):
@@ -74,14 +74,14 @@ def test_what_is_cached_is_what_encoding_gives(image_recipe):
             key, crops = latent_key(image.sample, crop), crops + 1
             pixels = torch.from_numpy(apply_crop(decoded, crop).astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
             noise = keyed.noise(0, f"vae/{key}", 0, [0], (16, crop.height // 8, crop.width // 8))
-            wanted = parts.vae.encode(pixels, noise, "cpu")[0]
+            wanted = components.vae.encode(pixels, noise, "cpu")[0]
             stored = latents.read(key)["latent"]
             assert stored.dtype == torch.float16
             torch.testing.assert_close(stored.float(), wanted, rtol=2**-11, atol=2**-24)
-            other = parts.vae.encode(pixels, -noise, "cpu")[0]
+            other = components.vae.encode(pixels, -noise, "cpu")[0]
             assert (other - stored.float()).abs().max() > 1e-2, "a sample, not the mode"
         for caption in image.sample.captions:
-            live, cached = parts.text([caption], 64).trimmed(), read_text(texts, caption, parts.text.widths)
+            live, cached = components.text([caption], 64).trimmed(), read_text(texts, caption, components.text.widths)
             assert torch.equal(cached.tokens.mask, live.tokens.mask)
             torch.testing.assert_close(cached.tensors(), live.tensors(), rtol=0, atol=1e-6)
     assert crops == len(latents) > 3 * len(images)
@@ -299,12 +299,12 @@ def test_dropout_and_sampler_use_the_cached_empty_prompt(image_recipe):
     noise = start_noise(0, 1, (16, 8, 8))
     images = [sample(model, [""], noise, at(2, cfg)) for cfg in (1.0, 4.0)]
     torch.testing.assert_close(*images, rtol=0, atol=1e-5)  # "" against "": guidance has nothing to steer by
-    assert not model.parts.text.loaded, "every prompt came from the cache"
+    assert not model.components.text.loaded, "every prompt came from the cache"
     assert main([str(image_recipe)]) == 0
     finished = open_finished(recipe)
     assert same({name: tensor[0] for name, tensor in finished.text_cache[""].tensors().items()}, cached)
     sample(finished, [""], noise, at(2, 4.0))
-    assert not finished.parts.text.loaded
+    assert not finished.components.text.loaded
 
 
 # --- training from it ---

@@ -126,9 +126,9 @@ def _talk() -> int:
     assert [h["rank"] for h in heard] == [0, 1, 2] and [len(h["said"]) for h in heard] == [0, 1000, 2000]
     assert all(math.isnan(h["loss"][0]) and h["loss"][1:] == [0.1, math.inf] for h in heard)
     assert world.broadcast_object({"name": world.rank}) == {"name": 0}
-    world.same({"a": 1, "b": [1, 2]})
+    world.assert_equal_on_all_ranks({"a": 1, "b": [1, 2]})
     with pytest.raises(UserError, match="rank 2 has another b than rank 0: 7 against 1"):
-        world.same({"a": 1, "b": 7 if world.rank == 2 else 1})
+        world.assert_equal_on_all_ranks({"a": 1, "b": 7 if world.rank == 2 else 1})
     tensors = [torch.full((3, 2), float(world.rank)), torch.tensor(world.rank), torch.ones(5, dtype=torch.float64)]
     world.all_reduce_(tensors)
     assert (
@@ -163,13 +163,13 @@ def _gradients(recipe_file: Path, out: Path, *settings: str) -> int:
         torch.distributed.init_process_group("gloo")
     recipe, world = load_recipe(recipe_file, list(settings)), World.joined()
     model = build_model(recipe)
-    for module in (model.root.double(), model.parts.net.double(), model.parts.net.time_text_embed):
+    for module in (model.root.double(), model.components.denoiser.double(), model.components.denoiser.time_text_embed):
         module.register_forward_pre_hook(_widened, with_kwargs=True)
     engine, source = Engine(recipe, world), open_data(recipe, "cpu", print).source
     engine.place(model, "cpu")
     trainer = Trainer(recipe, make_plan(recipe), model=model, source=source, run=RunDirectory(recipe), engine=engine)
     with StopRequests() as trainer.stop:
-        trainer._gradients(trainer._tasks(1))
+        trainer._gradients(trainer._micro_batches(1))
     if world.main:
         save_file({name: p.grad for name, p in trainer.engine.trainable.items()}, out)
     return 0

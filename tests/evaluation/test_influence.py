@@ -38,8 +38,8 @@ def network(mask: str = "bool", **sizes) -> Model:
     """Three double and three single blocks with random weights."""
     family = PixelFlux()
     new = Architecture(layers=3, single_layers=3, pooled_dim=16, **SIZES | sizes)
-    parts = family.build(new, mask=mask)
-    return Model(family, parts, parts.net, text_length=12)
+    components = family.build(new, mask=mask)
+    return Model(family, components, components.denoiser, text_length=12)
 
 
 def make_identity(block: nn.Module) -> None:
@@ -75,7 +75,7 @@ def test_a_state_that_stays_nought_has_not_turned():
 def test_identity_is_0_and_negation_1(kind):
     """In either kind of block, in both streams, at every sigma; the others are strictly between."""
     model = network()
-    blocks = getattr(model.parts.net, kind)
+    blocks = getattr(model.components.denoiser, kind)
     make_identity(blocks[0])
     blocks[1] = Negate()
     found = measure(model, PROMPTS, sigmas=3, batch=2)
@@ -87,13 +87,13 @@ def test_identity_is_0_and_negation_1(kind):
 
 def test_ranks_a_random_block_first_and_an_identity_block_last():
     model = network()
-    net = model.parts.net
-    for block in (*net.transformer_blocks, *net.single_transformer_blocks):
+    denoiser = model.components.denoiser
+    for block in (*denoiser.transformer_blocks, *denoiser.single_transformer_blocks):
         block.requires_grad_(False)
         for parameter in block.parameters():
             parameter.mul_(0.3)
-    make_identity(net.transformer_blocks[2])
-    wild = net.single_transformer_blocks[1]
+    make_identity(denoiser.transformer_blocks[2])
+    wild = denoiser.single_transformer_blocks[1]
     generator = torch.Generator().manual_seed(0)
     for parameter in wild.parameters():
         parameter.normal_(generator=generator)
@@ -135,7 +135,7 @@ def test_padding_that_takes_part_in_attention_is_not_averaged():
 def test_hooks_are_gone_afterwards():
     model = network()
     measure(model, PROMPTS[:1], sigmas=1, batch=1)
-    assert not any(module._forward_hooks for module in model.parts.net.modules())
+    assert not any(module._forward_hooks for module in model.components.denoiser.modules())
     assert model.root.training
 
 
@@ -143,7 +143,7 @@ def test_states_that_are_not_finite_are_an_error():
     """A ranking of NaN would silently favour whatever sorts first."""
     model = network()
     with torch.no_grad():
-        model.parts.net.single_transformer_blocks[1].proj_out.bias.fill_(float("inf"))
+        model.components.denoiser.single_transformer_blocks[1].proj_out.bias.fill_(float("inf"))
     with pytest.raises(UserError, match=r"hidden states of single_transformer_blocks\.1 are not finite at sigma 1"):
         measure(model, PROMPTS[:1], sigmas=1, batch=1)
 
@@ -184,22 +184,24 @@ def test_too_small_a_budget_says_what_the_least_is():
 def test_budgets_of_flux_are_used_up(budget):
     """At the depth of FLUX.1 at least 98 % of a budget is given out, whatever the ranking."""
     with torch.device("meta"):
-        net = FluxTransformer2DModel()
-    blocks = [name for name, module in net.named_modules() if name.rpartition(".")[0].endswith("transformer_blocks")]
+        denoiser = FluxTransformer2DModel()
+    blocks = [name for name, module in denoiser.named_modules() if name.rpartition(".")[0].endswith("transformer_blocks")]
     influence = dict(zip(blocks, keyed.generator(0, "test").uniform(0.02, 0.4, 57)))
-    used = share_out(influence, dense_shapes(net, linear_names(net)), budget)[1]
+    used = share_out(influence, dense_shapes(denoiser, linear_names(denoiser)), budget)[1]
     assert len(blocks) == 57 and 0.98 * budget <= used <= budget
 
 
 def test_a_recipe_extends_the_fragment(tmp_path, adapter_recipe, base_model):
     """Targets of the fragment replace the measured recipe's own; the adapter built has the promised size."""
-    PixelFlux().save(network().parts, tmp_path / "deeper")
+    PixelFlux().save(network().components, tmp_path / "deeper")
     adapter_recipe.write_text(adapter_recipe.read_text().replace(str(base_model), str(tmp_path / "deeper")))
     recipe = load_recipe(adapter_recipe)
     model = open_base(recipe)
     found = measure(model, PROMPTS, sigmas=2, batch=4)
     budget = 20_000
-    factors, used = share_out(found.per_block(), dense_shapes(model.parts.net, linear_names(model.parts.net)), budget)
+    factors, used = share_out(
+        found.per_block(), dense_shapes(model.components.denoiser, linear_names(model.components.denoiser)), budget
+    )
     out = tmp_path / "elsewhere" / "influence"
     write_influence(out, found, factors, used, budget, str(adapter_recipe))
 

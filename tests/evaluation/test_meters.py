@@ -369,7 +369,7 @@ def test_a_model_that_predicts_nothing_is_refused():
 
     def nothing():
         model = closed_form()
-        model.family.velocity = lambda parts, net, noisy, *_: torch.zeros_like(noisy)
+        model.family.velocity = lambda parts, denoiser, noisy, *_: torch.zeros_like(noisy)
         return model
 
     with pytest.raises(UserError, match="a: straightness: paths have no length; the model predicts velocities of 0"):
@@ -396,7 +396,7 @@ def test_a_number_that_no_sample_has_is_left_out():
 def test_images_of_another_shape_are_refused():
     def wide():
         model = closed_form()
-        model.parts.sample_shape = (2, 1, 2)
+        model.components.sample_shape = (2, 1, 2)
         return model
 
     with pytest.raises(UserError, match="a and b make images of different shapes"):

@@ -117,24 +117,24 @@ def test_sampler_counts_skipped_guidance_in_steps(cfg, steps, skip, unconditiona
     guided = [i for i in range(steps) if UNCONDITIONAL in how.guidance.branches(sigma_grid(steps), i)]
     assert guided == list(range(steps))[steps - unconditional :]
     family = PixelFlux()
-    parts = family.tiny(0)
+    components = family.tiny(0)
     calls = []
-    parts.net.register_forward_hook(lambda *_: calls.append(1))
-    model = Model(family, parts, parts.net, text_length=12)
-    sample(model, ["3 seven"], start_noise(0, 1, parts.sample_shape), how)
+    components.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    model = Model(family, components, components.denoiser, text_length=12)
+    sample(model, ["3 seven"], start_noise(0, 1, components.sample_shape), how)
     assert len(calls) == steps + unconditional == how.nfe()
 
 
 def test_batched_branches_equal_sequential_ones():
     """Both branches in one batch give the velocities of two calls, to 1e-6."""
     family = PixelFlux()
-    parts = family.tiny(0)
-    noisy, sigma = start_noise(0, 3, parts.sample_shape), torch.tensor([0.2, 0.5, 0.9])
+    components = family.tiny(0)
+    noisy, sigma = start_noise(0, 3, components.sample_shape), torch.tensor([0.2, 0.5, 0.9])
     captions = ["3 seven", "one", "the digit 2 and the digit 4"]
     with torch.no_grad():
-        texts = [family.encode_text(parts, said, 12) for said in (captions, [""] * 3, [*captions, *[""] * 3])]
-        cond, uncond = (family.velocity(parts, parts.net, noisy, sigma, text) for text in texts[:2])
-        both = family.velocity(parts, parts.net, noisy.repeat(2, 1, 1, 1), sigma.repeat(2), texts[2])
+        texts = [family.encode_text(components, said, 12) for said in (captions, [""] * 3, [*captions, *[""] * 3])]
+        cond, uncond = (family.velocity(components, components.denoiser, noisy, sigma, text) for text in texts[:2])
+        both = family.velocity(components, components.denoiser, noisy.repeat(2, 1, 1, 1), sigma.repeat(2), texts[2])
     sequential, batched = guided(cond, uncond, 4.0), guided(both[:3], both[3:], 4.0)
     torch.testing.assert_close(both, torch.cat([cond, uncond]), rtol=0, atol=1e-6)
     torch.testing.assert_close(batched, sequential, rtol=0, atol=7e-6)  # cfg 4 weighs the two with 4 and -3

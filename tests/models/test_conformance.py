@@ -41,9 +41,9 @@ def tiny_pixel_flux(seed: int, folder: Path):
 
 def tiny_flux(seed: int, folder: Path):
     write_tiny_flux(folder, seed=seed)
-    parts = get_family("flux").load(spec(folder), seed=0)
-    parts.sample_shape = (16, 4, 6)
-    return parts
+    components = get_family("flux").load(spec(folder), seed=0)
+    components.sample_shape = (16, 4, 6)
+    return components
 
 
 def tiny_example(seed: int, folder: Path):
@@ -56,35 +56,35 @@ MASKABLE = {"flux", "pixel_flux"}
 
 
 @pytest.fixture
-def parts(family, tmp_path):
+def components(family, tmp_path):
     return TINY[family.spec.name](0, tmp_path / "model")
 
 
 @pytest.fixture
-def noisy(parts):
-    return keyed.noise(0, "test", 0, range(3), parts.sample_shape)
+def noisy(components):
+    return keyed.noise(0, "test", 0, range(3), components.sample_shape)
 
 
 SIGMA = torch.tensor([0.05, 0.5, 1.0])
 
 
-def velocity(family, parts, noisy, sigma=SIGMA, captions=CAPTIONS, length=LENGTH, text=None):
-    text = text or family.encode_text(parts, captions, length)
-    return family.velocity(parts, parts.net, noisy, sigma, text)
+def velocity(family, components, noisy, sigma=SIGMA, captions=CAPTIONS, length=LENGTH, text=None):
+    text = text or family.encode_text(components, captions, length)
+    return family.velocity(components, components.denoiser, noisy, sigma, text)
 
 
-def linears(net: nn.Module) -> list[str]:
-    return [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+def linears(denoiser: nn.Module) -> list[str]:
+    return [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
 
 
-def flux_directly(parts, noisy, sigma, embeds, pooled, mask=None):
+def flux_directly(components, noisy, sigma, embeds, pooled, mask=None):
     """diffusers' own call, with the packing of its FLUX pipeline: tokens row by row, ids (0, row, column)."""
     b, c, h, w = noisy.shape
-    p = round((parts.net.config.in_channels / c) ** 0.5)
+    p = round((components.denoiser.config.in_channels / c) ** 0.5)
     tokens = noisy.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
     ids = torch.tensor([[0.0, row, column] for row in range(h // p) for column in range(w // p)])
     extra = {} if mask is None else {"joint_attention_kwargs": {"attention_mask": mask}}
-    out = parts.net(
+    out = components.denoiser(
         hidden_states=tokens,
         encoder_hidden_states=embeds,
         pooled_projections=pooled,
@@ -96,14 +96,14 @@ def flux_directly(parts, noisy, sigma, embeds, pooled, mask=None):
     return out.view(b, h // p, w // p, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
-def flux_of_text(parts, noisy, sigma, text):
-    return flux_directly(parts, noisy, sigma, text.tokens.embeds, text.vectors["pooled"])
+def flux_of_text(components, noisy, sigma, text):
+    return flux_directly(components, noisy, sigma, text.tokens.embeds, text.vectors["pooled"])
 
 
-def example_directly(parts, noisy, sigma, text):
+def example_directly(components, noisy, sigma, text):
     """noise - data by hand from the noise that the network predicts, asked at .9 where there is nothing but noise."""
     t = sigma.clamp(max=0.9)
-    noise = parts.net(noisy, t, [s.embeds for s in text.sequences], [s.mask for s in text.sequences]).double()
+    noise = components.denoiser(noisy, t, [s.embeds for s in text.sequences], [s.mask for s in text.sequences]).double()
     t, sigma = t.double()[:, None, None, None], sigma.double()[:, None, None, None]
     return ((noisy - (noisy - t * noise) / (1 - t)) / sigma).float()
 
@@ -112,27 +112,29 @@ DIRECT = {"pixel_flux": flux_of_text, "flux": flux_of_text, "example": example_d
 """A new family brings its library's own call. Captions come without padding."""
 
 
-def test_velocity_has_the_shape_of_the_image(family, parts, noisy):
-    v = velocity(family, parts, noisy)
-    assert v.shape == noisy.shape == (3, *parts.sample_shape) and v.dtype == torch.float32
+def test_velocity_has_the_shape_of_the_image(family, components, noisy):
+    v = velocity(family, components, noisy)
+    assert v.shape == noisy.shape == (3, *components.sample_shape) and v.dtype == torch.float32
     assert v.isfinite().all() and v.std() > 0.1
 
 
-def test_velocity_equals_the_librarys_own_call(family, parts, noisy):
+def test_velocity_equals_the_librarys_own_call(family, components, noisy):
     """Sigma in, no factor of 1000, no sign: what the library predicts for timestep sigma (t = .5 among them)."""
     for i, caption in enumerate(CAPTIONS):
-        text = family.encode_text(parts, [caption], LENGTH)
-        direct = DIRECT[family.spec.name](parts, noisy[i : i + 1], SIGMA[i : i + 1], text.trimmed())
-        torch.testing.assert_close(velocity(family, parts, noisy)[i : i + 1], direct, **TOLERANCE)
+        text = family.encode_text(components, [caption], LENGTH)
+        direct = DIRECT[family.spec.name](components, noisy[i : i + 1], SIGMA[i : i + 1], text.trimmed())
+        torch.testing.assert_close(velocity(family, components, noisy)[i : i + 1], direct, **TOLERANCE)
 
 
-def test_every_input_matters(family, parts, noisy):
-    v = velocity(family, parts, noisy)
+def test_every_input_matters(family, components, noisy):
+    v = velocity(family, components, noisy)
     others = [
-        velocity(family, parts, noisy.flip(3)),
-        velocity(family, parts, noisy, sigma=SIGMA - 0.04),
-        velocity(family, parts, noisy, captions=["moon", "one red dog", "the cat and the tree with hat"]),
-        velocity(family, parts, noisy, captions=["sun", "red one cat", "the tree and the dog with hat"])[1:],  # order alone
+        velocity(family, components, noisy.flip(3)),
+        velocity(family, components, noisy, sigma=SIGMA - 0.04),
+        velocity(family, components, noisy, captions=["moon", "one red dog", "the cat and the tree with hat"]),
+        velocity(family, components, noisy, captions=["sun", "red one cat", "the tree and the dog with hat"])[
+            1:
+        ],  # order alone
     ]
     for other in others:
         assert (other - v[-len(other) :]).abs().amax((1, 2, 3)).min() > 1e-3
@@ -142,68 +144,70 @@ LOW = [SIGMA.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.int64)
 
 
 @pytest.mark.parametrize("sigma", [*map(torch.tensor, ([0.0, 0.5, 1000.0], [1.001] * 3, [-0.01, 0.5, 0.5])), *LOW], ids=str)
-def test_sigma_out_of_range_raises(family, parts, noisy, sigma):
+def test_sigma_out_of_range_raises(family, components, noisy, sigma):
     """Sigma and 1000 sigma are not both accepted, nor a sigma that bf16 has moved by up to .002."""
     with pytest.raises(ValueError, match=r"sigma must be float32 in \[0, 1\]"):
-        velocity(family, parts, noisy, sigma=sigma)
+        velocity(family, components, noisy, sigma=sigma)
 
 
-def test_sigma_that_is_not_a_number_raises(family, parts, noisy):
+def test_sigma_that_is_not_a_number_raises(family, components, noisy):
     with pytest.raises(ValueError, match="sigma must be"):
-        velocity(family, parts, noisy, sigma=torch.tensor([0.5, float("nan"), 0.5]))
+        velocity(family, components, noisy, sigma=torch.tensor([0.5, float("nan"), 0.5]))
 
 
-def test_bf16_arithmetic_keeps_sigma(family, parts, noisy):
+def test_bf16_arithmetic_keeps_sigma(family, components, noisy):
     """Trap 11: .5 and .5009 are one number in bf16; as timesteps 500 and 500.9 the network must tell them apart."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        here, there = (velocity(family, parts, noisy, sigma=torch.full((3,), s)) for s in (0.5, 0.5009))
+        here, there = (velocity(family, components, noisy, sigma=torch.full((3,), s)) for s in (0.5, 0.5009))
     assert not torch.equal(here, there)
 
 
-def test_gradient_reaches_every_linear_of_the_blocks(family, parts, noisy):
-    net = parts.net
-    velocity(family, parts, noisy).square().mean().backward()
-    names = {name for pattern in family.presets(net)["blocks"] for name in matching(pattern, linears(net))}
-    inside = {id(m) for block in family.blocks(net) for m in block.modules() if isinstance(m, nn.Linear)}
-    assert names == {name for name in linears(net) if id(net.get_submodule(name)) in inside} and names
+def test_gradient_reaches_every_linear_of_the_blocks(family, components, noisy):
+    denoiser = components.denoiser
+    velocity(family, components, noisy).square().mean().backward()
+    names = {name for pattern in family.presets(denoiser)["blocks"] for name in matching(pattern, linears(denoiser))}
+    inside = {id(m) for block in family.blocks(denoiser) for m in block.modules() if isinstance(m, nn.Linear)}
+    assert names == {name for name in linears(denoiser) if id(denoiser.get_submodule(name)) in inside} and names
     for name in names:
-        gradient = net.get_submodule(name).weight.grad
+        gradient = denoiser.get_submodule(name).weight.grad
         assert gradient is not None and gradient.abs().max() > 1e-8, name
 
 
-def test_masked_is_dropped(family, parts, noisy):
+def test_masked_is_dropped(family, components, noisy):
     """In a batch of captions of different lengths, each row is as if its padding had never been there."""
-    together = velocity(family, parts, noisy)
+    together = velocity(family, components, noisy)
     for i, caption in enumerate(CAPTIONS):
-        words = int(family.encode_text(parts, [caption], LENGTH).sequences[0].mask.sum())
-        alone = velocity(family, parts, noisy[i : i + 1], SIGMA[i : i + 1], [caption], length=words)
+        words = int(family.encode_text(components, [caption], LENGTH).sequences[0].mask.sum())
+        alone = velocity(family, components, noisy[i : i + 1], SIGMA[i : i + 1], [caption], length=words)
         torch.testing.assert_close(together[i : i + 1], alone, **TOLERANCE)
 
 
 @pytest.mark.parametrize("length", [8, 24, 48])
-def test_length_of_the_padding(family, parts, noisy, length):
+def test_length_of_the_padding(family, components, noisy, length):
     """With the mask, 8, 12, 24 and 48 tokens are one prompt; without, padding takes part."""
-    torch.testing.assert_close(velocity(family, parts, noisy, length=length), velocity(family, parts, noisy), **TOLERANCE)
+    torch.testing.assert_close(
+        velocity(family, components, noisy, length=length), velocity(family, components, noisy), **TOLERANCE
+    )
     if family.spec.name not in MASKABLE:
         return
-    parts.mask = "none"
-    difference = velocity(family, parts, noisy, length=length) - velocity(family, parts, noisy)
+    components.mask = "none"
+    difference = velocity(family, components, noisy, length=length) - velocity(family, components, noisy)
     assert difference.abs().amax((1, 2, 3)).min() > 1e-3
 
 
-def test_what_stands_in_the_padding_changes_nothing(family, parts, noisy):
+def test_what_stands_in_the_padding_changes_nothing(family, components, noisy):
     """Exactly nothing; without the mask, a lot."""
-    text = family.encode_text(parts, CAPTIONS, LENGTH)
+    text = family.encode_text(components, CAPTIONS, LENGTH)
     other = Conditioning(
         tuple(Tokens(torch.where(s.mask[..., None], s.embeds, 100 * s.embeds.flip(1) - 7), s.mask) for s in text.sequences),
         text.vectors,
     )
     assert not torch.equal(other.sequences[0].embeds, text.sequences[0].embeds)
-    assert torch.equal(velocity(family, parts, noisy, text=other), velocity(family, parts, noisy, text=text))
+    assert torch.equal(velocity(family, components, noisy, text=other), velocity(family, components, noisy, text=text))
     if family.spec.name not in MASKABLE:
         return
-    parts.mask = "none"
-    difference = velocity(family, parts, noisy, text=other) - velocity(family, parts, noisy, text=text)
+    components.mask = "none"
+    difference = velocity(family, components, noisy, text=other) - velocity(family, components, noisy, text=text)
     assert difference.abs().amax((1, 2, 3)).min() > 1e-3
 
 
@@ -211,48 +215,48 @@ def permuted(sequence: Tokens, order: torch.Tensor) -> Tokens:
     return Tokens(sequence.embeds[:, order], sequence.mask[:, order])
 
 
-def test_order_of_text_tokens_is_only_in_their_embeddings(family, parts, noisy):
+def test_order_of_text_tokens_is_only_in_their_embeddings(family, components, noisy):
     """Text has no positions in the network, so any permutation of the tokens and their mask gives the same image."""
-    parts.mask, text = "none", family.encode_text(parts, CAPTIONS, 8)
+    components.mask, text = "none", family.encode_text(components, CAPTIONS, 8)
     order = torch.tensor([6, 2, 0, 7, 1, 5, 3, 4])
     turned = Conditioning(tuple(permuted(s, order[order < s.mask.shape[1]]) for s in text.sequences), text.vectors)
-    v = velocity(family, parts, noisy, text=text)
-    torch.testing.assert_close(velocity(family, parts, noisy, text=turned), v, **TOLERANCE)
+    v = velocity(family, components, noisy, text=text)
+    torch.testing.assert_close(velocity(family, components, noisy, text=turned), v, **TOLERANCE)
 
 
-def test_empty_caption_has_one_real_token(family, parts):
+def test_empty_caption_has_one_real_token(family, components):
     """And a caption cut short keeps its end token."""
-    text = family.encode_text(parts, ["", "a b c d e f g h i j k l m n"], LENGTH)
+    text = family.encode_text(components, ["", "a b c d e f g h i j k l m n"], LENGTH)
     assert text.sequences[0].mask.dtype == torch.bool and text.sequences[0].mask.sum(1).tolist() == [1, LENGTH]
     assert torch.equal(text.sequences[0].mask[0], torch.arange(LENGTH) == 0)
-    last = family.encode_text(parts, ["a b c d e f g h i j k"], LENGTH)
+    last = family.encode_text(components, ["a b c d e f g h i j k"], LENGTH)
     assert torch.equal(text.sequences[0].embeds[1, -1], last.sequences[0].embeds[0, -1])
 
 
-def test_dropped_captions_are_the_empty_prompt(family, parts, noisy):
+def test_dropped_captions_are_the_empty_prompt(family, components, noisy):
     """Tokens, mask and pooled vector together, and the same velocity as asking for the empty caption."""
-    text, empty = family.encode_text(parts, CAPTIONS, LENGTH), family.encode_text(parts, [""], LENGTH)
+    text, empty = family.encode_text(components, CAPTIONS, LENGTH), family.encode_text(components, [""], LENGTH)
     mixed = text.where(torch.tensor([False, True, False]), empty)
     for name, tensor in mixed.tensors().items():
         assert torch.equal(tensor[1], empty.tensors()[name][0]) and torch.equal(tensor[::2], text.tensors()[name][::2])
-    asked = velocity(family, parts, noisy, captions=[CAPTIONS[0], "", CAPTIONS[2]])
-    torch.testing.assert_close(velocity(family, parts, noisy, text=mixed), asked, **TOLERANCE)
+    asked = velocity(family, components, noisy, captions=[CAPTIONS[0], "", CAPTIONS[2]])
+    torch.testing.assert_close(velocity(family, components, noisy, text=mixed), asked, **TOLERANCE)
 
 
-def test_text_of_a_batch_is_the_text_of_its_captions(family, parts):
-    text = family.encode_text(parts, CAPTIONS, LENGTH)
+def test_text_of_a_batch_is_the_text_of_its_captions(family, components):
+    text = family.encode_text(components, CAPTIONS, LENGTH)
     for i, caption in enumerate(CAPTIONS):
-        alone, row = family.encode_text(parts, [caption], LENGTH), text.index_select(slice(i, i + 1))
+        alone, row = family.encode_text(components, [caption], LENGTH), text.index_select(slice(i, i + 1))
         assert all(torch.equal(alone.tensors()[name], tensor) for name, tensor in row.tensors().items())
 
 
-def test_saved_and_loaded_gives_the_same_velocity(family, parts, noisy, tmp_path):
+def test_saved_and_loaded_gives_the_same_velocity(family, components, noisy, tmp_path):
     """To the last bit, whatever seed the second load is given."""
-    parts.mask = "none" if family.spec.name in MASKABLE else "bool"
-    family.save(parts, tmp_path / "saved")
-    again = family.load(spec(tmp_path / "saved", mask=parts.mask), seed=5)
-    assert again.mask == parts.mask
-    assert torch.equal(velocity(family, again, noisy), velocity(family, parts, noisy))
+    components.mask = "none" if family.spec.name in MASKABLE else "bool"
+    family.save(components, tmp_path / "saved")
+    again = family.load(spec(tmp_path / "saved", mask=components.mask), seed=5)
+    assert again.mask == components.mask
+    assert torch.equal(velocity(family, again, noisy), velocity(family, components, noisy))
 
 
 def halve_weights(folder: Path) -> None:
@@ -288,19 +292,19 @@ def test_weights_depend_on_the_seed_alone(family, tmp_path):
     tiny = TINY[family.spec.name]
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    first = tiny(0, tmp_path / "a").net.state_dict()
+    first = tiny(0, tmp_path / "a").denoiser.state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(8)
-    again, other = tiny(0, tmp_path / "b").net.state_dict(), tiny(1, tmp_path / "c").net.state_dict()
+    again, other = tiny(0, tmp_path / "b").denoiser.state_dict(), tiny(1, tmp_path / "c").denoiser.state_dict()
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
 
-def test_presets_match_something(family, parts):
+def test_presets_match_something(family, components):
     """Trap 17: a pattern without a match is a mistake; modulation, attention and mlp share the blocks out among them."""
     found = {}
-    for preset, patterns in family.presets(parts.net).items():
-        matches = [matching(pattern, linears(parts.net)) for pattern in patterns]
+    for preset, patterns in family.presets(components.denoiser).items():
+        matches = [matching(pattern, linears(components.denoiser)) for pattern in patterns]
         assert all(matches), f"{preset}: {patterns}"
         found[preset] = [name for names in matches for name in names]
         assert len(set(found[preset])) == len(found[preset]), preset
@@ -340,19 +344,19 @@ def flux():
 
 def test_padded_with_bool_mask_equals_truncated(flux):
     """Diffusers' own mask path, on 48 padded tokens. A float mask is an added +1 or 0, not a mask."""
-    family, parts = flux
-    noisy = keyed.noise(0, "test", 0, range(3), parts.sample_shape)
-    text = family.encode_text(parts, CAPTIONS, 48)
-    tokens = family.tokens(parts, parts.sample_shape)
+    family, components = flux
+    noisy = keyed.noise(0, "test", 0, range(3), components.sample_shape)
+    text = family.encode_text(components, CAPTIONS, 48)
+    tokens = family.tokens(components, components.sample_shape)
     mask = attention_mask(text.tokens.mask, tokens)["attention_mask"]
     assert mask.dtype == torch.bool and mask.shape == (3, 1, 1, 48 + tokens)
-    padded = flux_directly(parts, noisy, SIGMA, text.tokens.embeds, text.vectors["pooled"], mask)
-    added = flux_directly(parts, noisy, SIGMA, text.tokens.embeds, text.vectors["pooled"], mask.float())
-    unmasked = flux_directly(parts, noisy, SIGMA, text.tokens.embeds, text.vectors["pooled"])
+    padded = flux_directly(components, noisy, SIGMA, text.tokens.embeds, text.vectors["pooled"], mask)
+    added = flux_directly(components, noisy, SIGMA, text.tokens.embeds, text.vectors["pooled"], mask.float())
+    unmasked = flux_directly(components, noisy, SIGMA, text.tokens.embeds, text.vectors["pooled"])
     for i in range(3):
         row = slice(i, i + 1)
         truncated = flux_directly(
-            parts, noisy[row], SIGMA[row], text.tokens.embeds[row, text.tokens.mask[i]], text.vectors["pooled"][row]
+            components, noisy[row], SIGMA[row], text.tokens.embeds[row, text.tokens.mask[i]], text.vectors["pooled"][row]
         )
         torch.testing.assert_close(padded[row], truncated, **TOLERANCE)
         for wrong in (added[row], unmasked[row]):
@@ -361,13 +365,13 @@ def test_padded_with_bool_mask_equals_truncated(flux):
 
 def test_text_is_trimmed_to_the_longest_caption(flux):
     """The network is never given columns that are padding in every row; unmasked, it gets all of them."""
-    family, parts = flux
+    family, components = flux
     seen = []
-    parts.net.register_forward_pre_hook(
+    components.denoiser.register_forward_pre_hook(
         lambda _, args, given: seen.append(given["encoder_hidden_states"].shape[1]), with_kwargs=True
     )
-    for parts.mask in ("bool", "none"):
-        velocity(family, parts, keyed.noise(0, "test", 0, range(3), parts.sample_shape), length=48)
+    for components.mask in ("bool", "none"):
+        velocity(family, components, keyed.noise(0, "test", 0, range(3), components.sample_shape), length=48)
     assert seen == [8, 48]
 
 
@@ -387,9 +391,13 @@ def mnist(**changes):
 
 def test_mnist_network_has_the_published_size():
     """59,845,696 parameters, 16 tokens of 64."""
-    parts = mnist()
-    assert sum(p.numel() for p in parts.net.parameters()) == 59_845_696
-    assert (parts.net.config.in_channels, PixelFlux().tokens(parts, parts.sample_shape), parts.sample_shape) == (
+    components = mnist()
+    assert sum(p.numel() for p in components.denoiser.parameters()) == 59_845_696
+    assert (
+        components.denoiser.config.in_channels,
+        PixelFlux().tokens(components, components.sample_shape),
+        components.sample_shape,
+    ) == (
         64,
         16,
         (1, 32, 32),
@@ -398,12 +406,16 @@ def test_mnist_network_has_the_published_size():
 
 def test_mnist_network_in_colour():
     """3 channels of patch 8 make tokens of 192."""
-    parts = mnist(channels=3)
-    assert (parts.net.config.in_channels, PixelFlux().tokens(parts, parts.sample_shape), parts.sample_shape) == (
+    components = mnist(channels=3)
+    assert (
+        components.denoiser.config.in_channels,
+        PixelFlux().tokens(components, components.sample_shape),
+        components.sample_shape,
+    ) == (
         192,
         16,
         (3, 32, 32),
     )
     # two linears in each of 6 double blocks, one in each of 12 single
-    modulation = PixelFlux().presets(parts.net)["modulation"]
-    assert sum(len(matching(pattern, linears(parts.net))) for pattern in modulation) == 6 * 2 + 12
+    modulation = PixelFlux().presets(components.denoiser)["modulation"]
+    assert sum(len(matching(pattern, linears(components.denoiser))) for pattern in modulation) == 6 * 2 + 12

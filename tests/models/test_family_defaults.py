@@ -49,10 +49,10 @@ def test_the_resolved_number_is_the_one_the_network_is_fed(folders, tmp_path, gu
         save_file({prefix + name: tensor for name, tensor in load_file(file).items()}, place)
     recipe = resolved(place, components=None if form == "folder" else str(folders[guided]))
     assert recipe.model.guidance == recipe.sample.guidance == (1.0 if guided else None)
-    parts = get_family("flux").load(recipe.model, seed=0)
-    assert parts.guidance == recipe.model.guidance
-    assert parts.text_length == recipe.model.text_length == 512
-    assert get_family("flux").latent_shape(parts, recipe.sample.height, recipe.sample.width) == parts.sample_shape
+    components = get_family("flux").load(recipe.model, seed=0)
+    assert components.guidance == recipe.model.guidance
+    assert components.text_length == recipe.model.text_length == 512
+    assert get_family("flux").latent_shape(components, recipe.sample.height, recipe.sample.width) == components.sample_shape
 
 
 @pytest.mark.parametrize(

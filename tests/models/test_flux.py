@@ -65,8 +65,8 @@ def copy(schnell, tmp_path):
 
 
 @torch.no_grad()
-def velocity(parts, text, noisy=NOISY, sigma=SIGMA, guidance=None):
-    return Flux().velocity(parts, parts.net, noisy, sigma, text, guidance)
+def velocity(components, text, noisy=NOISY, sigma=SIGMA, guidance=None):
+    return Flux().velocity(components, components.denoiser, noisy, sigma, text, guidance)
 
 
 # --- sizes ---
@@ -76,20 +76,20 @@ def velocity(parts, text, noisy=NOISY, sigma=SIGMA, guidance=None):
 def test_published_size(guidance, count, linears):
     """Schnell and dev, on the meta device."""
     with torch.device("meta"):
-        net = FluxTransformer2DModel(guidance_embeds=guidance)
-    assert sum(p.numel() for p in net.parameters()) == count
-    assert sum(isinstance(m, torch.nn.Linear) for m in net.modules()) == linears
-    assert (len(net.transformer_blocks), len(net.single_transformer_blocks), net.inner_dim) == (19, 38, 3072)
+        denoiser = FluxTransformer2DModel(guidance_embeds=guidance)
+    assert sum(p.numel() for p in denoiser.parameters()) == count
+    assert sum(isinstance(m, torch.nn.Linear) for m in denoiser.modules()) == linears
+    assert (len(denoiser.transformer_blocks), len(denoiser.single_transformer_blocks), denoiser.inner_dim) == (19, 38, 3072)
 
 
 def test_modulation_is_every_block_once():
     """Two modulation linears in each of 19 double blocks, one in each of 38 single: 27 % of the blocks' weights."""
     with torch.device("meta"):
-        net = FluxTransformer2DModel()
-    names = [n for n, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
-    found = [n for pattern in Flux().presets(net)["modulation"] for n in matching(pattern, names)]
+        denoiser = FluxTransformer2DModel()
+    names = [n for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)]
+    found = [n for pattern in Flux().presets(denoiser)["modulation"] for n in matching(pattern, names)]
     assert len(found) == 19 * 2 + 38
-    assert sum(net.get_submodule(n).weight.numel() for n in found) == 3_227_516_928
+    assert sum(denoiser.get_submodule(n).weight.numel() for n in found) == 3_227_516_928
 
 
 def test_flex_and_the_others_are_known():
@@ -106,11 +106,11 @@ def test_shape_is_read_from_a_local_config(dev):
 
 
 def test_loads_what_diffusers_loads(schnell):
-    parts = load(schnell)
+    components = load(schnell)
     theirs = FluxTransformer2DModel.from_pretrained(schnell / "transformer").state_dict()
-    ours = parts.net.state_dict()
+    ours = components.denoiser.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    assert not parts.text.loaded and not parts.vae.loaded, "encoders are loaded when first used"
+    assert not components.text.loaded and not components.vae.loaded, "encoders are loaded when first used"
 
 
 def test_depth_is_what_the_files_hold(copy):
@@ -118,9 +118,9 @@ def test_depth_is_what_the_files_hold(copy):
     file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = {k: v for k, v in load_file(file).items() if not k.startswith("single_transformer_blocks.1.")}
     save_file(tensors, file)
-    parts = load(copy)
-    assert (len(parts.net.transformer_blocks), len(parts.net.single_transformer_blocks)) == (1, 1)
-    assert parts.net.config.num_single_layers == 1
+    components = load(copy)
+    assert (len(components.denoiser.transformer_blocks), len(components.denoiser.single_transformer_blocks)) == (1, 1)
+    assert components.denoiser.config.num_single_layers == 1
 
 
 def drop(name):
@@ -186,8 +186,8 @@ def test_hub_id_needs_its_revision():
 def test_single_file_is_the_same_network(schnell, dev, tmp_path, spelling, guidance):
     """BFL's names, diffusers' names, and either behind ComfyUI's prefix; sizes are read from the tensors."""
     folder = dev if guidance else schnell
-    parts = load(folder)
-    tensors = parts.net.state_dict()
+    components = load(folder)
+    tensors = components.denoiser.state_dict()
     if spelling != "diffusers":
         tensors = to_bfl(tensors)
     if spelling == "comfy":
@@ -195,8 +195,8 @@ def test_single_file_is_the_same_network(schnell, dev, tmp_path, spelling, guida
     file = tmp_path / "flux.safetensors"
     save_file({name: t.contiguous() for name, t in tensors.items()}, file)
     again = load(file, components=str(folder))
-    text = parts.text(CAPTIONS, 32)
-    assert torch.equal(velocity(again, text), velocity(parts, text)) and again.guidance == parts.guidance
+    text = components.text(CAPTIONS, 32)
+    assert torch.equal(velocity(again, text), velocity(components, text)) and again.guidance == components.guidance
     save_file({name: t.contiguous() for name, t in list(tensors.items())[:-1]}, file)
     with pytest.raises(UserError, match=r"1 tensor is missing|no tensor"):
         load(file, components=str(folder))
@@ -216,39 +216,39 @@ def test_single_file_needs_its_components(schnell, tmp_path):
 
 def test_guidance_is_one_in_training_and_matters(dev):
     """Dev is trained at guidance 1; another value gives another image."""
-    parts = load(dev)
-    text = parts.text(CAPTIONS, 32)
-    assert parts.guidance == 1.0
-    told = velocity(parts, text)
-    assert torch.equal(told, velocity(parts, text, guidance=1.0))
-    assert (told - velocity(parts, text, guidance=3.5)).abs().max() > 1e-4
+    components = load(dev)
+    text = components.text(CAPTIONS, 32)
+    assert components.guidance == 1.0
+    told = velocity(components, text)
+    assert torch.equal(told, velocity(components, text, guidance=1.0))
+    assert (told - velocity(components, text, guidance=3.5)).abs().max() > 1e-4
 
 
 def test_guidance_without_an_embedding_is_an_error(schnell):
     with pytest.raises(UserError, match=r"model\.guidance: this network has no guidance embedding"):
         load(schnell, guidance=1.0)
-    parts = load(schnell)
+    components = load(schnell)
     with pytest.raises(UserError, match="no guidance embedding"):
-        velocity(parts, parts.text(CAPTIONS, 32), guidance=3.5)
+        velocity(components, components.text(CAPTIONS, 32), guidance=3.5)
 
 
 def test_bypassed_guidance_is_not_looked_at(dev):
     """The embedder's weights change nothing, are kept, and the rest is what it was without its share."""
-    parts = load(dev, guidance="bypass")
-    text = parts.text(CAPTIONS, 32)
-    plain = velocity(parts, text)
+    components = load(dev, guidance="bypass")
+    text = components.text(CAPTIONS, 32)
+    plain = velocity(components, text)
     with torch.no_grad():
-        for p in parts.net.time_text_embed.guidance_embedder.parameters():
+        for p in components.denoiser.time_text_embed.guidance_embedder.parameters():
             p.normal_()
-    assert torch.equal(velocity(parts, text), plain)
+    assert torch.equal(velocity(components, text), plain)
     assert (velocity(load(dev), text) - plain).abs().max() > 1e-4
     silent = load(dev)
     with torch.no_grad():  # an embedder that says 0 is one that is passed by
-        silent.net.time_text_embed.guidance_embedder.linear_2.weight.zero_()
-        silent.net.time_text_embed.guidance_embedder.linear_2.bias.zero_()
+        silent.denoiser.time_text_embed.guidance_embedder.linear_2.weight.zero_()
+        silent.denoiser.time_text_embed.guidance_embedder.linear_2.bias.zero_()
     torch.testing.assert_close(velocity(silent, text), plain, **TOLERANCE)
     with pytest.raises(UserError, match="bypasses it"):
-        velocity(parts, text, guidance=3.5)
+        velocity(components, text, guidance=3.5)
 
 
 def test_shift_is_the_schedulers(schnell, dev):
@@ -264,13 +264,13 @@ def test_shift_is_the_schedulers(schnell, dev):
 
 def test_sigma_reaches_the_embedding_exactly(schnell):
     """Trap 11: in bf16, diffusers tells the network 1000 sigma up to 4 away; here it is exact."""
-    parts = load(schnell)
-    net = parts.net.to(torch.bfloat16)
+    components = load(schnell)
+    denoiser = components.denoiser.to(torch.bfloat16)
     heard = []
-    net.time_text_embed.time_proj.register_forward_pre_hook(lambda _, args: heard.append(args[0].clone()))
-    text = parts.text(CAPTIONS, 32)
+    denoiser.time_text_embed.time_proj.register_forward_pre_hook(lambda _, args: heard.append(args[0].clone()))
+    text = components.text(CAPTIONS, 32)
     sigma = torch.tensor([0.9973, 0.5009])
-    velocity(parts, text.each(lambda t: t.bfloat16() if t.is_floating_point() else t), NOISY.bfloat16(), sigma)
+    velocity(components, text.each(lambda t: t.bfloat16() if t.is_floating_point() else t), NOISY.bfloat16(), sigma)
     assert heard[0].dtype == torch.float32 and torch.equal(heard[0], 1000 * sigma)
     theirs = sigma.to(torch.bfloat16) * 1000
     assert (theirs.float() - 1000 * sigma).abs().max() > 1
@@ -307,18 +307,18 @@ def test_empty_prompt_is_one_token(schnell):
 
 def test_padded_truncated_and_packed_are_one(schnell):
     """Padded to 512 and masked = truncated = a batch of both lengths; outputs and gradients to 1e-5."""
-    parts = load(schnell)
+    components = load(schnell)
     outputs, gradients = [], []
-    padded = parts.text(CAPTIONS, 512)
-    alone = [parts.text([c], int(padded.tokens.mask[i].sum())) for i, c in enumerate(CAPTIONS)]
+    padded = components.text(CAPTIONS, 512)
+    alone = [components.text([c], int(padded.tokens.mask[i].sum())) for i, c in enumerate(CAPTIONS)]
     for texts in ([padded], [collate(alone)], alone):
-        parts.net.zero_grad()
+        components.denoiser.zero_grad()
         rows = torch.arange(2).split([len(t) for t in texts])
-        v = [Flux().velocity(parts, parts.net, NOISY[r], SIGMA[r], t) for r, t in zip(rows, texts)]
+        v = [Flux().velocity(components, components.denoiser, NOISY[r], SIGMA[r], t) for r, t in zip(rows, texts)]
         v = torch.cat(v)
         v.square().sum().backward()
         outputs.append(v.detach())
-        gradients.append(torch.cat([p.grad.flatten() for p in parts.net.parameters() if p.grad is not None]))
+        gradients.append(torch.cat([p.grad.flatten() for p in components.denoiser.parameters() if p.grad is not None]))
     for v, g in zip(outputs[1:], gradients[1:]):
         torch.testing.assert_close(v, outputs[0], **TOLERANCE)
         torch.testing.assert_close(g, gradients[0], rtol=1e-5, atol=1e-5)
@@ -326,24 +326,24 @@ def test_padded_truncated_and_packed_are_one(schnell):
 
 def test_libreflux_mask_is_a_bias(schnell):
     """+1 on real tokens and 0 on padding, so padding keeps a share: neither masked nor unmasked."""
-    parts = load(schnell)
-    text = parts.text(CAPTIONS, 64)
+    components = load(schnell)
+    text = components.text(CAPTIONS, 64)
     mask = attention_mask(text.tokens.mask, 6, "libreflux")["attention_mask"]
     assert mask.dtype == torch.float32 and mask.shape == (2, 1, 1, 70)
     assert torch.equal(mask[:, 0, 0, :64] == 1, text.tokens.mask) and (mask[..., 64:] == 1).all()
     found = {}
-    for parts.mask in ("bool", "none", "libreflux"):
-        found[parts.mask] = velocity(parts, text)
+    for components.mask in ("bool", "none", "libreflux"):
+        found[components.mask] = velocity(components, text)
     assert (found["libreflux"] - found["bool"]).abs().max() > 1e-4
     assert (found["libreflux"] - found["none"]).abs().max() > 1e-4
 
 
 def test_backend_that_drops_masks_is_refused(schnell):
     """Where a mask is needed. Batches of one length need none."""
-    parts = load(schnell)
+    components = load(schnell)
     with attention_backend("_native_flash"):
         with pytest.raises(UserError, match="'_native_flash' cannot hide the padding"):
-            velocity(parts, parts.text(CAPTIONS, 64))
+            velocity(components, components.text(CAPTIONS, 64))
         assert attention_mask(torch.ones(2, 5, dtype=torch.bool), 6) is None
 
 
@@ -352,18 +352,18 @@ def test_backend_that_drops_masks_is_refused(schnell):
 
 def test_latents_are_standardised_samples(schnell):
     """A sample of the posterior, (z - shift) * scale with the config's numbers; decoding inverts the scaling."""
-    parts = load(schnell)
+    components = load(schnell)
     vae = AutoencoderKL.from_pretrained(schnell / "vae")
     pixels = keyed.noise(0, "pixels", 0, [0], (3, 32, 48)).clamp(-1, 1)
-    noise = keyed.noise(0, "vae", 0, [0], Flux().latent_shape(parts, 32, 48))
+    noise = keyed.noise(0, "vae", 0, [0], Flux().latent_shape(components, 32, 48))
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
         z = posterior.mean + posterior.std * noise
         wanted = (z - vae.config.shift_factor) * vae.config.scaling_factor
-        latents = Flux().encode_images(parts, pixels, noise)
+        latents = Flux().encode_images(components, pixels, noise)
         torch.testing.assert_close(latents, wanted, **TOLERANCE)
-        torch.testing.assert_close(Flux().decode(parts, latents), vae.decode(z).sample, **TOLERANCE)
-    other = Flux().encode_images(parts, pixels, noise + 1)
+        torch.testing.assert_close(Flux().decode(components, latents), vae.decode(z).sample, **TOLERANCE)
+    other = Flux().encode_images(components, pixels, noise + 1)
     assert (other - latents).abs().max() > 1e-3, "a sample, not the mode"
 
 
@@ -374,9 +374,9 @@ def test_sides_are_multiples_of_sixteen(schnell):
 
 def test_saved_model_points_to_its_components(schnell, tmp_path):
     """What training exports loads again by its folder alone, encoders and VAE included."""
-    parts = load(schnell)
-    Flux().save(parts, tmp_path / "out")
+    components = load(schnell)
+    Flux().save(components, tmp_path / "out")
     assert not (tmp_path / "out" / "vae").exists()
     again = load(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "dedistill.json").read_text())["components"] == str(schnell.resolve())
-    assert torch.equal(velocity(again, again.text(CAPTIONS, 32)), velocity(parts, parts.text(CAPTIONS, 32)))
+    assert torch.equal(velocity(again, again.text(CAPTIONS, 32)), velocity(components, components.text(CAPTIONS, 32)))

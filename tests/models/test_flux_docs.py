@@ -70,11 +70,11 @@ def full_size(name: str, quant: str) -> tuple[int, int]:
     """Bytes of a published network, and parameters of a LoRA of rank 16 on all its blocks."""
     shape = shape_of(next(p.id for p in PUBLISHED if name in p.id))
     with torch.device("meta"):
-        net = FluxTransformer2DModel(num_layers=shape.layers, num_single_layers=shape.single_layers).bfloat16()
-    linears = [m for n, m in net.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks." in n]
+        denoiser = FluxTransformer2DModel(num_layers=shape.layers, num_single_layers=shape.single_layers).bfloat16()
+    linears = [m for n, m in denoiser.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks." in n]
     lora = sum(16 * (m.in_features + m.out_features) for m in linears)
-    prepare_base(net, quant, [], "meta")
-    return storage_bytes(net), lora
+    prepare_base(denoiser, quant, [], "meta")
+    return storage_bytes(denoiser), lora
 
 
 def test_memory_is_arithmetic():

@@ -23,9 +23,9 @@ def folder(tmp_path):
     return tmp_path / "m"
 
 
-def load(folder, *, net, **more):
+def load(folder, *, denoiser, **more):
     spec = Model(family="flux", path=str(folder), guidance=1.0, text_length=32, **more)
-    return Flux().load(spec, seed=0, net=net)
+    return Flux().load(spec, seed=0, denoiser=denoiser)
 
 
 def rewritten(change):
@@ -78,12 +78,12 @@ HEADERS = {
 }
 
 
-@pytest.mark.parametrize("net", [True, False])
+@pytest.mark.parametrize("denoiser", [True, False])
 @pytest.mark.parametrize(("damage", "said"), HEADERS.values(), ids=HEADERS)
-def test_what_headers_tell_is_refused_before_anything_is_encoded(folder, damage, said, net):
+def test_what_headers_tell_is_refused_before_anything_is_encoded(folder, damage, said, denoiser):
     damage(folder)
     with pytest.raises(UserError, match=r"^model\.path: ") as refused:
-        load(folder, net=net)
+        load(folder, denoiser=denoiser)
     assert said in str(refused.value)
 
 
@@ -93,7 +93,7 @@ def test_a_tensor_in_two_shards(folder):
     for i in (1, 2):
         save_file(tensors, folder / f"transformer/diffusion_pytorch_model-{i:05d}-of-00002.safetensors")
     with pytest.raises(UserError, match="which another file of the folder holds as well"):
-        load(folder, net=False)
+        load(folder, denoiser=False)
 
 
 @pytest.mark.parametrize("name", ["transformer_blocks.0.attn.to_v.weight", "norm_out.linear.bias"])
@@ -108,7 +108,7 @@ def test_a_base_that_is_not_finite_is_refused_by_its_tensor(folder, name, value,
     if dtype == torch.float8_e4m3fn and value == float("inf"):
         pytest.skip("it has no Inf")
     with pytest.raises(UserError, match=f"tensor '{name}' holds numbers that are not finite"):
-        load(folder, net=True)
+        load(folder, denoiser=True)
 
 
 @pytest.mark.parametrize("part", ["transformer/diffusion_pytorch_model", "text_encoder_2/model", "vae/diffusion_pytorch_model"])
@@ -117,9 +117,9 @@ def test_a_file_whose_second_half_is_zeros(folder, part):
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
     with pytest.raises(UserError, match="are zero throughout"):
-        parts = load(folder, net=True)
-        parts.text.load("cpu")
-        parts.vae.load("cpu")
+        components = load(folder, denoiser=True)
+        components.text.load("cpu")
+        components.vae.load("cpu")
 
 
 @pytest.mark.parametrize("part", ["text_encoder/model", "text_encoder_2/model", "vae/diffusion_pytorch_model"])
@@ -129,9 +129,9 @@ def test_encoders_that_are_not_finite_are_refused_by_their_tensor(folder, part):
     name = sorted(tensors)[len(tensors) // 2]
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, file, {"format": "pt"})
-    parts = load(folder, net=False)
+    components = load(folder, denoiser=False)
     with pytest.raises(UserError, match="holds numbers that are not finite"):
-        (parts.vae if "vae" in part else parts.text).load("cpu")
+        (components.vae if "vae" in part else components.text).load("cpu")
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_of_a_whole_pipeline_in_one_file_the_denoiser_is_read(folder, tmp_path, 
     bfl = to_bfl(load_file(folder / NAME))
     whole = {f"model.diffusion_model.{k}": v.contiguous() for k, v in bfl.items()} | {name: torch.ones(2) for name in rest}
     save_file(whole, tmp_path / "all.safetensors")
-    found = load(tmp_path / "all.safetensors", net=True, components=str(folder)).net.state_dict()
-    wanted = load(folder, net=True).net.state_dict()
+    found = load(tmp_path / "all.safetensors", denoiser=True, components=str(folder)).denoiser.state_dict()
+    wanted = load(folder, denoiser=True).denoiser.state_dict()
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
@@ -157,14 +157,14 @@ def test_facts_in_a_header_are_a_table(folder, tmp_path, facts):
 def test_shapes_that_tell_no_sizes(folder, tmp_path, name, shape):
     save_file(load_file(folder / NAME) | {name: torch.ones(shape)}, tmp_path / "one.safetensors")
     with pytest.raises(UserError, match=r"one\.safetensors'"):
-        load(tmp_path / "one.safetensors", net=False, components=str(folder))
+        load(tmp_path / "one.safetensors", denoiser=False, components=str(folder))
 
 
 def test_auto_needs_the_models_own_scheduler(folder):
-    parts = load(folder, net=False)
-    assert Flux().shift(parts, 1024) == dynamic_shift(1024)
+    components = load(folder, denoiser=False)
+    assert Flux().shift(components, 1024) == dynamic_shift(1024)
     file = folder / "scheduler/scheduler_config.json"
     for content, said in ((None, "is missing: fetch it, or set a number"), ('{"shift": "x"}', "does not describe a shift")):
         file.unlink() if content is None else file.write_text(content)
         with pytest.raises(UserError, match=f"scheduler_config.json'.*{said}"):
-            Flux().shift(load(folder, net=False), 1024)
+            Flux().shift(load(folder, denoiser=False), 1024)

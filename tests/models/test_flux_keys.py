@@ -38,14 +38,14 @@ def full_size(guidance: bool, layers: int = 19) -> FluxTransformer2DModel:
 def small(guidance: bool) -> FluxTransformer2DModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = FluxTransformer2DModel(**SMALL, guidance_embeds=guidance)
-        for p in net.parameters():
+        denoiser = FluxTransformer2DModel(**SMALL, guidance_embeds=guidance)
+        for p in denoiser.parameters():
             p.data.normal_(std=0.2)
-    return net.requires_grad_(False)
+    return denoiser.requires_grad_(False)
 
 
-def linear_shapes(net: nn.Module) -> dict[str, tuple[int, int]]:
-    return {n: (m.out_features, m.in_features) for n, m in net.named_modules() if isinstance(m, nn.Linear)}
+def linear_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
+    return {n: (m.out_features, m.in_features) for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
 
 
 def narrowed(function: FunctionType, width: int) -> FunctionType:
@@ -92,44 +92,44 @@ def test_every_linear_of_the_full_network_has_a_name_in_every_table(guidance):
 @with_and_without_guidance
 def test_same_network_through_from_single_file(guidance, tmp_path, monkeypatch):
     """Bit-equal tensors and answers through diffusers' loader, offline, given the folder of the config."""
-    net = small(guidance)
-    save_file({n: t.contiguous() for n, t in naming.to_bfl(net.state_dict()).items()}, tmp_path / "bfl.safetensors")
-    net.save_config(tmp_path / "config")
+    denoiser = small(guidance)
+    save_file({n: t.contiguous() for n, t in naming.to_bfl(denoiser.state_dict()).items()}, tmp_path / "bfl.safetensors")
+    denoiser.save_config(tmp_path / "config")
     reader = single_file_model.SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
     monkeypatch.setitem(reader, "checkpoint_mapping_fn", narrowed(reader["checkpoint_mapping_fn"], 32))
     monkeypatch.delitem(reader, "default_subfolder")
     back = FluxTransformer2DModel.from_single_file(
         str(tmp_path / "bfl.safetensors"), config=str(tmp_path / "config"), local_files_only=True
     )
-    wanted, found = net.state_dict(), back.state_dict()
+    wanted, found = denoiser.state_dict(), back.state_dict()
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[n], found[n]) for n in wanted)
-    torch.testing.assert_close(answer(back), answer(net), rtol=0, atol=0)
-    assert answer(net).std() > 0.05
+    torch.testing.assert_close(answer(back), answer(denoiser), rtol=0, atol=0)
+    assert answer(denoiser).std() > 0.05
 
 
-def answer(net: FluxTransformer2DModel) -> torch.Tensor:
+def answer(denoiser: FluxTransformer2DModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     ids = torch.zeros(6, 3)
     ids[:, 2] = torch.arange(6)
-    return net(
+    return denoiser(
         hidden_states=draw(2, 6, 4),
         encoder_hidden_states=draw(2, 5, 24),
         pooled_projections=draw(2, 20),
         timestep=torch.tensor([0.2, 0.7]),
         img_ids=ids,
         txt_ids=torch.zeros(5, 3),
-        guidance=torch.tensor([1.0, 3.5]) if net.config.guidance_embeds else None,
+        guidance=torch.tensor([1.0, 3.5]) if denoiser.config.guidance_embeds else None,
         return_dict=False,
     )[0].detach()
 
 
 def test_halves_of_the_last_modulation_change_places():
     """BFL has (shift, scale), diffusers (scale, shift)."""
-    net = small(False)
-    bfl = naming.to_bfl(net.state_dict())["final_layer.adaLN_modulation.1.weight"]
-    own = net.norm_out.linear.weight
+    denoiser = small(False)
+    bfl = naming.to_bfl(denoiser.state_dict())["final_layer.adaLN_modulation.1.weight"]
+    own = denoiser.norm_out.linear.weight
     assert torch.equal(bfl[:32], own[32:]) and torch.equal(bfl[32:], own[:32])
 
 

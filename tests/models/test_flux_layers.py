@@ -18,9 +18,9 @@ def schnell():
         return FluxTransformer2DModel()
 
 
-def resolve(net, *targets: dict, kind: str = "lokr"):
+def resolve(denoiser, *targets: dict, kind: str = "lokr"):
     table = adapter_table(kind, *targets)
-    return resolve_targets(table, dense_shapes(net, linear_names(net)), presets(net))
+    return resolve_targets(table, dense_shapes(denoiser, linear_names(denoiser)), presets(denoiser))
 
 
 def test_size_of_schnell(schnell):
@@ -79,9 +79,9 @@ FORMS = [
 @pytest.mark.parametrize(("kind", "form"), FORMS)
 def test_count_is_the_adapters_own(kind, form):
     """The count without building equals what LyCORIS builds, whatever the form."""
-    net = PixelFlux().tiny(0).net
-    targets = resolve(net, {"preset": "blocks", **form}, kind=kind)
-    assert count_parameters(targets, kind) == sum(p.numel() for p in Adapter(net, kind, targets).parameters())
+    denoiser = PixelFlux().tiny(0).denoiser
+    targets = resolve(denoiser, {"preset": "blocks", **form}, kind=kind)
+    assert count_parameters(targets, kind) == sum(p.numel() for p in Adapter(denoiser, kind, targets).parameters())
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_count_is_the_adapters_own(kind, form):
 def test_pruned_networks_get_their_own_halves_and_edges(doubles, singles, first, whole):
     """Flex.1 has 8 double blocks; sets follow the depth of the network at hand."""
     with torch.device("meta"):
-        net = FluxTransformer2DModel(
+        denoiser = FluxTransformer2DModel(
             num_layers=doubles,
             num_single_layers=singles,
             num_attention_heads=1,
             attention_head_dim=16,
             axes_dims_rope=(4, 6, 6),
         )
-    names = {preset: {r.name for r in resolve(net, {"preset": preset})} for preset in presets(net)}
+    names = {preset: {r.name for r in resolve(denoiser, {"preset": preset})} for preset in presets(denoiser)}
     blocks = lambda preset, kind: {int(n.split(".")[1]) for n in names[preset] if n.split(".")[0] == kind}  # noqa: E731
     assert blocks("edges", "transformer_blocks") == set(first)
     last = round(singles * 8 / 38) or 1

@@ -16,15 +16,15 @@ CAPTIONS = {"one length": ["a cat", "a dog"], "mixed lengths": ["a cat", "a dog 
 
 
 def model(family, kind: str, device: str, bf16: bool = True) -> Model:
-    parts = family.tiny(0)
-    cast_float(parts.net, torch.bfloat16 if bf16 else torch.float32)
-    shapes = dense_shapes(parts.net, linear_names(parts.net))
-    prepare_base(parts.net, "int8", [], device)
+    components = family.tiny(0)
+    cast_float(components.denoiser, torch.bfloat16 if bf16 else torch.float32)
+    shapes = dense_shapes(components.denoiser, linear_names(components.denoiser))
+    prepare_base(components.denoiser, "int8", [], device)
     size = {"lora": {"rank": 2}, "lokr": {"factor": 2}}[kind]
-    targets = resolve_targets(adapter_table(kind, {"preset": "blocks", **size}), shapes, family.presets(parts.net))
+    targets = resolve_targets(adapter_table(kind, {"preset": "blocks", **size}), shapes, family.presets(components.denoiser))
     with torch.device(device):
-        adapter = Adapter(parts.net, kind, targets)
-    return Model(family, parts, adapter, 8, bf16=bf16, adapter=adapter, targets=targets)
+        adapter = Adapter(components.denoiser, kind, targets)
+    return Model(family, components, adapter, 8, bf16=bf16, adapter=adapter, targets=targets)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -34,9 +34,9 @@ def model(family, kind: str, device: str, bf16: bool = True) -> Model:
 def test_a_pass_waits_for_nothing(family, kind, captions, checkpointing):
     built = model(family, kind, "meta")
     if checkpointing:
-        built.parts.net.enable_gradient_checkpointing()
-    text = family.encode_text(built.parts, CAPTIONS[captions], 8)
-    noisy, target = (torch.empty(2, *built.parts.sample_shape, device="meta") for _ in range(2))
+        built.components.denoiser.enable_gradient_checkpointing()
+    text = family.encode_text(built.components, CAPTIONS[captions], 8)
+    noisy, target = (torch.empty(2, *built.components.sample_shape, device="meta") for _ in range(2))
     loss = flow_loss(built.velocity(noisy, torch.empty(2, device="meta"), text.to("meta")), target)
     loss.sum().backward()
     assert loss.shape == (2,)
@@ -58,9 +58,9 @@ def test_the_base_computes_in_the_dtype_it_is_stored_in(family, bf16, dtype):
         assert not torch.is_autocast_enabled("cpu")
         seen.update(t.dtype for t in (output if isinstance(output, tuple) else (output,)))
 
-    for block in family.blocks(built.parts.net):
+    for block in family.blocks(built.components.denoiser):
         block.register_forward_hook(look)
-    noisy = torch.randn(1, *built.parts.sample_shape, generator=torch.Generator().manual_seed(0))
-    text = family.encode_text(built.parts, ["a cat"], 8)
+    noisy = torch.randn(1, *built.components.sample_shape, generator=torch.Generator().manual_seed(0))
+    text = family.encode_text(built.components, ["a cat"], 8)
     assert built.velocity(noisy, torch.tensor([0.5]), text).dtype == torch.float32
     assert seen == {dtype}

@@ -117,28 +117,30 @@ def test_output_and_gradient_equal_quantos():
 @pytest.mark.parametrize("quant", MODES)
 def test_prepared_base_is_frozen_and_lets_gradients_through(flux, quant):
     """Nothing of the base requires a gradient (quanto's freeze() turns that on), and backward reaches the input."""
-    family, parts = flux
-    names = prepare_base(parts.net, quant, [], "cpu")
-    assert not [n for n, p in parts.net.named_parameters() if p.requires_grad]
-    assert names == ([] if quant == "none" else linear_names(parts.net)) and len(linear_names(parts.net)) == 28
-    assert {type(parts.net.get_submodule(n)) for n in linear_names(parts.net)} == {MODES[quant]}
-    noisy = keyed.noise(0, "noise", 0, range(2), parts.sample_shape).requires_grad_()
-    text = family.encode_text(parts, ["3 seven", ""], 12)
+    family, components = flux
+    names = prepare_base(components.denoiser, quant, [], "cpu")
+    assert not [n for n, p in components.denoiser.named_parameters() if p.requires_grad]
+    assert (
+        names == ([] if quant == "none" else linear_names(components.denoiser)) and len(linear_names(components.denoiser)) == 28
+    )
+    assert {type(components.denoiser.get_submodule(n)) for n in linear_names(components.denoiser)} == {MODES[quant]}
+    noisy = keyed.noise(0, "noise", 0, range(2), components.sample_shape).requires_grad_()
+    text = family.encode_text(components, ["3 seven", ""], 12)
     for _ in range(2):
-        family.velocity(parts, parts.net, noisy, torch.tensor([0.2, 0.8]), text).square().sum().backward()
+        family.velocity(components, components.denoiser, noisy, torch.tensor([0.2, 0.8]), text).square().sum().backward()
     assert noisy.grad.isfinite().all() and noisy.grad.abs().amax((1, 2, 3)).min() > 0.1
-    assert all(p.grad is None for p in parts.net.parameters())
+    assert all(p.grad is None for p in components.denoiser.parameters())
 
 
 def test_velocity_of_the_quantized_network(flux):
     """Both int8 modes are the same network, within 1 % of the original."""
-    family, parts = flux
-    noisy, sigma = keyed.noise(0, "noise", 0, range(4), parts.sample_shape), torch.tensor([0.1, 0.4, 0.7, 1.0])
-    text, results = family.encode_text(parts, ["3 seven"] * 4, 12), {}
+    family, components = flux
+    noisy, sigma = keyed.noise(0, "noise", 0, range(4), components.sample_shape), torch.tensor([0.1, 0.4, 0.7, 1.0])
+    text, results = family.encode_text(components, ["3 seven"] * 4, 12), {}
     for quant in MODES:
-        net = copy.deepcopy(parts.net)
-        prepare_base(net, quant, [], "cpu")
-        results[quant] = family.velocity(SimpleNamespace(net=net, mask="bool"), net, noisy, sigma, text).detach()
+        denoiser = copy.deepcopy(components.denoiser)
+        prepare_base(denoiser, quant, [], "cpu")
+        results[quant] = family.velocity(SimpleNamespace(denoiser=denoiser, mask="bool"), denoiser, noisy, sigma, text).detach()
     torch.testing.assert_close(results["int8"], results["int8-quanto"], rtol=0, atol=1e-5)
     error = (results["int8"] - results["none"]).norm() / results["none"].norm()
     assert 1e-4 < error < 0.01
@@ -148,12 +150,14 @@ def test_velocity_of_the_quantized_network(flux):
 @pytest.mark.parametrize("pattern", [p for p in LIBREFLUX if "norm" in p] + ["**.norm1", "norm", "transformer_blocks.0", "a**"])
 def test_exclude_that_matches_no_linear_is_an_error(flux, quant, pattern):
     """LibreFLUX's patterns name containers and protect nothing; ours refuse, whatever the mode."""
-    _, parts = flux
+    _, components = flux
     with pytest.raises(UserError) as error:
-        prepare_base(parts.net, quant, ["proj_out", pattern], "cpu", lambda key: f"r.toml:7: {key}")
+        prepare_base(components.denoiser, quant, ["proj_out", pattern], "cpu", lambda key: f"r.toml:7: {key}")
     assert error.value.exit_code == 2
     assert str(error.value).startswith("r.toml:7: base.exclude.1: ") and f"'{pattern}'" in str(error.value)
-    assert {type(m) for m in parts.net.modules() if isinstance(m, nn.Linear)} == {nn.Linear}  # nothing was done by halves
+    assert {type(m) for m in components.denoiser.modules() if isinstance(m, nn.Linear)} == {
+        nn.Linear
+    }  # nothing was done by halves
 
 
 EXCLUDED = {
@@ -174,32 +178,32 @@ EXCLUDED = {
 @pytest.mark.parametrize("pattern", EXCLUDED)
 def test_excluded_linears_keep_their_weights(flux, quant, pattern):
     """What the pattern names, and no more; the returned names are those that changed type."""
-    _, parts = flux
-    before = copy.deepcopy(parts.net)
-    names = prepare_base(parts.net, quant, [pattern], "cpu")
-    types = {n: type(parts.net.get_submodule(n)) for n in linear_names(parts.net)}
+    _, components = flux
+    before = copy.deepcopy(components.denoiser)
+    names = prepare_base(components.denoiser, quant, [pattern], "cpu")
+    types = {n: type(components.denoiser.get_submodule(n)) for n in linear_names(components.denoiser)}
     assert sorted(n for n, kind in types.items() if kind is nn.Linear) == EXCLUDED[pattern]
     assert names == [n for n, kind in types.items() if kind is MODES[quant]]
     for name in EXCLUDED[pattern]:
-        assert torch.equal(parts.net.get_submodule(name).weight, before.get_submodule(name).weight)
+        assert torch.equal(components.denoiser.get_submodule(name).weight, before.get_submodule(name).weight)
 
 
 def test_libreflux_list_under_quanto():
     """Quanto itself, given LibreFLUX's list, excludes 3 linears of 60 in a network of 2 + 4 blocks."""
     image = {"channels": 1, "height": 8, "width": 16, "patch": 4, "layers": 2, "single_layers": 4, "heads": 2}
     new = SimpleNamespace(**image, head_dim=16, rope_axes=[4, 6, 6], text_dim=16, pooled_dim=16)
-    net = PixelFlux().build(new).net
-    names = linear_names(net)
-    quantize(net, weights=qint8, exclude=LIBREFLUX)
-    kept = [n for n in names if type(net.get_submodule(n)) is nn.Linear]
+    denoiser = PixelFlux().build(new).denoiser
+    names = linear_names(denoiser)
+    quantize(denoiser, weights=qint8, exclude=LIBREFLUX)
+    kept = [n for n in names if type(denoiser.get_submodule(n)) is nn.Linear]
     assert len(names) == 60 and sorted(kept) == ["context_embedder", "proj_out", "x_embedder"]
 
 
 def test_quanto_takes_linears_only():
     """The returned names are all that was quantized, in a network with convolutions too."""
-    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 8))
-    assert prepare_base(net, "int8-quanto", [], "cpu") == ["2"]
-    assert type(net[0]) is nn.Conv2d
+    denoiser = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 8))
+    assert prepare_base(denoiser, "int8-quanto", [], "cpu") == ["2"]
+    assert type(denoiser[0]) is nn.Conv2d
 
 
 def test_quantos_freeze_asks_for_gradients():
@@ -254,25 +258,25 @@ def test_codes_survive_copies_and_casts(move):
 
 def test_cast_float_stores_floats_only():
     """Before quantization, so that scales follow; int8 codes stay what they are."""
-    net = nn.Sequential(linear(), prepared(linear(), "int8"))
-    cast_float(net, torch.bfloat16)
-    assert Counter(p.dtype for p in net.parameters()) == {torch.bfloat16: 4, torch.int8: 1}
-    assert prepared(net[0], "int8").weight_scale.dtype == torch.bfloat16
+    denoiser = nn.Sequential(linear(), prepared(linear(), "int8"))
+    cast_float(denoiser, torch.bfloat16)
+    assert Counter(p.dtype for p in denoiser.parameters()) == {torch.bfloat16: 4, torch.int8: 1}
+    assert prepared(denoiser[0], "int8").weight_scale.dtype == torch.bfloat16
 
 
 def test_state_dict_round_trip(flux):
     """Plain tensors: a safetensors file of one prepared network fills another, and the velocity is equal to the bit."""
-    family, parts = flux
-    prepare_base(parts.net, "int8", ["**.norm*.linear"], "cpu")
-    raw = save(parts.net.state_dict())
+    family, components = flux
+    prepare_base(components.denoiser, "int8", ["**.norm*.linear"], "cpu")
+    raw = save(components.denoiser.state_dict())
     other = family.tiny(1)
-    prepare_base(other.net, "int8", ["**.norm*.linear"], "cpu")
-    other.net.load_state_dict(load(raw), strict=True)
-    noisy, sigma = keyed.noise(0, "noise", 0, range(2), parts.sample_shape), torch.tensor([0.3, 0.9])
-    text = family.encode_text(parts, ["3 seven", "one"], 12)
-    velocities = [family.velocity(p, p.net, noisy, sigma, text) for p in (parts, other)]
+    prepare_base(other.denoiser, "int8", ["**.norm*.linear"], "cpu")
+    other.denoiser.load_state_dict(load(raw), strict=True)
+    noisy, sigma = keyed.noise(0, "noise", 0, range(2), components.sample_shape), torch.tensor([0.3, 0.9])
+    text = family.encode_text(components, ["3 seven", "one"], 12)
+    velocities = [family.velocity(p, p.denoiser, noisy, sigma, text) for p in (components, other)]
     assert torch.equal(*velocities)
-    assert not torch.equal(velocities[0], family.velocity(parts, family.tiny(0).net, noisy, sigma, text))
+    assert not torch.equal(velocities[0], family.velocity(components, family.tiny(0).denoiser, noisy, sigma, text))
 
 
 def test_layer_with_one_output():
@@ -284,12 +288,12 @@ def test_layer_with_one_output():
 
 def test_quanto_one_by_one_is_quanto_at_once(flux):
     """Converting linears each alone gives the tensors that the library gives for the whole network."""
-    _, parts = flux
-    whole = copy.deepcopy(parts.net)
+    _, components = flux
+    whole = copy.deepcopy(components.denoiser)
     quantize(whole, weights=qint8, include=linear_names(whole))
     freeze(whole)
-    prepare_base(parts.net, "int8-quanto", [], "cpu")
-    ours, theirs = parts.net.state_dict(), whole.state_dict()
+    prepare_base(components.denoiser, "int8-quanto", [], "cpu")
+    ours, theirs = components.denoiser.state_dict(), whole.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -338,10 +342,13 @@ def test_a_new_quantizer_builds_the_network_it_says(by_tensor_recipe):
     """Stored at a byte a weight, read back by adapters, within a step of its scale of the dense network."""
     plain = build_model(load_recipe(Path(by_tensor_recipe.files[0]), ["base.quant=none"]))
     model = build_model(by_tensor_recipe)
-    assert model.facts["quantized"] == linear_names(model.parts.net) and not model.facts["unquantized"]
+    assert model.facts["quantized"] == linear_names(model.components.denoiser) and not model.facts["unquantized"]
     assert model.facts["storage_bytes"] < 0.35 * plain.facts["storage_bytes"]
-    for name in linear_names(model.parts.net):
-        linear, exact = model.parts.net.get_submodule(name), dense_weight(plain.parts.net.get_submodule(name))
+    for name in linear_names(model.components.denoiser):
+        linear, exact = (
+            model.components.denoiser.get_submodule(name),
+            dense_weight(plain.components.denoiser.get_submodule(name)),
+        )
         assert type(linear) is OneScale
         assert (dense_weight(linear) - exact).abs().max() <= 0.501 * float(linear.one_scale)
     with pytest.raises(UserError, match=r"'by-tensor' is of this test alone, or launch/ddp\.yaml"):

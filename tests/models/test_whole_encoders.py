@@ -68,10 +68,10 @@ def configure(folder: Path, **values: object) -> None:
 
 def in_shards(folder: Path, kind: type) -> Path:
     """The same weights as several files; returns their index."""
-    net = kind.from_pretrained(folder)
+    denoiser = kind.from_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    net.save_pretrained(folder, max_shard_size="60KB")
+    denoiser.save_pretrained(folder, max_shard_size="60KB")
     return next(folder.glob("*.index.json"))
 
 

@@ -238,9 +238,9 @@ class Listening(PixelFlux):
 
     heard: Conditioning
 
-    def velocity(self, parts, net, noisy, sigma, text, guidance=None):
+    def velocity(self, components, denoiser, noisy, sigma, text, guidance=None):
         self.heard = text
-        return super().velocity(parts, net, noisy, sigma, text, guidance)
+        return super().velocity(components, denoiser, noisy, sigma, text, guidance)
 
 
 def test_dropped_captions_are_the_empty_prompt_entirely(digits):

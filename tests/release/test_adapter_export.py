@@ -38,11 +38,11 @@ def base(tmp_path_factory) -> Path:
 
 def snapshot(base: Path, file: Path, kind: str, names: list[str], mixed: bool = False) -> Path:
     """A snapshot as training writes it, factors drawn at random."""
-    net = FluxTransformer2DModel.from_config(network_config(base))
-    shapes = linear_shapes(net)
+    denoiser = FluxTransformer2DModel.from_config(network_config(base))
+    shapes = linear_shapes(denoiser)
     form = lambda i: (4 if not mixed else (2, 4, 8)[i % 3], 2 if mixed and i % 2 else None)  # noqa: E731
     targets = [Resolved(n, shapes[n], *(form(i) if kind == "lokr" else (None, 2 + i)), "x") for i, n in enumerate(names)]
-    adapter = Adapter(net, kind, targets)
+    adapter = Adapter(denoiser, kind, targets)
     for name, p in adapter.trainable().items():
         p.data = torch.from_numpy(keyed.generator(0, name).standard_normal(tuple(p.shape), dtype="float32"))
     save_file(adapter.tensors(), file, metadata={"format": "pt", "dedistill.step": "40", "dedistill.recipe": RECIPE})
@@ -78,9 +78,9 @@ def test_lycoris_builds_the_same_layers_from_the_config(kind, base, tmp_path):
     before = dict(vars(LycorisNetwork))
     try:
         LycorisNetwork.apply_preset(config["apply_preset"])
-        net = FluxTransformer2DModel.from_config(network_config(base))
+        denoiser = FluxTransformer2DModel.from_config(network_config(base))
         theirs = LycorisNetwork(
-            net, config["multiplier"], config["linear_dim"], alpha=config["linear_alpha"], network_module=config["algo"]
+            denoiser, config["multiplier"], config["linear_dim"], alpha=config["linear_alpha"], network_module=config["algo"]
         )
     finally:  # presets are attributes of the class
         for name, value in before.items():
@@ -102,10 +102,12 @@ def test_peft_metadata_gives_the_same_adapter(base, tmp_path):
             str(tmp_path), weight_name=out.name, return_alphas=True, return_lora_metadata=True
         )
         assert metadata and metadata["transformer.r"] == 6
-        net = FluxTransformer2DModel.from_pretrained(base / "transformer")
+        denoiser = FluxTransformer2DModel.from_pretrained(base / "transformer")
         chosen = {"metadata": metadata} if with_metadata else {"network_alphas": alphas}
-        FluxPipeline.load_lora_into_transformer(state, transformer=net, **({"network_alphas": None} | chosen))
-        answers.append({n: p for n, p in net.named_parameters() if "lora_" in n} | {"s": net.x_embedder.scaling["default_0"]})
+        FluxPipeline.load_lora_into_transformer(state, transformer=denoiser, **({"network_alphas": None} | chosen))
+        answers.append(
+            {n: p for n, p in denoiser.named_parameters() if "lora_" in n} | {"s": denoiser.x_embedder.scaling["default_0"]}
+        )
     first, second = answers
     assert first.keys() == second.keys() and len(first) == 2 * len(EVERYWHERE) + 1
     assert first["s"] == second["s"] == 1.0

@@ -43,12 +43,12 @@ def base(tmp_path_factory) -> Path:
 
 
 @torch.no_grad()
-def answer(net) -> torch.Tensor:
+def answer(denoiser) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     ids = torch.zeros(6, 3)
     ids[:, 2] = torch.arange(6)
-    return net(
+    return denoiser(
         draw(2, 6, 64), draw(2, 5, 32), draw(2, 32), torch.tensor([0.2, 0.7]), ids, torch.zeros(5, 3), return_dict=False
     )[0]
 
@@ -91,8 +91,8 @@ def test_single_file_has_every_tensor_and_says_what_it_is(base, tmp_path):
     """Diffusers' names; ModelSpec's required keys, strings only."""
     export_model(base, tmp_path / "single", "single")
     file = tmp_path / "single" / "single.safetensors"
-    tensors, net = load_file(file), Denoiser(base)
-    assert tensors.keys() == net.layout.keys() and all(torch.equal(tensors[n], net[n]) for n in tensors)
+    tensors, denoiser = load_file(file), Denoiser(base)
+    assert tensors.keys() == denoiser.layout.keys() and all(torch.equal(tensors[n], denoiser[n]) for n in tensors)
     said = header(file)
     required = {"sai_model_spec", "architecture", "implementation", "title", "resolution"}
     assert {f"modelspec.{key}" for key in required} <= said.keys() and said["format"] == "pt"
@@ -113,18 +113,18 @@ def test_bfl_file_joins_what_bfl_fuses(base, tmp_path):
 def test_a_file_we_wrote_is_a_base_again(format, base, tmp_path):
     """model.path takes either single file, with the encoders of the folder it came from."""
     export_model(base, tmp_path / format, format)
-    net = load_transformer(tmp_path / format / f"{format}.safetensors", base)
-    assert torch.equal(answer(net), answer(FluxTransformer2DModel.from_pretrained(base / "transformer")))
+    denoiser = load_transformer(tmp_path / format / f"{format}.safetensors", base)
+    assert torch.equal(answer(denoiser), answer(FluxTransformer2DModel.from_pretrained(base / "transformer")))
 
 
 def test_int8_export_is_our_int8_base(base, tmp_path):
     """Codes and answers equal those of quantizing the loaded network; what is excluded stays as it was."""
     export_model(base, tmp_path / "int8", "int8", exclude=["proj_out", "**.norm1.linear"])
-    net = FluxTransformer2DModel.from_pretrained(base / "transformer")
-    prepare_base(net, "int8", ["proj_out", "**.norm1.linear"], "cpu")
+    denoiser = FluxTransformer2DModel.from_pretrained(base / "transformer")
+    prepare_base(denoiser, "int8", ["proj_out", "**.norm1.linear"], "cpu")
     again = load_int8(tmp_path / "int8")
     assert isinstance(again.x_embedder, Int8Linear) and not isinstance(again.proj_out, Int8Linear)
-    assert torch.equal(answer(again), answer(net)) and not any(p.requires_grad for p in again.parameters())
+    assert torch.equal(answer(again), answer(denoiser)) and not any(p.requires_grad for p in again.parameters())
     pipe = FluxPipeline.from_pretrained(tmp_path / "int8", transformer=again, local_files_only=True)
     assert pipe.transformer is again
     with pytest.raises(UserError, match="int8 export already"):

@@ -78,7 +78,7 @@ def trained(recipe, file, size=0.1, seed=0):
 @torch.no_grad()
 def answer(model) -> torch.Tensor:
     text = model.encode(["two then three", "one"])
-    noisy = keyed.noise(0, "question", 0, range(2), (model.parts.sample_shape[0], 8, 16))
+    noisy = keyed.noise(0, "question", 0, range(2), (model.components.sample_shape[0], 8, 16))
     return model.velocity(noisy, torch.tensor([0.3, 0.8]), text)
 
 
@@ -97,7 +97,7 @@ def test_merged_reloaded_and_adapted_are_one(form, family, tmp_path):
     """To 1e-6 in fp32, every linear of the network adapted."""
     recipe = recipe_for(tmp_path / "a", write_base(family, tmp_path / "base"), family, form)
     model = trained(recipe, tmp_path / "a.safetensors")
-    assert len(model.targets) == len(linear_names(model.parts.net))
+    assert len(model.targets) == len(linear_names(model.components.denoiser))
     wanted, before = answer(model), answer(alone(recipe, recipe.model.path))
     assert relative(before, wanted) > 1e-2
     merged = merge_adapter(recipe, tmp_path / "a.safetensors", tmp_path / "out", dtype="fp32")
@@ -108,7 +108,7 @@ def test_merged_reloaded_and_adapted_are_one(form, family, tmp_path):
 def test_other_spellings_merge_to_the_same_bytes(tmp_path):
     recipe = recipe_for(tmp_path / "a", write_base("pixel_flux", tmp_path / "base"))
     model = trained(recipe, tmp_path / "a.safetensors")
-    layers = by_layer(model.tensors(), linear_shapes(model.parts.net), "a")
+    layers = by_layer(model.tensors(), linear_shapes(model.components.denoiser), "a")
     save_file(as_transformer(layers), tmp_path / "b.safetensors")
     for name in "ab":
         merge_adapter(recipe, tmp_path / f"{name}.safetensors", tmp_path / f"out-{name}")

@@ -61,10 +61,10 @@ def pixels(path: Path) -> bytes:
         return image.tobytes()
 
 
-def count_calls(net: torch.nn.Module) -> list[int]:
-    """A list that grows by the batch size at every evaluation of ``net``."""
+def count_calls(denoiser: torch.nn.Module) -> list[int]:
+    """A list that grows by the batch size at every evaluation of ``denoiser``."""
     calls: list[int] = []
-    net.register_forward_hook(lambda module, args, kwargs, out: calls.append(len(kwargs["timestep"])), with_kwargs=True)
+    denoiser.register_forward_hook(lambda module, args, kwargs, out: calls.append(len(kwargs["timestep"])), with_kwargs=True)
     return calls
 
 
@@ -105,7 +105,7 @@ def by_hand(own: Model, noise: torch.Tensor, sigmas: np.ndarray, cfg: float, ski
 def test_guidance_costs_and_gives_what_it_says(cfg, skip, steps, evaluations):
     """CFG 1 needs one evaluation per step, the first ``skip`` steps too; the result is that of the formula."""
     own, noise = model(), start_noise(0, len(PROMPTS), IMAGE)
-    calls = count_calls(own.parts.net)
+    calls = count_calls(own.components.denoiser)
     found = sample(own, PROMPTS, noise, at(steps, cfg, skip))
     assert calls == [len(PROMPTS)] * evaluations
     torch.testing.assert_close(found, by_hand(own, noise, sigma_grid(steps), cfg, skip), rtol=0, atol=1e-5)
@@ -135,7 +135,7 @@ def test_images_are_made_on_the_shifted_sigmas_of_the_recipe(tmp_path):
     """The grid of a sweep follows timesteps.shift, a number or the family's own."""
     own = model(timesteps={"shift": 3.0})
     auto = model(timesteps={"shift": "auto"})
-    assert own.grid_shift == 3.0 and auto.grid_shift == auto.shift(auto.parts.sample_shape) != 1.0 == model().grid_shift
+    assert own.grid_shift == 3.0 and auto.grid_shift == auto.shift(auto.components.sample_shape) != 1.0 == model().grid_shift
     grid = Grid((ClassifierFree(),), prompts=tuple(PROMPTS), seeds=(0,))
     sweep([Candidate("a", "w", 3, lambda: own)], grid, tmp_path, title="t", judge=None, say=lambda line: None)
     noise = start_noise(0, 3, IMAGE)
@@ -454,7 +454,7 @@ def test_a_broken_model_still_gives_valid_json(tmp_path, judge):
     """Images of NaN are counted and shown as what they are, and both files can still be read."""
     own = model()
     with torch.no_grad():
-        own.parts.net.proj_out.weight.fill_(torch.nan)
+        own.components.denoiser.proj_out.weight.fill_(torch.nan)
     run([Candidate("broken", "w", 2, lambda: own)], tmp_path, judge=judge)
     assert len(strict(tmp_path / "index.json")) == 18 and len(strict(tmp_path / "scores.json")["cells"]) == 3
 

@@ -125,7 +125,7 @@ def test_all_run_equally_many_passes(image_recipe, tmp_path, size):
 
 def _poisoned_company(arguments: list[str]) -> int:
     """``main``, where all that counts for nothing is NaN."""
-    original, seen = Trainer._tasks, []
+    original, seen = Trainer._micro_batches, []
 
     def tasks(self, start):
         for item in original(self, start):
@@ -134,7 +134,7 @@ def _poisoned_company(arguments: list[str]) -> int:
                 seen.append(item)
             yield item
 
-    Trainer._tasks = tasks
+    Trainer._micro_batches = tasks
     code = main(arguments)
     assert bool(seen) == (os.environ["RANK"] != "0")
     return code
@@ -170,12 +170,14 @@ def _noted(arguments: list[str], notes: Path) -> int:
     shard_base, step, steps = sharding.shard_base, Trainer._train_step, []
 
     def noting(model, world, device):
-        units = dict(enumerate(model.family.blocks(model.parts.net)))
-        whole = {i: sharding.local_bytes(block) for i, block in units.items()} | {"all": sharding.local_bytes(model.parts.net)}
-        shape = {name: (list(p.shape), str(p.dtype)) for name, p in model.parts.net.named_parameters()}
+        units = dict(enumerate(model.family.blocks(model.components.denoiser)))
+        whole = {i: sharding.local_bytes(block) for i, block in units.items()} | {
+            "all": sharding.local_bytes(model.components.denoiser)
+        }
+        shape = {name: (list(p.shape), str(p.dtype)) for name, p in model.components.denoiser.named_parameters()}
         shard_base(model, world, device)
-        here = {n: (list(p.to_local().shape), str(p.to_local().dtype)) for n, p in model.parts.net.named_parameters()}
-        facts = {"whole": whole, "shapes": shape, "here": here, "bytes": sharding.local_bytes(model.parts.net)}
+        here = {n: (list(p.to_local().shape), str(p.to_local().dtype)) for n, p in model.components.denoiser.named_parameters()}
+        facts = {"whole": whole, "shapes": shape, "here": here, "bytes": sharding.local_bytes(model.components.denoiser)}
         notes.with_suffix(f".{world.rank}").write_text(json.dumps(facts))
 
     def counted(self, index, tasks):

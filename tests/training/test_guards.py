@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dedistill.training.guards import LIMIT, RETURNS, SUSPECT, WARM_UP, BadSteps, GoBack, Guard
+from dedistill.training.guards import LIMIT, RETURNS, SUSPECT, WARM_UP, BadSteps, Guard, Rollback
 from dedistill.training.trainer import sigma_bins
 
 SIGMAS = torch.linspace(0.05, 0.95, 8)
@@ -63,9 +63,13 @@ def test_samples_that_stand_out_three_times_in_a_row_are_left_out():
     for step in (40, 41):
         found = judge(guard, step, norm=99.0, losses=with_loss(2, 2 * SUSPECT))["spike"]
         assert [e["sample"] for e in found] == [f"s{step}.2"] and found[0]["sigma"] == pytest.approx(float(SIGMAS[2]))
-    with pytest.raises(GoBack) as back:
+    with pytest.raises(Rollback) as back:
         judge(guard, 42, norm=math.nan, losses=with_loss(5, math.nan))
-    assert back.value.since == 40 and guard.since() == {"s40.2": 40, "s41.2": 40, "s42.5": 40} and guard.consecutive_bad == 0
+    assert (
+        back.value.step == 40
+        and guard.quarantined_from() == {"s40.2": 40, "s41.2": 40, "s42.5": 40}
+        and guard.consecutive_bad == 0
+    )
 
 
 def test_a_good_step_between_clears_the_suspects():
@@ -74,9 +78,9 @@ def test_a_good_step_between_clears_the_suspects():
         assert judge(guard, step, norm=99.0, losses=with_loss(2, 99.0))
         if step == 41:
             assert judge(guard, 42) == {} and guard.suspects == {}
-    with pytest.raises(GoBack) as back:
+    with pytest.raises(Rollback) as back:
         judge(guard, 45, norm=99.0)
-    assert back.value.since == 43 and set(guard.since()) == {"s43.2", "s44.2"}
+    assert back.value.step == 43 and set(guard.quarantined_from()) == {"s43.2", "s44.2"}
 
 
 @pytest.mark.parametrize("losses", [torch.ones(8), torch.full((8,), math.nan)])
@@ -95,7 +99,7 @@ def test_a_run_does_not_go_back_for_ever():
     guard = warm()
     for turn in range(RETURNS + 1):
         names = lambda positions, turn=turn: [f"turn{turn}.{p}" for p in positions]  # noqa: E731
-        with pytest.raises(GoBack if turn < RETURNS else BadSteps, match=None if turn < RETURNS else "quarantined before"):
+        with pytest.raises(Rollback if turn < RETURNS else BadSteps, match=None if turn < RETURNS else "quarantined before"):
             for step in (40, 41, 42):
                 guard.judge(step, with_loss(0, math.nan), SIGMAS, math.nan, names)
     assert guard.judge(50, torch.ones(8), SIGMAS, 1.0, names) == {}
@@ -108,7 +112,7 @@ def test_the_quarantine_does_not_grow_for_ever():
             try:
                 judge(guard, step, norm=99.0, losses=with_loss(0, 99.0))
                 step += 1
-            except GoBack:
+            except Rollback:
                 step += 1  # it gets further every time
     assert len(guard.quarantine) <= LIMIT
 
@@ -125,8 +129,8 @@ def test_a_guard_goes_on_from_its_state():
         for guard in (one, two):
             try:
                 said.append(judge(guard, step, norm=norm, losses=losses))
-            except GoBack as back:
-                said.append(back.since)
+            except Rollback as back:
+                said.append(back.step)
         assert said[0] == said[1] and one.state() == two.state()
     assert one.quarantine, "it was put to the test"
 
@@ -138,9 +142,9 @@ def test_a_sample_that_stands_out_now_and_then_is_left_out():
     for step in (40, 60):
         assert guard.judge(step, with_loss(2, math.nan), SIGMAS, math.nan, same)
         assert judge(guard, step + 1) == {}
-    with pytest.raises(GoBack) as back:
+    with pytest.raises(Rollback) as back:
         guard.judge(80, with_loss(2, math.nan), SIGMAS, math.nan, same)
-    assert back.value.since == 80 and guard.since() == {"bad": 80} and guard.hits == {} and guard.refused == [40, 60]
+    assert back.value.step == 80 and guard.quarantined_from() == {"bad": 80} and guard.hits == {} and guard.refused == [40, 60]
 
 
 def test_more_bad_steps_than_good_ones_stop_the_run():

@@ -67,19 +67,19 @@ def _noting(given: list[str]) -> int:
     original, peak = Trainer.fit, [0]
 
     def fit(self, *arguments):
-        net = self.model.parts.net
-        held = [*net.parameters()]
+        denoiser = self.model.components.denoiser
+        held = [*denoiser.parameters()]
         live = lambda: sum(p.nbytes for p in held)  # noqa: E731
-        for module in net.modules():
+        for module in denoiser.modules():
             module.register_forward_pre_hook(lambda *_: peak.append(max(peak.pop(), live())))
         yield from original(self, *arguments)
         state = self.engine.optimizer.state.values()
-        parts = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in net.parameters()]
+        components = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in denoiser.parameters()]
         note = {
             "moments": sum(s["exp_avg"].numel() for s in state),
-            "base": sum(t.nbytes for t in parts),
+            "base": sum(t.nbytes for t in components),
             "whole": self.model.facts["storage_bytes"],
-            "int8": sum(t.nbytes for t in parts if t.dtype == torch.int8) / sum(t.nbytes for t in parts),
+            "int8": sum(t.nbytes for t in components if t.dtype == torch.int8) / sum(t.nbytes for t in components),
             "trained": self.model.facts["trained_parameters"],
             "live": live(),
             "peak": peak[0],

@@ -98,7 +98,7 @@ class Example:
     spec = SPEC
     max_text_length = 512
 
-    def load(self, spec: Model, *, seed: int, net: bool = True) -> Components:
+    def load(self, spec: Model, *, seed: int, denoiser: bool = True) -> Components:
         plain = {"revision": None, "components": None, "guidance": None, "t5_mask": True, "mask": "bool", "new": None}
         for key, value in plain.items():
             if getattr(spec, key) != value:
@@ -111,10 +111,10 @@ class Example:
             raise UserError(f"model.path: no {SPEC.name} model in '{folder}': {e} is missing") from e
         if family != SPEC.name:
             raise UserError(f"model.path: '{folder}' holds a {family} model, not {SPEC.name}")
-        denoiser = load_whole(ExampleNet, folder / SPEC.folder, "model.path") if net else nn.Module()
+        network = load_whole(ExampleNet, folder / SPEC.folder, "model.path") if denoiser else nn.Module()
         made = {"base": {"path": str(folder), "revision": None}} | {key: facts[key] for key in MADE if key in facts}
         image = (channels, SPEC.resolution // SCALE, SPEC.resolution // SCALE)
-        return Components(denoiser, TwoTexts(widths), image, vae=MeanCodec(), facts=made)
+        return Components(network, TwoTexts(widths), image, vae=MeanCodec(), facts=made)
 
     def full_size(self, spec: Model) -> nn.Module:
         config = Path(spec.path or "") / SPEC.folder / "config.json"
@@ -127,58 +127,64 @@ class Example:
     def tiny(self, seed: int, layers: int = 2) -> Components:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = ExampleNet(layers=layers)
-        return Components(net, TwoTexts(net.config.text_widths), (3, 8, 8), vae=MeanCodec())
+            denoiser = ExampleNet(layers=layers)
+        return Components(denoiser, TwoTexts(denoiser.config.text_widths), (3, 8, 8), vae=MeanCodec())
 
-    def save(self, parts: Components, folder: Path) -> None:
-        cast(ExampleNet, parts.net).save_pretrained(folder / SPEC.folder)
-        self.save_rest(parts, folder)
+    def save(self, components: Components, folder: Path) -> None:
+        cast(ExampleNet, components.denoiser).save_pretrained(folder / SPEC.folder)
+        self.save_rest(components, folder)
 
-    def save_rest(self, parts: Components, folder: Path) -> None:
-        made = {key: parts.facts[key] for key in MADE if key in parts.facts}
+    def save_rest(self, components: Components, folder: Path) -> None:
+        made = {key: components.facts[key] for key in MADE if key in components.facts}
         (folder / "dedistill.json").write_text(json.dumps(made | {"family": SPEC.name, "mask": "bool"}, indent=1) + "\n")
 
-    def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
-        told = {"family": SPEC.name, "widths": str(parts.text.widths.sequences), "text_length": length}
-        return {"latents": {"family": SPEC.name, "codec": f"mean of {SCALE} x {SCALE}"}, "text": told}
+    def cache_inputs(self, components: Components, length: int) -> dict[str, dict[str, Any]]:
+        text = {"family": SPEC.name, "widths": str(components.text.widths.sequences), "text_length": length}
+        return {"latents": {"family": SPEC.name, "codec": f"mean of {SCALE} x {SCALE}"}, "text": text}
 
-    def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
-        return cast(TwoTexts, parts.text)(captions, length)
+    def encode_text(self, components: Components, captions: list[str], length: int) -> Conditioning:
+        return cast(TwoTexts, components.text)(captions, length)
 
-    def encode_images(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
+    def encode_images(self, components: Components, pixels: Tensor, noise: Tensor) -> Tensor:
         return F.avg_pool2d(pixels, SCALE)
 
-    def decode(self, parts: Components, latents: Tensor) -> Tensor:
+    def decode(self, components: Components, latents: Tensor) -> Tensor:
         return F.interpolate(latents.float(), scale_factor=SCALE, mode="bilinear")
 
-    def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, components: Components, height: int, width: int) -> tuple[int, int, int]:
         if height % SCALE or width % SCALE:
             raise UserError(f"images of {width} x {height} pixels: both sides must be multiples of {SCALE}", 2)
-        return (parts.sample_shape[0], height // SCALE, width // SCALE)
+        return (components.sample_shape[0], height // SCALE, width // SCALE)
 
     def velocity(
-        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None
+        self,
+        components: Components,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Conditioning,
+        guidance: float | None = None,
     ) -> Tensor:
         if guidance is not None:
             raise UserError(f"{SPEC.name} has no guidance embedding; leave guidance out")
         check_sigma(sigma)
         text = text.trimmed()
-        dtype = float_dtype(parts.net)
+        dtype = float_dtype(components.denoiser)
         embeds, masks = [s.embeds.to(dtype) for s in text.sequences], [s.mask.to(noisy.device) for s in text.sequences]
-        noise = net(noisy.to(dtype), sigma.float().clamp(max=HIGHEST), embeds, masks)
+        noise = denoiser(noisy.to(dtype), sigma.float().clamp(max=HIGHEST), embeds, masks)
         return to_velocity("epsilon", noise.to(noisy.dtype), noisy, sigma, HIGHEST)
 
-    def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
+    def tokens(self, components: Components, shape: tuple[int, ...]) -> int:
         return shape[1] * shape[2]
 
-    def shift(self, parts: Components, tokens: int) -> float:
+    def shift(self, components: Components, tokens: int) -> float:
         return 1.0
 
-    def blocks(self, net: nn.Module) -> list[nn.Module]:
-        return list(cast(ExampleNet, net).blocks)
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        return list(cast(ExampleNet, denoiser).blocks)
 
     def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
         return {"image": (args[0].flatten(2).mT, cast(Tensor, output).flatten(2).mT, None)}
 
-    def presets(self, net: nn.Module) -> dict[str, list[str]]:
+    def presets(self, denoiser: nn.Module) -> dict[str, list[str]]:
         return {"blocks": ["blocks.**"], "attention": ["blocks.*.to_*"]}

@@ -35,42 +35,42 @@ class Flux(FluxBlocks):
     spec = SPEC
     max_text_length = 512
 
-    def load(self, spec: Model, *, seed: int, net: bool = True) -> Components:
+    def load(self, spec: Model, *, seed: int, denoiser: bool = True) -> Components:
         """``spec`` is a recipe's [model] table: a diffusers folder, a hub id with its revision, or one BFL file.
 
         Text encoders and VAE are found now and loaded when first used. Raises UserError when anything is missing.
         """
         place = loading.locate(_path(spec), spec.revision, spec.components)
         # without it, too, its files' headers are looked at: what cannot be trained is refused before anything is encoded
-        denoiser = loading.load_transformer(place.transformer, place.components, empty=not net)
+        network = loading.load_transformer(place.transformer, place.components, empty=not denoiser)
         vae = FluxVae(place.components / "vae")
-        if (channels := denoiser.config.in_channels) != vae.channels * PATCH**2:
+        if (channels := network.config.in_channels) != vae.channels * PATCH**2:
             raise UserError(
                 f"model.path: the denoiser takes {channels} numbers of each patch, and a patch has {vae.channels * PATCH**2}: "
                 "it was made for another task, such as filling in, or for another VAE"
             )
-        guidance = self._guidance(denoiser, spec.guidance)
+        guidance = self._guidance(network, spec.guidance)
         return Components(
-            denoiser if net else nn.Module(),
+            network if denoiser else nn.Module(),
             FluxText(place.components, spec.t5_mask),
             (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
             spec.mask,
             vae=vae,
             text_length=filled(spec.text_length, "model.text_length"),
-            guidance=guidance if net else None,
+            guidance=guidance if denoiser else None,
             source=place,
             facts={"base": {"path": spec.path, "revision": spec.revision}} | place.facts,
             notes=[*_other_use(spec, place.facts), *_cannot_be_saved(place.components)],
         )
 
-    def _guidance(self, net: FluxTransformer2DModel, wanted: float | str | None) -> float | None:
+    def _guidance(self, denoiser: FluxTransformer2DModel, wanted: float | str | None) -> float | None:
         """The value the guidance embedding is fed in training; None for a network that has none or goes past it."""
-        if not net.config.guidance_embeds:
+        if not denoiser.config.guidance_embeds:
             if wanted is not None:
                 raise UserError("model.guidance: this network has no guidance embedding (schnell); leave the key out", 2)
             return None
         if wanted == "bypass":
-            net.time_text_embed.__class__ = BypassedGuidance  # same parameters and names, another forward
+            denoiser.time_text_embed.__class__ = BypassedGuidance  # same parameters and names, another forward
             return None
         if wanted is None:
             raise UserError("model.guidance: this network has a guidance embedding; set what it is fed, usually 1.0", 2)
@@ -92,60 +92,66 @@ class Flux(FluxBlocks):
         layers, single_layers = (shape.layers, shape.single_layers) if full_depth else (2, 4)
         write_tiny_flux(folder, guidance=shape.guidance, layers=layers, single_layers=single_layers)
 
-    def save(self, parts: Components, folder: Path) -> None:
+    def save(self, components: Components, folder: Path) -> None:
         """The denoiser in ``folder/transformer``; encoders, VAE and scheduler stay where they are and are pointed to."""
-        _net(parts).save_pretrained(folder / "transformer")
-        self.save_rest(parts, folder)
+        _denoiser(components).save_pretrained(folder / "transformer")
+        self.save_rest(components, folder)
 
-    def save_rest(self, parts: Components, folder: Path) -> None:
-        made = {key: parts.facts[key] for key in MADE if key in parts.facts}
-        text = {"mask": parts.mask, "t5_mask": _text(parts).t5_mask, "text_length": parts.text_length}
-        facts = made | {"family": self.spec.name, "guidance": _guidance_fact(parts), **text}
-        facts["components"] = str(_place(parts).components.resolve())
-        copy_files(pipeline_files(_place(parts).components, SPEC.folder, SAVED)[0], folder)
+    def save_rest(self, components: Components, folder: Path) -> None:
+        made = {key: components.facts[key] for key in MADE if key in components.facts}
+        text = {"mask": components.mask, "t5_mask": _text(components).t5_mask, "text_length": components.text_length}
+        facts = made | {"family": self.spec.name, "guidance": _guidance_fact(components), **text}
+        facts["components"] = str(_place(components).components.resolve())
+        copy_files(pipeline_files(_place(components).components, SPEC.folder, SAVED)[0], folder)
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
-    def cache_inputs(self, parts: Components, length: int) -> dict[str, dict[str, Any]]:
-        text = {"text_length": length, "t5_mask": _text(parts).t5_mask, "padding": parts.mask != "bool"}
+    def cache_inputs(self, components: Components, length: int) -> dict[str, dict[str, Any]]:
+        text = {"text_length": length, "t5_mask": _text(components).t5_mask, "padding": components.mask != "bool"}
         return {
-            "latents": {"family": self.spec.name, "vae": _vae(parts).files()},
-            "text": {"family": self.spec.name, "encoders": _text(parts).files(), **text},
+            "latents": {"family": self.spec.name, "vae": _vae(components).files()},
+            "text": {"family": self.spec.name, "encoders": _text(components).files(), **text},
         }
 
-    def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
-        return _text(parts)(captions, length, parts.device)
+    def encode_text(self, components: Components, captions: list[str], length: int) -> Conditioning:
+        return _text(components)(captions, length, components.device)
 
-    def encode_images(self, parts: Components, pixels: Tensor, noise: Tensor) -> Tensor:
-        return _vae(parts).encode(pixels, noise, parts.device)
+    def encode_images(self, components: Components, pixels: Tensor, noise: Tensor) -> Tensor:
+        return _vae(components).encode(pixels, noise, components.device)
 
-    def decode(self, parts: Components, latents: Tensor) -> Tensor:
-        return _vae(parts).decode(latents, parts.device)
+    def decode(self, components: Components, latents: Tensor) -> Tensor:
+        return _vae(components).decode(latents, components.device)
 
-    def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
-        step = _vae(parts).scale * PATCH
+    def latent_shape(self, components: Components, height: int, width: int) -> tuple[int, int, int]:
+        step = _vae(components).scale * PATCH
         if height % step or width % step:
             raise UserError(f"images of {width} x {height} pixels: both sides must be multiples of {step}", 2)
-        return (_vae(parts).channels, height // _vae(parts).scale, width // _vae(parts).scale)
+        return (_vae(components).channels, height // _vae(components).scale, width // _vae(components).scale)
 
     def velocity(
-        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None
+        self,
+        components: Components,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Conditioning,
+        guidance: float | None = None,
     ) -> Tensor:
         """``guidance`` None: the value of training."""
-        value = parts.guidance if guidance is None else guidance
-        embedding = _net(parts).time_text_embed
+        value = components.guidance if guidance is None else guidance
+        embedding = _denoiser(components).time_text_embed
         if value is not None and type(embedding) is not CombinedTimestepGuidanceTextProjEmbeddings:
             raise UserError("this network has no guidance embedding, or bypasses it; leave the distilled guidance out")
         fed = None if value is None else torch.full((len(noisy),), value, device=noisy.device)
         if type(embedding) is BypassedGuidance:
             fed = torch.zeros(len(noisy), device=noisy.device)  # diffusers wants a number; it is not looked at
-        return flux_velocity(net, embedding, noisy, sigma, text, patch=PATCH, mask=parts.mask, guidance=fed)
+        return flux_velocity(denoiser, embedding, noisy, sigma, text, patch=PATCH, mask=components.mask, guidance=fed)
 
-    def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
+    def tokens(self, components: Components, shape: tuple[int, ...]) -> int:
         return _tokens(shape)
 
-    def shift(self, parts: Components, tokens: int) -> float:
+    def shift(self, components: Components, tokens: int) -> float:
         """As the model's own scheduler says: schnell has 1, dev grows with the number of image tokens."""
-        place = _place(parts)
+        place = _place(components)
         s, file = place.scheduler, place.components / "scheduler" / "scheduler_config.json"
         if not s:
             raise UserError(f"timesteps.shift: 'auto' needs '{file}', which is missing: fetch it, or set a number")
@@ -173,30 +179,30 @@ def _path(spec: Model) -> str:
     return spec.path
 
 
-def _net(parts: Components) -> FluxTransformer2DModel:
-    return parts.net
+def _denoiser(components: Components) -> FluxTransformer2DModel:
+    return components.denoiser
 
 
 # what ``Flux.load`` has put there
 
 
-def _text(parts: Components) -> FluxText:
-    return cast(FluxText, parts.text)
+def _text(components: Components) -> FluxText:
+    return cast(FluxText, components.text)
 
 
-def _vae(parts: Components) -> FluxVae:
-    return cast(FluxVae, parts.vae)
+def _vae(components: Components) -> FluxVae:
+    return cast(FluxVae, components.vae)
 
 
-def _place(parts: Components) -> loading.Place:
-    return cast(loading.Place, parts.source)
+def _place(components: Components) -> loading.Place:
+    return cast(loading.Place, components.source)
 
 
-def _guidance_fact(parts: Components) -> str:
+def _guidance_fact(components: Components) -> str:
     """What the guidance embedding is fed, for those who use the weights: "none" without one, "bypassed", or the value."""
-    if not _net(parts).config.guidance_embeds:
+    if not _denoiser(components).config.guidance_embeds:
         return "none"
-    return "bypassed" if parts.guidance is None else str(parts.guidance)
+    return "bypassed" if components.guidance is None else str(components.guidance)
 
 
 def _other_use(spec: Model, facts: dict[str, Any]) -> list[str]:

@@ -95,17 +95,17 @@ def load_transformer(place: Path, components: Path, *, empty: bool = False) -> F
     """
     tensors = _read(place, empty=empty)
     if place.is_file():
-        net = _from_file(tensors, place, components)
+        denoiser = _from_file(tensors, place, components)
     else:
         if not tensors:
             raise UserError(f"model.path: no safetensors in '{place}'")
         config = {k: v for k, v in read_object(place / "config.json", "model.path").items() if not k.startswith("_")}
         stacks = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
         config |= {key: _depth(tensors, stack, str(place)) for key, stack in stacks.items()}
-        net = build(config, tensors, str(place))
+        denoiser = build(config, tensors, str(place))
     if not empty:
         check_finite(tensors, f"model.path: '{place}'")
-    return net
+    return denoiser
 
 
 PREFIX = "model.diffusion_model."
@@ -171,8 +171,8 @@ def _config_of(tensors: dict[str, Tensor], names: dict[str, Any], source: str, c
 
 def build(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> FluxTransformer2DModel:
     """A network whose parameters are ``tensors`` themselves: nothing is copied, and nothing may be left over."""
-    net = empty_network(config, source)
-    own = dict(net.named_parameters()) | dict(net.named_buffers())
+    denoiser = empty_network(config, source)
+    own = dict(denoiser.named_parameters()) | dict(denoiser.named_buffers())
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if scales := [name for name in unknown if name.endswith(_SCALED)]:
         raise UserError(
@@ -188,8 +188,8 @@ def build(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> Fl
     ):
         if names:
             raise UserError(f"model.path: '{source}': {amount(len(names), 'tensor is', 'tensors are')} {what}, e.g. {names[0]}")
-    net.load_state_dict(tensors, assign=True)
-    return net.eval()
+    denoiser.load_state_dict(tensors, assign=True)
+    return denoiser.eval()
 
 
 _SCALED = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", "scaled_fp8")

@@ -165,7 +165,7 @@ DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 EDGE, FULL_DOUBLE, FULL_SINGLE = 8, 19, 38  # of FLUX.1, whose 19 double and 38 single blocks set the scale
 
 
-def presets(net: nn.Module) -> dict[str, list[str]]:
+def presets(denoiser: nn.Module) -> dict[str, list[str]]:
     """Preset name -> name patterns of linears; no linear is matched by two patterns of one preset.
 
     modulation, attention and mlp share out the linears of all blocks; blocks is all of them. edges: the blocks that
@@ -173,7 +173,7 @@ def presets(net: nn.Module) -> dict[str, list[str]]:
     proportion at other depths, at least one of each. libreflux: all double blocks, the last half of the single blocks
     (rounded up) and the modulation of the others.
     """
-    doubles, singles = (len(cast(nn.ModuleList, getattr(net, stack))) for stack in (DOUBLE, SINGLE))
+    doubles, singles = (len(cast(nn.ModuleList, getattr(denoiser, stack))) for stack in (DOUBLE, SINGLE))
     half, first, last = singles // 2, _edge(doubles, FULL_DOUBLE), _edge(singles, FULL_SINGLE)
     double, single = f"{DOUBLE}.*", f"{SINGLE}.*"
     return {

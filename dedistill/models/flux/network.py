@@ -30,7 +30,7 @@ keep the first n keys, n the number of unmasked ones: with padding between text 
 
 
 def flux_velocity(
-    net: nn.Module,
+    denoiser: nn.Module,
     time_text_embed: nn.Module,
     noisy: Tensor,
     sigma: Tensor,
@@ -51,7 +51,7 @@ def flux_velocity(
     if mask == "bool":
         text = text.trimmed()
     with exact_timestep(time_text_embed, sigma, guidance):
-        out = net(
+        out = denoiser(
             hidden_states=patchify(noisy, patch).to(dtype),
             encoder_hidden_states=text.tokens.embeds.to(dtype),  # cached text keeps its encoders' dtype
             pooled_projections=text.vectors["pooled"].to(dtype),
@@ -131,18 +131,18 @@ def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
 class FluxBlocks:
     """What every family with FLUX's network says of its blocks."""
 
-    def blocks(self, net: nn.Module) -> list[nn.Module]:
-        flux: FluxTransformer2DModel = net
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        flux: FluxTransformer2DModel = denoiser
         return [*flux.transformer_blocks, *flux.single_transformer_blocks]
 
     def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
         """Joint-attention blocks are called by name and return (text, image)."""
-        told, seen = output
-        mask = text.tokens.mask[:, : told.shape[1]]
+        encoder_states, hidden_states = output
+        mask = text.tokens.mask[:, : encoder_states.shape[1]]
         return {
-            "image": (kwargs["hidden_states"], seen, None),
-            "text": (kwargs["encoder_hidden_states"], told, mask),
+            "image": (kwargs["hidden_states"], hidden_states, None),
+            "text": (kwargs["encoder_hidden_states"], encoder_states, mask),
         }
 
-    def presets(self, net: nn.Module) -> dict[str, list[str]]:
-        return naming.presets(net)
+    def presets(self, denoiser: nn.Module) -> dict[str, list[str]]:
+        return naming.presets(denoiser)

@@ -117,8 +117,10 @@ class MaskedFluxPipeline(FluxPipeline):
         def velocity(text: Conditioning, t: Tensor) -> Tensor:
             sigma = (t.float() / 1000).expand(len(noisy))
             guidance = torch.full_like(sigma, guidance_scale) if self.transformer.config.guidance_embeds else None
-            net = self.transformer
-            return flux_velocity(net, net.time_text_embed, noisy, sigma, text, patch=2, mask=use.mask, guidance=guidance)
+            denoiser = self.transformer
+            return flux_velocity(
+                denoiser, denoiser.time_text_embed, noisy, sigma, text, patch=2, mask=use.mask, guidance=guidance
+            )
 
         guider, grid = ClassifierFree(true_cfg_scale, skip_cfg_steps), np.array([*(timesteps / 1000).tolist(), 0.0])
         with self.progress_bar(total=len(timesteps)) as progress:

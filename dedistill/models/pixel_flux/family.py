@@ -24,7 +24,7 @@ class PixelFlux(FluxBlocks):
     spec = SPEC
     max_text_length = 512
 
-    def load(self, spec: Model, *, seed: int, net: bool = True) -> Components:
+    def load(self, spec: Model, *, seed: int, denoiser: bool = True) -> Components:
         """``spec`` is a recipe's [model] table. Raises UserError when the folder is not a model of this family."""
         for key, plain in (("revision", None), ("components", None), ("guidance", None), ("t5_mask", True)):
             if getattr(spec, key) != plain:
@@ -39,7 +39,7 @@ class PixelFlux(FluxBlocks):
         """A network with random weights that depend on ``seed`` alone; the global generator is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = FluxTransformer2DModel(
+            denoiser = FluxTransformer2DModel(
                 patch_size=1,
                 in_channels=new.channels * new.patch**2,
                 num_layers=new.layers,
@@ -52,7 +52,7 @@ class PixelFlux(FluxBlocks):
                 axes_dims_rope=tuple(new.rope_axes),
             )
         image = (new.channels, new.height, new.width)
-        return Components(net, WordEncoder(new.text_dim, new.pooled_dim), image, mask)
+        return Components(denoiser, WordEncoder(new.text_dim, new.pooled_dim), image, mask)
 
     def tiny(self, seed: int, shape: tuple[int, int, int] = (1, 8, 16)) -> Components:
         sizes = Architecture(
@@ -73,10 +73,10 @@ class PixelFlux(FluxBlocks):
     def full_size(self, spec: Model) -> nn.Module:
         with torch.device("meta"):
             if spec.new is not None:
-                return self.build(spec.new).net
+                return self.build(spec.new).denoiser
             place = Path(spec.path or "") / "transformer"
             if not place.exists():  # an earlier stage will make it
-                return self.tiny(0).net
+                return self.tiny(0).denoiser
             return without_weights(
                 FluxTransformer2DModel, read_object(place / "config.json", "model.path"), f"model.path: '{place}'"
             )
@@ -84,17 +84,17 @@ class PixelFlux(FluxBlocks):
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         self.save(self.tiny(0, image or (1, 8, 16)), folder)
 
-    def save(self, parts: Components, folder: Path) -> None:
-        _net(parts).save_pretrained(folder / "transformer")
-        self.save_rest(parts, folder)
+    def save(self, components: Components, folder: Path) -> None:
+        _denoiser(components).save_pretrained(folder / "transformer")
+        self.save_rest(components, folder)
 
-    def save_rest(self, parts: Components, folder: Path) -> None:
-        made = {key: parts.facts[key] for key in MADE if key in parts.facts}
+    def save_rest(self, components: Components, folder: Path) -> None:
+        made = {key: components.facts[key] for key in MADE if key in components.facts}
         facts = made | {
             "family": self.spec.name,
-            "picture": parts.sample_shape,
-            "mask": parts.mask,
-            "text": _text(parts).config(),
+            "picture": components.sample_shape,
+            "mask": components.mask,
+            "text": _text(components).config(),
         }
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -107,48 +107,58 @@ class PixelFlux(FluxBlocks):
             raise UserError(f"{missing}: {e}") from e
         if family != self.spec.name:
             raise UserError(f"model.path: '{folder}' holds a {family} model, not {self.spec.name}")
-        net = load_whole(FluxTransformer2DModel, folder / "transformer", "model.path")
+        denoiser = load_whole(FluxTransformer2DModel, folder / "transformer", "model.path")
         made = {key: facts[key] for key in MADE if key in facts}
         made = {"base": {"path": str(folder), "revision": None}} | made
-        return Components(net, text, image, mask, facts=made)
+        return Components(denoiser, text, image, mask, facts=made)
 
-    def encode_text(self, parts: Components, captions: list[str], length: int) -> Conditioning:
-        return _text(parts)(captions, length)
+    def encode_text(self, components: Components, captions: list[str], length: int) -> Conditioning:
+        return _text(components)(captions, length)
 
     def velocity(
-        self, parts: Components, net: nn.Module, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None
+        self,
+        components: Components,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Conditioning,
+        guidance: float | None = None,
     ) -> Tensor:
         if guidance is not None:
             raise UserError(f"{self.spec.name} has no guidance embedding; leave guidance out")
-        patch = _patch(noisy.shape[1], _net(parts))
-        return flux_velocity(net, _net(parts).time_text_embed, noisy, sigma, text, patch=patch, mask=parts.mask)
+        patch = _patch(noisy.shape[1], _denoiser(components))
+        return flux_velocity(
+            denoiser, _denoiser(components).time_text_embed, noisy, sigma, text, patch=patch, mask=components.mask
+        )
 
-    def decode(self, parts: Components, latents: Tensor) -> Tensor:
+    def decode(self, components: Components, latents: Tensor) -> Tensor:
         return latents
 
-    def latent_shape(self, parts: Components, height: int, width: int) -> tuple[int, int, int]:
-        if (height, width) != parts.sample_shape[1:]:
-            raise UserError(f"this network makes images of {parts.sample_shape[2]} x {parts.sample_shape[1]} pixels only", 2)
-        return parts.sample_shape
+    def latent_shape(self, components: Components, height: int, width: int) -> tuple[int, int, int]:
+        if (height, width) != components.sample_shape[1:]:
+            raise UserError(
+                f"this network makes images of {components.sample_shape[2]} x {components.sample_shape[1]} pixels only", 2
+            )
+        return components.sample_shape
 
-    def tokens(self, parts: Components, shape: tuple[int, ...]) -> int:
-        return _tokens(shape, _net(parts))
+    def tokens(self, components: Components, shape: tuple[int, ...]) -> int:
+        return _tokens(shape, _denoiser(components))
 
-    def shift(self, parts: Components, tokens: int) -> float:
+    def shift(self, components: Components, tokens: int) -> float:
         return dynamic_shift(tokens)
 
 
-def _net(parts: Components) -> FluxTransformer2DModel:
-    return parts.net
+def _denoiser(components: Components) -> FluxTransformer2DModel:
+    return components.denoiser
 
 
-def _text(parts: Components) -> WordEncoder:
-    return cast(WordEncoder, parts.text)
+def _text(components: Components) -> WordEncoder:
+    return cast(WordEncoder, components.text)
 
 
-def _patch(channels: int, net: FluxTransformer2DModel) -> int:
-    return round((net.config.in_channels / channels) ** 0.5)
+def _patch(channels: int, denoiser: FluxTransformer2DModel) -> int:
+    return round((denoiser.config.in_channels / channels) ** 0.5)
 
 
-def _tokens(image: tuple[int, ...], net: FluxTransformer2DModel) -> int:
-    return image[1] * image[2] // _patch(image[0], net) ** 2
+def _tokens(image: tuple[int, ...], denoiser: FluxTransformer2DModel) -> int:
+    return image[1] * image[2] // _patch(image[0], denoiser) ** 2
