@@ -14,7 +14,7 @@ from typing import TextIO, TypeVar
 
 from dedistill.errors import RUN_AGAIN, UserError, is_out_of_memory, printable
 from dedistill.io.atomic import with_home
-from dedistill.recipe import Recipe, load_recipe
+from dedistill.recipe import Recipe, RecipeError, load_recipe
 
 # --- what is said on the terminal ------------------------------------------------------------------------------------
 
@@ -139,7 +139,8 @@ def guarded(action: Callable[[], int | None], *, debug: bool) -> int:
     except UserError as e:
         if debug:
             traceback.print_exc()
-        print(f"{_speaker()}error: {e}", file=sys.stderr)
+        for line in e.errors if isinstance(e, RecipeError) else [e]:
+            print(f"{_speaker()}error: {line}", file=sys.stderr)
         return e.exit_code
     except BrokenPipeError:  # main() ends quietly: who reads has seen enough
         raise

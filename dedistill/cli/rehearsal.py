@@ -152,12 +152,16 @@ def _with_samples(recipe: Recipe, out: Path, say: Say) -> tuple[Recipe, str]:
 
 def _check_reachable(recipe: Recipe) -> None:
     """Settings that no step of the run would ever come to."""
-    for key in ("validate", "meters", "snapshot", "preview", "checkpoint"):
-        every = getattr(recipe, "validate_" if key == "validate" else key).every
-        if every > recipe.train.steps:
-            raise UserError(
-                f"{recipe.where(f'{key}.every')}: {every:,} is never reached, train.steps is {recipe.train.steps:,}", 2
-            )
+    intervals = {"validate": recipe.validate_, "meters": recipe.meters, "snapshot": recipe.snapshot}
+    intervals |= {"preview": recipe.preview, "checkpoint": recipe.checkpoint}
+    late = {f"{key}.every": table.every for key, table in intervals.items() if table.every > recipe.train.steps}
+    for first, every in list(late.items())[:1]:
+        others = "".join(f", nor is {key} ({n:,})" for key, n in late.items() if key != first)
+        raise UserError(
+            f"{recipe.place(first, 'train.steps')}: {first}: {every:,} is never reached{others}; "
+            f"train.steps is {recipe.train.steps:,}. Set lower ones, or 0 for none",
+            2,
+        )
 
 
 def _check_captions(recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pydantic_core import ErrorDetails
 
 from dedistill.errors import amount
+from dedistill.recipe.foreign import answer_to_value
 
 _KINDS = {
     "int_type": "an integer",
@@ -35,9 +36,11 @@ def explain(errors: list[ErrorDetails], key: str) -> str:
     quoted = [f"'{word}'" for word in words]
     near = get_close_matches(value, words, n=1) if isinstance(value, str) else []
     hint = f"; did you mean '{near[0]}'?" if near else ""
+    if answer := answer_to_value(key, value):
+        hint = f"; {answer}"
     for error in errors:
         if error["type"] != "literal_error" and error["type"] not in _KINDS:
-            return f"{any_of([_limit(error), *quoted])}, got {_bare(value)}"
+            return f"{any_of([_limit(error), *quoted])}, got {_bare(value)}{hint}"
     kinds = [_KINDS[error["type"]] for error in errors if error["type"] in _KINDS]
     if isinstance(value, str) and not kinds:
         return f"{quote(value)} is not one of {', '.join(quoted)}{hint}"

@@ -1,16 +1,30 @@
-"""What the tables of a recipe are made of: bounds, paths, and defaults that depend on other keys."""
+"""What the tables of a recipe are made of: bounds, paths, defaults that depend on other keys, and where a key was said."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from dedistill.io.atomic import with_home
 
-Positive = Annotated[int, Field(ge=1)]
-Bounded = Annotated[int, Field(ge=1, le=1_000_000)]  # what takes memory or time in proportion
+
+def _integral(value: object) -> object:
+    """1e4 and 10000.0 are integers to whoever writes them."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _path(text: str) -> str:
+    if any(sign < " " for sign in text):  # "C:\new" in double quotes holds a line feed
+        raise ValueError("must hold no line feed, tab or the like; a path of Windows is written with /, or in single quotes")
+    return with_home(text)
+
+
+Whole = Annotated[int, BeforeValidator(_integral)]
+Count = Annotated[Whole, Field(ge=0)]
+Positive = Annotated[Whole, Field(ge=1)]
+Bounded = Annotated[Whole, Field(ge=1, le=1_000_000)]  # what takes memory or time in proportion
 Share = Annotated[float, Field(ge=0, le=1)]
-Place = Annotated[str, StringConstraints(min_length=1), AfterValidator(with_home)]
+Place = Annotated[str, StringConstraints(min_length=1), AfterValidator(_path)]
 """A path, or a hub id; ``~`` is the home folder."""
 SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._ -]*$"
 """Names that are folders somewhere: no separators, nothing hidden, no way up."""
@@ -44,3 +58,24 @@ class Default:
 
 class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+
+class Said(NamedTuple):
+    """Where a key was set. Sorts in the order of reading: the file itself, what it extends, then ``--set``."""
+
+    order: int
+    file: str
+    line: int = 0  # 0: the file as a whole, or --set
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+    @property
+    def weight(self) -> int:
+        """The larger, the later what stands there is laid over the rest: what is extended, the file itself, all of
+        ``--set`` alike."""
+        return OVERRIDES if self.order >= OVERRIDES else -self.order
+
+
+OVERRIDES = 1000
+"""Order of the first override."""

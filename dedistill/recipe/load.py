@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -15,8 +15,10 @@ from pydantic_core import ErrorDetails
 
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import with_home
+from dedistill.recipe.draft import Draft
 from dedistill.recipe.explain import any_of, explain, quote, shown
-from dedistill.recipe.fields import Table
+from dedistill.recipe.fields import OVERRIDES, Said, Table
+from dedistill.recipe.foreign import answer_to
 from dedistill.recipe.resolve import resolve
 from dedistill.recipe.rules import contradictions
 from dedistill.recipe.schema import Recipe
@@ -40,74 +42,15 @@ class RecipeError(UserError):
         self.errors = errors
 
 
-class _Place(NamedTuple):
-    """Where a key was set. Sorts in the order of reading: the file itself, what it extends, then ``--set``."""
-
-    order: int
-    file: str
-    line: int = 0  # 0: the file as a whole, or --set
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}" if self.line else self.file
-
-
-_OVERRIDES = 1000
-"""Order of the first override."""
-
-
-class _Draft:
-    """Plain data on its way to a Recipe, with the place of every key and the mistakes found so far."""
-
-    def __init__(self, file: str):
-        self.file = file
-        self.files: list[Path] = []
-        self.data: dict[str, Any] = {}
-        self.places: dict[str, _Place] = {}
-        self.errors: list[tuple[_Place, str]] = []
-
-    def blame(self, key: str, message: str) -> None:
-        """Note a mistake at the line of ``key``, or of the table it belongs to, or at the file."""
-        at = key
-        while at and at not in self.places:
-            at = at.rpartition(".")[0]
-        place = self.places.get(at, _Place(0, self.file))
-        self.errors.append((place, f"{place}: {key}: {message}"))
-
-    def below(self, key: str) -> list[str]:
-        """``key`` and all located keys inside it."""
-        return [k for k in self.places if k == key or k.startswith(key + ".")]
-
-    def lay(self, data: dict[str, Any], places: dict[str, _Place]) -> None:
-        """Put ``data`` over what is there: tables merge, everything else is replaced whole."""
-        self._lay(self.data, data, ())
-        self.places |= places
-
-    def _lay(self, under: dict[str, Any], over: dict[str, Any], path: tuple[str, ...]) -> None:
-        for name, value in over.items():
-            if isinstance(value, dict) and isinstance(under.get(name), dict):
-                self._lay(under[name], value, (*path, name))
-            else:
-                self.forget(dotted((*path, name)))
-                under[name] = value
-
-    def forget(self, key: str) -> None:
-        for old in self.below(key):
-            del self.places[old]
-
-    def rename(self, old: str, new: str) -> None:
-        for key in self.below(old):
-            self.places[new + key[len(old) :]] = self.places[key]
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, what it extends, and overrides like ``train.lr=1e-4``; an override replaces the whole value.
 
     path: a file, or ``dedistill:NAME``. Defaults that depend on other keys or on the family are values in what is returned
     (``recipe.resolve``). Raises RecipeError with all mistakes at once.
     """
-    draft = _read_chain(str(path))
+    draft, files = _read_chain(str(path))
     for i, text in enumerate(overrides):
-        _override(draft, text, _Place(_OVERRIDES + i, "--set"))
+        _override(draft, text, Said(OVERRIDES + i, "--set"))
     _drop_other_revision(draft)
     for key in draft.places:
         if _SECRET.search(key.rpartition(".")[2]):
@@ -115,23 +58,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     dropped = _check_keys(draft, Recipe, draft.data, ())
     recipe = _check_values(draft)
     if recipe and not dropped:
-        for key, message in contradictions(recipe):
-            draft.blame(key, message)
+        while any(draft.drop_idle(clash) for clash in contradictions(recipe)):
+            recipe = Recipe.model_validate(draft.data, strict=True)
+        for clash in contradictions(recipe):
+            draft.blame_clash(clash)
     if draft.errors or recipe is None:
         raise RecipeError([line for _, line in sorted(draft.errors, key=lambda found: found[0])])
-    recipe._places.update({key: str(place) for key, place in draft.places.items()})
-    recipe._files = tuple(file.absolute() for file in draft.files)
+    recipe._places.update(draft.places)
+    recipe._files = tuple(file.absolute() for file in files)
     return resolve(recipe)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read_chain(name: str) -> _Draft:
-    """The recipe called ``name`` laid over the one it extends, and so on."""
+def _read_chain(name: str) -> tuple[Draft, list[Path]]:
+    """The recipe called ``name`` laid over the one it extends, and so on; and the files of all."""
     path, file = _find(name, Path(), "")
-    draft, via = _Draft(file), ""
-    layers: list[tuple[dict[str, Any], dict[str, _Place]]] = []
+    draft, via = Draft(file), ""
+    layers: list[tuple[dict[str, Any], dict[str, Said]]] = []
     seen: list[tuple[Path, str]] = []
     while True:
         data, places = _read(path, file, len(layers), via)
@@ -152,8 +97,7 @@ def _read_chain(name: str) -> _Draft:
         draft.lay(data, places)
     if len(layers) > 1:
         _take_own_places(draft, own, seen[0][0])
-    draft.files = [p for p, _ in seen]
-    return draft
+    return draft, [p for p, _ in seen]
 
 
 def _find(name: str, folder: Path, via: str) -> tuple[Path, str]:
@@ -171,7 +115,7 @@ def _find(name: str, folder: Path, via: str) -> tuple[Path, str]:
     return path, os.path.normpath(path)
 
 
-def _take_own_places(draft: _Draft, own: dict[str, Any], file: Path) -> None:
+def _take_own_places(draft: Draft, own: dict[str, Any], file: Path) -> None:
     """A recipe that extends another and names no folder writes where its own name says, never into the other's folders."""
     run, data = draft.data.get("run"), draft.data.get("data")
     if "out" in _table(own, "run") or not isinstance(run, dict):
@@ -185,31 +129,27 @@ def _take_own_places(draft: _Draft, own: dict[str, Any], file: Path) -> None:
     for key, value in places.items():
         table, _, last = key.partition(".")
         draft.data[table][last] = value
-        draft.places[key] = _Place(0, draft.file)
+        draft.places[key] = Said(0, draft.file)
 
 
-def _drop_other_revision(draft: _Draft) -> None:
+def _drop_other_revision(draft: Draft) -> None:
     """The commit of one model says nothing of another: it goes where only ``model.path`` was replaced."""
     path, revision = (draft.places.get(f"model.{key}") for key in ("path", "revision"))
-    if path and revision and _weight(path) > _weight(revision):
+    if path and revision and path.weight > revision.weight:
         del draft.data["model"]["revision"]
         draft.forget("model.revision")
-
-
-def _weight(place: _Place) -> int:
-    """The larger, the later what stands there is laid over the rest: what is extended, the file itself, ``--set``."""
-    return place.order if place.order >= _OVERRIDES else -place.order
 
 
 def _table(data: dict[str, Any], name: str) -> dict[str, Any]:
     return data[name] if isinstance(data.get(name), dict) else {}
 
 
+WINDOWS = "; a path of Windows is written with / in place of \\, or in single quotes"
 MAX_BYTES = 1 << 20
 MAX_KEYS = 5000
 
 
-def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], dict[str, _Place]]:
+def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], dict[str, Said]]:
     """Data of one file, called ``file`` in errors, and where it stands; ``via`` opens the message when another named it."""
     try:
         if path.exists() and not path.is_dir() and not path.is_file():
@@ -228,7 +168,7 @@ def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], 
         raise RecipeError([f"{via}{file}: {reason}"]) from None
     try:
         data = tomllib.loads(text)
-        places = {key: _Place(order, file, line) for key, line in locate(text).items()}
+        places = {key: Said(order, file, line) for key, line in locate(text).items()}
         if len(places) > MAX_KEYS:
             raise RecipeError([f"{file}: {len(places):,} keys, more than a recipe has ({MAX_KEYS:,})"])
     except RecursionError:
@@ -237,7 +177,8 @@ def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], 
         what, _, where = str(exc).partition(" (at ")
         line = re.match(r"line (\d+)", where)
         at = line[1] if line else text.count("\n") + 1
-        raise RecipeError([f"{file}:{at}: not valid TOML: {what[:1].lower()}{what[1:]}"]) from None
+        hint = WINDOWS if "\\" in text.split("\n")[int(at) - 1] else ""
+        raise RecipeError([f"{file}:{at}: not valid TOML: {what[:1].lower()}{what[1:]}{hint}"]) from None
     for name, value in data.items():
         # Read on, and every key of the file that was to be extended would seem to be missing.
         if isinstance(value, str) and name != "extends" and get_close_matches(name, ["extends"], cutoff=0.8):
@@ -248,7 +189,7 @@ def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], 
 # --- overrides -------------------------------------------------------------------------------------------------------
 
 
-def _override(draft: _Draft, text: str, place: _Place) -> None:
+def _override(draft: Draft, text: str, place: Said) -> None:
     """Set one ``table.key=value``; the value is TOML, or else a plain string."""
     name, equals, source = text.partition("=")
     parts = tuple(part.strip() for part in name.split("."))
@@ -310,7 +251,7 @@ def _descend(data: dict[str, Any], parts: tuple[str, ...]) -> tuple[Any, Any]:
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 
-def _check_keys(draft: _Draft, model: type[Table], table: dict[str, Any], path: tuple[str | int, ...]) -> bool:
+def _check_keys(draft: Draft, model: type[Table], table: dict[str, Any], path: tuple[str | int, ...]) -> bool:
     """Report unknown keys; True if one had to be dropped.
 
     A misspelt key goes on under the name that was meant: so its value is checked too, and is not called missing.
@@ -333,10 +274,13 @@ def _check_keys(draft: _Draft, model: type[Table], table: dict[str, Any], path: 
 
 
 def _report_unknown(
-    draft: _Draft, table: dict[str, Any], path: tuple[str | int, ...], name: str, value: object, known: dict[str, FieldInfo]
+    draft: Draft, table: dict[str, Any], path: tuple[str | int, ...], name: str, value: object, known: dict[str, FieldInfo]
 ) -> bool:
     """Report one unknown key and put its value where it seems to belong; False if that is unclear."""
     key, kind = dotted((*path, name)), "table" if isinstance(value, dict) else "key"
+    if not get_close_matches(name, known, cutoff=0.9) and (answer := answer_to(name)):
+        draft.blame(key, f"unknown {kind}; {answer}")
+        return False
     elsewhere = [dotted(p) for p in _all_keys() if p[-1] == name]
     cutoff = 0.8 if elsewhere else 0.6 if len(name) > 3 else 0.5  # one slip of the pen in "lr" leaves half of it
     near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=cutoff)
@@ -366,7 +310,7 @@ def _all_keys() -> list[tuple[str, ...]]:
 # --- values ------------------------------------------------------------------------------------------------------------
 
 
-def _check_values(draft: _Draft) -> Recipe | None:
+def _check_values(draft: Draft) -> Recipe | None:
     """The recipe, or None with every bad or missing value reported, one line for each key."""
     try:
         return Recipe.model_validate(draft.data, strict=True)

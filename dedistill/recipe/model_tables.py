@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dedistill.recipe.fields import BY_FAMILY, Default, Place, Positive, Table
+from dedistill.recipe.fields import BY_FAMILY, Default, Place, Positive, Table, Whole
 
 _RANKS = Default(16, "adapter.kind", ("lora",)), Default("full", "adapter.kind", ("lokr",))
 
@@ -76,7 +76,7 @@ class Target(Table):
     preset: str | None = Field(
         None, description="Named set of layers of the family, e.g. modulation, attention, mlp. None with pattern."
     )
-    factor: Annotated[Annotated[int, Field(ge=-1)] | None, Default(4, "adapter.kind", ("lokr",))] = Field(
+    factor: Annotated[Annotated[Whole, Field(ge=-1)] | None, Default(4, "adapter.kind", ("lokr",))] = Field(
         None, description="LoKr: side of the small Kronecker factor; -1 is the most even split."
     )
     rank: Annotated[Positive | Literal["full"] | None, *_RANKS] = Field(

@@ -1,41 +1,70 @@
 """Keys that are well formed alone but make no sense together."""
 
+from typing import NamedTuple
+
 from dedistill.recipe.model_tables import Adapter
 from dedistill.recipe.objectives import OBJECTIVES
 from dedistill.recipe.schema import Meters, Preview, Recipe, Timesteps
 
 
-def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
-    """Keys that are well formed alone but make no sense together, as ``(dotted key, message)``."""
-    found = _model_rules(recipe) + _data_rules(recipe) + _timestep_rules(recipe) + _training_rules(recipe)
+class Clash(NamedTuple):
+    """A key that makes no sense with others; all dotted."""
+
+    key: str
+    message: str
+    others: tuple[str, ...] = ()
+    idle: bool = False
+    """Nothing is wrong but that ``others`` leave the key without effect."""
+
+
+def contradictions(recipe: Recipe) -> list[Clash]:
+    """Keys that are well formed alone but make no sense together."""
+    found = _model_rules(recipe) + _sampling_rules(recipe) + _data_rules(recipe) + _timestep_rules(recipe)
+    found += _training_rules(recipe) + _optimizer_rules(recipe)
     if recipe.adapter is not None:
         found += _adapter_rules(recipe.adapter)
     return found
 
 
-def _model_rules(r: Recipe) -> list[tuple[str, str]]:
+def _idle(key: str, message: str, *others: str) -> Clash:
+    return Clash(key, message, others, idle=True)
+
+
+def _clash(key: str, message: str, *others: str) -> Clash:
+    return Clash(key, message, others)
+
+
+def _model_rules(r: Recipe) -> list[Clash]:
     found = []
     if (r.model.path is None) == (r.model.new is None):
-        found.append(("model", "set exactly one of path (trained weights) and new (sizes of a new network)"))
+        found.append(_clash("model", "set exactly one of path (trained weights) and new (sizes of a new network)"))
     if new := r.model.new:
         if new.height % new.patch or new.width % new.patch:
-            found.append(("model.new.patch", f"{new.patch} does not divide the image, {new.height} x {new.width}"))
+            sides = "model.new.height", "model.new.width"
+            found.append(
+                _clash("model.new.patch", f"{new.patch} does not divide the image, {new.height} x {new.width}", *sides)
+            )
         if sum(new.rope_axes) != new.head_dim:
-            found.append(("model.new.rope_axes", f"they add up to {sum(new.rope_axes)}, head_dim is {new.head_dim}"))
+            message = f"they add up to {sum(new.rope_axes)}, head_dim is {new.head_dim}"
+            found.append(_clash("model.new.rope_axes", message, "model.new.head_dim"))
     for key in ("revision", "components", "guidance"):
         if r.model.new and getattr(r.model, key) is not None:
-            found.append((f"model.{key}", "has no effect on a new network; it belongs to trained weights"))
+            found.append(_idle(f"model.{key}", "has no effect on a new network; it belongs to trained weights", "model.new"))
+    return found
+
+
+def _sampling_rules(r: Recipe) -> list[Clash]:
+    found = []
     if (r.sample.height is None) != (r.sample.width is None):
-        found.append(("sample", "set both height and width, or neither"))
+        found.append(_clash("sample", "set both height and width, or neither"))
     if r.preview.every and not r.preview.prompts:
-        found.append(("preview.prompts", "previews need at least one prompt"))
-    if not r.preview.every and r.preview != Preview():
-        found.append(("preview", "has no effect while preview.every is 0"))
-    if not r.meters.every and r.meters != Meters():
-        found.append(("meters", "has no effect while meters.every is 0"))
+        found.append(_clash("preview.prompts", "previews need at least one prompt"))
+    for key, table, plain in (("preview", r.preview, Preview()), ("meters", r.meters, Meters())):
+        if not table.every and table != plain:
+            found.append(_idle(key, f"has no effect while {key}.every is 0", f"{key}.every"))
     if r.meters.every and OBJECTIVES[r.train.objective].own_sigmas:
-        named = f"objective = '{r.train.objective}'"
-        found.append(("meters.every", f"has no meaning with {named}, which knows the path at a few points only"))
+        message = f"has no meaning with objective = '{r.train.objective}', which knows the path at a few points only"
+        found.append(_clash("meters.every", message, "train.objective"))
     return found
 
 
@@ -52,100 +81,118 @@ _IMAGE_KEYS = (
 )
 
 
-def _data_rules(r: Recipe) -> list[tuple[str, str]]:
-    found = []
+def _data_rules(r: Recipe) -> list[Clash]:
+    source, found = "data.source", []
     if r.data.source == "pictures":
         if not r.data.sets:
-            found.append(("data.sets", "required with source = 'pictures': [[data.sets]] with a path"))
+            found.append(_clash("data.sets", "required with source = 'pictures': [[data.sets]] with a path"))
         if r.data.cache is None:
-            found.append(("data.cache", "required with source = 'pictures': a folder for what is encoded once"))
+            found.append(_clash("data.cache", "required with source = 'pictures': a folder for what is encoded once"))
         if r.data.path is not None:
-            found.append(("data.path", "has no effect with source = 'pictures'; name places in [[data.sets]]"))
+            message = "has no effect with source = 'pictures'; name places in [[data.sets]]"
+            found.append(_idle("data.path", message, source))
         if r.data.caption_noise:
-            found.append(("data.caption_noise", "has no effect with source = 'pictures'"))
+            found.append(_idle("data.caption_noise", "has no effect with source = 'pictures'", source))
         if r.data.held_out == 0 and (r.validate_.every or r.meters.every):
             key = "validate" if r.validate_.every else "meters"
-            found.append(("data.held_out", f"0 leaves nothing to validate on; raise it or set {key}.every = 0"))
+            message = f"0 leaves nothing to validate on; raise it or set {key}.every = 0"
+            found.append(_clash("data.held_out", message, f"{key}.every"))
     else:
         for key in ("sets", *_IMAGE_KEYS):
             if getattr(r.data, key) not in (None, []):
-                found.append((f"data.{key}", f"has no effect with source = '{r.data.source}'; it belongs to 'pictures'"))
+                message = f"has no effect with source = '{r.data.source}'; it belongs to 'pictures'"
+                found.append(_idle(f"data.{key}", message, source))
     if r.data.source == "pairs" and r.data.path is None:
-        found.append(("data.path", "required with source = 'pairs': the folder that dedistill pairs wrote"))
+        found.append(_clash("data.path", "required with source = 'pairs': the folder that dedistill pairs wrote"))
     if r.data.source == "digits" and r.data.path is not None:
-        found.append(("data.path", "has no effect with source = 'digits', which ships with scikit-learn"))
+        found.append(_idle("data.path", "has no effect with source = 'digits', which ships with scikit-learn", source))
     if r.data.source == "pairs" and r.data.caption_dropout:
-        found.append(("data.caption_dropout", "would pair the empty prompt with guided images; leave it out with 'pairs'"))
+        message = "would pair the empty prompt with guided images; leave it out with 'pairs'"
+        found.append(_clash("data.caption_dropout", message, source))
     if r.data.source == "pairs" and r.data.caption_noise:
-        found.append(("data.caption_noise", "has no effect with source = 'pairs', whose captions are stored"))
+        found.append(_idle("data.caption_noise", "has no effect with source = 'pairs', whose captions are stored", source))
     return found
 
 
 _DENSITY_KEYS = {"beta": {"alpha", "beta"}, "logit_normal": {"mean", "std"}, "mode": {"scale"}}
 
 
-def _timestep_rules(r: Recipe) -> list[tuple[str, str]]:
+def _timestep_rules(r: Recipe) -> list[Clash]:
     found = []
     for density, keys in _DENSITY_KEYS.items():
         for key in sorted(keys):
             if getattr(r.timesteps, key) is not None and r.timesteps.density != density:
-                found.append((f"timesteps.{key}", f"has no effect with density = '{r.timesteps.density}'; needs '{density}'"))
+                message = f"has no effect with density = '{r.timesteps.density}'; needs '{density}'"
+                found.append(_idle(f"timesteps.{key}", message, "timesteps.density"))
     if OBJECTIVES[r.train.objective].own_sigmas and r.timesteps != Timesteps():
-        named = f"objective = '{r.train.objective}'"
-        found.append(("timesteps", f"has no effect with {named}: sigma comes from the stored points"))
+        message = f"has no effect with objective = '{r.train.objective}': sigma comes from the stored points"
+        found.append(_idle("timesteps", message, "train.objective"))
     return found
 
 
-def _training_rules(r: Recipe) -> list[tuple[str, str]]:
+def _training_rules(r: Recipe) -> list[Clash]:
     found = []
     t = r.train
     if t.micro_batch is not None and t.batch % t.micro_batch:
-        found.append(("train.micro_batch", f"{t.micro_batch} does not divide batch = {t.batch}"))
+        found.append(_clash("train.micro_batch", f"{t.micro_batch} does not divide batch = {t.batch}", "train.batch"))
     if t.exact and t.micro_batch is not None:
-        found.append(("train.micro_batch", "has no effect with exact = true: samples go through one by one"))
+        message = "has no effect with exact = true: samples go through one by one"
+        found.append(_idle("train.micro_batch", message, "train.exact"))
     if t.warmup >= t.steps:
-        found.append(("train.warmup", f"{t.warmup} leaves no step of the {t.steps} at the full rate"))
+        message = f"{t.warmup} leaves no step of the {t.steps} at the full rate"
+        found.append(_clash("train.warmup", message, "train.steps"))
     if 0 < t.spike <= 1:
-        found.append(
-            ("train.spike", f"{t.spike:g} times the usual gradient norm is not a spike; use more than 1, or 0 for no limit")
-        )
+        message = f"{t.spike:g} times the usual gradient norm is not a spike; use more than 1, or 0 for no limit"
+        found.append(_clash("train.spike", message))
     if t.lr_floor is not None and t.schedule == "constant":
-        found.append(("train.lr_floor", "has no effect with schedule = 'constant'"))
-    if t.optimizer == "adamw_bf16" and t.betas[1] > 0.99:
-        found.append(("train.betas", f"second beta {t.betas[1]} > 0.99 never lets a bf16 second moment fall; use 0.99"))
-    if t.optimizer == "adamw_bf16" and r.adapter is None:
-        found.append(("train.optimizer", "adamw_bf16 is for adapters; a whole network is trained in fp32 with 'adamw'"))
-    if t.optimizer == "adamw_bf16" and t.precision == "fp32":
-        found.append(("train.optimizer", "adamw_bf16 keeps parameters in bf16; set train.precision = 'bf16'"))
+        found.append(_idle("train.lr_floor", "has no effect with schedule = 'constant'", "train.schedule"))
     if OBJECTIVES[t.objective].pairs != (r.data.source == "pairs"):
-        found.append(("train.objective", f"'{t.objective}' does not go with data.source = '{r.data.source}'"))
-    if r.adapter is None and r.base.quant != "none":
-        found.append(("base.quant", "a quantized base is frozen: add an [adapter] table or set quant = 'none'"))
+        message = f"'{t.objective}' does not go with data.source = '{r.data.source}'"
+        found.append(_clash("train.objective", message, "data.source"))
     if r.base.quant == "none" and r.base.exclude:
-        found.append(("base.exclude", "has no effect with quant = 'none'"))
+        found.append(_idle("base.exclude", "has no effect with quant = 'none'", "base.quant"))
     if r.snapshot.ema and not r.snapshot.every:
-        found.append(("snapshot.ema", "has no effect while snapshot.every is 0"))
+        found.append(_idle("snapshot.ema", "has no effect while snapshot.every is 0", "snapshot.every"))
     if r.snapshot.ema and r.snapshot.ema[0] == r.snapshot.ema[1]:
-        found.append(("snapshot.ema", "the two widths are the same"))
+        found.append(_clash("snapshot.ema", "the two widths are the same"))
     if r.validate_.samples is not None and not r.validate_.every:
-        found.append(("validate.samples", "has no effect while validate.every is 0"))
+        found.append(_idle("validate.samples", "has no effect while validate.every is 0", "validate.every"))
     return found
 
 
-def _adapter_rules(a: Adapter) -> list[tuple[str, str]]:
+def _optimizer_rules(r: Recipe) -> list[Clash]:
+    found = []
+    optimizer, t = "train.optimizer", r.train
+    if t.optimizer == "adamw_bf16" and t.betas[1] > 0.99:
+        message = f"second beta {t.betas[1]} > 0.99 never lets a bf16 second moment fall; use 0.99"
+        found.append(_clash("train.betas", message, optimizer))
+    if t.optimizer == "adamw_bf16" and r.adapter is None:
+        found.append(_clash(optimizer, "adamw_bf16 is for adapters; a whole network is trained in fp32 with 'adamw'"))
+    if t.optimizer == "adamw_bf16" and t.precision == "fp32":
+        message = "adamw_bf16 keeps parameters in bf16; set train.precision = 'bf16'"
+        found.append(_clash(optimizer, message, "train.precision"))
+    if r.adapter is None and r.base.quant != "none":
+        found.append(_clash("base.quant", "a quantized base is frozen: add an [adapter] table or set quant = 'none'"))
+    return found
+
+
+def _adapter_rules(a: Adapter) -> list[Clash]:
     found = []
     for i, target in enumerate(a.targets):
         key = f"adapter.targets.{i}"
         if (target.pattern is None) == (target.preset is None):
-            found.append((key, "set exactly one of pattern and preset"))
+            found.append(_clash(key, "set exactly one of pattern and preset"))
         if a.kind == "lora" and target.factor is not None:
-            found.append((f"{key}.factor", "belongs to kind = 'lokr'; LoRA has only a rank"))
+            message = "belongs to kind = 'lokr'; LoRA has only a rank"
+            found.append(_clash(f"{key}.factor", message, "adapter.kind"))
         if a.kind == "lora" and target.rank == "full":
-            found.append((f"{key}.rank", "'full' belongs to kind = 'lokr'; give LoRA a number"))
+            message = "'full' belongs to kind = 'lokr'; give LoRA a number"
+            found.append(_clash(f"{key}.rank", message, "adapter.kind"))
         if target.factor == 0:
-            found.append((f"{key}.factor", "must be -1 or at least 1"))
+            found.append(_clash(f"{key}.factor", "must be -1 or at least 1"))
     if a.init == "ones" and a.kind == "lora":
-        found.append(("adapter.init", "'ones' is a LoKr start; LoRA knows 'default' and 'perturbed_normal'"))
+        message = "'ones' is a LoKr start; LoRA knows 'default' and 'perturbed_normal'"
+        found.append(_clash("adapter.init", message, "adapter.kind"))
     if a.init_scale is not None and a.init != "perturbed_normal":
-        found.append(("adapter.init_scale", f"has no effect with init = '{a.init}'"))
+        found.append(_idle("adapter.init_scale", f"has no effect with init = '{a.init}'", "adapter.init"))
     return found

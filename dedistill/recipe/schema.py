@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
-from dedistill.recipe.fields import BY_FAMILY, SAFE_NAME, Bounded, Default, Place, Positive, Share, Table
+from dedistill.recipe.fields import BY_FAMILY, SAFE_NAME, Bounded, Count, Default, Place, Positive, Said, Share, Table, Whole
 from dedistill.recipe.model_tables import Adapter, Base, Model
 from dedistill.recipe.objectives import DROPOUTS, ObjectiveName
 
@@ -24,7 +24,7 @@ class Run(Table):
         description="Name of the run, for logs, trackers and folders of images.",
     )
     out: Place = Field(description="Run directory: metrics, checkpoints, snapshots, images.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of every random draw of the run.")
+    seed: Count = Field(0, description="Seed of every random draw of the run.")
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue from the newest good checkpoint; never: refuse a directory that holds a run."
     )
@@ -45,7 +45,7 @@ class ImageSet(Table):
     file_column: str | None = Field(None, min_length=1, description="Column of a table that names images. None: file_name.")
 
 
-Resolution = Annotated[int, Field(ge=16, multiple_of=16)]
+Resolution = Annotated[Whole, Field(ge=16, multiple_of=16)]
 
 
 class Data(Table):
@@ -132,9 +132,9 @@ class Train(Table):
         description="Most samples per forward pass. None: no limit but the batch, or a process's share of it; passes without "
         "gradients take 256 at most.",
     )
-    lr: Annotated[float, Field(gt=0)] = Field(description="Peak learning rate.")
+    lr: Annotated[float, Field(gt=0, le=0.1)] = Field(description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay of the rate after the warm-up.")
-    warmup: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warm-up.")
+    warmup: Count = Field(0, description="Steps of linear warm-up.")
     lr_floor: Annotated[Share | None, Default(0.0, "train.schedule", ("linear", "cosine"))] = Field(
         None, description="Final rate as a share of lr, for linear and cosine."
     )
@@ -162,14 +162,14 @@ class Train(Table):
 
 
 class Validate(Table):
-    every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between validations; 0 never. Also at the end.")
+    every: Count = Field(0, description="Steps between validations; 0 never. Also at the end.")
     samples: Annotated[Bounded | None, Default(256, "validate.every")] = Field(
         None, description="Held-out samples, on fixed noise and fixed sigmas."
     )
 
 
 class Meters(Table):
-    every: Annotated[int, Field(ge=0)] = Field(
+    every: Count = Field(
         0, description="Steps between meters of distillation; 0 never. Also before the first step and at the end."
     )
     samples: Bounded = Field(16, description="Held-out captions, on fixed noise.")
@@ -177,12 +177,12 @@ class Meters(Table):
 
 
 class Checkpoint(Table):
-    every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between checkpoints; 0: only the last step.")
-    keep: Annotated[int, Field(ge=2)] = Field(2, description="Good checkpoints kept.")
+    every: Count = Field(0, description="Steps between checkpoints; 0: only the last step.")
+    keep: Annotated[Whole, Field(ge=2)] = Field(2, description="Good checkpoints kept.")
 
 
 class Snapshot(Table):
-    every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between kept copies of the trained weights; 0 never.")
+    every: Count = Field(0, description="Steps between kept copies of the trained weights; 0 never.")
     ema: list[Annotated[float, Field(ge=0.01, le=0.28)]] | None = Field(
         None,
         min_length=2,
@@ -212,11 +212,11 @@ class Sample(Table):
 
 
 class Preview(Table):
-    every: Annotated[int, Field(ge=0)] = Field(0, description="Steps between previews; 0 never. Also before the first step.")
+    every: Count = Field(0, description="Steps between previews; 0 never. Also before the first step.")
     prompts: list[str] = Field(default_factory=list, description="Prompts of the previews.")
     cfgs: list[Annotated[float, Field(ge=0)]] = Field([1.0, 3.0], min_length=1, description="Guidance scales, side by side.")
-    skip: Annotated[int, Field(ge=0)] = Field(0, description="First steps without guidance.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the noise, the same at every preview.")
+    skip: Count = Field(0, description="First steps without guidance.")
+    seed: Count = Field(0, description="Seed of the noise, the same at every preview.")
 
 
 class Recipe(Table):
@@ -235,7 +235,7 @@ class Recipe(Table):
     sample: Sample = Sample()
     preview: Preview = Preview()
 
-    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+    _places: dict[str, Said] = PrivateAttr(default_factory=dict)
     _files: tuple[Path, ...] = PrivateAttr(default=())
 
     @property
@@ -251,11 +251,15 @@ class Recipe(Table):
         """Whether the recipe sets ``key`` itself, or ``--set`` does, and not a default."""
         return key in self._places
 
-    def place(self, key: str) -> str:
-        """``file:line`` of a dotted key such as ``adapter.targets.0.pattern``, or of the table it is in; else nothing."""
+    def place(self, key: str, *others: str) -> str:
+        """``file:line`` of a dotted key such as ``adapter.targets.0.pattern``, or of the table it is in; else nothing.
+
+        others: keys that it does not go with. Then it is the place that was said last: what it was laid over was right.
+        """
         parts = key.split(".")
-        places = (self._places.get(".".join(parts[:n])) for n in range(len(parts), 0, -1))
-        return next(filter(None, places), "")
+        own = (self._places.get(".".join(parts[:n])) for n in range(len(parts), 0, -1))
+        said = [next(filter(None, own), None), *map(self._places.get, others)]
+        return str(max(filter(None, said), key=lambda place: place.weight, default=""))
 
     def where(self, key: str) -> str:
         """``file:line: key``, for errors found after loading."""

@@ -118,7 +118,7 @@ FAULTS = [
     (["base.exclude=['*.norm1']"], "matches no linear"),
     (["model.text_length=640"], "model.text_length: 640 tokens; flux takes at most 512"),
     (["model.guidance=1.0"], "model.guidance: this network has no guidance embedding"),
-    (["snapshot.every=50000"], "snapshot.every: 50,000 is never reached, train.steps is 20,000"),
+    (["snapshot.every=50000"], "snapshot.every: 50,000 is never reached; train.steps is 20,000"),
     (["validate.every=20001"], "validate.every: 20,001 is never reached"),
     (["snapshot.every=1"], "this run keeps"),  # 20,000 snapshots of .3 GB
 ]

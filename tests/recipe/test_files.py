@@ -53,12 +53,12 @@ def test_extends_merges_tables_and_replaces_arrays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "deep").mkdir()
     (tmp_path / "base.toml").write_text(NEW)
-    (tmp_path / "deep" / "middle.toml").write_text('extends = "../base.toml"\n[train]\nlr = 5.0\nbatch = 16\n')
+    (tmp_path / "deep" / "middle.toml").write_text('extends = "../base.toml"\n[train]\nlr = 0.05\nbatch = 16\n')
     (tmp_path / "deep" / "top.toml").write_text(
-        'extends = "middle.toml"\n[train]\nlr = 6.0\n[model.new]\nwidth = 24\n[[adapter.targets]]\npreset = "attention"\n'
+        'extends = "middle.toml"\n[train]\nlr = 0.06\n[model.new]\nwidth = 24\n[[adapter.targets]]\npreset = "attention"\n'
     )
     base, top = load_recipe("base.toml").resolved(), load_recipe("deep/top.toml")
-    base["train"] |= {"lr": 6.0, "batch": 16}
+    base["train"] |= {"lr": 0.06, "batch": 16}
     base["model"]["new"]["width"] = 24
     base["adapter"]["targets"] = [{"preset": "attention", "pattern": None, "factor": 4, "rank": "full"}]
     base["run"] |= {"name": "top", "out": "runs/top"}
@@ -119,7 +119,7 @@ def test_extends_in_a_circle_or_broken(tmp_path, monkeypatch):
         ("run.name=FLUX.1 a_b-c", lambda r: r.run.name == "FLUX.1 a_b-c"),
         ("run.name='3'", lambda r: r.run.name == "3"),
         ("run.out=a=b c", lambda r: r.run.out == "a=b c"),
-        ("run.out=1\nb = 2", lambda r: r.run.out == "1\nb = 2"),
+        ("sample.negative=1\nb = 2", lambda r: r.sample.negative == "1\nb = 2"),
         (" train . lr = 1e-5 ", lambda r: r.train.lr == 1e-5),
         ("train.betas=[0.5, 0.6]", lambda r: r.train.betas == [0.5, 0.6]),
         ("train.betas.1=0.6", lambda r: r.train.betas == [0.9, 0.6]),

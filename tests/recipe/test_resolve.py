@@ -104,7 +104,7 @@ def test_where_a_default_does_not_hold_the_key_is_refused(load, text):
             continue
         data = recipe.resolved()
         data[table][name] = defaults[0].value
-        assert [k for k, _ in contradictions(Recipe.model_validate(data))] in ([key], [table]), key
+        assert [clash.key for clash in contradictions(Recipe.model_validate(data))] in ([key], [table]), key
 
 
 def test_a_family_that_nobody_knows_resolves_the_rest(load):

@@ -185,12 +185,12 @@ def test_round_trip_of_a_distillation(load):
 
 
 def test_round_trip_of_odd_values(load):
-    out = "a\"b\\c\n\t\x00\x1f\x7f é 漢 \U0001f600 # [x] = '''"
+    text = "a\"b\\c\n\t\x00\x1f\x7f é 漢 \U0001f600 # [x] = '''"
     recipe = load(SMALL)
-    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"out": out})})
-    assert load(to_toml(recipe)).run.out == out
-    for lr in (1e-300, 5e-324, 1e22, 1e16, 0.1, 123456789.123):
-        assert load(to_toml(load(SMALL, f"train.lr={lr!r}"))).train.lr == lr
+    recipe = recipe.model_copy(update={"sample": recipe.sample.model_copy(update={"negative": text})})
+    assert load(to_toml(recipe)).sample.negative == text
+    for number in (1e-300, 5e-324, 1e22, 1e16, 0.1, 123456789.123):
+        assert load(to_toml(load(SMALL, f"train.weight_decay={number!r}"))).train.weight_decay == number
 
 
 def test_printed_recipe_says_every_default_and_leaves_out_what_has_no_effect(load):
