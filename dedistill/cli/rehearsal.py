@@ -152,9 +152,9 @@ def _with_samples(recipe: Recipe, out: Path, say: Say) -> tuple[Recipe, str]:
 
 def _check_reachable(recipe: Recipe) -> None:
     """Settings that no step of the run would ever come to."""
-    intervals = {"validate": recipe.validate_, "meters": recipe.meters, "snapshot": recipe.snapshot}
-    intervals |= {"preview": recipe.preview, "checkpoint": recipe.checkpoint}
-    late = {f"{key}.every": table.every for key, table in intervals.items() if table.every > recipe.train.steps}
+    intervals = {"validate": recipe.validate_.every, "meters": recipe.meters.every, "snapshot": recipe.snapshot.every}
+    intervals |= {"preview": recipe.preview.every, "checkpoint": recipe.checkpoint.every}
+    late = {f"{key}.every": every for key, every in intervals.items() if every > recipe.train.steps}
     for first, every in list(late.items())[:1]:
         others = "".join(f", nor is {key} ({n:,})" for key, n in late.items() if key != first)
         raise UserError(
