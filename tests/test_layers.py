@@ -127,7 +127,8 @@ WORDS = re.compile(r"flux|unet|sd3|\bt5\b|pooled|guidance_embeds|\"transformer\\
 ALLOWED = {
     "recipe/foreign.py": "keys of other trainers",
     "adapters/compatibility.py": "what other programs look for in adapter files",
-    "adapters/formats.py": "the same, and where pipelines keep denoisers",
+    "adapters/formats.py": "the same",
+    "adapters/spellings.py": "the same, and where pipelines keep denoisers",
     "models/registry.py": "the line by which the package's own families are found",
     "models/words.py": "its vector of a whole caption",
     "recipe/model_tables.py": "keys of recipes and their descriptions",

@@ -11,7 +11,8 @@ from peft.tuners.lokr.layer import factorization
 from torch import Tensor
 
 from dedistill.adapters.attach import file_name
-from dedistill.adapters.formats import LOKR, LORA, PEFT, LayerNames, by_layer, factor_shapes, is_lora, layer_of
+from dedistill.adapters.formats import by_layer, factor_shapes, is_lora
+from dedistill.adapters.spellings import LOKR, LORA, PEFT, LayerNames, layer_of
 from dedistill.errors import UserError
 
 _LYCORIS = {*LORA, *LOKR, "lokr_t2", "alpha", "dora_scale"}
@@ -31,28 +32,28 @@ class Verdict:
 class _Names:
     """All names of the network's linears: each a set of names that stand before the factor's."""
 
-    def __init__(self, linears: Iterable[str], naming: LayerNames | None, folder: str):
-        self.linears, self.folder = list(linears), folder
-        original = {naming.original_parts(name)[0] for name in self.linears} if naming else set()
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], naming: LayerNames | None, folder: str):
+        self.shapes, self.folder = shapes, folder
+        original = {naming.original_parts(name)[0] for name in shapes} if naming else set()
         kohya = {name: naming.kohya_name(name) for name in original} if naming else {}
-        self.lycoris = {file_name(n) for n in self.linears}
-        self.transformer = {f"{folder}.{n}" for n in self.linears}
-        self.onetrainer = {f"lora_{folder}_" + n.replace(".", "_") for n in self.linears}
+        self.lycoris = {file_name(n) for n in shapes}
+        self.transformer = {f"{folder}.{n}" for n in shapes}
+        self.onetrainer = {f"lora_{folder}_" + n.replace(".", "_") for n in shapes}
         self.original = {f"diffusion_model.{name}" for name in original}
         self.kohya = set(kohya.values())
         self.kohya_blocks = {renamed for name, renamed in kohya.items() if "_blocks." in name}
 
 
 def check_adapter(
-    tensors: Mapping[str, Tensor], linears: Iterable[str], naming: LayerNames | None, folder: str = "transformer"
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], naming: LayerNames | None, folder: str = "transformer"
 ) -> list[Verdict]:
-    """One verdict per program on a file with these ``tensors`` for a network with these ``linears``.
+    """One verdict per program on a file with these ``tensors`` for a network whose linears have these ``shapes``.
 
     naming: what the family calls its layers elsewhere; None for a family that other programs do not know, of whose files
     only those read anything that go by the network's own names. folder: the denoiser's in a pipeline. Only names and shapes
     are looked at; tensors may be on meta.
     """
-    names = _Names(linears, naming, folder)
+    names = _Names(shapes, naming, folder)
     rules = _RULES if naming else {program: _RULES[program] for program in _OWN_NAMES}
     return [_verdict(program, rule(tensors, names), tensors) for program, rule in rules.items()]
 
@@ -99,7 +100,7 @@ def _load_lora_adapter(t: Mapping[str, Tensor], names: _Names) -> set[str] | str
     lokr = _take(t, names.transformer, LOKR)
     if not lokr:
         return _take(t, names.transformer, PEFT) or "nothing under 'transformer.'"
-    sizes = [factor_shapes(f) for f in by_layer({k: t[k] for k in lokr}, names.linears, "file", folder=names.folder).values()]
+    sizes = [factor_shapes(f) for f in by_layer({k: t[k] for k in lokr}, names.shapes, "file", folder=names.folder).values()]
     for factor in {*(w1[0] for w1, _ in sizes), -1}:
         if all(factorization(a * b, factor) == (a, b) for w1, w2 in sizes for a, b in zip(w1, w2)):
             return lokr
@@ -108,7 +109,7 @@ def _load_lora_adapter(t: Mapping[str, Tensor], names: _Names) -> set[str] | str
 
 def _load_lokr(t: Mapping[str, Tensor], names: _Names) -> set[str] | str:
     try:
-        layers = by_layer(t, names.linears, "file", folder=names.folder)
+        layers = by_layer(t, names.shapes, "file", folder=names.folder)
     except UserError as e:
         return str(e).removeprefix("'file': ")
     return "a LoRA; use load_lora_weights" if is_lora(layers) else set(t)

@@ -22,9 +22,9 @@ def delta(module: LycorisBaseModule) -> Tensor:
 def weight_change(factors: Mapping[str, Tensor]) -> Tensor:
     """The change of weight [out, in], float32, that one layer's ``factors`` stand for, named as LyCORIS names them.
 
-    LoKr: lokr_w1 (x) lokr_w2, each alone or as a product _a _b; LoRA: lora_up.weight lora_down.weight; diff: the change
-    itself. What is a product is scaled by alpha / rank, once; a LoKr of two full factors has no rank, so its alpha means
-    nothing. LyCORIS' own ``get_diff_weight`` applies that scale twice (4.1.3), hence not used.
+    LoKr: lokr_w1 (x) lokr_w2, each alone or as a product _a _b, of which ``rows`` may take some; LoRA: lora_up.weight
+    lora_down.weight; diff: the change itself. What is a product is scaled by alpha / rank, once; a LoKr of two full factors
+    has no rank, so its alpha means nothing. LyCORIS' own ``get_diff_weight`` applies that scale twice (4.1.3), hence not used.
     """
     f = {name: tensor.float() for name, tensor in factors.items()}
     if "diff" in f:
@@ -34,6 +34,8 @@ def weight_change(factors: Mapping[str, Tensor]) -> Tensor:
     else:
         w1, w2 = (f[w] if w in f else f[f"{w}_a"] @ f[f"{w}_b"] for w in ("lokr_w1", "lokr_w2"))
         product = torch.kron(w1.contiguous(), w2.contiguous())
+        if "rows" in factors:
+            product = torch.cat([product[start:stop] for start, stop in factors["rows"].tolist()])
     return product * scale(factors)
 
 

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dedistill.adapters.delta import scale
-from dedistill.adapters.formats import FOLDERS, by_layer, check_shapes, is_lora
+from dedistill.adapters.formats import by_layer, check_shapes, is_lora
+from dedistill.adapters.spellings import FOLDERS
 from dedistill.errors import UserError
 from dedistill.io.safetensors import CHECKSUM, verify_checksum
 from dedistill.io.weights import open_weights

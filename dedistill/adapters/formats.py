@@ -1,127 +1,171 @@
-"""Spellings of adapter files: what other programs call the same tensors.
+"""Adapter files by layer: read in any spelling, written in the four that other programs load.
 
 ``lycoris_<path with _>.…`` is what we, LyCORIS and SimpleTuner write and ComfyUI reads; ``<folder>.<path>.…`` is read by
 ComfyUI and diffusers, the folder being that of the denoiser in a pipeline; ``<folder>.<path>.lora_A/B.weight`` is PEFT's LoRA;
-``lora_unet_<original path with _>.…`` is
-kohya's LoRA, on the fused layers of the model's own repository. A path with underscores cannot be taken apart again, so
-every reading here needs the names of the network's linears.
+``lora_unet_<original path with _>.…`` is kohya's LoRA, on the fused layers of the model's own repository.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from dedistill.adapters.attach import file_name
 from dedistill.adapters.delta import rank, scale
+from dedistill.adapters.spellings import (
+    DENSE,
+    DOWN,
+    FOLDERS,
+    LOKR,
+    LORA,
+    PEFT,
+    ROWS,
+    UP,
+    LayerNames,
+    Place,
+    is_of_encoder,
+    other_kind,
+    places,
+    split_key,
+)
 from dedistill.adapters.strength import with_alphas
 from dedistill.errors import UserError
 
-LOKR = ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")
-LORA = ("lora_up.weight", "lora_down.weight")
-DENSE = "diff"
-PEFT = {"lora_B.weight": "lora_up.weight", "lora_A.weight": "lora_down.weight"}
 _WHOLE = (
-    {"lora_up.weight", "lora_down.weight"},
+    {UP, DOWN},
+    {DENSE},
     *({*w1, *w2} for w1 in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}) for w2 in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})),
 )
-
-
-class LayerNames(Protocol):
-    """The tables, a module, of what a network's layers are called in the files of the model's own repository."""
-
-    KOHYA_MODULE: str
-    """What sd-scripts calls the code that reads its LoRA files of this network."""
-
-    def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
-        """The original module that holds ``module``, and all modules that it holds, in the order of its rows."""
-
-    def original_name(self, linear: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, slice]:
-        """The original module that holds the weight of ``linear``, and which of its rows."""
-
-    def original_plan(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Original tensor -> the tensors it is joined from, for all tensors of a network."""
-
-    def join(self, original: str, parts: list[Tensor]) -> Tensor:
-        """One original tensor of its parts, as ``original_plan`` lists them."""
-
-    def kohya_name(self, original: str) -> str:
-        """An original module as kohya's sd-scripts and ComfyUI spell it in LoRA files."""
-
-    def is_swapped(self, original: str) -> bool:
-        """Whether the halves of this original module's rows stand the other way round."""
-
-    def swap_halves(self, rows: Tensor) -> Tensor:
-        """The other order of halves along the first dimension; its own inverse."""
-
-
-FOLDERS = ("transformer", "unet")
-"""Where pipelines keep denoisers; tensors' names begin with it in files for them."""
 
 Layers = dict[str, dict[str, Tensor]]
 """Linear -> its factors under LyCORIS' names, alpha included where there is one."""
 
+# --- in --------------------------------------------------------------------------------------------------------------
+
 
 def by_layer(
     tensors: Mapping[str, Tensor],
-    linears: Iterable[str],
+    shapes: Mapping[str, tuple[int, int]],
     source: str,
     *,
     dense: bool = False,
     folder: str = FOLDERS[0],
     header: Mapping[str, str] | None = None,
+    naming: LayerNames | None = None,
 ) -> Layers:
-    """A file in the ``lycoris_``, ``<folder>.`` or PEFT format, taken apart by the ``linears`` it belongs to.
+    """A file in any spelling of ``spellings``, taken apart by the linears it belongs to, whose (out, in) are ``shapes``.
+
+    A LoRA or LoKr of a fused layer becomes one of each linear in it, exactly: a LoRA's rows are cut, and columns that serve
+    one linear only go to it alone; of a LoKr, the first factor is cut where the rows allow it, else the product (``ROWS``).
 
     dense: a layer may also be a whole change of weight, ``diff``, as averages of deltas are. folder: where a pipeline keeps
-    this denoiser; names that begin with another one are not its own. header: the file's, which may say how strong it is.
+    this denoiser. header: the file's, which may say how strong it is. naming: what the family calls its layers elsewhere;
+    without it, only the network's own names are known.
     Raises UserError naming file and tensor for a name that fits no linear, a kind of tensor this program cannot apply
     (DoRA, LoHa, Tucker), and a layer of which a factor is missing: an adapter is read whole or not at all.
     """
-    known = {renamed: name for name in linears for renamed in (file_name(name), f"{folder}.{name}")}
     layers: Layers = {}
-    for key, tensor in tensors.items():
-        linear, factor = known.get(layer_of(key)), key.removeprefix(layer_of(key) + ".")
-        factor = PEFT.get(factor, factor)
-        if linear is None:
-            raise UserError(f"'{source}': tensor '{key}' belongs to no linear of this network")
-        if factor not in (*LOKR, *LORA, "alpha", *([DENSE] if dense else [])):
-            raise UserError(f"'{source}': tensor '{key}' is of a kind that is not supported; known: LoKr and LoRA of linears")
-        if layers.setdefault(linear, {}).setdefault(factor, tensor) is not tensor:
-            raise UserError(f"'{source}': '{linear}' has two tensors {factor}, under two names")
-    if not layers:
-        raise UserError(f"'{source}' holds no tensors")
-    for linear, factors in layers.items():
-        if set(factors) - {"alpha"} not in (*_WHOLE, {DENSE}):
-            raise UserError(f"'{source}': '{linear}' is incomplete, it has only {', '.join(sorted(factors))}")
-        for factor, tensor in factors.items():
-            if tensor.numel() != 1 if factor == "alpha" else tensor.ndim != 2:
-                raise UserError(f"'{source}': '{linear}' has a {factor} of shape {tuple(tensor.shape)}, which none can have")
+    for place, factors in _by_place(tensors, places(shapes, folder, naming), source, dense).items():
+        _check_whole(factors, place, source)
+        for linear, own in _parts(factors, place).items():
+            if linear in layers:
+                raise UserError(f"'{source}': '{linear}' has two adapters, its own and that of a fused layer")
+            layers[linear] = own
     return with_alphas(layers, header or {}, source, folder)
 
 
-def layer_of(key: str) -> str:
-    """What stands before the factor's name in a tensor's name (LoRA's factors have a dot themselves)."""
-    return key.removesuffix(".weight").rpartition(".")[0]
+def _by_place(
+    tensors: Mapping[str, Tensor], known: Mapping[str, Place], source: str, dense: bool
+) -> dict[Place, dict[str, Tensor]]:
+    found: dict[Place, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        layer, factor = split_key(key)
+        if kind := other_kind(key):
+            raise UserError(f"'{source}' is {kind} (tensor '{key}'), which is not supported; known: LoKr and LoRA of linears")
+        if (place := known.get(layer)) is None:
+            strange.append(key)
+        elif factor not in (*LOKR, *LORA, "alpha", *([DENSE] if dense else [])):
+            raise UserError(f"'{source}': tensor '{key}' is of a kind that is not supported; known: LoKr and LoRA of linears")
+        elif found.setdefault(place, {}).setdefault(factor, tensor) is not tensor:
+            raise UserError(f"'{source}': '{place.name}' has two tensors {factor}, under two names")
+    if strange:
+        others = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
+        why = ": it is of a text encoder, which is not adapted here" if is_of_encoder(strange[0]) else ""
+        raise UserError(f"'{source}': tensor '{strange[0]}' belongs to no linear of this network{others}{why}")
+    if not found:
+        raise UserError(f"'{source}' holds no tensors")
+    return found
+
+
+def _check_whole(factors: Mapping[str, Tensor], place: Place, source: str) -> None:
+    if set(factors) - {"alpha"} not in _WHOLE:
+        raise UserError(f"'{source}': '{place.name}' is incomplete, it has only {', '.join(sorted(factors))}")
+    for factor, tensor in factors.items():
+        if tensor.numel() != 1 if factor == "alpha" else tensor.ndim != 2:
+            raise UserError(f"'{source}': '{place.name}' has a {factor} of shape {tuple(tensor.shape)}, which none can have")
+    if place.rows and (rows := _shape(factors)[0]) != (wanted := max(stop for part in place.rows for _, stop in part)):
+        raise UserError(f"'{source}': '{place.name}' gives a weight of {rows} rows, the network's has {wanted}")
+
+
+def _parts(factors: dict[str, Tensor], place: Place) -> Layers:
+    """The factors of each linear in a layer of a file."""
+    if not place.rows:
+        return {place.linears[0]: factors}
+    found = {linear: _rows(factors, rows) for linear, rows in zip(place.linears, place.rows)}
+    return _own_columns(found) if UP in factors and len(found) > 1 else found
+
+
+def _rows(factors: dict[str, Tensor], rows: tuple[tuple[int, int], ...]) -> dict[str, Tensor]:
+    """Factors of some rows of the product: the left one cut, which is exact; all of them and ``ROWS`` where none can be."""
+    left = next(name for name in (UP, DENSE, "lokr_w1", "lokr_w1_a") if name in factors)
+    height = factor_shapes(factors)[1][0] if left.startswith("lokr") else 1
+    if any(end % height for part in rows for end in part):
+        return factors | {ROWS: torch.tensor(rows)}
+    return factors | {left: torch.cat([factors[left][start // height : stop // height] for start, stop in rows])}
+
+
+def _own_columns(parts: Layers) -> Layers:
+    """LoRAs of one fused layer without the columns that serve another linear only: the inverse of what ``as_kohya`` joins.
+
+    As they are where a column serves several, as in a LoRA that was trained on the fused layer.
+    """
+    used = torch.stack([(factors[UP] != 0).any(0) for factors in parts.values()])
+    if (used.sum(0) > 1).any() or not used.any():
+        return parts
+    owner = used.int().argmax(0)
+    for column in range(1, len(owner)):  # one that serves none stands among those of its linear
+        if not used[:, column].any():
+            owner[column] = owner[column - 1]
+    owner[: int(used.any(0).int().argmax())] = owner[int(used.any(0).int().argmax())]
+    narrow: Layers = {}
+    for i, (linear, factors) in enumerate(parts.items()):
+        if (own := owner == i).any():
+            narrow[linear] = {UP: factors[UP][:, own], DOWN: factors[DOWN][own]}
+            if "alpha" in factors:
+                narrow[linear]["alpha"] = factors["alpha"].float() * int(own.sum()) / len(own)
+    return narrow
 
 
 def check_shapes(layers: Layers, shapes: Mapping[str, tuple[int, int]], source: str) -> None:
     """Raise UserError, naming file and layer, where the factors do not make up the weight [out, in] of their linear."""
     for linear, f in layers.items():
-        if DENSE in f:
-            fits, found = True, tuple(f[DENSE].shape)
-        elif "lora_up.weight" in f:
-            up, down = f["lora_up.weight"].shape, f["lora_down.weight"].shape
-            fits, found = len(up) == len(down) == 2 and up[1] == down[0], (up[0], down[-1])
-        else:
-            (rows, columns), (height, width) = factor_shapes(f)
-            fits = all(f[f"{w}_a"].shape[1] == f[f"{w}_b"].shape[0] for w in ("lokr_w1", "lokr_w2") if w not in f)
-            found = (rows * height, columns * width)
+        pairs = [(UP, DOWN), ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")]
+        fits = all(f[a].shape[1] == f[b].shape[0] for a, b in pairs if a in f)
+        found = _shape(f)
         if not fits or found != tuple(shapes[linear]):
             raise UserError(
                 f"'{source}': '{linear}' gives a weight of shape {found}, the network's has {tuple(shapes[linear])}"
             )
+
+
+def _shape(f: Mapping[str, Tensor]) -> tuple[int, int]:
+    """[out, in] of the weight that the factors make up."""
+    if DENSE in f or UP in f:
+        return f[DENSE if DENSE in f else UP].shape[0], f[DENSE if DENSE in f else DOWN].shape[1]
+    (rows, columns), (height, width) = factor_shapes(f)
+    return int((f[ROWS][:, 1] - f[ROWS][:, 0]).sum()) if ROWS in f else rows * height, columns * width
 
 
 def factor_shapes(factors: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -135,11 +179,15 @@ def factor_shapes(factors: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple
 
 def is_lora(layers: Layers) -> bool:
     """Whether every layer is a LoRA."""
-    return all("lora_up.weight" in factors for factors in layers.values())
+    return all(UP in factors for factors in layers.values())
+
+
+# --- out -------------------------------------------------------------------------------------------------------------
 
 
 def as_lycoris(layers: Layers, folder: str = FOLDERS[0]) -> dict[str, Tensor]:
     """``lycoris_<path with _>``, as our own snapshots are; a layer without alpha gets one, at which its scale is 1."""
+    _only_whole(layers)
     out: dict[str, Tensor] = {}
     for linear, factors in layers.items():
         alpha = {"alpha": torch.tensor(float(rank(factors) or 1))}
@@ -149,6 +197,7 @@ def as_lycoris(layers: Layers, folder: str = FOLDERS[0]) -> dict[str, Tensor]:
 
 def as_transformer(layers: Layers, folder: str = FOLDERS[0]) -> dict[str, Tensor]:
     """``<folder>.<path>`` with the scale multiplied into the factors: diffusers takes no alpha beside a LoKr."""
+    _only_whole(layers)
     return {f"{folder}.{n}.{factor}": t for n, f in layers.items() for factor, t in baked(f).items()}
 
 
@@ -159,39 +208,55 @@ def as_peft(layers: Layers, folder: str = FOLDERS[0]) -> dict[str, Tensor]:
 
 
 def as_kohya(layers: Layers, naming: LayerNames, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """kohya's LoRA of the fused layers, exactly the same change of weight; alpha = rank. Raises UserError for a LoKr.
+    """kohya's LoRA of the fused layers, exactly the same change of weight. Raises UserError for a LoKr.
 
     naming: what the family calls its layers elsewhere; shapes: (out, in) of every linear. q, k and v of one fused
     layer have different down matrices: these are stacked, and each up matrix fills its own rows and columns of the
-    fused one, so ranks add up and nothing is approximated.
+    fused one, so ranks add up and nothing is approximated. Where they have one down matrix, it stays one.
     """
     _only_lora(layers, "kohya")
-    groups = dict(map(naming.original_parts, layers))
     out: dict[str, Tensor] = {}
-    for bfl, parts in groups.items():
-        factors = {part: baked(layers[part]) for part in parts if part in layers}
-        down = torch.cat([f["lora_down.weight"] for f in factors.values()])
-        up = down.new_zeros(sum(shapes[part][0] for part in parts), len(down))
+    for original, parts in dict(map(naming.original_parts, layers)).items():
+        own = {part: layers[part] for part in parts if part in layers}
+        scales = {scale(factors) for factors in own.values()}
+        by = scales.pop() if len(scales) == 1 else 1.0  # one for all: it can stay beside the factors, which are not touched
+        own = own if not scales else {part: baked(factors) for part, factors in own.items()}
+        downs = [factors[DOWN] for factors in own.values()]
+        shared = len(downs) > 1 and all(torch.equal(down, downs[0]) for down in downs)
+        down = downs[0] if shared else torch.cat(downs)
+        up = torch.zeros(sum(shapes[part][0] for part in parts), len(down), dtype=next(iter(own.values()))[UP].dtype)
         column = 0
-        for part, f in factors.items():
-            own = f["lora_up.weight"]
-            up[naming.original_name(part, shapes)[1], column : column + own.shape[1]] = own
-            column += own.shape[1]
-        if naming.is_swapped(bfl):
+        for part, factors in own.items():
+            width = factors[UP].shape[1]
+            up[naming.original_name(part, shapes)[1], column : column + width] = factors[UP]
+            column += 0 if shared else width
+        if naming.is_swapped(original):
             up = naming.swap_halves(up)
-        name = naming.kohya_name(bfl)
-        out |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
-        out[f"{name}.alpha"] = torch.tensor(float(len(down)))
+        name = naming.kohya_name(original)
+        out |= {f"{name}.{UP}": up, f"{name}.{DOWN}": down, f"{name}.alpha": torch.tensor(by * len(down))}
     return out
 
 
 def baked(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The factors without alpha, its scale multiplied into one of them (untouched where the scale is 1)."""
+    """The factors without alpha, its scale multiplied into one of them (untouched where the scale is 1).
+
+    That one becomes float32 where its dtype cannot hold the result.
+    """
     by, own = scale(factors), {name: tensor for name, tensor in factors.items() if name != "alpha"}
     if by != 1:
-        last = next(n for n in ("lora_up.weight", "lokr_w2_a", "lokr_w1_a") if n in own)
-        own[last] = (own[last].float() * by).to(own[last].dtype)
+        last = next(n for n in (UP, "lokr_w2_a", "lokr_w1_a") if n in own)
+        wanted = own[last].float() * by
+        rounded = wanted.to(own[last].dtype)
+        own[last] = rounded if torch.equal(rounded.float(), wanted) else wanted
     return own
+
+
+def _only_whole(layers: Layers) -> None:
+    if cut := next((linear for linear, factors in layers.items() if ROWS in factors), None):
+        raise UserError(
+            f"'{cut}' is part of a LoKr of a fused layer whose factors cannot be cut apart: no adapter format holds it alone; "
+            "dedistill merge puts it into the weights"
+        )
 
 
 def _only_lora(layers: Layers, format: str) -> None:

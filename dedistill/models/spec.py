@@ -71,6 +71,6 @@ class ModelSpec:
     distilled_guidance: Callable[[Config], bool] = lambda config: False
     """Whether a denoiser of that config has an embedding for distilled guidance."""
     names: str | None = None
-    """Module with the tables (adapters.formats.LayerNames) of what other programs call its layers; None: they know none."""
+    """Module with the tables (adapters.spellings.LayerNames) of what other programs call its layers; None: they know none."""
     card: str | None = None
     """Package and file of a Jinja template that shows in a model card how the model is used in other programs."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dedistill.adapters.delta import scale
-from dedistill.adapters.formats import layer_of
+from dedistill.adapters.spellings import layer_of
 from dedistill.errors import UserError
 from dedistill.io.atomic import make_folder
 from dedistill.io.safetensors import ChecksummedReader, Layout, TensorFile

@@ -1,7 +1,6 @@
 """Models and adapters in the formats that other programs load."""
 
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 
 from dedistill.adapters.compatibility import Verdict, check_adapter
 from dedistill.adapters.files import read_tensors
-from dedistill.adapters.formats import ADAPTER_FORMATS, FOLDERS, KOHYA, LayerNames, Layers, as_kohya, by_layer, check_shapes
+from dedistill.adapters.formats import ADAPTER_FORMATS, KOHYA, Layers, as_kohya, by_layer, check_shapes
+from dedistill.adapters.spellings import FOLDERS, LayerNames
 from dedistill.errors import UserError
 from dedistill.io.atomic import as_json, replace_file, replace_json
 from dedistill.io.safetensors import Layout, TensorFile
@@ -25,6 +25,7 @@ from dedistill.release.folder import (
     SHARD_BYTES,
     Denoiser,
     linear_shapes,
+    names_of,
     network_config,
     new_folder,
     read_facts,
@@ -50,7 +51,7 @@ def export_adapter(file: Path, out: Path, format: str, model: Path | None = None
     config = config_for(tensors, header, model)
     shapes = linear_shapes(skeleton(config))
     spec = _spec_for(config, header)
-    layers = by_layer(tensors, shapes, str(file), folder=spec.folder, header=header)
+    layers = by_layer(tensors, shapes, str(file), folder=spec.folder, header=header, naming=names_of(spec))
     try:
         check_shapes(layers, shapes, str(file))
     except UserError as e:
@@ -82,11 +83,6 @@ def check_file(file: Path, model: Path | None = None) -> list[Verdict]:
 def _spec_for(config: dict[str, Any], header: dict[str, str]) -> ModelSpec:
     """The family of an adapter: the one of the recipe in its header, if it has networks of that class."""
     return spec_of(config, read_recipe(header.get("dedistill.recipe", "")).get("model", {}).get("family"))
-
-
-def names_of(spec: ModelSpec) -> LayerNames | None:
-    """The tables of what other programs call a family's layers."""
-    return import_module(spec.names) if spec.names else None
 
 
 def _needed_names(spec: ModelSpec, format: str) -> LayerNames:

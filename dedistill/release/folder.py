@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dedistill.adapters.formats import FOLDERS
+from dedistill.adapters.spellings import FOLDERS, LayerNames
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import replace_json, whole_folder
 from dedistill.io.json_files import read_object
@@ -17,6 +18,7 @@ from dedistill.io.safetensors import DTYPES, Layout, TensorFile
 from dedistill.io.weights import open_weights, weight_files
 from dedistill.models.pretrained import without_weights
 from dedistill.models.registry import checked_facts, imported, spec_of
+from dedistill.models.spec import ModelSpec
 
 SHARD_BYTES = 10 * 1000**3
 """diffusers' own default: a larger network is written as several files with an index."""
@@ -79,6 +81,11 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
 def linear_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
     """name -> (out, in) of every linear, in the network's order."""
     return {n: (m.out_features, m.in_features) for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
+
+
+def names_of(spec: ModelSpec) -> LayerNames | None:
+    """The tables of what other programs call a family's layers."""
+    return import_module(spec.names) if spec.names else None
 
 
 def write_weights(folder: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:

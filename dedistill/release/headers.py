@@ -12,7 +12,7 @@ from typing import Any
 
 from lycoris.functional import factorization
 
-from dedistill.adapters.delta import rank
+from dedistill.adapters.delta import rank, scale
 from dedistill.adapters.formats import Layers, factor_shapes, is_lora
 from dedistill.errors import UserError
 from dedistill.models.registry import imported, licence_for, public_name, published
@@ -113,7 +113,8 @@ def adapter_header(
     The recipe among them is the public one.
     """
     recipe = read_recipe(header.get("dedistill.recipe", ""))
-    train, ranks = recipe.get("train", {}), sorted({rank(f) or 0 for f in layers.values()})
+    train, largest = recipe.get("train", {}), max(layers.values(), key=lambda factors: rank(factors) or 0)
+    inner = rank(largest) or 0
     source = recipe.get("model", {}).get("path") or ""
     name = public_name(source, recipe.get("model", {}).get("revision"))
     own = {
@@ -121,8 +122,8 @@ def adapter_header(
         **_modelspec(title, config, spec, recipe, source=source, name=name, kind="/lora"),
         "ss_base_model_version": _architecture(source, config, spec),
         "ss_network_module": str(imported(f"{spec.names}:KOHYA_MODULE")) if format == "kohya" else "lycoris.kohya",
-        "ss_network_dim": str(ranks[-1]),
-        "ss_network_alpha": str(ranks[-1]),
+        "ss_network_dim": str(inner),
+        "ss_network_alpha": f"{inner * (scale(largest) if format in ('lycoris', 'kohya') else 1):g}",
         "ss_network_args": json.dumps({"algo": "lora" if is_lora(layers) else "lokr"}),
         "ss_steps": header.get("dedistill.step", ""),
         "ss_learning_rate": str(train.get("lr", "")),
@@ -142,7 +143,7 @@ def lycoris_config(layers: Layers) -> dict[str, Any]:
     per_layer = {}
     for name, factors in layers.items():
         inner = rank(factors)
-        per_layer[name] = {"algo": algo, "dim": inner or 1, "alpha": inner or 1}
+        per_layer[name] = {"algo": algo, "dim": inner or 1, "alpha": scale(factors) * (inner or 1)}
         if algo == "lokr":
             per_layer[name] |= {"factor": _factor(*factor_shapes(factors)), "full_matrix": inner is None}
     preset = {"enable_conv": False, "target_module": [], "target_name": list(layers), "name_algo_map": per_layer}

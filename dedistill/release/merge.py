@@ -21,7 +21,7 @@ from dedistill.models.family import Denoiser
 from dedistill.models.model import check_origin
 from dedistill.models.registry import get_family
 from dedistill.recipe import Recipe, to_toml
-from dedistill.release.folder import FACTS, SHARD_BYTES, linear_shapes, new_folder, read_facts, write_weights
+from dedistill.release.folder import FACTS, SHARD_BYTES, linear_shapes, names_of, new_folder, read_facts, write_weights
 
 # --- from float32 to the dtype of a file, and how much of a small change survives it ---------------------------------
 
@@ -134,7 +134,8 @@ def merge_adapter(
     tensors, header = read_tensors(weights)
     check_origin(header, recipe, weights)
     shapes = linear_shapes(components.denoiser)
-    layers = by_layer(tensors, shapes, str(weights), dense=True, folder=family.spec.folder, header=header)
+    spec, source = family.spec, str(weights)
+    layers = by_layer(tensors, shapes, source, dense=True, folder=spec.folder, header=header, naming=names_of(spec))
     check_shapes(layers, shapes, str(weights))
     state = components.denoiser.state_dict()
     layout = {name: (tuple(t.shape), DTYPES[dtype]) for name, t in state.items()}

@@ -7,7 +7,7 @@ from averages import lerp_snapshots
 from safetensors.torch import load_file
 
 from dedistill.adapters.delta import weight_change
-from dedistill.adapters.formats import layer_of
+from dedistill.adapters.spellings import layer_of
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.posthoc.average import write_in_space

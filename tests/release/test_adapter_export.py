@@ -91,6 +91,33 @@ def test_lycoris_builds_the_same_layers_from_the_config(kind, base, tmp_path):
     assert found == {n: tuple(t.shape) for n, t in load_file(out).items()}
 
 
+@pytest.mark.parametrize("format", ["kohya", "peft", "transformer", "lycoris"])
+def test_exports_are_undone_by_exports(format, base, tmp_path):
+    """A LoRA on every linear, out in each format and back, has its own bytes again; and so has what is made of that."""
+    everywhere = list(linear_shapes(skeleton(network_config(base))))
+    own = snapshot(base, tmp_path / "a.safetensors", "lora", everywhere)
+    there = export_adapter(own, tmp_path / "there.safetensors", format, base)
+    back = export_adapter(there, tmp_path / "back" / "a.safetensors", "lycoris", base)
+    again = export_adapter(back, tmp_path / "again.safetensors", format, base) if format != "lycoris" else there
+    for one, other in ((own, back), (there, again)):
+        one, other = load_file(one), load_file(other)
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("kind", "alpha"), [("lora", 1.0), ("mixed", 8.0)])
+def test_lycoris_gives_another_alpha_its_strength(kind, alpha, base, tmp_path):
+    """The config, from which the scale is made, says the alpha of the tensors; and so does kohya's entry."""
+    file = snapshot(base, tmp_path / "a.safetensors", kind.replace("mixed", "lokr"), EVERYWHERE, kind == "mixed")
+    tensors = load_file(file)
+    tensors |= {name: torch.tensor(alpha) for name in tensors if name.endswith("alpha")}
+    save_file(tensors, file, metadata={"format": "pt"})
+    said = header(export_adapter(file, tmp_path / "out.safetensors", "lycoris", base))
+    layers = json.loads(said["lycoris_config"])["apply_preset"]["name_algo_map"]
+    low = {name: layer for name, layer in layers.items() if not layer.get("full_matrix")}
+    assert low and all(layer["alpha"] == alpha and layer["dim"] > 1 for layer in low.values())
+    assert float(said["ss_network_alpha"]) == alpha
+
+
 def test_peft_metadata_gives_the_same_adapter(base, tmp_path):
     """With the header's LoraConfig and without it, diffusers ends with the same network."""
     out = export_adapter(

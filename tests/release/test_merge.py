@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dedistill.adapters.delta import weight_change
-from dedistill.adapters.formats import as_transformer, by_layer
+from dedistill.adapters.formats import as_kohya, as_transformer, by_layer
 from dedistill.errors import UserError
 from dedistill.flow import keyed
+from dedistill.models.flux import naming
 from dedistill.models.model import build_model
 from dedistill.models.quantize import linear_names
 from dedistill.recipe import load_recipe
@@ -114,6 +115,16 @@ def test_other_spellings_merge_to_the_same_bytes(tmp_path):
         merge_adapter(recipe, tmp_path / f"{name}.safetensors", tmp_path / f"out-{name}")
     a, b = (next((tmp_path / f"out-{n}" / "transformer").glob("*.safetensors")).read_bytes() for n in "ab")
     assert a == b
+
+
+def test_a_kohya_file_merges_to_the_same_bytes(tmp_path):
+    recipe = recipe_for(tmp_path / "a", write_base("flux", tmp_path / "base"), "flux", "lora")
+    model = trained(recipe, tmp_path / "a.safetensors")
+    shapes = linear_shapes(model.parts.net)
+    save_file(as_kohya(by_layer(model.tensors(), shapes, "a"), naming, shapes), tmp_path / "b.safetensors")
+    merged = [merge_adapter(recipe, tmp_path / f"{name}.safetensors", tmp_path / f"out-{name}") for name in "ab"]
+    a, b = (next((tmp_path / f"out-{n}" / "transformer").glob("*.safetensors")).read_bytes() for n in "ab")
+    assert a == b and merged[0].layers.keys() == merged[1].layers.keys() == model.adapter.by_target.keys()
 
 
 def test_merging_again_on_top(tmp_path):

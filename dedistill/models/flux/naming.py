@@ -62,6 +62,15 @@ _BFL_OF = {
     for kind, table in (("", _TOP), *((stack, table) for stack, (_, table) in _TABLES.items()))
 }
 _SWAPPED = "final_layer.adaLN_modulation.1"
+# BFL module -> what else files call it, or its first parts: XLabs' attention processors, and ComfyUI's name for their rows
+_OTHER: dict[str, dict[str, int]] = {
+    "img_attn.qkv": {"processor.qkv_lora1": 3},
+    "txt_attn.qkv": {"processor.qkv_lora2": 3},
+    "img_attn.proj": {"processor.proj_lora1": 1},
+    "txt_attn.proj": {"processor.proj_lora2": 1},
+    "linear1": {"processor.qkv_lora": 3, "linear1_qkv": 3},
+    "linear2": {"processor.proj_lora": 1},
+}
 
 
 KOHYA_MODULE = "networks.lora_flux"
@@ -96,6 +105,12 @@ def original_name(linear: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[s
 def kohya_name(bfl: str) -> str:
     """A BFL module as kohya's sd-scripts and ComfyUI spell it in LoRA files."""
     return "lora_unet_" + bfl.replace(".", "_")
+
+
+def other_names(bfl: str) -> dict[str, int]:
+    """What else files call a BFL module -> how many of its parts, from the first, they mean by it."""
+    block = re.fullmatch(r"((?:double|single)_blocks\.\d+)\.(.+)", bfl)
+    return {f"{block[1]}.{name}": count for name, count in _OTHER.get(block[2], {}).items()} if block else {}
 
 
 def is_swapped(bfl: str) -> bool:

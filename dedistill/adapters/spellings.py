@@ -1,0 +1,151 @@
+"""What adapter files call layers and their factors, in every spelling that is read.
+
+A layer's name in a file is a prefix and a path, with dots or with underscores. The path is that of the network, or that of
+the model's own repository, where some layers are fused: then a name stands for several linears, each of which has its rows.
+A path with underscores cannot be taken apart again, so reading needs the names of the network's linears.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dedistill.adapters.attach import file_name
+
+
+class LayerNames(Protocol):
+    """The tables, a module, of what a network's layers are called in the files of the model's own repository."""
+
+    KOHYA_MODULE: str
+    """What sd-scripts calls the code that reads its LoRA files of this network."""
+
+    def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
+        """The original module that holds ``module``, and all modules that it holds, in the order of its rows."""
+
+    def original_name(self, linear: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, slice]:
+        """The original module that holds the weight of ``linear``, and which of its rows."""
+
+    def original_plan(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Original tensor -> the tensors it is joined from, for all tensors of a network."""
+
+    def join(self, original: str, parts: list[Tensor]) -> Tensor:
+        """One original tensor of its parts, as ``original_plan`` lists them."""
+
+    def kohya_name(self, original: str) -> str:
+        """An original module as kohya's sd-scripts and ComfyUI spell it in LoRA files."""
+
+    def other_names(self, original: str) -> dict[str, int]:
+        """What else files call an original module -> how many of its parts, from the first, they mean by it."""
+
+    def is_swapped(self, original: str) -> bool:
+        """Whether the halves of this original module's rows stand the other way round."""
+
+    def swap_halves(self, rows: Tensor) -> Tensor:
+        """The other order of halves along the first dimension; its own inverse."""
+
+
+FOLDERS = ("transformer", "unet")
+"""Where pipelines keep denoisers; tensors' names begin with it in files for them."""
+
+LOKR = ("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")
+UP, DOWN = "lora_up.weight", "lora_down.weight"
+LORA = (UP, DOWN)
+DENSE = "diff"
+PEFT = {"lora_B.weight": UP, "lora_A.weight": DOWN}
+ROWS = "rows"
+"""Not in files: of the product of a LoKr's factors, the rows [n, 2] (from, to) that are this linear's, one below the other."""
+
+FACTORS = {
+    **{name: name for name in (*LORA, *LOKR, "alpha", DENSE)},
+    **PEFT,
+    **{"lora_B.default.weight": UP, "lora_A.default.weight": DOWN, "lora.up.weight": UP, "lora.down.weight": DOWN},
+    **{"up.weight": UP, "down.weight": DOWN},
+}
+"""A factor as files spell it -> as LyCORIS does, whose names are used throughout."""
+_BY_LENGTH = sorted(FACTORS, key=len, reverse=True)
+
+_OTHER_KINDS = {
+    ("dora_scale", "lora_magnitude_vector", "magnitude"): "a DoRA",
+    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"): "a LoHa",
+    ("lokr_t2", "lora_mid"): "of Tucker's kind, for convolutions",
+    ("oft_blocks", "oft_diag", "oft_R"): "an OFT",
+    ("diff_b", "b_norm", "lora_B.bias", "lora_up.bias"): "one that changes biases",
+    ("w_norm", "set_weight"): "one that replaces weights",
+}
+"""Ends of tensors' names -> what an adapter with them is; none of these can be applied."""
+_ENCODERS = ("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder.", "text_encoder_2.", "text_encoders.")
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """(layer, factor) of a tensor's name, the factor as LyCORIS calls it; as it stands, where no spelling is known."""
+    for spelt in _BY_LENGTH:
+        if key.endswith(f".{spelt}"):
+            return key[: -len(spelt) - 1], FACTORS[spelt]
+    return layer_of(key), key.removeprefix(layer_of(key) + ".")
+
+
+def layer_of(key: str) -> str:
+    """What stands before the factor's name in a tensor's name (LoRA's factors have a dot themselves)."""
+    return key.removesuffix(".weight").rpartition(".")[0]
+
+
+def other_kind(key: str) -> str:
+    """What an adapter with a tensor of this name is, where that is a known kind which cannot be applied; else nothing."""
+    end = key.removesuffix(".weight").removesuffix(".default")
+    for ends, kind in _OTHER_KINDS.items():
+        if end.endswith(tuple(f".{name}" for name in ends)):
+            return kind
+    return ""
+
+
+def is_of_encoder(key: str) -> bool:
+    """Whether a tensor's name is that of a text encoder's layer."""
+    return key.startswith(_ENCODERS)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer of a file belongs."""
+
+    name: str
+    """In messages."""
+    linears: tuple[str, ...]
+    rows: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """Of each linear, the rows (from, to) of the file's layer, one below the other; none where it is that linear."""
+
+
+def places(shapes: Mapping[str, tuple[int, int]], folder: str, naming: LayerNames | None = None) -> dict[str, Place]:
+    """Every name that a file may give a layer -> where it belongs.
+
+    shapes: (out, in) of the network's linears; only their names are looked at without ``naming``. folder: where a pipeline
+    keeps this network; names that begin with another one are not its own.
+    """
+    known: dict[str, Place] = {}
+    for linear in shapes:
+        flat = linear.replace(".", "_")
+        spelt = [prefix + linear for prefix in ("", f"{folder}.", "diffusion_model.", *_wrapped(folder))]
+        known |= dict.fromkeys([*spelt, file_name(linear), f"lora_{folder}_{flat}"], Place(linear, (linear,)))
+    for original, parts in dict(map(naming.original_parts, shapes)).items() if naming else ():
+        assert naming
+        names = {original: len(parts)} | naming.other_names(original)
+        for name, count in names.items():
+            place = _place(original, parts[:count], shapes, naming)
+            spelt = [prefix + name for prefix in ("", "diffusion_model.", "model.diffusion_model.", *_wrapped(folder))]
+            known |= dict.fromkeys([*spelt, *([naming.kohya_name(name)] if name == original else [])], place)
+    return known
+
+
+def _wrapped(folder: str) -> tuple[str, str]:
+    """As PEFT writes a model that it wraps itself."""
+    return "base_model.model.", f"base_model.model.{folder}."
+
+
+def _place(original: str, parts: tuple[str, ...], shapes: Mapping[str, tuple[int, int]], naming: LayerNames) -> Place:
+    if naming.is_swapped(original):
+        rows = shapes[parts[0]][0]
+        return Place(original, parts, (((rows // 2, rows), (0, rows // 2)),))
+    if len(parts) == 1:
+        return Place(parts[0], parts)
+    slices = [naming.original_name(part, shapes)[1] for part in parts]
+    return Place(original, parts, tuple(((s.start, s.stop),) for s in slices))
