@@ -120,7 +120,7 @@ def test_other_spellings_merge_to_the_same_bytes(tmp_path):
 def test_a_kohya_file_merges_to_the_same_bytes(tmp_path):
     recipe = recipe_for(tmp_path / "a", write_base("flux", tmp_path / "base"), "flux", "lora")
     model = trained(recipe, tmp_path / "a.safetensors")
-    shapes = linear_shapes(model.parts.net)
+    shapes = linear_shapes(model.components.denoiser)
     save_file(as_kohya(by_layer(model.tensors(), shapes, "a"), naming, shapes), tmp_path / "b.safetensors")
     merged = [merge_adapter(recipe, tmp_path / f"{name}.safetensors", tmp_path / f"out-{name}") for name in "ab"]
     a, b = (next((tmp_path / f"out-{n}" / "transformer").glob("*.safetensors")).read_bytes() for n in "ab")
