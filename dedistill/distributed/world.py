@@ -55,12 +55,12 @@ class World:
             with heartbeat.during("waiting for other processes"):
                 sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
                 dist.all_gather(sizes, torch.tensor([len(own)]), group=self._words)
-                longest = int(max(sizes))
-                heard = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-                dist.all_gather(heard, torch.nn.functional.pad(own, (0, longest - len(own))), group=self._words)
+                longest = int(max(sizes))  # all_gather takes tensors of one length only
+                received = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+                dist.all_gather(received, torch.nn.functional.pad(own, (0, longest - len(own))), group=self._words)
         except RuntimeError as e:
             raise UserError(GONE, RUN_AGAIN) from e
-        return [json.loads(bytes(words[: int(size)].numpy())) for words, size in zip(heard, sizes)]
+        return [json.loads(bytes(words[: int(size)].numpy())) for words, size in zip(received, sizes)]
 
     def broadcast_object(self, value: T) -> T:
         """The ``value`` of rank 0, on every rank."""
@@ -102,6 +102,7 @@ class World:
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
+            # one message for many small tensors: an adapter has hundreds, and each message costs its latency
             flat = torch.cat([t.flatten() for t in bucket])
             try:
                 dist.all_reduce(flat)
@@ -129,7 +130,7 @@ def partition_by_cost(costs: Sequence[int], size: int) -> list[list[int]]:
     Longest first, each to the rank with the least so far (Graham 1969): at most 4/3 of the best possible maximum.
     Every rank keeps its items in order; ranks beyond the number of items get none.
     """
-    loads = [0] * size
+    loads = [0] * size  # ties go by count and rank, so that every process comes to the same partition
     dealt: list[list[int]] = [[] for _ in range(size)]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = min(range(size), key=lambda r: (loads[r], len(dealt[r]), r))

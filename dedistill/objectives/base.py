@@ -101,7 +101,7 @@ class Objective(ABC):
     def loss(self, model: Model, batch: NoisyBatch) -> Tensor:
         """The loss of each sample [B], float32, on the model's device; the same in training and validation."""
         text = model.encode(batch.captions) if batch.text is None else batch.text.to(model.device)
-        if batch.dropped.any():
+        if batch.dropped.any():  # dropped here, not in the cache, so that a caption is encoded once and dropped at random
             text = text.where(batch.dropped, model.encode([""]))
         noisy, sigma, target = (t.to(model.device, non_blocking=True) for t in (batch.noisy, batch.sigma, batch.target))
         return flow_loss(model.velocity(noisy, sigma, text), target)
@@ -126,6 +126,8 @@ class Objective(ABC):
     def noisy_batch(self, step: int, positions: np.ndarray) -> NoisyBatch:
         """What is trained on at ``positions`` of ``step``. Raises UserError for a source without what it needs."""
         stratify = self.sampling["stratify"]
+        # drawn for the whole step and then indexed: what a sample gets does not depend on how the step is cut into
+        # micro-batches or over processes
         draws = Draws(
             p=timesteps.probabilities(self.seed, "sigma", step, self.batch, stratify)[positions],
             sigma=lambda shape: self._sigmas(step, shape)[positions],
@@ -149,6 +151,7 @@ class Objective(ABC):
         p = timesteps.midpoints(self.seed, count)[positions]
         draws = Draws(
             p=p,
+            # not by the training density: losses of two recipes are compared at the same sigmas
             sigma=lambda shape: p,
             noise=lambda shape: keyed.noise(self.seed, "validation/noise", 0, positions, shape),
             dropped=torch.zeros(len(positions), dtype=torch.bool),

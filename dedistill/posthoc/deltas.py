@@ -90,11 +90,12 @@ class ApproximationError:
 def refactored(factors: Factors, rows: np.ndarray) -> Iterator[tuple[dict[str, Tensor], ApproximationError]]:
     """For each row of snapshot weights, the layer's nearest factors of the sizes that they have, and what is lost."""
     deltas, last = outer(factors), {name: tensors[-1] for name, tensors in factors.items()}
+    # the sum has at most k columns, far fewer than the weight has: after QR of both sides the SVD is of [k, k]
     (q_left, left), (q_right, right) = (torch.linalg.qr(side.double()) for side in (deltas.left, deltas.right))
     rank = 1 if deltas.blocks else factors["lora_up.weight"][0].shape[1]
     for weights in rows:
         u, sizes, v = torch.linalg.svd((left * deltas.columns(weights)) @ right.T, full_matrices=False)
-        kept = sizes[:rank].sqrt()
+        kept = sizes[:rank].sqrt()  # half of each singular value to either factor, as training leaves them
         first, second = (q @ vectors[:, :rank] * kept for q, vectors in ((q_left, u), (q_right, v.T)))
         misfit = ApproximationError(float(sizes.square().sum()), float(sizes[rank:].square().sum()))
         if deltas.blocks is None:
@@ -115,6 +116,7 @@ def _kronecker(
 ) -> tuple[dict[str, Tensor], float]:
     """(factors of a LoKr from its two vectors, squared size of what a second factor of low rank loses)."""
     a, b, c, d = blocks
+    # a product of vectors is the same with both signs turned; the sign of before keeps averages comparable
     sign = 1.0 if float((first.reshape(a, b) * last["lokr_w1"].double()).sum()) >= 0 else -1.0
     # the first factor stays as large as it was: the two are trained at the same rate
     size = float(last["lokr_w1"].double().norm() / first.norm()) * sign if float(first.norm()) else 1.0
@@ -196,6 +198,7 @@ def _layers(readers: list[ChecksummedReader], layout: Layout) -> Iterator[tuple[
         tensors = [torch.empty(shape, dtype=dtype) for _ in readers]
         for reader, tensor in zip(readers, tensors):
             read_finite(reader, tensor, name)
+        # factors of a layer may lie apart in the file; only the layers that are begun are in memory
         layer = layer_of(name)
         begun.setdefault(layer, {})[name.removeprefix(f"{layer}.")] = tensors
         if len(begun[layer]) == len(groups[layer]):

@@ -33,6 +33,7 @@ class Averages:
         for sigma, means in self._means.items():
             share = share_of_new(self._gammas[sigma], self._time, step)
             for name, mean in means.items():
+                # at the first update the share is 1, so the zeros that means start from never count
                 mean.lerp_(self._trained[name].float(), share)
         self._time = step
 
