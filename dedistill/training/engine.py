@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dedistill.distributed.world import World
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
-from dedistill.training.optim import largest, load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors
+from dedistill.training.optim import load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors, state_norm
 
 # --- the gradient of a batch to the last bit, whoever computed which part of it --------------------------------------
 
@@ -117,8 +117,8 @@ class Engine:
         limit = self.recipe.train.max_grad_norm or math.inf  # with infinity it is only measured
         norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit, foreach=True)
         # read together with what nonfinite_state must know, so that the device is waited for once
-        measured = torch.stack([norm.float(), largest(optimizer_tensors(self.optimizer, self.trainable), norm.device)])
-        grad_norm, self.largest_state = measured.tolist()
+        measured = torch.stack([norm.float(), state_norm(optimizer_tensors(self.optimizer, self.trainable), norm.device)])
+        grad_norm, self.state_norm = measured.tolist()
         return grad_norm
 
     def apply(self, lr: float) -> None:
@@ -134,7 +134,7 @@ class Engine:
 
     def nonfinite_state(self) -> list[str]:
         """Tensors of the optimizer that were not finite when ``norm`` was called; the same on every process."""
-        return [] if math.isfinite(self.largest_state) else not_finite(optimizer_tensors(self.optimizer, self.trainable))
+        return [] if math.isfinite(self.state_norm) else not_finite(optimizer_tensors(self.optimizer, self.trainable))
 
     def replicated_params(self) -> dict[str, nn.Parameter]:
         """Trained parameters of which every process holds all, to be compared between them."""

@@ -10,7 +10,14 @@ from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.recipe.resolve import recipe_of
 from dedistill.recipe.schema import Recipe
-from dedistill.training.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from dedistill.training.optim import (
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    not_finite,
+    optimizer_tensors,
+    state_norm,
+)
 
 OPTIMIZERS = {"adamw": torch.float32, "adamw_bf16": torch.bfloat16}
 both = pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -297,3 +304,12 @@ def test_no_state_is_a_fresh_start(optimizer):
     _train(made, used, range(3))
     _train(make_optimizer(recipe(optimizer), fresh.values()), fresh, range(3))
     assert all(torch.equal(used[n], fresh[n]) for n in used)
+
+
+@pytest.mark.parametrize(("number", "named"), [(1e30, []), (math.nan, ["b/m"]), (-math.inf, ["b/m"])])
+def test_moments_are_told_apart_from_what_is_not_finite(number, named):
+    """Also such whose squares no float32 holds."""
+    tensors = {"a/m": torch.ones(5), "b/m": torch.tensor([0.0, number]), "b/step": torch.tensor(math.nan)}
+    assert not_finite({"a/m": tensors["a/m"]}) == []
+    assert not_finite({n: t for n, t in tensors.items() if t.dim()}) == named
+    assert bool(state_norm({"a/m": tensors["a/m"]}, torch.device("cpu")) == math.sqrt(5))
