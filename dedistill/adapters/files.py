@@ -13,7 +13,7 @@ from dedistill.adapters.delta import scale
 from dedistill.adapters.formats import by_layer, check_shapes, is_lora
 from dedistill.adapters.spellings import FOLDERS
 from dedistill.errors import UserError
-from dedistill.io.safetensors import CHECKSUM, verify_checksum
+from dedistill.io.safetensors import CHECKSUM, is_finite, verify_checksum
 from dedistill.io.weights import open_weights
 
 if TYPE_CHECKING:
@@ -37,14 +37,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as e:
         raise UserError(f"'{path}' cannot be read as safetensors: {e}") from e
-    if wrong := next((name for name, t in tensors.items() if t.is_floating_point() and not _finite(t)), None):
+    if wrong := next((name for name, t in tensors.items() if not is_finite(t)), None):
         raise UserError(f"'{path}': tensor '{wrong}' holds numbers that are not finite (NaN or Inf): the adapter is of no use")
     return tensors, header
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Also of kinds of numbers that torch only converts."""
-    return bool((tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all())
 
 
 # --- A LoKr in a diffusers pipeline, whatever factors it has ---------------------------------------------------------

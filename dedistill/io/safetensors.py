@@ -42,6 +42,17 @@ Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 _Memory = TypeVar("_Memory", bytearray, memoryview)
 
 
+def extremes(tensor: Tensor) -> tuple[float, float]:
+    """The smallest and the largest number of ``tensor``, which has some; NaN where any is. Also of dtypes of one byte."""
+    low, high = torch.aminmax(tensor.detach() if tensor.itemsize > 1 else tensor.detach().float())
+    return float(low), float(high)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether ``tensor`` holds neither NaN nor Inf."""
+    return not tensor.is_floating_point() or not tensor.numel() or all(map(math.isfinite, extremes(tensor)))
+
+
 class Digest(Protocol):
     """A hash that is fed piece by piece, as hashlib's are."""
 

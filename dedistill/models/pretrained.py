@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError, amount
 from dedistill.io.json_files import read_object
+from dedistill.io.safetensors import extremes
 
 if TYPE_CHECKING:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -78,7 +79,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
             continue
-        low, high = (float(x) for x in torch.aminmax(tensor.detach() if tensor.itemsize > 1 else tensor.detach().float()))
+        low, high = extremes(tensor)
         if not math.isfinite(low - high):
             raise UserError(f"{source}: tensor '{name}' holds numbers that are not finite (NaN or Inf): the file is damaged")
         if tensor.ndim > 1:

@@ -14,7 +14,7 @@ from dedistill.adapters.spellings import FOLDERS, LayerNames
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import replace_json, whole_folder
 from dedistill.io.json_files import read_object
-from dedistill.io.safetensors import DTYPES, Layout, TensorFile
+from dedistill.io.safetensors import DTYPES, Layout, TensorFile, is_finite
 from dedistill.io.weights import open_weights, weight_files
 from dedistill.models.pretrained import without_weights
 from dedistill.models.registry import checked_facts, imported, spec_of
@@ -55,7 +55,11 @@ class Denoiser:
                 raise UserError(f"'{place}': its network {what} {amount(len(names), 'tensor')}, e.g. '{min(names)}'")
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        """Raises UserError, naming folder and tensor, where it holds NaN or Inf."""
+        tensor: Tensor = self._files[name].get_tensor(name)
+        if not is_finite(tensor):
+            raise UserError(f"'{self.folder}': tensor '{name}' holds numbers that are not finite (NaN or Inf)")
+        return tensor
 
     def items(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         for name in names if names is not None else self.layout:

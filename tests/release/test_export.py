@@ -156,6 +156,21 @@ def test_a_damaged_folder_is_refused_by_tensor(base, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"), [("proj_out.bias", float("inf")), ("transformer_blocks.1.attn.to_k.weight", float("nan"))]
+)
+@pytest.mark.parametrize("format", ["diffusers", "single", "bfl", "int8"])
+def test_weights_that_are_not_finite_are_not_released(name, value, format, base, tmp_path):
+    shutil.copytree(base, tmp_path / "broken")
+    file = tmp_path / "broken" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"broken': tensor '{name}' holds numbers that are not finite"):
+        export_model(tmp_path / "broken", tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("source", "config", "licence"),
     [
         ("black-forest-labs/FLUX.1-schnell", SCHNELL, APACHE),
