@@ -124,6 +124,8 @@ def run_recipe(args: argparse.Namespace, action: Callable[[Recipe], int]) -> int
         recipe = load_recipe(args.recipe, args.set)
         try:
             return action(recipe)
+        except RecipeError:
+            raise
         except UserError as e:
             raise UserError(recipe.placed(str(e)), e.exit_code) from e
 

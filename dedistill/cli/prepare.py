@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dedistill.cli.command import recipe_parser, run_recipe
 from dedistill.recipe import Recipe
+from dedistill.runs.missing import require_inputs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,6 +25,7 @@ def check(recipe: Recipe) -> int:
 
     if not only_first():
         return 0
+    require_inputs(recipe)
     from dedistill.data.encode import check_cache
     from dedistill.report.console import say
 
@@ -38,6 +40,7 @@ def encode(recipe: Recipe) -> int:
     from dedistill.runs.requests import StopRequests
     from dedistill.training.watchdog import Watchdog
 
+    require_inputs(recipe)
     with StopRequests(), Watchdog(recipe.run.stuck_after, Path(recipe.data.cache or recipe.run.out)):
         return _encode(recipe)
 

@@ -15,6 +15,7 @@ from dedistill.cli.command import recipe_parser, run_recipe
 from dedistill.errors import RUN_AGAIN, UserError, amount, printable
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.resolve import Plan, make_plan
+from dedistill.runs.missing import missing_inputs, require_inputs
 
 if TYPE_CHECKING:
     from dedistill.runs.requests import StopRequests
@@ -67,7 +68,8 @@ def _print_recipe(recipe: Recipe) -> int:
 
 
 def _print_plan(recipe: Recipe) -> int:
-    print("\n".join(f"{key:12} {value:,}" for key, value in make_plan(recipe).as_dict().items()))
+    print("\n".join(f"{key:12} {value:,}" for key, value in make_plan(recipe).as_dict().items()), flush=True)
+    require_inputs(recipe)
     return 0
 
 
@@ -83,7 +85,10 @@ def _rehearse(recipe: Recipe) -> int:
             raise KeyboardInterrupt
 
     terminal = sys.stderr  # each stage's own output goes to a file
-    rehearse(recipe, stage, lambda line: print(printable(line), file=terminal, flush=True))
+    say = lambda line: print(printable(line), file=terminal, flush=True)  # noqa: E731
+    rehearse(recipe, stage, say)
+    for line in missing_inputs(recipe):
+        say(f"NOT THERE YET: {line}")
     return 0
 
 
@@ -93,6 +98,7 @@ def train(recipe: Recipe, argv: list[str]) -> int:
     from dedistill.runs.requests import StopRequests
     from dedistill.training.watchdog import Watchdog
 
+    require_inputs(recipe)
     again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
     # before libraries are loaded, which takes seconds
     with StopRequests() as stop, Watchdog(recipe.run.stuck_after, Path(recipe.run.out)):

@@ -121,6 +121,35 @@ def is_hub_id(text: str) -> bool:
     return bool(_HUB_ID.fullmatch(text)) and not Path(text).exists()
 
 
+def looks_local(path: str) -> bool:
+    """Whether ``path`` is meant as a place on this machine, be it there or not: it is no hub id, or begins like a folder."""
+    first = path.partition("/")[0]
+    return path.endswith(".safetensors") or first in _FOLDERS or not _HUB_ID.fullmatch(path) or Path(first).exists()
+
+
+_FOLDERS = (".", "..", "models", "data", "runs", "exports", "checkpoints")
+"""What no one is called on the hub, and folders of models are."""
+
+
+def get_it(spec: ModelSpec, path: str, known: str = "") -> str:
+    """How to fetch the model that was to lie at ``path``; empty where no published one bears its name.
+
+    known: hub id of the model that is meant, where the name does not tell.
+    """
+    plain = lambda text: re.sub(r"[\W_]", "", text).lower()  # noqa: E731 - FLUX.1-schnell is flux1-schnell in file names
+    found = next((p for p in spec.published if plain(p.id.partition("/")[2]) in plain(path)), None)
+    if not (hub_id := found.id if found else known):
+        return ""
+    file = path.endswith(".safetensors")
+    folder = f"models/{hub_id.rpartition('/')[2]}" if file else path
+    gated = any(p.id == hub_id and p.gated for p in spec.published)
+    return (
+        f"; get it with: hf download {hub_id} --local-dir {folder}"
+        + (", and set model.path to that folder" if file else "")
+        + (" (it is gated: accept its terms on huggingface.co and run hf auth login first)" if gated else "")
+    )
+
+
 def public_name(path: str, revision: str | None = None) -> str:
     """A base as others may know it: its hub id where that is known, else the last name of a local path.
 

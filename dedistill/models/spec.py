@@ -30,6 +30,8 @@ class Published:
     licence: Licence
     architecture: str
     sizes: Mapping[str, Any] = field(default_factory=dict)
+    gated: bool = False
+    """Whether the hub hands it only to those who are logged in and accepted its terms."""
 
 
 Config = Mapping[str, Any]

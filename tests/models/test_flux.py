@@ -177,7 +177,7 @@ def test_hub_id_needs_its_revision():
     for revision in (None, "main", "741f7c3"):
         with pytest.raises(UserError, match=r"pin its commit, 40 hexadecimal digits, with model\.revision"):
             load("black-forest-labs/FLUX.1-schnell", revision=revision)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="no such file or folder"):
         load("/no/such/folder")
 
 

@@ -14,9 +14,9 @@ from dedistill.errors import UserError, amount
 from dedistill.io.json_files import parse_object, read_object
 from dedistill.io.safetensors import DTYPES
 from dedistill.io.weights import open_weights, weight_files
-from dedistill.models.flux import naming
+from dedistill.models.flux import SPEC, naming
 from dedistill.models.pretrained import DEEPEST, check_finite, without_weights
-from dedistill.models.registry import checked_facts
+from dedistill.models.registry import checked_facts, get_it, looks_local
 
 HUB_FILES = [
     *("*.json", "*/*.json", "*/*.txt", "*/*.model"),
@@ -24,7 +24,6 @@ HUB_FILES = [
 ]
 """Not the single-file copies that such repositories keep beside the folders."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ def _facts(here: Path) -> dict[str, Any]:
 def _local(path: str, revision: str | None, key: str) -> Path:
     if (here := Path(path)).exists():
         return here
-    if not _HUB_ID.fullmatch(path):
-        raise UserError(f"{key}: '{path}' does not exist")
+    if looks_local(path):
+        raise UserError(f"{key}: {path}: no such file or folder{get_it(SPEC, path)}", 2)
     if not _COMMIT.fullmatch(revision or ""):
         raise UserError(
             f"{key}: '{path}' is not a local folder. For a hub id pin its commit, 40 hexadecimal digits, with model.revision; "
@@ -79,12 +78,15 @@ def _local(path: str, revision: str | None, key: str) -> Path:
             2,
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as e:
-        raise UserError(f"{key}: '{path}' at revision '{revision}' cannot be fetched, and no such local folder: {e}") from e
+        hint = " (accept its terms on huggingface.co and run hf auth login)" if isinstance(e, GatedRepoError) else ""
+        raise UserError(
+            f"{key}: '{path}' at revision '{revision}' cannot be fetched, and no such local folder{hint}: {e}"
+        ) from e
 
 
 def load_transformer(place: Path, components: Path, *, empty: bool = False) -> FluxTransformer2DModel:

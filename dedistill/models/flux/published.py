@@ -39,9 +39,9 @@ def _sizes(layers: int, single_layers: int, guidance: bool) -> dict[str, Any]:
 
 
 PUBLISHED = (
-    Published("black-forest-labs/FLUX.1-schnell", APACHE, "flux-1-schnell", _sizes(19, 38, False)),
-    Published("black-forest-labs/FLUX.1-Redux-dev", DEV, "flux-1-dev", _sizes(19, 38, True)),
-    Published("black-forest-labs/FLUX.1-dev", DEV, "flux-1-dev", _sizes(19, 38, True)),
+    Published("black-forest-labs/FLUX.1-schnell", APACHE, "flux-1-schnell", _sizes(19, 38, False), gated=True),
+    Published("black-forest-labs/FLUX.1-Redux-dev", DEV, "flux-1-dev", _sizes(19, 38, True), gated=True),
+    Published("black-forest-labs/FLUX.1-dev", DEV, "flux-1-dev", _sizes(19, 38, True), gated=True),
     Published("ostris/Flex.1-alpha", APACHE, "flux-1", _sizes(FLEX_LAYERS, 38, True)),
     Published("ostris/OpenFLUX.1", APACHE, "flux-1-schnell", _sizes(19, 38, False)),
     Published("jimmycarter/LibreFLUX", APACHE, "flux-1-schnell", _sizes(19, 38, False)),
