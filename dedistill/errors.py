@@ -1,6 +1,7 @@
 """What is said to the user: the one exception that carries a message for them, and how messages count."""
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,11 @@ def printable(text: str) -> str:
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """All but tabs and line feeds."""
+
+
+def say(line: str) -> None:
+    """A line about work that goes on, at once."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 class UserError(Exception):

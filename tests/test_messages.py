@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from dedistill.cli.command import BrokenPipeTolerant, guarded
-from dedistill.errors import RUN_AGAIN, UserError, amount, enough_memory, printable
-from dedistill.report.console import say
+from dedistill.errors import RUN_AGAIN, UserError, amount, enough_memory, printable, say
 from dedistill.report.pages import render
 
 

@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from dedistill.cli.command import guarded, of_sweep, positive
+from dedistill.errors import say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,20 +21,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    from dedistill.data.split import LEAST_UNITS
+    from dedistill.evaluation.prompts import ask
+
+    asked = ask(args, say, least=LEAST_UNITS)  # before libraries are loaded, which takes seconds
     from dedistill.evaluation.candidates import clip_judge, open_compared, sweep_grid
     from dedistill.evaluation.distillation import EvalSettings
     from dedistill.evaluation.evaluate import evaluate
-    from dedistill.report.console import say
-    from dedistill.report.evaluation import write_evaluation
+    from dedistill.report.evaluation import cautions, write_evaluation
 
-    compared = open_compared(args, "evaluation", say, steps=next(iter(args.steps), None))
+    compared = open_compared(args, asked, "evaluation", say, steps=next(iter(args.steps), None))
     if not any(c.average for c in compared.candidates):
         print("no averages among the candidates; dedistill posthoc RUN makes them", file=sys.stderr)
     grid, clip = sweep_grid(args, compared.prompts), clip_judge(args)
     settings = EvalSettings(
         recipe=compared.data,
         source=compared.held_out(),
-        prompts=list(compared.prompts),
+        prompts=list(compared.prompts.texts),
+        trained=compared.prompts.trained,
         judge=compared.judge(),
         samples=args.samples,
         steps=32,
@@ -43,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     options = {"names": compared.names, "by": args.by, "reference": args.reference, "clip": clip, "say": say}
     found = evaluate(compared.runs, settings, grid, compared.out, **options)
     answers, page = write_evaluation(compared.out, found, compared.names)
+    print("".join(f"\n{words}\n" for words in cautions(found)), end="")
     print("\n".join(f"\n{item['question']} {item['answer']}" for item in answers))
     print(f"\ndone: {page}", file=sys.stderr)
     return 0

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from dedistill.cli.command import count, guarded, path, positive, recipe_parser
+from dedistill.errors import say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,12 +26,11 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     from dedistill.adapters.attach import dense_shapes
     from dedistill.data.encode import open_data
-    from dedistill.evaluation.candidates import read_prompts
     from dedistill.evaluation.influence import measure, share_out
+    from dedistill.evaluation.prompts import read_prompts
     from dedistill.io.ownership import claim
     from dedistill.models.quantize import linear_names
     from dedistill.recipe import load_recipe
-    from dedistill.report.console import say
     from dedistill.report.influence import write_influence
     from dedistill.runs.model import open_base, sampling_device
 

@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from dedistill.cli.command import finite, guarded, of_candidates, positive
+from dedistill.errors import say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,16 +25,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    from dedistill.evaluation.prompts import ask
+
+    asked = ask(args, say)  # before libraries are loaded, which takes seconds
     from dedistill.evaluation.candidates import open_compared
     from dedistill.evaluation.distillation import EvalSettings, measure
-    from dedistill.report.console import say
     from dedistill.report.distillation import write_distillation_page
 
-    compared = open_compared(args, "distillation", say)
+    compared = open_compared(args, asked, "distillation", say)
     settings = EvalSettings(
         recipe=compared.data,
         source=compared.held_out(),
-        prompts=list(compared.prompts),
+        prompts=list(compared.prompts.texts),
+        trained=compared.prompts.trained,
         judge=compared.judge(),
         samples=args.samples,
         steps=args.steps,

@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from dedistill.cli.command import finite, guarded, path, positive, recipe_parser, whole
-from dedistill.errors import amount
+from dedistill.errors import amount, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +27,6 @@ def run(args: argparse.Namespace) -> int:
     from dedistill.data.encode import open_data
     from dedistill.flow.guidance import ClassifierFree
     from dedistill.recipe import load_recipe
-    from dedistill.report.console import say
     from dedistill.runs.model import open_finished, sampling_device
     from dedistill.sampling.pairs import make_pairs, teacher_hash
     from dedistill.sampling.sampler import Sampling

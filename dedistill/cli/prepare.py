@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from dedistill.cli.command import recipe_parser, run_recipe
+from dedistill.errors import say
 from dedistill.recipe import Recipe
 from dedistill.runs.missing import require_inputs
 
@@ -27,7 +28,6 @@ def check(recipe: Recipe) -> int:
         return 0
     require_inputs(recipe)
     from dedistill.data.encode import check_cache
-    from dedistill.report.console import say
 
     problems = check_cache(recipe, say=say)
     for problem in problems:
@@ -50,7 +50,6 @@ def _encode(recipe: Recipe) -> int:
 
     from dedistill.data.encode import check_cached, open_data
     from dedistill.distributed.launcher import start
-    from dedistill.report.console import say
 
     check_cached(recipe)
     accelerator, world = start(cpu=not torch.cuda.is_available())

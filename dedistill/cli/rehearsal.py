@@ -20,7 +20,8 @@ from dedistill.adapters.attach import dense_shapes
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import count_parameters, resolve_targets
 from dedistill.cli.tiny import write_samples
-from dedistill.data.encode import look, open_source, without_captions
+from dedistill.data.encode import open_source
+from dedistill.data.usable import look, without_captions
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.errors import UserError, amount
 from dedistill.evaluation.candidates import candidates_of
@@ -78,7 +79,7 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], None], say: Say) -> None:
         recipe, whose = _with_samples(recipe, out, say)
         with stage(f"{whose} images and captions"):
             real = _copy(recipe, data={"cache": str(out / "cache"), "limit": IMAGES})
-            images = look(real, lambda line: say(f"  {line}"))[2]
+            images = look(real, lambda line: say(f"  {line}")).images
             say(f"  {amount(len(images), 'image')} looked at, {amount(sum(len(p.crops) for p in images), 'crop')}")
             shutil.rmtree(out / "cache", ignore_errors=True)
             _check_captions(recipe)

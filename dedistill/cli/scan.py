@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from dedistill.cli.command import command_parser, guarded, path, place, positive
-from dedistill.errors import printable
+from dedistill.errors import printable, say
 
 if TYPE_CHECKING:
     from dedistill.data.images.types import ImageSet
@@ -37,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
     from dedistill.io.ownership import claim
     from dedistill.report.scan import write_scan_page
 
-    say = lambda line: print(printable(line), file=sys.stderr, flush=True)  # noqa: E731
     if args.out:
         claim(args.out, "scan", "--out")
     file = args.out / "index.jsonl" if args.out else None

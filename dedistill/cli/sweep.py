@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from dedistill.cli.command import guarded, of_sweep
+from dedistill.errors import say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,12 +18,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    from dedistill.evaluation.prompts import ask
+
+    asked = ask(args, say)  # before libraries are loaded, which takes seconds
     from dedistill.evaluation.candidates import clip_judge, open_compared, sweep_grid
     from dedistill.evaluation.sweep import sweep
-    from dedistill.report.console import say
     from dedistill.report.sweep import write_sweep_page
 
-    compared = open_compared(args, "sweep", say, steps=next(iter(args.steps), None))
+    compared = open_compared(args, asked, "sweep", say, steps=next(iter(args.steps), None))
     grid, title = sweep_grid(args, compared.prompts), f"CFG sweep: {compared.names}"
     sweep(compared.candidates, grid, compared.out, title=title, judge=compared.judge(), clip=clip_judge(args), say=say)
     print(f"done: {write_sweep_page(compared.out)}", file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dedistill.cli import prepare
 from dedistill.cli.command import recipe_parser, run_recipe
-from dedistill.errors import RUN_AGAIN, UserError, amount, printable
+from dedistill.errors import RUN_AGAIN, UserError, amount, printable, say
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.resolve import Plan, make_plan
 from dedistill.runs.missing import missing_inputs, require_inputs
@@ -112,7 +112,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     from dedistill.distributed.launcher import choose_kernels, start
     from dedistill.models.model import build_model
     from dedistill.models.quantize import sample_sha256
-    from dedistill.report.console import progress, say
+    from dedistill.report.console import progress
     from dedistill.runs.directory import RunDirectory, flat, input_files
     from dedistill.runs.metrics import Trackers
     from dedistill.runs.requests import BY_FILE

@@ -1,7 +1,7 @@
 """From a recipe to a source of samples; images and captions are encoded once, before training."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from dedistill.data.cache import Store, sole_writer
 from dedistill.data.digits import idx_files, load_digits, load_mnist
-from dedistill.data.encoded import CroppedImage, EncodedImages, HeldOut, latent_key, read_text, text_key
-from dedistill.data.images.buckets import Crop, apply_crop, crops_of, too_small
-from dedistill.data.images.index import READERS, Index, Sample, build_index
-from dedistill.data.images.listing import ImageSet, images_of
-from dedistill.data.order import caption_warnings
+from dedistill.data.encoded import EncodedImages, latent_key, read_text, text_key
+from dedistill.data.images.buckets import Crop, apply_crop
+from dedistill.data.images.index import READERS, Index, Sample
 from dedistill.data.pairs import FACTS, PairSource
 from dedistill.data.source import Source
+from dedistill.data.split import CroppedImage
+from dedistill.data.usable import Say, Usable, look
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import World
 from dedistill.errors import UserError, amount, enough_memory
 from dedistill.flow import keyed
 from dedistill.io.hashing import fingerprint
-from dedistill.io.ownership import claim, refuse_foreign
+from dedistill.io.ownership import refuse_foreign
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Components, Family
 from dedistill.models.registry import get_family, text_length
@@ -61,9 +61,6 @@ def data_files(data: Data) -> list[Path]:
 
 IMAGES_PER_SHARD = 32
 CAPTIONS_PER_SHARD = 256
-SPLIT_LINES = {"auto": None, "always": True, "never": False}
-
-Say = Callable[[str], None]
 Item = TypeVar("Item")
 
 
@@ -78,16 +75,18 @@ class Prepared:
     """Hash of images and captions; None for sources whose files are hashed instead."""
 
 
-def open_data(recipe: Recipe, device: torch.device | str, say: Say, world: World | None = None) -> Prepared:
+def open_data(
+    recipe: Recipe, device: torch.device | str, say: Say, world: World | None = None, usable: Usable | None = None
+) -> Prepared:
     """The data that ``recipe`` trains on. Images of the user's own are encoded first, as far as they are not yet.
 
-    The processes of ``world`` share that work; all must come here.
+    The processes of ``world`` share that work; all must come here. usable: what a look at the images found already.
     """
     if recipe.data.source != "pictures":
         return Prepared(open_source(recipe.data))
     family, components = _encoders(recipe)
     components.device = device
-    return prepare(recipe, family, components, say=say, world=world or World())
+    return prepare(recipe, family, components, say=say, world=world or World(), usable=usable)
 
 
 def _encoders(recipe: Recipe) -> tuple[Family, Components]:
@@ -101,7 +100,15 @@ def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     return family, components
 
 
-def prepare(recipe: Recipe, family: Family, components: Components, *, say: Say, world: World | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    family: Family,
+    components: Components,
+    *,
+    say: Say,
+    world: World | None = None,
+    usable: Usable | None = None,
+) -> Prepared:
     """Encode what the cache lacks, then open it.
 
     Raises UserError when nothing usable is found, or when the cache was made with other encoders or settings.
@@ -110,9 +117,11 @@ def prepare(recipe: Recipe, family: Family, components: Components, *, say: Say,
     say = say if world.main else _silence
     for rank in range(2):  # rank 0 looks first, and leaves the others an index to read
         if min(world.rank, 1) == rank:
-            cache, index, images = look(recipe, say)
-            latents, texts = open_stores(recipe, family, components, cache)
+            usable = usable or look(recipe, say)
+            latents, texts = open_stores(recipe, family, components, usable.cache)
         world.wait()
+    assert usable, "each rank has looked in its turn"
+    cache, images = usable.cache, usable.images
     prompts = _prompts(recipe)
     captions = list(dict.fromkeys([*prompts, *(c for p in images for c in p.sample.captions)]))
     if any(world.gather(bool(_missing_captions(captions, texts) or _missing_images(images, latents)))):
@@ -127,21 +136,20 @@ def prepare(recipe: Recipe, family: Family, components: Components, *, say: Say,
             if cut:
                 say(f"{amount(cut, 'caption is', 'captions are')} longer than {length} tokens and cut")
             components.text.unload()
-            _encode_images(images_left, index, latents, family, components, say)
+            _encode_images(images_left, usable.index, latents, family, components, say)
             if components.vae:
                 components.vae.unload()
             world.wait()
         latents, texts = open_stores(recipe, family, components, cache)
     text_cache = {caption: read_text(texts, caption, components.text.widths) for caption in prompts}
     weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, components)
-    held_out: HeldOut = filled(recipe.data.held_out, "data.held_out")
     widths = components.text.widths
-    source = EncodedImages(images, weights, latents, texts, held_out=held_out, latent_shape=latent_shape, text_widths=widths)
+    source = EncodedImages(usable.split, weights, latents, texts, latent_shape=latent_shape, text_widths=widths)
     facts = {
         "images": len(images),
         "crops": sum(len(p.crops) for p in images),
         "captions": len(captions),
-        "quarantined": len(index.quarantined),
+        "quarantined": len(usable.index.quarantined),
         "cache_bytes": latents.bytes() + texts.bytes(),
     }
     return Prepared(source, text_cache, facts, source.digest)
@@ -167,8 +175,9 @@ def check_cache(recipe: Recipe, *, say: Say) -> list[str]:
     """What is wrong with the cache of ``recipe``: one line per problem, nothing is encoded. Reads every shard."""
     check_cached(recipe)
     family, components = _encoders(recipe)
-    cache, _, images = look(recipe, say)
-    latents, texts = open_stores(recipe, family, components, cache)
+    usable = look(recipe, say)
+    images = usable.images
+    latents, texts = open_stores(recipe, family, components, usable.cache)
     problems = [f"'{shard}' is damaged: delete it, it is encoded again" for s in (latents, texts) for shard in s.damaged()]
     wanted = {latent_key(p.sample, crop) for p in images for crop in p.crops}
     captions = {text_key(c) for c in [*_prompts(recipe), *(c for p in images for c in p.sample.captions)]}
@@ -212,63 +221,6 @@ def _inputs(recipe: Recipe, family: Family, components: Components, cache: Path)
 
 def _length(recipe: Recipe, family: Family) -> int:
     return text_length(family, filled(recipe.model.text_length, "model.text_length"), recipe.where("model.text_length"))
-
-
-def image_sets(recipe: Recipe) -> list[ImageSet]:
-    """The recipe's [[data.sets]] with the settings they share."""
-    data = recipe.data
-    return [
-        ImageSet(
-            s.path,
-            name=s.name or "",
-            fields=tuple(s.captions or ()),
-            file_column=s.file_column or "file_name",
-            split_lines=SPLIT_LINES[filled(data.split_lines, "data.split_lines")],
-            missing_captions=filled(data.missing_captions, "data.missing_captions"),
-        )
-        for s in data.sets
-    ]
-
-
-def without_captions(recipe: Recipe) -> list[str]:
-    """Names of images that have no caption of any kind, in all sets; lists files and reads none of them."""
-    everything = (found for s in image_sets(recipe) for found in images_of(s, lambda *stamp: None))
-    return [found.name for found in everything if not found.problem and not found.captions and not found.sidecars]
-
-
-def look(recipe: Recipe, say: Say) -> tuple[Path, Index, list[CroppedImage]]:
-    """The cache's folder, the index of all sets, and the images that crops can be made of."""
-    data, cache = recipe.data, Path(filled(recipe.data.cache, "data.cache"))
-    claim(cache, "cache", "data.cache")
-    index = build_index(image_sets(recipe), file=cache / "index.jsonl", say=say, limit=data.limit)
-    resolutions, most = filled(data.resolutions, "data.resolutions"), filled(data.max_upscale, "data.max_upscale")
-    modes, each = filled(data.crops, "data.crops"), filled(data.crops_per_picture, "data.crops_per_picture")
-    images, small = [], []
-    for sample in index.samples:
-        # a fixed seed: runs with other seeds share what is encoded
-        crops = crops_of(sample, modes=modes, per_image=each, seed=0, resolutions=resolutions, max_upscale=most)
-        if crops:
-            images.append(CroppedImage(sample, tuple(crops)))
-        else:
-            small.append((sample.name, too_small(sample, resolutions=resolutions, max_upscale=most)))
-    index.quarantined += small
-    for name, reason in index.quarantined[:5]:
-        say(f"left out: {name}: {reason}")
-    if len(index.quarantined) > 5:
-        say(f"left out: {len(index.quarantined) - 5:,} more (all in '{_write_quarantine(cache, index)}')")
-    if warnings := caption_warnings(index.samples):
-        some = amount(len(warnings), "image with several captions lacks", "images with several captions lack")
-        say(f"{some} a short or a long one, e.g. {': '.join(warnings[0])}")
-    if not images:
-        raise UserError(f"{recipe.where('data.sets')}: no usable image; e.g. {': '.join(index.quarantined[0])}")
-    return cache, index, images
-
-
-def _write_quarantine(cache: Path, index: Index) -> Path:
-    cache.mkdir(parents=True, exist_ok=True)
-    file = cache / "quarantine.txt"
-    file.write_text("".join(f"{name}: {reason}\n" for name, reason in index.quarantined))
-    return file
 
 
 def _missing_captions(captions: list[str], store: Store) -> list[str]:

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,20 +12,10 @@ from dedistill.data.cache import Store
 from dedistill.data.images.buckets import Crop
 from dedistill.data.images.index import Sample
 from dedistill.data.order import choose, draw_samples, sample_indices
-from dedistill.data.source import LEAST_UNITS, Batch
+from dedistill.data.source import Batch
+from dedistill.data.split import CroppedImage, Split
 from dedistill.errors import UserError
-from dedistill.flow import keyed
 from dedistill.models.conditioning import Conditioning, Widths, collate, from_tensors, stored_shapes
-
-HeldOut = float | Literal["auto"]
-
-
-@dataclass(frozen=True)
-class CroppedImage:
-    """A sample with the crops that are encoded of it."""
-
-    sample: Sample
-    crops: tuple[Crop, ...]
 
 
 @dataclass(frozen=True)
@@ -51,18 +40,6 @@ def read_text(texts: Store, caption: str, widths: Widths) -> Conditioning:
     return from_tensors(texts.read(text_key(caption), stored_shapes(widths))).each(lambda t: t[None])
 
 
-def split(images: Sequence[CroppedImage], share: HeldOut) -> tuple[list[CroppedImage], list[CroppedImage]]:
-    """(train, held out), by the hash of each image's bytes: names and order do not matter.
-
-    At least one is held out when ``share`` is above 0; copies of an image stay together. auto: 2 %, or more where that is
-    less than the 16 images from which on intervals are given, but no more than a fifth.
-    """
-    order = sorted({p.sample.sha256 for p in images})
-    part = min(0.2, max(0.02, LEAST_UNITS / max(1, len(order)))) if share == "auto" else float(share)
-    held = set(order[: max(1, round(part * len(order))) if part else 0])
-    return [p for p in images if p.sample.sha256 not in held], [p for p in images if p.sample.sha256 in held]
-
-
 class EncodedImages:
     """A source whose samples are latents and text from stores. ``weights``: one per set of the recipe, in its order.
 
@@ -75,22 +52,22 @@ class EncodedImages:
 
     def __init__(
         self,
-        images: Sequence[CroppedImage],
+        images: Split,
         weights: Sequence[float],
         latents: Store,
         texts: Store,
         *,
-        held_out: HeldOut,
         latent_shape: Callable[[int, int], tuple[int, ...]],
         text_widths: Widths,
     ):
-        train, self._held = split(images, held_out)
-        self._sets = [[p for p in train if p.sample.source == i] for i in range(len(weights))]
+        self._split, self._held = images, images.held
+        self._sets = [[p for p in images.train if p.sample.source == i] for i in range(len(weights))]
         self._weights = list(weights)
         for i, own in enumerate(self._sets):
             if not own:
+                usable = len(images.train) + len(self._held)
                 raise UserError(
-                    f"data.sets.{i}: no image of this set is left to train on: {len(images)} of all sets are usable, "
+                    f"data.sets.{i}: no image of this set is left to train on: {usable} of all sets are usable, "
                     f"{len(self._held)} of these are held out for validation. Add images, or lower data.held_out"
                 )
         self._latents, self._texts, self._latent_shape, self._text_widths = latents, texts, cache(latent_shape), text_widths
@@ -146,10 +123,4 @@ class EncodedImages:
         return [slots[p].name for p in positions]
 
     def prompts(self, seed: int, count: int) -> list[str]:
-        """Different captions as far as there are: of held-out images first, then of the others; then these once more."""
-        chosen: list[str] = []
-        for purpose, images in (("prompts", self._held), ("prompts/train", [p for own in self._sets for p in own])):
-            if len(chosen) < count:
-                more = sorted({c for p in images for c in p.sample.captions} - set(chosen))
-                chosen += [more[i] for i in keyed.generator(seed, purpose).permutation(len(more))]
-        return [chosen[i % len(chosen)] for i in range(count)]
+        return self._split.prompts(seed, count)

@@ -11,8 +11,6 @@ from dedistill.flow import keyed
 from dedistill.models.conditioning import Conditioning
 
 T = TypeVar("T")
-LEAST_UNITS = 16
-"""Different images or prompts from which on intervals are given: one for fewer, of any kind, would say nothing."""
 
 # --- what every source of samples provides ---------------------------------------------------------------------------
 

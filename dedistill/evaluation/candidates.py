@@ -9,16 +9,15 @@ from functools import cache
 from pathlib import Path
 
 from dedistill.data.encode import open_data
-from dedistill.data.images.caption_files import LINE_END
 from dedistill.data.source import Source
 from dedistill.errors import UserError
 from dedistill.evaluation.judges import ClipJudge, DigitJudge, judge_for
+from dedistill.evaluation.prompts import Asked, Prompts, distinct
 from dedistill.evaluation.sweep import Candidate, Grid, classifier_free
-from dedistill.io.atomic import with_home
 from dedistill.io.hashing import file_sha256
 from dedistill.io.ownership import claim
 from dedistill.models.model import ARITHMETIC, Model
-from dedistill.recipe import Recipe, load_recipe
+from dedistill.recipe import Recipe
 from dedistill.runs.directory import model_files
 from dedistill.runs.model import last_weights, open_base, open_finished, sampling_device
 
@@ -31,7 +30,7 @@ class Compared:
     data: Recipe
     source: Callable[[], Source]
     runs: list[list[Candidate]]
-    prompts: tuple[str, ...]
+    prompts: Prompts
     out: Path
 
     @property
@@ -54,26 +53,30 @@ class Compared:
         return None if self.data.data.source == "pictures" else judge_for(self.source())
 
 
-def open_compared(args: Namespace, folder: str, say: Callable[[str], None], *, steps: int | None = None) -> Compared:
+def open_compared(
+    args: Namespace, asked: Asked, folder: str, say: Callable[[str], None], *, steps: int | None = None
+) -> Compared:
     """What the arguments of ``dedistill.cli.command.of_candidates`` ask for. steps: of every candidate, default its recipe's.
 
-    folder: where results go in the last run, without ``--out``; a kind of ``io.ownership``. The data is opened when its
-    source is first called. Raises UserError when the output folder holds what is not ours.
+    asked: what ``evaluation.prompts.ask`` made of them. folder: where results go in the last run, without ``--out``; a kind of
+    ``io.ownership``. The data is opened when its source is first called. Raises UserError when the output folder holds what
+    is not ours.
     """
-    recipes = [load_recipe(path, args.set) for path in args.recipes]
-    out = args.out or Path(recipes[-1].run.out) / folder
+    out = args.out or Path(asked.recipes[-1].run.out) / folder
     claim(out, folder, "--out")
-    own = next((r for r in recipes if r.data.source != "pairs"), recipes[0])
-    data = load_recipe(args.data, args.set) if args.data else own
-    runs = [candidates_of(r, args.candidates, steps=steps, prefix=len(recipes) > 1) for r in recipes]
-    source = cache(lambda: open_data(data, sampling_device(), say).source)
-    return Compared(recipes, data, source, runs, read_prompts(args.prompts, source), out)
+    runs = [candidates_of(r, args.candidates, steps=steps, prefix=len(asked.recipes) > 1) for r in asked.recipes]
+    source = cache(lambda: open_data(asked.data, sampling_device(), say, usable=asked.usable).source)
+    if (prompts := asked.prompts) is None:
+        texts = tuple(source().prompts(0, int(args.prompts)))
+        prompts = Prompts(texts)
+        say(f"prompts: {distinct(texts)}, captions of the data")
+    return Compared(asked.recipes, asked.data, source, runs, prompts, out)
 
 
-def sweep_grid(args: Namespace, prompts: tuple[str, ...]) -> Grid:
+def sweep_grid(args: Namespace, prompts: Prompts) -> Grid:
     """The grid that the arguments of ``dedistill.cli.command.of_sweep`` ask for; what is said twice counts once."""
     cfgs, skips, seeds, steps = (tuple(dict.fromkeys(values)) for values in (args.cfg, args.skip, args.seeds, args.steps))
-    return Grid(classifier_free(cfgs, skips), prompts, seeds, steps)
+    return Grid(classifier_free(cfgs, skips), prompts.texts, seeds, steps, trained=prompts.trained)
 
 
 def clip_judge(args: Namespace) -> ClipJudge | None:
@@ -140,17 +143,3 @@ def _identity(recipe: Recipe, *places: Path | str) -> str:
         for file in files:
             digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
-
-
-def read_prompts(value: str, source: Callable[[], Source]) -> tuple[str, ...]:
-    """``value`` is a number of prompts to take from the data, which is opened for it, or a text file, a prompt per line."""
-    if value.isdigit() and int(value) > 0:
-        return tuple(source().prompts(0, int(value)))
-    try:
-        text = Path(with_home(value)).read_bytes().decode("utf-8-sig")
-        lines = [line.strip() for line in LINE_END.split(text)]
-    except (OSError, ValueError) as e:
-        raise UserError(f"--prompts: '{value}' is neither a number nor a readable text file: {e}", exit_code=2) from e
-    if not (prompts := tuple(line for line in lines if line)):
-        raise UserError(f"--prompts: '{value}' holds no prompts", exit_code=2)
-    return prompts

@@ -15,7 +15,8 @@ from dedistill.data.source import Source
 from dedistill.errors import UserError, amount
 from dedistill.evaluation.judges import DigitJudge
 from dedistill.evaluation.meters import GUIDED, RatioEstimate, guidance_meters, interval, path_meters
-from dedistill.evaluation.sweep import Candidate, distinct
+from dedistill.evaluation.prompts import distinct
+from dedistill.evaluation.sweep import Candidate
 from dedistill.evaluation.validation import held_out_meters
 from dedistill.flow.solvers import sigma_grid
 from dedistill.io.atomic import checksummed, make_folder, read_checksummed, replace_file
@@ -134,7 +135,8 @@ RESPONSES = (*GUIDED, "correct", "realistic")
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What is measured of every candidate. samples: held-out samples of ``recipe``'s data; few: step counts; cfgs: rising."""
+    """What is measured of every candidate. samples: held-out samples of ``recipe``'s data; few: step counts; cfgs: rising;
+    trained: those of the prompts that were trained on."""
 
     recipe: Recipe
     source: Source
@@ -144,6 +146,7 @@ class EvalSettings:
     steps: int
     few: tuple[int, ...]
     cfgs: tuple[float, ...]
+    trained: frozenset[str] = frozenset()
 
     def batches(self, model: Model) -> list[NoisyBatch]:
         return objective_for(self.recipe, self.source, model.shift).validation_batches(self.samples, model.chunk)
@@ -248,7 +251,7 @@ def measure(
     return {
         "title": title,
         "settings": {
-            "prompts": distinct(settings.prompts),
+            "prompts": distinct(settings.prompts, settings.trained),
             "held-out samples": f"{settings.samples}, of {amount(len(against['loss'].top), 'image')}",
             "held-out data": settings.recipe.run.name,
             "paths": f"{settings.steps} Euler steps at CFG 1",

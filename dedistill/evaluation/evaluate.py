@@ -14,7 +14,8 @@ from dedistill.evaluation.distillation import EvalSettings, check_comparable, ev
 from dedistill.evaluation.judges import ClipJudge
 from dedistill.evaluation.meters import RatioEstimate
 from dedistill.evaluation.numbers import check_by
-from dedistill.evaluation.selection import Comparison, check_prompts, compare_with_best, select
+from dedistill.evaluation.prompts import check_prompts
+from dedistill.evaluation.selection import Comparison, compare_with_best, select
 from dedistill.evaluation.sweep import Candidate, Grid, read_index, sweep
 from dedistill.io.ownership import claim
 
@@ -37,13 +38,14 @@ def evaluate(
     """Measure, sweep and select the candidates of ``runs``, with intermediate results in ``out`` to continue from.
 
     names: of the runs. reference: candidate that the others are compared with, default the first. Returns {"losses",
-    "distillation", "selection"}: a row per candidate, and what ``measure`` and ``select`` return. Raises UserError as they do.
+    "distillation", "selection", "trained"}: a row per candidate, what ``measure`` and ``select`` return, and how many of the
+    prompts were trained on. Raises UserError as they do.
     """
     candidates = [c for run in runs for c in run]
     known = [c.name for c in candidates]
     reference = reference or known[0]
     check_comparable(known, reference, settings)
-    check_prompts(grid.prompts)  # select would say so, and of --by, after hours of images
+    check_prompts(grid.prompts)
     check_by(by, {name for name, who in (("judge", settings.judge), ("clip", clip)) if who})
     for part in ("sweep", "distillation", "selection"):
         claim(out / part, part, "--out")
@@ -59,9 +61,9 @@ def evaluate(
     )
     scores = sweep(looked_at, grid, out / "sweep", title=f"CFG sweep: {names}", judge=settings.judge, clip=clip, say=say)
     order = sorted(known, key=lambda name: losses[name].value[0])
-    selection = select(scores, read_index(out / "sweep" / "index.json"), by=by, order=order)
-    rows = _loss_rows(compare_with_best(_together(losses, known), "low"), known, chosen)
-    return {"losses": rows, "distillation": distillation, "selection": selection}
+    selection = select(scores, read_index(out / "sweep" / "index.json"), by=by, order=order, reference=reference)
+    rows = _loss_rows(compare_with_best(_together(losses, known), "low"), candidates, chosen)
+    return {"losses": rows, "distillation": distillation, "selection": selection, "trained": len(grid.trained)}
 
 
 def shortlist(run: list[Candidate], losses: dict[str, RatioEstimate]) -> list[Candidate]:
@@ -85,15 +87,16 @@ def _together(losses: dict[str, RatioEstimate], names: list[str]) -> RatioEstima
     return RatioEstimate(np.hstack([r.top for r in own]), np.hstack([r.bottom for r in own]))
 
 
-def _loss_rows(found: Comparison, names: list[str], looked_at: set[str]) -> list[dict[str, Any]]:
+def _loss_rows(found: Comparison, candidates: list[Candidate], looked_at: set[str]) -> list[dict[str, Any]]:
     return [
         {
-            "candidate": name,
+            "candidate": c.name,
+            "average": c.average,
             "value": float(found.value[i]),
             "low": known_bound(found.low[i]),
             "high": known_bound(found.high[i]),
             "may_be_best": bool(found.may_be_best[i]),
-            "looked_at": name in looked_at,
+            "looked_at": c.name in looked_at,
         }
-        for i, name in enumerate(names)
+        for i, c in enumerate(candidates)
     ]

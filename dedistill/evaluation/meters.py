@@ -13,7 +13,7 @@ import torch
 from scipy.stats import norm, t
 from torch import Tensor
 
-from dedistill.data.source import LEAST_UNITS
+from dedistill.data.split import LEAST_UNITS
 from dedistill.evaluation.influence import angular_distance
 from dedistill.evaluation.judges import DigitJudge
 from dedistill.evaluation.numbers import image_numbers

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from dedistill.data.source import LEAST_UNITS
-from dedistill.errors import UserError, amount
+from dedistill.data.split import LEAST_UNITS
+from dedistill.errors import UserError
 from dedistill.evaluation.meters import LEVEL, RatioEstimate, interval, ratio, resamples
+from dedistill.evaluation.prompts import check_prompts
 
 CELL = ("candidate", "cfg", "skip", "steps", "method")
 
@@ -87,15 +88,21 @@ def _chance(weights: np.ndarray, pulls: np.ndarray) -> np.ndarray:
 
 
 def select(
-    scores: dict[str, Any], rows: list[dict[str, Any]], *, by: str | None = None, order: Sequence[str] = ()
+    scores: dict[str, Any],
+    rows: list[dict[str, Any]],
+    *,
+    by: str | None = None,
+    order: Sequence[str] = (),
+    reference: str | None = None,
 ) -> dict[str, Any]:
     """Judge the cells of a sweep (``scores.json`` and the ``rows`` of ``index.json``) by ``scores["numbers"]``.
 
     A cell is refused when a number with a tolerance may be worse by more than it, prompt by prompt, than in the cell
     ``against`` which it is held: its own candidate's nearest CFG 1, in the most steps. The rest is compared by number
     ``by``, default the first that tells whether images show what was asked; without one nothing is chosen. order:
-    candidates, those first that are taken where number and cost are equal; default as listed. Returns what selection.json
-    holds. Raises UserError for a number that there is not, too few prompts, or cells of different prompts.
+    candidates, those first that are taken where number and cost are equal; default as listed. reference: the one that the
+    others are to be better than, so that it is never a cheaper choice among equals. Returns what selection.json holds. Raises
+    UserError for a number that there is not, too few prompts, or cells of different prompts.
     """
     cells = [{key: cell[key] for key in (*CELL, "nfe") if key in cell} for cell in scores["cells"]]
     known = {n["key"]: n for n in scores["numbers"] if "image" in n}
@@ -114,20 +121,11 @@ def select(
         "by": ranking_metric,
         "numbers": [known[key] for key in readings],
         "prompts": len({row["prompt"] for row in rows}),
+        "undecided": _undecided(cells, chosen, known[ranking_metric] if ranking_metric else None),
+        "reference": reference,
         "chosen": chosen,
         "cells": cells,
     }
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raise UserError for too few different prompts to choose by."""
-    if (count := len(set(prompts))) < LEAST_UNITS:
-        some = amount(count, "different prompt is", "different prompts are")
-        raise UserError(
-            f"--prompts: {some} too few to choose by; at least {LEAST_UNITS} are needed: captions of the data, where it has as "
-            "many, or a text file with a prompt per line (--prompts prompts.txt)",
-            2,
-        )
 
 
 def _mildest(cells: list[dict[str, Any]], candidate: str) -> int:
@@ -166,15 +164,38 @@ def _reading(cells: list[dict[str, Any]], rows: list[dict[str, Any]], key: str) 
 
 
 def _fill(cells: list[dict[str, Any]], number: dict[str, Any], reading: RatioEstimate) -> None:
-    """Each cell's value of ``number`` with its interval, and whether it may be too much worse than in the cell ``against``."""
+    """Each cell's value of ``number`` with its interval, and whether it may be too much worse than in the cell ``against``.
+
+    prompts_needed: about how many would tell that it is not, where its value is within the tolerance (intervals shrink with
+    the root of their number); infinite where it is not.
+    """
     draws = reading.resampled()
     low, high = interval(draws, reading)
     sign = -1.0 if number["better"] == "high" else 1.0
-    worst = interval(sign * (draws - draws[:, [cell["against"] for cell in cells]]), reading)[1]
+    against = [cell["against"] for cell in cells]
+    worse = sign * (reading.value - reading.value[against])
+    worst = interval(sign * (draws - draws[:, against]), reading)[1]
+    limit = number.get("tolerance", np.inf)
     for i, cell in enumerate(cells):
         cell["numbers"][number["key"]] = {"value": float(reading.value[i]), "low": float(low[i]), "high": float(high[i])}
-        if worst[i] > number.get("tolerance", np.inf):
+        if worst[i] > limit:
             cell["refused"].append(number["key"])
+            needed = len(reading.top) * ((worst[i] - worse[i]) / (limit - worse[i])) ** 2 if worse[i] < limit else np.inf
+            cell["prompts_needed"] = max(cell.get("prompts_needed", 0.0), float(needed))
+
+
+def _undecided(cells: list[dict[str, Any]], chosen: int | None, ranking_metric: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Cells better than the chosen one by ``ranking_metric`` that are refused only for what so few prompts leave open: how many
+    there are, and how many prompts would decide half of them. None where there are none. Takes ``prompts_needed`` out."""
+    found = [(cell, needed) for cell in cells if np.isfinite(needed := cell.pop("prompts_needed", np.inf))]
+    if chosen is not None and ranking_metric:
+        key, sign = ranking_metric["key"], 1 if ranking_metric["better"] == "high" else -1
+        least = sign * cells[chosen]["numbers"][key]["value"]
+        found = [(cell, needed) for cell, needed in found if sign * cell["numbers"][key]["value"] > least]
+    if not found:
+        return None
+    wanted = float(np.median([needed for _, needed in found]))
+    return {"cells": len(found), "prompts": int(-(-wanted // LEAST_UNITS) * LEAST_UNITS)}
 
 
 def _compare(cells: list[dict[str, Any]], allowed: list[int], reading: RatioEstimate, better: str, order: list[str]) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dedistill.errors import UserError
 from dedistill.evaluation.judges import ClipJudge, DigitJudge
 from dedistill.evaluation.numbers import NUMBERS, VERSION, diversity, image_numbers
+from dedistill.evaluation.prompts import distinct
 from dedistill.flow.guidance import ClassifierFree, Guider
 from dedistill.flow.solvers import SOLVERS
 from dedistill.io.atomic import replace_json
@@ -45,13 +46,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Grid:
-    """steps: solver steps of every candidate; none: each its own."""
+    """steps: solver steps of every candidate; none: each its own. trained: those of the prompts that were trained on."""
 
     guiders: tuple[Guider, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     steps: tuple[int, ...] = ()
     solvers: tuple[str, ...] = ("euler",)
+    trained: frozenset[str] = frozenset()
 
     def columns(self, own: int) -> list[Sampling]:
         """The ways of sampling a candidate of ``own`` steps."""
@@ -98,7 +100,7 @@ def sweep(
     scores = {
         "title": title,
         "settings": {
-            "prompts": distinct(grid.prompts),
+            "prompts": distinct(grid.prompts, grid.trained),
             "seeds": ", ".join(map(str, grid.seeds)),
             "solver": ", ".join(SOLVERS[solver].name for solver in grid.solvers),
             **({"judge reads real held-out digits": f"{judge.held_out_accuracy:.1%}"} if judge else {}),
@@ -109,12 +111,6 @@ def sweep(
     replace_json(out / "index.json", rows)
     replace_json(out / "scores.json", scores)
     return scores
-
-
-def distinct(prompts: Sequence[str]) -> int | str:
-    """How many there are, and how many different ones where that is less."""
-    count, different = len(prompts), len(set(prompts))
-    return count if different == count else f"{count}, {different} of them different"
 
 
 def _folder_name(candidate: Candidate, column: Sampling) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.data.source import LEAST_UNITS
+from dedistill.data.split import LEAST_UNITS
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import World
 from dedistill.evaluation.meters import RatioEstimate, path_numbers

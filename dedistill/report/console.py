@@ -80,11 +80,6 @@ def progress(rows: Iterable[dict[str, Any]], start: int, plan: Plan) -> Iterator
         yield row
 
 
-def say(line: str) -> None:
-    """A line about work that goes on, at once."""
-    print(printable(line), file=sys.stderr, flush=True)
-
-
 def _live(rows: Iterable[dict[str, Any]], start: int, plan: Plan) -> Iterator[dict[str, Any]]:
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=Console(stderr=True)) as bar:

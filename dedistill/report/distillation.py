@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dedistill.data.source import LEAST_UNITS
+from dedistill.data.split import LEAST_UNITS
 from dedistill.errors import amount
 from dedistill.io.atomic import replace_json
 from dedistill.report.pages import decimals, field, figure, render

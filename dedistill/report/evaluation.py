@@ -3,13 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+from dedistill.errors import amount
 from dedistill.evaluation.evaluate import MOST_AVERAGES
 from dedistill.evaluation.selection import CELL
 from dedistill.evaluation.sweep import read_index
 from dedistill.io.atomic import replace_json
-from dedistill.report.distillation import interval_words, write_distillation_page
+from dedistill.report.distillation import few_words, interval_words, write_distillation_page
 from dedistill.report.pages import decimals, display_width, drop_old_thumbnails, field, render
-from dedistill.report.selection import UNJUDGED, chosen_words, number_words, place_words, rule, write_selection_page
+from dedistill.report.selection import (
+    UNJUDGED,
+    chosen_words,
+    number_words,
+    place_words,
+    refused_words,
+    rule,
+    undecided_words,
+    write_selection_page,
+)
 from dedistill.report.sweep import shot, write_sweep_page
 
 SHOWN = 8
@@ -24,7 +34,14 @@ def write_evaluation(out: Path, found: dict[str, Any], names: str) -> tuple[list
     write_distillation_page(out / "distillation", found["distillation"])
     write_selection_page(out / "selection", found["selection"], f"Selection: {names}")
     answers, title = three_answers(found), f"Evaluation: {names}"
-    summary = {"title": title, "answers": answers, "losses": found["losses"], "chosen": _chosen(found["selection"])}
+    first = cautions(found)
+    summary = {
+        "title": title,
+        "cautions": first,
+        "answers": answers,
+        "losses": found["losses"],
+        "chosen": _chosen(found["selection"]),
+    }
     replace_json(out / "evaluation.json", summary)
     columns, rows = _images(out, found)
     drop_old_thumbnails(out, (s for row in rows for s in row["shots"]))
@@ -34,6 +51,7 @@ def write_evaluation(out: Path, found: dict[str, Any], names: str) -> tuple[list
     html = render(
         "evaluation.html.j2",
         title=title,
+        cautions=first,
         answers=answers,
         rule=rule(found["selection"]),
         most=MOST_AVERAGES,
@@ -57,6 +75,15 @@ def three_answers(found: dict[str, Any]) -> list[dict[str, str]]:
         {"question": "Which weights?", "answer": _which(found)},
         {"question": "How to sample?", "answer": _how(found)},
     ]
+
+
+def cautions(found: dict[str, Any]) -> list[str]:
+    """What a reader must know before the answers: what so few prompts, or prompts that were trained on, cannot tell."""
+    said = [undecided_words(found["selection"]), few_words(found["distillation"])]
+    if found["trained"]:
+        some = amount(found["trained"], "prompt is a caption that was", "prompts are captions that were")
+        said.append(f"{some} trained on: images of other prompts may be worse.")
+    return [words for words in said if words]
 
 
 def _chosen(selection: dict[str, Any]) -> dict[str, Any] | None:
@@ -112,16 +139,31 @@ def _difference(row: dict[str, Any]) -> str:
 def _which(found: dict[str, Any]) -> str:
     losses, selection = found["losses"], found["selection"]
     best = min(losses, key=lambda row: row["value"])
-    equals = [row["candidate"] for row in losses if row["may_be_best"] and row is not best]
-    ties = f"indistinguishable from it: {', '.join(equals)}" if equals else "no other may be the best"
-    by_loss = f"by held-out loss {best['candidate']} is best, {ties}" if len(losses) > 1 else "it is the only candidate"
+    alike = [row["candidate"] for row in losses if row["may_be_best"]]
+    by_loss = f"by held-out loss {best['candidate']} is best, {_equals(found, best['candidate'], alike)}"
+    by_loss = by_loss if len(losses) > 1 else "it is the only candidate"
     if selection["chosen"] is None:
         return f"{by_loss[0].upper()}{by_loss[1:]}."
     name = selection["cells"][selection["chosen"]]["candidate"]
-    cells = [cell for cell in selection["cells"] if cell.get("may_be_best") and cell["candidate"] != name]
-    others = list(dict.fromkeys(cell["candidate"] for cell in cells))
-    images = f"; by its images it is indistinguishable from {', '.join(others)}" if others else ""
-    return f"{name}{images}; {by_loss}."
+    alike = list(dict.fromkeys(cell["candidate"] for cell in selection["cells"] if cell.get("may_be_best")))
+    return f"{name}; by its images, {_equals(found, name, alike)}; {by_loss}."
+
+
+def _equals(found: dict[str, Any], name: str, alike: list[str]) -> str:
+    """Who of ``alike`` cannot be told from ``name``. The reference is not offered as an equal: it is what they started from."""
+    reference = found["distillation"]["reference"]
+    averages = [row["candidate"] for row in found["losses"] if row["average"]]
+    equal = [other for other in alike if other not in (name, reference)]
+    several = [other for other in equal if other in averages]
+    if len(several) > 2:
+        others = "other averages" if name in averages else "averages"
+        rest = len(averages) - (name in averages)
+        count = f"all {rest}" if len(several) == rest else f"{len(several)} of the {rest}"
+        equal = [other for other in equal if other not in averages] + [f"{count} {others}"]
+    words = f"indistinguishable from it: {', '.join(equal)}" if equal else "no other may be the best"
+    if reference in alike and reference != name:
+        words = f"{words if equal else 'no other is as good'}; that it is better than {reference} is not shown"
+    return words
 
 
 def _how(found: dict[str, Any]) -> str:
@@ -130,10 +172,10 @@ def _how(found: dict[str, Any]) -> str:
     if selection["chosen"] is not None:
         cell = selection["cells"][selection["chosen"]]
         price = _price(selection, cell, [n for n in limited if n["key"] != selection["by"]])
-        return f"{chosen_words(selection)}.{price}"
+        return f"{chosen_words(selection)}.{price} {refused_words(selection)}".rstrip()
     name = subject(found)
     fine = [place_words(c) for c in selection["cells"] if c["candidate"] == name and not c["refused"]]
-    return f"{UNJUDGED} Not refused: {'; '.join(fine) or f'no cell of {name}'}."
+    return f"{UNJUDGED} Not refused: {'; '.join(fine) or f'no cell of {name}'}. {refused_words(selection)}".rstrip()
 
 
 def _price(selection: dict[str, Any], cell: dict[str, Any], numbers: list[dict[str, Any]]) -> str:

@@ -11,7 +11,10 @@ from dedistill.report.pages import decimals, field, figure, render
 from dedistill.report.plots import tick_label
 from dedistill.report.sweep import named
 
-UNJUDGED = "Prompt adherence was not judged, so no cell is chosen: look at the images of those that are not refused."
+UNJUDGED = (
+    "Prompt adherence was not judged, so no cell is chosen: look at the images of those that are not refused, or have CLIP "
+    "judge (--clip FOLDER, of any CLIPModel of transformers)."
+)
 
 
 def write_selection_page(folder: Path, found: dict[str, Any], title: str) -> Path:
@@ -57,14 +60,16 @@ def rule(found: dict[str, Any]) -> list[str]:
 
 
 def chosen_words(found: dict[str, Any]) -> str:
-    """The chosen cell, its number with its interval, and how many cells it cannot be told from."""
+    """The chosen cell, its number with its interval, and how many cells it cannot be told from; of these the cheapest one
+    that is not of the reference, which they were to be better than."""
     cell, key = found["cells"][found["chosen"]], found["by"]
     label = next(n["label"] for n in found["numbers"] if n["key"] == key)
-    others = sum(bool(c.get("may_be_best")) for c in found["cells"]) - bool(cell.get("may_be_best"))
+    equal = [c for c in found["cells"] if c.get("may_be_best") and c is not cell and c["candidate"] != found["reference"]]
+    others = len(equal)
     ties = "no other may be the best"
     if others:
         ties = f"{amount(others, 'other cell is', 'other cells are')} possibly the best as well"
-    cheapest = min((c for c in found["cells"] if c.get("may_be_best")), key=lambda c: c["nfe"])
+    cheapest = min([cell, *equal], key=lambda c: c["nfe"])
     cheaper = f"; the cheapest of them is {place_words(cheapest)}" if cheapest["nfe"] < cell["nfe"] else ""
     return f"{place_words(cell)}: {label} {number_words(cell, key)}; {ties}{cheaper}"
 
@@ -91,6 +96,30 @@ def verdict(found: dict[str, Any], i: int) -> str:
     if "may_be_best" not in cell:
         return "not refused"
     return "possibly the best" if cell["may_be_best"] else "not the best"
+
+
+def refused_words(found: dict[str, Any]) -> str:
+    """How many cells are refused, for what, and at which scales, in one sentence; empty where none is."""
+    refused = [cell for cell in found["cells"] if cell["refused"]]
+    parts = []
+    for n in found["numbers"]:
+        if cfgs := sorted({cell["cfg"] for cell in refused if n["key"] in cell["refused"]}):
+            parts.append(f"{n['label']} (CFG {', '.join(map(tick_label, cfgs))})")
+    some = (
+        f"{len(refused)} of {amount(len(found['cells']), 'cell is', 'cells are')} refused, as they may be worse by too much in"
+    )
+    return f"{some} {', '.join(parts)}." if refused else ""
+
+
+def undecided_words(found: dict[str, Any]) -> str:
+    """What a reader must know first where so few prompts decide nothing; empty otherwise."""
+    if (undecided := found["undecided"]) is None:
+        return ""
+    better = "" if found["chosen"] is None else "better "
+    return (
+        f"{found['prompts']} prompts cannot decide; about {undecided['prompts']} needed (--prompts {undecided['prompts']}): "
+        f"{amount(undecided['cells'], f'{better}cell is', f'{better}cells are')} refused only for what so few leave open."
+    )
 
 
 def _price(found: dict[str, Any]) -> dict[str, Any] | None:

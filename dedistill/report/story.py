@@ -14,16 +14,16 @@ from rich.table import Table
 from dedistill.data.digits import digits_in
 from dedistill.data.encode import open_source
 from dedistill.data.source import Source, needed
-from dedistill.errors import UserError, amount
-from dedistill.evaluation.candidates import candidates_of, read_prompts
+from dedistill.errors import UserError, amount, say
+from dedistill.evaluation.candidates import candidates_of
 from dedistill.evaluation.judges import judge_for
+from dedistill.evaluation.prompts import read_prompts
 from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, sweep
 from dedistill.evaluation.validation import Validator
 from dedistill.io.atomic import replace_json
 from dedistill.io.ownership import claim
 from dedistill.objectives.base import objective_for
 from dedistill.recipe import Recipe
-from dedistill.report.console import say
 from dedistill.report.pages import (
     PHONE_SIDE,
     TINY,

@@ -260,7 +260,7 @@ def test_report(story, monkeypatch, capsys):
         (("cfg_sweep", "small/dedistill.toml", "--cfg", "nan"), "--cfg: expects a finite number, got 'nan'"),
         (("cfg_sweep", "small/dedistill.toml", "--skip", "-1"), "--skip: expects a whole number of at least 0"),
         (("cfg_sweep", "small/dedistill.toml", "--prompts", "0"), "neither a number nor a readable text file"),
-        (("evaluate", "small/dedistill.toml", "--prompts", "2", "--samples", "9"), "--samples: 9 are too few for intervals"),
+        (("evaluate", "small/dedistill.toml", "--prompts", "16", "--samples", "9"), "--samples: 9 are too few for intervals"),
         (("evaluate", "small/student.toml"), "name one that trains on data with --data"),
         (("measure_distillation", "small/student.toml"), "name one that trains on data with --data"),
         (("measure_distillation", "small/dedistill.toml", "--reference", "x"), "no candidate 'x'; there are base"),

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from dedistill.data.cache import Store
-from dedistill.data.encoded import CroppedImage, EncodedImages, latent_key, read_text, split, text_key
+from dedistill.data.encoded import EncodedImages, latent_key, read_text, text_key
 from dedistill.data.images.buckets import Crop
 from dedistill.data.images.index import Sample
 from dedistill.data.images.types import NOWHERE
+from dedistill.data.split import CroppedImage, split
 from dedistill.errors import UserError
 from dedistill.models.conditioning import Widths
 
@@ -54,7 +55,7 @@ def encoded(caption: str) -> dict[str, torch.Tensor]:
 
 def opened(images, weights, latents: Store, texts: Store, held_out: float) -> EncodedImages:
     shapes = {"latent_shape": lambda height, width: (16, height, width), "text_widths": Widths((3,), {"pooled": 2})}
-    return EncodedImages(images, weights, latents, texts, held_out=held_out, **shapes)
+    return EncodedImages(split(images, held_out), weights, latents, texts, **shapes)
 
 
 @pytest.fixture
@@ -127,11 +128,12 @@ def test_held_out_images_are_never_trained_on(source):
 def test_the_split_follows_the_bytes_of_a_image():
     """Copies in two sets are on one side; another order or name changes nothing; at least one is held out."""
     twins = [*IMAGES, *(image(1, 100 + i, copy_of=IMAGES[i].sample.sha256) for i in range(20))]
-    train, held = split(twins, 0.3)
+    halves = split(twins, 0.3)
+    train, held = halves.train, halves.held
     assert not {p.sample.sha256 for p in train} & {p.sample.sha256 for p in held} and len(train) + len(held) == len(twins)
     again = [replace(p, sample=replace(p.sample, name="x")) for p in reversed(twins)]
-    assert {p.sample.sha256 for p in split(again, 0.3)[1]} == {p.sample.sha256 for p in held}
-    assert len(split(IMAGES, 0.001)[1]) == 1 and split(IMAGES, 0.0)[1] == []
+    assert {p.sample.sha256 for p in split(again, 0.3).held} == {p.sample.sha256 for p in held}
+    assert len(split(IMAGES, 0.001).held) == 1 and split(IMAGES, 0.0).held == []
 
 
 @pytest.mark.parametrize("images", [IMAGES[:40], IMAGES[:1] * 2, [image(0, i, copy_of="aa") for i in range(3)]])
@@ -198,9 +200,9 @@ ENOUGH = [(1, 1), (4, 1), (10, 2), (25, 5), (80, 16), (100, 16), (500, 16), (800
 def test_by_default_enough_is_held_out_for_intervals(images, held):
     """16 images where that is no more than a fifth, and 2 % of many."""
     everything = [SimpleNamespace(sample=SimpleNamespace(sha256=f"{i:064}")) for i in range(images)]
-    train, kept = split(everything, "auto")
-    assert (len(train), len(kept)) == (images - held, held)
-    assert split(everything[::-1], "auto")[1][::-1] == kept
+    found = split(everything, "auto")
+    assert (len(found.train), len(found.held)) == (images - held, held)
+    assert split(everything[::-1], "auto").held[::-1] == found.held
 
 
 def test_prompts_are_different_captions_as_far_as_there_are(source):

@@ -15,11 +15,12 @@ from test_run import metrics, run, same, weights
 
 from dedistill.data import encode as module
 from dedistill.data.cache import Store
-from dedistill.data.encode import look, open_stores, prepare
+from dedistill.data.encode import open_stores, prepare
 from dedistill.data.encoded import latent_key, read_text, text_key
 from dedistill.data.images.buckets import apply_crop
 from dedistill.data.images.decode import decode
 from dedistill.data.images.index import build_index
+from dedistill.data.usable import image_sets, look
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.io.atomic import checksummed, read_checksummed
@@ -66,7 +67,8 @@ def test_what_is_cached_is_what_encoding_gives(image_recipe):
     recipe = load_recipe(image_recipe, settings)
     latents, texts = stores(image_recipe, *settings)
     components = Flux().load(recipe.model, seed=0, denoiser=False)
-    _, index, images = look(recipe, lambda line: None)
+    usable = look(recipe, lambda line: None)
+    index, images = usable.index, usable.images
     crops = 0
     for i, image in enumerate(images):
         decoded = decode(index.read(i))
@@ -323,10 +325,10 @@ def test_resumed_equals_uninterrupted(image_recipe, tmp_path):
     """A run made longer is the run that was long from the start, bit for bit; prefetching leaves no trace."""
     settings = ["data.resolutions=[48, 64]", "data.crops_per_picture=2", "validate.every=2", "validate.samples=4"]
     whole = run(image_recipe, tmp_path / "whole", *settings, "train.steps=4")
-    run(image_recipe, tmp_path / "parts", *settings, "train.steps=2")
-    parts = run(image_recipe, tmp_path / "parts", *settings, "train.steps=4")
-    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
-    assert same(weights(whole), weights(parts))
+    run(image_recipe, tmp_path / "components", *settings, "train.steps=2")
+    components = run(image_recipe, tmp_path / "components", *settings, "train.steps=4")
+    assert (whole / "metrics.jsonl").read_bytes() == (components / "metrics.jsonl").read_bytes()
+    assert same(weights(whole), weights(components))
 
 
 def test_changed_images_on_the_way_are_refused(own, tmp_path, capsys):
@@ -358,7 +360,7 @@ def test_a_recipe_names_the_columns_of_a_table(image_recipe, tmp_path, column):
     rows = [json.dumps({column: f"p{i:02d}.png", "llava": f"number {i}", "blip": "x"}) for i in range(3)]
     (images / "metadata.jsonl").write_text("\n".join(rows))
     recipe = load_recipe(image_recipe, [f'data.sets=[{{path="{images}", file_column="{column}", captions=["llava"]}}]'])
-    assert [s.captions for s in build_index(module.image_sets(recipe)).samples] == [(f"number {i}",) for i in range(3)]
+    assert [s.captions for s in build_index(image_sets(recipe)).samples] == [(f"number {i}",) for i in range(3)]
 
 
 @pytest.mark.parametrize("part", ["embeds", "pooled"])
@@ -367,8 +369,8 @@ def test_text_that_is_not_finite_is_never_cached(image_recipe, monkeypatch, part
     """As an encoder in fp16 gives for single captions, by an overflow."""
     real = Flux.encode_text
 
-    def overflowing(self, parts, captions, length):
-        text = real(self, parts, captions, length)
+    def overflowing(self, components, captions, length):
+        text = real(self, components, captions, length)
         for i in [i for i, caption in enumerate(captions) if caption.endswith(" 5")]:
             (text.tokens.embeds if part == "embeds" else text.vectors["pooled"])[i].view(-1)[0] = value
         return text

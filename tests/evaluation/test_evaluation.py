@@ -11,16 +11,16 @@ from closed_form_models import ClosedFormData, closed_form
 from samplings import at
 
 from dedistill.errors import UserError
-from dedistill.evaluation.candidates import read_prompts
 from dedistill.evaluation.distillation import EvalSettings, evaluate_candidate, measure, result_file
 from dedistill.evaluation.evaluate import evaluate, shortlist
 from dedistill.evaluation.meters import RatioEstimate
+from dedistill.evaluation.prompts import read_prompts
 from dedistill.evaluation.selection import select
 from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, read_scores
 from dedistill.io.atomic import checksummed, read_checksummed
 from dedistill.recipe import load_recipe
 from dedistill.report.evaluation import three_answers, write_evaluation
-from dedistill.report.selection import rule, verdict, write_selection_page
+from dedistill.report.selection import rule, undecided_words, verdict, write_selection_page
 
 RECIPE = load_recipe("dedistill:digits/teacher")
 PROMPTS = [f"{i % 2}" + " " * i for i in range(16)]
@@ -211,7 +211,10 @@ def test_answers_with_a_choice():
     row = {"value": 0.1, "low": 0.09, "high": 0.11}
     gone = {"difference": -0.4, "difference_low": -0.5, "difference_high": -0.3, "verdict": "lower"}
     meters = {"base": {"guidance": [row], "loss": [row]}, "last": {"guidance": [row | gone], "loss": [row | gone]}}
-    losses = [{"candidate": name, **row, "may_be_best": name == "last", "looked_at": True} for name in ("base", "last")]
+    losses = [
+        {"candidate": name, **row, "average": False, "may_be_best": name == "last", "looked_at": True}
+        for name in ("base", "last")
+    ]
     losses[0]["value"] = 0.2
     found = {
         "losses": losses,
@@ -220,11 +223,15 @@ def test_answers_with_a_choice():
     }
     how_distilled, which, how = (item["answer"] for item in three_answers(found))
     assert "last is less distilled than base" in how_distilled and "lower by 0.300 to 0.500" in how_distilled
-    assert which == "last; by held-out loss last is best, no other may be the best."
+    assert which == "last; by its images, no other may be the best; by held-out loss last is best, no other may be the best."
     found["selection"] = scored({("base", 1.0): 0.3, ("last", 1.0): 0.5, ("last", 2.0): 0.9})
     beside = three_answers(found)[2]["answer"]
     assert beside.endswith(" Beside last at CFG 1 in 8 steps: <burnt> 0.0100 (0.0100 to 0.0100) against 0.0100.")
-    assert how.startswith("last at CFG 2 in 8 steps: accuracy 0.900") and "It has <burnt> 0.0100 (0.0100 to 0.0100)." in how
+    assert (
+        how.startswith("last at CFG 2 in 8 steps: accuracy 0.900")
+        and "It has <burnt> 0.0100 (0.0100 to 0.0100)." in how
+        and "refused" not in how
+    )
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
@@ -233,3 +240,55 @@ def test_prompts_of_a_file_as_editors_write_it(tmp_path, mark, end):
     prompts = ("ein Fuchs im Schnee ❄", "one\u2028line", "and\x85this")
     (tmp_path / "p.txt").write_bytes(mark + end.join(prompts).encode() + end.encode())
     assert read_prompts(str(tmp_path / "p.txt"), None) == prompts
+
+
+def noisy_scores(prompts: int, excess: float, spread: float) -> dict:
+    """base and last at CFG 1 and 2: at 2 last is right more often, and more saturated by ``excess``, with so much spread."""
+    noise = np.random.default_rng(0).normal(size=prompts)
+    noise = (noise - noise.mean()) / noise.std()
+    cells = [{"candidate": n, **at(8, cfg).facts, "nfe": at(8, cfg).nfe()} for n in ("base", "last") for cfg in (1.0, 2.0)]
+    rows = []
+    for cell in cells:
+        strong = cell["cfg"] == 2
+        right = 0.9 if strong and cell["candidate"] == "last" else 0.6
+        burnt = 0.01 + strong * (excess + spread * noise)
+        rows += [{**cell, "prompt": f"{p}", "seed": 0, "correct": float(p % 10 < 10 * right)} for p in range(prompts)]
+        for row, value in zip(rows[-prompts:], burnt):
+            row["saturated"] = float(value)
+    return select({"numbers": score_files({("a", 1.0): 1.0})[0], "cells": cells}, rows, reference="base")
+
+
+@pytest.mark.parametrize(("excess", "spread", "needed"), [(0.01, 0.035, (48, 80)), (0.015, 0.03, (128, 208))])
+def test_few_prompts_say_how_many_would_decide(excess, spread, needed):
+    """What is refused for uncertainty alone is not refused with as many prompts as were said to be needed."""
+    few = noisy_scores(24, excess, spread)
+    assert few["cells"][3]["refused"] == ["saturated"] and few["cells"][few["chosen"]]["cfg"] == 1
+    assert undecided_words(few).startswith(f"24 prompts cannot decide; about {few['undecided']['prompts']} needed")
+    assert needed[0] <= few["undecided"]["prompts"] <= needed[1]
+    many = noisy_scores(few["undecided"]["prompts"], excess, spread)
+    assert not many["cells"][3]["refused"] and many["undecided"] is None and undecided_words(many) == ""
+    assert noisy_scores(24, 0.2, 0.01)["undecided"] is None, "what is certainly too much is no matter of prompts"
+
+
+def test_equal_averages_are_one_answer_and_the_base_is_none():
+    """Ten names say no more than "all 10 averages"; that the base was not beaten is said, not offered as a choice."""
+    names = ["base", *(f"alpha_{i}" for i in range(10)), "last"]
+    accuracy = {(name, cfg): 0.5 for name in names for cfg in (1.0, 2.0, 3.0)}
+    numbers, cells, rows = score_files(accuracy)
+    row = {"value": 0.1, "low": 0.09, "high": 0.11, "difference": 0.0, "difference_low": -0.1, "difference_high": 0.1}
+    meters = {name: {key: [row | {"verdict": "no difference seen"}] for key in ("guidance", "loss")} for name in names}
+    losses = [{"candidate": n, **row, "average": "_" in n, "may_be_best": True, "looked_at": True} for n in names[::-1]]
+    found = {
+        "losses": losses,
+        "distillation": {"candidates": meters, "reference": "base"},
+        "selection": select({"numbers": numbers, "cells": cells}, rows, order=names[::-1], reference="base"),
+    }
+    _, which, how = (item["answer"] for item in three_answers(found))
+    equals = "indistinguishable from it: all 10 averages; that it is better than base is not shown"
+    assert which == f"last; by its images, {equals}; by held-out loss last is best, {equals}."
+    assert "base" not in how and how.endswith(
+        "12 of 36 cells are refused, as they may be worse by too much in <burnt> (CFG 3)."
+    )
+    for loss in losses[3:5]:
+        loss["may_be_best"] = False
+    assert "loss last is best, indistinguishable from it: 8 of the 10 averages;" in three_answers(found)[1]["answer"]
