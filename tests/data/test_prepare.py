@@ -325,10 +325,10 @@ def test_resumed_equals_uninterrupted(image_recipe, tmp_path):
     """A run made longer is the run that was long from the start, bit for bit; prefetching leaves no trace."""
     settings = ["data.resolutions=[48, 64]", "data.crops_per_picture=2", "validate.every=2", "validate.samples=4"]
     whole = run(image_recipe, tmp_path / "whole", *settings, "train.steps=4")
-    run(image_recipe, tmp_path / "components", *settings, "train.steps=2")
-    components = run(image_recipe, tmp_path / "components", *settings, "train.steps=4")
-    assert (whole / "metrics.jsonl").read_bytes() == (components / "metrics.jsonl").read_bytes()
-    assert same(weights(whole), weights(components))
+    run(image_recipe, tmp_path / "parts", *settings, "train.steps=2")
+    parts = run(image_recipe, tmp_path / "parts", *settings, "train.steps=4")
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+    assert same(weights(whole), weights(parts))
 
 
 def test_changed_images_on_the_way_are_refused(own, tmp_path, capsys):
@@ -369,8 +369,8 @@ def test_text_that_is_not_finite_is_never_cached(image_recipe, monkeypatch, part
     """As an encoder in fp16 gives for single captions, by an overflow."""
     real = Flux.encode_text
 
-    def overflowing(self, components, captions, length):
-        text = real(self, components, captions, length)
+    def overflowing(self, parts, captions, length):
+        text = real(self, parts, captions, length)
         for i in [i for i, caption in enumerate(captions) if caption.endswith(" 5")]:
             (text.tokens.embeds if part == "embeds" else text.vectors["pooled"])[i].view(-1)[0] = value
         return text
