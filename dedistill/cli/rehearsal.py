@@ -27,6 +27,7 @@ from dedistill.errors import UserError, amount
 from dedistill.evaluation.candidates import candidates_of
 from dedistill.evaluation.sweep import Grid, classifier_free, sweep
 from dedistill.io import ownership
+from dedistill.models.blocks import check_blocks
 from dedistill.models.family import Family
 from dedistill.models.quantize import linear_names
 from dedistill.models.registry import get_family, text_length
@@ -47,6 +48,8 @@ SMALL = 64
 """Side of the squares that the first resolution becomes; the others grow by 16 each."""
 SAMPLE_SIDES = (1600, 1200)
 """Width and height of sample images: enough for any crop at 1024."""
+FEW_BLOCKS = 2
+"""Of those that wait on the CPU or are computed again."""
 PROMPTS = ("", "two words")
 MADE = ("rehearsal.log", "cache", "model", "run", "sweep", "merged", "exported")
 """What a rehearsal leaves."""
@@ -178,6 +181,7 @@ def _check_captions(recipe: Recipe) -> None:
 def _check_full_size(recipe: Recipe, family: Family) -> str:
     """Layer patterns against the full-size network, and whether what will be kept fits the disk."""
     denoiser = family.full_size(recipe.model)
+    check_blocks(recipe, len(family.blocks(denoiser)))
     total = sum(p.numel() for p in denoiser.parameters())
     if recipe.adapter is None:
         count, summary = total, f"all {total:,} parameters are trained"
@@ -214,10 +218,13 @@ def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
         family.write_tiny(recipe.model, out / "model", image, full_depth=numbered)
         model = {"path": str(out / "model"), "revision": None, "components": None}
     every = {"every": STEPS // 2}
-    train = {"steps": STEPS, "batch": 4, "micro_batch": 2, "warmup": min(recipe.train.warmup, 1)}
+    some = recipe.train.gradient_checkpointing
+    few = some if isinstance(some, bool) else min(some, FEW_BLOCKS)
+    train = {"steps": STEPS, "batch": 4, "micro_batch": 2, "warmup": min(recipe.train.warmup, 1), "gradient_checkpointing": few}
     changes: dict[str, dict[str, Any]] = {
         "run": {"out": str(out / "run"), "resume": "auto"},
         "model": model,
+        "base": {"swap": min(recipe.base.swap, FEW_BLOCKS)},
         "train": train,
         "validate_": every | {"samples": 4} if recipe.validate_.every else {},
         "meters": every | {"samples": 2, "steps": 2} if recipe.meters.every else {},

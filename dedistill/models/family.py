@@ -1,5 +1,6 @@
 """What a model family provides. Everything else in the program knows only this."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,7 +76,8 @@ Output = Tensor | tuple[Tensor, ...]
 class Denoiser(Protocol):
     """What is asked of ``Components.denoiser`` beside being a module; diffusers' models have it."""
 
-    def enable_gradient_checkpointing(self) -> None: ...
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., object]) -> None:
+        """Where gradients are wanted, call a block as ``gradient_checkpointing_func(block, *args)``."""
 
     def save_config(self, save_directory: Path) -> None: ...
 
@@ -143,7 +145,7 @@ class Family(Protocol):
         """Resolution-dependent shift of sigma for that many image tokens."""
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
-        """The unit of checkpointing, compiling, offloading and sharding."""
+        """The unit of checkpointing, swapping and sharding, in the order in which a pass calls them."""
 
     def presets(self, denoiser: nn.Module) -> dict[str, list[str]]:
         """Named sets of layers of ``denoiser`` as name patterns."""

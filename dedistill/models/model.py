@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,12 @@ from dedistill.adapters.delta import check_started, initialise
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.errors import UserError
+from dedistill.models.blocks import check_blocks, checkpoint_blocks, swapped_blocks
 from dedistill.models.conditioning import Conditioning, collate
-from dedistill.models.family import Components, Denoiser, Family
+from dedistill.models.family import Components, Family
 from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
 from dedistill.models.registry import get_family, public_name, text_length
+from dedistill.models.swap import Swap
 from dedistill.recipe import Recipe
 from dedistill.recipe.embedded import read_recipe
 from dedistill.recipe.model_tables import Adapter as AdapterTable
@@ -118,7 +120,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return next(self.components.denoiser.parameters()).device
+        return next((self.adapter or self.components.denoiser).parameters()).device  # a base's first block may be elsewhere
 
 
 def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
@@ -151,6 +153,8 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     family = get_family(recipe.model.family, recipe.where("model.family"))
     components = family.load(recipe.model, seed=recipe.run.seed)
     components.device = device
+    blocks = family.blocks(components.denoiser)
+    check_blocks(recipe, len(blocks))
     if recipe.sample.height and recipe.sample.width:
         components.sample_shape = family.latent_shape(components, recipe.sample.height, recipe.sample.width)
     length = text_length(family, filled(recipe.model.text_length, "model.text_length"), recipe.where("model.text_length"))
@@ -168,10 +172,8 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     model.bf16 = recipe.train.precision == "bf16"
     model.grid_shift = recipe.timesteps.resolved_shift(lambda: model.shift(components.sample_shape))
     model.chunk = recipe.train.micro_batch or CHUNK
-    if recipe.train.gradient_checkpointing:
-        cast(Denoiser, components.denoiser).enable_gradient_checkpointing()
     facts |= {"text_length": length, "mask": components.mask, "guidance": components.guidance}
-    facts["gradient_checkpointing"] = bool(getattr(components.denoiser, "is_gradient_checkpointing", False))
+    facts["gradient_checkpointing"] = checkpoint_blocks(components.denoiser, blocks, recipe.train.gradient_checkpointing)
     facts["trained_parameters"] = sum(p.numel() for p in model.trainable().values())
     facts["storage_bytes"] = storage_bytes(components.denoiser)
     return model
@@ -189,11 +191,12 @@ def _adapt(
     denoiser = components.denoiser
     cast_float(denoiser, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     shapes = dense_shapes(denoiser, linear_names(denoiser))
-    quantized = prepare_base(denoiser, recipe.base.quant, recipe.base.exclude, device, recipe.where)
+    swapped = swapped_blocks(recipe, family.blocks(denoiser))
+    quantized = prepare_base(denoiser, recipe.base.quant, recipe.base.exclude, device, recipe.where, stay=swapped)
     facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
     targets = resolve_targets(table, shapes, family.presets(denoiser), recipe.where)
-    adapter = Adapter(denoiser, table.kind, targets).to(next(denoiser.parameters()).device)
-    weight = _weight_reader(denoiser)
+    adapter = Adapter(denoiser, table.kind, targets).to(device)
+    weight = _weight_reader(denoiser, device)
     for name, module in adapter.by_target.items():
         initialise(module, name, partial(weight, name), init=table.init, scale=table.init_scale, seed=recipe.run.seed)
     if recipe.train.optimizer == "adamw_bf16":
@@ -201,8 +204,11 @@ def _adapt(
             parameter.data = parameter.data.to(torch.bfloat16)
     facts["lycoris_backend"] = os.environ["LYCORIS_KERNEL_BACKEND"]
     facts["init"] = check_started(adapter.by_target, weight, init=table.init, scale=table.init_scale)
+    if swapped:
+        facts["swap"] = Swap(swapped, device).facts
     return Model(family, components, adapter, length, adapter=adapter, targets=targets, facts=facts)
 
 
-def _weight_reader(denoiser: nn.Module) -> Callable[[str], Tensor]:
-    return lambda name: dense_weight(linear_in(denoiser, name))
+def _weight_reader(denoiser: nn.Module, device: torch.device | str) -> Callable[[str], Tensor]:
+    """On ``device`` wherever they lie: the same sums."""
+    return lambda name: dense_weight(linear_in(denoiser, name)).to(device)

@@ -5,7 +5,7 @@ ordinary frozen parameters work everywhere. The codes equal optimum-quanto's qin
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -171,11 +171,17 @@ def linear_names(denoiser: nn.Module) -> list[str]:
 
 
 def prepare_base(
-    denoiser: nn.Module, quant: str, exclude: list[str], device: torch.device | str, where: Callable[[str], str] = str
+    denoiser: nn.Module,
+    quant: str,
+    exclude: list[str],
+    device: torch.device | str,
+    where: Callable[[str], str] = str,
+    stay: Sequence[nn.Module] = (),
 ) -> list[str]:
     """Quantize ``denoiser`` in place, move it to ``device``, freeze all of it; returns the names of the quantized linears.
 
-    quant: a name of ``QUANTIZERS``. A linear that matches a pattern of ``exclude`` keeps its dtype.
+    quant: a name of ``QUANTIZERS``. A linear that matches a pattern of ``exclude`` keeps its dtype. stay: blocks whose
+    parameters do not move: their linears are quantized on ``device`` and come back.
     Raises UserError for a pattern that matches no linear.
     """
     kernels.prove(device)
@@ -185,9 +191,14 @@ def prepare_base(
     chosen: list[str] = []
     if quantizer:
         chosen = [name for name in names if name not in kept]
+        staying = {module for block in stay for module in block.modules()}
         for name in chosen:  # one at a time, so that the whole dense network is never on the device
-            denoiser.set_submodule(name, quantizer.convert(linear_in(denoiser, name).to(device)))
-    denoiser.to(device)
+            linear = linear_in(denoiser, name)
+            before = linear.weight.device
+            made = quantizer.convert(linear.to(device))
+            denoiser.set_submodule(name, made.to(before) if linear in staying else made)
+    kept_back = {parameter for block in stay for parameter in block.parameters()}
+    denoiser._apply(lambda tensor: tensor if tensor in kept_back else tensor.to(device))
     # after quantization: quanto's freeze() makes the weights it rebuilds require gradients again
     denoiser.requires_grad_(False)
     return chosen

@@ -64,6 +64,11 @@ class Base(Table):
     exclude: list[str] = Field(
         default_factory=list, description="Name patterns of linears that stay unquantized; each must match at least one."
     )
+    swap: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Blocks of the frozen base that wait in the memory of the CPU and are copied to the GPU one ahead of the "
+        "pass, for networks larger than the card; at least 3, two of them fit at a time. 0: none.",
+    )
 
 
 class Target(Table):

@@ -20,7 +20,7 @@ class Clash(NamedTuple):
 def contradictions(recipe: Recipe) -> list[Clash]:
     """Keys that are well formed alone but make no sense together."""
     found = _model_rules(recipe) + _sampling_rules(recipe) + _data_rules(recipe) + _timestep_rules(recipe)
-    found += _training_rules(recipe) + _optimizer_rules(recipe)
+    found += _training_rules(recipe) + _optimizer_rules(recipe) + _swap_rules(recipe)
     if recipe.adapter is not None:
         found += _adapter_rules(recipe.adapter)
     return found
@@ -174,6 +174,23 @@ def _optimizer_rules(r: Recipe) -> list[Clash]:
     if r.adapter is None and r.base.quant != "none":
         found.append(_clash("base.quant", "a quantized base is frozen: add an [adapter] table or set quant = 'none'"))
     return found
+
+
+def _swap_rules(r: Recipe) -> list[Clash]:
+    swap = "base.swap"
+    if not r.base.swap:
+        return []
+    if r.adapter is None:
+        return [_clash(swap, "a base whose blocks wait on the CPU is frozen: add an [adapter] table, or set swap = 0")]
+    if r.base.swap < 3:
+        return [_clash(swap, f"{r.base.swap} saves nothing, since two blocks fit on the GPU at any time; use 3 or more")]
+    if r.base.quant == "int8-quanto":
+        message = "does not work with quant = 'int8-quanto', no plain tensors; 'int8' has the same codes"
+        return [_clash(swap, message, "base.quant")]
+    if r.train.gradient_checkpointing is not True:
+        message = "needs train.gradient_checkpointing = true: gradients read a block's weights again, and it has left by then"
+        return [_clash(swap, message, "train.gradient_checkpointing")]
+    return []
 
 
 def _adapter_rules(a: Adapter) -> list[Clash]:

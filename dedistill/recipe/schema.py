@@ -158,7 +158,9 @@ class Train(Table):
         description="Bit-equal weights on any number of processes: samples go through one by one and their gradients are "
         "added as integers. Slower.",
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute blocks in backward: less memory, more time.")
+    gradient_checkpointing: bool | Positive = Field(
+        False, description="Recompute blocks in backward: less memory, more time. A number: only so many, the first ones."
+    )
 
 
 class Validate(Table):

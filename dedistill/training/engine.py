@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dedistill.distributed.world import World
+from dedistill.errors import UserError
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
 from dedistill.training.optim import load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors, state_norm
@@ -83,6 +84,12 @@ class Engine:
 
     def check(self) -> None:
         """Raises UserError, before anything is loaded, for a recipe that cannot be trained so."""
+        if self.cuts_on_cpu and self.recipe.base.swap:
+            raise UserError(
+                f"{self.recipe.where('base.swap')}: {self.name} leaves each process a part of every block and puts blocks together "
+                "itself; set base.swap = 0, or use launch/ddp.yaml",
+                2,
+            )
 
     def place(self, model: Model, device: torch.device | str) -> None:
         """Take ``model`` over, each process its part, and make the optimizer. What reads the weights themselves must have

@@ -22,6 +22,7 @@ class Fsdp2(Engine):
     requires_equal_forwards = builds_on_cpu = True
 
     def check(self) -> None:
+        super().check()
         if self.recipe.adapter is None:
             raise UserError(
                 "FSDP2 shards a frozen base, and without a table [adapter] the whole network is trained. Use launch/ddp.yaml.",

@@ -36,6 +36,7 @@ class Zero(Engine):
     gathers = requires_equal_forwards = True
 
     def check(self) -> None:
+        super().check()
         recipe = self.recipe
         if recipe.train.exact:
             raise UserError(

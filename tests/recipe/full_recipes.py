@@ -47,6 +47,7 @@ pooled_dim = 8
 [base]
 quant = "int8"
 exclude = ["*.norm"]
+swap = 3
 
 [adapter]
 kind = "lokr"

@@ -49,7 +49,12 @@ ONE_LINE_ERRORS = [  # what is added to SMALL, the line of the mistake below it,
     ("betas = [0.9, 0.9, 0.9]", 1, "train.betas: must have at most 2 entries, got 3"),
     ("betas = [0.9,\n 1.0]", 2, "train.betas.1: must be less than 1, got 1.0"),
     ("betas = 0.9", 1, "train.betas: expects an array, got the number 0.9"),
-    ("gradient_checkpointing = 1", 1, "train.gradient_checkpointing: expects true or false, got the integer 1"),
+    (
+        "gradient_checkpointing = 1.5",
+        1,
+        "train.gradient_checkpointing: expects true or false or an integer, got the number 1.5",
+    ),
+    ("gradient_checkpointing = 0", 1, "train.gradient_checkpointing: must be at least 1, got 0"),
     (
         "[timesteps]\nshift = 'aut'",
         2,

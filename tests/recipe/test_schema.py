@@ -180,7 +180,10 @@ def test_round_trip(load, text):
 
 def test_round_trip_of_a_distillation(load):
     """Its time table has no effect and may not be set; printed with every default it must still be accepted."""
-    recipe = load(TRAINED.split("[timesteps]")[0] + "[train]\nobjective = 'distill'\nsteps = 1\nbatch = 1\nlr = 1e-3\n")
+    recipe = load(
+        TRAINED.split("[timesteps]")[0]
+        + "[train]\nobjective = 'distill'\nsteps = 1\nbatch = 1\nlr = 1e-3\ngradient_checkpointing = true\n"
+    )
     assert "[timesteps]" in to_toml(recipe) and load(to_toml(recipe)) == recipe
 
 

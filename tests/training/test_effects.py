@@ -25,6 +25,7 @@ MNIST = [
     "train.steps=1",
     "train.batch=2",
 ]
+SWAPPABLE = ["adapter={kind='lora', targets=[{preset='blocks'}]}", "model.new.layers=3", "train.gradient_checkpointing=true"]
 PREVIEW = ["preview.every=2", "preview.prompts=['the red sun']"]
 PATTERN = ["adapter.targets=[{pattern='transformer_blocks.**', factor=4}]"]
 
@@ -46,6 +47,7 @@ CASES = [
     ("model.new.pooled_dim", "8", "teacher", []),
     ("base.quant", "none", "adapter", []),
     ("base.exclude", "['**.norm1.linear']", "adapter", []),
+    ("base.swap", "3", "teacher", SWAPPABLE),
     ("adapter.kind", "lora", "adapter", ["adapter.targets=[{preset='blocks'}]"]),
     ("adapter.init", "ones", "adapter", []),
     ("adapter.init_scale", "1e-2", "adapter", []),
@@ -117,7 +119,7 @@ CASES = [
     ("log.wandb", "true", "adapter", ["run.name=w"]),
 ]
 # what the key changes cannot be seen in numbers or files: the same arithmetic in other pieces
-PLAN_ONLY = {"train.gradient_checkpointing": "effects", "train.micro_batch": "plan"}
+PLAN_ONLY = {"base.swap": "effects", "train.gradient_checkpointing": "effects", "train.micro_batch": "plan"}
 # what the key changes is a name
 SAID = {"run.name"}
 ELSEWHERE = {

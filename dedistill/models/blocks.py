@@ -1,0 +1,42 @@
+"""What a recipe has done with a network's blocks: which are computed again in backward, which wait in the memory of the CPU."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dedistill.errors import UserError
+from dedistill.models.family import Denoiser
+from dedistill.models.swap import spread
+from dedistill.recipe import Recipe
+
+
+def check_blocks(recipe: Recipe, count: int) -> None:
+    """Raises UserError for a key that asks for more blocks than the ``count`` that the network has."""
+    for key, wanted in (("base.swap", recipe.base.swap), ("train.gradient_checkpointing", recipe.train.gradient_checkpointing)):
+        if wanted > count:
+            raise UserError(f"{recipe.where(key)}: {wanted} blocks, and the network has {count}", exit_code=2)
+
+
+def swapped_blocks(recipe: Recipe, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those that wait in the memory of the CPU."""
+    return [blocks[i] for i in spread(recipe.base.swap, len(blocks))]
+
+
+def checkpoint_blocks(denoiser: nn.Module, blocks: Sequence[nn.Module], wanted: int | bool) -> int:
+    """Have so many of ``blocks``, or all, keep their inputs alone and be computed again in backward; returns how many.
+
+    The first ones, since what the last ones keep is gone before the first are computed again.
+    """
+    chosen = set(blocks if wanted is True else blocks[:wanted])
+
+    def call(block: nn.Module, *args: Any) -> object:
+        if block not in chosen:
+            return block(*args)
+        # what is frozen draws nothing at random
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=block.training)
+
+    if chosen:
+        cast(Denoiser, denoiser).enable_gradient_checkpointing(call)
+    return len(chosen) if getattr(denoiser, "is_gradient_checkpointing", False) else 0

@@ -1,0 +1,112 @@
+"""Whole runs with blocks that wait in the memory of the CPU: the same files as without."""
+
+import json
+
+import pytest
+from test_previews import PREVIEW
+from test_run import _stop_after, run, same, weights
+from test_world import train
+from test_zero import zero
+from tiny_recipes import ADAPTER
+
+from dedistill.errors import UserError
+from dedistill.models.flux.tiny import write_tiny_flux
+from dedistill.recipe import load_recipe
+from dedistill.train import main
+from dedistill.training.engine import Engine
+from dedistill.training.fsdp import Fsdp2
+from dedistill.training.zero import Zero2, Zero3
+
+CHECKPOINTED = "train.gradient_checkpointing=true"
+
+
+@pytest.fixture
+def six_blocks(image_recipe, tiny_flux, tmp_path):
+    """A recipe on a FLUX of two and four blocks, with validation and previews."""
+    write_tiny_flux(tmp_path / "flux", layers=2, single_layers=4)
+    text = image_recipe.read_text().replace(str(tiny_flux), str(tmp_path / "flux"))
+    image_recipe.write_text(text + "\n[base]\nquant = 'int8'\n[validate]\nevery = 1\nsamples = 2\n")
+    return image_recipe
+
+
+def test_a_run_that_is_stopped_and_goes_on_is_that_of_a_whole_base(six_blocks, tmp_path, monkeypatch):
+    """Validated and previewed at every step; it goes on with more blocks, and their number is no reason to refuse."""
+    settings = [*PREVIEW, "preview.every=1", "train.steps=3", "validate.every=1", "train.micro_batch=2"]
+    plain = run(six_blocks, tmp_path / "plain", *settings)
+    _stop_after(monkeypatch, 2)
+    words = [w for s in (*settings, CHECKPOINTED, "base.swap=3", f"run.out={tmp_path / 'swapped'}") for w in ("--set", s)]
+    assert main([str(six_blocks), *words]) == 75
+    monkeypatch.undo()
+    swapped = run(six_blocks, tmp_path / "swapped", *settings, CHECKPOINTED, "base.swap=6")
+    assert same(weights(plain), weights(swapped))
+    assert (plain / "metrics.jsonl").read_bytes() == (swapped / "metrics.jsonl").read_bytes()
+    images = sorted(p.relative_to(plain) for p in plain.glob("previews/*/*.png"))
+    assert len(images) == 16 and all((plain / p).read_bytes() == (swapped / p).read_bytes() for p in images)
+    effects = json.loads((swapped / "plan.json").read_text())["effects"]
+    assert effects["swap"]["blocks"] == effects["gradient_checkpointing"] == 6
+    assert 0 < effects["swap"]["device_bytes"] < effects["swap"]["host_bytes"] < effects["storage_bytes"]
+
+
+NEW = "model.new={height=8, width=16, patch=4, layers=2, single_layers=3, heads=2, head_dim=16, rope_axes=[4, 6, 6]}"
+
+
+@pytest.mark.parametrize("kind", ["lokr", "lora"])
+def test_two_processes(tmp_path, kind):
+    recipe = tmp_path / "recipe.toml"
+    text = ADAPTER.format(out=tmp_path, base="none").replace('path = "none"', "")
+    size = "factor = 4" if kind == "lokr" else "rank = 2"
+    text = text.replace('kind = "lokr"\ninit = "perturbed_normal"', f"kind = '{kind}'").replace("factor = 4", size)
+    recipe.write_text(text)
+    settings = (NEW, "train.steps=3", "train.micro_batch=2")
+    plain = train(2, recipe, tmp_path / "plain", *settings)
+    swapped = train(2, recipe, tmp_path / "swapped", *settings, CHECKPOINTED, "base.swap=4")
+    assert same(weights(plain), weights(swapped))
+    assert (plain / "metrics.jsonl").read_bytes() == (swapped / "metrics.jsonl").read_bytes()
+
+
+def test_zero2_whose_base_is_whole(adapter_recipe, tmp_path):
+    recipe = tmp_path / "new.toml"
+    recipe.write_text("".join(line for line in adapter_recipe.read_text().splitlines(True) if not line.startswith("path")))
+    plain, swapped = (
+        zero(2, 2, recipe, tmp_path / name, NEW, "train.steps=2", *more)
+        for name, more in (("plain", ()), ("swapped", (CHECKPOINTED, "base.swap=4")))
+    )
+    assert same(weights(plain), weights(swapped))
+
+
+REFUSED = [
+    (["base.swap=3"], "needs train.gradient_checkpointing = true"),
+    (["base.swap=3", "train.gradient_checkpointing=2"], "needs train.gradient_checkpointing = true"),
+    (["base.swap=2", CHECKPOINTED], "2 saves nothing"),
+    (["base.swap=3", CHECKPOINTED, "base.quant=int8-quanto"], "'int8' has the same codes"),
+]
+
+
+@pytest.mark.parametrize(("settings", "why"), REFUSED)
+def test_what_cannot_work_is_refused(adapter_recipe, settings, why):
+    with pytest.raises(UserError, match=f"base.swap: .*{why}"):
+        load_recipe(adapter_recipe, settings)
+
+
+def test_a_whole_network_cannot_wait(teacher_recipe):
+    with pytest.raises(UserError, match="base.swap: .*is frozen"):
+        load_recipe(teacher_recipe, ["base.swap=3", CHECKPOINTED])
+
+
+@pytest.mark.parametrize(("engine", "works"), [(Engine, True), (Fsdp2, False), (Zero2, True), (Zero3, False)])
+def test_engines_that_cut_blocks_refuse(adapter_recipe, engine, works):
+    from dedistill.distributed.world import World
+
+    made = engine(load_recipe(adapter_recipe, ["base.swap=3", CHECKPOINTED]), World())
+    if works:
+        return made.check()
+    with pytest.raises(UserError, match="base.swap: .*a part of every block"):
+        made.check()
+
+
+@pytest.mark.parametrize("setting", ["base.swap=3", "train.gradient_checkpointing=3"])
+def test_more_blocks_than_there_are(adapter_recipe, tmp_path, setting, capsys):
+    more = [CHECKPOINTED] if "swap" in setting else []
+    words = [w for s in (*more, setting) for w in ("--set", s)]
+    assert main([str(adapter_recipe), *words]) == 2
+    assert f"{setting.partition('=')[0]}: 3 blocks, and the network has 2" in capsys.readouterr().err
