@@ -48,6 +48,7 @@ LONG = [
     "training/test_fsdp2",
     "training/test_one_step",
     "training/test_previews",
+    "training/test_small_cards",
     "training/test_zero",
 ]
 """Whole runs, several processes, browsers: what ``bash launch/test.sh quick`` leaves out."""

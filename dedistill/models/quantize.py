@@ -17,6 +17,7 @@ from dedistill.adapters.attach import linear_in
 from dedistill.adapters.targets import matching
 from dedistill.errors import UserError
 from dedistill.io.safetensors import tensors_sha256
+from dedistill.models.swap import move_rest
 from dedistill.recipe import Recipe
 
 # --- an int8 linear made of plain tensors ----------------------------------------------------------------------------
@@ -197,8 +198,7 @@ def prepare_base(
             before = linear.weight.device
             made = quantizer.convert(linear.to(device))
             denoiser.set_submodule(name, made.to(before) if linear in staying else made)
-    kept_back = {parameter for block in stay for parameter in block.parameters()}
-    denoiser._apply(lambda tensor: tensor if tensor in kept_back else tensor.to(device))
+    move_rest(denoiser, device, stay)
     # after quantization: quanto's freeze() makes the weights it rebuilds require gradients again
     denoiser.requires_grad_(False)
     return chosen

@@ -3,9 +3,9 @@
 Two rooms on the device, each of the largest such block's size, take turns: while one block computes, the next is copied by a
 stream of its own. Nothing is copied back, since nothing of it changes. Numbers are those of a network that lies there whole.
 
-A room is free as soon as another block is called: by then all work of the block before is queued, in a pass back too, for autograd
-goes from the last block to the first and calls each again before its gradients (gradient checkpointing, without which
-gradients would read weights that are gone).
+A room is free as soon as another block is called: by then all work of the block before is queued. In a pass back, too, for
+autograd goes from the last block to the first and calls each again before its gradients (gradient checkpointing, without
+which gradients would read weights that are gone).
 """
 
 import weakref
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 Copy = Callable[[Tensor, Tensor], Callable[[], None]]
-"""Begins to copy the second's bytes into the first, on another device; calling what it returns has all later work wait for that."""
+"""Begins to copy the second's bytes into the first, on another device; what it returns has all later work wait for them."""
+LEAST = 3
+"""Fewer blocks save nothing, since two fit on the device at any time. Recipes say it, too."""
 ALIGNED = 256
 """Bytes; kernels load several numbers at once."""
 PORTABLE = 1
@@ -26,6 +28,12 @@ PORTABLE = 1
 def spread(count: int, among: int) -> list[int]:
     """``count`` of the numbers below ``among``, as evenly as can be: the blocks between give copies time."""
     return [(2 * i + 1) * among // (2 * count) for i in range(count)]
+
+
+def move_rest(denoiser: nn.Module, device: torch.device | str, waiting: Sequence[nn.Module]) -> None:
+    """``denoiser`` to ``device``, but for the parameters of the blocks ``waiting``."""
+    stay = {parameter for block in waiting for parameter in block.parameters()}
+    denoiser._apply(lambda tensor: tensor if tensor in stay else tensor.to(device))
 
 
 class Swap:
@@ -47,7 +55,7 @@ class Swap:
 
     @property
     def facts(self) -> dict[str, int | bool]:
-        """For plan.json: how many blocks, bytes of the CPU's memory and of the device's, and whether copies can be run ahead."""
+        """For plan.json: blocks, bytes of the CPU's memory and of the device's, and whether the device can read the former."""
         sizes = {"host_bytes": sum(held.size for held in self.held), "device_bytes": sum(len(r.buffer) for r in self.rooms)}
         return {"blocks": len(self.held), **sizes, "pinned": all(held.buffer.is_pinned() for held in self.held)}
 
@@ -134,7 +142,7 @@ class CudaCopy:
 def pin_in_place(buffer: Tensor) -> None:
     """Let a device read the memory of ``buffer`` by itself. Where the system refuses, copies are waited for.
 
-    torch's own pinned memory comes in powers of two: half as much again of an int8 FLUX.
+    torch's own pinned memory comes in powers of two, which blocks of 142 and 340 MB miss by half.
     """
     cuda = torch.cuda.cudart()
     if int(cuda.cudaHostRegister(buffer.data_ptr(), buffer.numel(), PORTABLE)) == 0:

@@ -86,8 +86,8 @@ class Engine:
         """Raises UserError, before anything is loaded, for a recipe that cannot be trained so."""
         if self.cuts_on_cpu and self.recipe.base.swap:
             raise UserError(
-                f"{self.recipe.where('base.swap')}: {self.name} leaves each process a part of every block and puts blocks together "
-                "itself; set base.swap = 0, or use launch/ddp.yaml",
+                f"{self.recipe.where('base.swap')}: {self.name} leaves each process a part of every block and puts blocks "
+                "together itself; set base.swap = 0, or use launch/ddp.yaml",
                 2,
             )
 

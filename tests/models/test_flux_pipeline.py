@@ -242,3 +242,19 @@ def test_saves_a_plain_folder(tmp_path, pipe):
 def test_importing_sampling_is_cheap():
     code = "import sys, dedistill.sampling; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("blocks", [3, 6])
+def test_images_of_a_transformer_whose_blocks_wait(tmp_path, blocks):
+    """To the bit; text encoders are back on the CPU afterwards, which is also where this device is."""
+    write_tiny_flux(tmp_path, layers=2, single_layers=4)
+    plain, swapped = (quiet(MaskedFluxPipeline.from_pretrained(tmp_path, local_files_only=True)) for _ in range(2))
+    swapped.enable_block_swap(blocks, "cpu")
+    assert sum(bool(m._forward_pre_hooks) for m in swapped.transformer.modules()) == blocks
+    for seed in range(2):
+        start = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(seed))
+        images = [draw(p, [SHORT, LONG], true_cfg_scale=3.0, start=start) for p in (plain, swapped)]
+        assert torch.equal(*images)
+    for wrong in (2, 7):
+        with pytest.raises(UserError, match="has 6 blocks, and at least 3 must wait"):
+            plain.enable_block_swap(wrong, "cpu")

@@ -1,7 +1,8 @@
 """Blocks that wait in the memory of the CPU: the same bits as without, and no block used before it came or after it left."""
 
 from dataclasses import dataclass, field
-from itertools import product
+from functools import partial
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -44,36 +45,36 @@ class Lazy:
 
 def model(name: str, kind: str = "lokr", quant: str = "int8", *, checkpointed: int | bool = True) -> Model:
     family = FAMILIES[name]
-    parts = family.build(SMALL) if name == "pixel_flux" else family.tiny(0, layers=5)
-    cast_float(parts.net, torch.bfloat16)
-    shapes = dense_shapes(parts.net, linear_names(parts.net))
-    prepare_base(parts.net, quant, [], "cpu")
+    components = family.build(SMALL) if name == "pixel_flux" else family.tiny(0, layers=5)
+    cast_float(components.denoiser, torch.bfloat16)
+    shapes = dense_shapes(components.denoiser, linear_names(components.denoiser))
+    prepare_base(components.denoiser, quant, [], "cpu")
     size = {"lora": {"rank": 2}, "lokr": {"factor": 2}}[kind]
-    targets = resolve_targets(adapter_table(kind, {"preset": "blocks", **size}), shapes, family.presets(parts.net))
-    adapter = Adapter(parts.net, kind, targets)
+    targets = resolve_targets(adapter_table(kind, {"preset": "blocks", **size}), shapes, family.presets(components.denoiser))
+    adapter = Adapter(components.denoiser, kind, targets)
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    checkpoint_blocks(parts.net, family.blocks(parts.net), checkpointed)
-    return Model(family, parts, adapter, 8, bf16=True, adapter=adapter, targets=targets)
+    checkpoint_blocks(components.denoiser, family.blocks(components.denoiser), checkpointed)
+    return Model(family, components, adapter, 8, bf16=True, adapter=adapter, targets=targets)
 
 
 def swap(built: Model, count: int) -> Lazy:
     """With blocks that wait out of reach, as a device cannot read the CPU's memory: NaN."""
-    blocks, lazy = built.family.blocks(built.parts.net), Lazy()
+    blocks, lazy = built.family.blocks(built.components.denoiser), Lazy()
     for held in Swap([blocks[i] for i in spread(count, len(blocks))], "cpu", lazy).held:
-
-        def lie_in(buffer, plain=held.lie_in, host=held.buffer, apart=torch.full_like(held.buffer, 0xFF)):
-            plain(apart if buffer is host else buffer)
-
-        held.lie_in = lie_in
-        lie_in(held.buffer)
+        held.lie_in = partial(reach, held.lie_in, {id(held.buffer): torch.full_like(held.buffer, 0xFF)})
+        held.lie_in(held.buffer)
     return lazy
 
 
+def reach(lie_in, instead, buffer):
+    lie_in(instead.get(id(buffer), buffer))
+
+
 def velocity(built: Model, seed: int) -> torch.Tensor:
-    noisy = torch.randn(2, *built.parts.sample_shape, generator=torch.Generator().manual_seed(seed))
-    text = built.family.encode_text(built.parts, ["a cat", "a dog in the snow"], 8)
+    noisy = torch.randn(2, *built.components.sample_shape, generator=torch.Generator().manual_seed(seed))
+    text = built.family.encode_text(built.components, ["a cat", "a dog in the snow"], 8)
     return built.velocity(noisy, torch.tensor([0.3, 0.8]), text)
 
 
@@ -90,7 +91,7 @@ def steps(built: Model) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("quant", ["int8", "none"])
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
-@pytest.mark.parametrize(("name", "count"), [("pixel_flux", 3), ("pixel_flux", 4), ("pixel_flux", 7), ("example", 5)])
+@pytest.mark.parametrize(("name", "count"), [("pixel_flux", 4), ("pixel_flux", 7), ("example", 5)])
 def test_every_bit_is_that_of_a_network_that_lies_there_whole(name, count, kind, quant):
     plain, swapped = model(name, kind, quant), model(name, kind, quant)
     lazy = swap(swapped, count)
@@ -102,10 +103,10 @@ def test_every_bit_is_that_of_a_network_that_lies_there_whole(name, count, kind,
 @pytest.mark.parametrize("quant", ["int8", "none"])
 def test_weights_can_be_read_between_passes(quant):
     built = model("pixel_flux", quant=quant)
-    before = sample_sha256(built.parts.net)
-    Swap(built.family.blocks(built.parts.net), "cpu", Lazy())
+    before = sample_sha256(built.components.denoiser)
+    Swap(built.family.blocks(built.components.denoiser), "cpu", Lazy())
     for _ in range(2):
-        assert sample_sha256(built.parts.net) == before
+        assert sample_sha256(built.components.denoiser) == before
         velocity(built, 0).sum().backward()
 
 
@@ -122,7 +123,7 @@ def test_a_pass_there_and_back_copies_no_block_more_often_than_twice(name, count
 
 def test_a_block_used_before_it_came_would_show():
     built = model("pixel_flux")
-    blocks = built.family.blocks(built.parts.net)
+    blocks = built.family.blocks(built.components.denoiser)
     Swap(blocks, "cpu", lambda room, values: [room.fill_(0xFF)] and (lambda: None))
     assert not velocity(built, 0).isfinite().any()
 
@@ -160,7 +161,7 @@ def test_a_room_given_away_too_early_would_show(monkeypatch, backward):
 def test_a_pass_that_breaks_off_costs_nothing():
     plain, swapped = model("pixel_flux"), model("pixel_flux")
     swap(swapped, 5)
-    blocks = swapped.family.blocks(swapped.parts.net)
+    blocks = swapped.family.blocks(swapped.components.denoiser)
     for block in (blocks[1], blocks[4]):
         broken = block.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -174,7 +175,7 @@ def test_a_pass_that_breaks_off_costs_nothing():
 def test_blocks_are_spread_evenly(count, among):
     chosen = spread(count, among)
     assert len(set(chosen)) == count and all(0 <= i < among for i in chosen) and chosen == sorted(chosen)
-    gaps = {b - a for a, b in zip(chosen, chosen[1:])}
+    gaps = {b - a for a, b in pairwise(chosen)}
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
@@ -189,7 +190,7 @@ def test_gradients_are_the_same_however_many_blocks_are_computed_again(name, kin
 @pytest.mark.parametrize(("count", "again"), [(False, 0), (2, 2), (6, 6), (True, 7)])
 def test_so_many_blocks_are_called_twice(count, again):
     built, calls = model("pixel_flux", checkpointed=count), []
-    for i, block in enumerate(built.family.blocks(built.parts.net)):
+    for i, block in enumerate(built.family.blocks(built.components.denoiser)):
         block.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
     velocity(built, 0).sum().backward()
     assert calls == [*range(7), *reversed(range(again))]

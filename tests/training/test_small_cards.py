@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from test_previews import PREVIEW
 from test_run import _stop_after, run, same, weights
 from test_world import train
@@ -12,6 +13,8 @@ from tiny_recipes import ADAPTER
 from dedistill.errors import UserError
 from dedistill.models.flux.tiny import write_tiny_flux
 from dedistill.recipe import load_recipe
+from dedistill.runs.model import open_finished
+from dedistill.sampling.sampler import Sampling, sample, start_noise
 from dedistill.train import main
 from dedistill.training.engine import Engine
 from dedistill.training.fsdp import Fsdp2
@@ -44,7 +47,15 @@ def test_a_run_that_is_stopped_and_goes_on_is_that_of_a_whole_base(six_blocks, t
     assert len(images) == 16 and all((plain / p).read_bytes() == (swapped / p).read_bytes() for p in images)
     effects = json.loads((swapped / "plan.json").read_text())["effects"]
     assert effects["swap"]["blocks"] == effects["gradient_checkpointing"] == 6
+    made = [images_of(six_blocks, out, *more) for out, more in ((plain, ()), (swapped, (CHECKPOINTED, "base.swap=5")))]
+    assert torch.equal(*made) and made[0].isfinite().all()
     assert 0 < effects["swap"]["device_bytes"] < effects["swap"]["host_bytes"] < effects["storage_bytes"]
+
+
+def images_of(recipe, out, *settings):
+    """By the finished run, as sweeps and evaluation open it."""
+    finished = open_finished(load_recipe(recipe, [f"run.out={out}", *settings]))
+    return sample(finished, ["the red sun"], start_noise(0, 1, finished.components.sample_shape), Sampling(steps=2))
 
 
 NEW = "model.new={height=8, width=16, patch=4, layers=2, single_layers=3, heads=2, head_dim=16, rope_axes=[4, 6, 6]}"
@@ -84,12 +95,12 @@ REFUSED = [
 
 @pytest.mark.parametrize(("settings", "why"), REFUSED)
 def test_what_cannot_work_is_refused(adapter_recipe, settings, why):
-    with pytest.raises(UserError, match=f"base.swap: .*{why}"):
+    with pytest.raises(UserError, match=rf"base\.swap: .*{why}"):
         load_recipe(adapter_recipe, settings)
 
 
 def test_a_whole_network_cannot_wait(teacher_recipe):
-    with pytest.raises(UserError, match="base.swap: .*is frozen"):
+    with pytest.raises(UserError, match=r"base\.swap: .*is frozen"):
         load_recipe(teacher_recipe, ["base.swap=3", CHECKPOINTED])
 
 
@@ -100,7 +111,7 @@ def test_engines_that_cut_blocks_refuse(adapter_recipe, engine, works):
     made = engine(load_recipe(adapter_recipe, ["base.swap=3", CHECKPOINTED]), World())
     if works:
         return made.check()
-    with pytest.raises(UserError, match="base.swap: .*a part of every block"):
+    with pytest.raises(UserError, match=r"base\.swap: .*a part of every block"):
         made.check()
 
 

@@ -1,6 +1,8 @@
 """A pipeline for those who use the result in diffusers: both branches of the guidance with their own text and mask."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.flux.encoders import encode
 from dedistill.models.flux.family import BypassedGuidance
-from dedistill.models.flux.network import MASKING_BACKENDS, MASKS, flux_velocity
+from dedistill.models.flux.network import MASKING_BACKENDS, MASKS, FluxBlocks, flux_velocity
 from dedistill.models.pretrained import check_folder
+from dedistill.models.swap import LEAST, Swap, move_rest, spread
 
 GUIDANCE = 3.5
 """dev's own default, for models that do not say what they were trained with."""
@@ -52,6 +55,8 @@ class MaskedFluxPipeline(FluxPipeline):
     ``MaskedFluxPipeline.from_pretrained(folder)`` loads any FLUX.1 folder; ``MaskedFluxPipeline(**pipe.components)`` turns
     a loaded FluxPipeline into one. What it saves is a plain FluxPipeline folder.
     """
+
+    _swapping_on: torch.device | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "MaskedFluxPipeline":
@@ -133,6 +138,26 @@ class MaskedFluxPipeline(FluxPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def enable_block_swap(self, blocks: int, device: torch.device | str = "cuda") -> None:
+        """Draw on ``device`` with a transformer that is larger: ``blocks`` of its blocks, at least 3, wait in the memory of the
+        CPU and are copied one ahead of their use; text encoders are on the device while prompts are encoded. The images are the
+        same. Takes the place of ``to(device)``; load adapters before. Raises UserError for another number of blocks.
+        """
+        own = FluxBlocks().blocks(self.transformer)
+        if not LEAST <= blocks <= len(own):
+            raise UserError(
+                f"enable_block_swap({blocks}): this transformer has {len(own)} blocks, and at least {LEAST} must wait"
+            )
+        waiting = [own[i] for i in spread(blocks, len(own))]
+        move_rest(self.transformer, device, waiting)
+        Swap(waiting, device)
+        self.vae.to(device)
+        self._swapping_on = torch.device(device)
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self._swapping_on or super()._execution_device
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         # under this class's name, programs without this package could not load the folder
         FluxPipeline(**self.components).save_pretrained(*args, **kwargs)
@@ -173,10 +198,23 @@ class MaskedFluxPipeline(FluxPipeline):
             if len(ids) > use.text_length:
                 logger.warning(f"only {use.text_length} of {len(ids)} tokens are used of the prompt '{prompt[:60]}...'")
         encoders = self.tokenizer, self.tokenizer_2, self.text_encoder, self.text_encoder_2
-        text = encode(*encoders, prompts, use.text_length, t5_mask=use.t5_mask, device=self._execution_device)
+        with self._encoders_there():
+            text = encode(*encoders, prompts, use.text_length, t5_mask=use.t5_mask, device=self._execution_device)
         dtype = self.transformer.dtype
         text = text.each(lambda t: t.to(dtype) if t.is_floating_point() else t)
         return text.index_select(torch.arange(len(prompts)).repeat_interleave(copies))
+
+    @contextmanager
+    def _encoders_there(self) -> Iterator[None]:
+        """On the device for as long as this lasts, where blocks wait for lack of room."""
+        encoders = (self.text_encoder, self.text_encoder_2) if self._swapping_on else ()
+        for encoder in encoders:
+            encoder.to(self._swapping_on)
+        try:
+            yield
+        finally:
+            for encoder in encoders:
+                encoder.to("cpu")
 
     def _check_backends(self, texts: list[Conditioning], mask: str) -> None:
         """Refuse a backend set for single layers; the one set for the whole process is checked where masks are made."""
