@@ -116,6 +116,8 @@ FAULTS = [
     (["adapter.targets=[{pattern='transformer_blocks.19.**'}]"], "matches no linear"),
     (["adapter.targets=[{preset='mdoulation'}]"], "unknown preset 'mdoulation'"),
     (["base.exclude=['*.norm1']"], "matches no linear"),
+    (["base.swap=58"], "base.swap: 58 blocks, and the network has 57"),
+    (["train.gradient_checkpointing=60"], "train.gradient_checkpointing: 60 blocks, and the network has 57"),
     (["model.text_length=640"], "model.text_length: 640 tokens; flux takes at most 512"),
     (["model.guidance=1.0"], "model.guidance: this network has no guidance embedding"),
     (["snapshot.every=50000"], "snapshot.every: 50,000 is never reached; train.steps is 20,000"),
