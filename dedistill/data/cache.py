@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.errors import UserError
-from dedistill.io.atomic import TEMPORARY, make_folder, refused, replace_file, replace_json
+from dedistill.io.atomic import TEMPORARY, UNFINISHED, make_folder, refused, replace_file, replace_json
 from dedistill.io.hashing import file_sha256
 from dedistill.io.json_files import read_object
 
@@ -166,7 +166,7 @@ def sole_writer(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
             heartbeat.beat("waiting for another run")
             time.sleep(0.5)
         try:
-            for unfinished in cache.glob("*/*.tmp-*"):
+            for unfinished in cache.glob(f"*/*{UNFINISHED}*"):
                 if TEMPORARY.search(unfinished.name):
                     unfinished.unlink()
             yield

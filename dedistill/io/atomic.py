@@ -1,5 +1,6 @@
 """Files that are whole or not there, and say so when the disk refuses."""
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -13,8 +14,10 @@ from typing import Any, BinaryIO
 
 from dedistill.errors import UserError
 
-TEMPORARY = re.compile(r"\.tmp-\d+(-\d+)?(-old)?$")
-"""How the names of files and folders end that are being written."""
+UNFINISHED = ".tmp-dedistill"
+"""Behind the name of what is being written. Whoever writes there holds a lock on it: without one it is a killed writer's."""
+TEMPORARY = re.compile(rf"{re.escape(UNFINISHED)}(-\d+)?(-old)?$")
+"""How the names of files and folders end that are being written, or were put aside for a moment."""
 _STEP = re.compile(r"step-(\d+)(\.safetensors)?")
 
 
@@ -75,30 +78,62 @@ def make_folder(path: Path) -> None:
         sync(folder.parent)
 
 
-def free_sibling(path: Path) -> Path:
-    """A name beside ``path`` that nobody has, neither for what is being written nor, with ``-old``, for what it replaces."""
-    names = (path.with_name(f"{path.name}.tmp-{os.getpid()}{(n and f'-{n}') or ''}") for n in itertools.count())
-    return next(p for p in names if not os.path.lexists(p) and not os.path.lexists(f"{p}-old"))
+def _sibling(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}{UNFINISHED}{f'-{number}' if number else ''}")
+
+
+def _lock(place: Path, fd: int, *, fresh: bool) -> bool:
+    """Lock what ``fd`` has open at ``place``; False where somebody else writes there, or may do so for all we can tell."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return fresh
+    return _is_at(place, fd)  # whoever wrote there may have published it meanwhile
+
+
+def _is_at(place: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.lstat(place), os.fstat(fd))
+    except OSError:
+        return False
 
 
 class WholeFile:
     """A file written piece by piece that appears at ``path`` complete or not at all. Use as a context manager.
 
-    Temporary sibling, fsync, rename, fsync of the folder. ``write`` raises UserError naming the path when the disk
-    refuses; nothing is left behind then.
+    A sibling that is locked while it is written, fsync, rename, fsync of the folder. What a killed process left of the
+    sibling is written over. ``write`` raises UserError naming the path when the disk refuses; nothing is left behind then.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._temporary = free_sibling(path)
         self._size = 0
 
     def __enter__(self) -> "WholeFile":
         try:
-            self._file: BinaryIO = open(self._temporary, "xb")
+            self._temporary, self._file = next(filter(None, map(self._opened, itertools.count())))
         except OSError as e:
             raise refused(self.path, e) from e
         return self
+
+    def _opened(self, number: int) -> tuple[Path, BinaryIO] | None:
+        """An empty sibling that nobody else writes to; None where that of ``number`` is another's."""
+        place, fresh = _sibling(self.path, number), True
+        try:
+            file: BinaryIO = open(place, "xb")  # noqa: SIM115 - closed in __exit__
+        except FileExistsError:
+            fresh = False
+            try:
+                file = open(place, "r+b")  # noqa: SIM115
+            except OSError:
+                return None
+        if not _lock(place, file.fileno(), fresh=fresh):
+            file.close()
+            return None
+        file.truncate()
+        return place, file
 
     def write(self, data: bytes | memoryview) -> int:
         self._size += len(data)
@@ -121,15 +156,15 @@ class WholeFile:
             if kind is None:
                 self._publish()
         finally:
+            if _is_at(self._temporary, self._file.fileno()):  # not published
+                self._temporary.unlink()
             with suppress(OSError):  # a full disk refuses the buffered rest once more; the file is thrown away
                 self._file.close()
-            self._temporary.unlink(missing_ok=True)
 
     def _publish(self) -> None:
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
             os.replace(self._temporary, self.path)
         except OSError as e:
             raise refused(self.path, e, self._size) from e
@@ -137,30 +172,67 @@ class WholeFile:
 
 
 @contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty sibling of ``path``, locked while the block runs and removed after it, unless it was renamed.
+
+    What a killed process left of the sibling is removed first.
+    """
+    make_folder(path.parent)
+    place, lock = next(filter(None, (_locked_folder(_sibling(path, n)) for n in itertools.count())))
+    try:
+        for left in place.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        yield place
+    finally:
+        if _is_at(place, lock):
+            shutil.rmtree(place, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder(place: Path) -> tuple[Path, int] | None:
+    """``place`` and the descriptor that locks it; None where it is another's."""
+    try:
+        place.mkdir()
+        fresh = True
+    except FileExistsError:
+        fresh = False
+    try:
+        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        if fresh:
+            raise
+        return None
+    if _lock(place, fd, fresh=fresh):
+        return place, fd
+    os.close(fd)
+    return None
+
+
+@contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary sibling to fill, which then takes the place of ``path``; when the block fails nothing changes.
 
-    Killed at the wrong moment it leaves neither, but never a part of a folder.
+    Killed between the two renames it leaves neither, but both whole; the next one for ``path`` puts the old one back first.
     """
-    temporary = free_sibling(path)
-    aside = path.with_name(f"{temporary.name}-old")
-    make_folder(temporary.parent)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
-            sync(file)
-        if path.exists():
-            os.rename(path, aside)
-        os.rename(temporary, path)
-        sync(path.parent)
-    except BaseException:
+    with temporary_folder(path) as temporary:
+        aside = Path(f"{temporary}-old")
         if aside.exists() and not path.exists():
             os.rename(aside, path)
-        raise
-    finally:
-        for left in (temporary, aside):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            yield temporary
+            for file in [*temporary.rglob("*"), temporary]:
+                sync(file)
+            if path.exists():
+                os.rename(path, aside)
+            os.rename(temporary, path)
+            sync(path.parent)
+        except BaseException:
+            if aside.exists() and not path.exists():
+                os.rename(aside, path)
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def replace_file(path: Path, data: bytes) -> None:

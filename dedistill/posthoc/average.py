@@ -3,13 +3,12 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
 from dedistill.errors import UserError, amount
-from dedistill.io.atomic import make_folder
+from dedistill.io.atomic import temporary_folder
 from dedistill.posthoc.profiles import ALPHAS, TRUSTED, chain_averages, describe, find_profiles, reconstruct
 from dedistill.posthoc.snapshots import Average, Snapshot, find_snapshots, write_averages
 from dedistill.recipe import RESOLVED, load_recipe
@@ -49,16 +48,16 @@ def write_in_space(snapshots: Sequence[Snapshot], averages: Sequence[Average], s
     if space == "delta":
         write_dense(snapshots, averages)
         return Written(paths, [])
-    from dedistill.release.merge import merge_adapter
+    from dedistill.release.merge import is_merge_of, merge_adapter
 
     folders = [path.with_suffix("") for path in paths]
-    make_folder(paths[0].parent)
     recipe = load_recipe(run / RESOLVED if (run / RESOLVED).exists() else run / "recipe.toml")
-    with TemporaryDirectory(dir=paths[0].parent, prefix=".deltas-") as temporary:
-        deltas = [replace(a, path=Path(temporary) / a.path.name) for a in averages]
+    with temporary_folder(paths[0].parent / "deltas") as temporary:
+        deltas = [replace(a, path=temporary / a.path.name) for a in averages]
         write_dense(snapshots, deltas)
         for delta, folder in zip(deltas, folders):
-            merge_adapter(recipe, delta.path, folder)
+            if not is_merge_of(folder, delta.path):  # made before an interruption
+                merge_adapter(recipe, delta.path, folder)
     return Written(folders, [])
 
 

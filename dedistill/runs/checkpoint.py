@@ -16,7 +16,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.io.atomic import TEMPORARY, checksummed, make_folder, read_checksummed, step_name, step_of, sync, write_synced
+from dedistill.io.atomic import (
+    TEMPORARY,
+    UNFINISHED,
+    checksummed,
+    read_checksummed,
+    step_name,
+    step_of,
+    whole_folder,
+    write_synced,
+)
 from dedistill.io.hashing import file_sha256
 from dedistill.io.safetensors import TensorFile
 
@@ -33,27 +42,15 @@ def save_checkpoint(
     Older checkpoints go only after the new one has been read back and verified. A failed write leaves nothing behind.
     A good one of this step is kept as it is: a step of a run has one result, and there is never a moment without it.
     """
-    make_folder(folder)
     final = folder / step_name(step)
     if final.exists() and not damage(final):
         return final
-    temporary = folder / f"{final.name}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with whole_folder(final) as temporary:
         files = {}
         for name, group in tensors.items():
             files[f"{name}.safetensors"] = _write(temporary / f"{name}.safetensors", group, step)
         manifest = {"schema": SCHEMA, "step": step, **facts, "files": files}
         write_synced(temporary / MANIFEST, checksummed(manifest))
-        sync(temporary)
-        if final.exists():  # damaged
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync(folder)
     if problem := damage(final):
         raise UserError(f"checkpoint '{final}' does not read back as written: {problem}. Older checkpoints are kept.")
     _prune(folder, keep)
@@ -188,5 +185,5 @@ def sweep_temporaries(folder: Path) -> None:
         *("checkpoints/step-*", "snapshots/step-*", "snapshots/ema_*/step-*", "model"),
         *("recipe.json", "recipe.toml", "recipe.resolved.toml", "plan.json", "inputs.json", "metrics.jsonl", "timings.jsonl"),
     )
-    for path in (p for name in written for p in folder.glob(f"{name}.tmp-*") if TEMPORARY.search(p.name)):
+    for path in (p for name in written for p in folder.glob(f"{name}{UNFINISHED}*") if TEMPORARY.search(p.name)):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

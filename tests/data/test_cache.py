@@ -1,7 +1,6 @@
 """The store of encoded images and captions: what is written is read, and nothing that happens to it goes unnoticed."""
 
 import multiprocessing
-import os
 import random
 import time
 from pathlib import Path
@@ -199,7 +198,7 @@ def test_killed_at_any_moment_goes_on_where_it_was(tmp_path, writer):
         assert log.read_text().count("wrote") <= len(found) - done <= log.read_text().count("wrote") + 1
         done = len(found)
     assert 0 < done < count, "or the kill was no test"
-    (cache / "latents" / "0.safetensors.tmp-1").write_bytes(b"unfinished")
+    (cache / "latents" / "0.safetensors.tmp-dedistill").write_bytes(b"unfinished")
     process, log = writer(cache, count)
     process.join()
     assert process.exitcode == 0 and log.read_text().count("wrote") == count - done
@@ -220,7 +219,7 @@ def test_two_writers_take_turns_and_share_the_work(tmp_path, writer):
 def test_a_second_writer_says_that_it_waits_and_sweeps_nothing_before(tmp_path, writer):
     cache = tmp_path / "cache"
     with sole_writer(cache, print):
-        mine = cache / "latents" / f"x.safetensors.tmp-{os.getpid()}"
+        mine = cache / "latents" / "x.safetensors.tmp-dedistill"
         mine.parent.mkdir()
         mine.write_bytes(b"being written")
         process, log = writer(cache, 1)

@@ -123,12 +123,14 @@ def test_a_model_folder_that_is_no_export_is_not_replaced(teacher_recipe, tmp_pa
 def test_temporary_files_of_others_stay(teacher_recipe, tmp_path):
     assert main([str(teacher_recipe)]) == 0
     run = tmp_path / "teacher"
-    before = filled(run, "metrics.jsonl.tmp-backup", "recipe.old.tmp-1", "list.jsonl.tmp-2")
-    filled(run, "plan.json.tmp-77", "model.tmp-7-1-old/x")
+    before = filled(run, "metrics.jsonl.tmp-backup", "recipe.old.tmp-1", "list.jsonl.tmp-dedistill", "plan.json.tmp-77")
+    ours = filled(
+        run, "plan.json.tmp-dedistill", "model.tmp-dedistill-1-old/x", "snapshots/step-00000001.safetensors.tmp-dedistill"
+    )
     assert main([str(teacher_recipe)]) == 0
     kept = contents(run)
-    assert all(kept.get(n) == before[n] for n in before if ".tmp-" in n) and "plan.json.tmp-77" not in kept
-    assert not (run / "model.tmp-7-1-old").exists()
+    assert all(kept.get(n) == before[n] for n in before if ".tmp-" in n and n not in ours)
+    assert not any(".tmp-dedistill" in n for n in kept if n != "list.jsonl.tmp-dedistill")
 
 
 # --- rehearsals

@@ -145,7 +145,7 @@ def _interrupt(folder: Path) -> None:
     """As it is when the second shard was being written: the facts know the first one."""
     facts = read_checksummed(folder / "pairs.json")
     (folder / "pairs.json").write_bytes(checksummed(facts | {"shards": facts["shards"][:1], "complete": False}))
-    (folder / SHARDS[1]).rename(folder / f"{SHARDS[1]}.tmp-999999")
+    (folder / SHARDS[1]).rename(folder / f"{SHARDS[1]}.tmp-dedistill")
     (folder / SHARDS[2]).unlink()
 
 
