@@ -1,5 +1,6 @@
 """What is said to the user: the one exception that carries a message for them, and how messages count."""
 
+import errno
 import re
 import sys
 from collections.abc import Iterator
@@ -40,11 +41,20 @@ def amount(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether ``error`` says that memory ran out, Python's or torch's: on a CPU that is a RuntimeError like any other."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error``, or what it was raised from, says that memory ran out: the system's, torch's or a GPU's."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    # torch and the libraries below it, on a CPU as on a GPU, raise one like any other; safetensors has a kind of its own
+    worded = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+    if worded and any(words in str(error).lower() for words in _NO_MEMORY):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "alloc_failed", "bad_alloc")
 
 
 @contextmanager

@@ -1,13 +1,23 @@
 """What messages and pages share: amounts of things in words."""
 
+import errno
 import io
+import os
+import resource
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 
 from dedistill.cli.command import BrokenPipeTolerant, guarded
+from dedistill.data.images.decode import BadImage, decode
 from dedistill.errors import RUN_AGAIN, UserError, amount, enough_memory, printable, say
+from dedistill.models.pretrained import reading
 from dedistill.report.pages import render
+from tests.faults.harness import forked
 
 
 @pytest.mark.parametrize(
@@ -50,6 +60,11 @@ def test_nothing_that_controls_a_terminal_reaches_it(capsys, sign):
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("std::bad_alloc"),
+        SafetensorError("I/O error: Cannot allocate memory (os error 12)"),
+        OSError(errno.ENOMEM, "Cannot allocate memory", "x.safetensors"),
     ],
 )
 def test_memory_that_runs_out_is_no_fault_of_ours(capsys, error):
@@ -62,6 +77,42 @@ def test_memory_that_runs_out_is_no_fault_of_ours(capsys, error):
 
     assert guarded(fail, debug=False) == guarded(named, debug=False) == RUN_AGAIN
     assert capsys.readouterr().err.count("out of memory") >= 2
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(1 << 46), lambda: np.empty(1 << 46)])
+def test_memory_that_is_refused_is_told_apart_by_every_reader(ask):
+    """A loader of the libraries', which takes any error for damage, and what wraps an error once more."""
+
+    def wrapped():
+        try:
+            ask()
+        except Exception as e:
+            raise UserError("'x' cannot be read") from e
+
+    def read():
+        with reading("model.path: 'x' cannot be loaded"):
+            ask()
+
+    assert guarded(wrapped, debug=False) == guarded(read, debug=False) == RUN_AGAIN
+
+
+@pytest.mark.parametrize(("mode", "format"), [("RGBA", "PNG"), ("L", "JPEG"), ("RGB", "TIFF")])
+def test_no_image_is_bad_for_want_of_memory(mode, format):
+    """Else it would be left out of training without a word that is true."""
+    data = io.BytesIO()
+    Image.new(mode, (6000, 6000)).save(data, format)
+
+    def short_of_memory():
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20), used + (20 << 20)))
+        try:
+            decode(data.getvalue())
+        except MemoryError:
+            os._exit(RUN_AGAIN)
+        except BadImage:
+            os._exit(1)
+
+    assert os.waitstatus_to_exitcode(forked(short_of_memory)) == RUN_AGAIN
 
 
 def test_other_errors_pass_through_where_memory_is_looked_at():

@@ -1,6 +1,7 @@
 """What all commands share: a parser whose help shows defaults and an example, types of arguments, failures as one message."""
 
 import argparse
+import errno
 import logging
 import math
 import os
@@ -142,16 +143,16 @@ def guarded(action: Callable[[], int | None], *, debug: bool) -> int:
         if debug:
             traceback.print_exc()
         for line in e.errors if isinstance(e, RecipeError) else [e]:
-            print(f"{_speaker()}error: {line}", file=sys.stderr)
-        return e.exit_code
+            print(f"{_speaker()}error: {line}{_more_files(e)}", file=sys.stderr)
+        return RUN_AGAIN if is_out_of_memory(e) else e.exit_code
     except BrokenPipeError:  # main() ends quietly: who reads has seen enough
         raise
     except OSError as e:
         if debug:
             traceback.print_exc()
         place = printable(str(e.filename or "input/output"))
-        print(f"{_speaker()}error: {place}: {e.strerror or e}", file=sys.stderr)
-        return 1
+        print(f"{_speaker()}error: {place}: {e.strerror or e}{_more_files(e)}", file=sys.stderr)
+        return RUN_AGAIN if is_out_of_memory(e) else 1
     except KeyboardInterrupt:
         print("stopped; what was complete is kept", file=sys.stderr)
         return RUN_AGAIN
@@ -164,6 +165,13 @@ def guarded(action: Callable[[], int | None], *, debug: bool) -> int:
         what = f"{type(e).__name__}: {printable(str(e))}"
         print(f"{_speaker()}internal error: {what}\nRun again with --debug for the traceback.", file=sys.stderr)
         return INTERNAL_ERROR
+
+
+def _more_files(error: BaseException | None) -> str:
+    """What to do where ``error`` comes of too many open files."""
+    while error is not None and getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
+        error = error.__cause__
+    return "\nA process may have more files open after: ulimit -n 65536" if error else ""
 
 
 def _speaker() -> str:

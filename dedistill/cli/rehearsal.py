@@ -66,8 +66,13 @@ def rehearse(recipe: Recipe, train: Callable[[Recipe], None], say: Say) -> None:
     choose_kernels(exact=True)  # a continued run is compared with an unbroken one, bit for bit
     out = Path(f"{recipe.run.out}-rehearsal")
     ownership.claim(out, "rehearsal", f"{recipe.where('run.out')}: the rehearsal's folder")
-    for name in MADE:
-        ownership.remove(out / name)
+    with ownership.hold(out, "run.out"):
+        for name in MADE:
+            ownership.remove(out / name)
+        _rehearse(recipe, train, out, say)
+
+
+def _rehearse(recipe: Recipe, train: Callable[[Recipe], None], out: Path, say: Say) -> None:
     stage = _stages(out, say)
     family = get_family(recipe.model.family, recipe.where("model.family"))
     with stage("the plan can be reached"):

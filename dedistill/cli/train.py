@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from dedistill.cli import prepare
 from dedistill.cli.command import recipe_parser, run_recipe
 from dedistill.errors import RUN_AGAIN, UserError, amount, printable, say
+from dedistill.io.ownership import refuse_busy
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.resolve import Plan, make_plan
 from dedistill.runs.missing import missing_inputs, require_inputs
@@ -94,10 +95,12 @@ def _rehearse(recipe: Recipe) -> int:
 
 def train(recipe: Recipe, argv: list[str]) -> int:
     """Train ``recipe`` to its end or to a stop request; returns the exit code."""
-    from dedistill.distributed.launcher import resume_command
+    from dedistill.distributed.launcher import is_first, resume_command
     from dedistill.runs.requests import StopRequests
     from dedistill.training.watchdog import Watchdog
 
+    if is_first():
+        refuse_busy(Path(recipe.run.out), "run.out")
     require_inputs(recipe)
     again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
     # before libraries are loaded, which takes seconds

@@ -22,6 +22,7 @@ from dedistill.errors import UserError
 from dedistill.io.atomic import TEMPORARY, UNFINISHED, make_folder, refused, replace_file, replace_json
 from dedistill.io.hashing import file_sha256
 from dedistill.io.json_files import read_object
+from dedistill.io.safetensors import open_safetensors
 
 OPEN_SHARDS = 256
 NAME_LENGTH = 16
@@ -103,7 +104,7 @@ def _open_shard(shard: Path) -> tuple[dict[str, list[str]], safe_open]:
     """({key: names of its tensors}, the open file)."""
     names: dict[str, list[str]] = {}
     try:
-        opened = safe_open(shard, framework="pt")
+        opened = open_safetensors(shard)
     except SafetensorError as e:
         raise UserError(f"data.cache: shard '{shard}' is damaged ({e}); {AGAIN}") from e
     except OSError as e:

@@ -17,7 +17,7 @@ from dedistill.data.order import sample_indices
 from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError, amount
 from dedistill.flow import keyed
-from dedistill.io.atomic import read_checksummed
+from dedistill.io.atomic import allow_open_files, read_checksummed
 from dedistill.io.hashing import file_sha256
 
 FACTS = "pairs.json"
@@ -35,6 +35,7 @@ class PairSource(OneSize):
         self.facts = read_facts(folder)
         self.sigmas = np.array(self.facts["sigmas"])
         self.image: tuple[int, int, int] = tuple(self.facts["picture"])
+        allow_open_files(len(self.facts["shards"]))  # each stays mapped
         self._members = [m for shard in self.facts["shards"] for m in _index_shard(folder, shard)]
         everything = np.arange(len(self._members))
         self.train_ids = everything[everything % HELD_OUT != 0]

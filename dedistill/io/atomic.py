@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -76,6 +77,23 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         sync(folder.parent)
+
+
+USUAL_FILES = 512
+"""Files that a process has open for other reasons, at most."""
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process have ``count`` more files open than the usual few. Raises UserError where the system forbids it."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + USUAL_FILES
+    if resource.RLIM_INFINITY in (soft, most) or needed <= soft:
+        return
+    if needed > most:
+        raise UserError(
+            f"{needed:,} files have to be open at once, and {most:,} may be: ulimit -Hn {needed}, or ask who runs it"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
 
 
 def _sibling(path: Path, number: int) -> Path:

@@ -5,6 +5,7 @@ earlier versions hold what only this program writes. A name is no such sign: ``0
 are names that others use, too. Everything else is refused before a byte of it changes.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 from dedistill.errors import UserError
 from dedistill.io.atomic import make_folder, replace_file
@@ -82,6 +84,25 @@ def mark(folder: Path, kind: str) -> None:
     except UserError:
         if not _known_without(folder, kind):  # else it may be one of an earlier version that is only read
             raise
+
+
+def hold(folder: Path, key: str) -> TextIO:
+    """The lock of a folder in which one process at a time may work, held until the file is closed. Raises UserError while
+    another has it, and OSError. key: what names the folder."""
+    lock = open(folder / ".lock", "a")  # noqa: SIM115 - the caller closes it
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        lock.close()
+        raise UserError(f"another process is running in '{folder}'; wait for it, or choose another {key}") from e
+    return lock
+
+
+def refuse_busy(folder: Path, key: str) -> None:
+    """Raises UserError while another process holds ``folder``; makes nothing. The first look, before libraries are loaded."""
+    with suppress(OSError):  # whoever is to write there says what is wrong
+        if (folder / ".lock").exists():
+            hold(folder, key).close()
 
 
 def kind_of(folder: Path) -> str | None:

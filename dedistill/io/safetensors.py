@@ -7,6 +7,8 @@ data in the header's order (https://huggingface.co/docs/safetensors).
 import hashlib
 import json
 import math
+import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,6 +129,17 @@ class TensorFile:
             self._file.__exit__(kind, *rest)
 
 
+def open_safetensors(path: Path) -> safe_open:
+    """A safetensors file, opened to read single tensors. Raises OSError and SafetensorError alone: torch, which maps the file,
+    says what the system refuses, for too many open files or want of memory, as a RuntimeError."""
+    try:
+        return safe_open(path, framework="pt")
+    except RuntimeError as e:
+        if found := re.search(r"\((\d+)\)$", str(e)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from e
+        raise
+
+
 class ChecksummedReader:
     """A checksummed file read once, from its first byte to its last, hashed on the way. Use as a context manager.
 
@@ -137,7 +150,7 @@ class ChecksummedReader:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with safe_open(path, framework="pt") as f:  # checks the header and the length
+            with open_safetensors(path) as f:  # checks the header and the length
                 self.metadata = dict(sorted((f.metadata() or {}).items()))  # the library's order is another each time
                 parts = {name: f.get_slice(name) for name in f.offset_keys()}
                 found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}

@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
+from dedistill.io.safetensors import open_safetensors
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _KINDS = (
@@ -25,7 +26,7 @@ def open_weights(file: Path, source: str = "") -> safe_open:
     """
     start = f"{source}: " if source else ""
     try:
-        return safe_open(file, framework="pt")
+        return open_safetensors(file)
     except (OSError, SafetensorError) as e:
         reason = str(e)
         try:

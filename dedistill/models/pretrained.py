@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dedistill.errors import UserError, amount
+from dedistill.errors import UserError, amount, is_out_of_memory
 from dedistill.io.json_files import read_object
 from dedistill.io.safetensors import extremes
 
@@ -170,9 +170,9 @@ def reading(failed: str) -> Iterator[None]:
     """Any error of a library's loader as a UserError of one line: ``failed`` and the reason."""
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as e:  # of any kind, by what is missing or damaged
+        if is_out_of_memory(e):
+            raise
         raise UserError(f"{failed} ({f'{type(e).__name__}: {e}'.splitlines()[0]})") from e
 
 

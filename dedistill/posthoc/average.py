@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import temporary_folder
+from dedistill.io.safetensors import open_safetensors
 from dedistill.posthoc.profiles import ALPHAS, TRUSTED, chain_averages, describe, find_profiles, reconstruct
 from dedistill.posthoc.snapshots import Average, Snapshot, find_snapshots, write_averages
 from dedistill.recipe import RESOLVED, load_recipe
@@ -65,7 +66,7 @@ def _refuse_other_files(paths: Sequence[Path]) -> None:
     """Raises UserError for a file that would be replaced and is no average of ours."""
     for path in paths:
         try:
-            with safe_open(path, framework="pt") as f:
+            with open_safetensors(path) as f:
                 average = "dedistill.ema" in (f.metadata() or {})
         except FileNotFoundError:
             continue

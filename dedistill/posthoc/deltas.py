@@ -17,7 +17,7 @@ from torch import Tensor
 from dedistill.adapters.delta import scale
 from dedistill.adapters.spellings import layer_of
 from dedistill.errors import UserError
-from dedistill.io.atomic import make_folder
+from dedistill.io.atomic import allow_open_files, make_folder
 from dedistill.io.safetensors import ChecksummedReader, Layout, TensorFile
 from dedistill.posthoc.snapshots import Average, Snapshot, agreed_layout, read_finite
 
@@ -174,6 +174,7 @@ def _write(
 ) -> None:
     """One pass over the snapshots, layer by layer, which writes what ``parts`` makes of each for every average."""
     make_folder(averages[0].path.parent)
+    allow_open_files(len(snapshots) + len(averages))
     with ExitStack() as stack:
         readers = [stack.enter_context(ChecksummedReader(s.path)) for s in snapshots]
         own = agreed_layout(readers)

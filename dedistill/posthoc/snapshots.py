@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dedistill.errors import UserError, amount
-from dedistill.io.atomic import make_folder, step_name, step_of
+from dedistill.io.atomic import allow_open_files, make_folder, step_name, step_of
 from dedistill.io.safetensors import ChecksummedReader, Layout, TensorFile, verify_checksum
 
 # --- snapshots of a run ----------------------------------------------------------------------------------------------
@@ -151,6 +151,7 @@ def write_averages(snapshots: Sequence[Snapshot], averages: Sequence[Average]) -
     dtypes differ, or when the bytes are not those that were written.
     """
     make_folder(averages[0].path.parent)
+    allow_open_files(len(snapshots) + len(averages))
     with ExitStack() as stack:
         readers = [stack.enter_context(ChecksummedReader(s.path)) for s in snapshots]
         layout = agreed_layout(readers)

@@ -156,7 +156,7 @@ def merge_adapter(
 
 
 def is_merge_of(folder: Path, weights: Path) -> bool:
-    """Whether ``folder`` is a model folder that the bytes of ``weights`` were merged into, with :func:`merge_adapter`'s defaults."""
+    """Whether ``folder`` holds a model that the bytes of ``weights`` were merged into by :func:`merge_adapter`'s defaults."""
     step = [{}, *read_facts(folder).get("merges", [])][-1] if (folder / FACTS).is_file() else {}
     wanted = {"adapter_sha256": file_sha256(weights), "dtype": "bf16", "rounding": "stochastic"}
     return all(step.get(key) == value for key, value in wanted.items())

@@ -9,10 +9,10 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from dedistill.errors import UserError
@@ -27,7 +27,7 @@ from dedistill.io.atomic import (
     write_synced,
 )
 from dedistill.io.hashing import file_sha256
-from dedistill.io.safetensors import TensorFile
+from dedistill.io.safetensors import TensorFile, open_safetensors
 
 MANIFEST = "manifest.json"
 SCHEMA = 2
@@ -67,13 +67,20 @@ def _write(path: Path, group: Mapping[str, Tensor], step: int) -> dict[str, int 
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Remove what is older than the ``keep`` newest good checkpoints; a rotten one does not count as kept."""
+    """Remove what is older than the ``keep`` newest good checkpoints; one that is rotten, or cannot be read, does not count."""
     good = 0
     for checkpoint in reversed(list_checkpoints(folder)):
         if good == keep:
             shutil.rmtree(checkpoint)
-        elif not damage(checkpoint):
+        elif _is_good(checkpoint):
             good += 1
+
+
+def _is_good(checkpoint: Path) -> bool:
+    """Whether it is known to be: for a save, which does not end over an older one that cannot be read."""
+    with suppress(UserError):
+        return not damage(checkpoint)
+    return False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -90,10 +97,24 @@ def _steps(folder: Path) -> dict[Path, int]:
 
 
 def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, naming the file; empty when every byte agrees with the manifest."""
+    """What is wrong with a checkpoint, naming the file; empty when every byte agrees with the manifest.
+
+    Raises UserError for one that this process may not read, or the disk fails to: it may be whole.
+    """
+    try:
+        return _damage(checkpoint)
+    except OSError as e:
+        name = Path(str(e.filename or MANIFEST)).name
+        raise UserError(
+            f"checkpoint '{checkpoint}' cannot be read, so that nothing is known of it: {name}: {e.strerror or e}. Make it "
+            "readable, or move it away to go on from the one before it"
+        ) from e
+
+
+def _damage(checkpoint: Path) -> str:
     try:
         manifest = read_checksummed(checkpoint / MANIFEST)
-    except OSError as e:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         return f"{MANIFEST} is unreadable ({e.strerror})"
     except ValueError as e:
         return f"{MANIFEST} {e}"
@@ -103,7 +124,7 @@ def damage(checkpoint: Path) -> str:
         return f"{MANIFEST} has {odd!r} of another kind than is written there"
     for name, entry in manifest["files"].items():
         path, size, digest = checkpoint / name, entry["bytes"], entry["sha256"]
-        if not path.is_file():
+        if path.is_dir() or not os.path.lexists(path):
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, {size} were written"
@@ -148,7 +169,7 @@ def _refuse_other_version(checkpoint: Path) -> None:
     """Raises UserError for a whole manifest of another version of dedistill: it is not damaged, and not to be set aside."""
     try:
         schema = read_checksummed(checkpoint / MANIFEST).get("schema")
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # damage() says what is wrong
         return
     if schema != SCHEMA:
         raise UserError(
@@ -174,7 +195,7 @@ def read_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dic
     manifest = read_checksummed(checkpoint / MANIFEST)
     groups = {}
     for name in manifest["files"]:
-        with safe_open(checkpoint / name, framework="pt") as f:
+        with open_safetensors(checkpoint / name) as f:
             groups[name.removesuffix(".safetensors")] = {key: f.get_tensor(key).clone() for key in f.keys()}  # noqa: SIM118
     return groups, manifest
 

@@ -1,6 +1,5 @@
 """The run directory: one run, one recipe, one process at a time, and the bytes that it was made from."""
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Mapping
@@ -113,14 +112,9 @@ class RunDirectory:
         self._refuse_foreign()
         try:
             make_folder(self.path)
-            self._lock = open(self.path / ".lock", "a")
+            self._lock = ownership.hold(self.path, "run.out")
         except OSError as e:
             raise UserError(f"{self.recipe.where('run.out')}: '{self.path}' cannot be written: {e.strerror}") from e
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            self._lock.close()
-            raise UserError(f"another process is running in '{self.path}'; wait for it, or choose another run.out") from e
         try:
             self._claim()
         except BaseException:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import World
-from dedistill.errors import UserError
+from dedistill.errors import UserError, is_out_of_memory
 from dedistill.evaluation.sweep import save_png
 from dedistill.flow.guidance import ClassifierFree
 from dedistill.models.model import Model
@@ -41,7 +41,9 @@ class Preview:
                 latents = iter(_all(latents))
             if self.world.main:
                 self._write(step, latents, interrupted)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e):
+                raise
             if not self.out_of_memory:
                 message = "out of memory; training goes on. Lower sample.height and sample.width."
                 print(f"preview at step {step}: {message}", file=sys.stderr)

@@ -12,6 +12,7 @@ from image_files import write_images
 
 from dedistill import __version__
 from dedistill.cli.main import COMMANDS, main
+from dedistill.io.ownership import hold
 from dedistill.recipe.shipped import shipped_recipes
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,16 @@ def test_averaging_needs_no_library_of_models(tmp_path, adapter_recipe):
     assert main(["train", str(adapter_recipe), "--set", "train.steps=2", "--set", "snapshot.every=1"]) == 0
     assert modules_after([["posthoc", str(run), "--alpha", "0.5"]]) == "['torch']"
     assert (run / "posthoc/alpha_linear_0.5.safetensors").exists()
+
+
+def test_a_second_process_on_a_run_is_refused_before_torch_is_loaded(teacher_recipe, tmp_path):
+    run = tmp_path / "teacher"
+    run.mkdir()
+    with hold(run, "run.out"):
+        command = [sys.executable, "-X", "importtime", "-m", "dedistill", "train", str(teacher_recipe)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and f"another process is running in '{run}'" in done.stderr
+    assert not [line for line in done.stderr.splitlines() if line.rpartition("|")[2].strip() in HEAVY]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

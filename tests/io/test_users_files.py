@@ -124,9 +124,8 @@ def test_temporary_files_of_others_stay(teacher_recipe, tmp_path):
     assert main([str(teacher_recipe)]) == 0
     run = tmp_path / "teacher"
     before = filled(run, "metrics.jsonl.tmp-backup", "recipe.old.tmp-1", "list.jsonl.tmp-dedistill", "plan.json.tmp-77")
-    ours = filled(
-        run, "plan.json.tmp-dedistill", "model.tmp-dedistill-1-old/x", "snapshots/step-00000001.safetensors.tmp-dedistill"
-    )
+    left = "snapshots/step-00000001.safetensors.tmp-dedistill"
+    ours = filled(run, "plan.json.tmp-dedistill", "model.tmp-dedistill-1-old/x", left)
     assert main([str(teacher_recipe)]) == 0
     kept = contents(run)
     assert all(kept.get(n) == before[n] for n in before if ".tmp-" in n and n not in ours)

@@ -121,6 +121,20 @@ def test_merged_is_the_average_of_the_weights(run, kind, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_an_interrupted_series_of_merged_averages_is_gone_on_with(run, tmp_path, capsys):
+    """Folders that are there are kept as they are; one of other weights is refused, as any folder is."""
+    out, command = tmp_path / "merged", ("--alpha", "0.3", "0.8", "--space", "merged", "--out", tmp_path / "merged")
+    assert tool(run, *command) == 0
+    whole = {p: p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+    kept = (out / "alpha_linear_0.3" / "dedistill.json").stat()
+    shutil.rmtree(out / "alpha_linear_0.8")
+    assert tool(run, *command) == 0
+    assert {p: p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()} == whole
+    assert (out / "alpha_linear_0.3" / "dedistill.json").stat() == kept, "not made again"
+    assert tool(run, *command, "--step", "4") == 1
+    assert "already exists" in capsys.readouterr().err and (out / "alpha_linear_0.3" / "dedistill.json").stat() == kept
+
+
 def test_a_delta_is_merged_by_the_other_tool_and_by_no_other(run, tmp_path):
     """A dense average is no adapter: only merging takes it."""
     from dedistill.errors import UserError

@@ -11,6 +11,7 @@ import torch
 from dedistill.errors import UserError
 from dedistill.io.atomic import checksummed, read_checksummed
 from dedistill.runs import checkpoint as ck
+from tests.faults.harness import forked
 
 
 def group(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -135,7 +136,7 @@ def save_and_crash(folder, point: int) -> int:
 def test_killed_at_any_point_of_a_save_the_newest_whole_one_loads(folder):
     """SIGKILL before every fsync, rename and directory open of the save path."""
     survived, points = set(), 0
-    for point in range(1, 12):
+    for point in range(1, 60):
         status = save_and_crash(folder, point)
         newest, notes = ck.newest_valid(folder)
         assert notes == [] and newest.name in ("step-00000030", "step-00000040")
@@ -148,6 +149,54 @@ def test_killed_at_any_point_of_a_save_the_newest_whole_one_loads(folder):
         for left in folder.glob("*.tmp-*"):
             shutil.rmtree(left)
     assert points >= 6 and survived == {"step-00000030", "step-00000040"}
+
+
+def as_another_user(checkpoint, file):
+    os.chmod(checkpoint / file, 0)
+    for place in (checkpoint, *checkpoint.parents):
+        os.chmod(place, place.stat().st_mode | 0o055) if place.stat().st_uid == os.getuid() else None
+    if os.getuid() == 0:
+        os.setresuid(65534, 65534, 65534)
+
+
+def by_a_link_to_itself(checkpoint, file):
+    (checkpoint / file).unlink()
+    (checkpoint / file).symlink_to(file)
+
+
+def by_a_disk_that_fails(checkpoint, file):
+    (checkpoint / file).unlink()
+    (checkpoint / file).symlink_to("/proc/self/mem")  # reading its first byte is an input/output error
+
+
+@pytest.mark.parametrize(
+    ("refuse", "file"),
+    [
+        (as_another_user, "manifest.json"),
+        (as_another_user, "trainable.safetensors"),
+        (by_a_link_to_itself, "manifest.json"),
+        (by_a_link_to_itself, "trainable.safetensors"),
+        (by_a_disk_that_fails, "manifest.json"),
+    ],
+)
+def test_what_cannot_be_read_is_not_taken_for_damaged(folder, refuse, file):
+    """It may be whole. Nothing is set aside, and no older one gone on with; a save beside it succeeds and leaves it."""
+    checkpoint = folder / "step-00000030"
+
+    def look():
+        refuse(checkpoint, file)
+        with pytest.raises(UserError, match="cannot be read, so that nothing is known of it"):
+            ck.newest_valid(folder)
+
+    assert forked(look) == 0
+    assert checkpoint.is_dir() and not list(folder.glob("*.bad"))
+
+
+def test_a_save_goes_on_beside_one_that_cannot_be_read(folder):
+    by_a_link_to_itself(folder / "step-00000020", "manifest.json")
+    for step in (40, 50):
+        ck.save_checkpoint(folder, step, group(step), {"skipped": 0}, keep=2)
+    assert [p.name for p in ck.list_checkpoints(folder)] == ["step-00000040", "step-00000050"]
 
 
 def test_manifest_says_what_is_inside(folder):

@@ -35,7 +35,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BY
     try:
         image.load()
         return _rgb(_upright(image))
-    except BadImage:
+    except (BadImage, MemoryError):  # for want of memory no image is bad
         raise
     except Exception as e:  # decoders raise any kind of error over damaged bytes
         raise BadImage(f"{image.format} cannot be decoded: {e}") from e
@@ -50,6 +50,8 @@ def _open(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise BadImage(f"not an image of a known format ({', '.join(FORMATS)}), or its header is damaged") from None
+    except MemoryError:
+        raise
     except Exception as e:
         raise BadImage(f"its header cannot be read: {e}") from e
     width, height = image.size
