@@ -76,7 +76,7 @@ def test_memory_that_runs_out_is_no_fault_of_ours(capsys, error):
             raise error
 
     assert guarded(fail, debug=False) == guarded(named, debug=False) == RUN_AGAIN
-    assert capsys.readouterr().err.count("out of memory") >= 2
+    assert capsys.readouterr().err.count("memory") >= 2
 
 
 @pytest.mark.parametrize("ask", [lambda: torch.empty(1 << 46), lambda: np.empty(1 << 46)])
@@ -96,11 +96,11 @@ def test_memory_that_is_refused_is_told_apart_by_every_reader(ask):
     assert guarded(wrapped, debug=False) == guarded(read, debug=False) == RUN_AGAIN
 
 
-@pytest.mark.parametrize(("mode", "format"), [("RGBA", "PNG"), ("L", "JPEG"), ("RGB", "TIFF")])
+@pytest.mark.parametrize(("mode", "format"), [("RGBA", "PNG"), ("L", "JPEG"), ("RGB", "BMP"), ("RGB", "AVIF")])
 def test_no_image_is_bad_for_want_of_memory(mode, format):
     """Else it would be left out of training without a word that is true."""
     data = io.BytesIO()
-    Image.new(mode, (6000, 6000)).save(data, format)
+    Image.new(mode, (5000, 5000)).save(data, format)
 
     def short_of_memory():
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from dedistill.errors import UserError, amount
+from dedistill.io.atomic import replace_file
 from dedistill.io.json_files import read_object
 from dedistill.io.ownership import claim
 from dedistill.report.pages import field, figure, is_number, number, render
@@ -42,34 +46,77 @@ CURVES = (
 )
 
 
+class Curve:
+    """The rows that have a number of one name: its steps and values, and its standard errors where all of them have one."""
+
+    def __init__(self) -> None:
+        self.steps, self.values, self.errors = array("d"), array("d"), array("d")
+
+
+class Record:
+    """What the page shows of a run's rows, which are read once and not kept: a million of them take some 150 MB."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]):
+        self.curves = {key: Curve() for key, *_ in CURVES}
+        self.bins: dict[int, tuple[array[float], array[float]]] = {}
+        """Number of bins -> steps, and losses bin by bin, NaN where none fell; the kind that came last is the last."""
+        self.bad: list[dict[str, Any]] = []
+        """The first LISTED rows of steps that were not applied, or from which the run went on anew."""
+        self.bad_count = self.not_applied = self.left_out = self.last_step = 0
+        for row in rows:
+            self._add(row)
+
+    def _add(self, row: Mapping[str, Any]) -> None:
+        self.last_step = row["step"]
+        for key, curve in self.curves.items():
+            if is_number(value := row.get(key)):
+                curve.steps.append(row["step"])
+                curve.values.append(value)
+                if is_number(error := row.get(key + "_se")):
+                    curve.errors.append(error)
+        if losses := row.get("sigma_loss"):
+            steps, values = self.bins.pop(len(losses), None) or (array("d"), array("d"))
+            steps.append(row["step"])
+            values.extend(math.nan if loss is None else loss for loss in losses)
+            self.bins[len(losses)] = steps, values
+        if not row.get("applied", True) or "quarantined" in row:
+            self.bad_count += 1
+            self.not_applied += not row.get("applied", True)
+            self.left_out += len(row.get("quarantined", ()))
+            self.bad += [dict(row)] if len(self.bad) < LISTED else []
+
+
 def write_run_page(run: Path) -> Path:
     """Write ``report/index.html`` into the folder of a ``run``, which may still go on or have broken off; returns its path.
 
     Raises UserError without recipe.json or without a row in metrics.jsonl.
     """
-    recipe, rows = _recipe(run / "recipe.json"), read_rows(run / "metrics.jsonl")
-    if not rows:
+    recipe, record = _recipe(run / "recipe.json"), Record(_rows(run))
+    if not record.last_step:
         raise UserError(f"{run / 'metrics.jsonl'}: no row yet; is '{run}' the folder of a run that has made a step?")
-    for row in rows:
+    html = render(
+        "run.html.j2",
+        title=f"Run: {recipe['run']['name']}",
+        facts=_facts(recipe, record),
+        plots=[plot for key, label, help in CURVES if (plot := _plot(record, key, label, help))],
+        bins=_bins(record),
+        table=_table(record),
+        bad=[_trouble(row) for row in record.bad],
+        bad_count=record.bad_count,
+    )
+    page = run / "report" / "index.html"
+    claim(page.parent, "report", "the page's folder")
+    replace_file(page, html.encode())
+    return page
+
+
+def _rows(run: Path) -> Iterator[dict[str, Any]]:
+    for row in read_rows(run / "metrics.jsonl"):
         if missing := NEEDED - row.keys():
             raise UserError(
                 f"{run / 'metrics.jsonl'}: the row of step {row['step']} has no {min(missing)!r}: not the record of a run"
             )
-    bad = [row for row in rows if not row["applied"] or "quarantined" in row]
-    html = render(
-        "run.html.j2",
-        title=f"Run: {recipe['run']['name']}",
-        facts=_facts(recipe, rows, bad),
-        plots=[plot for key, label, help in CURVES if (plot := _plot(rows, key, label, help, bad))],
-        bins=_bins(rows),
-        table=_table(rows),
-        bad=[_trouble(row) for row in bad[:LISTED]],
-        bad_count=len(bad),
-    )
-    page = run / "report" / "index.html"
-    claim(page.parent, "report", "the page's folder")
-    page.write_text(html, encoding="utf-8")
-    return page
+        yield row
 
 
 def _recipe(path: Path) -> dict[str, Any]:
@@ -80,72 +127,74 @@ def _recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({e!r}); restore it, or take metrics.jsonl to a folder with a whole one") from e
 
 
-def _facts(recipe: dict[str, Any], rows: list[dict[str, Any]], bad: list[dict[str, Any]]) -> dict[str, str]:
-    steps, done = recipe["train"]["steps"], rows[-1]["step"]
+def _facts(recipe: dict[str, Any], record: Record) -> dict[str, str]:
+    steps, done = recipe["train"]["steps"], record.last_step
     return {
         "objective": recipe["train"]["objective"],
         "steps": f"{done:,} of {steps:,}" + ("" if done < steps else ", finished"),
-        "steps not applied": f"{sum(not row['applied'] for row in bad):,}",
-        "samples left out": f"{sum(len(row.get('quarantined', ())) for row in bad):,}",
+        "steps not applied": f"{record.not_applied:,}",
+        "samples left out": f"{record.left_out:,}",
     }
 
 
-def _groups(rows: list[dict[str, Any]], most: int) -> list[list[dict[str, Any]]]:
+def _groups(rows: int, most: int) -> list[slice]:
     """Neighbouring rows together, at most ``most`` groups of nearly the same size."""
-    edges = np.linspace(0, len(rows), min(most, len(rows)) + 1).round().astype(int)
-    return [rows[a:b] for a, b in pairwise(edges)]
+    edges = np.linspace(0, rows, min(most, rows) + 1).round().astype(int).tolist()
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
-def _mean(group: list[dict[str, Any]], key: str) -> float:
-    return float(np.mean([row[key] for row in group]))
-
-
-def averaged(rows: list[dict[str, Any]], key: str, most: int = POINTS) -> list[tuple[float, ...]]:
+def averaged(record: Record, key: str, most: int = POINTS) -> list[tuple[float, ...]]:
     """(step, value), or (step, value, low, high) where a standard error was logged, of at most ``most`` groups of rows.
 
     A group's error is the mean of its errors: the held-out samples are the same each time, so that averaging over steps
     does not narrow it.
     """
-    groups = _groups([row for row in rows if is_number(row.get(key))], most)
-    points: list[tuple[float, ...]] = [(_mean(group, "step"), _mean(group, key)) for group in groups]
-    if all(is_number(row.get(key + "_se")) for group in groups for row in group):
-        reach = [1.96 * _mean(group, key + "_se") for group in groups]
+    curve = record.curves[key]
+    steps, values, errors = (np.asarray(column) for column in (curve.steps, curve.values, curve.errors))
+    groups = _groups(len(steps), most)
+    points: list[tuple[float, ...]] = [(float(steps[g].mean()), float(values[g].mean())) for g in groups]
+    if len(errors) == len(values):
+        reach = [1.96 * float(errors[g].mean()) for g in groups]
         points = [(step, value, value - r, value + r) for (step, value), r in zip(points, reach)]
     return points
 
 
-def _plot(rows: list[dict[str, Any]], key: str, label: str, help: str, bad: list[dict[str, Any]]) -> dict[str, Any] | None:
-    points = averaged(rows, key)
+def _plot(record: Record, key: str, label: str, help: str) -> dict[str, Any] | None:
+    points = averaged(record, key)
     if not points:
         return None
     values = [value for _, value, *_ in points]
-    marks = [(row["step"], _what(row)) for row in bad] if key in ("loss", "grad_norm") else []
+    marks = [(row["step"], _what(row)) for row in record.bad] if key in ("loss", "grad_norm") else []
     log = min(values) > 0 and max(values) > LOG_RATIO * min(values) and key != "lr"
     return figure({label: points}, title=label, xlabel="step", ylabel=label, help=help, log_y=log, marks=marks)
 
 
-def bins_over_time(rows: list[dict[str, Any]], most: int = BIN_POINTS) -> tuple[list[float], list[list[float | None]]]:
+def bins_over_time(record: Record, most: int = BIN_POINTS) -> tuple[list[float], list[list[float | None]]]:
     """Steps of at most ``most`` groups of rows, and per bin of sigma the mean loss of each group; None where none fell.
 
     Rows with another number of bins than the last one has are left out.
     """
-    logged = [row for row in rows if row.get("sigma_loss")]
-    count = len(logged[-1]["sigma_loss"]) if logged else 0
-    groups = _groups([row for row in logged if len(row["sigma_loss"]) == count], most) if logged else []
-    columns = [
-        [[row["sigma_loss"][b] for row in group if row["sigma_loss"][b] is not None] for b in range(count)] for group in groups
-    ]
-    means = [[float(np.mean(column[b])) if column[b] else None for column in columns] for b in range(count)]
-    return [_mean(group, "step") for group in groups], means
+    if not record.bins:
+        return [], []
+    count, (numbers, losses) = list(record.bins.items())[-1]
+    steps, table = np.asarray(numbers), np.asarray(losses).reshape(-1, count)
+    groups = _groups(len(steps), most)
+    means = [[_mean(table[g, b]) for g in groups] for b in range(count)]
+    return [float(steps[g].mean()) for g in groups], means
+
+
+def _mean(losses: np.ndarray) -> float | None:
+    known = losses[~np.isnan(losses)]
+    return float(known.mean()) if len(known) else None
 
 
 def _bin_labels(count: int) -> list[str]:
     return [f"{b / count:.2f}–{(b + 1) / count:.2f}" for b in range(count)]
 
 
-def _bins(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _bins(record: Record) -> list[dict[str, Any]]:
     """The losses by sigma as lines and as a heat map; nothing where no row has them."""
-    steps, means = bins_over_time(rows)
+    steps, means = bins_over_time(record)
     labels = _bin_labels(len(means))
     known = {label: [v for v in values if v is not None] for label, values in zip(labels, means)}
     if not any(known.values()):
@@ -163,10 +212,10 @@ def _bins(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [figure(lines, title="loss by sigma", xlabel="step", ylabel="loss", help=help), heat]
 
 
-def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _table(record: Record) -> dict[str, Any]:
     """First, last, least and largest value of everything that was logged."""
-    curves = {label: averaged(rows, key) for key, label, _ in CURVES}
-    steps, means = bins_over_time(rows)
+    curves = {label: averaged(record, key) for key, label, _ in CURVES}
+    steps, means = bins_over_time(record)
     for label, values in zip(_bin_labels(len(means)), means):
         curves[f"loss, σ {label}"] = [(s, v) for s, v in zip(steps, values) if v is not None]
     lines = []

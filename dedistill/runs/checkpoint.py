@@ -135,7 +135,7 @@ def _damage(checkpoint: Path) -> str:
 
 def _of_another_kind(manifest: dict[str, Any]) -> str:
     """The key of a manifest whose value is not of its kind; empty when all are."""
-    kinds: dict[str, Any] = {"files": dict, "guard": dict, "skipped": int, "unfinished": dict | None}
+    kinds: dict[str, Any] = {"files": dict, "guard": dict, "skipped": int, "rows": int, "unfinished": dict | None}
     if wrong := [key for key, kind in kinds.items() if key in manifest and not isinstance(manifest[key], kind)]:
         return wrong[0]
     files = manifest.get("files", {})

@@ -8,15 +8,19 @@ import netrc
 import os
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dedistill.errors import amount
-from dedistill.io.atomic import refused, replace_file, sync
-from dedistill.runs.directory import RunDirectory
+from dedistill.io.atomic import WholeFile, refused, sync
+
+if TYPE_CHECKING:
+    from dedistill.runs.directory import RunDirectory
 
 WANDB_HOST = "api.wandb.ai"
 WAITING = 1000
@@ -29,12 +33,18 @@ Row = dict[str, object]
 
 
 class JsonlWriter:
-    """Append-only JSON lines. Rows of steps after ``step`` are cut off on opening: a continued run writes them again."""
+    """Append-only JSON lines. Rows of steps after ``step`` are cut off on opening: a continued run writes them again.
+
+    rows: how many were kept.
+    """
 
     def __init__(self, path: Path, step: int):
-        self.path = path
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        replace_file(path, "".join(kept).encode())
+        self.path, self.rows = path, 0
+        with WholeFile(path) as kept:
+            for line, row in _rows(path):
+                if row["step"] <= step:
+                    kept.write(line)
+                    self.rows += 1
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
 
     def write(self, row: Row) -> None:
@@ -52,21 +62,20 @@ class JsonlWriter:
             self._file.close()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Every whole row of a journal, also of one that is being written or whose last write was cut off."""
-    return [json.loads(line) for line in _lines(path)]
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole row of a journal one by one, also of one that is being written or whose last write was cut off."""
+    return (row for _, row in _rows(path))
 
 
 def last_step(path: Path) -> int:
     """The step of a journal's last row; 0 without one."""
-    lines = _lines(path)
-    return json.loads(lines[-1])["step"] if lines else 0
+    return max((row["step"] for row in deque(read_rows(path), maxlen=1)), default=0)
 
 
 class MetricsLogger:
     """Both journals of a run, opened together. Seconds are kept out of the first, the deterministic one."""
 
-    def __init__(self, run: RunDirectory, step: int):
+    def __init__(self, run: "RunDirectory", step: int):
         self.metrics, self.timings = JsonlWriter(run.metrics, step), JsonlWriter(run.timings, step)
         self._last = time.monotonic()
 
@@ -77,7 +86,7 @@ class MetricsLogger:
         self.timings.write({"step": row["step"], "seconds": round(now - self._last, 4), "data_wait_s": round(data_wait_s, 4)})
         self._last = now
 
-    def reopened(self, run: RunDirectory, step: int) -> "MetricsLogger":
+    def reopened(self, run: "RunDirectory", step: int) -> "MetricsLogger":
         """The record of a run that goes back to ``step``."""
         self.close()
         return MetricsLogger(run, step)
@@ -90,25 +99,33 @@ class MetricsLogger:
         self.timings.close()
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines of a journal; a torn one (a killed write) is left out, and what is no row."""
+def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Whole lines of a journal and their rows; a torn one (a killed write) is left out, and what is no row."""
     if not path.exists():
-        return []
-    text = path.read_text(errors="replace")
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n") and _is_row(line)]
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n") and (row := _row(line)) is not None:
+                yield line, row
 
 
-def _is_row(line: str) -> bool:
+def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode(errors="replace"))
     except (ValueError, RecursionError):
-        return False
+        return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        return False
-    samples = [sample for key in _SAMPLES for sample in (row.get(key, []) if isinstance(row.get(key, []), list) else [None])]
+        return None
     numbers = row.get("sigma_loss", [])
-    plain = isinstance(numbers, list) and all(isinstance(n, int | float | None) for n in numbers)
-    return plain and all(isinstance(sample, dict) and "sample" in sample for sample in samples)
+    if not isinstance(numbers, list) or not _NUMBERS.issuperset(map(type, numbers)):
+        return None
+    for samples in (row[key] for key in _SAMPLES if key in row):
+        if not isinstance(samples, list) or not all(isinstance(sample, dict) and "sample" in sample for sample in samples):
+            return None
+    return row
+
+
+_NUMBERS = {int, float, type(None)}
 
 
 _SAMPLES = ("quarantined", "not_finite", "spike")

@@ -34,23 +34,28 @@ class RunState:
     """Steps done, applied or not."""
     skipped: int = 0
     """Those of them that were not applied."""
+    rows: int = 0
+    """Rows of metrics.jsonl up to here."""
     unfinished: Row | None = None
     """The row of the last step, where a stop came before its validation."""
 
     def saved(self) -> dict[str, object]:
         """Plain data, nobody else's, under the keys that a checkpoint's manifest has."""
-        return {"step": self.step, "skipped": self.skipped, "guard": self.guard.state(), "unfinished": self.unfinished}
+        counts = {"step": self.step, "skipped": self.skipped, "rows": self.rows}
+        return {**counts, "guard": self.guard.state(), "unfinished": self.unfinished}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """The inverse of ``saved``; other keys are left alone."""
         self.step, self.skipped, self.unfinished = saved["step"], saved["skipped"], saved["unfinished"]
+        self.rows = saved.get("rows", 0)  # of an earlier version: not known
         self.guard.load(saved["guard"])
 
     def roll_back(self, since: int, saved: Mapping[str, Any] | None) -> None:
         """To ``saved``, or without it to step ``since``, after which nothing was applied. What was found out since stays
         known: the quarantine, and how often the run has gone back."""
         judged = self.guard.state()
-        self.step, self.skipped = since, self.skipped - (self.step - since)
+        undone = self.step - since  # each of them has a row, since it was not applied
+        self.step, self.skipped, self.rows = since, self.skipped - undone, self.rows - undone
         if saved is not None:
             self.load(saved)
         self.guard.load({key: judged[key] for key in ("quarantine", "returned")})

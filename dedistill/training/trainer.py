@@ -116,6 +116,9 @@ class Trainer:
             if self.preview:
                 self.preview(0)
         record = MetricsLogger(self.run, state.step - bool(state.unfinished)) if self.world.main else None
+        if record and (gone := state.rows - record.metrics.rows) > 0:
+            rows = amount(gone, "row is", "rows are")
+            print(f"'{self.run.metrics}': {rows} missing or damaged of {state.rows:,}; training goes on", file=sys.stderr)
         self.model.root.train()
         self.stop, micro_batches = stop, ahead(self._micro_batches(state.step))
         try:
@@ -262,10 +265,12 @@ class Trainer:
             if self.requests["sample"] or _due(recipe.preview.every, state.step, last):
                 self._preview()
             special = {"val_loss", "guidance_gap", "quarantined"} & row.keys() or last or not row["applied"]
-            if record and (special or row["step"] == 1 or _due(recipe.log.every, state.step, last)):
-                record.write(row, self.data_wait_s)
-                self.data_wait_s = 0.0
-                trackers.log(row, state.step)
+            if special or row["step"] == 1 or _due(recipe.log.every, state.step, last):
+                state.rows += 1
+                if record:
+                    record.write(row, self.data_wait_s)
+                    self.data_wait_s = 0.0
+                    trackers.log(row, state.step)
         if saving or self.stopping:
             if record:
                 record.sync()

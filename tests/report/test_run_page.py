@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from test_pages import Page
 
 from dedistill.errors import UserError
 from dedistill.report.plots import heat_map
-from dedistill.report.run import averaged, bins_over_time, write_run_page
+from dedistill.report.run import CURVES, Record, averaged, bins_over_time, write_run_page
 from dedistill.train import main
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,7 +32,7 @@ def test_averages_keep_the_mean_and_the_order(count):
     """At most 200 points; each row counts in exactly one, so the mean weighted by rows is that of all rows."""
     generator = np.random.default_rng(0)
     rows = [{"step": i + 1, "loss": float(generator.standard_normal())} for i in range(count)]
-    points = averaged(rows, "loss")
+    points = averaged(Record(rows), "loss")
     assert len(points) == min(count, 200)
     steps = [step for step, _ in points]
     assert steps == sorted(set(steps)) and steps[0] >= 1 and steps[-1] <= count
@@ -44,23 +45,23 @@ def test_averages_keep_the_mean_and_the_order(count):
 def test_an_average_of_errors_does_not_shrink():
     """The held-out samples are the same each time: 400 readings with an error of .1 still are .1 off."""
     rows = [{"step": i, "val_loss": 1.0, "val_loss_se": 0.1} for i in range(400)]
-    assert all(point[1:] == pytest.approx((1, 1 - 0.196, 1 + 0.196)) for point in averaged(rows, "val_loss"))
+    assert all(point[1:] == pytest.approx((1, 1 - 0.196, 1 + 0.196)) for point in averaged(Record(rows), "val_loss"))
 
 
 def test_what_is_no_number_is_left_out():
     """Losses of bad steps are words in the record."""
     rows = [{"step": 1, "loss": "nan"}, {"step": 2, "loss": 0.5}, {"step": 3}, {"step": 4, "loss": float("nan")}]
-    assert averaged(rows, "loss") == [(2.0, 0.5)]
+    assert averaged(Record(rows), "loss") == [(2.0, 0.5)]
 
 
 def test_bins_are_averaged_over_what_fell_into_them():
     rows = [
         {"step": s, "sigma_loss": bins} for s, bins in ((1, [1.0, None]), (2, [3.0, None]), (3, [5.0, 2.0]), (4, [None, 4.0]))
     ]
-    assert bins_over_time(rows, most=2) == ([1.5, 3.5], [[2.0, 5.0], [None, 3.0]])
+    assert bins_over_time(Record(rows), most=2) == ([1.5, 3.5], [[2.0, 5.0], [None, 3.0]])
     other = [{"step": 0, "sigma_loss": [9.0]}, {"step": 0}, *rows]  # log.sigma_bins was changed on the way
-    assert bins_over_time(other, most=2) == bins_over_time(rows, most=2)
-    assert bins_over_time([{"step": 1}]) == ([], [])
+    assert bins_over_time(Record(other), most=2) == bins_over_time(Record(rows), most=2)
+    assert bins_over_time(Record([{"step": 1}])) == ([], [])
 
 
 def test_a_heat_map_is_fuller_where_there_is_more():
@@ -107,6 +108,28 @@ def test_short_and_long_runs(tmp_path, rows):
     assert page.stat().st_size < 1_200_000
     lines = re.findall(r'<polyline points="([^"]*)"', page.read_text())
     assert max(len(line.split()) for line in lines) <= 200
+
+
+def test_the_rows_of_a_long_run_are_not_kept(tmp_path):
+    """What is in memory grows by the numbers that are drawn, 8 bytes each, and by no row; nor is each bad one listed."""
+    made = run_rows(20)
+    bins = len(next(row["sigma_loss"] for row in made if "sigma_loss" in row))
+    bad = next(row for row in made if not row["applied"])
+
+    def rows(count):
+        for step in range(count):
+            yield (bad if step % 10 == 0 else made[0]) | {"step": step + 1, "prompt": "x" * 400}
+
+    def peak(count):
+        tracemalloc.start()
+        record = Record(rows(count))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(record.bad) == min(200, count // 10) and record.bad_count == count // 10 and record.last_step == count
+        return most
+
+    numbers = 2 * len(CURVES) + len(CURVES) + bins + 1
+    assert peak(20_000) - peak(10_000) < 2 * 10_000 * 8 * numbers, "arrays grow by an eighth at a time, copied once"
 
 
 def test_a_run_without_bins_or_meters(tmp_path):

@@ -7,6 +7,8 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from dedistill.errors import is_out_of_memory
+
 MAX_PIXELS = 80_000_000
 """Below Pillow's own warning (89 million). Pillow itself refuses more than 178,956,970, whatever the limit here says."""
 MAX_BYTES = 100 << 20
@@ -35,9 +37,11 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BY
     try:
         image.load()
         return _rgb(_upright(image))
-    except (BadImage, MemoryError):  # for want of memory no image is bad
+    except BadImage:
         raise
     except Exception as e:  # decoders raise any kind of error over damaged bytes
+        if is_out_of_memory(e):  # no image is bad for that
+            raise
         raise BadImage(f"{image.format} cannot be decoded: {e}") from e
 
 
@@ -50,9 +54,9 @@ def _open(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise BadImage(f"not an image of a known format ({', '.join(FORMATS)}), or its header is damaged") from None
-    except MemoryError:
-        raise
     except Exception as e:
+        if is_out_of_memory(e):
+            raise
         raise BadImage(f"its header cannot be read: {e}") from e
     width, height = image.size
     if width * height > max_pixels:
