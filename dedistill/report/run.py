@@ -49,7 +49,8 @@ CURVES = (
 class Curve:
     """The rows that have a number of one name: its steps and values, and its standard errors where all of them have one."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: str) -> None:
+        self.error_key = f"{key}_se"
         self.steps, self.values, self.errors = array("d"), array("d"), array("d")
 
 
@@ -57,7 +58,7 @@ class Record:
     """What the page shows of a run's rows, which are read once and not kept: a million of them take some 150 MB."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]]):
-        self.curves = {key: Curve() for key, *_ in CURVES}
+        self.curves = {key: Curve(key) for key, *_ in CURVES}
         self.bins: dict[int, tuple[array[float], array[float]]] = {}
         """Number of bins -> steps, and losses bin by bin, NaN where none fell; the kind that came last is the last."""
         self.bad: list[dict[str, Any]] = []
@@ -69,15 +70,15 @@ class Record:
     def _add(self, row: Mapping[str, Any]) -> None:
         self.last_step = row["step"]
         for key, curve in self.curves.items():
-            if is_number(value := row.get(key)):
+            if key in row and is_number(value := row[key]):
                 curve.steps.append(row["step"])
                 curve.values.append(value)
-                if is_number(error := row.get(key + "_se")):
+                if is_number(error := row.get(curve.error_key)):
                     curve.errors.append(error)
         if losses := row.get("sigma_loss"):
-            steps, values = self.bins.pop(len(losses), None) or (array("d"), array("d"))
+            steps, values = self.bins.pop(len(losses), (array("d"), array("d")))
             steps.append(row["step"])
-            values.extend(math.nan if loss is None else loss for loss in losses)
+            values.extend([math.nan if loss is None else loss for loss in losses] if None in losses else losses)
             self.bins[len(losses)] = steps, values
         if not row.get("applied", True) or "quarantined" in row:
             self.bad_count += 1
