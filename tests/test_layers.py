@@ -126,7 +126,8 @@ WORDS = re.compile(r"flux|unet|sd3|\bt5\b|pooled|guidance_embeds|\"transformer\\
 """Of single families of models, in any case."""
 ALLOWED = {
     "recipe/foreign.py": "keys of other trainers",
-    "adapters/compatibility.py": "what other programs look for in adapter files",
+    "adapters/compatibility.py": "where pipelines keep denoisers",
+    "adapters/programs.py": "what other programs look for in adapter files",
     "adapters/formats.py": "the same",
     "adapters/spellings.py": "the same, and where pipelines keep denoisers",
     "models/registry.py": "the line by which the package's own families are found",

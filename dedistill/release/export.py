@@ -77,7 +77,7 @@ def check_file(file: Path, model: Path | None = None) -> list[Verdict]:
     read_recipe(header.get("dedistill.recipe", ""), f"'{file}'")  # where it cannot be read, the file is named
     config = config_for(tensors, header, model)
     spec = _spec_for(config, header)
-    return check_adapter(tensors, linear_shapes(skeleton(config)), names_of(spec), spec.folder)
+    return check_adapter(tensors, linear_shapes(skeleton(config)), names_of(spec), spec.folder, header)
 
 
 def _spec_for(config: dict[str, Any], header: dict[str, str]) -> ModelSpec:

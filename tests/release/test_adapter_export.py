@@ -26,6 +26,7 @@ from dedistill.release.folder import linear_shapes, network_config, skeleton
 TOOLS = Path(__file__).parent.parent.parent / "tools"
 RECIPE = '[run]\nseed = 3\n[model]\npath = "black-forest-labs/FLUX.1-schnell"\n[train]\nlr = 1e-4\n'
 BLOCKS = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "single_transformer_blocks.1.proj_mlp"]
+OLD = "ai-toolkit, old_lokr_format: true"
 EVERYWHERE = [*BLOCKS, "x_embedder", "norm_out.linear"]
 
 
@@ -148,9 +149,9 @@ def test_who_loads_what(base, tmp_path):
     lora = snapshot(base, tmp_path / "lora.safetensors", "lora", EVERYWHERE)
     n, m = len(load_file(lokr)), len(load_file(mixed))
     found = loads(lokr, base)
-    assert found["ComfyUI"] == found["LyCORIS"] == found["SimpleTuner"] == found["ai-toolkit"] == (n, 0)
+    assert found["ComfyUI"] == found["LyCORIS"] == found["SimpleTuner"] == found[OLD] == (n, 0)
     assert found["diffusers, dedistill.load_lokr"] == (n, 0)
-    assert found["diffusers, load_lora_weights"] == found["kohya sd-scripts"] == (0, n)
+    assert found["diffusers, load_lora_weights"] == found["kohya sd-scripts"] == found["ai-toolkit"] == (0, n)
     found = loads(export_adapter(mixed, tmp_path / "t.safetensors", "transformer", base), base)
     k = m - len(BLOCKS)  # without alphas
     assert found["ComfyUI"] == found["diffusers, dedistill.load_lokr"] == (k, 0)
@@ -161,7 +162,7 @@ def test_who_loads_what(base, tmp_path):
     assert found["diffusers, load_lora_weights"] == found["ComfyUI"] == found["SimpleTuner"] == (2 * len(EVERYWHERE), 0)
     found = loads(export_adapter(lora, tmp_path / "k.safetensors", "kohya", base), base)
     assert found["ComfyUI"] == (12, 0)  # q and k are one fused layer
-    assert found["kohya sd-scripts"] == found["diffusers, load_lora_weights"] == (6, 6)
+    assert found["diffusers, load_lora_weights"] == (6, 6) and found["kohya sd-scripts"] == (9, 3)  # not the final layer
 
 
 def test_the_table_for_load_lora_weights_is_what_diffusers_does(base, tmp_path):
@@ -194,8 +195,9 @@ def test_every_linear_at_full_size_is_in_comfyuis_table(guidance):
     for prefix, spell in (("lycoris_", lambda n: n.replace(".", "_")), ("transformer.", str)):
         tensors = {f"{prefix}{spell(n)}.{w}": one for n in shapes for w in ("lokr_w1", "lokr_w2")}
         found = {v.program: len(v.loaded) for v in check_adapter(tensors, shapes, naming)}
-        assert found["ComfyUI"] == found["ai-toolkit"] == found["diffusers, dedistill.load_lokr"] == 2 * len(shapes)
-        assert (found["LyCORIS"] == 2 * len(shapes)) == (prefix == "lycoris_")
+        assert found["ComfyUI"] == found["diffusers, dedistill.load_lokr"] == 2 * len(shapes)
+        assert found["LyCORIS"] == found[OLD] == (2 * len(shapes) if prefix == "lycoris_" else 0)
+        assert found["ai-toolkit"] == 2 * len(shapes) - found[OLD]
 
 
 def test_the_network_is_found_by_itself(base, tmp_path):
