@@ -43,11 +43,12 @@ def run(args: argparse.Namespace) -> int:
     if args.source.is_dir() != (args.format in MODELS):
         kind, formats = ("a model folder", MODELS) if args.source.is_dir() else ("an adapter file", ADAPTERS)
         raise UserError(f"'{args.source}' is {kind}: --format is one of {', '.join(formats)}", exit_code=2)
+    say = partial(print, file=sys.stderr)
     if args.format in ADAPTERS:
-        export_adapter(args.source, args.out, args.format, args.model)
+        export_adapter(args.source, args.out, args.format, args.model, say)
     else:
         terms = {"base": args.base, "licence": args.license, "exclude": args.exclude}
         size = args.shard_gb * 1000**3
-        export_model(args.source, args.out, args.format, shard_bytes=size, say=partial(print, file=sys.stderr), **terms)
+        export_model(args.source, args.out, args.format, shard_bytes=size, say=say, **terms)
     print(f"done: {args.out}", file=sys.stderr)
     return 0

@@ -23,15 +23,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from dedistill.recipe import load_recipe
-    from dedistill.release.merge import REPORT, RoundingStats, merge_adapter
+    from dedistill.release.merge import REPORT, merge_adapter
 
     recipe = load_recipe(args.recipe, args.set)
-
-    def row(name: str, stats: RoundingStats) -> None:
-        print(f"{name:60}{''.join(f'{value:9.4f}' for value in stats.facts().values())}", flush=True)
-
-    print(f"{'layer':60}{'lost':>9}{'error':>9}{'zeros':>9}")
-    merged = merge_adapter(recipe, args.weights, args.out, dtype=args.dtype, rounding=args.round, say=row)
-    row(f"all of {amount(len(merged.layers), 'layer')}", merged.total)
-    print(f"done: {args.out}/ ({REPORT} has these numbers)", file=sys.stderr)
+    merged = merge_adapter(recipe, args.weights, args.out, dtype=args.dtype, rounding=args.round)
+    print(f"{amount(len(merged.layers), 'layer')}: {merged.summary}")
+    print(f"done: {args.out}/ ({REPORT} has the numbers of each layer)", file=sys.stderr)
     return 0

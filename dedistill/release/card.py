@@ -71,7 +71,8 @@ def write_card(
         use=_template(*(spec.card.split(":") if spec.card else (_OWN, "templates/use.md.j2"))).render(**fields).strip(),
         licence=terms,
         trained=trained,
-        merges=[{**m, "training": _training(r)} for m, r in zip(merges, recipes)],
+        # earlier versions wrote what was lost instead
+        merges=[{"kept": 1 - m.get("lost", 0.0)} | m | {"training": _training(r)} for m, r in zip(merges, recipes)],
     )
     replace_file(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")).encode())
 

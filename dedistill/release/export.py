@@ -1,6 +1,7 @@
 """Models and adapters in the formats that other programs load."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from dedistill.adapters.compatibility import Verdict, check_adapter
 from dedistill.adapters.files import read_tensors
-from dedistill.adapters.formats import ADAPTER_FORMATS, KOHYA, Layers, as_kohya, by_layer, check_shapes
+from dedistill.adapters.formats import ADAPTER_FORMATS, KOHYA, Layers, as_kohya, by_layer, check_shapes, is_lora
 from dedistill.adapters.spellings import FOLDERS, LayerNames
 from dedistill.errors import UserError
 from dedistill.io.atomic import as_json, replace_file, replace_json
@@ -33,31 +34,27 @@ from dedistill.release.folder import (
     write_weights,
 )
 from dedistill.release.headers import adapter_header, lycoris_config, model_header, public_facts
+from dedistill.release.rounding import UNKNOWN, RelativeSize, relative_size
 
 # --- adapter files for other programs --------------------------------------------------------------------------------
 
 
-def export_adapter(file: Path, out: Path, format: str, model: Path | None = None) -> Path:
+def export_adapter(
+    file: Path, out: Path, format: str, model: Path | None = None, say: Callable[[str], None] = lambda message: None
+) -> Path:
     """Write adapter ``file`` to ``out`` in one of ``ADAPTER_FORMATS``; returns ``out``.
 
     model: folder of the base; without it, the base that the file's own recipe names, at its full size. The "lycoris"
-    format gets ``lycoris_config.json`` beside it, from which SimpleTuner goes on. Raises UserError, writing nothing,
-    when the file does not fit that network whole, ``out`` or another adapter's config exists, or a LoKr is to become a LoRA.
+    format gets ``lycoris_config.json`` beside it, from which SimpleTuner goes on. ``say`` is told how large the change is
+    against the base's weights, and what small ones lose in other programs. Raises UserError, writing nothing, when the file
+    does not fit that network whole, ``out`` or another adapter's config exists, or a LoKr is to become a LoRA.
     """
     if out.exists():
         raise UserError(f"'{out}' already exists: choose another --out, or remove it")
-    tensors, header = read_tensors(file)
-    read_recipe(header.get("dedistill.recipe", ""), f"'{file}'")  # where it cannot be read, the file is named
-    config = config_for(tensors, header, model)
-    shapes = linear_shapes(skeleton(config))
-    spec = _spec_for(config, header)
-    layers = by_layer(tensors, shapes, str(file), folder=spec.folder, header=header, naming=names_of(spec))
-    try:
-        check_shapes(layers, shapes, str(file))
-    except UserError as e:
-        raise UserError(f"{e}; if its base is another network, name the base's folder with --model") from e
-    renamed = _renamed(layers, format, spec, shapes)
-    metadata = adapter_header(out.stem, format, header, layers, config, spec)
+    opened = _open(file, model)
+    layers, spec, header = opened.layers(), opened.spec, opened.header
+    renamed = _renamed(layers, format, spec, opened.shapes)
+    metadata = adapter_header(out.stem, format, header, layers, opened.config, spec)
     config_file = out.with_name("lycoris_config.json")
     table = as_json(lycoris_config(layers)) if format == "lycoris" else b""
     if table and config_file.exists() and config_file.read_bytes() != table:
@@ -68,16 +65,77 @@ def export_adapter(file: Path, out: Path, format: str, model: Path | None = None
             written.write(name, tensor)
     if table:
         replace_file(config_file, table)
+    say(f"{out.name}: {opened.size(layers) or UNKNOWN}")
     return out
 
 
-def check_file(file: Path, model: Path | None = None) -> list[Verdict]:
-    """What each program makes of adapter ``file`` on the network in folder ``model``, as in :func:`export_adapter`."""
+@dataclass(frozen=True)
+class _Opened:
+    """An adapter file and the network that it belongs to."""
+
+    file: Path
+    tensors: dict[str, Tensor]
+    header: dict[str, str]
+    config: dict[str, Any]
+    spec: ModelSpec
+    shapes: dict[str, tuple[int, int]]
+    base: Path | None
+    """Folder of that network, where it is there."""
+
+    def layers(self) -> Layers:
+        """Raises UserError for a file that does not fit the network whole."""
+        source = str(self.file)
+        naming, folder = names_of(self.spec), self.spec.folder
+        found = by_layer(self.tensors, self.shapes, source, folder=folder, header=self.header, naming=naming)
+        try:
+            check_shapes(found, self.shapes, source)
+        except UserError as e:
+            raise UserError(f"{e}; if its base is another network, name the base's folder with --model") from e
+        return found
+
+    def size(self, layers: Layers) -> RelativeSize | None:
+        """None where the weights of the base are not there, or are codes."""
+        try:
+            base = Denoiser(self.base) if self.base else None
+        except UserError:
+            return None
+        if base is None or any(not dtype.is_floating_point for _, dtype in base.layout.values()):
+            return None
+        return relative_size(layers, base)
+
+
+def _open(file: Path, model: Path | None) -> _Opened:
     tensors, header = read_tensors(file)
     read_recipe(header.get("dedistill.recipe", ""), f"'{file}'")  # where it cannot be read, the file is named
+    base = model or _local_base(header)
     config = config_for(tensors, header, model)
-    spec = _spec_for(config, header)
-    return check_adapter(tensors, linear_shapes(skeleton(config)), names_of(spec), spec.folder, header)
+    return _Opened(file, tensors, header, config, _spec_for(config, header), linear_shapes(skeleton(config)), base)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of an adapter file."""
+
+    verdicts: list[Verdict]
+    layers: int
+    kind: str
+    """LoRA, LoKr, or empty for another one."""
+    fault: str
+    """Why this program cannot apply it, or nothing."""
+    size: RelativeSize | None
+
+
+def check_file(file: Path, model: Path | None = None) -> Checked:
+    """What each program makes of adapter ``file`` on the network in folder ``model``, as in :func:`export_adapter`."""
+    opened, layers, fault = _open(file, model), Layers(), ""
+    try:
+        layers = opened.layers()
+    except UserError as e:
+        fault = str(e)
+    names = names_of(opened.spec)
+    verdicts = check_adapter(opened.tensors, opened.shapes, names, opened.spec.folder, opened.header)
+    kind = ("LoRA" if is_lora(layers) else "LoKr") if layers else ""
+    return Checked(verdicts, len(layers), kind, fault, opened.size(layers) if layers else None)
 
 
 def _spec_for(config: dict[str, Any], header: dict[str, str]) -> ModelSpec:
@@ -97,15 +155,27 @@ def _renamed(layers: Layers, format: str, spec: ModelSpec, shapes: dict[str, tup
     return ADAPTER_FORMATS[format](layers, spec.folder)
 
 
+def _model_table(header: dict[str, str]) -> dict[str, Any]:
+    table = read_recipe(header.get("dedistill.recipe", "")).get("model", {})
+    return table if isinstance(table, dict) else {}
+
+
+def _local_base(header: dict[str, str]) -> Path | None:
+    """Where the recipe in an adapter's header has its base, if a denoiser is there."""
+    table = _model_table(header)
+    source = table.get("path") or ""
+    folders = (Path(source), Path(table.get("components") or source))  # a single file has its shape beside its encoders
+    return next((f for f in folders if any((f / name / "config.json").exists() for name in FOLDERS)), None)
+
+
 def config_for(tensors: dict[str, Any], header: dict[str, str], model: Path | None) -> dict[str, Any]:
     """The config of the network that an adapter belongs to."""
     if model is not None:
         return network_config(model)
-    table = read_recipe(header.get("dedistill.recipe", "")).get("model", {})
+    if folder := _local_base(header):
+        return network_config(folder)
+    table = _model_table(header)
     source = table.get("path") or ""
-    for folder in (Path(source), Path(table.get("components") or source)):  # a single file has its shape beside its encoders
-        if any((folder / name / "config.json").exists() for name in FOLDERS):
-            return network_config(folder)
     spec = get_spec(table.get("family") or next(iter(families())))
     if spec.full_config is None:
         raise UserError(f"the base of this adapter, '{source}', is not there: name its folder with --model")

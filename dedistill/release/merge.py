@@ -1,7 +1,7 @@
 """An adapter added into its dense base, tensor by tensor, as a model folder that ``model.path`` takes again."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,6 @@ from dedistill.adapters.delta import weight_change
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.formats import Layers, by_layer, check_shapes
 from dedistill.errors import UserError
-from dedistill.flow import keyed
 from dedistill.io.atomic import replace_json
 from dedistill.io.hashing import file_sha256
 from dedistill.io.safetensors import Digest
@@ -22,74 +21,7 @@ from dedistill.models.model import check_origin
 from dedistill.models.registry import get_family
 from dedistill.recipe import Recipe, to_toml
 from dedistill.release.folder import FACTS, SHARD_BYTES, linear_shapes, names_of, new_folder, read_facts, write_weights
-
-# --- from float32 to the dtype of a file, and how much of a small change survives it ---------------------------------
-
-
-CHUNK = 1 << 22
-"""Numbers rounded at a time."""
-
-
-def round_stochastic(values: Tensor, seed: int, name: str) -> Tensor:
-    """float32 -> bfloat16, up with the probability of what is cut off: right on average, a function of (seed, name).
-
-    bfloat16 is the upper half of float32, so a uniform 16-bit number is added to the bits before the lower half is cut.
-    What bfloat16 can hold stays as it is, and so do infinities and NaN. Values [...], contiguous or not, on the CPU.
-    """
-    flat, out = values.contiguous().reshape(-1), torch.empty(values.numel(), dtype=torch.bfloat16)
-    rng = keyed.generator(seed, f"round/{name}")
-    for start in range(0, len(flat), CHUNK):
-        part = flat[start : start + CHUNK]
-        noise = torch.from_numpy(rng.integers(0, 1 << 16, len(part), dtype="uint16")).int()
-        cut = ((part.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
-        out[start : start + CHUNK] = torch.where(part.isfinite(), cut, part).bfloat16()
-    return out.reshape(values.shape)
-
-
-@dataclass
-class RoundingStats:
-    """Sums over weights from which the losses of a merge are read; they add up over layers."""
-
-    wanted: float = 0.0
-    """|delta|^2"""
-    along: float = 0.0
-    """<kept, delta>"""
-    off: float = 0.0
-    """|kept - delta|^2"""
-    zeros: int = 0
-    """Weights that did not move although their delta is not 0."""
-    changed: int = 0
-    """Weights whose delta is not 0."""
-
-    @classmethod
-    def measure(cls, before: Tensor, after: Tensor, delta: Tensor) -> "RoundingStats":
-        """before, after: the weight without and with the delta, both as the file stores them; delta float32."""
-        kept = after.float() - before.float()
-        nonzero = delta != 0
-        return cls(
-            wanted=float((delta.double() ** 2).sum()),
-            along=float((kept.double() * delta.double()).sum()),
-            off=float(((kept - delta).double() ** 2).sum()),
-            zeros=int((nonzero & (kept == 0)).sum()),
-            changed=int(nonzero.sum()),
-        )
-
-    def __add__(self, other: "RoundingStats") -> "RoundingStats":
-        return RoundingStats(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))
-
-    def facts(self) -> dict[str, float]:
-        """lost: share of the delta, along itself, that is gone: 1 - <kept, delta> / <delta, delta>; negative when too
-        much arrived. error: |kept - delta| / |delta|, which also counts the noise of rounding. zeros: share of the
-        weights with a delta that did not move at all."""
-        return {
-            "lost": 1 - self.along / self.wanted if self.wanted else 0.0,
-            "error": (self.off / self.wanted) ** 0.5 if self.wanted else 0.0,
-            "zeros": self.zeros / self.changed if self.changed else 0.0,
-        }
-
-
-# --- an adapter added into its dense base, tensor by tensor, as a model folder that ``model.path`` takes again -------
-
+from dedistill.release.rounding import RoundingStats, round_stochastic
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 REPORT = "merge.json"
@@ -106,6 +38,13 @@ class Merged:
     def total(self) -> RoundingStats:
         return sum(self.layers.values(), RoundingStats())
 
+    @property
+    def summary(self) -> str:
+        """What was kept and where rounding did most, in one line."""
+        worst = max(self.layers, key=lambda name: self.layers[name].facts()["error"])
+        error = self.layers[worst].facts()["error"]
+        return f"change kept {self.total.facts()['kept']:.1%}, worst layer {worst}: rounding error {error:.1%} of its change"
+
 
 def merge_adapter(
     recipe: Recipe,
@@ -115,16 +54,15 @@ def merge_adapter(
     dtype: str = "bf16",
     rounding: str = "stochastic",
     shard_bytes: int = SHARD_BYTES,
-    say: Callable[[str, RoundingStats], None] = lambda linear, stats: None,
 ) -> Merged:
     """Write base + adapter to ``out``: the recipe's ``model.path``, unquantized, plus the delta of ``weights`` (a snapshot).
 
     The sum is float32. dtype "bf16" rounds it once, "stochastic" (keyed by the recipe's seed: same input, same bytes) or
     "nearest", which loses most of a delta below the rounding step; "fp32" keeps it. Tensors without a delta are the
     base's own in the new dtype. Beside the denoiser the folder gets what the family writes, ``dedistill.json`` with the
-    provenance (a chain where the base was merged before), and ``merge.json`` with the losses per layer.
+    provenance (a chain where the base was merged before), and ``merge.json`` with what was kept of each layer.
 
-    ``say`` is told each layer as it is merged. Raises UserError when the file does not fit the network whole, or ``out``
+    Raises UserError when the file does not fit the network whole, or ``out``
     exists; then nothing is written.
     """
     if recipe.model.path is None:
@@ -142,7 +80,7 @@ def merge_adapter(
     merged, digest = Merged(), hashlib.sha256()
     with new_folder(out) as folder:
         family.save_rest(components, folder)  # first, since it may refuse: the weights take long
-        stream = _merged_tensors(state, layers, DTYPES[dtype], rounding, recipe.run.seed, merged, digest, say)
+        stream = _merged_tensors(state, layers, DTYPES[dtype], rounding, recipe.run.seed, merged, digest)
         place = folder / family.spec.folder
         place.mkdir()
         write_weights(place, layout, stream, shard_bytes)
@@ -170,7 +108,6 @@ def _merged_tensors(
     seed: int,
     merged: Merged,
     digest: Digest,
-    say: Callable[[str, RoundingStats], None],
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the new network one after the other, filling ``merged`` and the hash of the base on the way."""
     for name in list(state):
@@ -187,7 +124,6 @@ def _merged_tensors(
             raise UserError(f"the merged weight of '{linear}' is not finite: the adapter or its base is damaged")
         new = round_stochastic(total, seed, name) if (dtype, rounding) == (torch.bfloat16, "stochastic") else total.to(dtype)
         merged.layers[linear] = RoundingStats.measure(base.to(dtype), new, delta)
-        say(linear, merged.layers[linear])
         yield name, new
 
 

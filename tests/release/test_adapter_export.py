@@ -56,7 +56,7 @@ def header(file: Path) -> dict[str, str]:
 
 
 def loads(file: Path, base: Path) -> dict[str, tuple[int, int]]:
-    return {v.program: (len(v.loaded), len(v.ignored)) for v in check_file(file, base)}
+    return {v.program: (len(v.loaded), len(v.ignored)) for v in check_file(file, base).verdicts}
 
 
 def test_headers(base, tmp_path):
@@ -169,17 +169,19 @@ def test_the_table_for_load_lora_weights_is_what_diffusers_does(base, tmp_path):
     """Its own converter and its filter, on kohya's names in and outside the blocks, and on LyCORIS' LoRA."""
     lora = snapshot(base, tmp_path / "lora.safetensors", "lora", [n for n in EVERYWHERE if "single" not in n])
     kohya = export_adapter(lora, tmp_path / "k.safetensors", "kohya", base)
-    (verdict,) = (v for v in check_file(kohya, base) if v.program == "diffusers, load_lora_weights")
+    (verdict,) = (v for v in check_file(kohya, base).verdicts if v.program == "diffusers, load_lora_weights")
     state = FluxPipeline.lora_state_dict(str(tmp_path), weight_name="k.safetensors")
     kept = {k for k in state if k.startswith("transformer.") and "lora" in k}
     assert {k.split(".lora_")[0] for k in kept} == {f"transformer.transformer_blocks.0.attn.to_{x}" for x in "qkv"}
     assert {k.partition(".")[0] for k in verdict.loaded} == {"lora_unet_double_blocks_0_img_attn_qkv"}
     assert {k.partition(".")[0] for k in verdict.ignored} == {"lora_unet_img_in", "lora_unet_final_layer_adaLN_modulation_1"}
-    (verdict,) = (v for v in check_file(lora, base) if v.program == "diffusers, load_lora_weights")
+    (verdict,) = (v for v in check_file(lora, base).verdicts if v.program == "diffusers, load_lora_weights")
     assert not verdict.loaded and not FluxPipeline.lora_state_dict(str(tmp_path), weight_name="lora.safetensors")
     strange = load_file(kohya) | {"lora_unet_elsewhere.lora_down.weight": torch.ones(1, 1)}
     save_file(strange, tmp_path / "s.safetensors")
-    (verdict,) = (v for v in check_file(tmp_path / "s.safetensors", base) if v.program == "diffusers, load_lora_weights")
+    (verdict,) = (
+        v for v in check_file(tmp_path / "s.safetensors", base).verdicts if v.program == "diffusers, load_lora_weights"
+    )
     assert not verdict.loaded and "raises an error at 'lora_unet_elsewhere" in verdict.why
     with pytest.raises(ValueError, match="Incompatible keys"):
         FluxPipeline.lora_state_dict(str(tmp_path), weight_name="s.safetensors")

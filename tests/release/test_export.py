@@ -35,7 +35,7 @@ def base(tmp_path_factory) -> Path:
     """A whole tiny pipeline, as merged from an adapter that was trained with a mask."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     write_tiny_flux(folder, layers=2, single_layers=3)
-    merge = {"adapter_header": {"dedistill.step": "9"}, "dtype": "bf16", "rounding": "stochastic", "lost": 0.01}
+    merge = {"adapter_header": {"dedistill.step": "9"}, "dtype": "bf16", "rounding": "stochastic", "kept": 1.0003}
     merge["recipe"] = '[model]\nmask = "bool"\n[adapter]\nkind = "lokr"\n[train]\nlr = 1e-4\n'
     facts = {"family": "flux", "mask": "bool", "base": {"path": "black-forest-labs/FLUX.1-schnell"}, "merges": [merge]}
     (folder / "dedistill.json").write_text(json.dumps(facts))
@@ -208,7 +208,7 @@ def test_cards(base, tmp_path):
     assert front["license"] == "apache-2.0" and front["base_model"] == "black-forest-labs/FLUX.1-schnell"
     assert front["library_name"] == "diffusers" and front["base_model_relation"] == "finetune" and "lokr" in front["tags"]
     assert "T5TokenizerOptions" in text and "`min_padding` 0" in text and "`min_length` 0" in text
-    assert "| train.lr | 0.0001 |" in text and "1.00 % of the change" in text and "| weights of step | 9 |" in text
+    assert "| train.lr | 0.0001 |" in text and "100.0 % of the change kept" in text and "| weights of step | 9 |" in text
     with pytest.raises(UserError, match=r"goes back to black-forest-labs/FLUX\.1-schnell"):
         export_model(base, tmp_path / "no", "single", base="ostris/OpenFLUX.1")
 

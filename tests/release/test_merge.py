@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -103,7 +104,7 @@ def test_merged_reloaded_and_adapted_are_one(form, family, tmp_path):
     assert relative(before, wanted) > 1e-2
     merged = merge_adapter(recipe, tmp_path / "a.safetensors", tmp_path / "out", dtype="fp32")
     assert relative(answer(alone(recipe, tmp_path / "out")), wanted) < 1e-6
-    assert abs(merged.total.facts()["lost"]) < 1e-5 and merged.layers.keys() == model.adapter.by_target.keys()
+    assert abs(merged.total.facts()["kept"] - 1) < 1e-5 and merged.layers.keys() == model.adapter.by_target.keys()
 
 
 def test_other_spellings_merge_to_the_same_bytes(tmp_path):
@@ -153,9 +154,9 @@ def test_what_rounding_loses(size, nearest):
     total = weight.float() + delta
     lost = RoundingStats.measure(weight, total.bfloat16(), delta).facts()
     assert nearest[0] < lost["zeros"] < nearest[1]
-    assert (0.4 < lost["lost"] < 0.6) if size == 1e-3 else lost["lost"] < 0.05
+    assert (0.4 < lost["kept"] < 0.6) if size == 1e-3 else lost["kept"] > 0.95
     kept = RoundingStats.measure(weight, round_stochastic(total, 0, "w"), delta).facts()
-    assert abs(kept["lost"]) < 0.02
+    assert abs(kept["kept"] - 1) < 0.02
     assert RoundingStats.measure(weight.float(), total, delta).facts()["error"] < 1e-3
 
 
@@ -249,19 +250,27 @@ def test_full_disk_leaves_nothing(small_disk, tmp_path):
     assert list(small_disk.iterdir()) == []
 
 
-def test_tool(tmp_path, capsys):
-    """One row per layer and one for all; the same numbers in the folder."""
+@pytest.mark.parametrize("how", [["--round", "nearest"], [], ["--dtype", "fp32"]], ids=["nearest", "stochastic", "fp32"])
+def test_tool(how, tmp_path, capsys):
+    """One line of what was kept and where rounding did most; the numbers of each layer in the folder; no share below zero."""
     recipe = recipe_for(tmp_path / "a", write_base("pixel_flux", tmp_path / "base"))
     trained(recipe, tmp_path / "a.safetensors", size=1e-3)
-    arguments = [tmp_path / "a" / "recipe.toml", "--weights", tmp_path / "a.safetensors", "--out", tmp_path / "out"]
-    before, sys.argv = sys.argv, ["merge_adapter", *map(str, arguments), "--round", "nearest"]
+    arguments = [tmp_path / "a" / "recipe.toml", "--weights", tmp_path / "a.safetensors", "--out", tmp_path / "out", *how]
+    before, sys.argv = sys.argv, ["merge_adapter", *map(str, arguments)]
     try:
         with pytest.raises(SystemExit) as done:
             runpy.run_path(str(TOOLS / "merge_adapter.py"), run_name="__main__")
     finally:
         sys.argv = before
     assert done.value.code == 0
-    report = json.loads((tmp_path / "out" / "merge.json").read_text())
-    rows = {line.split()[0]: line.split()[-3:] for line in capsys.readouterr().out.splitlines()[1:]}
-    assert rows["x_embedder"] == [f"{report['layers']['x_embedder'][k]:.4f}" for k in ("lost", "error", "zeros")]
-    assert rows["all"][2] == f"{report['total']['zeros']:.4f}" and report["total"]["zeros"] > 0.3
+    report, said = json.loads((tmp_path / "out" / "merge.json").read_text()), capsys.readouterr().out
+    found = re.fullmatch(
+        r"(\d+) layers: change kept ([\d.]+)%, worst layer (\S+): rounding error ([\d.]+)% of its change\n", said
+    )
+    assert found and int(found[1]) == len(report["layers"])
+    assert float(found[2]) == pytest.approx(100 * report["total"]["kept"], abs=0.06)
+    errors = {name: numbers["error"] for name, numbers in report["layers"].items()}
+    assert errors[found[3]] == max(errors.values()) == pytest.approx(float(found[4]) / 100, abs=6e-4)
+    assert (report["total"]["zeros"] > 0.3) == ("fp32" not in how) and (report["total"]["kept"] < 0.99) == ("nearest" in how)
+    facts = json.loads((tmp_path / "out" / "dedistill.json").read_text())["merges"][0]
+    assert facts["kept"] == report["total"]["kept"] and "lost" not in facts
