@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import TextIO, TypeVar
@@ -16,6 +16,7 @@ from typing import TextIO, TypeVar
 from dedistill.errors import RUN_AGAIN, UserError, is_out_of_memory, printable
 from dedistill.io.atomic import with_home
 from dedistill.recipe import Recipe, RecipeError, load_recipe
+from dedistill.recipe.shipped import PREFIX
 
 # --- what is said on the terminal ------------------------------------------------------------------------------------
 
@@ -177,6 +178,16 @@ def _more_files(error: BaseException | None) -> str:
 def _speaker() -> str:
     """Who speaks, where several processes do."""
     return "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"rank {os.environ.get('RANK', '?')}: "
+
+
+def run_folder(named: str, overrides: Sequence[str] = ()) -> Path:
+    """The folder of a run that is named itself or by its recipe. Raises UserError where there is none."""
+    folder = Path(named)
+    if folder.is_file() or named.startswith(PREFIX):
+        folder = Path(load_recipe(named, overrides).run.out)
+    if not folder.is_dir():
+        raise UserError(f"'{folder}': no such run; dedistill train makes it", 2)
+    return folder
 
 
 # --- types for command lines -----------------------------------------------------------------------------------------

@@ -6,14 +6,14 @@ dedistill posthoc runs/digits/dedistill --sigma-rel 0.075 0.15        # needs sn
 
 import argparse
 
-from dedistill.cli.command import command_parser, finite, guarded, path
+from dedistill.cli.command import command_parser, finite, guarded, path, place, run_folder
 
 SPACES = ("factors", "refactored", "delta", "merged")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("posthoc", __doc__)
-    parser.add_argument("run", type=path, help="run directory (its snapshots/ are read, posthoc/ is written)")
+    parser.add_argument("run", type=place, help="folder of a run, or its recipe: snapshots/ is read, posthoc/ written")
     parser.add_argument(
         "--alpha", type=finite, nargs="+", help="weights of the newer snapshot, above 0 up to 1; default LibreFLUX's ten"
     )
@@ -29,10 +29,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.posthoc.average import average_run
+    folder = run_folder(args.run)
+    from dedistill.posthoc.average import average_run  # torch adds up: its sums are the same to the bit as before
 
     average_run(
-        args.run,
+        folder,
         alphas=args.alpha,
         widths=args.sigma_rel,
         step=args.step,

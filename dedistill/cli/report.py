@@ -5,23 +5,21 @@ dedistill report runs/digits/dedistill                             # or its reci
 
 import argparse
 import sys
-from pathlib import Path
 
-from dedistill.cli.command import add_overrides, command_parser, guarded, path
+from dedistill.cli.command import add_overrides, command_parser, guarded, place, run_folder
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("report", __doc__)
-    parser.add_argument("run", type=path, help="folder of a run, or its recipe")
+    parser.add_argument("run", type=place, help="folder of a run, or its recipe")
     add_overrides(parser)
     args = parser.parse_args(argv)
     return guarded(lambda: run(args), debug=args.debug)
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.recipe import load_recipe
+    folder = run_folder(args.run, args.set)
     from dedistill.report.run import write_run_page
 
-    folder = args.run if args.run.is_dir() else Path(load_recipe(args.run, args.set).run.out)
     print(f"done: {write_run_page(folder)}", file=sys.stderr)
     return 0

@@ -68,7 +68,7 @@ def open_finished(recipe: Recipe, weights: Path | None = None) -> Model:
     if weights is None and recipe.adapter is None:
         folder = out / "model"
         if not folder.exists():
-            raise UserError(f"'{folder}' does not exist: train this recipe first (python -m dedistill.train ...)")
+            raise UserError(f"'{folder}' does not exist: train this recipe first (dedistill train)")
         trained = recipe.model.model_copy(update={"path": str(folder), "new": None})
         return _build(recipe.model_copy(update={"model": trained}), device)
     model = _build(recipe, device)

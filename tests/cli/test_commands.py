@@ -26,6 +26,10 @@ LIGHT = [
     ["recipes"],
     ["recipes", "show", "digits/teacher"],
     ["check", "dedistill:flux_dev"],
+    ["check", "no.toml"],
+    ["report", "runs/none"],
+    ["posthoc", "runs/none"],
+    ["train", "dedistill:flux_tiny"],
     ["trian"],
 ]
 LOADED = f"print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
@@ -54,12 +58,14 @@ def test_light_commands_stay_light(tmp_path):
     assert (tmp_path / "out/index.html").exists()
 
 
-def test_averaging_needs_no_library_of_models(tmp_path, adapter_recipe):
-    """Averages are sums of tensors: torch, and nothing of diffusers or transformers."""
+def test_averages_and_pages_need_no_library_of_models(tmp_path, adapter_recipe):
+    """Averages are sums of tensors: torch, and nothing of diffusers or transformers. A page of curves needs neither."""
     run = tmp_path / "dedistill"
     assert main(["train", str(adapter_recipe), "--set", "train.steps=2", "--set", "snapshot.every=1"]) == 0
     assert modules_after([["posthoc", str(run), "--alpha", "0.5"]]) == "['torch']"
     assert (run / "posthoc/alpha_linear_0.5.safetensors").exists()
+    assert modules_after([["report", str(run)], ["report", str(adapter_recipe)]]) == "[]"
+    assert (run / "report/index.html").exists()
 
 
 def test_a_second_process_on_a_run_is_refused_before_torch_is_loaded(teacher_recipe, tmp_path):
@@ -130,6 +136,10 @@ def test_recipes_say_what_each_needs(capsys):
         (("check", "recipes/flux_dev.toml"), "no such file, did you mean 'dedistill:flux_dev'?"),
         (("check", "no.toml", "--model", "x"), "--model: belongs to adapter files"),
         (("check", "no.safetensors"), "no.safetensors"),
+        (("posthoc", "runs/none"), "'runs/none': no such run; dedistill train makes it"),
+        (("report", "runs/none"), "'runs/none': no such run"),
+        (("report", "dedistill:flux_lora"), "'runs/flux_lora': no such run"),
+        (("posthoc", "dedistill:flux_loar"), "did you mean 'dedistill:flux_lora'?"),
         (("demo", "letters"), "invalid choice: 'letters'"),
         (("tiny", "fluxx", "x"), "FAMILY: unknown family 'fluxx', did you mean 'flux'?"),
     ],
