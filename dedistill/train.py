@@ -2,7 +2,13 @@
 
 import sys
 
-from dedistill.cli.train import main
+from dedistill.cli.main import main as command_line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``dedistill train`` with these arguments; returns its exit code."""
+    return command_line(["train", *(sys.argv[1:] if argv is None else argv)])
+
 
 if __name__ == "__main__":
     sys.exit(main())

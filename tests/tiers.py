@@ -2,6 +2,7 @@
 
 LONG = [
     "cli/test_installed",
+    "cli/test_interrupted",
     "cli/test_rehearse",
     "cli/test_tiny",
     "cli/test_tools",

@@ -30,6 +30,11 @@ def quiet_dependencies() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # its level is set when it is imported
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 class BrokenPipeTolerant:
@@ -155,9 +160,10 @@ def guarded(action: Callable[[], int | None], *, debug: bool) -> int:
         print(f"{_speaker()}error: {place}: {e.strerror or e}{_more_files(e)}", file=sys.stderr)
         return RUN_AGAIN if is_out_of_memory(e) else 1
     except KeyboardInterrupt:
-        print("stopped; what was complete is kept", file=sys.stderr)
-        return RUN_AGAIN
+        return _stopped()
     except Exception as e:
+        if _is_interrupt(e):
+            return _stopped()
         if debug:
             traceback.print_exc()
         if is_out_of_memory(e):
@@ -173,6 +179,18 @@ def _more_files(error: BaseException | None) -> str:
     while error is not None and getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
         error = error.__cause__
     return "\nA process may have more files open after: ulimit -n 65536" if error else ""
+
+
+def _stopped() -> int:
+    print("stopped; what was complete is kept", file=sys.stderr)
+    return RUN_AGAIN
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether an interrupt is behind ``error``: what is imported meanwhile may make another of it."""
+    while error and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _speaker() -> str:

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from dedistill import __version__
+from dedistill.errors import RUN_AGAIN
 
 COMMANDS = {
     "train": ("train", "train as a recipe says; run again to continue"),
@@ -36,6 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = _run((sys.argv[1:] if argv is None else argv) or ["--help"])
         sys.stdout.flush()
+        # an interrupt that came inside exec (dataclasses use it when they are imported) is remembered, caught or not, and
+        # Python would kill itself by it at its end in place of this exit code; another exec makes it forget
+        exec("")
+    except KeyboardInterrupt:  # while the command's own code is imported; from then on it is the command's
+        print("stopped; nothing was begun", file=sys.stderr)
+        return RUN_AGAIN
     except BrokenPipeError:  # as with | head: who reads has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left to be flushed at the end goes nowhere
         return 0

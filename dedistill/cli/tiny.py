@@ -29,7 +29,7 @@ COLOURS = {"red": (200, 60, 50), "green": (70, 150, 80), "blue": (60, 90, 180), 
 
 
 def write_samples(folder: Path, width: int, height: int) -> int:
-    """Write JPEG files with a .txt of a short and a long caption beside each into ``folder``; returns how many."""
+    """Write JPEG files with the caption in a .txt beside each into ``folder``; returns how many."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, (colour, shape, ground) in enumerate(SHAPES):
         fall = np.linspace(1.0, 0.5, height)[:, None, None]  # no plain ground: a codec is asked for gradients too
@@ -38,9 +38,7 @@ def write_samples(folder: Path, width: int, height: int) -> int:
         left, top = (width - side) // 2, (height - side) // 2
         (draw.ellipse if shape == "circle" else draw.rectangle)((left, top, left + side, top + side), COLOURS[colour])
         image.save(folder / f"sample{i}.jpg", quality=90)
-        short = f"a {colour} {shape} on {ground}"
-        long = f"one {colour} {shape} in the middle of a {ground} ground, which is light at the top and dark at the bottom"
-        (folder / f"sample{i}.txt").write_text(f"{short}\n{long}\n")
+        (folder / f"sample{i}.txt").write_text(f"a {colour} {shape} on a {ground} ground, dark at the bottom\n")
     return len(SHAPES)
 
 

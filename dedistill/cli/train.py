@@ -105,7 +105,13 @@ def train(recipe: Recipe, argv: list[str]) -> int:
     again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process
     # before libraries are loaded, which takes seconds
     with StopRequests() as stop, Watchdog(recipe.run.stuck_after, Path(recipe.run.out)):
-        return _train(recipe, again, stop)
+        try:
+            return _train(recipe, again, stop)
+        except BaseException:  # the imports of libraries may make another error of an interrupt
+            if not stop.signalled or stop.deferred:
+                raise
+            print(f"stopped before the first step; what is encoded is kept; continue with:\n  {again}", file=sys.stderr)
+            return RUN_AGAIN
 
 
 def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:

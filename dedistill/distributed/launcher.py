@@ -224,8 +224,8 @@ def _option(words: list[str], name: str) -> str | None:
 def resume_command(argv: list[str]) -> str:
     """What to type to continue, with the launcher and its options if there was one. argv: the arguments of training."""
     if not launched():
-        command = ["dedistill", "train"] if Path(sys.argv[0]).name == "dedistill" else ["python", "-m", "dedistill.train"]
-        return shlex.join([*command, *argv])
+        known = {"dedistill": ["dedistill", "train"], "__main__.py": ["python", "-m", "dedistill", "train"]}
+        return shlex.join([*known.get(Path(sys.argv[0]).name, ["python", "-m", "dedistill.train"]), *argv])
     words = _words(os.getppid()) or ["accelerate", "launch", "-m"]
     return shlex.join([*words, "dedistill.train", *argv])
 

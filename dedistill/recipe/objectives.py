@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 @dataclass(frozen=True)
 class Traits:
+    called: str
+    """In messages."""
     pairs: bool = False
     """It trains on stored pairs; otherwise on data."""
     own_sigmas: bool = False
@@ -15,9 +17,9 @@ class Traits:
 
 
 OBJECTIVES = {
-    "flow": Traits(caption_dropout=0.1),
-    "distill": Traits(pairs=True, own_sigmas=True),
-    "reflow": Traits(pairs=True),
+    "flow": Traits("flow matching", caption_dropout=0.1),
+    "distill": Traits("distillation", pairs=True, own_sigmas=True),
+    "reflow": Traits("reflow", pairs=True),
 }
 """By the names that recipes use."""
 if TYPE_CHECKING:

@@ -161,8 +161,10 @@ def _emit(table: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
     for name, value in inner.items():
         key = dotted((*path, name))
         for row in [value] if isinstance(value, dict) else value:
-            yield from ("", f"[{key}]" if isinstance(value, dict) else f"[[{key}]]")
-            yield from _emit(row, (*path, name))
+            lines = list(_emit(row, (*path, name)))
+            if isinstance(value, list) or lines[:1] != [""]:  # a table of tables alone needs no header
+                yield from ("", f"[{key}]" if isinstance(value, dict) else f"[[{key}]]")
+            yield from lines
 
 
 def _literal(value: object) -> str:
