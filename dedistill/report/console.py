@@ -26,8 +26,8 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
     """Say what will happen, on stderr."""
     out = Console(stderr=True, highlight=False, soft_wrap=True)
     t, facts = recipe.train, model.facts
-    source = "images" if recipe.data.source == "pictures" else recipe.data.source
-    what = f"{OBJECTIVES[t.objective].called} of {model.family.spec.name} on {source}, in {t.precision} on {device}"
+    data = recipe.data.source.replace("pictures", "images")
+    what = f"{OBJECTIVES[t.objective].called} of {model.family.spec.name} on {data}, in {t.precision} on {device}"
     out.print(f"[bold]{recipe.run.name}[/bold]: {what}")
     source = recipe.model.path or f"random weights, seed {recipe.run.seed}"
     quant = f", {amount(len(facts['quantized']), 'linear')} as {recipe.base.quant}" if facts.get("quantized") else ""
