@@ -129,6 +129,6 @@ def test_table_of_recipes():
     for name, size in rows:
         recipe = load_recipe(f"dedistill:{name}")
         family = get_family(recipe.model.family)
-        denoiser = family.full_size(recipe.model)
+        denoiser = family.full_size(recipe.model).denoiser
         targets = resolve_targets(recipe.adapter, dense_shapes(denoiser, linear_names(denoiser)), family.presets(denoiser))
         assert round(count_parameters(targets, recipe.adapter.kind) / 1e6) == int(size), name

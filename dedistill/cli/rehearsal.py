@@ -185,7 +185,7 @@ def _check_captions(recipe: Recipe) -> None:
 
 def _check_full_size(recipe: Recipe, family: Family) -> str:
     """Layer patterns against the full-size network, and whether what will be kept fits the disk."""
-    denoiser = family.full_size(recipe.model)
+    denoiser = family.full_size(recipe.model).denoiser
     check_blocks(recipe, len(family.blocks(denoiser)))
     total = sum(p.numel() for p in denoiser.parameters())
     if recipe.adapter is None:

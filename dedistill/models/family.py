@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dedistill.errors import UserError
 from dedistill.flow.path import seen_anywhere
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.spec import ModelSpec
@@ -58,6 +59,19 @@ class TextEncoders(Protocol):
         """Free its memory; what is asked next loads again."""
 
 
+@dataclass(frozen=True)
+class Unseen:
+    """Text encoders of which no more is known than what they make."""
+
+    widths: Widths
+
+    def tokens(self, captions: list[str]) -> list[int]:
+        raise UserError("model.path: the text encoders' files are not there")
+
+    def unload(self) -> None:
+        """There is nothing to free."""
+
+
 class Codec(Protocol):
     """Between pixels and what the denoiser sees."""
 
@@ -96,8 +110,9 @@ class Family(Protocol):
     def cache_inputs(self, components: Components, length: int) -> dict[str, dict[str, Any]]:
         """What encoded "latents" and "text" depend on beside image and caption: settings, and lists of weight files."""
 
-    def full_size(self, spec: Model) -> nn.Module:
-        """The denoiser that ``spec`` names on the meta device: names and shapes without numbers, without its files."""
+    def full_size(self, spec: Model) -> Components:
+        """What ``spec`` names as names and shapes without numbers, also where its files are not there: the denoiser on the meta
+        device, and of encoders and codec as much as tells the shapes of what the denoiser sees."""
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small random model in the layout that ``load`` reads, built like the one ``spec`` names: for rehearsals.

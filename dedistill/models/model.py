@@ -151,7 +151,14 @@ def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
 def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     """Load, freeze, quantize and adapt as ``recipe`` says; every effect is checked and recorded in ``facts``."""
     family = get_family(recipe.model.family, recipe.where("model.family"))
-    components = family.load(recipe.model, seed=recipe.run.seed)
+    return assemble(recipe, family, family.load(recipe.model, seed=recipe.run.seed), device)
+
+
+def assemble(
+    recipe: Recipe, family: Family, components: Components, device: torch.device | str, *, started: bool = True
+) -> Model:
+    """``build_model`` of components that are there already. started: False leaves adapters without their first numbers, for
+    components that have none themselves."""
     components.device = device
     blocks = family.blocks(components.denoiser)
     check_blocks(recipe, len(blocks))
@@ -166,7 +173,7 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
         cast_float(components.denoiser, torch.float32)
         model = Model(family, components, components.denoiser.to(device), length, facts=facts)
     else:
-        model = _adapt(recipe, recipe.adapter, family, components, facts, device, length)
+        model = _adapt(recipe, recipe.adapter, family, components, facts, device, length, started=started)
     model.root.to(device)
     model.negative, model.guidance = recipe.sample.negative, recipe.sample.guidance
     model.bf16 = recipe.train.precision == "bf16"
@@ -187,6 +194,8 @@ def _adapt(
     facts: dict[str, Any],
     device: torch.device | str,
     length: int,
+    *,
+    started: bool,
 ) -> Model:
     denoiser = components.denoiser
     cast_float(denoiser, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
@@ -195,15 +204,17 @@ def _adapt(
     quantized = prepare_base(denoiser, recipe.base.quant, recipe.base.exclude, device, recipe.where, stay=swapped)
     facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
     targets = resolve_targets(table, shapes, family.presets(denoiser), recipe.where)
-    adapter = Adapter(denoiser, table.kind, targets).to(device)
+    with nullcontext() if started else torch.device(device):
+        adapter = Adapter(denoiser, table.kind, targets).to(device)
     weight = _weight_reader(denoiser, device)
-    for name, module in adapter.by_target.items():
+    for name, module in adapter.by_target.items() if started else ():
         initialise(module, name, partial(weight, name), init=table.init, scale=table.init_scale, seed=recipe.run.seed)
     if recipe.train.optimizer == "adamw_bf16":
         for parameter in adapter.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
     facts["lycoris_backend"] = os.environ["LYCORIS_KERNEL_BACKEND"]
-    facts["init"] = check_started(adapter.by_target, weight, init=table.init, scale=table.init_scale)
+    if started:
+        facts["init"] = check_started(adapter.by_target, weight, init=table.init, scale=table.init_scale)
     if swapped:
         facts["swap"] = Swap(swapped, device).facts
     return Model(family, components, adapter, length, adapter=adapter, targets=targets, facts=facts)

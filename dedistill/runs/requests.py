@@ -47,6 +47,7 @@ class StopRequests:
         self.deferred = False
         """Whether there is something to save, so that a stop waits for the end of the step."""
         self._first = 0.0
+        self._launcher: int | None = None
         self._folder: Path | None = None
         self._told: set[str] = set()
 

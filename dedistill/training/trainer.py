@@ -1,6 +1,6 @@
 """The training loop: slots of the global batch, one update per step, whatever model, adapter or objective.
 
-``Trainer.fit`` goes from step to step, ``_train_step`` is one of them; both read from top to bottom.
+``Trainer.fit`` goes from step to step, ``train_step`` is one of them; both read from top to bottom.
 """
 
 import sys
@@ -120,7 +120,7 @@ class Trainer:
             rows = amount(gone, "row is", "rows are")
             print(f"'{self.run.metrics}': {rows} missing or damaged of {state.rows:,}; training goes on", file=sys.stderr)
         self.model.root.train()
-        self.stop, micro_batches = stop, ahead(self._micro_batches(state.step))
+        self.stop, micro_batches = stop, ahead(self.micro_batches(state.step))
         try:
             if state.unfinished:
                 self.trained_now = True
@@ -128,12 +128,12 @@ class Trainer:
             while state.step < self.plan.steps and not self.stopping:
                 self.keeper.writer.check()
                 try:
-                    row = self._train_step(state.step, micro_batches)
+                    row = self.train_step(state.step, micro_batches)
                 except Rollback as back:
                     micro_batches.close()
                     self._roll_back(back.step)
                     record = record and record.reopened(self.run, state.step)
-                    micro_batches = ahead(self._micro_batches(state.step))
+                    micro_batches = ahead(self.micro_batches(state.step))
                     continue
                 except BadSteps:
                     if self.trained_now:  # the weights are good: bad steps were not applied
@@ -160,7 +160,7 @@ class Trainer:
                 "lower train.lr, or look at what the recipe trains on"
             )
 
-    def _micro_batches(self, start: int) -> MicroBatches:
+    def micro_batches(self, start: int) -> MicroBatches:
         """Every micro-batch of this process, from step ``start`` on."""
         for step in range(start, self.plan.steps):
             own, padding = self.objective.share(step, self.micro_batch, self.world)
@@ -171,7 +171,7 @@ class Trainer:
                 yield counted, noisy.pinned() if self.model.device.type == "cuda" else noisy
             yield None
 
-    def _train_step(self, step: int, micro_batches: MicroBatches) -> Row:
+    def train_step(self, step: int, micro_batches: MicroBatches) -> Row:
         """One optimizer step over all slots of the global batch; every sample weighs the same. Returns its row."""
         losses, sigmas = self._gradients(micro_batches)
         grad_norm = self.engine.norm()

@@ -73,7 +73,7 @@ def test_a_tracked_average_is_that_of_the_snapshots(adapter_recipe, tmp_path, se
 def test_resumed_equals_uninterrupted(adapter_recipe, tmp_path, settings, stop, monkeypatch):
     """Every snapshot and the state itself, bit for bit; without the state it would not be."""
     a = run(adapter_recipe, tmp_path / "a", *settings)
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def stopping(self, step, tasks):
         row = original(self, step, tasks)
@@ -81,7 +81,7 @@ def test_resumed_equals_uninterrupted(adapter_recipe, tmp_path, settings, stop, 
             self.stopping = BY_SIGNAL
         return row
 
-    monkeypatch.setattr(Trainer, "_train_step", stopping)
+    monkeypatch.setattr(Trainer, "train_step", stopping)
     assert main(arguments(adapter_recipe, tmp_path / "b", *settings)) == RUN_AGAIN
     monkeypatch.undo()
     shutil.copytree(tmp_path / "b", tmp_path / "c")

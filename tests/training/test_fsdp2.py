@@ -125,7 +125,7 @@ def test_all_run_equally_many_passes(image_recipe, tmp_path, size):
 
 def _poisoned_company(arguments: list[str]) -> int:
     """``main``, where all that counts for nothing is NaN."""
-    original, seen = Trainer._micro_batches, []
+    original, seen = Trainer.micro_batches, []
 
     def tasks(self, start):
         for item in original(self, start):
@@ -134,7 +134,7 @@ def _poisoned_company(arguments: list[str]) -> int:
                 seen.append(item)
             yield item
 
-    Trainer._micro_batches = tasks
+    Trainer.micro_batches = tasks
     code = main(arguments)
     assert bool(seen) == (os.environ["RANK"] != "0")
     return code
@@ -167,7 +167,7 @@ class Collectives(TorchDispatchMode):
 
 def _noted(arguments: list[str], notes: Path) -> int:
     """``main``, noting what lies here after sharding, and what the collectives of each step move."""
-    shard_base, step, steps = sharding.shard_base, Trainer._train_step, []
+    shard_base, step, steps = sharding.shard_base, Trainer.train_step, []
 
     def noting(model, world, device):
         units = dict(enumerate(model.family.blocks(model.components.denoiser)))
@@ -186,7 +186,7 @@ def _noted(arguments: list[str], notes: Path) -> int:
         steps.append(collectives.moved)
         return row
 
-    sharding.shard_base, Trainer._train_step = noting, counted
+    sharding.shard_base, Trainer.train_step = noting, counted
     code = main(arguments)
     notes.with_suffix(f".steps.{os.environ['RANK']}").write_text(json.dumps(steps))
     return code
@@ -225,14 +225,14 @@ def test_each_process_holds_its_part_as_it_is_stored(adapter_recipe, tmp_path, q
 
 def _signalled(arguments: list[str], end: bool) -> int:
     """``main``, where rank 1 gets a signal in its second step, or ends without a word."""
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def step(self, index, tasks):
         if index == 1 and self.world.rank == 1:
             os._exit(7) if end else os.kill(os.getpid(), signal.SIGTERM)
         return original(self, index, tasks)
 
-    Trainer._train_step = step
+    Trainer.train_step = step
     return main(arguments)
 
 

@@ -116,10 +116,12 @@ class Example:
         image = (channels, SPEC.resolution // SCALE, SPEC.resolution // SCALE)
         return Components(network, TwoTexts(widths), image, vae=MeanCodec(), facts=made)
 
-    def full_size(self, spec: Model) -> nn.Module:
+    def full_size(self, spec: Model) -> Components:
         config = Path(spec.path or "") / SPEC.folder / "config.json"
         with torch.device("meta"):
-            return ExampleNet.from_config(read_object(config)) if config.exists() else ExampleNet(width=256, layers=8)
+            net = ExampleNet.from_config(read_object(config)) if config.exists() else ExampleNet(width=256, layers=8)
+        side = SPEC.resolution // SCALE
+        return Components(net, TwoTexts(net.config.text_widths), (net.config.channels, side, side), vae=MeanCodec())
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         self.save(self.tiny(0, layers=8 if full_depth else 2), folder)

@@ -1,5 +1,6 @@
 """FLUX's encoders: T5 and CLIP for captions, a VAE for images. Loaded when first used, never for a cached sample."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -125,6 +126,17 @@ def encode(
 
 
 # --- FLUX's image codec --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PublishedVae:
+    """What is known of a VAE that is not there: pixels per latent of every published one."""
+
+    channels: int
+    scale: int = 8
+
+    def unload(self) -> None:
+        """There is nothing to free."""
 
 
 class FluxVae:

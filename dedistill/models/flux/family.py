@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.io.json_files import read_object
-from dedistill.models.conditioning import Conditioning
-from dedistill.models.family import MADE, Components
+from dedistill.models.conditioning import Conditioning, Widths
+from dedistill.models.family import MADE, Components, Unseen
 from dedistill.models.flux import SPEC, loading
-from dedistill.models.flux.encoders import FluxText, FluxVae
+from dedistill.models.flux.encoders import FluxText, FluxVae, PublishedVae
 from dedistill.models.flux.network import FluxBlocks, flux_velocity
 from dedistill.models.flux.published import shape_of
 from dedistill.models.pipeline_files import copy_files, pipeline_files
@@ -76,13 +76,26 @@ class Flux(FluxBlocks):
             raise UserError("model.guidance: this network has a guidance embedding; set what it is fed, usually 1.0", 2)
         return float(wanted)
 
-    def full_size(self, spec: Model) -> nn.Module:
+    def full_size(self, spec: Model) -> Components:
+        place = Path(_path(spec))
         with torch.device("meta"):
-            if (config := Path(_path(spec)) / "transformer" / "config.json").exists():
-                return loading.empty_network(read_object(config, "model.path"), str(config))
-            shape = shape_of(_path(spec), spec.revision)
-            sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
-            return FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)
+            if (config := place / "transformer" / "config.json").exists():
+                denoiser = loading.empty_network(read_object(config, "model.path"), str(config))
+            else:
+                shape = shape_of(str(place), spec.revision)
+                sizes = {"num_layers": shape.layers, "num_single_layers": shape.single_layers}
+                denoiser = FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)
+        around = Path(spec.components or place) / "vae"
+        vae = FluxVae(around) if around.exists() else PublishedVae(denoiser.config.in_channels // PATCH**2)
+        size = denoiser.config
+        return Components(
+            denoiser,
+            Unseen(Widths((size.joint_attention_dim,), {"pooled": size.pooled_projection_dim})),
+            (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
+            spec.mask,
+            vae=vae,
+            guidance=self._guidance(denoiser, spec.guidance),
+        )
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small pipeline folder with random weights, with the blocks and the guidance of ``spec``. For rehearsals."""

@@ -70,16 +70,13 @@ class PixelFlux(FluxBlocks):
         )
         return self.build(sizes, seed=seed)
 
-    def full_size(self, spec: Model) -> nn.Module:
+    def full_size(self, spec: Model) -> Components:
         with torch.device("meta"):
             if spec.new is not None:
-                return self.build(spec.new).denoiser
-            place = Path(spec.path or "") / "transformer"
-            if not place.exists():  # an earlier stage will make it
-                return self.tiny(0).denoiser
-            return without_weights(
-                FluxTransformer2DModel, read_object(place / "config.json", "model.path"), f"model.path: '{place}'"
-            )
+                return self.build(spec.new, mask=spec.mask)
+            folder = Path(spec.path or "")
+            # where there is none, an earlier stage will make it
+            return self._from_folder(folder, spec.mask, empty=True) if (folder / "transformer").exists() else self.tiny(0)
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         self.save(self.tiny(0, image or (1, 8, 16)), folder)
@@ -98,7 +95,8 @@ class PixelFlux(FluxBlocks):
         }
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
-    def _from_folder(self, folder: Path, mask: str) -> Components:
+    def _from_folder(self, folder: Path, mask: str, *, empty: bool = False) -> Components:
+        """empty: the denoiser by its config alone, without numbers."""
         missing = f"model.path: no {self.spec.name} model in '{folder}' (train it first)"
         facts = read_object(folder / "dedistill.json", missing)
         try:
@@ -107,7 +105,12 @@ class PixelFlux(FluxBlocks):
             raise UserError(f"{missing}: {e}") from e
         if family != self.spec.name:
             raise UserError(f"model.path: '{folder}' holds a {family} model, not {self.spec.name}")
-        denoiser = load_whole(FluxTransformer2DModel, folder / "transformer", "model.path")
+        place = folder / "transformer"
+        if empty:
+            config = read_object(place / "config.json", "model.path")
+            denoiser = without_weights(FluxTransformer2DModel, config, f"model.path: '{place}'")
+        else:
+            denoiser = load_whole(FluxTransformer2DModel, place, "model.path")
         made = {key: facts[key] for key in MADE if key in facts}
         made = {"base": {"path": str(folder), "revision": None}} | made
         return Components(denoiser, text, image, mask, facts=made)

@@ -1,0 +1,184 @@
+"""What a step allocates, moves and computes, storage by storage and kernel by kernel, on any device and on none ("meta")."""
+
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+BASE, TRAINED, GRADIENTS = "base", "trained weights", "gradients"
+OPTIMIZER, AVERAGES, DEQUANTIZED = "optimizer", "averages", "dequantized weights"
+ACTIVATIONS, TEMPORARY = "activations", "temporary"
+CATEGORIES = (BASE, TRAINED, GRADIENTS, OPTIMIZER, AVERAGES, ACTIVATIONS, DEQUANTIZED, TEMPORARY)
+FREE = frozenset(
+    "detach alias view _unsafe_view reshape t transpose permute expand lift_fresh slice split split_with_sizes unbind select "
+    "unsqueeze squeeze as_strided _reshape_alias empty empty_like empty_strided new_empty new_empty_strided "
+    "_local_scalar_dense is_same_size sym_size".split()
+)
+"""Operations that start no kernel."""
+
+
+@dataclass
+class Work:
+    """Of one phase of a step."""
+
+    kernels: int = 0
+    bytes: int = 0
+    """Read and written by kernels, each tensor once per kernel."""
+    moved: int = 0
+    """Those of them that kernels without a matrix product move."""
+    flops: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+
+    def __sub__(self, other: "Work") -> "Work":
+        return self + other * -1
+
+    def __mul__(self, times: int) -> "Work":
+        return Work(*(times * n for n in vars(self).values()))
+
+
+@dataclass
+class Peak:
+    """The largest amount of memory in use at once."""
+
+    bytes: int = 0
+    phase: str = ""
+    by_category: dict[str, int] = field(default_factory=dict)
+
+
+Event = tuple[int, int, str]
+"""Storage, bytes it takes or, below zero, gives back, phase."""
+
+
+class Meter(TorchDispatchMode):
+    """While it is on, storages of ``device`` are followed from their making to their end, and kernels are counted.
+
+    granule: what sizes are rounded up to, as the allocator does. The names of ``phases`` are the caller's.
+    """
+
+    def __init__(self, device: str, granule: int = 1):
+        super().__init__()
+        self.device, self.granule = device, granule
+        self.phase, self.category = "", TEMPORARY
+        self.events: list[Event] = []
+        self.kinds: dict[int, str] = {}
+        """Storage -> its category; those of a forward pass are told apart by how long they live."""
+        self.work: dict[str, Work] = defaultdict(Work)
+        self._here: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        self._count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401 - whatever the operation gives
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.device.type == self.device]
+        if made or func.overloadpacket is aten._local_scalar_dense:
+            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            self._count_kernel(func, args, kwargs or {}, out, given, made)
+            codes = func.overloadpacket is aten.mul and any(t.dtype == torch.int8 for t in given)
+            for tensor in made:
+                self.follow(tensor, DEQUANTIZED if codes else self.category)
+        return out
+
+    def _count_kernel(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: object, given: list[Tensor], made: list[Tensor]
+    ) -> None:
+        name = func.overloadpacket.__name__
+        if name in FREE or getattr(func, "is_view", False):
+            return
+        work = self.work[self.phase]
+        size = sum(t.numel() * t.element_size() for t in {id(t): t for t in [*given, *made]}.values())
+        flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out) if func.overloadpacket in flop_registry else 0
+        self.work[self.phase] = work + Work(1, size, 0 if flops else size, flops)
+
+    def follow(self, tensor: Tensor, category: str) -> None:
+        """Count the storage of ``tensor`` from now on, if it is not counted already."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        size = -(-storage.nbytes() // self.granule) * self.granule
+        if address in self._here or not size:
+            return
+        self._count += 1
+        key = self._count
+        self.kinds[key] = category
+        self.events.append((key, size, self.phase))
+        self._here[address] = (key, weakref.ref(storage, lambda _: self._end(address, key, size)))
+
+    def _end(self, address: int, key: int, size: int) -> None:
+        self.events.append((key, -size, self.phase))
+        if self._here.get(address, (0,))[0] == key:
+            del self._here[address]
+
+    def name(self, tensors: Iterable[Tensor], category: str) -> None:
+        """Say what storages that are followed already are."""
+        for tensor in tensors:
+            if found := self._here.get(tensor.untyped_storage()._cdata):
+                self.kinds[found[0]] = category
+
+    def peak(self, forward: str) -> Peak:
+        """Of all that was followed. forward: the phase whose storages are activations where they outlive it, else temporary."""
+        live = most = at = 0
+        for i, (_, size, _) in enumerate(self.events):
+            live += size
+            if live > most:
+                most, at = live, i
+        ends = {key: phase for key, size, phase in self.events if size < 0}
+        alive: dict[int, tuple[int, str]] = {}
+        for key, size, phase in self.events[: at + 1]:
+            if size < 0:
+                del alive[key]
+            else:
+                alive[key] = (size, phase)
+        found: Counter[str] = Counter()
+        for key, (size, born) in alive.items():
+            kept = self.kinds[key] == TEMPORARY and born == forward != ends.get(key)
+            found[ACTIVATIONS if kept else self.kinds[key]] += size
+        return Peak(most, self.events[at][2] if self.events else "", {c: found[c] for c in CATEGORIES if found[c]})
+
+
+# --- what the caching allocator makes of it --------------------------------------------------------------------------
+
+MIB = 1 << 20
+
+
+def reserved(events: Iterable[Event]) -> int:
+    """Most bytes that CUDA's caching allocator takes from the driver for ``events``: best fit in segments, which are split and
+    joined again, as its documentation says; nothing is ever given back."""
+    free: Mapping[bool, list[tuple[int, int, int]]] = {True: [], False: []}
+    held: dict[int, tuple[bool, int, int, int]] = {}
+    total = place = 0
+    for key, size, _ in events:
+        if size < 0:
+            small, own, start, segment = held.pop(key)
+            pool = free[small]
+            for other in [b for b in pool if b[2] == segment and (b[1] + b[0] == start or start + own == b[1])]:
+                pool.remove(other)
+                own, start = own + other[0], min(start, other[1])
+            pool.append((own, start, segment))
+            continue
+        small = size <= MIB
+        pool = free[small]
+        block = min((b for b in pool if b[0] >= size), default=None)
+        if block is None:
+            made = 2 * MIB if small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+            total += made
+            block = (made, place, place)
+            place += 2 * made
+        else:
+            pool.remove(block)
+        left = block[0] - size
+        if left >= 512 if small else left > MIB:
+            pool.append((left, block[1] + size, block[2]))
+            block = (size, block[1], block[2])
+        held[key] = (small, *block)
+    return total

@@ -1,0 +1,210 @@
+"""A recipe's real step on tensors without numbers: torch's "meta" device, which computes shapes alone, on any machine.
+
+Where torch chooses kernels by device, it is told which ones a card, or the CPU, would take.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dedistill.data.source import Batch, OneSize
+from dedistill.distributed.world import World
+from dedistill.forecast.meter import AVERAGES, BASE, GRADIENTS, OPTIMIZER, TRAINED, Meter
+from dedistill.models.conditioning import Conditioning, Tokens
+from dedistill.models.family import Components, Family
+from dedistill.models.model import Model, assemble
+from dedistill.recipe import Recipe
+from dedistill.recipe.resolve import filled, make_plan
+from dedistill.runs.directory import RunDirectory
+from dedistill.runs.requests import StopRequests
+from dedistill.training.engine import Engine
+from dedistill.training.trainer import Trainer
+
+aten = torch.ops.aten
+FORWARD, BACKWARD, NORM, UPDATE, VALIDATION = "forward", "backward", "gradient norm", "optimizer", "validation"
+
+# --- what "meta" is told ---------------------------------------------------------------------------------------------
+
+
+class Answers(TorchDispatchMode):
+    """Answers what only numbers could: any number read is 1, any condition True."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401 - whatever the operation gives
+        kwargs = kwargs or {}
+        read = args and isinstance(args[0], Tensor) and args[0].is_meta
+        if read and func is aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if read and func is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        return func(*args, **kwargs)
+
+
+def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    return aten._fused_rms_norm(x, shape, weight, eps)[0]
+
+
+def _attention_of_cards(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
+    if attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    bias = _bias(attn_mask, query).expand(*query.shape[:-1], key.shape[-2])
+    return aten._scaled_dot_product_efficient_attention(query, key, value, bias, compute_log_sumexp=True)[0]
+
+
+def _attention_of_cpus(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
+    bias = None if attn_mask is None else _bias(attn_mask, query)
+    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)[0]
+
+
+def _bias(mask: Tensor, query: Tensor) -> Tensor:
+    """What torch makes of a mask: numbers to be added."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), float("-inf"))
+
+
+@contextmanager
+def shapes_alone(*, card: bool) -> Iterator[None]:
+    """Work on "meta" as on a card, or on the CPU: numbers are made up, and lists of tensors go at once."""
+    foreach = "torch.utils._foreach_utils._get_foreach_kernels_supported_devices"
+    fused = [f"torch.optim.{place}._get_fused_kernels_supported_devices" for place in ("adam", "optimizer")]
+    with ExitStack() as stack:
+        for name in [foreach, *fused]:
+            stack.enter_context(patch(name, lambda: ["cuda", "cpu", "meta"], create=True))
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention_of_cards if card else _attention_of_cpus))
+        if card:
+            stack.enter_context(patch.object(torch, "rms_norm", _rms_norm))
+        stack.enter_context(Answers())
+        yield
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+class Blank(OneSize):
+    """Samples without content, of one shape, with captions of one length; in a batch of several the last is shorter, so
+    that padding has to be hidden where it would be."""
+
+    name = "blank"
+
+    def __init__(self, image: tuple[int, int, int], text: Conditioning):
+        """text: of one caption."""
+        self.image, self.text = image, text
+
+    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
+        count = len(positions)
+        text = self.text.expand(count)
+        if count > 1:
+            text = Conditioning(tuple(Tokens(s.embeds, _one_shorter(s.mask)) for s in text.sequences), text.vectors)
+        names = self.names(seed, step, positions, batch)
+        return Batch(torch.zeros(count, *self.image), [""] * count, names, text=text)
+
+    def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
+        return [str(p) for p in positions]
+
+    def prompts(self, seed: int, count: int) -> list[str]:
+        return [""] * count
+
+
+def _one_shorter(mask: Tensor) -> Tensor:
+    mask = mask.clone()
+    mask[-1, -1] = False
+    return mask
+
+
+def blank_text(components: Components, dtype: torch.dtype, length: int) -> Conditioning:
+    """One caption of ``length`` real tokens in every sequence."""
+    widths = components.text.widths
+    sequences = (Tokens(torch.zeros(1, length, n, dtype=dtype), torch.ones(1, length, dtype=torch.bool)) for n in widths.sequences)
+    return Conditioning(tuple(sequences), {name: torch.zeros(1, n, dtype=dtype) for name, n in widths.vectors.items()})
+
+
+def on_paper(recipe: Recipe) -> Recipe:
+    """``recipe`` with at most two micro-batches a step, and without what needs files or images."""
+    plan, t = make_plan(recipe), recipe.train
+    tables = {
+        "train": {"steps": 10**9, "warmup": 0, "batch": plan.micro_batch * min(2, plan.micro_steps)},
+        "timesteps": {"shift": 1.0},
+        "data": {"caption_dropout": 0.0},
+        "meters": {"every": 0},
+        "preview": {"every": 0},
+        "base": {"quant": {"int8-quanto": "int8"}.get(recipe.base.quant, recipe.base.quant)},  # the same codes
+        "validate_": {"every": recipe.validate_.every, "samples": min(recipe.validate_.samples or 0, t.micro_batch or 256)},
+    }
+    return recipe.model_copy(update={name: getattr(recipe, name).model_copy(update=keys) for name, keys in tables.items()})
+
+
+def run(
+    recipe: Recipe, family: Family, components: Components, image: tuple[int, int, int], length: int, meter: Meter
+) -> Trainer:
+    """Two steps of ``recipe`` and, where there are any, a validation, on samples of the shape ``image`` with captions of
+    ``length`` tokens; ``meter`` counts them and must be on the device of ``components``. Returns what trained."""
+    recipe = on_paper(recipe)
+    device = meter.device
+    model = assemble(recipe, family, components, device, started=device != "meta")
+    text = blank_text(components, torch.bfloat16, length)
+    model.text_cache[""] = text
+    engine = Engine(recipe, World())
+    engine.place(model, device)
+    trainer = Trainer(
+        recipe, make_plan(recipe), model=model, source=Blank(image, text), run=RunDirectory(recipe), engine=engine
+    )
+    trainer.stop = StopRequests()
+    model.root.train()
+    _name_phases(trainer, meter)
+    trained = model.trainable()
+    with meter:
+        for tensor in [*model.root.parameters(), *model.root.buffers()] if model.adapter else trained.values():
+            meter.follow(tensor, TRAINED)
+        for tensor in [*components.denoiser.parameters(), *components.denoiser.buffers()]:
+            meter.follow(tensor, BASE)
+        for mean in trainer.keeper.averages.state().get("ema", {}).values():
+            meter.follow(mean, AVERAGES)
+        steps = trainer.micro_batches(0)
+        for step in range(2):  # the first makes the optimizer's state
+            meter.work.clear()
+            trainer.train_step(step, steps)
+            state = (t for s in engine.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+            meter.name(state, OPTIMIZER)
+        meter.phase = VALIDATION
+        if trainer.validate:
+            trainer.validate(model)
+    return trainer
+
+
+def _name_phases(trainer: Trainer, meter: Meter) -> None:
+    """Tell ``meter`` what is going on, and which tensors are gradients."""
+
+    def gradients(_: object) -> None:
+        parameters = trainer.engine.trainable.values()
+        meter.name((p.grad for p in parameters if p.grad is not None), GRADIENTS)
+        if exact := trainer.engine.exact:
+            meter.name(exact.sums, GRADIENTS)
+
+    for place, name, phase in (
+        (trainer.objective, "loss", FORWARD),
+        (trainer.engine, "backward", BACKWARD),
+        (trainer.engine, "norm", NORM),
+        (trainer.engine, "apply", UPDATE),
+        (trainer.keeper.averages, "update", UPDATE),
+    ):
+        setattr(place, name, _phase(meter, getattr(place, name), phase, gradients))
+
+
+def _phase(meter: Meter, call: Callable[..., Any], phase: str, after: Callable[[object], None]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> object:
+        if meter.phase != VALIDATION:
+            meter.phase = phase
+        result = call(*args, **kwargs)
+        after(result)
+        return result
+
+    return called
