@@ -18,6 +18,7 @@ BASE, TRAINED, GRADIENTS = "base", "trained weights", "gradients"
 OPTIMIZER, AVERAGES, DEQUANTIZED = "optimizer", "averages", "dequantized weights"
 ACTIVATIONS, TEMPORARY = "activations", "temporary"
 CATEGORIES = (BASE, TRAINED, GRADIENTS, OPTIMIZER, AVERAGES, ACTIVATIONS, DEQUANTIZED, TEMPORARY)
+_SCALED = aten.mul.Tensor
 FREE = frozenset(
     "detach alias view _unsafe_view reshape t transpose permute expand lift_fresh slice split split_with_sizes unbind select "
     "unsqueeze squeeze as_strided _reshape_alias empty empty_like empty_strided new_empty new_empty_strided "
@@ -81,25 +82,31 @@ class Meter(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:  # noqa: ANN401 - whatever the operation gives
         out = func(*args, **(kwargs or {}))
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.device.type == self.device]
-        if made or func.overloadpacket is aten._local_scalar_dense:
-            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made, given = self._tensors(out), self._tensors((args, kwargs))
+        if made or given:
             self._count_kernel(func, args, kwargs or {}, out, given, made)
-            codes = func.overloadpacket is aten.mul and any(t.dtype == torch.int8 for t in given)
+            codes = func is _SCALED and any(t.dtype == torch.int8 for t in given)
             for tensor in made:
                 self.follow(tensor, DEQUANTIZED if codes else self.category)
         return out
 
+    def _tensors(self, tree: object) -> list[Tensor]:
+        return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.device.type == self.device]
+
     def _count_kernel(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: object, given: list[Tensor], made: list[Tensor]
     ) -> None:
-        name = func.overloadpacket.__name__
-        if name in FREE or getattr(func, "is_view", False):
+        packet = func.overloadpacket
+        if packet.__name__ in FREE or func.is_view:
             return
+        # of lists that are changed in place, nothing is given back
+        size = sum(t.numel() * t.element_size() for t in [*given, *(made or (given if out is None else ()))])
+        flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
         work = self.work[self.phase]
-        size = sum(t.numel() * t.element_size() for t in {id(t): t for t in [*given, *made]}.values())
-        flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out) if func.overloadpacket in flop_registry else 0
-        self.work[self.phase] = work + Work(1, size, 0 if flops else size, flops)
+        work.kernels += 1
+        work.bytes += size
+        work.moved += 0 if flops else size
+        work.flops += flops
 
     def follow(self, tensor: Tensor, category: str) -> None:
         """Count the storage of ``tensor`` from now on, if it is not counted already."""

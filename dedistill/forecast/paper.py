@@ -11,11 +11,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dedistill.data.source import Batch, OneSize
 from dedistill.distributed.world import World
+from dedistill.forecast.kernels import card_kernels, cpu_kernels
 from dedistill.forecast.meter import AVERAGES, BASE, GRADIENTS, OPTIMIZER, TRAINED, Meter
 from dedistill.models.conditioning import Conditioning, Tokens
 from dedistill.models.family import Components, Family
@@ -48,29 +48,6 @@ class Answers(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    return aten._fused_rms_norm(x, shape, weight, eps)[0]
-
-
-def _attention_of_cards(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
-    if attn_mask is None:
-        return aten._scaled_dot_product_flash_attention(query, key, value)[0]
-    bias = _bias(attn_mask, query).expand(*query.shape[:-1], key.shape[-2])
-    return aten._scaled_dot_product_efficient_attention(query, key, value, bias, compute_log_sumexp=True)[0]
-
-
-def _attention_of_cpus(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
-    bias = None if attn_mask is None else _bias(attn_mask, query)
-    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)[0]
-
-
-def _bias(mask: Tensor, query: Tensor) -> Tensor:
-    """What torch makes of a mask: numbers to be added."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), float("-inf"))
-
-
 @contextmanager
 def shapes_alone(*, card: bool) -> Iterator[None]:
     """Work on "meta" as on a card, or on the CPU: numbers are made up, and lists of tensors go at once."""
@@ -79,9 +56,7 @@ def shapes_alone(*, card: bool) -> Iterator[None]:
     with ExitStack() as stack:
         for name in [foreach, *fused]:
             stack.enter_context(patch(name, lambda: ["cuda", "cpu", "meta"], create=True))
-        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention_of_cards if card else _attention_of_cpus))
-        if card:
-            stack.enter_context(patch.object(torch, "rms_norm", _rms_norm))
+        stack.enter_context(card_kernels() if card else cpu_kernels())
         stack.enter_context(Answers())
         yield
 

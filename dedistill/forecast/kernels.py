@@ -1,0 +1,165 @@
+"""What cards run as one kernel, and torch on "meta" as many: shapes and autograd of such operations, and no numbers.
+
+Installed by ``card_kernels`` for as long as a step runs on paper. Each stands for a kernel of torch's CUDA build or of ours.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.nn import functional as F
+
+from dedistill.adapters import layers
+from dedistill.kernels import Saved
+from dedistill.training.optim import KahanAdamW
+
+aten = torch.ops.aten
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention_of_cards(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
+    """Flash, or with a mask the memory-efficient kernel."""
+    if attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    bias = _bias(attn_mask, query).expand(*query.shape[:-1], key.shape[-2])
+    return aten._scaled_dot_product_efficient_attention(query, key, value, bias, compute_log_sumexp=True)[0]
+
+
+def attention_of_cpus(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
+    bias = None if attn_mask is None else _bias(attn_mask, query)
+    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)[0]
+
+
+def _bias(mask: Tensor, query: Tensor) -> Tensor:
+    """What torch makes of a mask: numbers to be added."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), float("-inf"))
+
+
+# --- RMSNorm ---------------------------------------------------------------------------------------------------------
+
+
+def _never() -> Any:  # noqa: ANN401 - as typed by whom it stands in for
+    raise NotImplementedError("shapes alone")
+
+
+@custom_op("dedistill::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return _never()
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+@custom_op("dedistill::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return _never()
+
+
+@_rms_norm_backward.register_fake
+def _(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Saved, x: Tensor, weight: Tensor) -> Tensor:
+        y, scale = _rms_norm(x, weight)
+        ctx.save_for_backward(x, scale, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Saved, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return _rms_norm_backward(grad, *ctx.saved_tensors)
+
+
+def rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    return _RmsNorm.apply(x, x.new_empty(shape) if weight is None else weight)
+
+
+# --- kernels of ours -------------------------------------------------------------------------------------------------
+
+
+@custom_op("dedistill::add_mixed", mutates_args=())
+def _add_mixed(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
+    return _never()
+
+
+@_add_mixed.register_fake
+def _(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
+    return torch.empty_like(base)
+
+
+@custom_op("dedistill::add_mixed_backward", mutates_args=())
+def _add_mixed_backward(grad: Tensor, first: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    return _never()
+
+
+@_add_mixed_backward.register_fake
+def _(grad: Tensor, first: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(first), torch.empty_like(groups)
+
+
+class _AddMixed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Saved, base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
+        ctx.save_for_backward(first, groups)
+        return _add_mixed(base, first, groups)
+
+    @staticmethod
+    def backward(ctx: Saved, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return grad, *_add_mixed_backward(grad, *ctx.saved_tensors)
+
+
+_torch_add_mixed = layers.add_mixed
+
+
+def add_mixed(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
+    if base.dtype != torch.bfloat16 or max(first.shape) > 16:
+        return _torch_add_mixed(base, first, groups)
+    return _AddMixed.apply(base, first, groups)
+
+
+@custom_op("dedistill::kahan", mutates_args=("tensors",))
+def _kahan(tensors: list[Tensor]) -> None:
+    return _never()
+
+
+@_kahan.register_fake
+def _(tensors: list[Tensor]) -> None:
+    return None
+
+
+def kahan_step(optimizer: KahanAdamW, closure: object = None, param: object = None) -> None:
+    """``KahanAdamW._step_at_once``: one kernel for each group."""
+    for group in optimizer.param_groups:
+        lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
+        optimizer._init_group(group, *lists)
+        group["step"] += 1
+        _kahan([tensor for tensors in lists for tensor in tensors])
+
+
+@contextmanager
+def card_kernels() -> Iterator[None]:
+    """While it is open, what runs takes a card's kernels."""
+    with (
+        patch.object(F, "scaled_dot_product_attention", attention_of_cards),
+        patch.object(torch, "rms_norm", rms_norm),
+        patch.object(layers, "add_mixed", add_mixed),
+        patch.object(KahanAdamW, "step", kahan_step),
+    ):
+        yield
+
+
+@contextmanager
+def cpu_kernels() -> Iterator[None]:
+    with patch.object(F, "scaled_dot_product_attention", attention_of_cpus):
+        yield
