@@ -19,6 +19,8 @@ OPTIMIZER, AVERAGES, DEQUANTIZED = "optimizer", "averages", "dequantized weights
 ACTIVATIONS, TEMPORARY = "activations", "temporary"
 CATEGORIES = (BASE, TRAINED, GRADIENTS, OPTIMIZER, AVERAGES, ACTIVATIONS, DEQUANTIZED, TEMPORARY)
 _SCALED = aten.mul.Tensor
+_FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
+"""Adds the gradient of the queries up in float32, in memory of its own."""
 FREE = frozenset(
     "detach alias view _unsafe_view reshape t transpose permute expand lift_fresh slice split split_with_sizes unbind select "
     "unsqueeze squeeze as_strided _reshape_alias empty empty_like empty_strided new_empty new_empty_strided "
@@ -50,27 +52,34 @@ class Work:
 
 @dataclass
 class Peak:
-    """The largest amount of memory in use at once."""
+    """The largest amount of memory in use at once, in all or in one place."""
 
-    bytes: int = 0
-    phase: str = ""
-    by_category: dict[str, int] = field(default_factory=dict)
+    bytes: int
+    by_category: dict[str, int]
 
 
-Event = tuple[int, int, str]
-"""Storage, bytes it takes or, below zero, gives back, phase."""
+@dataclass(frozen=True)
+class Event:
+    """A storage is taken, or given back."""
+
+    storage: int
+    bytes: int
+    """Below zero: given back."""
+    phase: str
+    place: str
+    """Within the phase, e.g. a block of the network."""
 
 
 class Meter(TorchDispatchMode):
     """While it is on, storages of ``device`` are followed from their making to their end, and kernels are counted.
 
-    granule: what sizes are rounded up to, as the allocator does. The names of ``phases`` are the caller's.
+    granule: what sizes are rounded up to, as the allocator does. What ``phase`` and ``place`` are called is the caller's.
     """
 
     def __init__(self, device: str, granule: int = 1):
         super().__init__()
         self.device, self.granule = device, granule
-        self.phase, self.category = "", TEMPORARY
+        self.phase, self.place, self.category = "", "", TEMPORARY
         self.events: list[Event] = []
         self.kinds: dict[int, str] = {}
         """Storage -> its category; those of a forward pass are told apart by how long they live."""
@@ -88,6 +97,8 @@ class Meter(TorchDispatchMode):
             codes = func is _SCALED and any(t.dtype == torch.int8 for t in given)
             for tensor in made:
                 self.follow(tensor, DEQUANTIZED if codes else self.category)
+            if func is _FLASH_BACKWARD:
+                self.buffer(4 * made[0].numel())
         return out
 
     def _tensors(self, tree: object) -> list[Tensor]:
@@ -118,11 +129,17 @@ class Meter(TorchDispatchMode):
         self._count += 1
         key = self._count
         self.kinds[key] = category
-        self.events.append((key, size, self.phase))
+        self.events.append(Event(key, size, self.phase, self.place))
         self._here[address] = (key, weakref.ref(storage, lambda _: self._end(address, key, size)))
 
+    def buffer(self, size: int) -> None:
+        """Count what a kernel takes for itself while it runs."""
+        self._count += 1
+        self.kinds[self._count] = TEMPORARY
+        self.events += [Event(self._count, size, self.phase, self.place), Event(self._count, -size, self.phase, self.place)]
+
     def _end(self, address: int, key: int, size: int) -> None:
-        self.events.append((key, -size, self.phase))
+        self.events.append(Event(key, -size, self.phase, self.place))
         if self._here.get(address, (0,))[0] == key:
             del self._here[address]
 
@@ -132,25 +149,25 @@ class Meter(TorchDispatchMode):
             if found := self._here.get(tensor.untyped_storage()._cdata):
                 self.kinds[found[0]] = category
 
-    def peak(self, forward: str) -> Peak:
-        """Of all that was followed. forward: the phase whose storages are activations where they outlive it, else temporary."""
-        live = most = at = 0
-        for i, (_, size, _) in enumerate(self.events):
-            live += size
-            if live > most:
-                most, at = live, i
-        ends = {key: phase for key, size, phase in self.events if size < 0}
-        alive: dict[int, tuple[int, str]] = {}
-        for key, size, phase in self.events[: at + 1]:
-            if size < 0:
-                del alive[key]
-            else:
-                alive[key] = (size, phase)
-        found: Counter[str] = Counter()
-        for key, (size, born) in alive.items():
-            kept = self.kinds[key] == TEMPORARY and born == forward != ends.get(key)
-            found[ACTIVATIONS if kept else self.kinds[key]] += size
-        return Peak(most, self.events[at][2] if self.events else "", {c: found[c] for c in CATEGORIES if found[c]})
+    def peaks(self, forward: str) -> dict[tuple[str, str], Peak]:
+        """Of each phase and place. forward: the phase whose storages are activations where they outlive it, else temporary."""
+        ends = {event.storage: event.phase for event in self.events if event.bytes < 0}
+        taken = (event for event in self.events if event.bytes > 0)
+        kinds = {
+            e.storage: ACTIVATIONS if self.kinds[e.storage] == TEMPORARY and e.phase == forward != ends.get(e.storage) else
+            self.kinds[e.storage]
+            for e in taken
+        }
+        found: dict[tuple[str, str], Peak] = {}
+        live: Counter[str] = Counter()
+        total = 0
+        for event in self.events:
+            live[kinds[event.storage]] += event.bytes
+            total += event.bytes
+            where = (event.phase, event.place)
+            if where not in found or total > found[where].bytes:
+                found[where] = Peak(total, {c: live[c] for c in CATEGORIES if live[c]})
+        return found
 
 
 # --- what the caching allocator makes of it --------------------------------------------------------------------------
@@ -164,7 +181,8 @@ def reserved(events: Iterable[Event]) -> int:
     free: Mapping[bool, list[tuple[int, int, int]]] = {True: [], False: []}
     held: dict[int, tuple[bool, int, int, int]] = {}
     total = place = 0
-    for key, size, _ in events:
+    for event in events:
+        key, size = event.storage, event.bytes
         if size < 0:
             small, own, start, segment = held.pop(key)
             pool = free[small]

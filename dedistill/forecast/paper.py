@@ -120,7 +120,7 @@ def on_paper(recipe: Recipe) -> Recipe:
 def run(
     recipe: Recipe, family: Family, components: Components, image: tuple[int, int, int], length: int, meter: Meter
 ) -> Trainer:
-    """Two steps of ``recipe`` and, where there are any, a validation, on samples of the shape ``image`` with captions of
+    """A step of ``recipe`` and, where there are any, a validation, on samples of the shape ``image`` with captions of
     ``length`` tokens; ``meter`` counts them and must be on the device of ``components``. Returns what trained."""
     recipe = on_paper(recipe)
     device = meter.device
@@ -143,12 +143,13 @@ def run(
             meter.follow(tensor, BASE)
         for mean in trainer.keeper.averages.state().get("ema", {}).values():
             meter.follow(mean, AVERAGES)
-        steps = trainer.micro_batches(0)
-        for step in range(2):  # the first makes the optimizer's state
-            meter.work.clear()
-            trainer.train_step(step, steps)
-            state = (t for s in engine.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
-            meter.name(state, OPTIMIZER)
+        for parameter in trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+        engine.apply(0.0)  # makes the optimizer's state
+        state = (t for s in engine.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+        meter.name(state, OPTIMIZER)
+        meter.work.clear()
+        trainer.train_step(0, trainer.micro_batches(0))
         meter.phase = VALIDATION
         if trainer.validate:
             trainer.validate(model)

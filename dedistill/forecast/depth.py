@@ -1,0 +1,176 @@
+"""Peaks and work of a deep network from shallow ones: both grow by the same amount with every further block of a kind.
+
+A peak is the largest of many moments, and another moment may win in a deeper network. So each place is measured by itself: where
+a stack begins, where it ends, and in between, where memory changes evenly and is never larger than at both ends.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dedistill.adapters.attach import dense_shapes
+from dedistill.adapters.targets import resolve_targets
+from dedistill.forecast.meter import Event, Meter, Peak, Work, reserved
+from dedistill.forecast.paper import FORWARD, run, shapes_alone
+from dedistill.models.family import Family
+from dedistill.models.quantize import excluded, linear_names
+from dedistill.recipe import Recipe
+from dedistill.recipe.model_tables import Target
+
+GRANULE = 512
+"""Bytes that CUDA's allocator rounds up to."""
+SHALLOW = 2
+
+
+@dataclass
+class Estimate:
+    """What one step takes."""
+
+    peaks: dict[tuple[str, str], Peak]
+    """Of each phase and place in it."""
+    work: dict[str, Work]
+    """Of each phase."""
+    reserved: int
+    """Most bytes that the allocator would have taken for it."""
+    events: list[Event] = field(default_factory=list, repr=False)
+
+    @property
+    def highest(self) -> tuple[tuple[str, str], Peak]:
+        return max(self.peaks.items(), key=lambda item: item[1].bytes)
+
+    def total(self, *phases: str) -> Work:
+        return sum((self.work[phase] for phase in phases if phase in self.work), Work())
+
+    def plus(self, other: "Estimate", minus: "Estimate", times: int) -> "Estimate":
+        """self + times (other - minus). Places that one of them does not have are left out."""
+        peaks = {}
+        for where in self.peaks.keys() & other.peaks.keys() & minus.peaks.keys():
+            mine, more, less = (e.peaks[where] for e in (self, other, minus))
+            kinds = [*dict.fromkeys([*mine.by_category, *more.by_category, *less.by_category])]
+            grown = {k: _line(times, *(p.by_category.get(k, 0) for p in (mine, more, less))) for k in kinds}
+            peaks[where] = Peak(_line(times, mine.bytes, more.bytes, less.bytes), {k: n for k, n in grown.items() if n > 0})
+        work = {phase: w + (other.work[phase] - minus.work[phase]) * times for phase, w in self.work.items()}
+        return Estimate(peaks, work, _line(times, self.reserved, other.reserved, minus.reserved))
+
+
+def _line(times: int, start: int, more: int, less: int) -> int:
+    return start + times * (more - less)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked about: a recipe on samples of one shape."""
+
+    recipe: Recipe
+    family: Family
+    image: tuple[int, int, int]
+    """Of a sample, as the denoiser sees it."""
+    length: int
+    """Tokens of a caption."""
+    card: bool = True
+    """With a GPU's kernels and allocator, else the CPU's."""
+
+
+def estimate(case: Case, *, whole: bool = False) -> Estimate:
+    """whole: run the network at its full depth, which takes longer and comes to the same."""
+    outline = _outline(case)
+    lengths = [len(stack) for stack in outline.stacks]
+    kept = lengths if whole else [min(n, SHALLOW) for n in lengths]
+    start = found = _measured(case, outline, kept)
+    for i, (length, least) in enumerate(zip(lengths, kept)):
+        if length > least:
+            deeper = _measured(case, outline, [n + (i == j) for j, n in enumerate(kept)])
+            found = found.plus(deeper, start, length - least)
+    return found
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """A network at full depth."""
+
+    stacks: list[list[str]]
+    """Names of its blocks, those together that follow each other and are alike, adapters included."""
+    targets: dict[str, Target]
+    """Adapted linear -> its own line of a recipe."""
+    dense: list[str]
+    """Linears that are not quantized."""
+
+
+def _outline(case: Case) -> _Outline:
+    recipe, family = case.recipe, case.family
+    denoiser = family.full_size(recipe.model).denoiser
+    shapes = dense_shapes(denoiser, linear_names(denoiser))
+    presets = family.presets(denoiser)
+    resolved = resolve_targets(recipe.adapter, shapes, presets, recipe.where) if recipe.adapter else []
+    full = {"lokr": "full"}.get(recipe.adapter.kind if recipe.adapter else "")
+    targets = {t.name: Target(pattern=t.name, factor=t.factor, rank=t.rank or full) for t in resolved}
+    dense = excluded(recipe.base.exclude, list(shapes), recipe.where)
+    names = {id(module): name for name, module in denoiser.named_modules()}
+
+    def kind(block: nn.Module) -> tuple[object, ...]:
+        linears = [(inner, f"{names[id(block)]}.{inner}") for inner in linear_names(block)]
+        forms = [(inner, targets[n].factor, targets[n].rank) for inner, n in linears if n in targets]
+        return (type(block), forms, [inner for inner, n in linears if n in dense], [p.shape for p in block.parameters()])
+
+    same = [[names[id(block)] for block in blocks] for _, blocks in groupby(family.blocks(denoiser), key=kind)]
+    return _Outline(same, targets, sorted(dense))
+
+
+def _measured(case: Case, outline: _Outline, depths: list[int]) -> Estimate:
+    """The step of a network with so many blocks of each stack: of those that begin it, and those that end it."""
+    recipe, components = case.recipe, case.family.full_size(case.recipe.model)
+    denoiser, cut = components.denoiser, []
+    for stack, depth in zip(outline.stacks, depths):
+        first, last = stack[: (depth + 1) // 2], stack[len(stack) - depth // 2 :]
+        cut.append([*first, *last])
+        for name in stack[len(first) : len(stack) - len(last)]:
+            _remove(denoiser, name)
+    left = set(linear_names(denoiser))
+    tables: dict[str, object] = {"base": recipe.base.model_copy(update={"exclude": [n for n in outline.dense if n in left]})}
+    if recipe.adapter:
+        targets = [target for name, target in outline.targets.items() if name in left]
+        tables["adapter"] = recipe.adapter.model_copy(update={"targets": targets})
+    meter = Meter("meta", GRANULE if case.card else 1)
+    _name_places(denoiser, cut, meter)
+    with shapes_alone(card=case.card):
+        run(recipe.model_copy(update=tables), case.family, components, case.image, case.length, meter)
+    return Estimate(meter.peaks(FORWARD), dict(meter.work), reserved(meter.events), meter.events)
+
+
+def _remove(net: nn.Module, name: str) -> None:
+    """From the list it is in; the others keep their names."""
+    parent, _, own = name.rpartition(".")
+    del net.get_submodule(parent)._modules[own]
+
+
+def _name_places(net: nn.Module, cut: list[list[str]], meter: Meter) -> None:
+    """Tell ``meter`` which block runs, forward and backward."""
+
+    def say(place: str) -> Callable[..., None]:
+        def said(*_: Any) -> None:
+            meter.place = place
+
+        return said
+
+    def after(place: str) -> Callable[[nn.Module, Any, Any], None]:
+        named = say(place)
+
+        def hook(module: nn.Module, inputs: object, outputs: object) -> None:
+            for tensor in tree_leaves(outputs):
+                if isinstance(tensor, Tensor) and tensor.requires_grad and meter.phase == FORWARD:
+                    tensor.register_hook(named)
+
+        return hook
+
+    for i, stack in enumerate(cut):
+        for at, name in enumerate(stack):
+            where = "first" if at == 0 else "last" if at == len(stack) - 1 else "inner"
+            place = f"{where} block of stack {i + 1}"
+            block = net.get_submodule(name)
+            block.register_forward_pre_hook(say(place))
+            block.register_forward_hook(after(place))
