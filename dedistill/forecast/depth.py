@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from dedistill.adapters.attach import dense_shapes
 from dedistill.adapters.targets import resolve_targets
 from dedistill.forecast.meter import Event, Meter, Peak, Work, reserved
-from dedistill.forecast.paper import FORWARD, run, shapes_alone
+from dedistill.forecast.paper import FORWARD, prepared, run, shapes_alone
 from dedistill.models.family import Family
 from dedistill.models.quantize import excluded, linear_names
 from dedistill.recipe import Recipe
@@ -135,10 +135,11 @@ def _measured(case: Case, outline: _Outline, depths: list[int]) -> Estimate:
     if recipe.adapter:
         targets = [target for name, target in outline.targets.items() if name in left]
         tables["adapter"] = recipe.adapter.model_copy(update={"targets": targets})
-    meter = Meter("meta", GRANULE if case.card else 1)
+    meter = Meter("meta", GRANULE if case.card else 1, converts=not case.card)
     _name_places(denoiser, cut, meter)
     with shapes_alone(card=case.card):
-        run(recipe.model_copy(update=tables), case.family, components, case.image, case.length, meter)
+        changed = recipe.model_copy(update=tables)
+        run(prepared(changed, case.family, components, case.image, case.length, "meta"), meter)
     return Estimate(meter.peaks(FORWARD), dict(meter.work), reserved(meter.events), meter.events)
 
 

@@ -76,10 +76,11 @@ class Meter(TorchDispatchMode):
     granule: what sizes are rounded up to, as the allocator does. What ``phase`` and ``place`` are called is the caller's.
     """
 
-    def __init__(self, device: str, granule: int = 1):
+    def __init__(self, device: str, granule: int = 1, *, converts: bool = False):
+        """converts: operands of another type are converted in memory of their own, as the CPU's kernels do."""
         super().__init__()
-        self.device, self.granule = device, granule
-        self.phase, self.place, self.category = "", "", TEMPORARY
+        self.device, self.granule, self.converts = device, granule, converts
+        self.phase = self.place = ""
         self.events: list[Event] = []
         self.kinds: dict[int, str] = {}
         """Storage -> its category; those of a forward pass are told apart by how long they live."""
@@ -96,7 +97,9 @@ class Meter(TorchDispatchMode):
             self._count_kernel(func, args, kwargs or {}, out, given, made)
             codes = func is _SCALED and any(t.dtype == torch.int8 for t in given)
             for tensor in made:
-                self.follow(tensor, DEQUANTIZED if codes else self.category)
+                self.follow(tensor, DEQUANTIZED if codes else TEMPORARY)
+            if codes and self.converts:
+                self.buffer(made[0].nbytes)
             if func is _FLASH_BACKWARD:
                 self.buffer(4 * made[0].numel())
         return out

@@ -117,29 +117,32 @@ def on_paper(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={name: getattr(recipe, name).model_copy(update=keys) for name, keys in tables.items()})
 
 
-def run(
-    recipe: Recipe, family: Family, components: Components, image: tuple[int, int, int], length: int, meter: Meter
+def prepared(
+    recipe: Recipe, family: Family, components: Components, image: tuple[int, int, int], length: int, device: str
 ) -> Trainer:
-    """A step of ``recipe`` and, where there are any, a validation, on samples of the shape ``image`` with captions of
-    ``length`` tokens; ``meter`` counts them and must be on the device of ``components``. Returns what trained."""
+    """What trains ``recipe`` on samples of the shape ``image`` with captions of ``length`` tokens, ready for its first step."""
     recipe = on_paper(recipe)
-    device = meter.device
     model = assemble(recipe, family, components, device, started=device != "meta")
     text = blank_text(components, torch.bfloat16, length)
     model.text_cache[""] = text
     engine = Engine(recipe, World())
     engine.place(model, device)
-    trainer = Trainer(
-        recipe, make_plan(recipe), model=model, source=Blank(image, text), run=RunDirectory(recipe), engine=engine
-    )
+    source = Blank(image, text)
+    trainer = Trainer(recipe, make_plan(recipe), model=model, source=source, run=RunDirectory(recipe), engine=engine)
     trainer.stop = StopRequests()
     model.root.train()
+    return trainer
+
+
+def run(trainer: Trainer, meter: Meter) -> None:
+    """A step and, where there are any, a validation of what :func:`prepared` gave; ``meter``, of its device, counts them."""
+    model, engine = trainer.model, trainer.engine
+    denoiser, trained = model.components.denoiser, model.trainable()
     _name_phases(trainer, meter)
-    trained = model.trainable()
     with meter:
         for tensor in [*model.root.parameters(), *model.root.buffers()] if model.adapter else trained.values():
             meter.follow(tensor, TRAINED)
-        for tensor in [*components.denoiser.parameters(), *components.denoiser.buffers()]:
+        for tensor in [*denoiser.parameters(), *denoiser.buffers()]:
             meter.follow(tensor, BASE)
         for mean in trainer.keeper.averages.state().get("ema", {}).values():
             meter.follow(mean, AVERAGES)
@@ -153,7 +156,6 @@ def run(
         meter.phase = VALIDATION
         if trainer.validate:
             trainer.validate(model)
-    return trainer
 
 
 def _name_phases(trainer: Trainer, meter: Meter) -> None:

@@ -1,0 +1,127 @@
+"""The forecast of a step's memory against what torch's profiler sees of the same step on the CPU, in several settings.
+
+python -m benchmarks.forecast                # small networks, a minute
+python -m benchmarks.forecast --width 512    # larger ones
+
+"Above" is what a step takes beside weights and optimizer, which are there before it. On a CPU the same code is forecast with the
+CPU's kernels and allocator; of a card's nothing is seen here.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dedistill.forecast.depth import Case, estimate
+from dedistill.forecast.meter import BASE, OPTIMIZER, TRAINED
+from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, prepared
+from dedistill.models.registry import get_family
+from dedistill.recipe import Recipe
+from dedistill.recipe.resolve import recipe_of
+from dedistill.training.trainer import Trainer
+
+RESIDENT = (BASE, TRAINED, OPTIMIZER)
+STEP = (FORWARD, BACKWARD, NORM, UPDATE)
+LORA = {"kind": "lora", "targets": [{"preset": "blocks", "rank": 8}]}
+LOKR = {"kind": "lokr", "init": "perturbed_normal", "targets": [{"preset": "blocks", "factor": 4}]}
+SETTINGS = {
+    "LoRA": {"adapter": LORA},
+    "LoRA, checkpointing, int8": {"adapter": LORA, "quant": "int8", "checkpointing": True},
+    "LoKr, int8": {"adapter": LOKR, "quant": "int8"},
+    "LoKr, checkpointing, batch of 4": {"adapter": LOKR, "checkpointing": True, "batch": 4},
+    "LoKr, int8, batch of 4, mask": {"adapter": LOKR, "quant": "int8", "batch": 4, "mask": "bool"},
+    "LoRA, int8, checkpointing, batch of 4, mask": {
+        "adapter": LORA, "quant": "int8", "checkpointing": True, "batch": 4, "mask": "bool",
+    },
+}  # fmt: skip
+
+
+def recipe_for(width: int, adapter: dict, quant: str = "none", checkpointing: bool = False, batch: int = 1, mask: str = "none") -> Recipe:
+    heads = width // 64
+    sizes = {"layers": 2, "single_layers": 3, "heads": heads, "head_dim": 64, "rope_axes": [16, 24, 24]}
+    new = {"channels": 16, "height": 32, "width": 32, "patch": 2, "text_dim": width, "pooled_dim": 64, **sizes}
+    return recipe_of(
+        {
+            "run": {"name": "forecast", "out": "unused"},
+            "model": {"family": "pixel_flux", "new": new, "mask": mask, "text_length": 48},
+            "base": {"quant": quant},
+            "adapter": adapter,
+            "data": {"source": "digits"},
+            "train": {
+                "steps": 10, "batch": batch, "lr": 1e-4, "optimizer": "adamw_bf16", "precision": "bf16", "max_grad_norm": 1.0,
+                "gradient_checkpointing": checkpointing,
+            },
+        }
+    )  # fmt: skip
+
+
+@dataclass
+class Row:
+    setting: str
+    resident: int
+    forecast: int
+    """Above ``resident``."""
+    measured: int
+
+    @property
+    def ratio(self) -> float:
+        return self.forecast / self.measured
+
+
+def compared(name: str, width: int) -> Row:
+    recipe = recipe_for(width, **SETTINGS[name])
+    family = get_family(recipe.model.family)
+    case = Case(recipe, family, (16, 32, 32), 48, card=False)
+    peak = max((p for (phase, _), p in estimate(case).peaks.items() if phase in STEP), key=lambda p: p.bytes)
+    resident = sum(peak.by_category[c] for c in RESIDENT)
+    return Row(name, resident, peak.bytes - resident, measured(case))
+
+
+def measured(case: Case) -> int:
+    """The most that the second step of a real run takes at once, as torch's profiler sees it."""
+    components = case.family.load(case.recipe.model, seed=0)
+    trainer = prepared(case.recipe, case.family, components, case.image, case.length, "cpu")
+    trainer.train_step(0, iter(samples_of(trainer)))  # makes the optimizer's state
+    samples = iter(samples_of(trainer))  # made before: on a card they are not in its memory
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.train_step(0, samples)
+    live = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
+def samples_of(trainer: Trainer) -> list:
+    """Of one step."""
+    found = []
+    for item in trainer.micro_batches(0):
+        found.append(item)
+        if item is None:
+            break
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"{'setting':44} {'resident':>9} {'forecast':>9} {'measured':>9}  ratio, above  of all"]
+    for r in rows:
+        whole = (r.resident + r.forecast) / (r.resident + r.measured)
+        sizes = " ".join(f"{n / 2**20:9.2f}" for n in (r.resident, r.forecast, r.measured))
+        lines.append(f"{r.setting:44} {sizes}  {r.ratio:12.3f}  {whole:6.3f}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=256, help="of the network, a multiple of 64")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    print(table([compared(name, args.width) for name in SETTINGS]) + "\nin MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
