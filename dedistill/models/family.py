@@ -96,6 +96,19 @@ class Denoiser(Protocol):
     def save_config(self, save_directory: Path) -> None: ...
 
 
+DECODING = "decoding an image"
+"""What previews do while the denoiser stays where it is; other passes come before it."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Something that runs beside training."""
+
+    modules: list[nn.Module]
+    """Whose weights are on the device meanwhile."""
+    call: Callable[[], object]
+
+
 class Family(Protocol):
     spec: ModelSpec
     max_text_length: int
@@ -113,6 +126,10 @@ class Family(Protocol):
     def full_size(self, spec: Model) -> Components:
         """What ``spec`` names as names and shapes without numbers, also where its files are not there: the denoiser on the meta
         device, and of encoders and codec as much as tells the shapes of what the denoiser sees."""
+
+    def passes(self, spec: Model, height: int, width: int, length: int) -> dict[str, Pass]:
+        """What runs on a device beside training, by name: encoders and codec of full size on one image of that many pixels, and
+        captions of ``length`` tokens. Called with the meta device as default; empty where it is hardly anything."""
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small random model in the layout that ``load`` reads, built like the one ``spec`` names: for rehearsals.

@@ -15,7 +15,7 @@ from dedistill.flow.parameterization import to_velocity
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.example import SPEC
-from dedistill.models.family import MADE, Components, Output, States, check_sigma, float_dtype
+from dedistill.models.family import MADE, Components, Output, Pass, States, check_sigma, float_dtype
 from dedistill.models.pretrained import load_whole
 from dedistill.models.words import WordEncoder
 from dedistill.recipe.model_tables import Model
@@ -122,6 +122,9 @@ class Example:
             net = ExampleNet.from_config(read_object(config)) if config.exists() else ExampleNet(width=256, layers=8)
         side = SPEC.resolution // SCALE
         return Components(net, TwoTexts(net.config.text_widths), (net.config.channels, side, side), vae=MeanCodec())
+
+    def passes(self, spec: Model, height: int, width: int, length: int) -> dict[str, Pass]:
+        return {}
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         self.save(self.tiny(0, layers=8 if full_depth else 2), folder)

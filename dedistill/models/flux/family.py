@@ -17,7 +17,7 @@ from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
-from dedistill.models.family import MADE, Components, Unseen
+from dedistill.models.family import MADE, Components, Pass, Unseen
 from dedistill.models.flux import SPEC, loading
 from dedistill.models.flux.encoders import FluxText, FluxVae, PublishedVae
 from dedistill.models.flux.network import FluxBlocks, flux_velocity
@@ -96,6 +96,11 @@ class Flux(FluxBlocks):
             vae=vae,
             guidance=self._guidance(denoiser, spec.guidance),
         )
+
+    def passes(self, spec: Model, height: int, width: int, length: int) -> dict[str, Pass]:
+        from dedistill.models.flux.passes import passes
+
+        return passes(Path(spec.components or _path(spec)), height, width, length)
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small pipeline folder with random weights, with the blocks and the guidance of ``spec``. For rehearsals."""

@@ -12,7 +12,7 @@ from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning
-from dedistill.models.family import MADE, Components
+from dedistill.models.family import MADE, Components, Pass
 from dedistill.models.flux.network import FluxBlocks, flux_velocity
 from dedistill.models.pixel_flux import SPEC
 from dedistill.models.pretrained import load_whole, without_weights
@@ -77,6 +77,9 @@ class PixelFlux(FluxBlocks):
             folder = Path(spec.path or "")
             # where there is none, an earlier stage will make it
             return self._from_folder(folder, spec.mask, empty=True) if (folder / "transformer").exists() else self.tiny(0)
+
+    def passes(self, spec: Model, height: int, width: int, length: int) -> dict[str, Pass]:
+        return {}
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         self.save(self.tiny(0, image or (1, 8, 16)), folder)
