@@ -3,8 +3,8 @@
 python -m benchmarks.forecast                # small networks, a minute
 python -m benchmarks.forecast --width 512    # larger ones
 
-"Above" is what a step takes beside weights and optimizer, which are there before it. On a CPU the same code is forecast with the
-CPU's kernels and allocator; of a card's nothing is seen here.
+"Above" is what a step takes beside weights and optimizer, which are there before it. On a CPU the same code is forecast with
+the CPU's kernels and allocator; of a card's nothing is seen here.
 """
 
 import argparse
@@ -38,7 +38,9 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def recipe_for(width: int, adapter: dict, quant: str = "none", checkpointing: bool = False, batch: int = 1, mask: str = "none") -> Recipe:
+def recipe_for(
+    width: int, adapter: dict, quant: str = "none", checkpointing: bool = False, batch: int = 1, mask: str = "none"
+) -> Recipe:
     heads = width // 64
     sizes = {"layers": 2, "single_layers": 3, "heads": heads, "head_dim": 64, "rope_axes": [16, 24, 24]}
     new = {"channels": 16, "height": 32, "width": 32, "patch": 2, "text_dim": width, "pooled_dim": 64, **sizes}
@@ -70,11 +72,11 @@ class Row:
         return self.forecast / self.measured
 
 
-def compared(name: str, width: int) -> Row:
+def compared(name: str, width: int, *, whole: bool = False) -> Row:
     recipe = recipe_for(width, **SETTINGS[name])
     family = get_family(recipe.model.family)
     case = Case(recipe, family, (16, 32, 32), 48, card=False)
-    peak = max((p for (phase, _), p in estimate(case).peaks.items() if phase in STEP), key=lambda p: p.bytes)
+    peak = max((p for (phase, _), p in estimate(case, whole=whole).peaks.items() if phase in STEP), key=lambda p: p.bytes)
     resident = sum(peak.by_category[c] for c in RESIDENT)
     return Row(name, resident, peak.bytes - resident, measured(case))
 

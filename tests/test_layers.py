@@ -21,6 +21,7 @@ LEVELS = [
     {"objectives", "posthoc", "runs", "sampling"},
     {"evaluation"},
     {"report", "training"},
+    {"forecast"},
     {"cli"},
     {"train", "__main__"},
 ]

@@ -1,12 +1,11 @@
 """Peaks and work of a deep network from shallow ones: both grow by the same amount with every further block of a kind.
 
-A peak is the largest of many moments, and another moment may win in a deeper network. So each place is measured by itself: where
-a stack begins, where it ends, and in between, where memory changes evenly and is never larger than at both ends.
+A peak is the largest of many moments, and another moment may win in a deeper network. So each place is measured by itself:
+where a stack begins, and where it ends; in between memory changes evenly, and is never larger than at both ends.
 """
 
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -15,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from dedistill.adapters.attach import dense_shapes
 from dedistill.adapters.targets import resolve_targets
-from dedistill.forecast.meter import Event, Meter, Peak, Work, reserved
+from dedistill.forecast.meter import BASE, Meter, Peak, Work, reserved
 from dedistill.forecast.paper import FORWARD, prepared, run, shapes_alone
 from dedistill.models.family import Family
 from dedistill.models.quantize import excluded, linear_names
+from dedistill.models.swap import spread
 from dedistill.recipe import Recipe
 from dedistill.recipe.model_tables import Target
 
@@ -35,9 +35,10 @@ class Estimate:
     """Of each phase and place in it."""
     work: dict[str, Work]
     """Of each phase."""
-    reserved: int
-    """Most bytes that the allocator would have taken for it."""
-    events: list[Event] = field(default_factory=list, repr=False)
+    reserved: int = 0
+    """Most bytes that the allocator would have taken for it; 0 where that was not followed, as in shallow networks."""
+    blocks: list[int] = field(default_factory=list)
+    """Bytes of the weights of each block, in order."""
 
     @property
     def highest(self) -> tuple[tuple[str, str], Peak]:
@@ -55,7 +56,19 @@ class Estimate:
             grown = {k: _line(times, *(p.by_category.get(k, 0) for p in (mine, more, less))) for k in kinds}
             peaks[where] = Peak(_line(times, mine.bytes, more.bytes, less.bytes), {k: n for k, n in grown.items() if n > 0})
         work = {phase: w + (other.work[phase] - minus.work[phase]) * times for phase, w in self.work.items()}
-        return Estimate(peaks, work, _line(times, self.reserved, other.reserved, minus.reserved))
+        return Estimate(peaks, work, 0, self.blocks)
+
+    def swapped(self, count: int) -> "Estimate":
+        """With ``count`` blocks in the memory of the CPU, of which two rooms of the largest one's size are kept for."""
+        if not count:
+            return self
+        sizes = [self.blocks[i] for i in spread(count, len(self.blocks))]
+        saved = sum(sizes) - 2 * max(sizes)
+        peaks = {
+            where: Peak(p.bytes - saved, p.by_category | {BASE: p.by_category.get(BASE, 0) - saved})
+            for where, p in self.peaks.items()
+        }
+        return replace(self, peaks=peaks, reserved=max(0, self.reserved - saved))
 
 
 def _line(times: int, start: int, more: int, less: int) -> int:
@@ -86,7 +99,8 @@ def estimate(case: Case, *, whole: bool = False) -> Estimate:
         if length > least:
             deeper = _measured(case, outline, [n + (i == j) for j, n in enumerate(kept)])
             found = found.plus(deeper, start, length - least)
-    return found
+    sizes = [size for size, stack in zip(start.blocks, outline.stacks) for _ in stack]
+    return replace(found, blocks=sizes, reserved=start.reserved if whole else 0).swapped(case.recipe.base.swap)
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,8 @@ class _Outline:
 
     stacks: list[list[str]]
     """Names of its blocks, those together that follow each other and are alike, adapters included."""
+    recomputed: list[bool]
+    """Of each stack: whether its blocks are checkpointed, which the first ones are."""
     targets: dict[str, Target]
     """Adapted linear -> its own line of a recipe."""
     dense: list[str]
@@ -112,13 +128,19 @@ def _outline(case: Case) -> _Outline:
     dense = excluded(recipe.base.exclude, list(shapes), recipe.where)
     names = {id(module): name for name, module in denoiser.named_modules()}
 
+    blocks = family.blocks(denoiser)
+    again = {id(block) for block in (blocks if recipe.train.gradient_checkpointing is True else [])}
+    again |= {id(block) for block in blocks[: int(recipe.train.gradient_checkpointing)]}
+
     def kind(block: nn.Module) -> tuple[object, ...]:
         linears = [(inner, f"{names[id(block)]}.{inner}") for inner in linear_names(block)]
         forms = [(inner, targets[n].factor, targets[n].rank) for inner, n in linears if n in targets]
-        return (type(block), forms, [inner for inner, n in linears if n in dense], [p.shape for p in block.parameters()])
+        kept = [inner for inner, n in linears if n in dense]
+        return (type(block), id(block) in again, forms, kept, [p.shape for p in block.parameters()])
 
-    same = [[names[id(block)] for block in blocks] for _, blocks in groupby(family.blocks(denoiser), key=kind)]
-    return _Outline(same, targets, sorted(dense))
+    same = [list(alike) for _, alike in groupby(blocks, key=kind)]
+    recomputed = [id(alike[0]) in again for alike in same]
+    return _Outline([[names[id(block)] for block in alike] for alike in same], recomputed, targets, sorted(dense))
 
 
 def _measured(case: Case, outline: _Outline, depths: list[int]) -> Estimate:
@@ -131,7 +153,11 @@ def _measured(case: Case, outline: _Outline, depths: list[int]) -> Estimate:
         for name in stack[len(first) : len(stack) - len(last)]:
             _remove(denoiser, name)
     left = set(linear_names(denoiser))
-    tables: dict[str, object] = {"base": recipe.base.model_copy(update={"exclude": [n for n in outline.dense if n in left]})}
+    checkpointed = sum(len(names) for names, again in zip(cut, outline.recomputed) if again)
+    tables: dict[str, object] = {
+        "base": recipe.base.model_copy(update={"exclude": [n for n in outline.dense if n in left]}),
+        "train": recipe.train.model_copy(update={"gradient_checkpointing": checkpointed or False}),
+    }
     if recipe.adapter:
         targets = [target for name, target in outline.targets.items() if name in left]
         tables["adapter"] = recipe.adapter.model_copy(update={"targets": targets})
@@ -140,7 +166,8 @@ def _measured(case: Case, outline: _Outline, depths: list[int]) -> Estimate:
     with shapes_alone(card=case.card):
         changed = recipe.model_copy(update=tables)
         run(prepared(changed, case.family, components, case.image, case.length, "meta"), meter)
-    return Estimate(meter.peaks(FORWARD), dict(meter.work), reserved(meter.events), meter.events)
+    sizes = [sum(p.nbytes for p in denoiser.get_submodule(names[0]).parameters()) for names in cut]
+    return Estimate(meter.peaks(FORWARD), dict(meter.work), reserved(meter.events) if case.card else 0, sizes)
 
 
 def _remove(net: nn.Module, name: str) -> None:

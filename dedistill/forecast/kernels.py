@@ -5,7 +5,7 @@ Installed by ``card_kernels`` for as long as a step runs on paper. Each stands f
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import NoReturn
 from unittest.mock import patch
 
 import torch
@@ -45,13 +45,13 @@ def _bias(mask: Tensor, query: Tensor) -> Tensor:
 # --- RMSNorm ---------------------------------------------------------------------------------------------------------
 
 
-def _never() -> Any:  # noqa: ANN401 - as typed by whom it stands in for
+def _never() -> NoReturn:
     raise NotImplementedError("shapes alone")
 
 
 @custom_op("dedistill::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return _never()
+    _never()
 
 
 @_rms_norm.register_fake
@@ -61,7 +61,7 @@ def _(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @custom_op("dedistill::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return _never()
+    _never()
 
 
 @_rms_norm_backward.register_fake
@@ -90,7 +90,7 @@ def rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: flo
 
 @custom_op("dedistill::add_mixed", mutates_args=())
 def _add_mixed(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
-    return _never()
+    _never()
 
 
 @_add_mixed.register_fake
@@ -100,7 +100,7 @@ def _(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
 
 @custom_op("dedistill::add_mixed_backward", mutates_args=())
 def _add_mixed_backward(grad: Tensor, first: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    return _never()
+    _never()
 
 
 @_add_mixed_backward.register_fake
@@ -130,7 +130,7 @@ def add_mixed(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
 
 @custom_op("dedistill::kahan", mutates_args=("tensors",))
 def _kahan(tensors: list[Tensor]) -> None:
-    return _never()
+    _never()
 
 
 @_kahan.register_fake

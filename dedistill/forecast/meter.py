@@ -3,11 +3,12 @@
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -22,9 +23,11 @@ _SCALED = aten.mul.Tensor
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
 """Adds the gradient of the queries up in float32, in memory of its own."""
 FREE = frozenset(
-    "detach alias view _unsafe_view reshape t transpose permute expand lift_fresh slice split split_with_sizes unbind select "
-    "unsqueeze squeeze as_strided _reshape_alias empty empty_like empty_strided new_empty new_empty_strided "
-    "_local_scalar_dense is_same_size sym_size".split()
+    [
+        *("detach", "alias", "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "lift_fresh", "slice"),
+        *("split", "split_with_sizes", "unbind", "select", "unsqueeze", "squeeze", "as_strided", "_reshape_alias", "empty"),
+        *("empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense", "is_same_size", "sym_size"),
+    ]
 )
 """Operations that start no kernel."""
 
@@ -89,8 +92,8 @@ class Meter(TorchDispatchMode):
         self._count = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401 - whatever the operation gives
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         made, given = self._tensors(out), self._tensors((args, kwargs))
         if made or given:
@@ -108,7 +111,13 @@ class Meter(TorchDispatchMode):
         return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.device.type == self.device]
 
     def _count_kernel(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: object, given: list[Tensor], made: list[Tensor]
+        self,
+        func: OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: object,
+        given: list[Tensor],
+        made: list[Tensor],
     ) -> None:
         packet = func.overloadpacket
         if packet.__name__ in FREE or func.is_view:
@@ -157,8 +166,9 @@ class Meter(TorchDispatchMode):
         ends = {event.storage: event.phase for event in self.events if event.bytes < 0}
         taken = (event for event in self.events if event.bytes > 0)
         kinds = {
-            e.storage: ACTIVATIONS if self.kinds[e.storage] == TEMPORARY and e.phase == forward != ends.get(e.storage) else
-            self.kinds[e.storage]
+            e.storage: ACTIVATIONS
+            if self.kinds[e.storage] == TEMPORARY and e.phase == forward != ends.get(e.storage)
+            else self.kinds[e.storage]
             for e in taken
         }
         found: dict[tuple[str, str], Peak] = {}

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dedistill.data.source import Batch, OneSize
@@ -19,9 +20,9 @@ from dedistill.forecast.kernels import card_kernels, cpu_kernels
 from dedistill.forecast.meter import AVERAGES, BASE, GRADIENTS, OPTIMIZER, TRAINED, Meter
 from dedistill.models.conditioning import Conditioning, Tokens
 from dedistill.models.family import Components, Family
-from dedistill.models.model import Model, assemble
+from dedistill.models.model import assemble
 from dedistill.recipe import Recipe
-from dedistill.recipe.resolve import filled, make_plan
+from dedistill.recipe.resolve import make_plan
 from dedistill.runs.directory import RunDirectory
 from dedistill.runs.requests import StopRequests
 from dedistill.training.engine import Engine
@@ -37,8 +38,8 @@ class Answers(TorchDispatchMode):
     """Answers what only numbers could: any number read is 1, any condition True."""
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401 - whatever the operation gives
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         read = args and isinstance(args[0], Tensor) and args[0].is_meta
         if read and func is aten._local_scalar_dense.default:
@@ -98,7 +99,9 @@ def _one_shorter(mask: Tensor) -> Tensor:
 def blank_text(components: Components, dtype: torch.dtype, length: int) -> Conditioning:
     """One caption of ``length`` real tokens in every sequence."""
     widths = components.text.widths
-    sequences = (Tokens(torch.zeros(1, length, n, dtype=dtype), torch.ones(1, length, dtype=torch.bool)) for n in widths.sequences)
+    sequences = (
+        Tokens(torch.zeros(1, length, n, dtype=dtype), torch.ones(1, length, dtype=torch.bool)) for n in widths.sequences
+    )
     return Conditioning(tuple(sequences), {name: torch.zeros(1, n, dtype=dtype) for name, n in widths.vectors.items()})
 
 
@@ -111,7 +114,8 @@ def on_paper(recipe: Recipe) -> Recipe:
         "data": {"caption_dropout": 0.0},
         "meters": {"every": 0},
         "preview": {"every": 0},
-        "base": {"quant": {"int8-quanto": "int8"}.get(recipe.base.quant, recipe.base.quant)},  # the same codes
+        # int8-quanto has the same codes; what waits on the CPU is taken off afterwards (depth.swapped)
+        "base": {"quant": {"int8-quanto": "int8"}.get(recipe.base.quant, recipe.base.quant), "swap": 0},
         "validate_": {"every": recipe.validate_.every, "samples": min(recipe.validate_.samples or 0, t.micro_batch or 256)},
     }
     return recipe.model_copy(update={name: getattr(recipe, name).model_copy(update=keys) for name, keys in tables.items()})
