@@ -72,6 +72,7 @@ def _launcher(config: str, work: Callable[[list[str]], int], given: list[str], s
 
 def _rank(rank: int, size: int, port: int, said: Path, work: Callable[..., int | None], arguments: tuple) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU by choice
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     AcceleratorState._reset_state(True)  # what the parent found out about itself
     PartialState._reset_state()

@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+from dedistill.distributed.launcher import hide_gpus
 from dedistill.errors import RUN_AGAIN, UserError, is_out_of_memory, printable
 from dedistill.io.atomic import with_home
 from dedistill.recipe import Recipe, RecipeError, load_recipe
@@ -100,6 +101,7 @@ def recipe_parser(name: str, doc: str, recipe: str = "recipe file (TOML), or ded
     parser = command_parser(name, doc)
     parser.add_argument("recipe", type=place, help=recipe)
     add_overrides(parser)
+    add_cpu(parser)
     return parser
 
 
@@ -114,6 +116,15 @@ def place(text: str) -> str:
 def path(text: str) -> Path:
     """A path whose ``~`` is the home folder."""
     return Path(place(text))
+
+
+class _Cpu(argparse.Action):
+    def __call__(self, *_: object) -> None:
+        hide_gpus()
+
+
+def add_cpu(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cpu", action=_Cpu, nargs=0, help="use the CPU, also for a large network or where there is a GPU")
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -242,6 +253,7 @@ def of_candidates(name: str, doc: str, folder: str) -> argparse.ArgumentParser:
         "recipes", type=place, nargs="+", help="recipes whose finished runs are compared: files, or dedistill:NAME"
     )
     add_overrides(parser)
+    add_cpu(parser)
     parser.add_argument(
         "--candidates", nargs="+", help="of each run: base, last, posthoc, or names of posthoc files; default all"
     )

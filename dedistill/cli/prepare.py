@@ -49,9 +49,11 @@ def _encode(recipe: Recipe) -> int:
     import torch
 
     from dedistill.data.encode import check_cached, open_data
-    from dedistill.distributed.launcher import start
+    from dedistill.distributed.launcher import require_gpu, start
+    from dedistill.models.model import expected_parameters
 
     check_cached(recipe)
+    require_gpu(lambda: expected_parameters(recipe))
     accelerator, world = start(cpu=not torch.cuda.is_available())
     facts = open_data(recipe, accelerator.device, say, world).facts
     if world.main:

@@ -118,8 +118,8 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     import torch
 
     from dedistill.data.encode import open_data
-    from dedistill.distributed.launcher import choose_kernels, start
-    from dedistill.models.model import build_model
+    from dedistill.distributed.launcher import choose_kernels, require_gpu, start
+    from dedistill.models.model import build_model, expected_parameters
     from dedistill.models.quantize import sample_sha256
     from dedistill.report.console import progress
     from dedistill.runs.directory import RunDirectory, flat, input_files
@@ -131,6 +131,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     from dedistill.training.zero import Zero2, Zero3
 
     choose_kernels(exact=recipe.train.exact)
+    require_gpu(lambda: expected_parameters(recipe))
     accelerator, world = start(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
     plan, run = make_plan(recipe), RunDirectory(recipe)
     engine = next(kind for kind in (Engine, Fsdp2, Zero2, Zero3) if kind.name == world.engine)(recipe, world)

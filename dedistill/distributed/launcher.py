@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +119,39 @@ def choose_kernels(*, exact: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+LARGEST_ON_CPU = 1_000_000_000
+"""Parameters; a step of more takes minutes there."""
+
+
+def hide_gpus() -> None:
+    """Choose the CPU, whatever there is. Call before torch is imported."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def require_gpu(parameters: Callable[[], int]) -> None:
+    """Raises UserError where what is meant for GPUs would go to the CPU because torch sees none, unless that was chosen: by
+    ``--cpu`` (of dedistill or of accelerate), or a CUDA_VISIBLE_DEVICES without a device.
+
+    parameters: counts those of the network.
+    """
+    import torch
+
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")[0] in ("", "-1")
+    if hidden or _set("ACCELERATE_USE_CPU", "true") or torch.cuda.is_available():
+        return
+    if ranks() > 1:
+        what, instead = f"the launcher starts {ranks()} processes for GPUs", "add --cpu, or launch with launch/cpu_2.yaml"
+    elif (count := parameters()) > LARGEST_ON_CPU:
+        what, instead = f"the network has {count / 1e9:.1f} billion parameters", "add --cpu; a step may take minutes"
+    else:
+        return
+    raise UserError(
+        f"{what}, but torch {torch.__version__} finds no GPU: install a torch made for CUDA, or mend the driver until "
+        f"nvidia-smi shows one. To use the CPU all the same, {instead}",
+        exit_code=2,
+    )
+
+
 def start(*, cpu: bool, **options: Any) -> "tuple[Accelerator, World]":
     """Join the other processes of the run. options: of accelerate.Accelerator.
 
@@ -224,8 +258,9 @@ def _option(words: list[str], name: str) -> str | None:
 def resume_command(argv: list[str]) -> str:
     """What to type to continue, with the launcher and its options if there was one. argv: the arguments of training."""
     if not launched():
-        known = {"dedistill": ["dedistill", "train"], "__main__.py": ["python", "-m", "dedistill", "train"]}
-        return shlex.join([*known.get(Path(sys.argv[0]).name, ["python", "-m", "dedistill.train"]), *argv])
+        known = {"bin/dedistill": ["dedistill", "train"], "dedistill/__main__.py": ["python", "-m", "dedistill", "train"]}
+        started = "/".join(Path(sys.argv[0]).parts[-2:])
+        return shlex.join([*known.get(started, ["python", "-m", "dedistill.train"]), *argv])
     words = _words(os.getppid()) or ["accelerate", "launch", "-m"]
     return shlex.join([*words, "dedistill.train", *argv])
 

@@ -1,5 +1,6 @@
 """Which safetensors files of a folder are its network's weights, and what a file that is none really is."""
 
+import math
 import re
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def open_weights(file: Path, source: str = "") -> safe_open:
         except OSError as refused:
             reason = refused.strerror or reason
         raise UserError(f"{start}'{file}' cannot be read as safetensors: {reason}") from e
+
+
+def count_numbers(file: Path) -> int:
+    """How many numbers a safetensors file holds, by its header; 0 where that cannot be read, which its reader will tell."""
+    try:
+        with safe_open(file, framework="numpy") as f:
+            return sum(math.prod(f.get_slice(name).get_shape()) for name in f.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return 0
 
 
 def weight_files(folder: Path, source: str = "") -> list[Path]:

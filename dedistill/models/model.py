@@ -16,6 +16,7 @@ from dedistill.adapters.delta import check_started, initialise
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.errors import UserError
+from dedistill.io.weights import count_numbers
 from dedistill.models.blocks import check_blocks, checkpoint_blocks, swapped_blocks
 from dedistill.models.conditioning import Conditioning, collate
 from dedistill.models.family import Components, Family
@@ -146,6 +147,16 @@ def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
     moved = Path(base).exists() != Path(here).exists()
     if not moved and Path(base).resolve() != Path(here).resolve():
         raise UserError(other)
+
+
+def expected_parameters(recipe: Recipe) -> int:
+    """Parameters of the network that ``build_model`` would load, by headers of its files, or by what is known of it where it is
+    new or yet to be fetched."""
+    family, place = get_family(recipe.model.family, recipe.where("model.family")), Path(recipe.model.path or "")
+    if recipe.model.path is None or not place.exists():
+        return sum(p.numel() for p in family.full_size(recipe.model).parameters())
+    files = [place] if place.is_file() else (place / family.spec.folder).glob("*.safetensors")
+    return sum(map(count_numbers, files))
 
 
 def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:

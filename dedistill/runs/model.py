@@ -8,9 +8,10 @@ import torch
 from safetensors import SafetensorError
 
 from dedistill.data.encode import cached_text
+from dedistill.distributed.launcher import require_gpu
 from dedistill.errors import UserError
 from dedistill.io.atomic import step_of, whole_folder, write_synced
-from dedistill.models.model import Model, build_model
+from dedistill.models.model import Model, build_model, expected_parameters
 from dedistill.recipe import Recipe, to_toml
 from dedistill.runs.checkpoint import damage, list_checkpoints
 
@@ -86,6 +87,7 @@ def open_base(recipe: Recipe) -> Model:
 
 def _build(recipe: Recipe, device: str) -> Model:
     """With the prompts that training had encoded, so that guidance starts from the very empty prompt it was trained on."""
+    require_gpu(lambda: expected_parameters(recipe))
     model = build_model(recipe, device)
     model.text_cache |= cached_text(recipe, model.family, model.components)
     return model

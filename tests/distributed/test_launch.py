@@ -177,7 +177,7 @@ def test_configs_of_accelerate_load(file, kind, count):
 def test_torchrun_sh_starts_two_processes(adapter_recipe, tmp_path, engine):
     command = ["bash", str(ROOT / "launch/torchrun.sh"), str(adapter_recipe), "--set", "train.steps=2"]
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if engine == "fsdp2" else {}
-    environment = ENVIRONMENT | asked | {"PORT": "0", "PER_NODE": "2"}
+    environment = ENVIRONMENT | asked | {"PORT": "0", "PER_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     effects = json.loads((tmp_path / "dedistill/plan.json").read_text())["effects"]

@@ -350,7 +350,17 @@ def assert_launched(stage: int, out: Path, said: str) -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_real_launch(adapter_recipe, tmp_path, stage):
     options = ["--config_file", f"launch/zero{stage}.yaml", "--num_processes", "2", "--num_cpu_threads_per_process", "1"]
-    command = ["accelerate", "launch", *options, "-m", "dedistill.train", str(adapter_recipe), "--set", "train.steps=2"]
+    command = [
+        "accelerate",
+        "launch",
+        *options,
+        "-m",
+        "dedistill.train",
+        str(adapter_recipe),
+        "--set",
+        "train.steps=2",
+        "--cpu",
+    ]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_launched(stage, tmp_path / "dedistill", done.stderr)
