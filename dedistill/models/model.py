@@ -154,7 +154,7 @@ def expected_parameters(recipe: Recipe) -> int:
     new or yet to be fetched."""
     family, place = get_family(recipe.model.family, recipe.where("model.family")), Path(recipe.model.path or "")
     if recipe.model.path is None or not place.exists():
-        return sum(p.numel() for p in family.full_size(recipe.model).parameters())
+        return sum(p.numel() for p in family.full_size(recipe.model).denoiser.parameters())
     files = [place] if place.is_file() else (place / family.spec.folder).glob("*.safetensors")
     return sum(map(count_numbers, files))
 
