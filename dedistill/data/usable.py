@@ -10,6 +10,7 @@ from dedistill.data.images.listing import images_of
 from dedistill.data.images.types import ImageSet
 from dedistill.data.split import CroppedImage, Split, split
 from dedistill.errors import UserError
+from dedistill.io.atomic import replace_file
 from dedistill.io.ownership import claim
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import filled
@@ -79,5 +80,5 @@ def look(recipe: Recipe, say: Say) -> Usable:
 def _write_quarantine(cache: Path, index: Index) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     file = cache / "quarantine.txt"
-    file.write_text("".join(f"{name}: {reason}\n" for name, reason in index.quarantined))
+    replace_file(file, "".join(f"{name}: {reason}\n" for name, reason in index.quarantined).encode())
     return file

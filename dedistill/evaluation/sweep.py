@@ -22,6 +22,7 @@ from dedistill.evaluation.prompts import distinct
 from dedistill.flow.guidance import ClassifierFree, Guider
 from dedistill.flow.solvers import SOLVERS
 from dedistill.io.atomic import replace_json
+from dedistill.io.images import is_whole_image, replace_image
 from dedistill.io.json_files import read_array, read_object
 from dedistill.models.model import Model
 from dedistill.sampling.images import as_image
@@ -139,13 +140,13 @@ def _rename_nfe(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reusable(folder: Path, key: dict[str, Any], out: Path) -> dict[str, Any] | None:
-    """Rows and scores of a cell made earlier from the same weights and settings, if all its images are there."""
+    """Rows and scores of a cell made earlier from the same weights and settings, if all its images are there and whole."""
     try:
         known = read_object(folder / "cell.json")
         if known["key"] == key:
             _require(folder, "cell", [known["cell"]], CELL_KINDS)
             _require(folder, "image", known["rows"], IMAGE_KINDS)
-            if all((out / row["file"]).is_file() for row in known["rows"]):
+            if all(is_whole_image(out / row["file"]) for row in known["rows"]):
                 return known
     except (UserError, KeyError, TypeError):
         pass  # not there yet, or damaged: made again
@@ -203,7 +204,7 @@ def save_png(image: Tensor, path: Path, facts: dict[str, object] | None = None) 
     text = PngInfo()
     for key, value in (facts or {}).items():
         text.add_text(key, str(value))
-    as_image(image).save(path, pnginfo=text)
+    replace_image(path, as_image(image), pnginfo=text)
 
 
 def _short(cell: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from dedistill.data.split import LEAST_UNITS
 from dedistill.errors import amount
-from dedistill.io.atomic import replace_json
+from dedistill.io.atomic import replace_file, replace_json
 from dedistill.report.pages import decimals, field, figure, render
 from dedistill.report.plots import tick_label
 
@@ -34,7 +34,7 @@ def write_distillation_page(folder: Path, found: dict[str, Any]) -> Path:
         plots=[_plot(meter, found) for meter in found["meters"] if meter["axis"]],
         numbers=_numbers(found),
     )
-    page.write_text(html, encoding="utf-8")
+    replace_file(page, html.encode())
     return page
 
 

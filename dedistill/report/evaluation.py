@@ -7,7 +7,7 @@ from dedistill.errors import amount
 from dedistill.evaluation.evaluate import MOST_AVERAGES
 from dedistill.evaluation.selection import CELL
 from dedistill.evaluation.sweep import read_index
-from dedistill.io.atomic import replace_json
+from dedistill.io.atomic import replace_file, replace_json
 from dedistill.report.distillation import few_words, interval_words, write_distillation_page
 from dedistill.report.pages import decimals, display_width, drop_old_thumbnails, field, render
 from dedistill.report.selection import (
@@ -64,7 +64,7 @@ def write_evaluation(out: Path, found: dict[str, Any], names: str) -> tuple[list
         base=any(row["candidate"].split()[-1] == "base" for row in found["losses"]),
         losses=_loss_table(found["losses"]),
     )
-    page.write_text(html, encoding="utf-8")
+    replace_file(page, html.encode())
     return answers, page
 
 

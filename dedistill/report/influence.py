@@ -1,11 +1,11 @@
 """What a measurement of layer influence leaves behind: numbers, a heat map, and a recipe with sizes to match."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from dedistill.evaluation.influence import Influence, recipe_fragment
+from dedistill.io.atomic import replace_file, replace_json
 from dedistill.recipe.shipped import PREFIX
 from dedistill.report.pages import figure, render
 
@@ -28,12 +28,12 @@ def write_influence(out: Path, found: Influence, factors: dict[str, int], used: 
             for name, rows in zip(found.blocks, found.distance)
         ],
     }
-    (out / "influence.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    replace_json(out / "influence.json", numbers)
     note = f"LoKr factors by layer influence: {used:,} trained parameters of {budget:,} allowed. Extend this file in a recipe."
     extends = recipe if recipe.startswith(PREFIX) else Path(os.path.relpath(recipe, out)).as_posix()
-    (out / "influence.toml").write_text(recipe_fragment(factors, extends, note), encoding="utf-8")
+    replace_file(out / "influence.toml", recipe_fragment(factors, extends, note).encode())
     page = out / "index.html"
-    page.write_text(render("influence.html.j2", **_values(numbers, found, recipe)), encoding="utf-8")
+    replace_file(page, render("influence.html.j2", **_values(numbers, found, recipe)).encode())
     return page
 
 

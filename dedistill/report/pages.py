@@ -19,6 +19,7 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
 from dedistill.errors import UserError, amount
+from dedistill.io.images import is_whole_image, replace_image
 from dedistill.report.plots import Points, line_plot, tick_label
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -89,7 +90,7 @@ def thumbnail(folder: Path, file: str, size: tuple[int, int]) -> str:
         return quote(Path(file).as_posix())
     content = (folder / file).read_bytes()
     name = f"thumbs/{hashlib.sha256(content).hexdigest()[:24]}.webp"
-    if not (folder / name).is_file():
+    if not is_whole_image(folder / name):
         (folder / "thumbs").mkdir(exist_ok=True)
         with _readable(folder / file), Image.open(io.BytesIO(content)) as image:
             save_small(image, folder / name)
@@ -100,7 +101,7 @@ def save_small(image: Image.Image, path: Path, side: int = THUMB_SIDE) -> tuple[
     """Write a WebP of ``image`` that fits into a square of ``side`` pixels; returns its size."""
     small = image.convert("RGBA" if image.has_transparency_data else "RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    small.save(path, quality=THUMB_QUALITY)
+    replace_image(path, small, quality=THUMB_QUALITY)
     return small.size
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dedistill.data.images.index import Index
 from dedistill.errors import amount
+from dedistill.io.atomic import replace_file, replace_json
 from dedistill.report.pages import Shot, render, save_small
 
 SIDE = 384
@@ -37,9 +37,9 @@ def write_scan_page(folder: Path, index: Index, facts: dict[str, Any]) -> Path:
         columns=COLUMNS,
         listed=LISTED,
     )
-    (folder / "scan.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    replace_json(folder / "scan.json", facts)
     page = folder / "index.html"
-    page.write_text(html, encoding="utf-8")
+    replace_file(page, html.encode())
     return page
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dedistill.errors import amount
-from dedistill.io.atomic import replace_json
+from dedistill.io.atomic import replace_file, replace_json
 from dedistill.report.pages import decimals, field, figure, render
 from dedistill.report.plots import tick_label
 from dedistill.report.sweep import named
@@ -37,7 +37,7 @@ def write_selection_page(folder: Path, found: dict[str, Any], title: str) -> Pat
         plots=_plots(found),
         table=_table(found),
     )
-    page.write_text(html, encoding="utf-8")
+    replace_file(page, html.encode())
     return page
 
 

@@ -20,7 +20,8 @@ from dedistill.evaluation.judges import judge_for
 from dedistill.evaluation.prompts import read_prompts
 from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, sweep
 from dedistill.evaluation.validation import Validator
-from dedistill.io.atomic import replace_json
+from dedistill.io.atomic import replace_file, replace_json
+from dedistill.io.images import replace_image
 from dedistill.io.ownership import claim
 from dedistill.objectives.base import objective_for
 from dedistill.recipe import Recipe
@@ -91,7 +92,7 @@ def write_story_page(folder: Path, story: dict[str, Any]) -> Path:
         commands=story.get("commands", []),
     )
     page = folder / "index.html"
-    page.write_text(html, encoding="utf-8")
+    replace_file(page, html.encode())
     return page
 
 
@@ -335,7 +336,7 @@ def _write_sheet(out: Path, cfgs: Sequence[float], prompts: tuple[str, ...]) -> 
     ]
     columns = [" ".join(map(str, digits_in(p))) or p for p in prompts]  # short: a caption is wider than a digit
     sheet = contact_sheet(rows, columns, title="Guidance lost and found")
-    sheet.save(out / "story.png", optimize=True)
+    replace_image(out / "story.png", sheet, optimize=True)
 
 
 def print_table(summary: dict[str, Any], checks: list[dict[str, Any]]) -> None:

@@ -12,6 +12,8 @@ from PIL import Image
 
 from dedistill.errors import amount
 from dedistill.evaluation.sweep import read_index, read_scores
+from dedistill.io.atomic import replace_file
+from dedistill.io.images import replace_image
 from dedistill.report.pages import (
     PHONE_SIDE,
     TINY,
@@ -169,7 +171,7 @@ def write_sheet(folder: Path, name: str, gallery: dict[str, Any], title: str) ->
         rows, [f"CFG {tick_label(column['cfg'])}" for column in gallery["columns"]], title=heading, scale=None
     )
     (folder / "sheets").mkdir(exist_ok=True)
-    sheet.save(folder / "sheets" / f"{name}.png")
+    replace_image(folder / "sheets" / f"{name}.png", sheet)
     return quote(f"sheets/{name}.png")
 
 
@@ -226,7 +228,7 @@ def write_sweep_page(folder: Path, *, shown: int = 8) -> Path:
         scales=sorted({entry["cfg"] for entry in [*scores["cells"], *images]}),
     )
     page = folder / "index.html"
-    page.write_text(html, encoding="utf-8")
+    replace_file(page, html.encode())
     return page
 
 

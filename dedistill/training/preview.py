@@ -13,6 +13,7 @@ from dedistill.distributed.world import World
 from dedistill.errors import UserError, is_out_of_memory
 from dedistill.evaluation.sweep import save_png
 from dedistill.flow.guidance import ClassifierFree
+from dedistill.io.images import replace_image
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
 from dedistill.sampling.images import contact_sheet
@@ -80,7 +81,7 @@ class Preview:
                 with Image.open(file) as stored:
                     row.append(stored.copy())
         sheet = contact_sheet(rows, [sampling.guidance.label for sampling in self.columns], title=f"step {step:,}")
-        sheet.save(folder.with_suffix(".png"))
+        replace_image(folder.with_suffix(".png"), sheet)
 
 
 def _all(latents: Iterator[Tensor]) -> list[Tensor]:

@@ -13,6 +13,7 @@ from dedistill.errors import UserError
 from dedistill.report import sweep as sweep_gallery
 from dedistill.report.story import write_story_page
 from dedistill.report.sweep import write_sweep_page
+from tests.faults.harness import full_disk_from
 
 SIDE = 512
 
@@ -78,6 +79,35 @@ def test_small_copies_follow_their_images(tmp_path):
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "thumbs").iterdir()}
     assert len(before.keys() - after.keys()) == 2 and len(after.keys() - before.keys()) == 1
     assert all(after[name] == before[name] for name in after.keys() & before.keys())
+
+
+@pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: raw[:-200], lambda raw: bytes(len(raw)), lambda raw: b"{}"])
+def test_a_small_copy_that_is_damaged_is_made_again(tmp_path, damage):
+    """A killed page or a loss of power left it; its name is right all the same."""
+    write_sweep(tmp_path, size=(128, 128), mode="RGB", prompts=["a", "b"])
+    write_sweep_page(tmp_path)
+    files = {path: path.read_bytes() for path in sorted((tmp_path / "thumbs").iterdir())}
+    for path in list(files)[::2]:
+        path.write_bytes(damage(files[path]))
+    write_sweep_page(tmp_path)
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "thumbs").iterdir())} == files
+
+
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, at):
+    """Nothing of a page is ever seen half-written, neither text nor images."""
+    write_sweep(tmp_path, size=(128, 128), mode="RGB", prompts=["a", "b"])
+    before = {p: p.read_bytes() for p in (write_sweep_page(tmp_path), *(tmp_path / "sheets").iterdir())}
+    scores = json.loads((tmp_path / "scores.json").read_text()) | {"title": "another"}
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    with full_disk_from(at), pytest.raises(UserError, match="No space left"):
+        write_sweep_page(tmp_path)
+    now = {p: p.read_bytes() for p in before}
+    assert now[tmp_path / "index.html"] == before[tmp_path / "index.html"]
+    for path in set(before) - {tmp_path / "index.html"}:
+        with Image.open(path) as image:
+            image.load()
+    assert not list(tmp_path.rglob("*.tmp-*"))
 
 
 def test_a_story_has_its_own_beside_the_page(tmp_path):

@@ -422,6 +422,27 @@ def test_a_cell_whose_parts_are_damaged_is_made_again(tmp_path, part):
     assert run(Opened().pair(), tmp_path) == whole
 
 
+DAMAGE = {
+    "emptied": lambda raw: b"",
+    "cut": lambda raw: raw[: len(raw) // 2],
+    "without its end": lambda raw: raw[:-12],
+    "zeroed from the middle on": lambda raw: raw[: len(raw) // 2] + bytes(len(raw) // 2),
+    "one bit flipped": lambda raw: raw[:-30] + bytes([raw[-30] ^ 4]) + raw[-29:],
+    "something else": lambda raw: b"<html>",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_image_of_a_finished_cell_is_made_again(tmp_path, damage):
+    """As a loss of power leaves it; byte for byte the same, and no other cell with it."""
+    whole, opened = run(Opened().pair(), tmp_path), Opened()
+    files = {p: p.read_bytes() for p in tmp_path.rglob("*.png")}
+    hurt = sorted(files)[1]
+    hurt.write_bytes(damage(files[hurt]))
+    assert run(opened.pair(), tmp_path) == whole and len(opened.names) == 1
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.png")} == files
+
+
 @pytest.mark.parametrize("earlier", [{}, {"passes": 5}])
 def test_the_cost_of_a_cell_that_was_made_earlier_is_nfe(tmp_path, earlier):
     """Cells of earlier versions say "passes", the oldest nothing; neither is made again."""
