@@ -17,8 +17,8 @@ from dedistill.evaluation.sweep import Candidate, Grid, classifier_free
 from dedistill.io.hashing import file_sha256
 from dedistill.io.ownership import claim
 from dedistill.models.model import ARITHMETIC, Model
+from dedistill.models.pipeline_files import model_files
 from dedistill.recipe import Recipe
-from dedistill.runs.directory import model_files
 from dedistill.runs.model import last_weights, open_base, open_finished, sampling_device
 
 
@@ -137,7 +137,7 @@ def _identity(recipe: Recipe, *places: Path | str) -> str:
     for place in map(Path, places):
         if str(place) == recipe.model.path and recipe.model.revision and not place.exists():
             continue  # a hub id: its commit is among the settings
-        files = model_files(place)
+        files = model_files(place).values()
         if not any(file.suffix == ".safetensors" for file in files):
             raise UserError(f"no weights in '{place}': train the recipe that makes them first")
         for file in files:

@@ -16,10 +16,12 @@ from dedistill.adapters.delta import check_started, initialise
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.errors import UserError
+from dedistill.io.hashing import file_sha256
 from dedistill.io.weights import count_numbers
 from dedistill.models.blocks import check_blocks, checkpoint_blocks, swapped_blocks
 from dedistill.models.conditioning import Conditioning, collate
 from dedistill.models.family import Components, Family
+from dedistill.models.pipeline_files import model_files
 from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
 from dedistill.models.registry import get_family, public_name, text_length
 from dedistill.models.swap import Swap
@@ -128,7 +130,8 @@ def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
     """Refuse adapter weights that were trained on another base, or in another form, than ``recipe`` says.
 
     header: that of the file at ``path``. A base that is no longer where it was may have been moved: then only names of
-    tensors are compared. A released file tells no more of a local base than its name, which has to be the same.
+    tensors are compared; a copy of it elsewhere is the same base. A released file tells no more of a local base than its
+    name, which has to be the same.
     """
     made = read_recipe(header.get("dedistill.recipe", ""), f"'{path}'")
     if not made or recipe.adapter is None:
@@ -144,8 +147,9 @@ def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
         if base != public_name(here, recipe.model.revision):
             raise UserError(f"{other}; if it is the same model under another name, give its folder the name '{base}'")
         return
-    moved = Path(base).exists() != Path(here).exists()
-    if not moved and Path(base).resolve() != Path(here).resolve():
+    places = Path(base), Path(here)
+    moved = places[0].exists() != places[1].exists()
+    if not moved and places[0].resolve() != places[1].resolve() and not _same_bytes(*places):
         raise UserError(other)
 
 
@@ -157,6 +161,12 @@ def expected_parameters(recipe: Recipe) -> int:
         return sum(p.numel() for p in family.full_size(recipe.model).denoiser.parameters())
     files = [place] if place.is_file() else (place / family.spec.folder).glob("*.safetensors")
     return sum(map(count_numbers, files))
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    """Whether two models are there and copies of each other."""
+    files, others = model_files(one), model_files(other)
+    return files.keys() == others.keys() != set() and all(file_sha256(f) == file_sha256(others[n]) for n, f in files.items())
 
 
 def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:

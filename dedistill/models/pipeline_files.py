@@ -34,6 +34,16 @@ Files = dict[Path, Path]
 """Path inside the new folder -> the file to be copied there."""
 
 
+_COMPUTES = ("*.safetensors", "config.json", "dedistill.json")
+
+
+def model_files(path: Path) -> dict[str, Path]:
+    """The files that say what the model in folder ``path`` computes, by their names in it; a single file as "."."""
+    if path.is_file():
+        return {".": path}
+    return {f.relative_to(path).as_posix(): f for f in sorted(f for pattern in _COMPUTES for f in path.rglob(pattern))}
+
+
 def is_pipeline(folder: Path) -> bool:
     """Whether ``folder`` holds a VAE and text encoders, as a place to take them from must."""
     return (folder / "vae" / "config.json").is_file() and any(folder.glob("text_encoder*/config.json"))

@@ -1,82 +1,19 @@
 """The run directory: one run, one recipe, one process at a time, and the bytes that it was made from."""
 
-import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-from dedistill.data.encode import data_files
 from dedistill.errors import UserError, amount
 from dedistill.io import ownership
 from dedistill.io.atomic import checksummed, make_folder, read_checksummed, replace_file
-from dedistill.io.hashing import Hashed, Stamp, hash_file
 from dedistill.io.json_files import read_object
 from dedistill.recipe import RESOLVED, Recipe, to_toml
 from dedistill.recipe.resolve import as_it_was_meant
 from dedistill.runs.checkpoint import sweep_temporaries
+from dedistill.runs.inputs import Files, Fingerprint, changed_files, fingerprint, input_files
 from dedistill.runs.model import MARK
 from dedistill.runs.requests import FILES, is_request
-
-# --- what a run was made from ----------------------------------------------------------------------------------------
-
-
-_MODEL_FILES = ("*.safetensors", "config.json", "dedistill.json")
-
-
-def model_files(path: Path) -> list[Path]:
-    """The files that say what the model in folder ``path`` computes, sorted; ``path`` itself when it is a file."""
-    if path.is_file():
-        return [path]
-    return sorted(found for pattern in _MODEL_FILES for found in path.rglob(pattern))
-
-
-def input_files(recipe: Recipe) -> dict[str, list[Path]]:
-    """Recipe key -> files that training reads because of it."""
-    m = recipe.model  # a hub id has no files here; its commit stands in the recipe
-    places = {"model.path": m.path, "model.components": m.components}
-    files = {key: model_files(Path(place)) for key, place in places.items() if place is not None}
-    files["data.path"] = data_files(recipe.data)
-    return {key: found for key, found in files.items() if found}
-
-
-class Fingerprint(TypedDict):
-    """Which bytes some files had."""
-
-    sha256: str
-    """Of the paths and hashes of all."""
-    files: dict[str, dict[str, int | str]]
-    """Path -> its :class:`Stamp` and "sha256"."""
-
-
-def fingerprint(files: list[Path], known: Fingerprint | None) -> Fingerprint:
-    """Of ``files`` as they are; one is read only if its stamp is another one than in ``known``.
-
-    A large base is so hashed once per run, not at every start.
-    """
-    before = known["files"] if known else {}
-    found: dict[str, dict[str, int | str]] = {}
-    for path in files:
-        hashed = hash_file(path, _read_entry(before.get(str(path), {})))
-        found[str(path)] = {**hashed.stamp._asdict(), "sha256": hashed.sha256}
-    digest = hashlib.sha256("".join(f"{path}\0{entry['sha256']}\n" for path, entry in found.items()).encode())
-    return {"sha256": digest.hexdigest(), "files": found}
-
-
-def _read_entry(entry: Mapping[str, int | str]) -> Hashed | None:
-    """None for one of an earlier version, which kept size and mtime only: the file is read once more."""
-    whole = entry.keys() == {*Stamp._fields, "sha256"}
-    return Hashed(Stamp(*(int(entry[key]) for key in Stamp._fields)), str(entry["sha256"])) if whole else None
-
-
-def changed_files(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """Paths whose bytes differ between two fingerprints, or that only one of them has."""
-    old, new = ({path: entry["sha256"] for path, entry in f["files"].items()} for f in (before, now))
-    return sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
-
-
-# --- the run directory -----------------------------------------------------------------------------------------------
-
 
 FREE_TO_CHANGE = (
     *("run.name", "run.out", "run.resume", "run.stuck_after", "checkpoint.", "snapshot.every", "validate.", "meters.", "log."),
@@ -133,14 +70,11 @@ class RunDirectory:
         return written or bool(kept) or self.model.exists()
 
     def _claim(self) -> None:
-        """Refuse the directory of another run; otherwise write this one's resolved recipe into it."""
-        known = self.path / "recipe.json"
+        """Refuse the directory of another run; otherwise mark it as this one's."""
         if self.used:
-            self._compare(known)
+            self._compare(self.path / "recipe.json")
         sweep_temporaries(self.path)
         ownership.mark(self.path, "run")
-        replace_file(known, json.dumps(self.recipe.resolved(), indent=1).encode())
-        self._write_recipe(to_toml(self.recipe).encode())
 
     def _write_recipe(self, whole: bytes) -> None:
         """The recipe with all that it extends goes to recipe.toml, or beside it where that is the user's own."""
@@ -166,7 +100,13 @@ class RunDirectory:
         if self.recipe.run.resume == "never":
             raise UserError(f"'{self.path}' already holds a run and run.resume = 'never'; choose another run.out")
         before = read_object(known, otherwise=f"restore it, or move '{self.path}' away to start over")
-        differing, free = _differences(as_it_was_meant(before, self.recipe.model), self.recipe.resolved())
+        before, now = as_it_was_meant(before, self.recipe.model), self.recipe.resolved()
+        self.notes += [
+            f"{key}: what was at '{there}' is at '{here}' now"
+            for key, there, here in _moved(before, now, {*self._inputs()} & {*input_files(self.recipe), "data.sets"})
+            if not key.endswith(".name")
+        ]
+        differing, free = _differences(before, now)
         if differing:
             raise UserError(
                 f"'{self.path}' holds a run of another recipe. It differs in:\n"
@@ -184,16 +124,15 @@ class RunDirectory:
         """What to say of a key that the recipe leaves out: nobody changed it, but the default may have changed."""
         return "" if self.recipe.says(key) else " by default"
 
-    def bind(self, inputs: dict[str, list[Path]], images: str | None = None, sample: str | None = None) -> list[str]:
-        """Record in inputs.json which bytes the run is made from; refuse to continue it from others, naming them.
+    def bind(self, inputs: dict[str, Files], images: str | None = None, sample: str | None = None) -> list[str]:
+        """Record the recipe, and in inputs.json which bytes the run is made from; refuse other ones, naming them.
 
-        inputs: recipe key -> files. images: a hash of the images and captions that are drawn from. sample: a hash of a
-        few numbers of the base as it was loaded; where it is another one than before, stamps are not believed and every
-        file is read. Returns what a user should know. A run of an earlier version, without inputs.json, is bound to what is
-        there now.
+        Where files lie does not matter. inputs: recipe key -> files. images: a hash of the images and captions that are drawn
+        from. sample: a hash of a few numbers of the base as it was loaded; where it is another one than before, stamps are
+        not believed and every file is read. Returns what a user should know. A run of an earlier version, without
+        inputs.json, is bound to what is there now.
         """
-        file = self.path / "inputs.json"
-        before = self._inputs(file) if file.exists() else {}
+        before = self._inputs()
         other_base = self.used and SAMPLE in before and before[SAMPLE]["sha256"] != sample
         now = {key: fingerprint(files, None if other_base else before.get(key)) for key, files in inputs.items()}
         if sample:
@@ -207,16 +146,21 @@ class RunDirectory:
                 )
         for key in before.keys() & now.keys() if self.used else ():
             if changed := changed_files(before[key], now[key]):
+                place = inputs[key].get(changed[0], changed[0])
                 raise UserError(
                     f"{key}: {amount(len(changed), 'file differs', 'files differ')} from those that the run in "
-                    f"'{self.path}' was started with, e.g. '{changed[0]}'. Put them back, or set another run.out."
+                    f"'{self.path}' was started with, e.g. '{place}'. Put them back, or set another run.out."
                 )
-        replace_file(file, checksummed(now))
+        replace_file(self.path / "recipe.json", json.dumps(self.recipe.resolved(), indent=1).encode())
+        self._write_recipe(to_toml(self.recipe).encode())
+        replace_file(self.path / "inputs.json", checksummed(now))
         return [OTHER_NUMBERS] if other_base else []
 
-    def _inputs(self, file: Path) -> dict[str, Fingerprint]:
+    def _inputs(self) -> dict[str, Fingerprint]:
+        """What is recorded; empty where nothing is."""
+        file = self.path / "inputs.json"
         try:
-            return read_checksummed(file)
+            return read_checksummed(file) if file.exists() else {}
         except ValueError as e:
             way_out = "restore it, or delete it to bind the run to the files that are there now"
             raise UserError(f"'{file}' {e}; {way_out}") from e
@@ -230,6 +174,22 @@ def flat(table: object, prefix: str = "") -> dict[str, object]:
 
 Difference = tuple[str, object, object]
 """A dotted key, its value in the recorded recipe, and its value now."""
+
+
+def _moved(before: dict[str, Any], now: dict[str, Any], known: set[str]) -> list[Difference]:
+    """Places that differ and whose bytes are ``known``: ``bind`` compares these. In ``before`` they become those of now."""
+    tables = [(f"{table}.", before[table], now[table], ("path", "components")) for table in ("model", "data")]
+    old, new = before["data"]["sets"], now["data"]["sets"]
+    if "data.sets" in known and len(old) == len(new):  # the name is made of the path where it is not given
+        tables += [(f"data.sets.{i}.", *pair, ("path", "name")) for i, pair in enumerate(zip(old, new))]
+        known = known | {f"data.sets.{i}.{key}" for i in range(len(new)) for key in ("path", "name")}
+    found = []
+    for prefix, there, here, keys in tables:
+        for key in keys:
+            if prefix + key in known and there.get(key) != here[key]:
+                found.append((prefix + key, there.get(key), here[key]))
+                there[key] = here[key]
+    return found
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[Difference], list[Difference]]:

@@ -66,6 +66,18 @@ class LeftOut(TypedDict):
     loss: str
 
 
+def of_renamed_sets(state: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str, Any]:
+    """A guard's state whose samples are of image sets that have other titles now: old title -> new."""
+
+    def now(sample: str) -> str:
+        title, slash, rest = sample.partition("/")
+        return f"{titles.get(title, title)}{slash}{rest}"
+
+    tables = {key: {now(name): entry for name, entry in state[key].items()} for key in ("hits", "suspects", "quarantine")}
+    tables["suspects"] = {name: {**entry, "sample": name} for name, entry in tables["suspects"].items()}
+    return {**state, **tables}
+
+
 class Guard:
     """Judges steps. ``factor``: how many times the median of its history a gradient norm may be; 0 for any."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dedistill.data.images.types import ImageSet
 from dedistill.errors import UserError, amount
 from dedistill.io.safetensors import tensors_checksum
 from dedistill.models.model import ARITHMETIC
@@ -20,7 +21,7 @@ from dedistill.runs.model import export_model, exported_step, snapshot_header
 from dedistill.training.background import AsyncCheckpointWriter
 from dedistill.training.ema import Averages
 from dedistill.training.engine import Engine
-from dedistill.training.guards import Guard
+from dedistill.training.guards import Guard, of_renamed_sets
 from dedistill.training.optim import not_finite
 
 
@@ -60,6 +61,11 @@ class RunState:
             self.load(saved)
         self.guard.load({key: judged[key] for key in ("quarantine", "returned")})
         self.unfinished = None  # its row was written since
+
+
+def _title(images: Mapping[str, Any]) -> str:
+    """What an entry of [[data.sets]] is called."""
+    return ImageSet(images["path"], name=images["name"] or "").title
 
 
 class Keeper:
@@ -108,7 +114,9 @@ class Keeper:
             raise UserError(
                 f"'{checkpoint}' is at step {manifest['step']}, train.steps is {self.recipe.train.steps}: nothing is left to do"
             )
-        return manifest
+        before = manifest.get("recipe", {}).get("data", {}).get("sets", ())
+        titles = [(_title(old), _title(new)) for old, new in zip(before, self.recipe.resolved()["data"]["sets"])]
+        return manifest | {"guard": of_renamed_sets(manifest["guard"], dict(titles))}
 
     def roll_back(self, since: int) -> None:
         """Back to the newest good checkpoint of at most ``since`` steps, without those after it, with today's quarantine.

@@ -13,7 +13,7 @@ from dedistill.data.images.buckets import MIN_KEPT, MODES, Crop, apply_crop, buc
 
 @dataclass(frozen=True)
 class Sized:
-    name: str
+    sha256: str
     width: int
     height: int
 
@@ -124,8 +124,8 @@ def test_equal_crops_come_once():
 
 def test_a_crop_depends_on_its_key_alone():
     settings = {"modes": ["square", "random_aspect"], "per_image": 4, "resolutions": [256, 512]}
-    forward = {p.name: crops(p, **settings) for p in IMAGES}
-    backward = {p.name: crops(p, **settings) for p in reversed(IMAGES)}
+    forward = {p.sha256: crops(p, **settings) for p in IMAGES}
+    backward = {p.sha256: crops(p, **settings) for p in reversed(IMAGES)}
     assert forward == backward
     big = Sized("x", 2000, 1500)
     more = crops(big, **settings | {"per_image": 6})

@@ -100,7 +100,7 @@ def test_a_base_whose_whole_stamp_was_kept_is_refused(adapter_recipe, own_base, 
     file = swap_number(own_base, 0)
     record = tmp_path / "dedistill" / "inputs.json"
     told = read_checksummed(record)
-    told["model.path"]["files"][str(file)] |= hashing.Stamp.of(file.stat())._asdict()
+    told["model.path"]["files"][file.relative_to(own_base).as_posix()] |= hashing.Stamp.of(file.stat())._asdict()
     record.write_bytes(checksummed(told))
     capsys.readouterr()
     assert main(longer(adapter_recipe)) == 1
@@ -164,12 +164,13 @@ def test_other_pairs_are_refused(teacher_recipe, tmp_path, capsys):
 def test_a_start_that_failed_binds_nothing(adapter_recipe, base_model, tmp_path, capsys):
     """A wrong path is corrected in the same run directory; results bind it."""
     text = adapter_recipe.read_text()
-    adapter_recipe.write_text(text.replace(str(base_model), "/nowhere"))
+    (tmp_path / "empty").mkdir()
+    adapter_recipe.write_text(text.replace(str(base_model), str(tmp_path / "empty")))
     assert main([str(adapter_recipe)]) == 1
-    assert (tmp_path / "dedistill" / "recipe.json").exists()
+    assert (tmp_path / "dedistill").exists() and not (tmp_path / "dedistill" / "recipe.json").exists()
     adapter_recipe.write_text(text)
     assert main([str(adapter_recipe)]) == 0
-    adapter_recipe.write_text(text.replace(str(base_model), "/nowhere"))
+    adapter_recipe.write_text(text.replace(str(base_model), str(tmp_path / "empty")))
     capsys.readouterr()
     assert main([str(adapter_recipe)]) == 1
     assert "holds a run of another recipe" in capsys.readouterr().err

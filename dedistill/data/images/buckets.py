@@ -21,7 +21,7 @@ class Sized(Protocol):
     """An image as far as cropping goes; ``width`` and ``height`` in pixels, upright."""
 
     @property
-    def name(self) -> str: ...
+    def sha256(self) -> str: ...
 
     @property
     def width(self) -> int: ...
@@ -68,19 +68,19 @@ def crops_of(
 ) -> list[Crop]:
     """All crops of one image: ``per_image`` at each resolution it is big enough for, equal ones once.
 
-    The list depends on (seed, name, size) and the settings alone. An image is big enough when it covers the bucket
+    The list depends on (seed, bytes, size) and the settings alone. An image is big enough when it covers the bucket
     without growing by more than ``max_upscale``; one that fits no resolution has no crops (``too_small`` says why).
     ``modes`` (keys of ``MODES``) take turns, from a first one that differs between images, and a mode that does
     not fit leaves its turn to the others.
     """
     crops = []
-    turn = int(len(modes) * keyed.generator(seed, f"crop-mode/{sample.name}").random())
+    turn = int(len(modes) * keyed.generator(seed, f"crop-mode/{sample.sha256}").random())
     for resolution in resolutions:
         fitting = [b for b in _ladder(resolution, divisible) if _scale(sample, b) <= max_upscale]
         choices = {mode: chosen for mode in modes if (chosen := MODES[mode](sample, resolution, divisible, fitting))}
         for k in range(per_image if choices else 0):
             mode = list(choices)[(turn + k) % len(choices)]
-            which, x, y = keyed.generator(seed, f"crop/{sample.name}", resolution, k).random(3).tolist()
+            which, x, y = keyed.generator(seed, f"crop/{sample.sha256}", resolution, k).random(3).tolist()
             bucket = choices[mode][int(which * len(choices[mode]))]
             x, y = (0.5, 0.5) if mode == "center" else (x, y)
             crops.append(Crop(resolution, *bucket, _window(sample, bucket, x, y)))

@@ -224,10 +224,12 @@ class _Known:
             except UserError as e:
                 say(f"{e}; it is made anew now")
         if self.old and self.old.limits == limits:
-            numbers = {_settings(source): number for number, source in enumerate(sources)}
-            now = [numbers.get(_settings(source)) for source in self.old.sources]
-            moved = [(e, now[e.sample.source]) for e in self.old.entries]
-            self.entries = [replace(e, sample=replace(e.sample, source=to)) for e, to in moved if to is not None]
+            now = _same_sources(self.old.sources, sources)
+            titles = [source.title for source in self.old.sources]
+            for entry in self.old.entries:
+                if (to := now[entry.sample.source]) is not None:
+                    name = f"{self.titles[to]}/{entry.sample.name.removeprefix(f'{titles[entry.sample.source]}/')}"
+                    self.entries.append(replace(entry, sample=replace(entry.sample, source=to, name=name)))
         self.by_name = {entry.sample.name: entry for entry in self.entries}
 
     def covers(self, index: Index) -> bool:
@@ -257,6 +259,21 @@ class _Known:
         if found.captions is None or found.captions == old.sample.captions:
             return old
         return replace(old, sample=replace(old.sample, captions=found.captions))
+
+
+def _same_sources(old: Sequence[ImageSet], new: Sequence[ImageSet]) -> list[int | None]:
+    """For each source of an index its number now. One whose place is none of today's may be another of the same settings that
+    was moved: whether its files are the same is seen by their names and stamps, and then by their bytes."""
+    numbers = {_settings(source): number for number, source in enumerate(new)}
+    found = [numbers.get(_settings(source)) for source in old]
+    free = [number for number in numbers.values() if number not in found]
+    for i, source in enumerate(old):
+        fitting = [n for n in free if _settings(new[n])[2:] == _settings(source)[2:]]
+        if found[i] is None and fitting:
+            moved = next((n for n in fitting if new[n].title == source.title), fitting[0])
+            free.remove(moved)
+            found[i] = moved
+    return found
 
 
 def _settings(source: ImageSet) -> tuple[object, ...]:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+FILES = (".tar", ".jsonl", ".csv", ".parquet")
+"""What a source ends in that is a file: one shard, or a list."""
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -26,7 +29,7 @@ class ImageSet:
     @property
     def title(self) -> str:
         path = Path(os.path.abspath(self.path))
-        return self.name or (path.name if path.is_dir() else path.stem)
+        return self.name or (path.stem if path.suffix.lower() in FILES else path.name)
 
     @property
     def root(self) -> Path:
