@@ -95,11 +95,11 @@ def _rehearse(recipe: Recipe) -> int:
 
 def train(recipe: Recipe, argv: list[str]) -> int:
     """Train ``recipe`` to its end or to a stop request; returns the exit code."""
-    from dedistill.distributed.launcher import is_first, resume_command
+    from dedistill.distributed.launcher import ranks, resume_command
     from dedistill.runs.requests import StopRequests
     from dedistill.training.watchdog import Watchdog
 
-    if is_first():
+    if ranks() == 1:  # of several the first refuses once they are connected: the others end with it
         refuse_busy(Path(recipe.run.out), "run.out")
     require_inputs(recipe)
     again = resume_command(argv)  # now: a launcher that is stopped may be gone before this process

@@ -216,16 +216,11 @@ def _hide_engine() -> None:
         del os.environ[name]
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes, by what its launcher says."""
-    return ranks() == 1 or os.environ["RANK"] == "0"
-
-
 def only_first() -> bool:
     """For work of one process: whether this is the one to do it. That one is then alone, whatever started it."""
-    first = is_first()
     if ranks() == 1:
         return True
+    first = os.environ["RANK"] == "0"
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)
     _hide_engine()

@@ -178,14 +178,15 @@ Difference = tuple[str, object, object]
 
 def _moved(before: dict[str, Any], now: dict[str, Any], known: set[str]) -> list[Difference]:
     """Places that differ and whose bytes are ``known``: ``bind`` compares these. In ``before`` they become those of now."""
-    tables = [(f"{table}.", before[table], now[table], ("path", "components")) for table in ("model", "data")]
-    old, new = before["data"]["sets"], now["data"]["sets"]
-    if "data.sets" in known and len(old) == len(new):  # the name is made of the path where it is not given
+    tables = [(f"{table}.", before.get(table), now[table], ("path", "components")) for table in ("model", "data")]
+    old, new = before["data"].get("sets") if isinstance(before.get("data"), dict) else None, now["data"]["sets"]
+    if "data.sets" in known and isinstance(old, list) and len(old) == len(new):
         tables += [(f"data.sets.{i}.", *pair, ("path", "name")) for i, pair in enumerate(zip(old, new))]
+        # the name is made of the path where it is not given
         known = known | {f"data.sets.{i}.{key}" for i in range(len(new)) for key in ("path", "name")}
     found = []
     for prefix, there, here, keys in tables:
-        for key in keys:
+        for key in keys if isinstance(there, dict) else ():  # else it is damaged, and differs
             if prefix + key in known and there.get(key) != here[key]:
                 found.append((prefix + key, there.get(key), here[key]))
                 there[key] = here[key]

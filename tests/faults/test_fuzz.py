@@ -178,13 +178,13 @@ def test_inputs_and_recipes_of_a_run(adapter_recipe, tmp_path):
     run, data = Path(recipe.run.out), tmp_path / "data"
     data.write_text("x")
     with RunDirectory(recipe) as directory:
-        directory.bind({"model.path": [data]})
+        directory.bind({"model.path": {".": data}})
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     good = {name: (run / name).read_bytes() for name in ("inputs.json", "recipe.json")}
 
     def start() -> None:
         with RunDirectory(recipe) as directory:
-            directory.bind({"model.path": [data]})
+            directory.bind({"model.path": {".": data}})
 
     assert survives(start)
     for _ in range(300):
