@@ -186,7 +186,9 @@ def _moved(before: dict[str, Any], now: dict[str, Any], known: set[str]) -> list
         known = known | {f"data.sets.{i}.{key}" for i in range(len(new)) for key in ("path", "name")}
     found = []
     for prefix, there, here, keys in tables:
-        for key in keys if isinstance(there, dict) else ():  # else it is damaged, and differs
+        if not isinstance(there, dict):  # damaged: it differs
+            continue
+        for key in keys:
             if prefix + key in known and there.get(key) != here[key]:
                 found.append((prefix + key, there.get(key), here[key]))
                 there[key] = here[key]
