@@ -14,8 +14,9 @@ from dedistill.cli import prepare
 from dedistill.cli.command import recipe_parser, run_recipe
 from dedistill.errors import RUN_AGAIN, UserError, amount, printable, say
 from dedistill.io.ownership import refuse_busy
+from dedistill.models.registry import get_spec
 from dedistill.recipe import Recipe, to_toml
-from dedistill.recipe.resolve import Plan, make_plan
+from dedistill.recipe.resolve import Plan, make_plan, shifts
 from dedistill.runs.missing import missing_inputs, require_inputs
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ def _print_recipe(recipe: Recipe) -> int:
 
 def _print_plan(recipe: Recipe) -> int:
     print("\n".join(f"{key:12} {value:,}" for key, value in make_plan(recipe).as_dict().items()), flush=True)
+    spec = get_spec(recipe.model.family, recipe.where("model.family"))
+    if note := shifts(recipe, lambda: spec.shift(recipe.model)):
+        print(f"note         {note}", flush=True)
     require_inputs(recipe)
     return 0
 
@@ -153,6 +157,8 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
             notes += run.bind(input_files(recipe), data.digest, base)
         trainer = Trainer(recipe, plan, model=model, source=data.source, run=run, engine=engine)
         notes = [*trainer.resume(), *notes, *run.notes]
+        if note := shifts(recipe, lambda: model.shift(model.components.sample_shape)):
+            notes.append(note)
         if world.main:
             _announce(trainer, data.facts, notes)
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)

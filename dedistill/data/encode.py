@@ -33,7 +33,7 @@ from dedistill.models.family import Components, Family
 from dedistill.models.registry import get_family, text_length
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import filled
-from dedistill.recipe.schema import Data
+from dedistill.recipe.schema import Data, shift_in_numbers
 
 # --- from a recipe's [data] table to a source ------------------------------------------------------------------------
 
@@ -94,9 +94,8 @@ def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     components = family.load(recipe.model, seed=recipe.run.seed, denoiser=False)
     if components.vae is None:
         raise UserError(f"{recipe.where('data.source')}: {family.spec.name} has no codec that encodes 'pictures'", 2)
-    recipe.timesteps.resolved_shift(
-        lambda: family.shift(components, family.tokens(components, components.sample_shape))
-    )  # or it says why not
+    for shift in (recipe.timesteps.shift, recipe.sample.shift):  # or it says why not
+        shift_in_numbers(shift, lambda: family.shift(components, family.tokens(components, components.sample_shape)))
     return family, components
 
 

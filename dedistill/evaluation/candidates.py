@@ -130,7 +130,7 @@ def _identity(recipe: Recipe, *places: Path | str) -> str:
     """Hash of everything an image depends on beside prompt, noise and steps: files of models, and how they are used."""
     settings = recipe.resolved()
     used = [settings[table] for table in ("model", "base", "adapter", "sample")]
-    used += [settings["train"]["precision"], settings["timesteps"]["shift"], settings["run"]["seed"], ARITHMETIC]
+    used += [settings["train"]["precision"], settings["run"]["seed"], ARITHMETIC]
     digest = hashlib.sha256(json.dumps(used).encode())
     if recipe.model.components and Path(recipe.model.components).is_dir():
         places += (recipe.model.components,)
@@ -140,6 +140,6 @@ def _identity(recipe: Recipe, *places: Path | str) -> str:
         files = model_files(place).values()
         if not any(file.suffix == ".safetensors" for file in files):
             raise UserError(f"no weights in '{place}': train the recipe that makes them first")
-        for file in files:
+        for file in [*files, *sorted(place.rglob("scheduler_config.json"))]:  # by which sample.shift = "auto" goes
             digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()

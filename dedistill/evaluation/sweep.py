@@ -179,12 +179,12 @@ def _make_cell(
             numbers["clip"] = clip.scores(vectors[-1], list(grid.prompts))
         for i, prompt in enumerate(grid.prompts):
             file = folder / f"p{i:03d}_s{seed}.png"
-            facts: dict[str, Any] = {**place, "prompt": prompt, "seed": seed}
+            facts: dict[str, Any] = {**place, "shift": model.grid_shift, "prompt": prompt, "seed": seed}
             save_png(images[i], file, facts)
             row = {"file": file.relative_to(out).as_posix(), **facts}
             rows.append(row | {k: round(float(v[i]), 6) for k, v in numbers.items() if not np.isnan(v[i])})
         everything.append(images)
-    cell = {**place, "images": len(rows), "nfe": column.nfe(model.grid_shift)}
+    cell = {**place, "shift": model.grid_shift, "images": len(rows), "nfe": column.nfe(model.grid_shift)}
     cell |= {k: float(np.mean([r[k] for r in rows])) for k in numbers if k not in ("correct", "realistic")}
     if len(grid.seeds) > 1:
         cell["diversity"] = float(diversity(torch.stack(everything)).mean())

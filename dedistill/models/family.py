@@ -41,6 +41,8 @@ class Components:
     """What the folder or file says of how its weights were made: base, merges, masks."""
     notes: list[str] = field(default_factory=list)
     """What a user should know before training on it."""
+    sample_shift: float | str | None = None
+    """sample.shift of the recipe: a number goes into what is saved as well."""
     device: torch.device | str = "cpu"
     """Where encoders run when they are used."""
 
@@ -174,7 +176,7 @@ class Family(Protocol):
         """Image tokens of a sample of that shape."""
 
     def shift(self, components: Components, tokens: int) -> float:
-        """Resolution-dependent shift of sigma for that many image tokens."""
+        """The model's own shift of sigma for that many image tokens: what shift = "auto" means, in training and for images."""
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         """The unit of checkpointing, swapping and sharding, in the order in which a pass calls them."""

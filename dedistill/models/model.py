@@ -29,6 +29,7 @@ from dedistill.recipe import Recipe
 from dedistill.recipe.embedded import read_recipe
 from dedistill.recipe.model_tables import Adapter as AdapterTable
 from dedistill.recipe.resolve import filled
+from dedistill.recipe.schema import shift_in_numbers
 
 CHUNK = 256
 ARITHMETIC = 2
@@ -50,7 +51,7 @@ class Model:
     guidance: float | None = None
     """Fed to a distilled guidance embedding when images are made; None: as in training."""
     grid_shift: float = 1.0
-    """Shift of the solver's sigmas when images are made: the recipe's timesteps.shift in numbers."""
+    """Shift of the solver's sigmas when images are made: the recipe's sample.shift in numbers."""
     chunk: int = CHUNK
     """Samples per forward pass when nothing is trained."""
     adapter: Adapter | None = None
@@ -198,7 +199,8 @@ def assemble(
     model.root.to(device)
     model.negative, model.guidance = recipe.sample.negative, recipe.sample.guidance
     model.bf16 = recipe.train.precision == "bf16"
-    model.grid_shift = recipe.timesteps.resolved_shift(lambda: model.shift(components.sample_shape))
+    components.sample_shift = recipe.sample.shift
+    model.grid_shift = shift_in_numbers(recipe.sample.shift, lambda: model.shift(components.sample_shape))
     model.chunk = recipe.train.micro_batch or CHUNK
     facts |= {"text_length": length, "mask": components.mask, "guidance": components.guidance}
     facts["gradient_checkpointing"] = checkpoint_blocks(components.denoiser, blocks, recipe.train.gradient_checkpointing)

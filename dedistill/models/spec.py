@@ -72,6 +72,8 @@ class ModelSpec:
     """config.json at full size of a hub id, or of the usual model; True: with a distilled guidance embedding."""
     distilled_guidance: Callable[[Config], bool] = lambda config: False
     """Whether a denoiser of that config has an embedding for distilled guidance."""
+    shift: Callable[[Model], float | None] = lambda model: None
+    """What shift = "auto" stands for, where that is one number for all sizes and is known without loading the model."""
     names: str | None = None
     """Module with the tables (adapters.spellings.LayerNames) of what other programs call its layers; None: they know none."""
     card: str | None = None

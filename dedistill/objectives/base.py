@@ -23,6 +23,7 @@ from dedistill.flow.path import flow_loss
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
+from dedistill.recipe.schema import shift_in_numbers
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Objective(ABC):
         self.seed, self.batch, self.source = recipe.run.seed, recipe.train.batch, source
         self.dropout = recipe.data.caption_dropout
         given = {k: getattr(t, k) for k in ("alpha", "beta", "mean", "std", "scale")}
-        self.shift_of = cache(lambda shape: t.resolved_shift(lambda: shift_of(shape)))
+        self.shift_of = cache(lambda shape: shift_in_numbers(t.shift, lambda: shift_of(shape)))
         self.sampling: Sigmas = {
             "density": t.density,
             "params": {k: v for k, v in given.items() if v is not None},

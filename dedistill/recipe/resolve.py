@@ -4,7 +4,7 @@ So the recipe that is printed, and recipe.json, hold every number that will be u
 effect, or where it means something by itself (no limit, off), as its description says.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from dedistill.recipe.fields import BY_FAMILY, Default, Table
 from dedistill.recipe.model_tables import Model
+from dedistill.recipe.objectives import OBJECTIVES
 from dedistill.recipe.schema import Recipe
 from dedistill.recipe.toml import fields_of, table_in
 
@@ -76,7 +77,11 @@ def as_it_was_meant(recorded: dict[str, Any], model: Model) -> dict[str, Any]:
 
     model: the [model] table of the recipe that continues the run; on another model it is refused anyway.
     """
-    return _filled(recorded, BEFORE, _of_family(model, "defaults_before"))
+    meant = _filled(recorded, BEFORE, _of_family(model, "defaults_before"))
+    sample, timesteps = meant.get("sample"), meant.get("timesteps")
+    if isinstance(sample, dict) and isinstance(timesteps, dict):
+        sample.setdefault("shift", timesteps.get("shift"))  # there was one for both
+    return meant
 
 
 def _of_family(model: Model, function: str) -> dict[str, Any]:
@@ -116,6 +121,30 @@ def _rows(data: dict[str, Any], tables: list[str]) -> list[dict[str, Any]]:
 def _value(data: dict[str, Any], key: str) -> object:
     *tables, name = key.split(".")
     return next((row.get(name) for row in _rows(data, tables)), None)
+
+
+def shifts(recipe: Recipe, own: Callable[[], float | None]) -> str:
+    """:func:`shift_note` of a recipe; nothing where its objective does not look at timesteps.shift."""
+    unused = OBJECTIVES[recipe.train.objective].own_sigmas
+    return "" if unused else shift_note(recipe.timesteps.shift, recipe.sample.shift, own)
+
+
+def shift_note(training: float | str, sampling: float | str | None, own: Callable[[], float | None]) -> str:
+    """What to say where sigma is shifted otherwise in training than when images are made; else nothing.
+
+    training, sampling: timesteps.shift and sample.shift. own: what auto stands for, where that is one number and known.
+    """
+    auto = [not isinstance(shift, (int, float)) for shift in (training, sampling)]
+    model = own() if any(auto) else None
+    told = f"auto (the model's own{f', {model:g}' if model else ''})"
+    numbers = [model if a else float(shift or 0) for a, shift in zip(auto, (training, sampling))]
+    said = [told if a else f"{number:g}" for a, number in zip(auto, numbers)]
+    if numbers[0] == numbers[1]:
+        return ""
+    return (
+        f"timesteps.shift = {said[0]} in training, and sample.shift = {said[1]} in previews, sweeps, meters and the exported "
+        "scheduler: set both alike if that is not meant"
+    )
 
 
 # --- every number of a run decided before it starts ------------------------------------------------------------------

@@ -90,6 +90,9 @@ class Data(Table):
     )
 
 
+Shift = Annotated[float, Field(gt=0)] | Literal["auto"]
+
+
 class Timesteps(Table):
     density: Literal["uniform", "logit_normal", "beta", "mode", "cosmap"] = Field(
         "uniform", description="Density of sigma (1 is noise, 0 is data) before the shift."
@@ -109,14 +112,12 @@ class Timesteps(Table):
     scale: Annotated[Annotated[float, Field(ge=-1, le=1.7519)] | None, Default(1.29, "timesteps.density", ("mode",))] = Field(
         None, description="mode: s of SD3, eq. 20."
     )
-    shift: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
-        1.0, description="sigma' = s sigma / (1 + (s-1) sigma). auto: from the number of tokens, by the family's rule."
+    shift: Shift = Field(
+        1.0,
+        description="In training: sigma' = s sigma / (1 + (s-1) sigma). auto: the model's own, which may grow with the number "
+        "of image tokens. Images are made with sample.shift.",
     )
     stratify: bool = Field(True, description="One draw in each of `batch` equal shares of probability, per step.")
-
-    def resolved_shift(self, dynamic: Callable[[], float]) -> float:
-        """The shift in numbers; ``dynamic`` gives the family's, for ``auto``."""
-        return dynamic() if self.shift == "auto" else float(self.shift)
 
 
 class Train(Table):
@@ -205,6 +206,11 @@ _Side = Annotated[Resolution | None, Default(BY_FAMILY)]
 
 class Sample(Table):
     steps: Bounded = Field(16, description="Euler steps when images are made with this model.")
+    shift: Annotated[Shift | None, Default(BY_FAMILY)] = Field(
+        None,
+        description="Shift of the solver's sigmas in previews, sweeps, meters and stored pairs, and in an exported scheduler. "
+        "auto: the model's own, as its scheduler says. None: auto, or 1 for a family without schedulers.",
+    )
     height: _Side = Field(None, description="Image height in pixels. None for networks of one size.")
     width: _Side = Field(None, description="Image width in pixels. None for networks of one size.")
     negative: str = Field("", description="Prompt of the unconditional branch of CFG; the empty prompt is the trained one.")
@@ -219,6 +225,11 @@ class Preview(Table):
     cfgs: list[Annotated[float, Field(ge=0)]] = Field([1.0, 3.0], min_length=1, description="Guidance scales, side by side.")
     skip: Count = Field(0, description="First steps without guidance.")
     seed: Count = Field(0, description="Seed of the noise, the same at every preview.")
+
+
+def shift_in_numbers(shift: float | str | None, own: Callable[[], float]) -> float:
+    """A ``shift`` of a resolved recipe; ``own`` gives the model's, for auto."""
+    return float(shift) if isinstance(shift, (int, float)) else own()
 
 
 class Recipe(Table):

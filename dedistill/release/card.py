@@ -98,6 +98,7 @@ def _training(recipe: dict[str, Any]) -> dict[str, Any]:
     names = {
         "train": ("objective", "steps", "batch", "lr", "schedule", "optimizer"),
         "timesteps": ("density", "alpha", "beta", "shift"),
+        "sample": ("shift",),
         "data": ("source", "caption_dropout"),
         "adapter": ("kind", "init"),
         "model": ("mask", "text_length"),

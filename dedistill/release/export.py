@@ -20,6 +20,9 @@ from dedistill.models.quantize import Int8Linear, excluded, quantize_rows
 from dedistill.models.registry import families, get_spec, spec_of
 from dedistill.models.spec import ModelSpec
 from dedistill.recipe.embedded import read_recipe
+from dedistill.recipe.model_tables import Model
+from dedistill.recipe.objectives import OBJECTIVES
+from dedistill.recipe.resolve import shift_note
 from dedistill.release.card import write_card
 from dedistill.release.folder import (
     FACTS,
@@ -33,7 +36,7 @@ from dedistill.release.folder import (
     skeleton,
     write_weights,
 )
-from dedistill.release.headers import adapter_header, lycoris_config, model_header, public_facts
+from dedistill.release.headers import adapter_header, last_recipe, lycoris_config, model_header, public_facts
 from dedistill.release.rounding import UNKNOWN, RelativeSize, relative_size
 
 # --- adapter files for other programs --------------------------------------------------------------------------------
@@ -66,6 +69,7 @@ def export_adapter(
     if table:
         replace_file(config_file, table)
     say(f"{out.name}: {opened.size(layers) or UNKNOWN}")
+    _say_shifts(read_recipe(header.get("dedistill.recipe", "")), spec, opened.base, say)
     return out
 
 
@@ -182,6 +186,19 @@ def config_for(tensors: dict[str, Any], header: dict[str, str], model: Path | No
     return spec.full_config(source, any("guidance" in name for name in tensors))
 
 
+def _say_shifts(recipe: dict[str, Any], spec: ModelSpec, base: Path | None, say: Callable[[str], None]) -> None:
+    """Where the weights were trained at another shift of sigma than images are made with. base: the model's folder."""
+    objective = recipe.get("train", {}).get("objective", "flow")
+    if not recipe or (objective in OBJECTIVES and OBJECTIVES[objective].own_sigmas):
+        return
+    path = str(base) if base else recipe.get("model", {}).get("path")
+    trained, sampled = recipe.get("timesteps", {}).get("shift", 1.0), recipe.get("sample", {}).get("shift", "auto")
+    # a folder of ours has the scheduler of sample.shift; what auto was in training is no longer known there
+    own = spec.shift(Model.model_construct(family=spec.name, path=path)) if path and sampled == "auto" else None
+    if note := shift_note(trained, sampled, lambda: own):
+        say(note)
+
+
 # --- A model folder in the formats other programs load ---------------------------------------------------------------
 
 
@@ -220,6 +237,7 @@ def export_model(
         write_card(folder, out.name, format, stored.config, stored.spec, facts, str(source), base=base, licence=licence)
         _MODEL_FORMATS[format](stored, folder, out.name, facts, exclude or [], shard_bytes)
         copy_files(files, folder)
+    _say_shifts(read_recipe(last_recipe(facts)), stored.spec, source, say)
     if left_out:
         others = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
         say(f"left out, as no part of the pipeline: {', '.join(left_out[:_NAMED])}{others}")

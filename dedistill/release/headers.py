@@ -25,7 +25,7 @@ from dedistill.recipe.toml import table_to_toml
 
 _FACTS = (
     *("family", "base", "merges", "trained", "quantized"),
-    *("guidance", "mask", "t5_mask", "text_length", "text", "picture"),
+    *("guidance", "mask", "t5_mask", "text_length", "text", "picture", "shift"),
 )
 """Keys of dedistill.json that whoever uses the weights needs."""
 
@@ -100,6 +100,7 @@ def model_header(title: str, config: dict[str, Any], facts: dict[str, Any], spec
         "dedistill.base": json.dumps(public.get("base", {})),
         "dedistill.masked_attention": str(public.get("mask", "none")),
         "dedistill.guidance": guidance_fact(spec.distilled_guidance(config), public),
+        "dedistill.shift": str(public.get("shift", "auto")),
         "dedistill.recipe": last_recipe(public),
         "dedistill.facts": json.dumps(public),
     }
@@ -129,6 +130,7 @@ def adapter_header(
         "ss_learning_rate": str(train.get("lr", "")),
         "ss_seed": str(recipe.get("run", {}).get("seed", "")),
         "dedistill.guidance": guidance_of(spec.distilled_guidance(config), recipe),
+        "dedistill.shift": str(recipe.get("sample", {}).get("shift", "")),
     }
     if format == "lycoris":
         own["lycoris_config"] = json.dumps(lycoris_config(layers))

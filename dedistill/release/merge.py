@@ -79,6 +79,7 @@ def merge_adapter(
     layout = {name: (tuple(t.shape), DTYPES[dtype]) for name, t in state.items()}
     merged, digest = Merged(), hashlib.sha256()
     with new_folder(out) as folder:
+        components.sample_shift = recipe.sample.shift
         family.save_rest(components, folder)  # first, since it may refuse: the weights take long
         stream = _merged_tensors(state, layers, DTYPES[dtype], rounding, recipe.run.seed, merged, digest)
         place = folder / family.spec.folder

@@ -212,8 +212,8 @@ def test_identity_follows_what_a_image_depends_on(story, tmp_path, monkeypatch):
         return candidates_of(load_recipe("small/dedistill.toml", list(settings)), ["last"])[0].weights
 
     first = identity()
-    assert identity() == first == identity("train.lr=1e-5")
-    others = [identity("train.precision=bf16"), identity("timesteps.shift=3.0"), identity("model.mask=none")]
+    assert identity() == first == identity("train.lr=1e-5") == identity("timesteps.shift=3.0")
+    others = [identity("train.precision=bf16"), identity("sample.shift=3.0"), identity("model.mask=none")]
     facts = Path("runs/digits/student/model/dedistill.json")
     facts.write_text(facts.read_text().replace('"mask": "none"', '"mask": "bool"'))
     others.append(identity())

@@ -187,8 +187,8 @@ def test_other_settings_do_not_mix(change, copy, teacher, digits):
 
 
 def test_a_shifted_teacher_walks_its_own_sigmas(copy, digits, tmp_path_factory):
-    """timesteps.shift of the teacher's recipe moves the grid, is stored, and does not mix with another."""
-    shifted = model(timesteps={"shift": 3.0})
+    """sample.shift of the teacher's recipe moves the grid, is stored, and does not mix with another."""
+    shifted = model(sample={"shift": 3.0})
     with pytest.raises(UserError, match=r"holds pairs made differently \(shift: 1\.0 there, 3\.0 here; sigmas: "):
         make_pairs(shifted, digits, copy, **SETTINGS)
     facts = make_pairs(shifted, digits, tmp_path_factory.mktemp("shifted"), **SETTINGS)

@@ -132,12 +132,14 @@ def test_a_micro_batch_bounds_sampling_too():
 
 
 def test_images_are_made_on_the_shifted_sigmas_of_the_recipe(tmp_path):
-    """The grid of a sweep follows timesteps.shift, a number or the family's own."""
-    own = model(timesteps={"shift": 3.0})
-    auto = model(timesteps={"shift": "auto"})
+    """The grid of a sweep follows sample.shift, a number or the family's own, and not that of training; the cell says it."""
+    own = model(sample={"shift": 3.0}, timesteps={"shift": 2.0})
+    auto = model(sample={"shift": "auto"})
     assert own.grid_shift == 3.0 and auto.grid_shift == auto.shift(auto.components.sample_shape) != 1.0 == model().grid_shift
     grid = Grid((ClassifierFree(),), prompts=tuple(PROMPTS), seeds=(0,))
-    sweep([Candidate("a", "w", 3, lambda: own)], grid, tmp_path, title="t", judge=None, say=lambda line: None)
+    found = sweep([Candidate("a", "w", 3, lambda: own)], grid, tmp_path, title="t", judge=None, say=lambda line: None)
+    assert [cell["shift"] for cell in found["cells"]] == [3.0]
+    assert {row["shift"] for row in json.loads((tmp_path / "index.json").read_text())} == {3.0}
     noise = start_noise(0, 3, IMAGE)
     wanted, plain = (sample(replace(own, grid_shift=shift), PROMPTS, noise, at(3))[0] for shift in (3.0, 1.0))
     save_png(wanted, tmp_path / "wanted.png"), save_png(plain, tmp_path / "plain.png")

@@ -141,7 +141,8 @@ class Example:
 
     def save_rest(self, components: Components, folder: Path) -> None:
         made = {key: components.facts[key] for key in MADE if key in components.facts}
-        (folder / "dedistill.json").write_text(json.dumps(made | {"family": SPEC.name, "mask": "bool"}, indent=1) + "\n")
+        facts = made | {"family": SPEC.name, "mask": "bool", "shift": components.sample_shift or "auto"}
+        (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def cache_inputs(self, components: Components, length: int) -> dict[str, dict[str, Any]]:
         text = {"family": SPEC.name, "widths": str(components.text.widths.sequences), "text_length": length}

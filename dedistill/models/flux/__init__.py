@@ -13,6 +13,7 @@ SPEC = ModelSpec(
     published=published.PUBLISHED,
     base_of=published.base_of,
     full_config=published.full_config,
+    shift=published.own_shift,
     distilled_guidance=published.has_guidance,
     names="dedistill.models.flux.naming",
     card="dedistill.models.flux:card.md.j2",

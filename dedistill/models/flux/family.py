@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
+from dedistill.io.atomic import replace_json
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.family import MADE, Components, Pass, Unseen
 from dedistill.models.flux import SPEC, loading
 from dedistill.models.flux.encoders import FluxText, FluxVae, PublishedVae
 from dedistill.models.flux.network import FluxBlocks, flux_velocity
-from dedistill.models.flux.published import shape_of
+from dedistill.models.flux.published import SCHEDULER, shape_of
 from dedistill.models.pipeline_files import copy_files, pipeline_files
 from dedistill.recipe.model_tables import Model
 from dedistill.recipe.resolve import filled
@@ -120,7 +121,9 @@ class Flux(FluxBlocks):
         text = {"mask": components.mask, "t5_mask": _text(components).t5_mask, "text_length": components.text_length}
         facts = made | {"family": self.spec.name, "guidance": _guidance_fact(components), **text}
         facts["components"] = str(_place(components).components.resolve())
+        facts["shift"] = components.sample_shift or "auto"
         copy_files(pipeline_files(_place(components).components, SPEC.folder, SAVED)[0], folder)
+        _save_scheduler(components, folder)
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def cache_inputs(self, components: Components, length: int) -> dict[str, dict[str, Any]]:
@@ -170,9 +173,11 @@ class Flux(FluxBlocks):
     def shift(self, components: Components, tokens: int) -> float:
         """As the model's own scheduler says: schnell has 1, dev grows with the number of image tokens."""
         place = _place(components)
-        s, file = place.scheduler, place.components / "scheduler" / "scheduler_config.json"
+        s, file = place.scheduler, place.scheduler_file
         if not s:
-            raise UserError(f"timesteps.shift: 'auto' needs '{file}', which is missing: fetch it, or set a number")
+            raise UserError(
+                f"shift = 'auto' needs '{file}', which is missing: fetch it, or set a number (timesteps.shift, sample.shift)"
+            )
         try:
             if not s.get("use_dynamic_shifting", False):
                 return float(s.get("shift", 1.0))
@@ -231,6 +236,18 @@ def _other_use(spec: Model, facts: dict[str, Any]) -> list[str]:
         for key, value in settings.items()
         if key in facts and facts[key] != value
     ]
+
+
+def _save_scheduler(components: Components, folder: Path) -> None:
+    """The model's own scheduler, at the shift that the recipe's images are made with where that is a number."""
+    place, shift = _place(components), components.sample_shift
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | place.scheduler
+    if isinstance(shift, (int, float)):
+        config |= {"shift": shift, "use_dynamic_shifting": False}
+    elif place.scheduler_file == place.components / SCHEDULER:
+        return  # copied already
+    (folder / SCHEDULER).parent.mkdir(exist_ok=True)
+    replace_json(folder / SCHEDULER, config)
 
 
 def _cannot_be_saved(components: Path) -> list[str]:

@@ -15,6 +15,7 @@ from dedistill.io.json_files import parse_object, read_object
 from dedistill.io.safetensors import DTYPES
 from dedistill.io.weights import open_weights, weight_files
 from dedistill.models.flux import SPEC, naming
+from dedistill.models.flux.published import scheduler_file
 from dedistill.models.pretrained import DEEPEST, check_finite, without_weights
 from dedistill.models.registry import checked_facts, get_it, looks_local
 
@@ -33,6 +34,8 @@ class Place:
     transformer: Path
     components: Path
     scheduler: dict[str, Any] = field(default_factory=dict)
+    scheduler_file: Path = Path()
+    """Where that is from, or was looked for."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What dedistill.json says about weights of ours, e.g. the mask they were trained with."""
 
@@ -52,8 +55,8 @@ def locate(path: str, revision: str | None, components: str | None) -> Place:
     transformer = here if here.is_file() else here / "transformer"
     if not transformer.exists():
         raise UserError(f"model.path: '{here}' has no folder 'transformer': not a FLUX model in diffusers' layout")
-    scheduler = around / "scheduler" / "scheduler_config.json"
-    return Place(transformer, around, read_object(scheduler, "model.path") if scheduler.exists() else {}, facts)
+    scheduler = scheduler_file(here, around)
+    return Place(transformer, around, read_object(scheduler, "model.path") if scheduler.exists() else {}, scheduler, facts)
 
 
 def _facts(here: Path) -> dict[str, Any]:

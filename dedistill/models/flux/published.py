@@ -32,6 +32,7 @@ DEV = Licence(
     binding=True,
 )
 FLEX_LAYERS = 8
+SCHNELL_LIKE = "flux-1-schnell"
 
 
 def _sizes(layers: int, single_layers: int, guidance: bool) -> dict[str, Any]:
@@ -39,12 +40,12 @@ def _sizes(layers: int, single_layers: int, guidance: bool) -> dict[str, Any]:
 
 
 PUBLISHED = (
-    Published("black-forest-labs/FLUX.1-schnell", APACHE, "flux-1-schnell", _sizes(19, 38, False), gated=True),
+    Published("black-forest-labs/FLUX.1-schnell", APACHE, SCHNELL_LIKE, _sizes(19, 38, False), gated=True),
     Published("black-forest-labs/FLUX.1-Redux-dev", DEV, "flux-1-dev", _sizes(19, 38, True), gated=True),
     Published("black-forest-labs/FLUX.1-dev", DEV, "flux-1-dev", _sizes(19, 38, True), gated=True),
     Published("ostris/Flex.1-alpha", APACHE, "flux-1", _sizes(FLEX_LAYERS, 38, True)),
-    Published("ostris/OpenFLUX.1", APACHE, "flux-1-schnell", _sizes(19, 38, False)),
-    Published("jimmycarter/LibreFLUX", APACHE, "flux-1-schnell", _sizes(19, 38, False)),
+    Published("ostris/OpenFLUX.1", APACHE, SCHNELL_LIKE, _sizes(19, 38, False)),
+    Published("jimmycarter/LibreFLUX", APACHE, SCHNELL_LIKE, _sizes(19, 38, False)),
 )
 _DEV = next(p for p in PUBLISHED if p.id.endswith("FLUX.1-dev"))
 
@@ -112,6 +113,30 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError, UserError):
         pass  # whoever loads the weights says what is wrong with them
     return named.get(place.name, SCHNELL)
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+def scheduler_file(here: Path, around: Path) -> Path:
+    """Of a model in ``here`` whose other components are in ``around``: its own, as merged models have, else theirs."""
+    return here / SCHEDULER if (here / SCHEDULER).exists() else around / SCHEDULER
+
+
+def own_shift(model: Model) -> float | None:
+    """As ModelSpec.shift: what the scheduler says, or is known of the published models, if it is one number."""
+    here = Path(model.path or "")
+    try:
+        around = model.components
+        if around is None and (here / "dedistill.json").exists():
+            around = read_object(here / "dedistill.json").get("components")
+        if (file := scheduler_file(here, Path(around or here))).exists():
+            found = read_object(file)
+            return None if found.get("use_dynamic_shifting") else float(found.get("shift", 1.0))
+    except (OSError, ValueError, TypeError, UserError):
+        return None  # whoever loads the model says what is wrong with it
+    named = named_in(PUBLISHED, model.path or "", {})
+    return 1.0 if named and named.architecture == SCHNELL_LIKE else None
 
 
 def _of_config(config: Path) -> Shape:

@@ -9,7 +9,7 @@ SPEC = ModelSpec(
     networks={published.NETWORK: f"diffusers:{published.NETWORK}"},
     architecture="pixel-flux",
     resolution=32,
-    defaults=lambda model: {"model.text_length": 12},
+    defaults=lambda model: {"model.text_length": 12, "sample.shift": 1.0},
     defaults_before=lambda model: {"model.text_length": 12},
     names="dedistill.models.flux.naming",
 )

@@ -94,6 +94,7 @@ class PixelFlux(FluxBlocks):
             "family": self.spec.name,
             "picture": components.sample_shape,
             "mask": components.mask,
+            "shift": components.sample_shift or "auto",
             "text": _text(components).config(),
         }
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
