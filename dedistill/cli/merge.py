@@ -28,5 +28,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.set)
     merged = merge_adapter(recipe, args.weights, args.out, dtype=args.dtype, rounding=args.round)
     print(f"{amount(len(merged.layers), 'layer')}: {merged.summary}")
+    if merged.note:
+        print(f"note: {merged.note}", file=sys.stderr)
     print(f"done: {args.out}/ ({REPORT} has the numbers of each layer)", file=sys.stderr)
     return 0

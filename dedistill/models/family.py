@@ -1,6 +1,6 @@
 """What a model family provides. Everything else in the program knows only this."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,6 +91,9 @@ Output = Tensor | tuple[Tensor, ...]
 
 class Denoiser(Protocol):
     """What is asked of ``Components.denoiser`` beside being a module; diffusers' models have it."""
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., object]) -> None:
         """Where gradients are wanted, call a block as ``gradient_checkpointing_func(block, *args)``."""

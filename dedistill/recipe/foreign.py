@@ -29,7 +29,7 @@ KEYS = {
     "not needed: a LoRA's alpha is adapter.targets.rank": "network_alpha lora_alpha linear_alpha",
     "adapter.targets.pattern": "target_modules lora_target_modules only_if_contains",
     "timesteps.density": "timestep_sampling timestep_type weighting_scheme timestep_distribution flow_use_beta_schedule",
-    "timesteps.mean and timesteps.std": "logit_mean logit_std",
+    "timesteps.mean, which in diffusers' scripts has the other sign, and timesteps.std": "logit_mean logit_std",
     "timesteps.shift": "discrete_flow_shift flow_shift flow_schedule_shift timestep_shift",
     "snapshot.ema, and dedistill posthoc after training": "use_ema ema_decay ema_config",
     "snapshot.every for weights to use, checkpoint.every to continue from": "save_every save_steps save_every_n_steps "

@@ -104,7 +104,7 @@ class Timesteps(Table):
         None, description="beta: second parameter."
     )
     mean: Annotated[float | None, Default(0.0, "timesteps.density", ("logit_normal",))] = Field(
-        None, description="logit_normal: mean of logit(sigma)."
+        None, description="logit_normal: mean of logit(sigma), noise being 1; diffusers' --logit_mean is its negative."
     )
     std: Annotated[Annotated[float, Field(gt=0)] | None, Default(1.0, "timesteps.density", ("logit_normal",))] = Field(
         None, description="logit_normal: deviation."

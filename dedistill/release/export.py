@@ -36,7 +36,7 @@ from dedistill.release.folder import (
     skeleton,
     write_weights,
 )
-from dedistill.release.headers import adapter_header, last_recipe, lycoris_config, model_header, public_facts
+from dedistill.release.headers import adapter_header, last_recipe, lycoris_config, model_header, origin_note, public_facts
 from dedistill.release.rounding import UNKNOWN, RelativeSize, relative_size
 
 # --- adapter files for other programs --------------------------------------------------------------------------------
@@ -69,6 +69,8 @@ def export_adapter(
     if table:
         replace_file(config_file, table)
     say(f"{out.name}: {opened.size(layers) or UNKNOWN}")
+    if note := origin_note(header, str(opened.base or ""), opened.config, spec):
+        say(note)
     _say_shifts(read_recipe(header.get("dedistill.recipe", "")), spec, opened.base, say)
     return out
 

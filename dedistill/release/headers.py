@@ -7,6 +7,7 @@ same network from, ``dedistill.*`` is what a sampler must know to use the weight
 import copy
 import datetime
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,28 @@ def adapter_header(
     if format == "peft":
         own["lora_adapter_metadata"] = json.dumps({f"{spec.folder}.{k}": v for k, v in peft_config(layers).items()})
     return own_entries(header) | {k: v for k, v in own.items() if v}
+
+
+def origin_note(header: Mapping[str, str], source: str, config: dict[str, Any], spec: ModelSpec) -> str:
+    """What to say of an adapter of another program: whether its header names the base; nothing where it names this one.
+
+    source: path or hub id of the base, config its denoiser's.
+    """
+    if "dedistill.recipe" in header:
+        return ""
+    named = header.get("modelspec.architecture", "").partition("/")[0]
+    known = {p.architecture for p in spec.published}
+    try:
+        own = _architecture(source, config, spec)
+    except UserError:
+        own = spec.architecture
+    if named not in known:
+        return "the file does not say which base it was trained on: if that is another one, its shapes fit all the same"
+    if own in known and own != named:
+        return (
+            f"by its header the adapter was trained on {named}, and the base is {own}: its shapes fit, what it learned may not"
+        )
+    return ""
 
 
 def lycoris_config(layers: Layers) -> dict[str, Any]:

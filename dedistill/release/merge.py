@@ -21,6 +21,7 @@ from dedistill.models.model import check_origin
 from dedistill.models.registry import get_family
 from dedistill.recipe import Recipe, to_toml
 from dedistill.release.folder import FACTS, SHARD_BYTES, linear_shapes, names_of, new_folder, read_facts, write_weights
+from dedistill.release.headers import origin_note
 from dedistill.release.rounding import RoundingStats, round_stochastic
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -33,6 +34,8 @@ class Merged:
 
     layers: dict[str, RoundingStats] = field(default_factory=dict)
     base_sha256: str = ""
+    note: str = ""
+    """What a user should know of the adapter's origin, or nothing."""
 
     @property
     def total(self) -> RoundingStats:
@@ -62,8 +65,7 @@ def merge_adapter(
     base's own in the new dtype. Beside the denoiser the folder gets what the family writes, ``dedistill.json`` with the
     provenance (a chain where the base was merged before), and ``merge.json`` with what was kept of each layer.
 
-    Raises UserError when the file does not fit the network whole, or ``out``
-    exists; then nothing is written.
+    Raises UserError when the file does not fit the network whole, or ``out`` exists; then nothing is written.
     """
     if recipe.model.path is None:
         raise UserError(f"{recipe.where('model')}: a merge needs trained weights to go into: set model.path", 2)
@@ -77,7 +79,8 @@ def merge_adapter(
     check_shapes(layers, shapes, str(weights))
     state = components.denoiser.state_dict()
     layout = {name: (tuple(t.shape), DTYPES[dtype]) for name, t in state.items()}
-    merged, digest = Merged(), hashlib.sha256()
+    config = dict(cast(Denoiser, components.denoiser).config)
+    merged, digest = Merged(note=origin_note(header, recipe.model.path, config, spec)), hashlib.sha256()
     with new_folder(out) as folder:
         components.sample_shift = recipe.sample.shift
         family.save_rest(components, folder)  # first, since it may refuse: the weights take long
