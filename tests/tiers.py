@@ -47,6 +47,7 @@ LONG = [
     "training/test_changed_defaults",
     "training/test_effects",
     "training/test_ema",
+    "training/test_fake_cuda",
     "training/test_fsdp2",
     "training/test_one_step",
     "training/test_previews",

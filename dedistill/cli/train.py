@@ -119,10 +119,12 @@ def train(recipe: Recipe, argv: list[str]) -> int:
 
 
 def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
+    from dedistill.distributed.launcher import choose_kernels, require_gpu, start
+
+    choose_kernels(exact=recipe.train.exact)
     import torch
 
     from dedistill.data.encode import open_data
-    from dedistill.distributed.launcher import choose_kernels, require_gpu, start
     from dedistill.models.model import build_model, expected_parameters
     from dedistill.models.quantize import sample_sha256
     from dedistill.report.console import progress
@@ -134,7 +136,6 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     from dedistill.training.trainer import Trainer
     from dedistill.training.zero import Zero2, Zero3
 
-    choose_kernels(exact=recipe.train.exact)
     require_gpu(lambda: expected_parameters(recipe))
     accelerator, world = start(cpu=not torch.cuda.is_available(), log_with="wandb" if recipe.log.wandb else None)
     plan, run = make_plan(recipe), RunDirectory(recipe)

@@ -104,11 +104,18 @@ def launched() -> bool:
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
+MEMORY = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+"""How a user settles how torch keeps a GPU's memory; either will do."""
+
+
 def choose_kernels(*, exact: bool) -> None:
-    """Settle, before a GPU is first used, which of torch's kernels a run may take. On a CPU nothing changes.
+    """Settle, before a GPU is first used, which of torch's kernels a run may take there, and how torch keeps its memory.
 
     exact: the same bits on every run, at the price of slower attention backward.
     """
+    # torch's memory in pieces of any size, not in ones that the next shape of images does not fit
+    if not any(name in os.environ for name in MEMORY):
+        os.environ[MEMORY[0]] = "expandable_segments:True"
     import torch
 
     # cuDNN's attention backward (torch 2.11, H100) reads a gradient that is not contiguous as if it were: wrong gradients,

@@ -89,7 +89,11 @@ class Conditioning:
         """Rows where ``dropped`` [B] is True become ``empty``, a single caption: embeds, masks and vectors together."""
         lengths = [max(pair) for pair in zip(self.lengths(), empty.lengths())]
         own, other = self.padded(lengths), empty.padded(lengths).expand(len(self))
-        chosen = lambda one, two: torch.where(dropped.to(one.device).reshape(-1, *[1] * (one.ndim - 1)), two, one)  # noqa: E731
+
+        def chosen(one: Tensor, two: Tensor) -> Tensor:
+            rows = dropped.to(one.device, non_blocking=one.device.type != "cpu")
+            return torch.where(rows.reshape(-1, *[1] * (one.ndim - 1)), two, one)
+
         return combined(chosen, own, other)
 
     def tensors(self) -> dict[str, Tensor]:
