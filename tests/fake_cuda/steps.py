@@ -152,7 +152,7 @@ def changed(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool
 def phases(watch: Watch) -> Iterator[object]:
     """What belongs to which part of a run."""
     named = (
-        (Trainer, "_train_step", "step"),
+        (Trainer, "train_step", "step"),
         (Validator, "__call__", "validation"),
         (Meters, "__call__", "meters"),
         (Preview, "__call__", "preview"),
