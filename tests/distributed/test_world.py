@@ -355,14 +355,14 @@ def test_only_gradients_of_the_adapter_travel(adapter_recipe, tmp_path, exact, w
 
 def _signalled(arguments: list[str], rank: int, number: int) -> int:
     """``main``, where one rank gets a signal in its second step."""
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def step(self, index, tasks):
         if index == 1 and self.world.rank == rank:
             os.kill(os.getpid(), number)
         return original(self, index, tasks)
 
-    Trainer._train_step = step
+    Trainer.train_step = step
     return main(arguments)
 
 
@@ -409,7 +409,7 @@ def test_nan_in_one_process_is_skipped_by_all(adapter_recipe, tmp_path):
 
 def _astray(arguments: list[str]) -> int:
     """``main``, where rank 1's weights drift, as they would without shared gradients."""
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def step(self, index, tasks):
         row = original(self, index, tasks)
@@ -418,7 +418,7 @@ def _astray(arguments: list[str]) -> int:
                 next(iter(self.engine.trainable.values())).view(-1)[0] += 1e-6
         return row
 
-    Trainer._train_step = step
+    Trainer.train_step = step
     return main(arguments)
 
 

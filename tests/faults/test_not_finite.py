@@ -46,7 +46,7 @@ PLACES = {"latent": in_latent, "caption embedding": in_caption, "loss": None, "g
 
 def poison(monkeypatch, place, *, steps) -> list:
     """Inject at ``steps``; returns the weights before and after each of them, as the steps come."""
-    real_step, seen, now = Trainer._train_step, [], {}
+    real_step, seen, now = Trainer.train_step, [], {}
 
     def step(self, number, tasks):
         now.update(step=number, trainer=self)
@@ -65,7 +65,7 @@ def poison(monkeypatch, place, *, steps) -> list:
         return real_loss(model, place(task, now["trainer"]))
 
     monkeypatch.setattr(Objective, "loss", in_training(loss))
-    monkeypatch.setattr(Trainer, "_train_step", step)
+    monkeypatch.setattr(Trainer, "train_step", step)
     return seen
 
 
@@ -93,7 +93,7 @@ def test_a_spoilt_optimizer_state_stops_before_the_step(adapter_recipe, tmp_path
 
 def test_a_spoilt_optimizer_state_is_never_saved(adapter_recipe, tmp_path, monkeypatch, capsys):
     """Or every start again would fail."""
-    real = Trainer._train_step
+    real = Trainer.train_step
 
     def step(self, number, tasks):
         row = real(self, number, tasks)
@@ -101,7 +101,7 @@ def test_a_spoilt_optimizer_state_is_never_saved(adapter_recipe, tmp_path, monke
             in_optimizer(None, self)
         return row
 
-    monkeypatch.setattr(Trainer, "_train_step", step)
+    monkeypatch.setattr(Trainer, "train_step", step)
     assert main(arguments(adapter_recipe, tmp_path / "run", "checkpoint.every=1")) == 1
     assert "not saved" in capsys.readouterr().err
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"step-{AT:08d}"

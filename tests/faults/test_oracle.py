@@ -32,18 +32,18 @@ def uninterrupted(recipe):
 @pytest.fixture(scope="module")
 def stopped(recipe):
     """A run that was asked to stop after its third step."""
-    real = Trainer._train_step
+    real = Trainer.train_step
 
     def asked(self, step, tasks):
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, step, tasks)
 
-    Trainer._train_step = asked
+    Trainer.train_step = asked
     try:
         assert main(arguments(recipe, recipe.parent / "b", *SETTINGS)) == 75
     finally:
-        Trainer._train_step = real
+        Trainer.train_step = real
     assert list_checkpoints(recipe.parent / "b" / "checkpoints")[-1].name == "step-00000003"
     return recipe.parent / "b"
 

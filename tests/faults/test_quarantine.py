@@ -155,7 +155,7 @@ def test_the_very_first_steps(recipe, tmp_path, monkeypatch, every):
 def test_interrupted_anywhere_the_run_is_the_same(recipe, spoilt, tmp_path, monkeypatch, at):
     """The quarantine and all the guard knows are in the checkpoint; hits before a stop count after it."""
     spoil(monkeypatch, "spike")
-    real, sent = Trainer._train_step, []
+    real, sent = Trainer.train_step, []
 
     def step(self, number, tasks):
         if number == at and not sent:
@@ -163,7 +163,7 @@ def test_interrupted_anywhere_the_run_is_the_same(recipe, spoilt, tmp_path, monk
         return real(self, number, tasks)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", step)
+        patch.setattr(Trainer, "train_step", step)
         assert main(arguments(recipe, tmp_path / "run", *SETTINGS)) == 75
     assert differences(spoilt["spike"][0], train(recipe, tmp_path / "run", *SETTINGS)) == []
 

@@ -94,7 +94,7 @@ def _stop_after(monkeypatch, step: int) -> None:
     """Ask for a stop, as Ctrl-C does, once ``step`` steps are done."""
     from dedistill.training.trainer import Trainer
 
-    original = Trainer._train_step
+    original = Trainer.train_step
 
     def with_signal(self, index, tasks):
         if index + 1 == step:
@@ -104,7 +104,7 @@ def _stop_after(monkeypatch, step: int) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, index, tasks)
 
-    monkeypatch.setattr(Trainer, "_train_step", with_signal)
+    monkeypatch.setattr(Trainer, "train_step", with_signal)
 
 
 def _forget_optimizer(folder: Path) -> None:

@@ -68,7 +68,7 @@ def test_what_is_saved_is_of_its_step(adapter_recipe, tmp_path, monkeypatch):
             assert released.wait(30)
         return real(folder, step, *rest, keep=keep)
 
-    step = Trainer._train_step
+    step = Trainer.train_step
 
     def stepping(self, number, tasks):
         row = step(self, number, tasks)
@@ -78,7 +78,7 @@ def test_what_is_saved_is_of_its_step(adapter_recipe, tmp_path, monkeypatch):
         return row
 
     monkeypatch.setattr(keeping, "save_checkpoint", slow)
-    monkeypatch.setattr(Trainer, "_train_step", stepping)
+    monkeypatch.setattr(Trainer, "train_step", stepping)
     out = tmp_path / "slow"
     assert main([str(adapter_recipe), "--set", f"run.out={out}", "--set", "snapshot.every=1"]) == 0
     assert released.is_set() and steps == [0, 1, 2, 3, 4, 5]
