@@ -16,6 +16,7 @@ from typing import TextIO, TypeVar
 from dedistill.distributed.launcher import hide_gpus
 from dedistill.errors import RUN_AGAIN, UserError, is_out_of_memory, printable
 from dedistill.io.atomic import with_home
+from dedistill.io.ownership import drop_beginnings
 from dedistill.recipe import Recipe, RecipeError, load_recipe
 from dedistill.recipe.shipped import PREFIX
 
@@ -154,6 +155,16 @@ def run_recipe(args: argparse.Namespace, action: Callable[[Recipe], int]) -> int
 def guarded(action: Callable[[], int | None], *, debug: bool) -> int:
     """Run ``action`` with quiet libraries; turn any failure into one clear message, with the traceback only on demand."""
     quiet_dependencies()
+    drop_beginnings(failed=False)  # what was made before is not this command's
+    code = 1
+    try:
+        code = _told(action, debug=debug)
+    finally:
+        drop_beginnings(failed=bool(code))
+    return code
+
+
+def _told(action: Callable[[], int | None], *, debug: bool) -> int:
     try:
         return action() or 0
     except UserError as e:

@@ -251,12 +251,12 @@ def read_index(path: Path) -> list[dict[str, Any]]:
     return images
 
 
-def _require(path: Path, what: str, entries: Iterable[object], kinds: Kinds) -> None:
-    """Raise when an entry lacks one of the keys or has another kind of value there; amounts of things need not be there."""
+def _require(path: Path, what: str, entries: list[object], kinds: Kinds) -> None:
+    """Raise when an entry lacks one of the keys or has another kind of value there; amounts of things may be in all or none."""
+    amounts = {key: int for key in ("steps", "images") for entry in entries if isinstance(entry, dict) and key in entry}
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise UserError(f"{path}: {what} {i} is not an object")
-        amounts = {key: int for key in ("steps", "images") if key in entry}
         for key, kind in (kinds | amounts).items():
             if not isinstance(entry.get(key), kind) or isinstance(entry[key], bool):
                 raise UserError(f"{path}: {what} {i}: {key!r} is missing or has the wrong type ({entry.get(key)!r})")

@@ -71,8 +71,34 @@ def refuse_foreign(folder: Path, kind: str, key: str, kept: Iterable[Path] = ())
 def claim(folder: Path, kind: str, key: str) -> None:
     """Make ``folder`` and mark it, unless it is ours already. Raises as :func:`refuse_foreign`, or when the disk refuses."""
     refuse_foreign(folder, kind, key)
-    make_folder(folder)
+    make(folder)
     mark(folder, kind)
+
+
+_made: list[Path] = []
+"""Folders that the command has made so far, what they lie in after them."""
+_BEGINNINGS = {MARK, ".lock", "recipe.json", "recipe.toml", "recipe.resolved.toml"}
+"""What is written first of all into a folder."""
+
+
+def make(folder: Path) -> None:
+    """Make ``folder`` and what is missing above it; where nothing comes of the command, they go again."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    make_folder(folder)
+    _made.extend(path.absolute() for path in missing)
+
+
+def drop_beginnings(*, failed: bool) -> None:
+    """At the end of a command: forget what it has made, and where it ``failed``, remove folders that were only begun."""
+    made = [*_made]
+    _made.clear()
+    for folder in made if failed else ():
+        with suppress(OSError, UserError):
+            refuse_busy(folder, "folder")
+            if all(path.name in _BEGINNINGS for path in folder.iterdir()):
+                for path in folder.iterdir():
+                    path.unlink()
+                folder.rmdir()
 
 
 def mark(folder: Path, kind: str) -> None:

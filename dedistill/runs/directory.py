@@ -6,7 +6,7 @@ from typing import Any
 
 from dedistill.errors import UserError, amount
 from dedistill.io import ownership
-from dedistill.io.atomic import checksummed, make_folder, read_checksummed, replace_file
+from dedistill.io.atomic import checksummed, read_checksummed, replace_file
 from dedistill.io.json_files import read_object
 from dedistill.recipe import RESOLVED, Recipe, to_toml
 from dedistill.recipe.resolve import as_it_was_meant
@@ -48,7 +48,7 @@ class RunDirectory:
     def __enter__(self) -> "RunDirectory":
         self._refuse_foreign()
         try:
-            make_folder(self.path)
+            ownership.make(self.path)
             self._lock = ownership.hold(self.path, "run.out")
         except OSError as e:
             raise UserError(f"{self.recipe.where('run.out')}: '{self.path}' cannot be written: {e.strerror}") from e

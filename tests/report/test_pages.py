@@ -218,6 +218,22 @@ def test_steps_that_are_not_counted_are_refused(tmp_path, file, what):
         write_sweep_page(tmp_path)
 
 
+@pytest.mark.parametrize("gone", ["steps", "images"])
+@pytest.mark.parametrize(("file", "what"), [("index.json", "image 1"), ("scores.json", "cells 1")])
+def test_an_amount_that_only_some_have_is_a_hole(tmp_path, file, what, gone):
+    write_sweep(tmp_path)
+
+    def change(table):
+        entries = table if isinstance(table, list) else table["cells"]
+        for entry in entries:
+            entry[gone] = 4
+        del entries[1][gone]
+
+    rewrite(tmp_path / file, change)
+    with pytest.raises(UserError, match=f"{file}: {what}: '{gone}' is missing"):
+        write_sweep_page(tmp_path)
+
+
 @pytest.mark.parametrize("file", ["../secret.png", "/etc/secret.png", "images/none.png", "scores.json"])
 def test_a_image_outside_missing_or_broken_is_refused(tmp_path, file):
     write_sweep(tmp_path)
