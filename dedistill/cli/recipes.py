@@ -43,7 +43,8 @@ def _show(name: str) -> int:
         file = shipped_file(PREFIX + name.removeprefix(PREFIX))
     except LookupError as e:
         raise UserError(f"'{name}': {e.args[0]}", exit_code=2) from None
-    print(file.read_text(encoding="utf-8") if file else "", end="")
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file else []
+    print("".join(lines[1:]), end="")  # the first is a path to the schema, as from the package's own folder
     return 0
 
 

@@ -19,7 +19,10 @@ def test_a_whole_run_on_a_tiny_model(family, tmp_path, monkeypatch, capsys):
     images = ["--images", "data/tiny"] if family != "pixel_flux" else []
     assert main(["tiny", family, "models/tiny", *images]) == 0
     said = capsys.readouterr()
+    assert "[data]" not in said.out and "WARNING" not in said.err
     Path("tiny.toml").write_text(said.out)
+    if images:
+        assert main(["scan", "data/tiny"]) == 0 and "split_lines" not in "".join(capsys.readouterr())
     assert main(["train", "tiny.toml", *SETTINGS]) == 0
     after = [line.split() for line in said.err.splitlines() if line.startswith("  dedistill")]
     assert after[0] == ["dedistill", "train", "tiny.toml"] and len(after) == 4
