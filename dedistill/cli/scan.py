@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     from dedistill.data.images.index import build_index
     from dedistill.data.images.scan import scan, scan_lines
+    from dedistill.data.usable import caption_words
     from dedistill.io.ownership import claim
     from dedistill.report.scan import write_scan_page
 
@@ -41,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
         claim(args.out, "scan", "--out")
     file = args.out / "index.jsonl" if args.out else None
     index = build_index(_sources(args), file=file, say=say)
-    facts = scan(index, resolutions=args.resolutions, tokenizer=args.tokenizer, say=say)
+    facts = scan(index, resolutions=args.resolutions, tokenizer=args.tokenizer)
+    for hint in caption_words(index):
+        say(hint)
     print(printable("\n".join(scan_lines(facts))))
     if args.out:
         print(f"done: {write_scan_page(args.out, index, facts)}", file=sys.stderr)

@@ -21,7 +21,7 @@ from dedistill.data.images.index import READERS, Index, Sample
 from dedistill.data.pairs import FACTS, PairSource
 from dedistill.data.source import Source
 from dedistill.data.split import CroppedImage
-from dedistill.data.usable import Say, Usable, look
+from dedistill.data.usable import Say, Usable, hints, look
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import World
 from dedistill.errors import UserError, amount, enough_memory
@@ -127,6 +127,8 @@ def prepare(
         with sole_writer(cache, say) if world.main else nullcontext():
             world.wait()
             latents, texts = open_stores(recipe, family, components, cache)  # another run may have written meanwhile
+            for hint in hints(usable):
+                say(hint)
             mine = slice(world.rank, None, world.size)
             captions_left, images_left = _missing_captions(captions, texts)[mine], _missing_images(images, latents)[mine]
             world.wait()
@@ -148,6 +150,7 @@ def prepare(
         "images": len(images),
         "crops": sum(len(p.crops) for p in images),
         "captions": len(captions),
+        "held_out_images": len(usable.split.held),
         "quarantined": len(usable.index.quarantined),
         "cache_bytes": latents.bytes() + texts.bytes(),
     }

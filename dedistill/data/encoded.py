@@ -115,7 +115,7 @@ class EncodedImages:
             latents.append(self._latents.read(latent_key(slot.image.sample, slot.crop), {"latent": shape})["latent"])
         captions = [s.caption for s in slots]
         text = collate([read_text(self._texts, c, self._text_widths) for c in captions])
-        names, images = [s.name for s in slots], [s.image.sample.sha256 for s in slots]
+        names, images = [s.name for s in slots], [self._split.unit(s.image) for s in slots]
         return Batch(torch.stack(latents).float(), captions, names, text=text, image_ids=images)
 
     def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:

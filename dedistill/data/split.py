@@ -1,7 +1,8 @@
 """Which images are held out, and which captions stand for the data."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dedistill.data.images.buckets import Crop
@@ -27,10 +28,15 @@ def captions_of(images: Sequence[CroppedImage]) -> set[str]:
 
 @dataclass(frozen=True)
 class Split:
-    """Images to train on, and those that are held out for validation."""
+    """Images to train on, and those that are held out for validation. near: the group of those that have near-duplicates."""
 
     train: list[CroppedImage]
     held: list[CroppedImage]
+    near: dict[str, str] = field(default_factory=dict)
+
+    def unit(self, image: CroppedImage) -> str:
+        """What images that are no evidence of their own have in common: near-duplicates are one."""
+        return self.near.get(image.sample.sha256, image.sample.sha256)
 
     def prompts(self, seed: int, count: int, own: Sequence[str] = ()) -> list[str]:
         """Different captions as far as there are: of held-out images first, then ``own`` prompts of the user's, then captions
@@ -45,13 +51,26 @@ class Split:
         return [chosen[i % len(chosen)] for i in range(count)]
 
 
-def split(images: Sequence[CroppedImage], share: HeldOut) -> Split:
-    """By the hash of each image's bytes: names and order do not matter.
+def split(images: Sequence[CroppedImage], share: HeldOut, near: Sequence[Sequence[str]] = ()) -> Split:
+    """By the hashes of the images' bytes: names and order do not matter.
 
-    At least one is held out when ``share`` is above 0; copies of an image stay together. auto: 2 %, or more where that is
-    less than the 16 images from which on intervals are given, but no more than a fifth.
+    near: groups of hashes whose images are near-duplicates; copies and near-duplicates stay together. At least one image is
+    held out when ``share`` is above 0. auto: 2 % of the different images, or more where that is less than the 16 from which on
+    intervals are given, but no more than a fifth. Groups that would take more than that share of the images are trained on.
     """
-    order = sorted({p.sample.sha256 for p in images})
-    part = min(0.2, max(0.02, LEAST_UNITS / max(1, len(order)))) if share == "auto" else float(share)
-    held = set(order[: max(1, round(part * len(order))) if part else 0])
-    return Split([p for p in images if p.sample.sha256 not in held], [p for p in images if p.sample.sha256 in held])
+    group = {sha256: min(some) for some in near for sha256 in some}
+    sizes = Counter(group.get(p.sample.sha256, p.sample.sha256) for p in images)
+    part = min(0.2, max(0.02, LEAST_UNITS / max(1, len(sizes)))) if share == "auto" else float(share)
+    wanted, room = (max(1, round(part * n)) if part else 0 for n in (len(sizes), len(images)))
+    held: set[str] = set()
+    for unit in sorted(sizes):
+        if len(held) < wanted and sizes[unit] <= room:
+            held.add(unit)
+            room -= sizes[unit]
+    if wanted and not held:
+        held = {min(sizes, key=lambda unit: (sizes[unit], unit))}
+    whole = Split(list(images), [], group)
+    parts: tuple[list[CroppedImage], list[CroppedImage]] = ([], [])
+    for p in images:
+        parts[whole.unit(p) in held].append(p)
+    return Split(*parts, group)

@@ -1,20 +1,31 @@
 """The images of a recipe: what can be used, what is left out and why. Nothing is encoded, and no torch."""
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dedistill.data.images.buckets import crops_of, too_small
+from dedistill.data.images.duplicates import near_duplicates
 from dedistill.data.images.index import Index, build_index
+from dedistill.data.images.likeness import Likeness
 from dedistill.data.images.listing import images_of
 from dedistill.data.images.types import ImageSet
+from dedistill.data.order import caption_warnings
 from dedistill.data.split import CroppedImage, Split, split
-from dedistill.errors import UserError
-from dedistill.io.atomic import replace_file
+from dedistill.errors import UserError, amount
+from dedistill.io.atomic import make_folder, replace_file, replace_json
+from dedistill.io.json_files import read_object
 from dedistill.io.ownership import claim
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import filled
 
+LARGE = 0.2
+"""Share of all images from which on one group of near-duplicates is told."""
+VERSION = 1
+"""To be raised when near-duplicates are found in another way."""
 SPLIT_LINES = {"auto": None, "always": True, "never": False}
 
 Say = Callable[[str], None]
@@ -74,7 +85,71 @@ def look(recipe: Recipe, say: Say) -> Usable:
         say(f"left out: {len(index.quarantined) - 5:,} more (all in '{_write_quarantine(cache, index)}')")
     if not images:
         raise UserError(f"{recipe.where('data.sets')}: no usable image; e.g. {': '.join(index.quarantined[0])}")
-    return Usable(cache, index, images, split(images, filled(data.held_out, "data.held_out")))
+    near = near_groups(images, cache / "duplicates.json")
+    return Usable(cache, index, images, split(images, filled(data.held_out, "data.held_out"), near))
+
+
+def near_groups(images: Sequence[CroppedImage], file: Path) -> list[list[str]]:
+    """Groups of hashes of near-duplicates, of any order of the images the same; kept in ``file``."""
+    likenesses = {p.sample.sha256: p.sample.likeness for p in images}
+    key = hashlib.sha256(json.dumps([VERSION, sorted(likenesses.items())]).encode()).hexdigest()
+    with suppress(UserError):  # not there yet, or damaged
+        if (known := read_object(file)).get("key") == key:
+            return [list(map(str, group)) for group in known["groups"]]
+    names = sorted(likenesses)
+    found = near_duplicates([Likeness.unpacked(likenesses[name]) for name in names])
+    groups = [[names[i] for i in group] for group in found]
+    make_folder(file.parent)
+    replace_json(file, {"key": key, "groups": groups})
+    return groups
+
+
+def hints(usable: Usable) -> list[str]:
+    """What a user may want to know of a set that is new; nothing of it is wrong."""
+    return near_words(usable) + caption_words(usable.index)
+
+
+def caption_words(index: Index) -> list[str]:
+    """Of images with several captions: where lines were taken for captions, and where all are short or all are long."""
+    said = []
+    for number, source in enumerate(index.sources):
+        own = (entry for entry in index.entries if entry.sample.source == number and len(entry.sample.captions) > 1)
+        several = next((e.sample for e in own if {"txt", "caption"} & dict(e.sidecars).keys()), None)
+        if several and source.split_lines is None:
+            shown = " | ".join(caption[:60] for caption in several.captions[:3])
+            said.append(
+                f"data: source '{source.title}': each line of a text file is a caption, and one is drawn at a time: "
+                f"'{several.name}' has {len(several.captions)}: {shown}. If they are one, set data.split_lines = 'never'"
+            )
+    if one_sided := caption_warnings(index.samples):
+        some = amount(len(one_sided), "image has several captions", "images have several captions")
+        said.append(
+            f"data: {some}, all of them short or all long, e.g. {': '.join(one_sided[0])}; a model that sees both kinds of an "
+            "image follows both kinds of prompts"
+        )
+    return said
+
+
+def near_words(usable: Usable) -> list[str]:
+    """What of near-duplicates a user must know: how many there are, and of groups that are too large to be held out."""
+    groups: dict[str, list[str]] = {}
+    for p in usable.images:
+        if p.sample.sha256 in usable.split.near:
+            groups.setdefault(usable.split.unit(p), []).append(p.sample.name)
+    if not groups:
+        return []
+    largest = max(groups.values(), key=len)
+    several = amount(sum(map(len, groups.values())), "image")
+    said = [
+        f"data: {several} in {amount(len(groups), 'group')} of near-duplicates (copies, crops, mirrored ones) are held out "
+        f"together or not at all; e.g. {' = '.join(largest[:3])}"
+    ]
+    if len(largest) > LARGE * len(usable.images):
+        said.append(
+            f"data: {len(largest):,} of {amount(len(usable.images), 'image')} are one group, each like some other of it "
+            f"('{largest[0]}' to '{largest[-1]}'): they count as one image wherever different ones are counted"
+        )
+    return said
 
 
 def _write_quarantine(cache: Path, index: Index) -> Path:

@@ -15,6 +15,7 @@ from PIL import Image
 from dedistill.data.images import index as module
 from dedistill.data.images.index import Index, Limits, build_index
 from dedistill.data.images.types import ImageSet
+from dedistill.data.usable import caption_words
 from dedistill.errors import UserError
 
 
@@ -81,13 +82,19 @@ def test_captions_of_all_files_are_joined(folder):
     assert build_index([one]).samples[0].captions == ("short\nlonger", "third", "fifth")
 
 
-def test_lines_as_captions_are_shown_once(folder):
+def test_lines_as_captions_are_told_once_and_to_who_scans_or_encodes(folder):
     (folder / "a.txt").write_text("one\ntwo")
     (folder / "b.txt").write_text("three\nfour")
     said = []
-    build_index([ImageSet(str(folder))], say=said.append)
-    assert sum("one | two" in line for line in said) == 1 and not any("three" in line for line in said)
-    assert any("data.split_lines = 'never'" in line for line in said)
+    index = build_index([ImageSet(str(folder))], say=said.append)
+    assert not any("split_lines" in line for line in said)
+    told = caption_words(index)
+    assert sum("one | two" in line for line in told) == 1 and not any("three" in line for line in told)
+    assert any("set data.split_lines = 'never'" in line for line in told)
+    (folder / "c.json").write_text('{"captions": ["several", "of a list"]}')
+    for name in "ab":
+        (folder / f"{name}.txt").write_text("one")
+    assert not any("split_lines" in line for line in caption_words(build_index([ImageSet(str(folder))])))
 
 
 def test_bad_files_are_left_out_with_reasons(folder):
@@ -239,7 +246,7 @@ def test_names_of_sources(folder, tmp_path):
         lambda t: t[:-40],
         lambda t: "{}\n" + t,
         lambda t: "",
-        lambda t: t.replace("index 3", "index 0"),
+        lambda t: t.replace("index 4", "index 3"),
         lambda t: t.replace("a", "b", 9),
     ],
 )

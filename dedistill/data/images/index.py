@@ -16,13 +16,16 @@ from PIL import Image
 
 from dedistill.data.images import caption_files, decode
 from dedistill.data.images.caption_files import BadCaption
+from dedistill.data.images.duplicates import MOST_CROPPED
+from dedistill.data.images.likeness import VERSION as LIKENESS
+from dedistill.data.images.likeness import likeness
 from dedistill.data.images.listing import images_of
 from dedistill.data.images.types import NOWHERE, Found, ImageSet, Place
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import WholeFile, make_folder
 
-FORMAT = "dedistill index 3"
+FORMAT = f"dedistill index 4, likeness {LIKENESS}"
 CHUNK = 1024
 SAVE_EVERY = 60.0
 """Seconds between saves of an unfinished index, so that a killed one goes on where it was."""
@@ -33,7 +36,8 @@ READERS = min(8, os.cpu_count() or 1)
 class Sample:
     """One image. ``name`` is ``<source>/<path>`` or ``<source>/<shard>::<key>``; sizes in pixels, upright.
 
-    ``sha256`` is that of the image's bytes, ``source`` the number of its source, ``place`` where the bytes lie.
+    ``sha256`` is that of the image's bytes, ``source`` the number of its source, ``place`` where the bytes lie, ``likeness``
+    what copies of it are found by (``images.likeness``, packed).
     """
 
     name: str
@@ -43,6 +47,7 @@ class Sample:
     sha256: str
     source: int
     place: Place
+    likeness: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Limits:
+    """crops: whether likenesses are to tell crops of one image."""
+
     max_pixels: int = decode.MAX_PIXELS
     max_bytes: int = decode.MAX_BYTES
+    crops: bool = True
+
+    @property
+    def of_decoding(self) -> dict[str, int]:
+        return {"max_pixels": self.max_pixels, "max_bytes": self.max_bytes}
 
 
 class Index:
@@ -93,7 +105,7 @@ class Index:
 
     def image(self, i: int) -> Image.Image:
         """Sample i decoded, upright RGB. Raises as ``read`` does."""
-        return decode.decode(self.read(i), **asdict(self.limits))
+        return decode.decode(self.read(i), **self.limits.of_decoding)
 
     def save(self, path: Path) -> None:
         """Write JSON lines: a header, one entry per line, and a hash of all that. Old or new, never a part of either."""
@@ -127,7 +139,7 @@ class Index:
 
 def _row(entry: Entry) -> list[object]:
     s = entry.sample
-    return [s.name, s.captions, s.width, s.height, s.sha256, s.source, s.place, entry.sidecars, entry.reason]
+    return [s.name, s.captions, s.width, s.height, s.sha256, s.source, s.place, s.likeness, entry.sidecars, entry.reason]
 
 
 def _entry(
@@ -138,11 +150,12 @@ def _entry(
     sha256: str,
     source: int,
     place: list[Any],
+    likeness: str,
     sidecars: list[tuple[str, list[Any]]],
     reason: str,
 ) -> Entry:
     """The inverse of :func:`_row`, as JSON gives it back."""
-    sample = Sample(name, tuple(captions), width, height, sha256, source, Place(*place))
+    sample = Sample(name, tuple(captions), width, height, sha256, source, Place(*place), likeness)
     return Entry(sample, tuple((kind, Place(*p)) for kind, p in sidecars), reason)
 
 
@@ -169,6 +182,9 @@ def build_index(
         for number, source in enumerate(sources)
         for item in islice(images_of(source, known.listing(number)), limit)
     ]
+    if len(found) > MOST_CROPPED:
+        limits = replace(limits, crops=False)
+    known.forget_without(limits)
     keep = file if limit is None else None  # a few first images never replace a whole index
     entries: list[Entry] = []
     saved = reported = time.monotonic()
@@ -223,7 +239,7 @@ class _Known:
                 self.old = Index.load(file)
             except UserError as e:
                 say(f"{e}; it is made anew now")
-        if self.old and self.old.limits == limits:
+        if self.old and self.old.limits.of_decoding == limits.of_decoding:
             now = _same_sources(self.old.sources, sources)
             titles = [source.title for source in self.old.sources]
             for entry in self.old.entries:
@@ -231,6 +247,11 @@ class _Known:
                     name = f"{self.titles[to]}/{entry.sample.name.removeprefix(f'{titles[entry.sample.source]}/')}"
                     self.entries.append(replace(entry, sample=replace(entry.sample, source=to, name=name)))
         self.by_name = {entry.sample.name: entry for entry in self.entries}
+
+    def forget_without(self, limits: Limits) -> None:
+        """Look at every image again where crops are to be told and the earlier index cannot."""
+        if self.old and limits.crops and not self.old.limits.crops:
+            self.entries, self.by_name = [], {}
 
     def covers(self, index: Index) -> bool:
         """Whether the file on disk says just what ``index`` says."""
@@ -293,8 +314,7 @@ def _look(sources: Sequence[ImageSet], number: int, found: Found, known: _Known,
         if old and not old.reason and old.sample.place == found.place:
             sample = old.sample
         else:
-            width, height, sha256 = _facts(source.root, found.place, limits, old)
-            sample = replace(sample, width=width, height=height, sha256=sha256)
+            sample = _with_facts(sample, source.root, limits, old)
         captions = found.captions if found.captions is not None else _captions(source, found.sidecars)
         return Entry(replace(sample, captions=captions), found.sidecars, "")
     except (decode.BadImage, BadCaption) as e:
@@ -303,20 +323,20 @@ def _look(sources: Sequence[ImageSet], number: int, found: Found, known: _Known,
         return Entry(sample, found.sidecars, f"cannot be read: {e.strerror or e}")
 
 
-def _facts(root: Path, place: Place, limits: Limits, old: Entry | None) -> tuple[int, int, str]:
-    """Width, height and SHA-256.
+def _with_facts(sample: Sample, root: Path, limits: Limits, old: Entry | None) -> Sample:
+    """The sample with what its bytes say.
 
     Of an image that another stamp was put on, but whose bytes are those of its ``old`` entry, nothing is decoded.
     """
-    if place.size > limits.max_bytes:
-        raise decode.BadImage(f"{place.size:,} bytes; the limit is {limits.max_bytes:,}")
-    data = _read(root, place)
+    if sample.place.size > limits.max_bytes:
+        raise decode.BadImage(f"{sample.place.size:,} bytes; the limit is {limits.max_bytes:,}")
+    data = _read(root, sample.place)
     sha256 = hashlib.sha256(data).hexdigest()
     if old and not old.reason and old.sample.sha256 == sha256:
-        width, height = old.sample.width, old.sample.height
-    else:
-        width, height = decode.decode(data, **asdict(limits)).size
-    return width, height, sha256
+        return replace(old.sample, place=sample.place, captions=(), source=sample.source)
+    image = decode.decode(data, **limits.of_decoding)
+    like = likeness(image, places=limits.crops).packed()
+    return replace(sample, width=image.width, height=image.height, sha256=sha256, likeness=like)
 
 
 def _captions(source: ImageSet, sidecars: tuple[tuple[str, Place], ...]) -> tuple[str, ...]:
@@ -360,8 +380,3 @@ def _judge(index: Index, say: Callable[[str], None]) -> None:
             f"data: source '{source.title}': {amount(len(usable), 'image')}"
             + (f"; left out {len(bad):,}: {examples}" if bad else "")
         )
-        several = next((s for s in usable if len(s.captions) > 1), None)
-        if several and source.split_lines is None:
-            shown = " | ".join(caption[:60] for caption in several.captions[:3])
-            say(f"data: '{several.name}' has {len(several.captions)} captions: {shown}")
-            say("data: if these are the lines of one caption, set data.split_lines = 'never'")

@@ -1,27 +1,21 @@
 """What is in a data set: counts, sizes, buckets, caption lengths, what cannot be used, and what comes twice."""
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import imagehash
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from dedistill.data.images.buckets import buckets_for, crops_of
-from dedistill.data.images.index import READERS, Index, Sample
+from dedistill.data.images.duplicates import near_duplicates
+from dedistill.data.images.index import Index, Sample
+from dedistill.data.images.likeness import Likeness
 from dedistill.data.order import caption_warnings
 from dedistill.errors import UserError, amount
 
 SIDES = (256, 384, 512, 768, 1024, 1536, 2048, 4096)
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
-NEAR = 6
-"""Of 64 bits of the perceptual hash: copies that were resized or compressed again differ in fewer, strangers in about 32."""
-THUMBNAIL = 256
 
 
 def scan(
@@ -30,15 +24,14 @@ def scan(
     resolutions: Sequence[int],
     tokenizer: Path | None = None,
     max_upscale: float = 1.0,
-    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Facts about ``index`` as JSON-able values. Every image is decoded once.
+    """Facts about ``index`` as JSON-able values.
 
     ``tokenizer``: folder of a tokenizer to measure captions with (its end mark counted); without one, words are counted.
     """
     samples = index.samples
     lengths, unit = _lengths([caption for s in samples for caption in s.captions], tokenizer)
-    near = near_duplicates(_hashes(index, say))
+    near = near_duplicates([Likeness.unpacked(s.likeness) for s in samples])
     buckets, small = _buckets(samples, resolutions, max_upscale)
     return {
         "sources": _sources(index, lengths),
@@ -52,30 +45,6 @@ def scan(
         "near_duplicates": near,
         "names": {i: samples[i].name for group in near for i in group},
     }
-
-
-def near_duplicates(hashes: np.ndarray, distance: int = NEAR) -> list[list[int]]:
-    """Groups of hashes [N] (uint64) that are linked by steps of at most ``distance`` differing bits.
-
-    Of distance + 1 bands of bits, two such hashes share at least one whole; only those are compared.
-    """
-    unique, which = np.unique(hashes, return_inverse=True)
-    edges = np.linspace(0, 64, distance + 2).round().astype(int)
-    pairs = [np.empty((0, 2), dtype=np.int64)]
-    for low, high in pairwise(edges):
-        band = (unique >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        for members in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
-            for i in range(len(members) - 1):
-                close = np.bitwise_count(unique[members[i]] ^ unique[members[i + 1 :]]) <= distance
-                others = members[i + 1 :][close]
-                pairs.append(np.stack([np.full_like(others, members[i]), others], axis=1))
-    linked = np.concatenate(pairs)
-    graph = coo_array((np.ones(len(linked), dtype=np.int8), linked.T), shape=(len(unique), len(unique)))
-    groups = defaultdict(list)
-    for i, label in enumerate(connected_components(graph, directed=False)[1][which]):
-        groups[int(label)].append(i)
-    return [group for group in groups.values() if len(group) > 1]
 
 
 def scan_lines(facts: dict[str, Any]) -> list[str]:
@@ -94,10 +63,6 @@ def scan_lines(facts: dict[str, Any]) -> list[str]:
         lines.append(
             f"buckets at {resolution} (width x height): {shapes or 'none'}; too small: {facts['too_small'][resolution]:,}"
         )
-    if facts["one_sided"]:
-        name, what = facts["one_sided"][0]
-        images = amount(len(facts["one_sided"]), "image has", "images have")
-        lines.append(f"{images} several captions, but only short or only long ones ({name}: {what})")
     lines += [f"left out: {name}: {reason}" for name, reason in facts["quarantined"][:20]]
     if len(facts["quarantined"]) > 20:
         lines.append(f"... and {len(facts['quarantined']) - 20:,} more")
@@ -105,23 +70,6 @@ def scan_lines(facts: dict[str, Any]) -> list[str]:
     lines.append(f"near-duplicates: {amount(len(groups), 'group')}, {amount(sum(map(len, groups)), 'image')}")
     lines += ["  " + " = ".join(facts["names"][i] for i in group[:4]) for group in groups[:10]]
     return lines
-
-
-def _hashes(index: Index, say: Callable[[str], None]) -> np.ndarray:
-    """Perceptual hash of every image as uint64."""
-
-    def one(i: int) -> int:
-        image = index.image(i)
-        image.thumbnail((THUMBNAIL, THUMBNAIL), reducing_gap=2)
-        return int(str(imagehash.phash(image)), 16)
-
-    hashes = []
-    with ThreadPoolExecutor(READERS) as pool:
-        for i, value in enumerate(pool.map(one, range(len(index.samples))), 1):
-            hashes.append(value)
-            if i % 5000 == 0:
-                say(f"data: compared {i:,} of {amount(len(index.samples), 'image')}")
-    return np.array(hashes, dtype=np.uint64)
 
 
 def _lengths(captions: list[str], tokenizer: Path | None) -> tuple[list[int], str]:
