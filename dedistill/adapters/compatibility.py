@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from dedistill.adapters.delta import rank, scale
-from dedistill.adapters.formats import ADAPTER_FORMATS, KOHYA, Layers, as_kohya, by_layer
+from dedistill.adapters.formats import ADAPTER_FORMATS, KOHYA, Layers, as_kohya, by_layer, is_lora
 from dedistill.adapters.programs import OWN_NAMES, PROGRAMS, Found, Names, Program, Tensors
 from dedistill.adapters.spellings import LayerNames, split_key
 from dedistill.errors import UserError, amount
@@ -47,7 +47,8 @@ def check_adapter(
 
     naming: what the family calls its layers elsewhere; None for a family that other programs do not know, of whose files
     only those read anything that go by the network's own names. folder: the denoiser's in a pipeline. header: the file's,
-    which may say how strong it is. First come those that load the file whole, then by what they load.
+    which may say how strong it is. What is for LoKr alone is not asked about a LoRA. First come those that load the file
+    whole, then by what they load.
     """
     names = Names(shapes, naming, folder)
     programs = [program for program in PROGRAMS if naming or program.name in OWN_NAMES]
@@ -57,6 +58,7 @@ def check_adapter(
     except UserError:  # what cannot be applied here is not written in another format either; others may load it
         verdicts = [_verdict(program, tensors, names) for program in programs]
         return sorted(verdicts, key=lambda v: -len(v.loaded))
+    programs = [program for program in programs if not (program.lokr_only and is_lora(layers))]
     told = [scale(plain[name]) / scale(layers[name]) for name in layers if scale(layers[name])]
     formats = _in_formats(layers, shapes, naming, folder)
     verdicts = []

@@ -88,8 +88,10 @@ def _by_place(
             strange.append(key)
         elif factor not in (*LOKR, *LORA, "alpha", *([DENSE] if dense else [])):
             raise UserError(f"'{source}': tensor '{key}' is of a kind that is not supported; known: LoKr and LoRA of linears")
-        elif found.setdefault(place, {}).setdefault(factor, tensor) is not tensor:
+        elif factor in found.setdefault(place, {}):
             raise UserError(f"'{source}': '{place.name}' has two tensors {factor}, under two names")
+        else:
+            found[place][factor] = _computable(tensor)
     if strange:
         others = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
         why = ": it is of a text encoder, which is not adapted here" if is_of_encoder(strange[0]) else ""
@@ -99,12 +101,20 @@ def _by_place(
     return found
 
 
+def _computable(tensor: Tensor) -> Tensor:
+    """In a dtype that is computed with: bfloat16 holds all numbers of the small ones, float32 those of integers in files."""
+    if tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return tensor
+    return tensor.to(torch.bfloat16 if tensor.is_floating_point() else torch.float32)
+
+
 def _check_whole(factors: Mapping[str, Tensor], place: Place, source: str) -> None:
     if set(factors) - {"alpha"} not in _WHOLE:
         raise UserError(f"'{source}': '{place.name}' is incomplete, it has only {', '.join(sorted(factors))}")
     for factor, tensor in factors.items():
         if tensor.numel() != 1 if factor == "alpha" else tensor.ndim != 2:
-            raise UserError(f"'{source}': '{place.name}' has a {factor} of shape {tuple(tensor.shape)}, which none can have")
+            shape = f"of shape {tuple(tensor.shape)}, which none can have"
+            raise UserError(f"'{source}': '{place.name}' has {'an' if factor == 'alpha' else 'a'} {factor} {shape}")
     if place.rows and (rows := _shape(factors)[0]) != (wanted := max(stop for part in place.rows for _, stop in part)):
         raise UserError(f"'{source}': '{place.name}' gives a weight of {rows} rows, the network's has {wanted}")
 
@@ -152,9 +162,9 @@ def check_shapes(layers: Layers, shapes: Mapping[str, tuple[int, int]], source: 
     """Raise UserError, naming file and layer, where the factors do not make up the weight [out, in] of their linear."""
     for linear, f in layers.items():
         pairs = [(UP, DOWN), ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")]
-        fits = all(f[a].shape[1] == f[b].shape[0] for a, b in pairs if a in f)
-        found = _shape(f)
-        if not fits or found != tuple(shapes[linear]):
+        if torn := [(a, b) for a, b in pairs if a in f and f[a].shape[1] != f[b].shape[0]]:
+            raise UserError(f"'{source}': {' and '.join(torn[0])} of '{linear}' have different ranks")
+        if (found := _shape(f)) != tuple(shapes[linear]):
             raise UserError(
                 f"'{source}': '{linear}' gives a weight of shape {found}, the network's has {tuple(shapes[linear])}"
             )

@@ -58,6 +58,8 @@ class Program:
     """Whether it knows ``lora_adapter_metadata``."""
     drops_alpha: bool = False
     """Whether the alphas that it loads have no effect."""
+    lokr_only: bool = False
+    """Whether it, or that setting of it, is for LoKr alone."""
 
 
 _KOHYA = {*LORA, "alpha"}
@@ -243,10 +245,10 @@ PROGRAMS = (
     Program("SimpleTuner", _simpletuner, reads_header=True),
     Program("diffusers, load_lora_weights", _load_lora_weights, reads_header=True),
     Program("diffusers, transformer.load_lora_adapter", _load_lora_adapter, reads_header=True),
-    Program("diffusers, dedistill.load_lokr", _load_lokr, reads_header=True),
+    Program("diffusers, dedistill.load_lokr", _load_lokr, reads_header=True, lokr_only=True),
     Program("kohya sd-scripts", _sd_scripts),
     Program("ai-toolkit", partial(_ai_toolkit, old=False), drops_alpha=True),
-    Program("ai-toolkit, old_lokr_format: true", partial(_ai_toolkit, old=True)),
+    Program("ai-toolkit, old_lokr_format: true", partial(_ai_toolkit, old=True), lokr_only=True),
 )
 OWN_NAMES = ("LyCORIS", "diffusers, dedistill.load_lokr")
 """Programs that take any network by the names of its layers; the others know the networks that they were written for."""

@@ -51,9 +51,11 @@ def _adapter(file: Path, args: argparse.Namespace) -> int:
         print(json.dumps({"file": str(file)} | asdict(checked) | {"verdicts": programs}, indent=1))
     else:
         whole = [v.program for v in checked.verdicts if v.whole]
-        what = f"{checked.kind} of {amount(checked.layers, 'layer')}" if checked.kind else "adapter that dedistill cannot apply"
+        what = (
+            f"{checked.kind} of {amount(checked.layers, 'layer')}; " if checked.kind else "by the names of its tensors alone, "
+        )
         loaders = f"{len(whole)} of {amount(len(checked.verdicts), 'program')} load it whole: {'; '.join(whole) or 'none'}"
-        print(printable(f"{file}: {what}; {loaders}"))
+        print(printable(f"{file}: {what}{loaders}"))
         print(checked.fault or checked.size or UNKNOWN, end="\n\n")
         for line in _table(checked.verdicts):
             print(printable(line))

@@ -89,6 +89,8 @@ class RelativeSize:
     layers: int
 
     def __str__(self) -> str:
+        if not self.share:
+            return "it changes nothing: its factors make up a change of 0"
         told = f"its change is {self.share:.2g} of the weights it is added to"
         if self.share >= SMALL:
             return told

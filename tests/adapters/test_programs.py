@@ -77,7 +77,6 @@ FACTS = {
     "SimpleTuner": [rf"lycoris_({OWN})\.({LORA}|{LOKR}|alpha)", rf"transformer\.({OWN})\.lora_[AB]\.weight"],
     "kohya sd-scripts": [rf"lora_unet_({FLAT}|{INS})\.({LORA}|alpha)"],
     TOOLKIT: [rf"transformer\.({OWN})\.({LORA}|lora_[AB]\.weight)"],
-    OLD_TOOLKIT: [],
 }
 
 

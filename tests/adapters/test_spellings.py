@@ -5,7 +5,7 @@ import torch
 from test_formats import WIDTH, adapted, flux
 
 from dedistill.adapters.delta import weight_change
-from dedistill.adapters.formats import as_kohya, as_lycoris, as_peft, as_transformer, by_layer
+from dedistill.adapters.formats import as_kohya, as_lycoris, as_peft, as_transformer, by_layer, check_shapes
 from dedistill.errors import UserError
 from dedistill.models.flux import naming
 from dedistill.models.quantize import linear_names
@@ -176,6 +176,26 @@ def test_lokr_of_a_fused_layer(name, low, height):
                 write(layers)
     else:
         assert_same(read(as_transformer(layers)), wanted({module: torch.kron(w1, w2) * scale}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.bool])
+@pytest.mark.parametrize("prefix", ["lora_unet_double_blocks_1_img_attn_qkv", "diffusion_model.double_blocks.1.img_attn.qkv"])
+def test_dtypes_that_nobody_computes_in(prefix, dtype):
+    """They are read as the numbers that they are, and written in a dtype that holds these."""
+    up, down = (normal(3 * D, 2) > 0).to(dtype), (2 * normal(2, D, seed=1)).to(dtype)
+    tensors = {f"{prefix}.lora_up.weight": up, f"{prefix}.lora_down.weight": down, f"{prefix}.alpha": torch.tensor(3)}
+    expected = wanted({"double_blocks.1.img_attn.qkv": up.float() @ down.float() * 1.5})
+    assert_same(read(tensors), expected)
+    layers = by_layer(tensors, SHAPES, "x", naming=naming)
+    for written in (as_kohya(layers, naming, SHAPES), as_peft(layers), as_lycoris(layers)):
+        assert {t.dtype for t in written.values()} <= {torch.float32, torch.bfloat16}
+        assert_same(read(written), expected)
+
+
+def test_factors_of_different_ranks_are_named():
+    tensors = {f"{K}.lora_up.weight": normal(3 * D, 2), f"{K}.lora_down.weight": normal(3, D)}
+    with pytest.raises(UserError, match=r"x': lora_up.weight and lora_down.weight of '.*to_q' have different ranks"):
+        check_shapes(by_layer(tensors, SHAPES, "x", naming=naming), SHAPES, "x")
 
 
 def test_a_dense_change_of_a_fused_layer():
