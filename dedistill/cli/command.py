@@ -5,13 +5,14 @@ import errno
 import logging
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 from dedistill.distributed.launcher import hide_gpus
 from dedistill.errors import RUN_AGAIN, UserError, is_out_of_memory, printable
@@ -76,23 +77,29 @@ INTERNAL_ERROR = 70
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Says the default of every option that has one, unless its help does already."""
+    """Says the default of every option with a value, unless its help does already, or that it is required."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if default in (None, False, [], argparse.SUPPRESS) or "default" in text:
+        if "default" in text or action.nargs == 0 or default is argparse.SUPPRESS or not action.option_strings:
             return text
-        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
-        return f"{text} (default: {shown.replace('%', '%%')})"
+        if action.required:
+            return f"{text} (required)"
+        shown = " ".join(map(str, default)) if isinstance(default, list) else "none" if default is None else str(default)
+        return f"{text} (default: {(shown or 'none').replace('%', '%%')})"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        setting = message.startswith("unrecognized arguments") and re.search(r"\b\w+\.\w+=", message)
+        super().error(f"{message} (--set takes one KEY=VALUE; repeat it for more)" if setting else message)
 
 
 def command_parser(name: str, doc: str) -> argparse.ArgumentParser:
     """The parser of ``dedistill NAME``. doc: what it does in one line, then examples, as in the docstring of a module."""
     about, _, examples = doc.partition("\n\n")
     examples = "".join(f"  {line}\n" for line in examples.splitlines())
-    parser = argparse.ArgumentParser(
-        f"dedistill {name}", description=about, epilog=f"example:\n{examples}", formatter_class=_Help
-    )
+    parser = _Parser(f"dedistill {name}", description=about, epilog=f"example:\n{examples}", formatter_class=_Help)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 

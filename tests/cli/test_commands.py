@@ -86,6 +86,17 @@ def test_help_shows_defaults_and_an_example(name, capsys):
     assert ended.value.code == 0 and said.startswith(f"usage: dedistill {name} ")
     assert f"example: dedistill {name} " in f"{said} "
     assert not re.search(r"default: (None|False|\[)", said)
+    valued = re.split(r" (?=--[\w-]+ (?:\{|[A-Z]))", said.partition(" options: ")[2].partition(" example: ")[0])[1:]
+    assert all("default" in text or "(required)" in text for text in valued), valued
+    if "--set" in said:
+        assert "may be repeated" in said
+
+
+@pytest.mark.parametrize("words", [["train", "x.toml"], ["sweep", "x.toml"], ["report", "x"]])
+def test_set_takes_one_key(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--set", "train.lr=1e-4", "train.steps=7"])
+    assert ended.value.code == 2 and "repeat it for more" in capsys.readouterr().err
 
 
 def test_the_tools_are_the_commands(capsys):
