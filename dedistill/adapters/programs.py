@@ -86,7 +86,9 @@ def _lycoris(t: Tensors, names: Names) -> Found:
 
 
 def _simpletuner(t: Tensors, names: Names) -> Found:
-    return Found(_take(t, names.lycoris, _LYCORIS) or _take(t, names.transformer, PEFT))
+    if taken := _take(t, names.lycoris, _LYCORIS):
+        return Found(taken)
+    return Found(_take(t, names.transformer, {*PEFT, "alpha"}) if _take(t, names.transformer, PEFT) else set())
 
 
 def _sd_scripts(t: Tensors, names: Names) -> Found:
@@ -242,7 +244,7 @@ def _settings(taken: set[str], settings: Mapping[str, object]) -> str:
 PROGRAMS = (
     Program("ComfyUI", _comfyui),
     Program("LyCORIS", _lycoris),
-    Program("SimpleTuner", _simpletuner, reads_header=True),
+    Program("SimpleTuner", _simpletuner),
     Program("diffusers, load_lora_weights", _load_lora_weights, reads_header=True),
     Program("diffusers, transformer.load_lora_adapter", _load_lora_adapter, reads_header=True),
     Program("diffusers, dedistill.load_lokr", _load_lokr, reads_header=True, lokr_only=True),

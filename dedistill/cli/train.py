@@ -16,10 +16,13 @@ from dedistill.errors import RUN_AGAIN, UserError, amount, printable, say
 from dedistill.io.ownership import refuse_busy
 from dedistill.models.registry import get_spec
 from dedistill.recipe import Recipe, to_toml
+from dedistill.recipe.objectives import OBJECTIVES
 from dedistill.recipe.resolve import Plan, make_plan, shifts
 from dedistill.runs.missing import missing_inputs, require_inputs
 
 if TYPE_CHECKING:
+    from dedistill.data.source import Source
+    from dedistill.models.model import Model
     from dedistill.runs.requests import StopRequests
     from dedistill.training.trainer import Trainer
 
@@ -158,8 +161,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
             notes += run.bind(input_files(recipe), data.digest, base)
         trainer = Trainer(recipe, plan, model=model, source=data.source, run=run, engine=engine)
         notes = [*trainer.resume(), *notes, *run.notes]
-        if note := shifts(recipe, lambda: model.shift(model.components.sample_shape)):
-            notes.append(note)
+        notes += _shift_notes(recipe, model, data.source)
         if world.main:
             _announce(trainer, data.facts, notes)
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
@@ -175,6 +177,21 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         world.shutdown()
     finished = trainer.state.step == plan.steps and not trainer.state.unfinished
     return 0 if finished or trainer.stopping == BY_FILE else RUN_AGAIN
+
+
+def _shift_notes(recipe: Recipe, model: "Model", source: "Source") -> list[str]:
+    """What differs between the sigmas of training and those that images are made on."""
+    from dedistill.data.pairs import PairSource
+
+    if isinstance(source, PairSource) and OBJECTIVES[recipe.train.objective].own_sigmas:
+        if (stored := source.facts.get("shift", 1.0)) == model.grid_shift:
+            return []
+        return [
+            f"the pairs were made at shift {stored:g}, and images are made at sample.shift = {model.grid_shift:g}: "
+            "a student of few steps is made for the sigmas of its pairs"
+        ]
+    note = shifts(recipe, lambda: model.shift(model.components.sample_shape))
+    return [note] if note else []
 
 
 def _announce(trainer: "Trainer", data: dict[str, object], notes: list[str]) -> None:

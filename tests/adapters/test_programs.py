@@ -24,6 +24,8 @@ from dedistill.adapters.compatibility import MERGED, Verdict, check_adapter
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.formats import as_kohya, as_lycoris, as_peft, as_transformer, by_layer
 from dedistill.models.flux import naming
+from dedistill.models.flux.published import full_config
+from dedistill.release.folder import linear_shapes, skeleton
 
 LORA_WEIGHTS, LORA_ADAPTER = "diffusers, load_lora_weights", "diffusers, transformer.load_lora_adapter"
 LOAD_LOKR, TOOLKIT, OLD_TOOLKIT = "diffusers, dedistill.load_lokr", "ai-toolkit", "ai-toolkit, old_lokr_format: true"
@@ -74,7 +76,7 @@ FACTS = {
         rf"diffusion_model\.({DOTTED}|{INS}|{FINAL})\.({LORA}|lora_[AB]\.weight|{LOKR}|alpha)",
     ],
     "LyCORIS": [rf"lycoris_({OWN})\.({LORA}|{LOKR}|alpha)"],
-    "SimpleTuner": [rf"lycoris_({OWN})\.({LORA}|{LOKR}|alpha)", rf"transformer\.({OWN})\.lora_[AB]\.weight"],
+    "SimpleTuner": [rf"lycoris_({OWN})\.({LORA}|{LOKR}|alpha)", rf"transformer\.({OWN})\.(lora_[AB]\.weight|alpha)"],
     "kohya sd-scripts": [rf"lora_unet_({FLAT}|{INS})\.({LORA}|alpha)"],
     TOOLKIT: [rf"transformer\.({OWN})\.({LORA}|lora_[AB]\.weight)"],
 }
@@ -119,6 +121,23 @@ def test_load_lora_weights_takes_xlabs_processors(tmp_path):
     found = verdicts(tensors)
     assert found[LORA_WEIGHTS].whole and kept == by_layer(tensors, SHAPES, "x", naming=naming).keys()
     assert not found["ComfyUI"].loaded, "it knows them by the last block of each kind, in a network of 19 and 38"
+
+
+@pytest.mark.parametrize("missing", [None, "single_blocks.37.processor.qkv_lora", "double_blocks.18.processor.qkv_lora2"])
+def test_comfyui_knows_xlabs_processors_by_the_last_blocks(missing):
+    """Of 19 and 38; in a file without one of them it looks for none."""
+    shapes = linear_shapes(skeleton(full_config("", False)))
+    names = [f"double_blocks.{i}.processor.{p}_lora{n}" for i in range(19) for p in ("qkv", "proj") for n in (1, 2)]
+    names += [f"single_blocks.{i}.processor.{p}_lora" for i in range(38) for p in ("qkv", "proj")]
+    sides = {"qkv": (9216, 3072), "proj_lora": (3072, 15360), "proj": (3072, 3072)}
+    tensors = {}
+    for name in names:
+        kind = "qkv" if "qkv" in name else "proj_lora" if name.endswith("proj_lora") else "proj"
+        tensors |= {f"{name}.up.weight": torch.ones(sides[kind][0], 1), f"{name}.down.weight": torch.ones(1, sides[kind][1])}
+    tensors = {key: tensor for key, tensor in tensors.items() if missing is None or not key.startswith(f"{missing}.")}
+    found = {v.program: v for v in check_adapter(tensors, shapes, naming)}
+    assert found["ComfyUI"].whole == (missing is None) and found["ComfyUI"].use == ("--format lycoris" if missing else "")
+    assert found[LORA_WEIGHTS].whole
 
 
 @pytest.mark.parametrize("form", ["lokr", "lokr-rank", "lokr-mixed", "lora"])
@@ -261,7 +280,8 @@ def test_who_does_not_read_the_header():
     found = verdicts(tensors, header)
     assert "at 0.125 of the strength" in found["ComfyUI"].strength and found["ComfyUI"].use == "--format lycoris"
     assert "at 0.125 of the strength" in found[TOOLKIT].strength
-    assert found[LORA_WEIGHTS].whole and found["SimpleTuner"].whole and found[LORA_ADAPTER].whole
+    assert "at 0.125 of the strength" in found["SimpleTuner"].strength, "its init_lora takes alphas from tensors"
+    assert found[LORA_WEIGHTS].whole and found[LORA_ADAPTER].whole
 
 
 # --- what is used instead --------------------------------------------------------------------------------------------

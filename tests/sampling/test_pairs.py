@@ -10,6 +10,7 @@ import pytest
 import torch
 from samplings import at
 
+from dedistill.cli.train import _shift_notes
 from dedistill.data.digits import DigitSource, load_digits
 from dedistill.data.pairs import PairSource
 from dedistill.errors import UserError
@@ -193,6 +194,26 @@ def test_a_shifted_teacher_walks_its_own_sigmas(copy, digits, tmp_path_factory):
         make_pairs(shifted, digits, copy, **SETTINGS)
     facts = make_pairs(shifted, digits, tmp_path_factory.mktemp("shifted"), **SETTINGS)
     assert facts["shift"] == 3.0 and facts["sigmas"] == pytest.approx([1, 6 / 7, 3 / 5, 0])
+
+
+@pytest.mark.parametrize(("shift", "said"), [(1.0, ""), (2.5, "made at shift 1, and images are made at sample.shift = 2.5")])
+@pytest.mark.parametrize("objective", ["distill", "reflow"])
+def test_a_student_is_told_of_pairs_of_another_shift(objective, shift, said, made):
+    """Where it learns the very points of the pairs; else it is timesteps.shift that differs."""
+    tables = {"sample": {"shift": shift}, "train": {"steps": 1, "batch": 1, "lr": 1e-3, "objective": objective}}
+    student = model(**tables)
+    recipe = recipe_of(
+        {
+            "run": {"name": "a", "out": "a"},
+            "model": {"family": "pixel_flux", "path": "a"},
+            "data": {"source": "pairs", "path": str(made.folder)},
+            **tables,
+        }
+    )
+    notes = "".join(_shift_notes(recipe, student, PairSource(made.folder)))
+    if objective == "reflow":
+        said = "timesteps.shift = 1 in training, and sample.shift = 2.5" if shift != 1 else ""
+    assert said in notes and bool(notes) == bool(said)
 
 
 @pytest.mark.parametrize("points", [4, 5, 12])
