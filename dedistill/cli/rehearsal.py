@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import count_parameters, resolve_targets
 from dedistill.cli.tiny import write_samples
 from dedistill.data.encode import open_source
-from dedistill.data.usable import look, without_captions
+from dedistill.data.usable import Usable, by_headers, caption_words, look, without_captions
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.errors import UserError, amount
 from dedistill.evaluation.candidates import candidates_of
@@ -83,16 +83,21 @@ def _rehearse(recipe: Recipe, train: Callable[[Recipe], None], out: Path, say: S
     if recipe.model.path and Path(recipe.model.path).exists():  # else it is to be fetched, or made by an earlier stage
         with stage("the model, by its files"):
             family.load(recipe.model, seed=recipe.run.seed, denoiser=False)
+    limit = None
     if recipe.data.source == "pictures":
         recipe, whose = _with_samples(recipe, out, say)
         with stage(f"{whose} images and captions"):
-            real = _copy(recipe, data={"cache": str(out / "cache"), "limit": IMAGES})
-            images = look(real, lambda line: say(f"  {line}")).images
-            say(f"  {amount(len(images), 'image')} looked at, {amount(sum(len(p.crops) for p in images), 'crop')}")
+            say(f"  {by_headers(recipe)}")
+            limit, usable = _look(recipe, out / "cache")
+            said = [f"left out: {name}: {reason}" for name, reason in usable.index.quarantined]
+            for line in [*said, *(caption_words(usable.index) if whose == "your" else ())]:
+                say(f"  {line}")
+            crops = amount(sum(len(p.crops) for p in usable.images), "crop")
+            say(f"  the first {amount(len(usable.images), 'image')} of them looked at whole, {crops}")
             shutil.rmtree(out / "cache", ignore_errors=True)
             _check_captions(recipe)
     with stage("a tiny model of the same classes"):
-        small = _small(recipe, family, out)
+        small = _small(recipe, family, out, limit)
     with stage("caches, training, validation, saving"):
         train(small)
     with stage("a run that is killed and continued ends the same"):
@@ -159,6 +164,16 @@ def _with_samples(recipe: Recipe, out: Path, say: Say) -> tuple[Recipe, str]:
     return _copy(recipe, data={"sets": [sets[0].model_copy(update={"path": str(out / "images")})]}), "sample"
 
 
+def _look(recipe: Recipe, cache: Path) -> tuple[int | None, Usable]:
+    """How many first images of each set are enough to train on, and a look at these."""
+    for limit in (IMAGES, 10 * IMAGES):
+        with suppress(UserError):
+            usable = look(_copy(recipe, data={"cache": str(cache), "limit": limit}), lambda line: None)
+            if len({p.sample.source for p in usable.split.train}) == len(recipe.data.sets):
+                return limit, usable
+    return recipe.data.limit, look(_copy(recipe, data={"cache": str(cache)}), lambda line: None)
+
+
 def _check_reachable(recipe: Recipe) -> None:
     """Settings that no step of the run would ever come to."""
     intervals = {"validate": recipe.validate_.every, "meters": recipe.meters.every, "snapshot": recipe.snapshot.every}
@@ -213,7 +228,7 @@ def _check_full_size(recipe: Recipe, family: Family) -> str:
     return f"{summary}; {room}"
 
 
-def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
+def _small(recipe: Recipe, family: Family, out: Path, limit: int | None) -> Recipe:
     """The same recipe on a tiny model, a few steps, small images."""
     model: dict[str, str | None] = {}
     if recipe.model.new is None:
@@ -244,7 +259,7 @@ def _small(recipe: Recipe, family: Family, out: Path) -> Recipe:
         changes["data"] = {
             "cache": str(out / "cache"),
             "resolutions": [SMALL + 16 * i for i in range(count)],
-            "limit": IMAGES,
+            "limit": limit,
         }
     return _copy(recipe, **changes)
 

@@ -1,20 +1,24 @@
 """The images of a recipe: what can be used, what is left out and why. Nothing is encoded, and no torch."""
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from dedistill.data.images.buckets import crops_of, too_small
+from dedistill.data.images.buckets import Sized, crops_of, needed_upscale, too_small
+from dedistill.data.images.decode import BadImage, size_by_header
 from dedistill.data.images.duplicates import near_duplicates
-from dedistill.data.images.index import Index, build_index
+from dedistill.data.images.index import NO_CAPTION, Index, Sample, build_index
 from dedistill.data.images.likeness import Likeness
 from dedistill.data.images.listing import images_of
-from dedistill.data.images.types import ImageSet
+from dedistill.data.images.types import Found, ImageSet
 from dedistill.data.order import caption_warnings
 from dedistill.data.split import CroppedImage, Split, split
+from dedistill.distributed.heartbeat import heartbeat
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import make_folder, replace_file, replace_json
 from dedistill.io.json_files import read_object
@@ -22,6 +26,8 @@ from dedistill.io.ownership import claim
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import filled
 
+UPSCALES = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+"""Values of data.max_upscale that are proposed; more makes images of blur."""
 LARGE = 0.2
 """Share of all images from which on one group of near-duplicates is told."""
 VERSION = 1
@@ -33,11 +39,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Usable:
-    """cache: the folder; images: those that crops can be made of; index: all, with reasons for those that are left out."""
+    """cache: the folder; images: those that crops can be made of; small: those too small for any; index: of the images, with
+    reasons for all that are left out."""
 
     cache: Path
     index: Index
     images: list[CroppedImage]
+    small: list[Sample]
     split: Split
 
 
@@ -77,16 +85,98 @@ def look(recipe: Recipe, say: Say) -> Usable:
         if crops:
             images.append(CroppedImage(sample, tuple(crops)))
         else:
-            small.append((sample.name, too_small(sample, resolutions=resolutions, max_upscale=most)))
-    index.quarantined += small
+            small.append(sample)
+            index.quarantined.append((sample.name, too_small(sample, resolutions=resolutions, max_upscale=most)))
+    index.samples = [p.sample for p in images]
     for name, reason in index.quarantined[:5]:
         say(f"left out: {name}: {reason}")
     if len(index.quarantined) > 5:
         say(f"left out: {len(index.quarantined) - 5:,} more (all in '{_write_quarantine(cache, index)}')")
+    total = len(images) + len(index.quarantined)
+    words = small_words(small, total, recipe)
     if not images:
-        raise UserError(f"{recipe.where('data.sets')}: no usable image; e.g. {': '.join(index.quarantined[0])}")
+        way_out = f". {words}" if words else ""
+        raise UserError(f"{recipe.where('data.sets')}: no usable image; e.g. {': '.join(index.quarantined[0])}{way_out}")
+    if words:
+        say(f"left out: {words}")
     near = near_groups(images, cache / "duplicates.json")
-    return Usable(cache, index, images, split(images, filled(data.held_out, "data.held_out"), near))
+    return Usable(cache, index, images, small, split(images, filled(data.held_out, "data.held_out"), near))
+
+
+def small_words(small: Sequence[Sized], total: int, recipe: Recipe) -> str:
+    """How many of all images are too small, and which key takes how many of them; empty where none is."""
+    if not small:
+        return ""
+    resolutions, modes = filled(recipe.data.resolutions, "data.resolutions"), filled(recipe.data.crops, "data.crops")
+    needed = [needed_upscale(sample, resolutions=resolutions, modes=modes) for sample in small]
+    counts = {upscale: sum(n <= upscale for n in needed) for upscale in UPSCALES}
+    most = max(counts.values())
+    said = f"{len(small):,} of {amount(total, 'image')} {'is' if len(small) == 1 else 'are'} too small"
+    if not most:
+        return f"{said} for data.resolutions = {resolutions}: lower ones take them"
+    upscale = next(upscale for upscale, count in counts.items() if count >= 0.8 * most)
+    return f"{said}; data.max_upscale = {upscale:g} would take {counts[upscale]:,} of them"
+
+
+def by_headers(recipe: Recipe) -> str:
+    """How many images the recipe's sets have, and how many of them it can use as far as names and headers tell."""
+    data, total, problems, bare, small, fine = recipe.data, 0, 0, 0, [], 0
+    resolutions, modes = filled(data.resolutions, "data.resolutions"), filled(data.crops, "data.crops")
+    for source in image_sets(recipe):
+        for found in islice(images_of(source, lambda place: None), data.limit):
+            heartbeat.beat("looking at images")
+            total += 1
+            try:
+                size = size_of(source, found)
+            except (OSError, BadImage):
+                problems += 1
+                continue
+            if not found.captions and not found.sidecars and source.missing_captions != "empty":
+                bare += 1
+            elif needed_upscale(size, resolutions=resolutions, modes=modes) > filled(data.max_upscale, "data.max_upscale"):
+                small.append(size)
+            else:
+                fine += 1
+    parts = [
+        f"{amount(total, 'image')} by their headers, {fine:,} of them usable",
+        f"{problems:,} cannot be read" if problems else "",
+        f"{bare:,} without a caption (data.missing_captions = 'empty' would take them)" if bare else "",
+        small_words(small, total, recipe),
+    ]
+    return "; ".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int
+    height: int
+
+
+def size_of(source: ImageSet, found: Found) -> Size:
+    """By its header. Raises BadImage or OSError."""
+    if found.problem:
+        raise BadImage(found.problem)
+    with open(source.root / found.place.file, "rb") as file:
+        if not found.place.offset:
+            return Size(*size_by_header(file))
+        file.seek(found.place.offset)
+        return Size(*size_by_header(io.BytesIO(file.read(found.place.size))))
+
+
+def left_out_words(usable: Usable, recipe: Recipe) -> list[str]:
+    """What the recipe uses and leaves out of its images, and which keys take what it leaves out."""
+    total = len(usable.images) + len(usable.index.quarantined)
+    bare = sum(reason == NO_CAPTION for _, reason in usable.index.quarantined)
+    other = len(usable.index.quarantined) - len(usable.small) - bare
+    said = [f"used: {len(usable.images):,} of {amount(total, 'image')}, {len(usable.split.held):,} of them held out"]
+    if words := small_words(usable.small, total, recipe):
+        said.append(f"left out: {words}")
+    if bare:
+        stop = "; training ends with an error for them" if recipe.data.missing_captions == "error" else ""
+        said.append(f"left out: {bare:,} without a caption{stop}; data.missing_captions = 'empty' would take them")
+    if other:
+        said.append(f"left out: {other:,} that cannot be used, for the reasons listed")
+    return said
 
 
 def near_groups(images: Sequence[CroppedImage], file: Path) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """Which window of an image is trained on, at which size: aspect buckets, several resolutions, several crops."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,16 +19,20 @@ Bucket = tuple[int, int]
 
 
 class Sized(Protocol):
-    """An image as far as cropping goes; ``width`` and ``height`` in pixels, upright."""
-
-    @property
-    def sha256(self) -> str: ...
+    """``width`` and ``height`` in pixels, upright."""
 
     @property
     def width(self) -> int: ...
 
     @property
     def height(self) -> int: ...
+
+
+class Croppable(Sized, Protocol):
+    """An image as far as cropping goes."""
+
+    @property
+    def sha256(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def buckets_for(resolutions: Sequence[int], divisible: int = 16) -> list[Bucket]
 
 
 def crops_of(
-    sample: Sized,
+    sample: Croppable,
     *,
     resolutions: Sequence[int],
     modes: Sequence[str],
@@ -92,6 +97,17 @@ def too_small(sample: Sized, *, resolutions: Sequence[int], max_upscale: float =
     lowest = min(resolutions)
     grown = f" even enlarged {max_upscale:g} times" if max_upscale != 1 else ""
     return f"too small: {sample.width} x {sample.height} pixels{grown} do not cover a bucket of resolution {lowest}"
+
+
+def needed_upscale(sample: Sized, *, resolutions: Sequence[int], modes: Sequence[str], divisible: int = 16) -> float:
+    """The least ``max_upscale`` with which the image has crops; infinite where no bucket has a shape near its own."""
+    found = [
+        _scale(sample, bucket)
+        for resolution in resolutions
+        for mode in modes
+        for bucket in MODES[mode](sample, resolution, divisible, list(_ladder(resolution, divisible)))
+    ]
+    return min(found, default=math.inf)
 
 
 def apply_crop(image: Image.Image, crop: Crop) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import io
 from functools import lru_cache
-from typing import cast
+from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -43,6 +43,16 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BY
         if is_out_of_memory(e):  # no image is bad for that
             raise
         raise BadImage(f"{image.format} cannot be decoded: {e}") from e
+
+
+def size_by_header(file: BinaryIO) -> tuple[int, int]:
+    """Width and height, upright, of what an image's header says; nothing is decoded. Raises ``BadImage``."""
+    try:
+        image = Image.open(file, formats=FORMATS)
+        width, height = image.size
+        return (height, width) if _orientation(image) in range(5, 9) else (width, height)
+    except Exception as e:
+        raise BadImage(f"its header cannot be read: {e}") from e
 
 
 def _open(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:

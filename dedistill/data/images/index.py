@@ -27,6 +27,7 @@ from dedistill.io.atomic import WholeFile, make_folder
 
 FORMAT = f"dedistill index 4, likeness {LIKENESS}"
 CHUNK = 1024
+NO_CAPTION = "no caption"
 SAVE_EVERY = 60.0
 """Seconds between saves of an unfinished index, so that a killed one goes on where it was."""
 READERS = min(8, os.cpu_count() or 1)
@@ -89,7 +90,7 @@ class Index:
             elif policy == "empty":
                 self.samples.append(replace(sample, captions=("",)))
             else:
-                self.quarantined.append((sample.name, "no caption"))
+                self.quarantined.append((sample.name, NO_CAPTION))
                 self.without_caption += [sample.name] if policy == "error" else []
 
     def read(self, i: int) -> bytes:

@@ -43,13 +43,14 @@ def scan(
         "one_sided": [list(pair) for pair in caption_warnings(samples)],
         "quarantined": [list(pair) for pair in index.quarantined],
         "near_duplicates": near,
+        "recipe": [],
         "names": {i: samples[i].name for group in near for i in group},
     }
 
 
 def scan_lines(facts: dict[str, Any]) -> list[str]:
     """The facts as lines for a terminal."""
-    lines = []
+    lines = list(facts["recipe"])
     for source in facts["sources"]:
         lines.append(
             f"{source['name']}: {amount(source['images'], 'image')}, {amount(source['captions'], 'caption')}"
