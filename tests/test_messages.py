@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import resource
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,36 @@ def test_no_image_is_bad_for_want_of_memory(mode, format):
             os._exit(RUN_AGAIN if is_out_of_memory(e) else 2)
 
     assert os.waitstatus_to_exitcode(forked(short_of_memory)) == RUN_AGAIN
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError("already registered"), FileNotFoundError(2, "No usable folder"), UserError("x")]
+)
+def test_a_system_without_a_folder_for_temporary_files_is_told(capsys, monkeypatch, error, tmp_path):
+    """Libraries need one, and fail in ways of their own."""
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    assert guarded(fail, debug=False) == 1
+    said = capsys.readouterr().err
+    assert "set TMPDIR to one" in said and "internal error" not in said
+
+
+def test_too_many_open_files_are_told_with_the_way_out(capsys):
+    def wrapped():
+        try:
+            raise OSError(errno.EMFILE, "Too many open files", "x.safetensors")
+        except OSError as e:
+            raise UserError("snapshot 'x.safetensors' cannot be read") from e
+
+    def plain():
+        raise OSError(errno.ENFILE, "Too many open files in system", "x")
+
+    assert guarded(wrapped, debug=False) == guarded(plain, debug=False) == 1
+    assert capsys.readouterr().err.count("ulimit -n") == 2
 
 
 def test_other_errors_pass_through_where_memory_is_looked_at():

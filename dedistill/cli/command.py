@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -178,7 +179,7 @@ def _told(action: Callable[[], int | None], *, debug: bool) -> int:
         if debug:
             traceback.print_exc()
         for line in e.errors if isinstance(e, RecipeError) else [e]:
-            print(f"{_speaker()}error: {line}{_more_files(e)}", file=sys.stderr)
+            print(f"{_speaker()}error: {line}{_way_out(e)}", file=sys.stderr)
         return RUN_AGAIN if is_out_of_memory(e) else e.exit_code
     except BrokenPipeError:  # main() ends quietly: who reads has seen enough
         raise
@@ -186,7 +187,7 @@ def _told(action: Callable[[], int | None], *, debug: bool) -> int:
         if debug:
             traceback.print_exc()
         place = printable(str(e.filename or "input/output"))
-        print(f"{_speaker()}error: {place}: {e.strerror or e}{_more_files(e)}", file=sys.stderr)
+        print(f"{_speaker()}error: {place}: {e.strerror or e}{_way_out(e)}", file=sys.stderr)
         return RUN_AGAIN if is_out_of_memory(e) else 1
     except KeyboardInterrupt:
         return _stopped()
@@ -199,15 +200,27 @@ def _told(action: Callable[[], int | None], *, debug: bool) -> int:
             print(f"{_speaker()}error: out of memory; what was complete is kept ({printable(str(e))[:200]})", file=sys.stderr)
             return RUN_AGAIN
         what = f"{type(e).__name__}: {printable(str(e))}"
+        if not _has_temporary_folder():  # libraries need one, and fail in ways of their own
+            print(f"{_speaker()}error: {what}{_way_out(e)}", file=sys.stderr)
+            return 1
         print(f"{_speaker()}internal error: {what}\nRun again with --debug for the traceback.", file=sys.stderr)
         return INTERNAL_ERROR
 
 
-def _more_files(error: BaseException | None) -> str:
-    """What to do where ``error`` comes of too many open files."""
+def _way_out(error: BaseException | None) -> str:
+    """A second line where ``error`` comes of too many open files, or where no folder takes temporary ones."""
+    if not _has_temporary_folder():
+        return "\nNo folder for temporary files can be written to: set TMPDIR to one."
     while error is not None and getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
         error = error.__cause__
     return "\nA process may have more files open after: ulimit -n 65536" if error else ""
+
+
+def _has_temporary_folder() -> bool:
+    try:
+        return bool(tempfile.gettempdir())
+    except FileNotFoundError:
+        return False
 
 
 def _stopped() -> int:
