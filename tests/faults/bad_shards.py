@@ -62,11 +62,23 @@ def _extended(rng: random.Random, data: bytes) -> bytes:
     """With a pax header that gives a member another path or size."""
     out = io.BytesIO()
     headers = rng.choice(
-        [{"path": "../../../tmp/escaped.jpg"}, {"size": "99999999"}, {"path": "a\0b.jpg"}, {"path": "x" * 3000}]
+        [
+            *({"path": "../../../tmp/escaped.jpg"}, {"path": "a\0b.jpg"}, {"path": "x" * 3000}, {"mtime": "nan"}),
+            *({"size": "99999999"}, {"size": str(-rng.randrange(1, 1 << 40))}, {"size": "9" * 40}, {"size": "many"}),
+        ]
     )
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
         add(tar, "odd.jpg", encoded("JPEG"), pax_headers=headers)
     return out.getvalue()[: -2 * _BLOCK].rstrip(b"\0").ljust(4096, b"\0") + data
+
+
+def _long_header(rng: random.Random, data: bytes) -> bytes:
+    """With an extended header that takes far longer to read than any member does: of digits, or without a line's end."""
+    body = rng.choice([b"1", b"9 a=b\n", b"\0", b"x"]) * rng.randrange(20_000, 200_000)
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        add(tar, "././@PaxHeader", body, type=rng.choice([tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE]))
+    return out.getvalue().rstrip(b"\0").ljust(-(-(_BLOCK + len(body)) // _BLOCK) * _BLOCK, b"\0") + data
 
 
 DAMAGES = {
@@ -82,12 +94,15 @@ DAMAGES = {
     "a block lost": lambda r, d: _without(d, r.randrange(_used(d) // _BLOCK) * _BLOCK),
     "a block twice": lambda r, d: _twice(d, r.randrange(_used(d) // _BLOCK) * _BLOCK),
     "another size": lambda r, d: _resized(d, r.choice(_headers(d)), r.choice([0, 1, 600, 8**9])),
+    "a size below zero": lambda r, d: _binary_size(d, r.choice(_headers(d)), -r.choice([1, _BLOCK, 1 << 40, 1 << 87])),
+    "a size of many bits": lambda r, d: _binary_size(d, r.choice(_headers(d)), r.choice([1 << 40, 1 << 63, 1 << 86])),
     "another type": lambda r, d: _with_header(
         d, r.choice(_headers(d)), slice(156, 157), r.choice([b"1", b"2", b"5", b"S", b"x"])
     ),
     "a name that climbs": lambda r, d: _with_header(d, r.choice(_headers(d)), slice(0, 100), b"../../../tmp/escaped.jpg"),
     "an absolute name": lambda r, d: _with_header(d, r.choice(_headers(d)), slice(0, 100), b"/tmp/escaped.jpg"),
     "a header of pax": _extended,
+    "a long extended header": _long_header,
     "two shards as one": lambda r, d: d + good_shard(100),
     "noise at the end": lambda r, d: d + r.randbytes(3000),
     "gzip": lambda r, d: gzip.compress(d),
@@ -100,6 +115,12 @@ DAMAGES = {
 
 def _resized(data: bytes, at: int, size: int) -> bytes:
     return _with_header(data, at, slice(124, 136), b"%011o" % size)
+
+
+def _binary_size(data: bytes, at: int, size: int) -> bytes:
+    """As GNU tar writes what octal digits have no room for: 95 bits, the first of them its sign."""
+    sign = b"\xff" if size < 0 else b"\x80"
+    return _with_header(data, at, slice(124, 136), sign + (size % (1 << 88)).to_bytes(11, "big"))
 
 
 def _used(data: bytes) -> int:
