@@ -62,7 +62,7 @@ def _alpha_and_rank(config: Mapping[str, Any], name: str, source: str) -> tuple[
         try:
             value = next((v for pattern, v in special.items() if _ends(pattern, name)), value)
             values.append(float(value))
-        except (AttributeError, TypeError, ValueError, re.error) as e:
+        except (AttributeError, TypeError, ValueError, ArithmeticError, re.error) as e:
             raise UserError(f"'{source}': {key} or {patterns} in its header ({PEFT_CONFIG}) cannot be read: {e}") from e
     if values[1] <= 0:
         raise UserError(f"'{source}': '{name}' has rank {values[1]:g} by its header ({PEFT_CONFIG})")

@@ -65,6 +65,7 @@ LOKR = {"transformer.proj_out.lokr_w1": torch.ones(3, 3), "transformer.proj_out.
         (TENSORS, "[" * 100_000, "nested too deeply"),
         (TENSORS, '{"transformer.lora_alpha": "much", "transformer.r": 2}', "lora_alpha or alpha_pattern"),
         (TENSORS, '{"transformer.lora_alpha": 2, "transformer.r": 2, "transformer.alpha_pattern": [3]}', "alpha_pattern"),
+        (TENSORS, '{"transformer.lora_alpha": 1%s, "transformer.r": 2}' % ("0" * 400), "lora_alpha or alpha_pattern"),
         (TENSORS, '{"transformer.lora_alpha": 2, "transformer.r": 8}', "'proj_out' has rank 2, and rank 8 by its header"),
         (TENSORS, '{"transformer.r": 2, "transformer.use_dora": true}', "is a DoRA"),
         (TENSORS | {"transformer.proj_out.alpha": torch.tensor(2.0)}, '{"lora_alpha": 4, "r": 2}', "2 by its tensor and 4"),

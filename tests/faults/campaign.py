@@ -1,4 +1,4 @@
-"""Faults on purpose, by the hundred: what ``tests/faults`` does in small. Writes docs/reliability.md from what it saw.
+"""Faults on purpose, by the hundred: what ``tests/faults`` does in small. Writes the first table of docs/reliability.md.
 
 python -m tests.faults.campaign [--kills 200] [--kills-of-two 40] [--states 100] [--flips 500] [--damages 200] [--shards 400]
 [--recipes 2000] [--signals 60] [--stuck 30]
@@ -58,7 +58,8 @@ def write(rows: list[Row], command: str, seconds: float, file: Path) -> None:
         "| --- | --- | --- |",
     ]
     lines += [f"| {fault} | {often} | {'' if good else '**FAILED** '}{result} |" for fault, often, result, good in rows]
-    file.write_text("\n".join(lines) + "\n")
+    by_hand = file.read_text().partition("\n## ")[2]
+    file.write_text("\n".join(lines) + f"\n\n## {by_hand}")
 
 
 def main() -> int:

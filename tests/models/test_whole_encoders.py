@@ -284,6 +284,17 @@ def test_a_config_that_is_none_is_named(model, refused, file, content):
     assert f"'{model / file}'" in refused()
 
 
+@pytest.mark.parametrize("number", ["1e999", "-Infinity", "NaN"])
+@pytest.mark.parametrize("size", ["vae latent_channels", "text_encoder hidden_size", "text_encoder_2 d_model"])
+def test_numbers_that_no_size_is_are_named(model, refused, size, number):
+    """Python's JSON takes them."""
+    part, key = size.split()
+    file = model / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "here"}).replace('"here"', number))
+    said = refused()
+    assert f"'{model}'" in said or f"'{model / part}'" in said
+
+
 # --- vocabularies ---
 
 

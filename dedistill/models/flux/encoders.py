@@ -61,7 +61,7 @@ class FluxText:
         t5, clip = (read_object(self.folder / f / "config.json", "model.path") for f in ("text_encoder_2", "text_encoder"))
         try:
             return Widths((int(t5["d_model"]),), {"pooled": int(clip["hidden_size"])})
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, ArithmeticError) as e:
             raise UserError(f"model.path: the text encoders in '{self.folder}' have no usable config.json: {e!r}") from e
 
     @property
@@ -147,7 +147,7 @@ class FluxVae:
         config = read_object(folder / "config.json", f"model.path: no VAE in '{folder}'")
         try:
             self.channels, self.scale = int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, ArithmeticError) as e:
             raise UserError(f"model.path: no VAE in '{folder}': its config.json lacks or misstates {e}") from e
         self._loaded = None
 

@@ -105,7 +105,7 @@ class PixelFlux(FluxBlocks):
         facts = read_object(folder / "dedistill.json", missing)
         try:
             family, image, text = facts["family"], tuple(facts["picture"]), WordEncoder(**facts["text"])
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, ArithmeticError) as e:
             raise UserError(f"{missing}: {e}") from e
         if family != self.spec.name:
             raise UserError(f"model.path: '{folder}' holds a {family} model, not {self.spec.name}")
