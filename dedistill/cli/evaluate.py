@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from dedistill.report.evaluation import cautions, write_evaluation
 
     compared = open_compared(args, asked, "evaluation", say, steps=next(iter(args.steps), None))
-    if not any(c.average for c in compared.candidates):
+    if args.candidates is None and not any(c.average for c in compared.candidates):
         print("no averages among the candidates; dedistill posthoc RUN makes them", file=sys.stderr)
     grid, clip = sweep_grid(args, compared.prompts), clip_judge(args)
     settings = EvalSettings(
