@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import NoReturn, TextIO, TypeVar
+from typing import NoReturn, TextIO, TypeVar, get_args
 
 from dedistill.distributed.launcher import hide_gpus
 from dedistill.errors import RUN_AGAIN, UserError, is_out_of_memory, printable
 from dedistill.io.atomic import with_home
 from dedistill.io.ownership import drop_beginnings
 from dedistill.recipe import Recipe, RecipeError, load_recipe
+from dedistill.recipe.schema import SolverName
 from dedistill.recipe.shipped import PREFIX
 
 # --- what is said on the terminal ------------------------------------------------------------------------------------
@@ -75,6 +76,7 @@ def lasting_output() -> Iterator[None]:
 
 
 INTERNAL_ERROR = 70
+SOLVERS = get_args(SolverName)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -301,7 +303,14 @@ def of_sweep(name: str, doc: str, folder: str, cfgs: list[float]) -> argparse.Ar
     parser = of_candidates(name, doc, folder)
     parser.add_argument("--cfg", type=finite, nargs="+", default=cfgs, help="guidance scales")
     parser.add_argument("--skip", type=whole, nargs="+", default=[0], help="first steps without guidance")
-    parser.add_argument("--steps", type=positive, nargs="+", default=[], help="Euler steps; default each recipe's sample.steps")
+    parser.add_argument(
+        "--solver",
+        choices=SOLVERS,
+        nargs="+",
+        default=[],
+        help="ways from noise to images; default each recipe's sample.solver",
+    )
+    parser.add_argument("--steps", type=positive, nargs="+", default=[], help="their steps; default each recipe's sample.steps")
     parser.add_argument("--seeds", type=whole, nargs="+", default=[0], help="seeds of the starting noise")
     parser.add_argument("--clip", type=path, metavar="FOLDER", help="CLIPModel of transformers that scores images and prompts")
     parser.add_argument("--real", type=path, metavar="FOLDER", help="real images to compare with in CLIP's space")

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         steps=32,
         few=(1, 2, 4, 8),
         cfgs=tuple(sorted({min(args.cfg), max(args.cfg)})),
+        solver=next(iter(args.solver), compared.data.sample.solver),
     )
     options = {"names": compared.names, "by": args.by, "reference": args.reference, "clip": clip, "say": say}
     found = evaluate(compared.runs, settings, grid, compared.out, **options)

@@ -7,7 +7,7 @@ dedistill measure dedistill:digits/{teacher,dedistill,student} --candidates last
 import argparse
 import sys
 
-from dedistill.cli.command import finite, guarded, of_candidates, positive
+from dedistill.cli.command import SOLVERS, finite, guarded, of_candidates, positive
 from dedistill.errors import say
 
 
@@ -15,7 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = of_candidates("measure", __doc__, "distillation")
     parser.add_argument("--reference", help="candidate that the others are compared with; default the first")
     parser.add_argument("--samples", type=positive, default=512, help="number of held-out samples")
-    parser.add_argument("--steps", type=positive, default=32, help="Euler steps of a path")
+    parser.add_argument("--solver", choices=SOLVERS, help="of paths; default the sample.solver of the data's recipe")
+    parser.add_argument("--steps", type=positive, default=32, help="its steps")
     parser.add_argument("--few", type=positive, nargs="+", default=[1, 2, 4, 8], help="few steps that are compared with it")
     parser.add_argument("--cfg", type=finite, nargs="+", default=[1, 2, 4, 8], help="guidance scales")
     args = parser.parse_args(argv)
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         steps=args.steps,
         few=tuple(sorted(set(args.few))),
         cfgs=tuple(sorted(set(args.cfg))),
+        solver=args.solver or compared.data.sample.solver,
     )
     title = f"How distilled still: {compared.names}"
     found = measure(

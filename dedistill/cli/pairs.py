@@ -6,7 +6,7 @@ dedistill pairs dedistill:digits/teacher --out runs/digits/pairs --count 1536 --
 import argparse
 import sys
 
-from dedistill.cli.command import finite, guarded, path, positive, recipe_parser, whole
+from dedistill.cli.command import SOLVERS, finite, guarded, path, positive, recipe_parser, whole
 from dedistill.errors import amount, say
 
 
@@ -15,7 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=path, required=True, help="folder of the shards")
     parser.add_argument("--count", type=positive, default=1536, help="number of pairs")
     parser.add_argument("--cfg", type=finite, default=3.0, help="guidance scale baked into the pairs")
-    parser.add_argument("--steps", type=positive, default=16, help="Euler steps")
+    parser.add_argument("--solver", choices=SOLVERS, help="default the recipe's sample.solver")
+    parser.add_argument("--steps", type=positive, default=16, help="its steps")
     parser.add_argument("--points", type=positive, default=4, help="intervals between stored states; must divide --steps")
     parser.add_argument("--seed", type=whole, default=0, help="seed of noise and prompts")
     parser.add_argument("--shard-size", type=positive, default=512, help="pairs per shard")
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         teacher=teacher_hash(model),
         count=args.count,
-        sampling=Sampling(steps=args.steps, guidance=ClassifierFree(args.cfg)),
+        sampling=Sampling(solver=args.solver or recipe.sample.solver, steps=args.steps, guidance=ClassifierFree(args.cfg)),
         points=args.points,
         seed=args.seed,
         shard_size=args.shard_size,

@@ -75,8 +75,9 @@ def open_compared(
 
 def sweep_grid(args: Namespace, prompts: Prompts) -> Grid:
     """The grid that the arguments of ``dedistill.cli.command.of_sweep`` ask for; what is said twice counts once."""
-    cfgs, skips, seeds, steps = (tuple(dict.fromkeys(values)) for values in (args.cfg, args.skip, args.seeds, args.steps))
-    return Grid(classifier_free(cfgs, skips), prompts.texts, seeds, steps, trained=prompts.trained)
+    asked = (args.cfg, args.skip, args.seeds, args.steps, args.solver)
+    cfgs, skips, seeds, steps, solvers = (tuple(dict.fromkeys(values)) for values in asked)
+    return Grid(classifier_free(cfgs, skips), prompts.texts, seeds, steps, solvers, prompts.trained)
 
 
 def clip_judge(args: Namespace) -> ClipJudge | None:
@@ -96,17 +97,19 @@ def candidates_of(
     which bears the run's name. Raises UserError for names that there are not.
     """
     out = Path(recipe.run.out)
-    steps = steps or recipe.sample.steps
+    steps, solver = steps or recipe.sample.steps, recipe.sample.solver
     if recipe.adapter is None:
         _chosen(["last"], [], wanted, out)
-        return [Candidate(recipe.run.name, _identity(recipe, out / "model"), steps, lambda: open_finished(recipe))]
+        identity = _identity(recipe, out / "model")
+        return [Candidate(recipe.run.name, identity, steps, lambda: open_finished(recipe), solver=solver)]
     label = f"{recipe.run.name} " if prefix else ""
     averages = {p.stem: p for p in sorted((out / "posthoc").glob("*.safetensors"))}
     found = []
     for name in _chosen(["base", *averages, "last"], [*averages], wanted, out):
         path = None if name == "base" else averages.get(name) or last_weights(out)
         parts = [p for p in (recipe.model.path, path) if p is not None]
-        found.append(Candidate(f"{label}{name}", _identity(recipe, *parts), steps, _opener(recipe, path), name in averages))
+        identity, average = _identity(recipe, *parts), name in averages
+        found.append(Candidate(f"{label}{name}", identity, steps, _opener(recipe, path), average, solver))
     return found
 
 
@@ -129,6 +132,7 @@ def _opener(recipe: Recipe, path: Path | None) -> Callable[[], Model]:
 def _identity(recipe: Recipe, *places: Path | str) -> str:
     """Hash of everything an image depends on beside prompt, noise and steps: files of models, and how they are used."""
     settings = recipe.resolved()
+    settings["sample"].pop("solver")  # like the steps of a sweep, with its cells
     used = [settings[table] for table in ("model", "base", "adapter", "sample")]
     used += [settings["train"]["precision"], settings["run"]["seed"], ARITHMETIC]
     digest = hashlib.sha256(json.dumps(used).encode())

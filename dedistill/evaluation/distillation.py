@@ -23,7 +23,7 @@ from dedistill.io.atomic import checksummed, make_folder, read_checksummed, repl
 from dedistill.models.model import CHUNK, Model
 from dedistill.objectives.base import NoisyBatch, objective_for
 from dedistill.recipe import Recipe
-from dedistill.sampling.sampler import start_noise
+from dedistill.sampling.sampler import Sampling, start_noise
 
 # --- results of candidates, kept on disk --------------------------------------------------------------------------
 
@@ -118,9 +118,9 @@ METERS = [
     Meter(
         "few_steps",
         "few-step gap",
-        "Squared distance between the ends of few and of many Euler steps, as a share of the path's squared length. "
+        "Squared distance between the ends of few and of many steps of the solver, as a share of the path's squared length. "
         "Distilling to n steps narrows it at n steps and more.",
-        "Euler steps",
+        "steps",
     ),
     Meter("curvature", "curvature along the path", "What straightness adds up, step by step; 1 is noise.", "sigma"),
     Meter("saturated", "saturated", "Share of pixels burnt beyond the range of the data.", "CFG scale"),
@@ -147,6 +147,7 @@ class EvalSettings:
     few: tuple[int, ...]
     cfgs: tuple[float, ...]
     trained: frozenset[str] = frozenset()
+    solver: str = "euler"
 
     def batches(self, model: Model) -> list[NoisyBatch]:
         return objective_for(self.recipe, self.source, model.shift).validation_batches(self.samples, model.chunk)
@@ -154,7 +155,8 @@ class EvalSettings:
     @cached_property
     def identity(self) -> str:
         """Hash of all of it: the held-out samples themselves, the prompts and the settings."""
-        everything = [self.prompts, self.steps, self.few, self.cfgs, self.judge.identity if self.judge else None, BINS]
+        judge = self.judge.identity if self.judge else None
+        everything = [self.prompts, self.solver, self.steps, self.few, self.cfgs, judge, BINS]
         digest = hashlib.sha256(json.dumps(everything).encode())
         for batch in objective_for(self.recipe, self.source, lambda shape: 1.0).validation_batches(self.samples, CHUNK):
             digest.update(json.dumps(batch.captions).encode())
@@ -206,8 +208,9 @@ def _evaluate_held_out(candidate: str, model: Model, settings: EvalSettings) -> 
 def _evaluate_paths(candidate: str, model: Model, settings: EvalSettings) -> EvalResult:
     model.remember([*settings.prompts, model.negative])
     noise = start_noise(0, len(settings.prompts), model.components.sample_shape)
-    found = path_meters(model, settings.prompts, noise, steps=settings.steps, few=settings.few)
-    found |= guidance_meters(model, settings.prompts, noise, steps=settings.steps, cfgs=settings.cfgs, judge=settings.judge)
+    how = Sampling(solver=settings.solver, steps=settings.steps)
+    found = path_meters(model, settings.prompts, noise, how, few=settings.few)
+    found |= guidance_meters(model, settings.prompts, noise, how, cfgs=settings.cfgs, judge=settings.judge)
     _check(candidate, found)
     found = {key: reading for key, reading in found.items() if reading.bottom.any()}  # no accuracy without digits
     return EvalResult(found, settings.places(model), tuple(model.components.sample_shape))
@@ -254,7 +257,7 @@ def measure(
             "prompts": distinct(settings.prompts, settings.trained),
             "held-out samples": f"{settings.samples}, of {amount(len(against['loss'].top), 'image')}",
             "held-out data": settings.recipe.run.name,
-            "paths": f"{settings.steps} Euler steps at CFG 1",
+            "paths": Sampling(solver=settings.solver, steps=settings.steps).label,
             "intervals": "95 %, bootstrap over images and prompts",
         },
         "images": len(against["loss"].top),

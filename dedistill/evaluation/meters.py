@@ -6,7 +6,7 @@ asked the same questions are compared pair by pair. CFG is 1 unless a meter is a
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -116,25 +116,25 @@ def interval(resampled: np.ndarray, reading: RatioEstimate) -> tuple[np.ndarray,
 
 
 def path_meters(
-    model: Model, prompts: list[str], noise: Tensor, *, steps: int, few: tuple[int, ...]
+    model: Model, prompts: list[str], noise: Tensor, how: Sampling, *, few: tuple[int, ...]
 ) -> dict[str, RatioEstimate]:
-    """Meters of the paths from noise [N, C, h, w] at CFG 1, in ``steps`` Euler steps and in fewer.
+    """Meters of the paths from noise [N, C, h, w] that ``how`` makes, which is to be without guidance, and in fewer steps.
 
     straightness: int |chord - velocity|^2 dsigma over |chord|^2, with chord = noise - end (arXiv 2209.03003, S over its
-    scale), 0 for straight paths; curvature: the same per solver step. turning_angle: degrees by which the velocity turns
-    from noise to data. few_steps: |end - end in few steps|^2 over |chord|^2.
+    scale), 0 for straight paths, with the mean velocity of each step; curvature: the same per step. turning_angle: degrees
+    by which the velocity turns from noise to data. few_steps: |end - end in few steps|^2 over |chord|^2.
     """
-    sigmas = sigma_grid(steps, model.grid_shift)
-    paths = [path_numbers(states, sigmas) for states in trajectories(model, prompts, noise, Sampling(steps=steps))]
+    sigmas = sigma_grid(how.steps, model.grid_shift)
+    paths = [path_numbers(states, sigmas) for states in trajectories(model, prompts, noise, how)]
     chord, curvature, angle, ends = (np.concatenate(part) for part in zip(*paths))
     gaps = []
     for n in few:
-        short = torch.cat([s[-1] for s in trajectories(model, prompts, noise, Sampling(steps=n))])
+        short = torch.cat([s[-1] for s in trajectories(model, prompts, noise, replace(how, steps=n))])
         gaps.append(((short.flatten(1).double().numpy() - ends) ** 2).mean(1))
     one = chord[:, None]
     pairs = {
         "straightness": ((curvature * -np.diff(sigmas)).sum(1, keepdims=True), one),
-        "curvature": (curvature, np.repeat(one, steps, 1)),
+        "curvature": (curvature, np.repeat(one, how.steps, 1)),
         "turning_angle": (angle[:, None], np.ones_like(one)),
         "few_steps": (np.stack(gaps, 1), np.repeat(one, len(few), 1)),
     }
@@ -152,12 +152,13 @@ def path_numbers(states: list[Tensor], sigmas: np.ndarray) -> tuple[np.ndarray, 
 
 
 def guidance_meters(
-    model: Model, prompts: list[str], noise: Tensor, *, steps: int, cfgs: tuple[float, ...], judge: DigitJudge | None
+    model: Model, prompts: list[str], noise: Tensor, how: Sampling, *, cfgs: tuple[float, ...], judge: DigitJudge | None
 ) -> dict[str, RatioEstimate]:
-    """Numbers of the images at each scale of ``cfgs``: those of ``GUIDED``, and with a judge correct and realistic."""
+    """Numbers of the images made like ``how``, but at each scale of ``cfgs``: those of ``GUIDED``, and with a judge correct and
+    realistic."""
     columns = []
     for cfg in cfgs:
-        images = sample(model, prompts, noise, Sampling(steps=steps, guidance=ClassifierFree(cfg)))
+        images = sample(model, prompts, noise, replace(how, guidance=ClassifierFree(cfg)))
         numbers = {key: value for key, value in image_numbers(images).items() if key in GUIDED}
         if judge:
             numbers |= {"correct": judge.correct(images, prompts), "realistic": judge.realistic(images)}

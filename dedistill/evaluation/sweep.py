@@ -35,7 +35,7 @@ from dedistill.sampling.sampler import Sampling, sample, start_noise
 class Candidate:
     """Something to sample from. ``weights`` identifies its bytes; ``open`` loads it when its cells are not there yet.
 
-    average: it is one of the averages of its run.
+    steps, solver: how it is sampled where the grid does not say. average: it is one of the averages of its run.
     """
 
     name: str
@@ -43,23 +43,24 @@ class Candidate:
     steps: int
     open: Callable[[], Model]
     average: bool = False
+    solver: str = "euler"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """steps: solver steps of every candidate; none: each its own. trained: those of the prompts that were trained on."""
+    """steps, solvers: of every candidate; none: each its own. trained: those of the prompts that were trained on."""
 
     guiders: tuple[Guider, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     steps: tuple[int, ...] = ()
-    solvers: tuple[str, ...] = ("euler",)
+    solvers: tuple[str, ...] = ()
     trained: frozenset[str] = frozenset()
 
-    def columns(self, own: int) -> list[Sampling]:
-        """The ways of sampling a candidate of ``own`` steps."""
-        steps = self.steps or (own,)
-        return [Sampling(solver=s, steps=n, guidance=g) for s in self.solvers for n in steps for g in self.guiders]
+    def columns(self, candidate: Candidate) -> list[Sampling]:
+        """The ways of sampling ``candidate``."""
+        solvers, steps = self.solvers or (candidate.solver,), self.steps or (candidate.steps,)
+        return [Sampling(solver=s, steps=n, guidance=g) for s in solvers for n in steps for g in self.guiders]
 
 
 def classifier_free(cfgs: Iterable[float], skips: Sequence[int] = (0,)) -> tuple[ClassifierFree, ...]:
@@ -84,7 +85,7 @@ def sweep(
     rows, cells = [], []
     for candidate in candidates:
         model = None
-        for column in grid.columns(candidate.steps):
+        for column in grid.columns(candidate):
             folder = out / "images" / candidate.name / _folder_name(candidate, column)
             key = _cell_key(candidate, grid, column)
             key |= {name: who.identity if who else None for name, who in (("judge", judge), ("clip", clip))}
@@ -103,7 +104,7 @@ def sweep(
         "settings": {
             "prompts": distinct(grid.prompts, grid.trained),
             "seeds": ", ".join(map(str, grid.seeds)),
-            "solver": ", ".join(SOLVERS[solver].name for solver in grid.solvers),
+            "solver": ", ".join(SOLVERS[s].name for s in grid.solvers or dict.fromkeys(c.solver for c in candidates)),
             **({"judge reads real held-out digits": f"{judge.held_out_accuracy:.1%}"} if judge else {}),
         },
         "numbers": [n for n in NUMBERS if any(n["key"] in c for c in cells)],

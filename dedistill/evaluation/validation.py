@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -129,9 +130,9 @@ class Meters:
     Draws nothing from the training's keys. See ``dedistill.evaluation.meters`` for what the numbers are.
     """
 
-    def __init__(self, objective: Objective, samples: int, steps: int, size: int, world: World | None = None):
-        """samples: held-out samples, at most ``size`` at once, shared by the processes of ``world``; steps: of a path."""
-        self.steps, self.world = steps, world or World()
+    def __init__(self, objective: Objective, samples: int, how: Sampling, size: int, world: World | None = None):
+        """samples: held-out samples, at most ``size`` at once, shared by the processes of ``world``; how: paths are made."""
+        self.how, self.world = how, world or World()
         self.batches, self.padding = fixed_share(objective, samples, size, self.world)
 
     @torch.no_grad()
@@ -151,14 +152,14 @@ class Meters:
         """sigma, guidance gap, curvature, few-step gap and chord of each sample."""
         sigma, _, gap = held_out_numbers(model, batch).T
         noise = implied_noise(batch.noisy, batch.sigma, batch.target)
-        sigmas = sigma_grid(self.steps, model.grid_shift)
-        chord, curvature, _, end = path_numbers(self._path(model, batch, noise, self.steps), sigmas)
+        sigmas = sigma_grid(self.how.steps, model.grid_shift)
+        chord, curvature, _, end = path_numbers(self._path(model, batch, noise, self.how.steps), sigmas)
         short = self._path(model, batch, noise, FEW)[-1].flatten(1).double().numpy()
         return np.stack([sigma, gap, curvature @ -np.diff(sigmas), np.square(short - end).mean(1), chord], 1).tolist()
 
     def _path(self, model: Model, batch: NoisyBatch, noise: Tensor, steps: int) -> list[Tensor]:
         states = []
-        for state in path(model, {CONDITIONAL: text_of(model, batch)}, noise, Sampling(steps=steps)):
+        for state in path(model, {CONDITIONAL: text_of(model, batch)}, noise, replace(self.how, steps=steps)):
             heartbeat.beat("measuring")
             states.append(state.float().cpu())
         return states

@@ -91,6 +91,8 @@ class Data(Table):
 
 
 Shift = Annotated[float, Field(gt=0)] | Literal["auto"]
+SolverName = Literal["euler", "heun", "dpmpp_2m", "unipc"]
+"""Those of ``flow.solvers``."""
 
 
 class Timesteps(Table):
@@ -176,7 +178,7 @@ class Meters(Table):
         0, description="Steps between meters of distillation; 0 never. Also before the first step and at the end."
     )
     samples: Bounded = Field(16, description="Held-out captions, on fixed noise.")
-    steps: Bounded = Field(16, description="Euler steps of their paths.")
+    steps: Bounded = Field(16, description="Steps of their paths, of sample.solver.")
 
 
 class Checkpoint(Table):
@@ -205,7 +207,12 @@ _Side = Annotated[Resolution | None, Default(BY_FAMILY)]
 
 
 class Sample(Table):
-    steps: Bounded = Field(16, description="Euler steps when images are made with this model.")
+    solver: SolverName = Field(
+        "euler",
+        description="How images are made from noise, in previews, sweeps, meters and stored pairs: euler; heun: of second "
+        "order, two calls of the network in a step; dpmpp_2m: DPM-Solver++(2M), unipc: UniPC, of second order, one call.",
+    )
+    steps: Bounded = Field(16, description="Steps of the solver when images are made with this model.")
     shift: Annotated[Shift | None, Default(BY_FAMILY)] = Field(
         None,
         description="Shift of the solver's sigmas in previews, sweeps, meters and stored pairs, and in an exported scheduler. "

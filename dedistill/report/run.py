@@ -42,7 +42,7 @@ CURVES = (
     ("lr", "learning rate", ""),
     ("guidance_gap", "guidance gap", "Between velocities with and without a caption. Baked-in guidance widens it."),
     ("straightness", "straightness", "How far velocities are from the chord of their path; 0 is straight."),
-    ("few_step_gap", "few-step gap", "What 4 Euler steps miss of the full path, as a share of its squared length."),
+    ("few_step_gap", "few-step gap", "What 4 steps miss of the full path, as a share of its squared length."),
 )
 
 

@@ -37,9 +37,8 @@ class Sampling:
 
     def nfe(self, shift: float = 1.0) -> int:
         """Calls of the network that one image costs, on sigmas of that shift."""
-        sigmas = sigma_grid(self.steps, shift)
-        branches = sum(len(self.guidance.branches(sigmas, i)) for i in range(self.steps))
-        return branches * SOLVERS[self.solver].evaluations
+        sigmas, evaluations = sigma_grid(self.steps, shift), SOLVERS[self.solver].evaluations
+        return sum(len(self.guidance.branches(sigmas, i)) * evaluations(sigmas, i) for i in range(self.steps))
 
 
 def start_noise(seed: int, count: int, image: tuple[int, ...]) -> Tensor:

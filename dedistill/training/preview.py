@@ -27,7 +27,8 @@ class Preview:
         """Rank 0 of ``world`` writes; the others are needed where the network cannot be called without them."""
         self.settings, self.model, self.folder = recipe.preview, model, folder
         guiders = [ClassifierFree(cfg, recipe.preview.skip) for cfg in recipe.preview.cfgs]
-        self.columns = [Sampling(steps=recipe.sample.steps, guidance=guider) for guider in guiders]
+        s = recipe.sample
+        self.columns = [Sampling(solver=s.solver, steps=s.steps, guidance=guider) for guider in guiders]
         self.world = world or World()
         self.out_of_memory = False
 

@@ -24,6 +24,7 @@ from dedistill.recipe.resolve import Plan, filled
 from dedistill.runs.directory import RunDirectory
 from dedistill.runs.metrics import MetricsLogger, Row, Trackers
 from dedistill.runs.requests import BY_SIGNAL, StopRequests
+from dedistill.sampling.sampler import Sampling
 from dedistill.training.background import ahead
 from dedistill.training.engine import Engine
 from dedistill.training.guards import EVERY, BadSteps, Guard, ParameterChangeCheck, Rollback
@@ -64,7 +65,8 @@ class Trainer:
             self.validate = Validator(self.objective, samples, at_once(samples), world)
         self.meters = None
         if meters.every:
-            self.meters = Meters(self.objective, meters.samples, meters.steps, at_once(meters.samples), world)
+            how = Sampling(solver=recipe.sample.solver, steps=meters.steps)
+            self.meters = Meters(self.objective, meters.samples, how, at_once(meters.samples), world)
         here = preview.every and (world.main or world.requires_equal_forwards)
         self.preview = Preview(recipe, model, run.previews, world) if here else None
 

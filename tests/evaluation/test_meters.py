@@ -21,7 +21,7 @@ from dedistill.flow import keyed
 from dedistill.flow.solvers import sigma_grid, solve
 from dedistill.objectives.base import objective_for
 from dedistill.recipe.resolve import recipe_of
-from dedistill.sampling.sampler import sample, start_noise
+from dedistill.sampling.sampler import Sampling, sample, start_noise
 
 RECIPE = recipe_of(
     {
@@ -55,7 +55,7 @@ def linear_paths(steps: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 def test_paths_of_one_gaussian_are_measured_as_its_recursion_says():
     """Straightness, curvature and the few-step gap against Euler's scalar recursion, to float32."""
     count, steps, few = 40, 16, (1, 2, 8)
-    found = path_meters(closed_form(ONE), ["0"] * count, start_noise(0, count, IMAGE), steps=steps, few=few)
+    found = path_meters(closed_form(ONE), ["0"] * count, start_noise(0, count, IMAGE), Sampling(steps=steps), few=few)
     states, noise = linear_paths(steps, count)
     chord = noise - states[-1]
     size = np.square(chord).mean()
@@ -71,7 +71,7 @@ def test_many_steps_measure_the_exact_paths():
     """With 256 steps, straightness is the integral's, and the turning angle that between first and last velocity."""
     count = 250
     noise = start_noise(0, count, IMAGE)
-    found = path_meters(closed_form(ONE), ["0"] * count, noise, steps=256, few=(1,))
+    found = path_meters(closed_form(ONE), ["0"] * count, noise, Sampling(steps=256), few=(1,))
     assert found["straightness"].value[0] == pytest.approx(straightness(ONE), rel=0.1)
     assert found["straightness"].units[0] == 1, "one prompt, however many noises"
     e = noise.flatten(1).double()
@@ -84,7 +84,7 @@ def test_many_steps_measure_the_exact_paths():
 
 def test_a_straight_flow_has_no_curvature_and_no_gap():
     """What reflow of the exact pairs would give needs one step."""
-    found = path_meters(closed_form(ONE, straight=True), ["0"] * 20, start_noise(0, 20, IMAGE), steps=8, few=(1, 4))
+    found = path_meters(closed_form(ONE, straight=True), ["0"] * 20, start_noise(0, 20, IMAGE), Sampling(steps=8), few=(1, 4))
     for key in ("straightness", "few_steps", "curvature"):
         assert found[key].value == pytest.approx(0, abs=1e-10)
     assert found["turning_angle"].value[0] == pytest.approx(0, abs=1e-3)
@@ -143,7 +143,7 @@ def test_the_response_to_cfg_is_that_of_the_exact_images():
     """Saturation and contrast at each scale against images of the exact CFG field in float64."""
     count, cfgs = 60, (1.0, 2.0, 4.0)
     noise, prompts = start_noise(0, count, IMAGE), ["1"] * count
-    found = guidance_meters(closed_form(), prompts, noise, steps=16, cfgs=cfgs, judge=None)
+    found = guidance_meters(closed_form(), prompts, noise, Sampling(steps=16), cfgs=cfgs, judge=None)
     keys = {"saturated", "contrast", "blur", "shadow"}
     assert set(found) == keys | {f"response_{key}" for key in keys}
     for i, cfg in enumerate(cfgs):
@@ -173,7 +173,7 @@ def test_batches_do_not_matter():
     whole, parts = (held_out_meters(closed_form(), tasks(100, size=n), BINS) for n in (100, 7))
     torch.testing.assert_close(whole["loss"].top, parts["loss"].top, rtol=1e-6, atol=1e-7)
     noise = start_noise(0, 10, IMAGE)
-    few = [path_meters(closed_form(chunk=n), ["0", "1"] * 5, noise, steps=4, few=(1,))["few_steps"] for n in (256, 3)]
+    few = [path_meters(closed_form(chunk=n), ["0", "1"] * 5, noise, Sampling(steps=4), few=(1,))["few_steps"] for n in (256, 3)]
     torch.testing.assert_close(few[0].top, few[1].top, rtol=1e-6, atol=1e-9)
 
 

@@ -16,6 +16,7 @@ from dedistill.flow import keyed
 from dedistill.flow.path import implied_noise
 from dedistill.models.model import Model, build_model
 from dedistill.objectives.base import Objective, objective_for
+from dedistill.sampling.sampler import Sampling
 from dedistill.train import main
 
 KEYS = ("guidance_gap", "straightness", "few_step_gap")
@@ -55,13 +56,13 @@ def digits() -> tuple[Model, Objective]:
 def test_the_numbers_are_those_of_the_tool(digits):
     """The same meters as dedistill measure, on the samples' own captions and noise."""
     model, objective = digits
-    found = Meters(objective, 12, 5, 12)(model)
+    found = Meters(objective, 12, Sampling(steps=5), 12)(model)
     (task,) = objective.validation_batches(12, 12)
     noise = implied_noise(task.noisy, task.sigma, task.target)
     torch.testing.assert_close(
         noise, keyed.noise(objective.seed, "validation/noise", 0, range(12), (1, 8, 16)), atol=1e-6, rtol=0
     )
-    paths = path_meters(model, task.captions, noise, steps=5, few=(FEW,))
+    paths = path_meters(model, task.captions, noise, Sampling(steps=5), few=(FEW,))
     assert found["straightness"] == pytest.approx(paths["straightness"].value[0], rel=1e-5)
     assert found["few_step_gap"] == pytest.approx(paths["few_steps"].value[0], rel=1e-4)
     assert found["guidance_gap"] == pytest.approx(held_out_meters(model, [task], 4)["guidance"].value[0], rel=1e-6)
@@ -70,7 +71,7 @@ def test_the_numbers_are_those_of_the_tool(digits):
 
 def test_batches_do_not_matter(digits):
     model, objective = digits
-    whole, parts = (Meters(objective, 10, 4, size)(model) for size in (10, 3))
+    whole, parts = (Meters(objective, 10, Sampling(steps=4), size)(model) for size in (10, 3))
     np.testing.assert_allclose([*whole.values()], [*parts.values()], rtol=1e-4)
 
 

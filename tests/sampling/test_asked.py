@@ -1,0 +1,70 @@
+"""A recipe's own way of sampling is what previews, meters, sweeps and pairs use, and what they say they used."""
+
+import json
+
+import pytest
+from PIL import Image
+from tiny_recipes import TEACHER
+
+from dedistill.cli.main import main
+
+SETTINGS = ["train.steps=1", "preview.every=1", "preview.prompts=['3 seven']", "preview.cfgs=[3.0]", "meters.every=1"]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Runs of one step of the same seed, by solver: recipe, run directory."""
+    folder, found = tmp_path_factory.mktemp("asked"), {}
+    for solver in ("euler", "unipc"):
+        recipe = folder / f"{solver}.toml"
+        recipe.write_text(TEACHER.format(out=folder / solver, steps=1) + f'[sample]\nsteps = 4\nsolver = "{solver}"\n')
+        assert main(["train", str(recipe), *(word for s in SETTINGS for word in ("--set", s))]) == 0
+        found[solver] = recipe, folder / solver / "teacher"
+    return found
+
+
+def test_previews_and_meters_use_it(asked):
+    """Of the same weights: other images, which say so, and other meters of paths."""
+    images, meters = [], []
+    for _, run in asked.values():
+        with Image.open(run / "previews/step-00000000/p000_cfg3.png") as image:
+            images.append((image.tobytes(), image.text.get("method")))
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        meters.append(next(row for row in rows if "few_step_gap" in row))
+    (plain, nothing), (other, method) = images
+    assert plain != other and (nothing, method) == (None, "UniPC")
+    assert meters[0]["few_step_gap"] != meters[1]["few_step_gap"] and meters[0]["guidance_gap"] == meters[1]["guidance_gap"]
+
+
+def test_a_sweep_uses_each_recipe_s_own_or_the_one_it_is_told(asked, tmp_path):
+    recipes = [str(recipe) for recipe, _ in asked.values()]
+    common = ["--set", "run.name=a", "--prompts", "16", "--cfg", "3"]
+
+    def cells(*words):
+        for recipe in recipes:
+            assert main(["sweep", recipe, *common, *words, "--out", str(tmp_path / str(len(found)))]) == 0
+            scores = json.loads((tmp_path / str(len(found)) / "scores.json").read_text())
+            found.append([(cell.get("method"), cell["nfe"]) for cell in scores["cells"]])
+            said.append(scores["settings"]["solver"])
+
+    found, said = [], []
+    cells()
+    cells("--solver", "heun", "dpmpp_2m")
+    assert found[:2] == [[(None, 8)], [("UniPC", 8)]] and said[:2] == ["Euler", "UniPC"]
+    assert found[2] == found[3] == [("Heun", 14), ("DPM-Solver++(2M)", 8)]
+    assert said[2] == "Heun, DPM-Solver++(2M)"
+
+
+def test_pairs_use_it_and_say_so(asked, tmp_path):
+    recipe, _ = asked["unipc"]
+    words = ["pairs", str(recipe), "--count", "2", "--steps", "4", "--points", "2"]
+    for name, more in (("own", []), ("told", ["--solver", "heun"])):
+        assert main([*words, "--out", str(tmp_path / name), *more]) == 0
+    told = [json.loads((tmp_path / name / "pairs.json").read_text()) for name in ("own", "told")]
+    assert [(facts["solver"], facts["method"]) for facts in told] == [("unipc", "UniPC"), ("heun", "Heun")]
+
+
+def test_a_solver_that_there_is_not_is_refused_by_name(asked, capsys):
+    recipe, _ = asked["euler"]
+    assert main(["plan", str(recipe), "--set", "sample.solver=ddim"]) == 2
+    assert "sample.solver" in (said := capsys.readouterr().err) and "dpmpp_2m" in said
