@@ -12,9 +12,10 @@ from pathlib import Path
 from dedistill.data.images.buckets import Sized, crops_of, needed_upscale, too_small
 from dedistill.data.images.decode import BadImage, size_by_header
 from dedistill.data.images.duplicates import near_duplicates
-from dedistill.data.images.index import NO_CAPTION, Index, Sample, build_index
+from dedistill.data.images.index import NO_CAPTION, Index, Sample, build_index, read_bytes
 from dedistill.data.images.likeness import Likeness
 from dedistill.data.images.listing import images_of
+from dedistill.data.images.rows import is_table
 from dedistill.data.images.types import Found, ImageSet
 from dedistill.data.order import caption_warnings
 from dedistill.data.split import CroppedImage, Split, split
@@ -156,11 +157,10 @@ def size_of(source: ImageSet, found: Found) -> Size:
     """By its header. Raises BadImage or OSError."""
     if found.problem:
         raise BadImage(found.problem)
+    if found.place.offset or is_table(found.place.file):
+        return Size(*size_by_header(io.BytesIO(read_bytes(source, found.place))))
     with open(source.root / found.place.file, "rb") as file:
-        if not found.place.offset:
-            return Size(*size_by_header(file))
-        file.seek(found.place.offset)
-        return Size(*size_by_header(io.BytesIO(file.read(found.place.size))))
+        return Size(*size_by_header(file))
 
 
 def left_out_words(usable: Usable, recipe: Recipe) -> list[str]:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 import time
 import unicodedata
 from collections import Counter
@@ -40,13 +41,13 @@ def folder(tmp_path):
 def reads(monkeypatch):
     """Counts what is read, by file."""
     counter = Counter()
-    real = module._read
+    real = module.read_bytes
 
     def counting(root, place):
         counter[place.file] += 1
         return real(root, place)
 
-    monkeypatch.setattr(module, "_read", counting)
+    monkeypatch.setattr(module, "read_bytes", counting)
     return counter
 
 
@@ -415,3 +416,35 @@ def test_links_inside_to_folders_and_to_the_hubs_blobs_are_followed(folder, tmp_
         (hub / "snapshots" / "abc" / "train" / name).symlink_to(f"../../../blobs/{name.replace('.', '')}")
     for root in (hub / "snapshots" / "abc", hub / "snapshots" / "abc" / "train"):
         assert [s.captions for s in build_index([ImageSet(str(root))]).samples] == [("from the hub",)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a fox\nin the snow", ("a fox\nin the snow",)),
+        ("\ufeff a fox\nin the snow \n", ("a fox\nin the snow",)),
+        ("a fox\nanother", ("a fox", "another", "a fox\nin the snow")),
+    ],
+)
+def test_what_img2dataset_writes_is_one_caption(tmp_path, packed, text, wanted):
+    """Its .txt repeats the caption of its .json, beside facts of the download: lines of that are no captions of their own."""
+    facts = {
+        "url": "https://a",
+        "caption": "a fox\nin the snow",
+        "key": "000000000",
+        "status": "success",
+        "error_message": None,
+    }
+    root = tmp_path / "00000"
+    root.mkdir()
+    Image.new("RGB", (64, 64), "red").save(root / "000000000.jpg")
+    (root / "000000000.txt").write_text(text, encoding="utf-8")
+    (root / "000000000.json").write_text(json.dumps(facts))
+    source = root
+    if packed:
+        source = tmp_path / "00000.tar"
+        with tarfile.open(source, "w") as tar:
+            for file in sorted(root.iterdir()):
+                tar.add(file, file.name)
+    assert [s.captions for s in build_index([ImageSet(str(source))]).samples] == [wanted]

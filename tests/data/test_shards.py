@@ -74,9 +74,9 @@ def test_one_shard_by_its_path(shards):
 def test_an_unchanged_shard_is_not_opened(shards, tmp_path, monkeypatch):
     file = tmp_path / "index.jsonl"
     opened = []
-    real, read = listing._of_shard, module._read
+    real, read = listing._of_shard, module.read_bytes
     monkeypatch.setattr(listing, "_of_shard", lambda root, shard: opened.append(shard.file) or real(root, shard))
-    monkeypatch.setattr(module, "_read", lambda root, place: opened.append(place.file) or read(root, place))
+    monkeypatch.setattr(module, "read_bytes", lambda source, place: opened.append(place.file) or read(source, place))
     first = build_index([ImageSet(str(shards))], file=file)
     opened.clear()
     assert build_index([ImageSet(str(shards))], file=file).samples == first.samples and opened == []

@@ -91,8 +91,8 @@ def test_a_new_caption_in_the_list_reads_no_image(folder, tmp_path, monkeypatch)
     build_index([ImageSet(str(folder))], file=file)
     write(folder, "jsonl", [ROWS[0] | {"caption": "renamed"}, ROWS[1]])
     reads = []
-    real = module._read
-    monkeypatch.setattr(module, "_read", lambda root, place: reads.append(place) or real(root, place))
+    real = module.read_bytes
+    monkeypatch.setattr(module, "read_bytes", lambda source, place: reads.append(place) or real(source, place))
     assert build_index([ImageSet(str(folder))], file=file).samples[0].captions == ("renamed", "cat")
     assert reads == []
 

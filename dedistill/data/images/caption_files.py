@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -119,7 +119,7 @@ def read_table(source: ImageSet, path: Path) -> list[tuple[str, tuple[str, ...],
     try:
         if (size := path.stat().st_size) > MAX_TABLE_BYTES:
             raise ValueError(f"{size:,} bytes; the limit is {MAX_TABLE_BYTES:,}: split it into several sets")
-        rows = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path)
+        rows = READERS[path.suffix.lower()](path)
     except (OSError, ValueError, csv.Error) as e:  # pyarrow's errors are ValueErrors, a wrong encoding is one too
         raise UserError(f"data: source '{source.title}': '{path}' cannot be read: {e}") from e
     good = [row for _, row in rows if isinstance(row, dict)]
@@ -148,6 +148,11 @@ def _caption_columns(source: ImageSet, path: Path, rows: list[Row]) -> list[str]
     if source.file_column not in columns:
         listed = f"{where} has no column {source.file_column!r} that names the image (columns: {', '.join(columns)})"
         raise UserError(listed + _other_form(path, columns))
+    return choose_columns(source, where, columns, rows)
+
+
+def choose_columns(source: ImageSet, where: str, columns: list[str], rows: Sequence[Row]) -> list[str]:
+    """Those of ``columns`` that hold captions. where: how messages begin. Raises UserError where that is undecided."""
     if missing := [field for field in source.fields if field not in columns]:
         raise UserError(f"{where} has no column {', '.join(map(repr, missing))} (columns: {', '.join(columns)})")
     if source.fields:
@@ -207,7 +212,8 @@ def _csv(path: Path) -> list[tuple[str, Row | str]]:
         return rows
 
 
-def _parquet(path: Path) -> list[tuple[str, Row | str]]:
+def parquet_rows(path: Path) -> list[tuple[str, Row]]:
+    """Its columns of text. Raises OSError or ValueError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -233,3 +239,7 @@ def _is_text(kind: "pyarrow.DataType", pa: ModuleType) -> bool:
     if t.is_dictionary(kind):
         kind = kind.value_type
     return t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind)
+
+
+READERS: dict[str, Callable[[Path], Sequence[tuple[str, Row | str]]]]
+READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": parquet_rows}

@@ -20,6 +20,7 @@ from dedistill.data.images.duplicates import MOST_CROPPED
 from dedistill.data.images.likeness import VERSION as LIKENESS
 from dedistill.data.images.likeness import likeness
 from dedistill.data.images.listing import images_of
+from dedistill.data.images.rows import is_table, read_row
 from dedistill.data.images.types import NOWHERE, Found, ImageSet, Place
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.errors import UserError, amount
@@ -97,8 +98,8 @@ class Index:
         """The bytes of sample i. Raises ``UserError`` when they are no longer what was indexed."""
         sample = self.samples[i]
         try:
-            data = _read(self.sources[sample.source].root, sample.place)
-        except OSError as e:
+            data = read_bytes(self.sources[sample.source], sample.place)
+        except (OSError, decode.BadImage) as e:
             raise UserError(f"data: '{sample.name}' cannot be read: {e}") from e
         if hashlib.sha256(data).hexdigest() != sample.sha256:
             raise UserError(f"data: '{sample.name}' has changed since it was indexed; start again to index it anew")
@@ -315,7 +316,7 @@ def _look(sources: Sequence[ImageSet], number: int, found: Found, known: _Known,
         if old and not old.reason and old.sample.place == found.place:
             sample = old.sample
         else:
-            sample = _with_facts(sample, source.root, limits, old)
+            sample = _with_facts(sample, source, limits, old)
         captions = found.captions if found.captions is not None else _captions(source, found.sidecars)
         return Entry(replace(sample, captions=captions), found.sidecars, "")
     except (decode.BadImage, BadCaption) as e:
@@ -324,14 +325,14 @@ def _look(sources: Sequence[ImageSet], number: int, found: Found, known: _Known,
         return Entry(sample, found.sidecars, f"cannot be read: {e.strerror or e}")
 
 
-def _with_facts(sample: Sample, root: Path, limits: Limits, old: Entry | None) -> Sample:
+def _with_facts(sample: Sample, source: ImageSet, limits: Limits, old: Entry | None) -> Sample:
     """The sample with what its bytes say.
 
     Of an image that another stamp was put on, but whose bytes are those of its ``old`` entry, nothing is decoded.
     """
     if sample.place.size > limits.max_bytes:
         raise decode.BadImage(f"{sample.place.size:,} bytes; the limit is {limits.max_bytes:,}")
-    data = _read(root, sample.place)
+    data = read_bytes(source, sample.place)
     sha256 = hashlib.sha256(data).hexdigest()
     if old and not old.reason and old.sample.sha256 == sha256:
         return replace(old.sample, place=sample.place, captions=(), source=sample.source)
@@ -341,21 +342,33 @@ def _with_facts(sample: Sample, root: Path, limits: Limits, old: Entry | None) -
 
 
 def _captions(source: ImageSet, sidecars: tuple[tuple[str, Place], ...]) -> tuple[str, ...]:
-    """The captions of all files beside an image, each once."""
+    """The captions of all files beside an image, each once.
+
+    A text file that says what the .json says, as img2dataset writes both, is that caption, not one for each of its lines.
+    """
     captions: list[str] = []
+    whole = set(_captions(source, tuple(s for s in sidecars if s[0] == "json"))) if len(sidecars) > 1 else set()
     for kind, place in sidecars:
         try:
             if place.size > caption_files.MAX_BYTES:
                 raise BadCaption(f"{place.size:,} bytes; the limit is {caption_files.MAX_BYTES:,}")
-            data = _read(source.root, place)
-            captions += caption_files.captions_in(data, kind, fields=source.fields, split_lines=source.split_lines)
+            data = read_bytes(source, place)
+            split_lines = False if _as_one(data) in whole else source.split_lines
+            captions += caption_files.captions_in(data, kind, fields=source.fields, split_lines=split_lines)
         except BadCaption as e:
             raise BadCaption(f"its .{kind} file: {e}") from None
     return tuple(dict.fromkeys(captions))
 
 
-def _read(root: Path, place: Place) -> bytes:
-    with open(root / place.file, "rb") as f:
+def _as_one(data: bytes) -> str:
+    return data.decode("utf-8-sig", "replace").strip()
+
+
+def read_bytes(source: ImageSet, place: Place) -> bytes:
+    """The bytes at ``place`` of a source. Raises OSError or BadImage."""
+    if is_table(place.file):
+        return read_row(source.root / place.file, place, source.file_column)
+    with open(source.root / place.file, "rb") as f:
         f.seek(place.offset)
         return f.read(place.size)
 

@@ -12,6 +12,7 @@ from typing import BinaryIO, Literal, cast
 
 from dedistill.data.images import caption_files, decode
 from dedistill.data.images.caption_files import read_table
+from dedistill.data.images.rows import image_column, is_table, rows_of
 from dedistill.data.images.types import Found, ImageSet, Place
 from dedistill.errors import UserError, amount
 from dedistill.io.hashing import Stamp
@@ -34,7 +35,7 @@ def images_of(source: ImageSet, known: Known) -> Iterator[Found]:
     if extension == "tar":
         return _of_shards(path.parent, [path.name], known)
     if extension in TABLES:
-        return _of_table(source, path)
+        return _of_images_in(source, path.name) or _of_table(source, path)
     packed = path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
     way_out = "; compressed shards cannot be read at random: unpack them to plain .tar" if packed else ""
     raise UserError(
@@ -93,6 +94,8 @@ def _of_files(source: ImageSet, root: Path, folder: str, seen: set[tuple[int, in
         if _is_folder(entry):
             if entry.name != "__MACOSX":
                 yield from _of_files(source, root, f"{name}/", seen, tables=tables)
+        elif tables and is_table(entry.name) and (rows := _of_images_in(source, name)):
+            yield from rows
         elif folder and _extension(entry.name) == "tar":
             yield Found(name, problem="a shard below the folder of this set; give its own folder as a set")
         elif name in covered or _extension(entry.name) not in decode.EXTENSIONS:
@@ -246,6 +249,17 @@ def _of_members(name: str, members: list[tuple[str, Place]], shard: Place) -> Fo
     order = caption_files.EXTENSIONS
     texts = sorted((m for m in members if m[0] in order), key=lambda m: order.index(m[0]))
     return Found(f"{name}.{images[0][0]}", images[0][1], tuple(texts))
+
+
+def _of_images_in(source: ImageSet, file: str) -> Iterator[Found] | None:
+    """The images that a table holds itself; None for one that holds none, or names files."""
+    path = source.root / file
+    try:
+        if is_table(file) and image_column(path, source.file_column):
+            return rows_of(source, path, whole(file, os.stat(path)))
+    except (OSError, ValueError) as e:
+        return iter([Found(file, problem=f"cannot be read: {getattr(e, 'strerror', None) or e}")])
+    return None
 
 
 def _of_table(source: ImageSet, path: Path, folder: str = "") -> Iterator[Found]:
