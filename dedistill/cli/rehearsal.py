@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from dedistill.adapters.attach import dense_shapes
 from dedistill.adapters.files import read_tensors
-from dedistill.adapters.targets import count_parameters, resolve_targets
 from dedistill.cli.tiny import write_samples
 from dedistill.data.encode import open_source
 from dedistill.data.usable import Usable, by_headers, caption_words, look, without_captions
@@ -26,10 +24,9 @@ from dedistill.distributed.launcher import choose_kernels
 from dedistill.errors import UserError, amount
 from dedistill.evaluation.candidates import candidates_of
 from dedistill.evaluation.sweep import Grid, classifier_free, sweep
+from dedistill.forecast.sizes import check_room, sizes_of
 from dedistill.io import ownership
-from dedistill.models.blocks import check_blocks
 from dedistill.models.family import Family
-from dedistill.models.quantize import linear_names
 from dedistill.models.registry import get_family, text_length
 from dedistill.posthoc.average import average_run
 from dedistill.recipe import Recipe
@@ -79,7 +76,8 @@ def _rehearse(recipe: Recipe, train: Callable[[Recipe], None], out: Path, say: S
         _check_reachable(recipe)
         text_length(family, filled(recipe.model.text_length, "model.text_length"), recipe.where("model.text_length"))
     with stage("layers and sizes at full scale"):
-        say("  " + _check_full_size(recipe, family))
+        sizes = sizes_of(recipe, family, family.full_size(recipe.model).denoiser)
+        say(f"  {sizes}; {check_room(recipe, sizes)}")
     if recipe.model.path and Path(recipe.model.path).exists():  # else it is to be fetched, or made by an earlier stage
         with stage("the model, by its files"):
             family.load(recipe.model, seed=recipe.run.seed, denoiser=False)
@@ -196,36 +194,6 @@ def _check_captions(recipe: Recipe) -> None:
             f"{recipe.where('data.sets')}: {amount(len(missing), 'image has', 'images have')} no caption, "
             f"e.g. {missing[0]}; write captions, or set data.missing_captions"
         )
-
-
-def _check_full_size(recipe: Recipe, family: Family) -> str:
-    """Layer patterns against the full-size network, and whether what will be kept fits the disk."""
-    denoiser = family.full_size(recipe.model).denoiser
-    check_blocks(recipe, len(family.blocks(denoiser)))
-    total = sum(p.numel() for p in denoiser.parameters())
-    if recipe.adapter is None:
-        count, summary = total, f"all {total:,} parameters are trained"
-    else:
-        targets = resolve_targets(
-            recipe.adapter, dense_shapes(denoiser, linear_names(denoiser)), family.presets(denoiser), recipe.where
-        )
-        count = count_parameters(targets, recipe.adapter.kind)
-        layers = amount(len(targets), "layer")
-        summary = f"{count:,} trained parameters in {layers} of a network of {total:,}"
-    number = 2 if recipe.train.optimizer == "adamw_bf16" else 4
-    snapshots = -(-recipe.train.steps // recipe.snapshot.every) if recipe.snapshot.every else 0
-    # a checkpoint holds the weights and two moments (and the compensation of bf16); one more is written before one goes
-    checkpoints = (recipe.checkpoint.keep + 1) * (4 if number == 2 else 3)
-    # each tracked average is in every snapshot and checkpoint, in float32
-    averages = 4 * len(recipe.snapshot.ema or []) * (snapshots + recipe.checkpoint.keep + 1)
-    need = count * (number * (snapshots + checkpoints) + averages)
-    place = next(p for p in (Path(recipe.run.out).resolve(), *Path(recipe.run.out).resolve().parents) if p.exists())
-    free, keep = shutil.disk_usage(place).free, recipe.checkpoint.keep
-    files = f"{amount(snapshots, 'snapshot')} and {amount(keep, 'checkpoint')}"
-    room = f"{need / 1e9:.1f} GB for {files}, {free / 1e9:.0f} GB are free"
-    if need > free:
-        raise UserError(f"{recipe.where('run.out')}: this run keeps {room}. Keep fewer (snapshot.every), or use another disk")
-    return f"{summary}; {room}"
 
 
 def _small(recipe: Recipe, family: Family, out: Path, limit: int | None) -> Recipe:

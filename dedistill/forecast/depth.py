@@ -21,6 +21,7 @@ from dedistill.models.quantize import excluded, linear_names
 from dedistill.models.swap import spread
 from dedistill.recipe import Recipe
 from dedistill.recipe.model_tables import Target
+from dedistill.recipe.resolve import make_plan
 
 GRANULE = 512
 """Bytes that CUDA's allocator rounds up to."""
@@ -34,7 +35,7 @@ class Estimate:
     peaks: dict[tuple[str, str], Peak]
     """Of each phase and place in it."""
     work: dict[str, Work]
-    """Of each phase."""
+    """Of each phase of a step with one micro-batch."""
     reserved: int = 0
     """Most bytes that the allocator would have taken for it; 0 where that was not followed, as in shallow networks."""
     blocks: list[int] = field(default_factory=list)
@@ -165,7 +166,8 @@ def _measured(case: Case, outline: _Outline, depths: list[int]) -> Estimate:
     _name_places(denoiser, cut, meter)
     with shapes_alone(card=case.card):
         changed = recipe.model_copy(update=tables)
-        run(prepared(changed, case.family, components, case.image, case.length, "meta"), meter)
+        trainer = prepared(changed, case.family, components, case.image, case.length, "meta")
+        run(trainer, meter, adds=make_plan(recipe).micro_steps > 1)
     sizes = [sum(p.nbytes for p in denoiser.get_submodule(names[0]).parameters()) for names in cut]
     return Estimate(meter.peaks(FORWARD), dict(meter.work), reserved(meter.events) if case.card else 0, sizes)
 

@@ -3,7 +3,7 @@
 Where torch chooses kernels by device, it is told which ones a card, or the CPU, would take.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -106,10 +106,10 @@ def blank_text(components: Components, dtype: torch.dtype, length: int) -> Condi
 
 
 def on_paper(recipe: Recipe) -> Recipe:
-    """``recipe`` with at most two micro-batches a step, and without what needs files or images."""
-    plan, t = make_plan(recipe), recipe.train
+    """``recipe`` with one micro-batch a step, and without what needs files or images."""
+    t = recipe.train
     tables = {
-        "train": {"steps": 10**9, "warmup": 0, "batch": plan.micro_batch * min(2, plan.micro_steps)},
+        "train": {"steps": 10**9, "warmup": 0, "batch": make_plan(recipe).micro_batch},
         "timesteps": {"shift": 1.0},
         "data": {"caption_dropout": 0.0},
         "meters": {"every": 0},
@@ -138,8 +138,11 @@ def prepared(
     return trainer
 
 
-def run(trainer: Trainer, meter: Meter) -> None:
-    """A step and, where there are any, a validation of what :func:`prepared` gave; ``meter``, of its device, counts them."""
+def run(trainer: Trainer, meter: Meter, *, adds: bool) -> None:
+    """A step and, where there are any, a validation of what :func:`prepared` gave; ``meter``, of its device, counts them.
+
+    adds: there are gradients already, as in every micro-batch of a step but its first.
+    """
     model, engine = trainer.model, trainer.engine
     denoiser, trained = model.components.denoiser, model.trainable()
     _name_phases(trainer, meter)
@@ -150,16 +153,22 @@ def run(trainer: Trainer, meter: Meter) -> None:
             meter.follow(tensor, BASE)
         for mean in trainer.keeper.averages.state().get("ema", {}).values():
             meter.follow(mean, AVERAGES)
-        for parameter in trained.values():
-            parameter.grad = torch.zeros_like(parameter)
+        _make_gradients(trained.values())
         engine.apply(0.0)  # makes the optimizer's state
         state = (t for s in engine.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
         meter.name(state, OPTIMIZER)
+        if adds and not engine.exact:
+            _make_gradients(trained.values())
         meter.work.clear()
         trainer.train_step(0, trainer.micro_batches(0))
         meter.phase = VALIDATION
         if trainer.validate:
             trainer.validate(model)
+
+
+def _make_gradients(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def _name_phases(trainer: Trainer, meter: Meter) -> None:

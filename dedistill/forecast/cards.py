@@ -1,0 +1,47 @@
+"""What graphics cards have, as their makers publish it, and what a step would make of that."""
+
+from dataclasses import dataclass
+
+from dedistill.forecast.meter import Work
+
+GIB = 1 << 30
+CONTEXT = 0.6 * GIB
+"""Beside what torch allocates: CUDA's context, its loaded kernels, and workspaces of cuBLAS."""
+SPLIT = 1.08
+"""What the allocator holds, for what is in use: at most so many times as much in the runs of docs/LOG.md (1.00 to 1.08)."""
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    gb: int
+    """Of memory, as it is sold."""
+    tflops: float
+    """Of dense bf16 matrix products that are added up in float32."""
+    gb_s: float
+    """Of its memory."""
+    source: str
+
+    def seconds(self, work: Work) -> float:
+        """No step with ``work`` takes less: matrix products at the full rate, and all else at that of the memory."""
+        return work.flops / (self.tflops * 1e12) + work.moved / (self.gb_s * 1e9)
+
+
+CARDS = (
+    Card("RTX 4070", 12, 58.3, 504, "NVIDIA, Ada GPU architecture"),
+    Card("RTX 4080", 16, 97.5, 717, "NVIDIA, Ada GPU architecture"),
+    Card("RTX 3090", 24, 71.0, 936, "NVIDIA, Ampere GA102 GPU architecture"),
+    Card("RTX 4090", 24, 165.2, 1008, "NVIDIA, Ada GPU architecture"),
+    Card("RTX 5090", 32, 209.5, 1792, "NVIDIA, RTX Blackwell GPU architecture"),
+    Card("L40S", 48, 362.0, 864, "NVIDIA, L40S datasheet"),
+    Card("A100 80GB", 80, 312.0, 2039, "NVIDIA, A100 datasheet (SXM)"),
+    Card("H100", 80, 989.0, 3350, "NVIDIA, H100 datasheet (SXM, without sparsity)"),
+    Card("H200", 141, 989.0, 4800, "NVIDIA, H200 datasheet (SXM, without sparsity)"),
+)
+FITS, TIGHT, NO = "fits", "tight", "no"
+
+
+def fit(peak: float, gb: float) -> str:
+    """Of a step with so many bytes in use at once on a card of ``gb``: tight where it depends on how the allocator fares."""
+    free = gb * GIB * 0.98 - CONTEXT  # a card of 24 GB shows 23.5 to 24 GiB
+    return FITS if peak * SPLIT <= free else TIGHT if peak <= free else NO

@@ -1,0 +1,194 @@
+"""What a recipe will need, known before it is started: memory, work and the cards it fits, with its settings and with others."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+
+from dedistill.data.images.buckets import buckets_for
+from dedistill.forecast.cards import CARDS, CONTEXT, GIB, fit
+from dedistill.forecast.depth import GRANULE, Case, Estimate, estimate
+from dedistill.forecast.meter import BASE, Meter, Work
+from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, shapes_alone
+from dedistill.models.family import DECODING, Components, Family
+from dedistill.models.swap import LEAST
+from dedistill.recipe import Recipe
+from dedistill.recipe.resolve import filled, make_plan
+
+MICRO_BATCHES = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Of the keys that decide about memory and time, and about nothing that is learned."""
+
+    quant: str
+    checkpointing: bool | int
+    micro_batch: int
+    swap: int = 0
+
+    def __str__(self) -> str:
+        quant = "bf16" if self.quant == "none" else self.quant
+        again = "checkpointing" if self.checkpointing is True else f"{int(self.checkpointing)} blocks checkpointed"
+        parts = [quant, again if self.checkpointing else "", f"{self.swap} blocks swapped" if self.swap else ""]
+        return ", ".join([*filter(None, parts), f"micro-batch {self.micro_batch}"])
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What comes of one setting."""
+
+    setting: Setting
+    estimate: Estimate
+    micro_steps: int
+    """Micro-batches in a step."""
+
+    @property
+    def peak(self) -> int:
+        return self.estimate.highest[1].bytes
+
+    @property
+    def step(self) -> Work:
+        """Of a whole step."""
+        return self.estimate.total(FORWARD, BACKWARD) * self.micro_steps + self.estimate.total(NORM, UPDATE)
+
+
+def case_of(recipe: Recipe, family: Family, components: Components) -> Case:
+    """The largest sample of ``recipe``, with captions as long as they can be."""
+    height, width = largest_image(recipe)
+    image = family.latent_shape(components, height, width) if height else components.sample_shape
+    return Case(recipe, family, image, filled(recipe.model.text_length, "model.text_length"))
+
+
+def largest_image(recipe: Recipe) -> tuple[int, int]:
+    """Height and width in pixels; 0, 0 where the network or the data decide."""
+    if recipe.data.source == "pictures":
+        return max(buckets_for(filled(recipe.data.resolutions, "data.resolutions")), key=lambda sides: sides[0] * sides[1])
+    return (0, 0)
+
+
+def setting_of(recipe: Recipe) -> Setting:
+    return Setting(recipe.base.quant, recipe.train.gradient_checkpointing, make_plan(recipe).micro_batch, recipe.base.swap)
+
+
+def outlook(case: Case, *, whole: bool = False) -> Outlook:
+    """Of the recipe as it is. whole: with what the allocator would hold."""
+    return Outlook(setting_of(case.recipe), estimate(case, whole=whole), make_plan(case.recipe).micro_steps)
+
+
+def others(case: Case) -> Iterator[Outlook]:
+    """With other settings, the slowest and smallest first. A step of theirs is the same step."""
+    recipe = case.recipe
+    own = setting_of(recipe)
+    if recipe.train.exact:
+        sizes = [1]
+    else:
+        sizes = sorted(
+            {n for n in (*MICRO_BATCHES, own.micro_batch) if recipe.train.batch % n == 0 and n <= max(4, own.micro_batch)}
+        )
+    quants = (
+        dict.fromkeys(["int8", "none", *([own.quant] if own.quant != "int8-quanto" else [])]) if recipe.adapter else ["none"]
+    )
+    for quant, again, micro in product(quants, (True, False), sizes):
+        setting = Setting(quant, again, micro)
+        yield outlook(replace(case, recipe=changed(recipe, setting)))
+
+
+def changed(recipe: Recipe, setting: Setting) -> Recipe:
+    """``recipe`` with ``setting``; what does not train is left out."""
+    exclude = recipe.base.exclude if setting.quant != "none" else []
+    base = recipe.base.model_copy(update={"quant": setting.quant, "swap": setting.swap, "exclude": exclude})
+    micro = None if recipe.train.exact else setting.micro_batch
+    train = recipe.train.model_copy(update={"gradient_checkpointing": setting.checkpointing, "micro_batch": micro})
+    validate = recipe.validate_.model_copy(update={"every": 0})
+    return recipe.model_copy(update={"base": base, "train": train, "validate_": validate})
+
+
+def swapped_to_fit(found: Outlook, gb: float) -> Outlook | None:
+    """``found`` with the fewest blocks waiting on the CPU that lets it fit a card of ``gb``; None where none does."""
+    if found.setting.checkpointing is not True or found.setting.quant == "int8-quanto" or not found.estimate.blocks:
+        return None
+    if not found.setting.swap and fit(found.peak, gb) == "fits":
+        return found
+    for count in range(LEAST, len(found.estimate.blocks) + 1):
+        less = replace(found, setting=replace(found.setting, swap=count), estimate=found.estimate.swapped(count))
+        if fit(less.peak, gb) == "fits":
+            return less
+    return None
+
+
+def beside(recipe: Recipe, family: Family) -> dict[str, int]:
+    """Bytes that encoders and codec take while they run, by what they do."""
+    sample = recipe.sample
+    height, width = largest_image(recipe)
+    height, width = max(height, sample.height or 0), max(width, sample.width or 0)
+    if not height:
+        return {}
+    found = {}
+    with torch.device("meta"), shapes_alone(card=True), torch.no_grad():
+        for name, task in family.passes(
+            recipe.model, height, width, filled(recipe.model.text_length, "model.text_length")
+        ).items():
+            meter = Meter("meta", GRANULE)
+            with meter:
+                for parameter in (p for module in task.modules for p in module.parameters()):
+                    meter.follow(parameter, BASE)
+                task.call()
+            found[name] = max(peak.bytes for peak in meter.peaks("").values())
+    return found
+
+
+# --- as data ---------------------------------------------------------------------------------------------------------
+
+
+def memory_facts(found: Outlook, passes: dict[str, int], *, previews: bool) -> dict[str, object]:
+    """In GiB, of a whole run: training, and what runs before it or beside."""
+    (phase, place), peak = found.estimate.highest
+    resident = sum(n for c, n in peak.by_category.items() if c in ("base", "trained weights", "optimizer", "averages"))
+    extra = {name: n + (resident if name == DECODING else 0) for name, n in passes.items() if name != DECODING or previews}
+    return {
+        "peak_gib": _gib(peak.bytes),
+        "reserved_gib": _gib(found.estimate.reserved),
+        "context_gib": _gib(CONTEXT),
+        "where": f"{phase}, {place}" if place else phase,
+        "by_category_gib": {name: _gib(n) for name, n in peak.by_category.items()},
+        "other_gib": {name: _gib(n) for name, n in extra.items()},
+    }
+
+
+def step_facts(found: Outlook, useful: int) -> dict[str, object]:
+    """useful: operations of a step without recomputation."""
+    step = found.step
+    return {
+        "tflop": round(step.flops / 1e12, 1),
+        "useful_tflop": round(useful / 1e12, 1),
+        "gigabytes": round(step.bytes / 1e9, 1),
+        "kernels": step.kernels,
+    }
+
+
+def card_facts(found: Outlook) -> list[dict[str, object]]:
+    return [
+        {"card": card.name, "gb": card.gb, "fit": fit(found.peak, card.gb), "seconds": round(card.seconds(found.step), 3)}
+        for card in CARDS
+    ]
+
+
+def other_facts(found: Iterable[Outlook]) -> list[dict[str, object]]:
+    return [
+        {
+            "quant": o.setting.quant,
+            "gradient_checkpointing": o.setting.checkpointing,
+            "micro_batch": o.setting.micro_batch,
+            "swap": o.setting.swap,
+            "peak_gib": _gib(o.peak),
+            "tflop": round(o.step.flops / 1e12, 1),
+            "seconds": {card.name: round(card.seconds(o.step), 3) for card in CARDS},
+        }
+        for o in found
+    ]
+
+
+def _gib(size: float) -> float:
+    return round(size / GIB, 2)
