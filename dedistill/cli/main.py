@@ -10,7 +10,7 @@ from dedistill.errors import RUN_AGAIN
 
 COMMANDS = {
     "train": ("train", "train as a recipe says; run again to continue"),
-    "plan": ("train:plan", "show every number of a run before it starts"),
+    "plan": ("plan", "what a run needs, and what a start would refuse; no GPU"),
     "rehearse": ("train:rehearse", "run every stage of a recipe on a tiny random model"),
     "scan": ("scan", "show what is in a data set, and what cannot be used"),
     "prepare": ("prepare", "encode images and captions before training"),

@@ -10,11 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dedistill.cli import prepare
+from dedistill.cli import plan, prepare
 from dedistill.cli.command import recipe_parser, run_recipe
-from dedistill.errors import RUN_AGAIN, UserError, amount, printable, say
+from dedistill.errors import RUN_AGAIN, amount, printable, say
 from dedistill.io.ownership import refuse_busy
-from dedistill.models.registry import get_spec
 from dedistill.recipe import Recipe, to_toml
 from dedistill.recipe.objectives import OBJECTIVES
 from dedistill.recipe.resolve import Plan, make_plan, shifts
@@ -26,10 +25,6 @@ if TYPE_CHECKING:
     from dedistill.runs.requests import StopRequests
     from dedistill.training.trainer import Trainer
 
-PLAN = """Print every number of a run that is decided before it starts; needs no GPU.
-
-dedistill plan my_recipe.toml
-"""
 REHEARSE = """Run every stage of a recipe on a tiny random model, from caches to export: about a minute, no weights, no GPU.
 
 dedistill rehearse my_recipe.toml
@@ -50,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     instead = {
         "print_recipe": _print_recipe,
-        "plan": _print_plan,
+        "plan": plan.plan,
         "rehearse": _rehearse,
         "check_cache": prepare.check,
         "cache_only": prepare.encode,
@@ -59,25 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     return run_recipe(args, actions[0] if actions else lambda recipe: train(recipe, argv))
 
 
-def plan(argv: list[str] | None = None) -> int:
-    return run_recipe(recipe_parser("plan", PLAN).parse_args(argv), _print_plan)
-
-
 def rehearse(argv: list[str] | None = None) -> int:
     return run_recipe(recipe_parser("rehearse", REHEARSE).parse_args(argv), _rehearse)
 
 
 def _print_recipe(recipe: Recipe) -> int:
     print(to_toml(recipe), end="")
-    return 0
-
-
-def _print_plan(recipe: Recipe) -> int:
-    print("\n".join(f"{key:12} {value:,}" for key, value in make_plan(recipe).as_dict().items()), flush=True)
-    spec = get_spec(recipe.model.family, recipe.where("model.family"))
-    if note := shifts(recipe, lambda: spec.shift(recipe.model)):
-        print(f"note         {note}", flush=True)
-    require_inputs(recipe)
     return 0
 
 
@@ -127,7 +109,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     choose_kernels(exact=recipe.train.exact)
     import torch
 
-    from dedistill.data.encode import open_data
+    from dedistill.data.encode import check_images, open_data
     from dedistill.models.model import build_model, expected_parameters
     from dedistill.models.quantize import sample_sha256
     from dedistill.report.console import progress
@@ -153,7 +135,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         data = open_data(recipe, accelerator.device, say, world)
         model = build_model(recipe, "cpu" if engine.builds_on_cpu else accelerator.device)
         model.text_cache |= data.text_cache
-        _check_images(recipe, data.source.image, model.components.sample_shape)
+        check_images(recipe, data.source.image, model.components.sample_shape)
         base = sample_sha256(model.components.denoiser)
         world.assert_equal_on_all_ranks({"hash of the data": data.digest, "hash of a sample of the base": base})
         engine.place(model, accelerator.device)
@@ -215,12 +197,3 @@ def _conclude(trainer: "Trainer", plan: Plan, again: str, exported: Path | None)
         return
     where = f"{trainer.run.path}/" + (f", model in {exported}/" if exported else "")
     print(f"done: {amount(plan.steps, 'step')}; results in {where}", file=sys.stderr)
-
-
-def _check_images(recipe: Recipe, data: tuple[int, ...] | None, network: tuple[int, ...]) -> None:
-    if data is not None and tuple(data) != tuple(network):
-        raise UserError(
-            f"{recipe.where('data.source')}: images are {data[0]} x {data[1]} x {data[2]} (channels, height, width), "
-            f"the network takes {network[0]} x {network[1]} x {network[2]}",
-            exit_code=2,
-        )

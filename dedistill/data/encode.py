@@ -49,6 +49,16 @@ def open_source(data: Data) -> Source:
     raise ValueError(f"'{data.source}' must be encoded first: dedistill.data.encode.open_data")
 
 
+def check_images(recipe: Recipe, data: tuple[int, ...] | None, network: tuple[int, ...]) -> None:
+    """Raises UserError for samples of another shape than ``network`` takes; None: they are of several."""
+    if data is not None and tuple(data) != tuple(network):
+        raise UserError(
+            f"{recipe.where('data.source')}: images are {data[0]} x {data[1]} x {data[2]} (channels, height, width), "
+            f"the network takes {network[0]} x {network[1]} x {network[2]}",
+            exit_code=2,
+        )
+
+
 def data_files(data: Data) -> list[Path]:
     """The files whose bytes decide what ``data`` draws; pairs.json holds the hash of every shard. Empty for packages."""
     if data.path is None:  # images are bound by what the index says of them

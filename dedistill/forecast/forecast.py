@@ -1,4 +1,4 @@
-"""What a recipe will need, known before it is started: memory, work and the cards it fits, with its settings and with others."""
+"""What a recipe will need, known before it starts: memory, work and the cards it fits, with its settings and with others."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from itertools import product
 import torch
 
 from dedistill.data.images.buckets import buckets_for
-from dedistill.forecast.cards import CARDS, CONTEXT, GIB, fit
+from dedistill.forecast.cards import CARDS, CONTEXT, FITS, GIB, NO, fit
 from dedistill.forecast.depth import GRANULE, Case, Estimate, estimate
 from dedistill.forecast.meter import BASE, Meter, Work
 from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, shapes_alone
@@ -77,22 +77,17 @@ def outlook(case: Case, *, whole: bool = False) -> Outlook:
     return Outlook(setting_of(case.recipe), estimate(case, whole=whole), make_plan(case.recipe).micro_steps)
 
 
-def others(case: Case) -> Iterator[Outlook]:
-    """With other settings, the slowest and smallest first. A step of theirs is the same step."""
-    recipe = case.recipe
-    own = setting_of(recipe)
-    if recipe.train.exact:
-        sizes = [1]
-    else:
-        sizes = sorted(
-            {n for n in (*MICRO_BATCHES, own.micro_batch) if recipe.train.batch % n == 0 and n <= max(4, own.micro_batch)}
-        )
-    quants = (
-        dict.fromkeys(["int8", "none", *([own.quant] if own.quant != "int8-quanto" else [])]) if recipe.adapter else ["none"]
-    )
-    for quant, again, micro in product(quants, (True, False), sizes):
+def others(case: Case, *, all_of_them: bool) -> Iterator[Outlook]:
+    """With other settings, of which a step is the same step. Those that differ in one key, or ``all_of_them``."""
+    recipe, own = case.recipe, setting_of(case.recipe)
+    own = replace(own, quant={"int8-quanto": "int8"}.get(own.quant, own.quant), swap=0)
+    sizes = {n for n in MICRO_BATCHES if recipe.train.batch % n == 0} if not recipe.train.exact else set()
+    quants = ("int8", "none") if recipe.adapter else ("none",)
+    for quant, again, micro in product(quants, (True, False), sorted(sizes | {own.micro_batch})):
         setting = Setting(quant, again, micro)
-        yield outlook(replace(case, recipe=changed(recipe, setting)))
+        unlike = [quant != own.quant, again != own.checkpointing, micro != own.micro_batch]
+        if all_of_them or sum(unlike) < 2:
+            yield outlook(replace(case, recipe=changed(recipe, setting)))
 
 
 def changed(recipe: Recipe, setting: Setting) -> Recipe:
@@ -109,13 +104,20 @@ def swapped_to_fit(found: Outlook, gb: float) -> Outlook | None:
     """``found`` with the fewest blocks waiting on the CPU that lets it fit a card of ``gb``; None where none does."""
     if found.setting.checkpointing is not True or found.setting.quant == "int8-quanto" or not found.estimate.blocks:
         return None
-    if not found.setting.swap and fit(found.peak, gb) == "fits":
+    if not found.setting.swap and fit(found.peak, gb) == FITS:
         return found
     for count in range(LEAST, len(found.estimate.blocks) + 1):
         less = replace(found, setting=replace(found.setting, swap=count), estimate=found.estimate.swapped(count))
-        if fit(less.peak, gb) == "fits":
+        if fit(less.peak, gb) == FITS:
             return less
     return None
+
+
+def fitting(own: Outlook, found: Iterable[Outlook], gb: float) -> list[Outlook]:
+    """What of all settings fits a card of ``gb``, if need be with blocks that wait on the CPU; the least work first."""
+    fits = (swapped_to_fit(o, gb) or (o if fit(o.peak, gb) != NO else None) for o in [own, *found])
+    chosen = {o.setting: o for o in fits if o}
+    return sorted(chosen.values(), key=lambda o: (bool(o.setting.swap), o.step.flops, o.peak))
 
 
 def beside(recipe: Recipe, family: Family) -> dict[str, int]:

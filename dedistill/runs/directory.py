@@ -45,6 +45,12 @@ class RunDirectory:
         self.previews = self.path / "previews"
         self.model = self.path / "model"
 
+    def check(self) -> None:
+        """Raises UserError for a directory that ``__enter__`` would refuse for what is in it. Writes nothing."""
+        self._refuse_foreign()
+        if self.used:
+            self._compare(self.path / "recipe.json")
+
     def __enter__(self) -> "RunDirectory":
         self._refuse_foreign()
         try:

@@ -1,0 +1,236 @@
+"""Every number of a run that is known before it starts, what it needs, and what a start would refuse; needs no GPU.
+
+dedistill plan my_recipe.toml
+dedistill plan my_recipe.toml --card 24      # what lets it train on a card of 24 GB
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dedistill.cli.command import finite, recipe_parser, run_recipe
+from dedistill.errors import UserError, amount
+from dedistill.recipe import Recipe
+from dedistill.recipe.resolve import filled, make_plan
+from dedistill.runs.missing import missing_inputs
+
+if TYPE_CHECKING:
+    from dedistill.forecast.forecast import Outlook
+    from dedistill.models.family import Components, Family
+
+T = TypeVar("T")
+Facts = dict[str, Any]
+"""What is printed, or with --json given as data."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0; 2 for what a start would refuse."""
+    parser = recipe_parser("plan", __doc__)
+    parser.add_argument("--card", type=finite, metavar="GB", help="show which settings fit a card of so much memory")
+    parser.add_argument("--json", action="store_true", help="the same as data, on stdout")
+    args = parser.parse_args(argv)
+    return run_recipe(args, lambda recipe: plan(recipe, card=args.card, data=args.json))
+
+
+def plan(recipe: Recipe, *, card: float | None = None, data: bool = False) -> int:
+    """Say, or with ``data`` print as JSON, what ``recipe`` comes to. Returns the exit code."""
+    facts: Facts = {}
+    refused = missing_inputs(recipe)
+    say: Callable[[str], None] = (lambda text: None) if data else (lambda text: print(text, flush=True))
+    for part in (_numbers, _inputs, _network):
+        part(recipe, facts, refused, say)
+    if "network" in facts:
+        _forecast(recipe, facts, say, card, data=data)
+    facts["refused"] = refused
+    if data:
+        facts.pop("network", None)
+        print(json.dumps(facts, indent=1))
+    for message in refused:
+        print(f"a start would refuse: {message}", file=sys.stderr)
+    return 2 if refused else 0
+
+
+def _tried(recipe: Recipe, refused: list[str], check: Callable[[], T]) -> T | None:
+    """What ``check`` gives; None, with a word on it in ``refused``, where it is refused."""
+    try:
+        return check()
+    except UserError as e:
+        if (message := recipe.placed(str(e))) not in refused:
+            refused.append(message)
+        return None
+
+
+# --- without a network -----------------------------------------------------------------------------------------------
+
+
+def _numbers(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str], None]) -> None:
+    numbers = make_plan(recipe).as_dict()
+    facts |= numbers
+    say("\n".join(f"{key:12} {value:,}" for key, value in numbers.items()))
+
+
+def _inputs(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str], None]) -> None:
+    """The data, and the folder of the run."""
+    from dedistill.runs.directory import RunDirectory
+
+    _tried(recipe, refused, RunDirectory(recipe).check)
+    if recipe.data.source != "pictures" or any("data.sets" in line for line in refused):
+        return
+    from dedistill.data.usable import look
+
+    usable = _tried(recipe, refused, lambda: look(recipe, lambda line: print(line, file=sys.stderr)))
+    if usable is None:
+        return
+    crops = [crop for image in usable.images for crop in image.crops]
+    captions = {caption for image in usable.images for caption in image.sample.captions}
+    trained = len(usable.split.train)
+    facts |= {
+        "images": len(usable.images),
+        "held_out": len(usable.split.held),
+        "left_out": len(usable.index.quarantined),
+        "crops": len(crops),
+        "buckets": len({(crop.height, crop.width) for crop in crops}),
+        "captions": len(captions),
+        "epochs": round(recipe.train.steps * recipe.train.batch / trained, 2) if trained else None,
+    }
+    out = f", {facts['left_out']:,} left out" if facts["left_out"] else ""
+    say(f"{'images':12} {facts['images']:,}, {facts['held_out']:,} of them held out{out}")
+    say(f"{'crops':12} {facts['crops']:,} of {amount(facts['buckets'], 'shape')}, {amount(facts['captions'], 'caption')}")
+    say(f"{'epochs':12} {facts['epochs']:,}")
+
+
+# --- the network, without its numbers --------------------------------------------------------------------------------
+
+
+def _network(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str], None]) -> None:
+    """Layers and sizes of the network at full size, and its files as far as they are there."""
+    from dedistill.forecast.sizes import check_room, sizes_of
+    from dedistill.models.registry import get_family, looks_local, text_length
+
+    family = get_family(recipe.model.family, recipe.where("model.family"))
+    length, path = filled(recipe.model.text_length, "model.text_length"), recipe.model.path
+    _tried(recipe, refused, lambda: text_length(family, length, recipe.where("model.text_length")))
+    if path and looks_local(path) and not Path(path).exists():
+        return say(f"{'memory':12} is forecast once the model is there")
+    components = _tried(recipe, refused, lambda: family.full_size(recipe.model))
+    if components is None:
+        return None
+    if path and (looks_local(path) or not recipe.model.revision):  # what is on the hub is fetched by a start
+        _tried(recipe, refused, lambda: family.load(recipe.model, seed=0, denoiser=False))
+    _tried(recipe, refused, lambda: _check_samples(recipe, family, components))
+    sizes = _tried(recipe, refused, lambda: sizes_of(recipe, family, components.denoiser))
+    if sizes is None:
+        return None
+    _tried(recipe, refused, lambda: check_room(recipe, sizes))
+    facts |= {
+        "network": (family, components),
+        "network_parameters": sizes.network,
+        "trained_parameters": sizes.trained,
+        "adapted_layers": sizes.layers,
+        "disk_gb": {
+            "snapshots": _gb(sizes.snapshot * sizes.snapshots),
+            "checkpoints": _gb(sizes.checkpoint * sizes.checkpoints),
+            "merged_model": _gb(sizes.merged),
+        },
+    }
+    say(f"{'trained':12} {sizes}")
+    merged = f"; {sizes.merged / 1e9:.1f} GB more to merge the adapter" if sizes.merged else ""
+    snapshots = f"{amount(sizes.snapshots, 'snapshot')} of {sizes.snapshot / 1e9:.2f} GB, " if sizes.snapshots else ""
+    checkpoints = f"{amount(sizes.checkpoints, 'checkpoint')} of {sizes.checkpoint / 1e9:.2f} GB"
+    say(f"{'disk':12} {sizes.kept / 1e9:.1f} GB: {snapshots}{checkpoints}{merged}")
+    return _cache(recipe, facts, family, components, say)
+
+
+def _check_samples(recipe: Recipe, family: "Family", components: "Components") -> None:
+    """Raises UserError where the data's samples, or the images to be made, are not what the network takes."""
+    from dedistill.data.encode import check_images, open_source
+
+    height, width = recipe.sample.height, recipe.sample.width
+    shape = family.latent_shape(components, height, width) if height and width else components.sample_shape
+    if recipe.data.source != "pictures" and (not recipe.data.path or Path(recipe.data.path).exists()):
+        check_images(recipe, open_source(recipe.data).image, shape)
+
+
+def _cache(recipe: Recipe, facts: Facts, family: "Family", components: "Components", say: Callable[[str], None]) -> None:
+    """Room for encoded images and captions, these at their longest."""
+    if "captions" not in facts:
+        return
+    from dedistill.data.usable import look
+
+    sides = [(crop.height, crop.width) for image in look(recipe, lambda line: None).images for crop in image.crops]
+    shapes = {side: family.latent_shape(components, *side) for side in set(sides)}
+    latents = sum(2 * shapes[side][0] * shapes[side][1] * shapes[side][2] for side in sides)
+    widths, length = components.text.widths, filled(recipe.model.text_length, "model.text_length")
+    texts = facts["captions"] * 2 * (length * sum(widths.sequences) + sum(widths.vectors.values()))
+    facts["disk_gb"]["cache"] = _gb(latents + texts)
+    say(f"{'cache':12} at most {(latents + texts) / 1e9:.1f} GB, with captions of {length} tokens")
+
+
+def _gb(size: int) -> float:
+    return round(size / 1e9, 2)
+
+
+# --- the step, on paper ----------------------------------------------------------------------------------------------
+
+
+def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: float | None, *, data: bool) -> None:
+    from dedistill.forecast import forecast as f
+
+    family, components = facts["network"]
+    case = f.case_of(recipe, family, components)
+    own = f.outlook(case, whole=True)
+    memory = f.memory_facts(own, f.beside(recipe, family), previews=bool(recipe.preview.every))
+    facts["memory"], facts["cards"] = memory, f.card_facts(own)
+    say(_memory_lines(memory))
+    found = list(f.others(case, all_of_them=data or card is not None))
+    facts["step"] = f.step_facts(own, min(o.step.flops for o in [own, *found]))
+    facts["other_settings"] = f.other_facts(found)
+    say(_step_line(facts["step"], case.image, case.length))
+    if card is None:
+        say(_card_lines(facts["cards"]))
+        return say(_other_lines(found))
+    facts["fitting"] = f.other_facts(fitting := f.fitting(own, found, card))
+    return say(_fitting_lines(fitting, card))
+
+
+def _memory_lines(memory: Facts) -> str:
+    parts = ", ".join(f"{name} {size:g}" for name, size in memory["by_category_gib"].items())
+    held = f"{memory['reserved_gib']:.1f} with what the allocator holds, {memory['context_gib']} beside it"
+    lines = [
+        f"{'memory':12} {memory['peak_gib']:.1f} GiB at the peak ({memory['where']}); {held}",
+        f"{'':12} {parts}",
+        *(f"{'':12} {size:.1f} GiB while {name}" for name, size in memory["other_gib"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def _step_line(step: Facts, image: tuple[int, ...], length: int) -> str:
+    size = " x ".join(map(str, image))
+    return (
+        f"{'step':12} {step['tflop']:,} TFLOP, {step['useful_tflop']:,} without recomputation; {step['gigabytes']:,} GB moved, "
+        f"{step['kernels']:,} kernels; for the largest samples, {size} and {length} tokens"
+    )
+
+
+def _card_lines(cards: list[Facts]) -> str:
+    head = f"{'cards':12} {'':12} {'memory':>7}  {'':5} a step takes at least, by published rates"
+    rows = [f"{'':12} {c['card']:12} {c['gb']:4} GB  {c['fit']:5} {c['seconds']:10.3g} s" for c in cards]
+    return "\n".join([head, *rows])
+
+
+def _other_lines(found: "list[Outlook]") -> str:
+    from dedistill.forecast.cards import GIB
+
+    rows = [f"{'':12} {o.setting!s:44} {o.peak / GIB:8.1f} GiB {o.step.flops / 1e12:10,.1f} TFLOP" for o in found]
+    return "\n".join([f"{'settings':12} the same step with others:", *rows])
+
+
+def _fitting_lines(found: "list[Outlook]", card: float) -> str:
+    from dedistill.forecast.cards import GIB
+
+    if not found:
+        return f"{'card':12} nothing fits {card:g} GB: fewer or smaller adapters, or smaller images"
+    rows = [f"{'':12} {o.setting!s:60} {o.peak / GIB:8.1f} GiB {o.step.flops / 1e12:10,.1f} TFLOP" for o in found]
+    return "\n".join([f"{'card':12} of {card:g} GB, with the least work first:", *rows])
