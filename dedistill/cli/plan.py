@@ -39,10 +39,12 @@ def plan(recipe: Recipe, *, card: float | None = None, data: bool = False) -> in
     facts: Facts = {}
     refused = missing_inputs(recipe)
     say: Callable[[str], None] = (lambda text: None) if data else (lambda text: print(text, flush=True))
-    for part in (_numbers, _inputs, _network):
+    for part in (_numbers, _inputs):
         part(recipe, facts, refused, say)
-    if "network" in facts:
-        _forecast(recipe, facts, say, card, data=data)
+    before = len(refused)
+    _network(recipe, facts, refused, say)
+    if "network" in facts and len(refused) == before:
+        _forecast(recipe, facts, say, card)
     facts["refused"] = refused
     if data:
         facts.pop("network", None)
@@ -175,7 +177,7 @@ def _gb(size: int) -> float:
 # --- the step, on paper ----------------------------------------------------------------------------------------------
 
 
-def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: float | None, *, data: bool) -> None:
+def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: float | None) -> None:
     from dedistill.forecast import forecast as f
 
     family, components = facts["network"]
@@ -184,33 +186,43 @@ def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: fl
     memory = f.memory_facts(own, f.beside(recipe, family), previews=bool(recipe.preview.every))
     facts["memory"], facts["cards"] = memory, f.card_facts(own)
     say(_memory_lines(memory))
-    found = list(f.others(case, all_of_them=data or card is not None))
+    found = list(f.others(case, all_of_them=card is not None))
     facts["step"] = f.step_facts(own, min(o.step.flops for o in [own, *found]))
     facts["other_settings"] = f.other_facts(found)
     say(_step_line(facts["step"], case.image, case.length))
     if card is None:
         say(_card_lines(facts["cards"]))
-        return say(_other_lines(found))
+        return say(_setting_lines(f"{'settings':12} the same step with others:", found))
     facts["fitting"] = f.other_facts(fitting := f.fitting(own, found, card))
-    return say(_fitting_lines(fitting, card))
+    if not fitting:
+        return say(f"{'card':12} nothing fits {card:g} GB: take fewer or smaller adapters, or smaller images")
+    return say(_setting_lines(f"{'card':12} of {card:g} GB, what fits, the least work first:", fitting))
 
 
 def _memory_lines(memory: Facts) -> str:
-    parts = ", ".join(f"{name} {size:g}" for name, size in memory["by_category_gib"].items())
-    held = f"{memory['reserved_gib']:.1f} with what the allocator holds, {memory['context_gib']} beside it"
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in memory["by_category_gib"].items())
+    held = f"{_size(memory['reserved_gib'])} with what the allocator holds, {_size(memory['context_gib'])} beside it"
     lines = [
-        f"{'memory':12} {memory['peak_gib']:.1f} GiB at the peak ({memory['where']}); {held}",
+        f"{'memory':12} {_size(memory['peak_gib'])} at the peak ({memory['where']}); {held}",
         f"{'':12} {parts}",
-        *(f"{'':12} {size:.1f} GiB while {name}" for name, size in memory["other_gib"].items()),
+        *(f"{'':12} {_size(size)} while {name}" for name, size in memory["other_gib"].items()),
     ]
     return "\n".join(lines)
+
+
+def _size(gib: float) -> str:
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
+
+
+def _work(tflop: float) -> str:
+    return f"{tflop:,.0f} TFLOP" if tflop >= 100 else f"{tflop:.3g} TFLOP" if tflop >= 1 else f"{tflop * 1000:.3g} GFLOP"
 
 
 def _step_line(step: Facts, image: tuple[int, ...], length: int) -> str:
     size = " x ".join(map(str, image))
     return (
-        f"{'step':12} {step['tflop']:,} TFLOP, {step['useful_tflop']:,} without recomputation; {step['gigabytes']:,} GB moved, "
-        f"{step['kernels']:,} kernels; for the largest samples, {size} and {length} tokens"
+        f"{'step':12} {_work(step['tflop'])}, {_work(step['useful_tflop'])} without recomputation; {step['gigabytes']:,} GB "
+        f"moved, {step['kernels']:,} kernels; for the largest samples, {size} and {length} tokens"
     )
 
 
@@ -220,17 +232,9 @@ def _card_lines(cards: list[Facts]) -> str:
     return "\n".join([head, *rows])
 
 
-def _other_lines(found: "list[Outlook]") -> str:
+def _setting_lines(head: str, found: "list[Outlook]") -> str:
     from dedistill.forecast.cards import GIB
 
-    rows = [f"{'':12} {o.setting!s:44} {o.peak / GIB:8.1f} GiB {o.step.flops / 1e12:10,.1f} TFLOP" for o in found]
-    return "\n".join([f"{'settings':12} the same step with others:", *rows])
-
-
-def _fitting_lines(found: "list[Outlook]", card: float) -> str:
-    from dedistill.forecast.cards import GIB
-
-    if not found:
-        return f"{'card':12} nothing fits {card:g} GB: fewer or smaller adapters, or smaller images"
-    rows = [f"{'':12} {o.setting!s:60} {o.peak / GIB:8.1f} GiB {o.step.flops / 1e12:10,.1f} TFLOP" for o in found]
-    return "\n".join([f"{'card':12} of {card:g} GB, with the least work first:", *rows])
+    width = max(len(str(o.setting)) for o in found)
+    rows = [f"{'':12} {o.setting!s:{width}} {_size(o.peak / GIB):>10} {_work(o.step.flops / 1e12):>14}" for o in found]
+    return "\n".join([head, *rows])

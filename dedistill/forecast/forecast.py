@@ -29,7 +29,7 @@ class Setting:
     swap: int = 0
 
     def __str__(self) -> str:
-        quant = "bf16" if self.quant == "none" else self.quant
+        quant = "unquantized" if self.quant == "none" else self.quant
         again = "checkpointing" if self.checkpointing is True else f"{int(self.checkpointing)} blocks checkpointed"
         parts = [quant, again if self.checkpointing else "", f"{self.swap} blocks swapped" if self.swap else ""]
         return ", ".join([*filter(None, parts), f"micro-batch {self.micro_batch}"])
@@ -163,16 +163,16 @@ def step_facts(found: Outlook, useful: int) -> dict[str, object]:
     """useful: operations of a step without recomputation."""
     step = found.step
     return {
-        "tflop": round(step.flops / 1e12, 1),
-        "useful_tflop": round(useful / 1e12, 1),
-        "gigabytes": round(step.bytes / 1e9, 1),
+        "tflop": _rounded(step.flops / 1e12),
+        "useful_tflop": _rounded(useful / 1e12),
+        "gigabytes": _rounded(step.bytes / 1e9),
         "kernels": step.kernels,
     }
 
 
 def card_facts(found: Outlook) -> list[dict[str, object]]:
     return [
-        {"card": card.name, "gb": card.gb, "fit": fit(found.peak, card.gb), "seconds": round(card.seconds(found.step), 3)}
+        {"card": card.name, "gb": card.gb, "fit": fit(found.peak, card.gb), "seconds": _rounded(card.seconds(found.step))}
         for card in CARDS
     ]
 
@@ -185,12 +185,17 @@ def other_facts(found: Iterable[Outlook]) -> list[dict[str, object]]:
             "micro_batch": o.setting.micro_batch,
             "swap": o.setting.swap,
             "peak_gib": _gib(o.peak),
-            "tflop": round(o.step.flops / 1e12, 1),
-            "seconds": {card.name: round(card.seconds(o.step), 3) for card in CARDS},
+            "tflop": _rounded(o.step.flops / 1e12),
+            "seconds": {card.name: _rounded(card.seconds(o.step)) for card in CARDS},
         }
         for o in found
     ]
 
 
+def _rounded(number: float) -> float:
+    """To four digits."""
+    return float(f"{number:.4g}")
+
+
 def _gib(size: float) -> float:
-    return round(size / GIB, 2)
+    return round(size / GIB, 4)

@@ -21,7 +21,6 @@ LIGHT = [
     ["--version"],
     ["--help"],
     *([name, "--help"] for name in COMMANDS),
-    ["plan", "dedistill:flux_schnell"],
     ["train", "dedistill:flux_schnell", "--print-recipe"],
     ["recipes"],
     ["recipes", "show", "digits/teacher"],
@@ -51,7 +50,7 @@ for line in json.loads(sys.argv[1]):
 
 
 def test_light_commands_stay_light(tmp_path):
-    """Nothing heavy for help, plan, recipes, checks of a recipe, and a look at a data set."""
+    """Nothing heavy for help, recipes, checks of a recipe, and a look at a data set."""
     assert modules_after(LIGHT) == "[]"
     write_images(tmp_path / "photos", 3)
     assert modules_after([["scan", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]]) == "[]"

@@ -1,0 +1,96 @@
+"""What ``dedistill plan`` says of a recipe, and that it refuses what a start refuses, in the same words."""
+
+import json
+import re
+
+import pytest
+from tiny_recipes import TEACHER
+
+from dedistill.cli.main import main
+
+
+@pytest.fixture
+def planned(capsys):
+    """The exit code, what is printed as data, and what is said beside it."""
+
+    def run(*words: str) -> tuple[int, dict, str]:
+        code = main(["plan", *map(str, words), "--json"])
+        said = capsys.readouterr()
+        return code, json.loads(said.out), said.err
+
+    return run
+
+
+def test_numbers_of_a_run(planned, image_recipe):
+    code, facts, said = planned(image_recipe, "--set", "snapshot.every=1")
+    assert (code, facts["refused"]) == (0, []), said
+    # twelve images, of which the hash holds some out; 2 steps of 4
+    assert facts["images"] == 12 and 1 <= facts["held_out"] <= 3
+    assert facts["epochs"] == round(2 * 4 / (12 - facts["held_out"]), 2)
+    assert (facts["steps"], facts["samples"], facts["snapshots"]) == (2, 8, 2)
+    numbers = facts["trained_parameters"]
+    assert facts["disk_gb"]["snapshots"] == round(2 * 4 * numbers / 1e9, 2)
+    memory = facts["memory"]
+    assert memory["peak_gib"] == pytest.approx(sum(memory["by_category_gib"].values()), abs=1e-3)
+    assert 0 < memory["peak_gib"] <= memory["reserved_gib"]
+    assert {c["fit"] for c in facts["cards"]} == {"fits"} and all(c["seconds"] > 0 for c in facts["cards"])
+    assert {o["micro_batch"] for o in facts["other_settings"]} == {1, 2, 4}
+
+
+def test_the_step_of_a_plan_has_the_work_of_all_its_micro_batches(planned, teacher_recipe):
+    """Of the network; its optimizer steps once, and gradients are added up, a kernel for each parameter."""
+    whole = planned(teacher_recipe, "--set", "train.batch=8")[1]["step"]
+    parted = planned(teacher_recipe, "--set", "train.batch=8", "--set", "train.micro_batch=2")[1]["step"]
+    assert parted["tflop"] == pytest.approx(whole["tflop"], rel=1e-3)
+    assert 4 * whole["kernels"] < parted["kernels"] < 5 * whole["kernels"]
+
+
+def test_a_card_is_shown_what_fits_it(capsys, teacher_recipe):
+    assert main(["plan", str(teacher_recipe), "--card", "24"]) == 0
+    rows = [line for line in capsys.readouterr().out.partition("of 24 GB")[2].splitlines() if "micro-batch" in line]
+    work = [float(re.search(r"([\d.]+) [GT]FLOP", row)[1]) for row in rows]
+    assert len(rows) >= 4 and work == sorted(work)
+    assert main(["plan", str(teacher_recipe), "--card", "0.61"]) == 0
+    assert "nothing fits 0.61 GB" in capsys.readouterr().out
+
+
+WRONG = {
+    "a layer that is not there": ["adapter.targets=[{pattern='nothing.here'}]"],
+    "a rank above the layer's": ["adapter.targets=[{preset='attention', rank=400}]"],
+    "captions that are too long": ["model.text_length=600"],
+    "images of a size that it cannot have": ["model.family=pixel_flux"],
+    "more blocks than there are": ["train.gradient_checkpointing=50"],
+    "an excluded linear that is not there": ["base.quant=int8", "base.exclude=['nope.*']"],
+    "images below every bucket": ["data.resolutions=[4096]"],
+    "images that are not there": ["data.sets=[{path='nowhere'}]"],
+    "a model that is not there": ["model.path=models/nowhere"],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_a_start_refuses_a_plan_refuses(wrong, image_recipe, planned, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [word for setting in WRONG[wrong] for word in ("--set", setting)]
+    assert main(["train", str(image_recipe), *words]) in (1, 2)
+    refusal = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")).removeprefix("error: ")
+    code, facts, said = planned(image_recipe, *words)
+    assert code == 2 and any(refusal in message for message in facts["refused"]), (refusal, facts["refused"])
+    assert f"a start would refuse: {refusal}" in said
+
+
+def test_a_plan_refuses_the_folder_of_another_run(planned, tmp_path, capsys):
+    file = tmp_path / "teacher.toml"
+    file.write_text(TEACHER.format(out=tmp_path, steps=2))
+    assert main(["train", str(file)]) == 0
+    assert planned(file)[0] == 0
+    before = sorted((tmp_path / "teacher").rglob("*"))
+    code, facts, _ = planned(file, "--set", "train.lr=1e-5")
+    assert code == 2 and "holds a run of another recipe" in facts["refused"][0] and "train.lr" in facts["refused"][0]
+    assert sorted((tmp_path / "teacher").rglob("*")) == before
+
+
+def test_what_runs_beside_training_is_forecast(planned, image_recipe):
+    """The tiny pipeline's own encoders, by their config.json: of published size they would take 10 GiB."""
+    other = planned(image_recipe)[1]["memory"]["other_gib"]
+    assert set(other) == {"encoding captions", "encoding images"}
+    assert all(0 < size < 0.5 for size in other.values())
