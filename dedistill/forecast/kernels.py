@@ -22,8 +22,13 @@ aten = torch.ops.aten
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
+_in_pieces = F.scaled_dot_product_attention
+
+
 def attention_of_cards(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
-    """Flash, or with a mask the memory-efficient kernel."""
+    """Flash, or with a mask the memory-efficient kernel; products and a softmax where heads have no dimension of their own."""
+    if query.dim() != 4:
+        return _in_pieces(query, key, value, attn_mask)
     if attn_mask is None:
         return aten._scaled_dot_product_flash_attention(query, key, value)[0]
     bias = _bias(attn_mask, query).expand(*query.shape[:-1], key.shape[-2])
@@ -31,6 +36,8 @@ def attention_of_cards(query: Tensor, key: Tensor, value: Tensor, attn_mask: Ten
 
 
 def attention_of_cpus(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
+    if query.dim() != 4:
+        return _in_pieces(query, key, value, attn_mask)
     bias = None if attn_mask is None else _bias(attn_mask, query)
     return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)[0]
 

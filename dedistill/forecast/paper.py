@@ -108,8 +108,10 @@ def blank_text(components: Components, dtype: torch.dtype, length: int) -> Condi
 def on_paper(recipe: Recipe) -> Recipe:
     """``recipe`` with one micro-batch a step, and without what needs files or images."""
     t = recipe.train
+    # for a whole network bf16 is autocast's, which does not know "meta"
+    precision = t.precision if recipe.adapter else "fp32"
     tables = {
-        "train": {"steps": 10**9, "warmup": 0, "batch": make_plan(recipe).micro_batch},
+        "train": {"precision": precision, "steps": 10**9, "warmup": 0, "batch": make_plan(recipe).micro_batch},
         "timesteps": {"shift": 1.0},
         "sample": {"shift": 1.0},
         "data": {"caption_dropout": 0.0},
