@@ -27,6 +27,7 @@ LONG = [
     "faults/test_requests",
     "faults/test_secrets",
     "faults/test_stuck",
+    "forecast/test_kinds",
     "forecast/test_memory",
     "io/test_users_files",
     "models/test_flux_docs",

@@ -156,6 +156,8 @@ def run(trainer: Trainer, meter: Meter, *, adds: bool) -> None:
             meter.follow(tensor, BASE)
         for mean in trainer.keeper.averages.state().get("ema", {}).values():
             meter.follow(mean, AVERAGES)
+        for total in engine.exact.sums if engine.exact else ():
+            meter.follow(total, GRADIENTS)
         _make_gradients(trained.values())
         engine.apply(0.0)  # makes the optimizer's state
         state = (t for s in engine.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
@@ -180,8 +182,6 @@ def _name_phases(trainer: Trainer, meter: Meter) -> None:
     def gradients(_: object) -> None:
         parameters = trainer.engine.trainable.values()
         meter.name((p.grad for p in parameters if p.grad is not None), GRADIENTS)
-        if exact := trainer.engine.exact:
-            meter.name(exact.sums, GRADIENTS)
 
     for place, name, phase in (
         (trainer.objective, "loss", FORWARD),
