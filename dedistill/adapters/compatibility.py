@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from dedistill.adapters.delta import rank, scale
-from dedistill.adapters.formats import ADAPTER_FORMATS, KOHYA, Layers, as_kohya, by_layer, is_lora
+from dedistill.adapters.formats import ADAPTER_FORMATS, KOHYA, Layers, as_kohya, by_layer, check_shapes, is_lora
 from dedistill.adapters.programs import OWN_NAMES, PROGRAMS, Found, Names, Program, Tensors
 from dedistill.adapters.spellings import LayerNames, split_key
 from dedistill.errors import UserError, amount
@@ -110,6 +110,7 @@ def _in_formats(
     for format in [*ADAPTER_FORMATS, *([KOHYA] if naming else [])]:
         try:
             if format == KOHYA and naming:
+                check_shapes(layers, shapes, "file")  # fused layers are put together from parts of the network's sizes
                 found[format] = as_kohya(layers, naming, shapes)
             else:
                 found[format] = ADAPTER_FORMATS[format](layers, folder)

@@ -224,3 +224,25 @@ def test_tools(base, tmp_path, capsys):
     assert tool("check_adapter", tmp_path / "other.safetensors", "--model", base) == 1
     with pytest.raises(UserError, match="belongs to no linear"):
         by_layer(load_file(tmp_path / "other.safetensors"), [], "other")
+
+
+FUSED = [f"transformer.transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+OTHER_SIZES = {
+    "LoRA": {f"{n}.lora_{ab}.weight": torch.zeros(shape) for n in FUSED for ab, shape in (("A", (2, 32)), ("B", (32, 2)))},
+    "torn LoRA": {
+        f"{n}.lora_{ab}.weight": torch.zeros(shape) for n in FUSED for ab, shape in (("A", (2, 3072)), ("B", (3072, 4)))
+    },
+    "LoKr": {
+        f"lycoris_transformer_blocks_0_attn_to_{part}.lokr_w{i}": torch.zeros(shape)
+        for part in "qkv"
+        for i, shape in ((1, (4, 4)), (2, (8, 8)))
+    },
+}
+
+
+@pytest.mark.parametrize("tensors", OTHER_SIZES.values(), ids=OTHER_SIZES.keys())
+def test_an_adapter_of_another_network_is_told_from_one_that_fits(tmp_path, tensors):
+    """Nothing says which network it is for: the published one is taken, which it does not fit."""
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    checked = check_file(tmp_path / "a.safetensors")
+    assert "a.safetensors'" in checked.fault and "--model" in checked.fault and not checked.layers
