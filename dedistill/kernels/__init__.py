@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-KERNELS = ("int8", "kahan", "kronecker")
+KERNELS = ("int8", "kahan", "kronecker", "products")
 """Modules of this folder. Each has ``distance(device)``: how far it is from torch, relative to the result."""
 FAR = 1e-2
 """bf16 rounds by 4e-3."""

@@ -22,7 +22,7 @@ from dedistill.models.blocks import check_blocks, checkpoint_blocks, swapped_blo
 from dedistill.models.conditioning import Conditioning, collate
 from dedistill.models.family import Components, Family
 from dedistill.models.pipeline_files import model_files
-from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
+from dedistill.models.quantize import cast_float, dense_weight, linear_names, multiply_codes, prepare_base, storage_bytes
 from dedistill.models.registry import get_family, public_name, text_length
 from dedistill.models.swap import Swap
 from dedistill.recipe import Recipe
@@ -226,6 +226,8 @@ def _adapt(
     swapped = swapped_blocks(recipe, family.blocks(denoiser))
     quantized = prepare_base(denoiser, recipe.base.quant, recipe.base.exclude, device, recipe.where, stay=swapped)
     facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
+    if recipe.base.matmul == "int8":
+        facts["int8_products"] = multiply_codes(denoiser, device, recipe.where("base.matmul"))
     targets = resolve_targets(table, shapes, family.presets(denoiser), recipe.where)
     with nullcontext() if started else torch.device(device):
         adapter = Adapter(denoiser, table.kind, targets).to(device)

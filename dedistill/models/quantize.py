@@ -17,13 +17,11 @@ from dedistill.adapters.attach import linear_in
 from dedistill.adapters.targets import matching
 from dedistill.errors import UserError
 from dedistill.io.safetensors import tensors_sha256
+from dedistill.models.int8_products import QMAX, Int8Products, check_products, fits
 from dedistill.models.swap import move_rest
 from dedistill.recipe import Recipe
 
 # --- an int8 linear made of plain tensors ----------------------------------------------------------------------------
-
-
-QMAX = 127
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +57,9 @@ class _Int8Matmul(torch.autograd.Function):
 class Int8Linear(nn.Linear):
     """A frozen ``nn.Linear``: weight int8 [out, in], weight_scale [out, 1]; gradients flow to the input only."""
 
+    products = False
+    """Whether sequences of tokens are multiplied as int8, too. Single vectors, of which there are few, never are."""
+
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None):
         """From what :func:`quantize_rows` gave, or a file holds."""
         super().__init__(codes.shape[1], codes.shape[0], bias is not None, device="meta")
@@ -74,7 +75,8 @@ class Int8Linear(nn.Linear):
         return cls(*quantize_rows(linear.weight.detach()), bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Int8Matmul.apply(x, self.weight, self.weight_scale, self.bias)
+        matmul = Int8Products if self.products and x.dim() > 2 else _Int8Matmul
+        return matmul.apply(x, self.weight, self.weight_scale, self.bias)
 
     def dequantized(self) -> Tensor:
         """The weight it stands for, [out, in], in the scale's dtype."""
@@ -202,6 +204,18 @@ def prepare_base(
     # after quantization: quanto's freeze() makes the weights it rebuilds require gradients again
     denoiser.requires_grad_(False)
     return chosen
+
+
+def multiply_codes(denoiser: nn.Module, device: torch.device | str, where: str) -> list[str]:
+    """Have int8 linears multiply sequences as int8; returns the names of those that can. Raises UserError, naming ``where``,
+    where none can."""
+    check_products(device, where)
+    chosen = {name: m for name, m in denoiser.named_modules() if isinstance(m, Int8Linear) and fits(m)}
+    if not chosen:
+        raise UserError(f"{where}: no linear of this network has sides that are multiples of 8; use 'float'", exit_code=2)
+    for linear in chosen.values():
+        linear.products = True
+    return list(chosen)
 
 
 def dense_weight(linear: nn.Linear) -> Tensor:

@@ -64,6 +64,11 @@ class Base(Table):
     exclude: list[str] = Field(
         default_factory=list, description="Name patterns of linears that stay unquantized; each must match at least one."
     )
+    matmul: Literal["float", "int8"] = Field(
+        "float",
+        description="Products with the base's weights: float: of weights made of the codes; int8: of the codes, with inputs "
+        "and gradients that are quantized token by token (needs quant = int8): faster on GPUs, coarser.",
+    )
     swap: Annotated[int, Field(ge=0)] = Field(
         0,
         description="Blocks of the frozen base that wait in the memory of the CPU and are copied to the GPU one ahead of the "

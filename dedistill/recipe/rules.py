@@ -149,6 +149,10 @@ def _training_rules(r: Recipe) -> list[Clash]:
     if OBJECTIVES[t.objective].pairs != (r.data.source == "pairs"):
         message = f"'{t.objective}' does not go with data.source = '{r.data.source}'"
         found.append(_clash("train.objective", message, "data.source"))
+    if r.base.matmul == "int8" and r.base.quant != "int8":
+        found.append(
+            _clash("base.matmul", "'int8' multiplies codes: set base.quant = 'int8', or matmul = 'float'", "base.quant")
+        )
     if r.base.quant == "none" and r.base.exclude:
         found.append(_idle("base.exclude", "has no effect with quant = 'none'", "base.quant"))
     if r.snapshot.ema and not r.snapshot.every:

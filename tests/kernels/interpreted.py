@@ -10,8 +10,10 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
 import dedistill.kernels as kernels
+from dedistill.kernels import products
 from dedistill.kernels.int8 import dequantize
 from dedistill.kernels.kronecker import AddMixed
+from dedistill.models import int8_products
 from dedistill.training.optim import KahanAdamW
 
 
@@ -69,6 +71,41 @@ def test_a_step_of_all_tensors_is_the_step_of_each(monkeypatch):
         for key in ("exp_avg", "exp_avg_sq"):
             pair = [o.state[p][key] for p, o in ((a, one), (b, other))]
             assert float((pair[0] != pair[1]).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(33, 40, 72), (130, 136, 64), (1, 8, 200)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("more", [False, True])
+def test_products_of_int8_are_those_of_torch(m, n, k, transposed, more):
+    generator = torch.Generator().manual_seed(m)
+    whole = lambda *shape: torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)  # noqa: E731
+    a, b = whole(m, k), whole(n, k).t() if transposed else whole(k, n)
+    rows = torch.rand(m, 1, generator=generator)
+    columns, bias = (torch.rand(n, generator=generator), torch.rand(n, generator=generator)) if more else (None, None)
+    assert torch.equal(
+        products.scaled(a, b, rows, columns, bias, torch.float32),
+        int8_products.scaled_product(a, b, rows, columns, bias, torch.float32),
+    )
+
+
+@pytest.mark.parametrize("factor", [False, True])
+@pytest.mark.parametrize("n", [64, 200])
+def test_tokens_are_quantized_as_torch_does(n, factor):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(9, n, generator=generator)
+    x[3], x[4, 0] = 0, 100
+    by = torch.rand(n, generator=generator) if factor else None
+    for ours, wanted in zip(products.quantized(x, by), int8_products.quantize_tokens(x, by)):
+        assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_stays_so(bad):
+    x = torch.randn(3, 40)
+    x[1, 7] = bad
+    for codes, scale in (products.quantized(x, None), int8_products.quantize_tokens(x)):
+        made = int8_products.scaled_product(codes, torch.ones(40, 8, dtype=torch.int8), scale, None, None, torch.float32)
+        assert made.isfinite().all(1).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("kernel", kernels.KERNELS)

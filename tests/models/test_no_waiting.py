@@ -10,7 +10,7 @@ from dedistill.flow.path import flow_loss
 from dedistill.models.example.family import Example
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
-from dedistill.models.quantize import cast_float, linear_names, prepare_base
+from dedistill.models.quantize import cast_float, linear_names, multiply_codes, prepare_base
 
 CAPTIONS = {"one length": ["a cat", "a dog"], "mixed lengths": ["a cat", "a dog in the snow"]}
 
@@ -27,12 +27,14 @@ def model(family, kind: str, device: str, bf16: bool = True) -> Model:
     return Model(family, components, adapter, 8, bf16=bf16, adapter=adapter, targets=targets)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "products"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("captions", CAPTIONS)
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 @pytest.mark.parametrize("family", [PixelFlux(), Example()], ids=lambda f: f.spec.name)
-def test_a_pass_waits_for_nothing(family, kind, captions, checkpointing):
+def test_a_pass_waits_for_nothing(family, kind, captions, checkpointing, products):
     built = model(family, kind, "meta")
+    if products:
+        multiply_codes(built.components.denoiser, "meta", "base.matmul")
     if checkpointing:
         built.components.denoiser.enable_gradient_checkpointing()
     text = family.encode_text(built.components, CAPTIONS[captions], 8)

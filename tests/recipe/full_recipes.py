@@ -47,6 +47,7 @@ pooled_dim = 8
 [base]
 quant = "int8"
 exclude = ["*.norm"]
+matmul = "int8"
 swap = 3
 
 [adapter]

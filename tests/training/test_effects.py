@@ -47,6 +47,7 @@ CASES = [
     ("model.new.pooled_dim", "8", "teacher", []),
     ("base.quant", "none", "adapter", []),
     ("base.exclude", "['**.norm1.linear']", "adapter", []),
+    ("base.matmul", "int8", "adapter", []),
     ("base.swap", "3", "teacher", SWAPPABLE),
     ("adapter.kind", "lora", "adapter", ["adapter.targets=[{preset='blocks'}]"]),
     ("adapter.init", "ones", "adapter", []),
