@@ -29,7 +29,9 @@ from dedistill.adapters import layers
 from dedistill.adapters.layers import LokrLayer, LoraLayer
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.models import quantize as int8
+from dedistill.models.blocks import checkpoint_blocks
 from dedistill.models.model import Model
+from dedistill.models.swap import Swap, spread
 
 PAIRS = 3
 
@@ -176,10 +178,45 @@ def dense(setup: Setup) -> Iterator[None]:
     relink(setup)
 
 
+@contextmanager
+def int8_products(setup: Setup) -> Iterator[None]:
+    """base.matmul = "int8"."""
+    denoiser = setup.model.components.denoiser
+    multiplied = int8.multiply_codes(denoiser, setup.model.device, "base.matmul")
+    yield
+    for name in multiplied:
+        denoiser.get_submodule(name).products = False
+
+
+@contextmanager
+def half_checkpointed(setup: Setup) -> Iterator[None]:
+    """train.gradient_checkpointing = half of the blocks."""
+    denoiser = setup.model.components.denoiser
+    blocks = setup.model.family.blocks(denoiser)
+    checkpoint_blocks(denoiser, blocks, len(blocks) // 2)
+    yield
+    checkpointing(setup, True)
+
+
+def swap(setup: Setup, count: int) -> int:
+    """base.swap = ``count``, for good; returns the bytes that wait on the CPU."""
+    blocks = setup.model.family.blocks(setup.model.components.denoiser)
+    return int(Swap([blocks[i] for i in spread(count, len(blocks))], setup.model.device).facts["host_bytes"])
+
+
 def relink(setup: Setup) -> None:
     """Adapters keep the forward they found."""
     for module in setup.model.adapter.by_target.values():
         module.org_forward = MethodType(type(module.org_module[0]).forward, module.org_module[0])
+
+
+SWITCHES: dict[str, Callable[[Setup], object]] = {
+    "int8 products": int8_products,
+    "half of the blocks checkpointed": half_checkpointed,
+}
+"""Keys of recipes that are off by default, or on by half."""
+SWAPPED = 3
+"""One block in so many waits on the CPU in the last rows."""
 
 
 def seconds(setup: Setup, clock: Clock, pixels: int, batch: int, generator: torch.Generator) -> float:
@@ -277,11 +314,21 @@ def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[
 
     def changes() -> None:
         checkpointing(setup, True)
-        for name, change in OFF.items():
+        for name, change in (OFF | SWITCHES).items():
             row = {"change": name, "pixels": small, "batch": 1} | compare(setup, change, small, 1, clock)
             facts["changes"].append(row)
             print(row, flush=True)
             write()
+
+    def switched(change: Callable[[Setup], object], name: str, *sizes_of: tuple[int, int, bool | None]) -> None:
+        with change(setup):
+            cells(name, *sizes_of)
+
+    def waiting() -> None:
+        """Last, since blocks do not come back."""
+        blocks = len(setup.model.family.blocks(setup.model.components.denoiser))
+        facts["swapped_bytes"] = swap(setup, max(3, blocks // SWAPPED))
+        cells(f"one block in {SWAPPED} waits on the CPU", (small, 1, True), (large, 1, True))
 
     note("eager 512", lambda: cells("eager", (small, 1, True), (small, 1, False)))
     note("profile", lambda: profiled("eager"))
@@ -294,10 +341,15 @@ def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[
         with dense(setup), graphed(setup):
             note(f"recorded, bf16 base {each}", lambda each=each: cells("recorded, bf16 base", each))
 
+    note("int8 products, 512", lambda: switched(int8_products, "int8 products", (small, 1, True), (large, 1, True)))
+    note("half checkpointed", lambda: switched(half_checkpointed, "half checkpointed", (small, 1, None), (small, 4, None)))
+    note("swap", waiting)
+
 
 def measured(setup, sizes, cells, peak, clock, facts, write, note: str) -> None:
     for pixels, batch, checkpointed in cells:
-        checkpointing(setup, checkpointed)
+        if checkpointed is not None:  # as it is
+            checkpointing(setup, checkpointed)
         row = {"adapter": "lokr", "pixels": pixels, "batch": batch, "checkpointing": checkpointed, "how": note}
         row |= cell(setup, sizes, pixels, batch, peak, clock)
         if clock.cuda:

@@ -80,6 +80,9 @@ class Codec(Protocol):
     def unload(self) -> None:
         """Free its memory; what is asked next loads again."""
 
+    def in_tiles(self) -> bool:
+        """Decode in tiles from now on, with faint seams, for a tenth of the memory; False: it cannot, or does so already."""
+
 
 States = dict[str, tuple[Tensor, Tensor, Tensor | None]]
 """Stream of hidden states -> (before, after) a block, both [B, N, D], and which of the N count [B, N]; None: all."""

@@ -75,14 +75,26 @@ class Preview:
             for i, (prompt, row) in enumerate(rows):
                 if interrupted():
                     return
-                with torch.no_grad():
-                    image = self.model.decode(next(latents))[0]
+                image = self._decoded(next(latents), step)
                 file = folder / f"p{i:03d}_cfg{facts['cfg']:g}.png"
                 save_png(image, file, {"step": step, **facts, "prompt": prompt, "seed": p.seed})
                 with Image.open(file) as stored:
                     row.append(stored.copy())
         sheet = contact_sheet(rows, [sampling.guidance.label for sampling in self.columns], title=f"step {step:,}")
         replace_image(folder.with_suffix(".png"), sheet)
+
+    @torch.no_grad()
+    def _decoded(self, latents: Tensor, step: int) -> Tensor:
+        """The image; where memory does not suffice for all of it, in tiles."""
+        try:
+            return self.model.decode(latents)[0]
+        except torch.OutOfMemoryError:
+            codec = self.model.components.vae
+            if codec is None or not codec.in_tiles():
+                raise
+        print(f"preview at step {step}: too little memory to decode whole images; from now on in tiles", file=sys.stderr)
+        _release(self.model)
+        return self.model.decode(latents)[0]
 
 
 def _all(latents: Iterator[Tensor]) -> list[Tensor]:

@@ -74,7 +74,7 @@ def test_every_layer_is_near_its_float_one(name, dtype):
                 assert torch.equal(ours, truth)
             else:
                 assert cosine(ours, truth) >= 0.999 and not torch.equal(ours, truth), linears[linear]
-    assert kinds == ({2, 3} if name == "pixel_flux" else {2, 3})
+    assert kinds == {2, 3}
 
 
 def wide(n: int, out: int, bias: bool = True) -> Int8Linear:

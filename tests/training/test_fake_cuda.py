@@ -30,6 +30,7 @@ RUNS = {
     "lora, checkpointed, alone": [CHECKPOINTED, ONE],
     "lokr, alone": [LOKR, ONE, "train.optimizer=adamw_bf16"],
     "lokr, checkpointed, masked": [LOKR, CHECKPOINTED, "train.optimizer=adamw_bf16"],
+    "lokr, int8 products": [LOKR, "base.matmul=int8"],
     "lokr, some checkpointed, plain base": [LOKR, "train.gradient_checkpointing=2", "base.quant=none"],
 }
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the card without numbers is built by g++")

@@ -44,3 +44,32 @@ def test_a_preview_without_memory_never_ends_a_run(image_recipe, tmp_path, capsy
     assert capsys.readouterr().err.count("out of memory; training goes on") == 1
     plain = run(image_recipe, tmp_path / "b")
     assert same(weights(out), weights(plain)) and list((out / "previews").rglob("*.png")) == []
+
+
+def test_where_memory_runs_out_images_are_decoded_in_tiles(image_recipe, tmp_path, capsys, monkeypatch):
+    """Near those decoded whole, at every later preview too; said once; training is the same."""
+    from diffusers.models.autoencoders.vae import Decoder
+
+    from dedistill.models.flux import encoders
+
+    monkeypatch.setattr(encoders, "TILE", 32)
+    large = ["sample.width=96", "sample.height=96"]
+
+    def full(module, args):
+        if isinstance(module, Decoder) and args[0].shape[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(full)
+    try:
+        tiled = run(image_recipe, tmp_path / "a", *PREVIEW, *large, "preview.every=1")
+    finally:
+        hook.remove()
+    assert capsys.readouterr().err.count("from now on in tiles") == 1
+    whole = run(image_recipe, tmp_path / "b", *PREVIEW, *large, "preview.every=1")
+    assert same(weights(tiled), weights(whole))
+    files = sorted(p.relative_to(whole) for p in whole.glob("previews/*/*.png"))
+    assert len(files) == 12
+    for file in files:
+        with Image.open(tiled / file) as a, Image.open(whole / file) as b:
+            one, other = (torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).float() for i in (a, b))
+            assert a.size == b.size == (96, 96) and 0 < float((one - other).abs().mean()) < 40

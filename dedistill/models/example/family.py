@@ -93,6 +93,9 @@ class MeanCodec:
     def unload(self) -> None:
         """There is nothing to free."""
 
+    def in_tiles(self) -> bool:
+        return False
+
 
 class Example:
     spec = SPEC

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 CLIP_TOKENS = 77
 CHUNK = 16
+TILE = 512
+"""Side in pixels of what is decoded at a time where memory has run out."""
 VOCABULARIES = {
     "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
@@ -138,6 +140,9 @@ class PublishedVae:
     def unload(self) -> None:
         """There is nothing to free."""
 
+    def in_tiles(self) -> bool:
+        return False
+
 
 class FluxVae:
     """AutoencoderKL of a pipeline folder; shift and scale come from its config, never from here."""
@@ -150,6 +155,11 @@ class FluxVae:
         except (ValueError, KeyError, TypeError, ArithmeticError) as e:
             raise UserError(f"model.path: no VAE in '{folder}': its config.json lacks or misstates {e}") from e
         self._loaded = None
+        self.tiled = False
+
+    def in_tiles(self) -> bool:
+        before, self.tiled = self.tiled, True
+        return not before
 
     def files(self) -> list[Path]:
         """All that decides what it computes."""
@@ -172,7 +182,7 @@ class FluxVae:
     @torch.no_grad()
     def encode(self, pixels: Tensor, noise: Tensor, device: torch.device | str) -> Tensor:
         """Latents [B, C, H/8, W/8]: mean + std * noise of the posterior, then (z - shift) * scale. A sample, not the mode."""
-        vae = self._open(device)
+        vae = self._open(device, tiled=False)
         posterior = vae.encode(pixels.to(device, torch.float32)).latent_dist
         latents = posterior.mean + posterior.std * noise.to(device)
         return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
@@ -180,11 +190,15 @@ class FluxVae:
     @torch.no_grad()
     def decode(self, latents: Tensor, device: torch.device | str) -> Tensor:
         """Pixels [B, 3, H, W], about [-1, 1], one image at a time: the VAE's memory is what runs out first."""
-        vae = self._open(device)
+        vae = self._open(device, tiled=self.tiled)
         z = latents.to(device, torch.float32) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         return torch.cat([vae.decode(row[None], return_dict=False)[0] for row in z])
 
-    def _open(self, device: torch.device | str) -> "AutoencoderKL":
+    def _open(self, device: torch.device | str, *, tiled: bool) -> "AutoencoderKL":
         if not self.loaded:
             self.load(device)
-        return self._loaded
+        vae: AutoencoderKL = self._loaded
+        vae.use_tiling = tiled
+        # by itself it would take tiles of the size that it was trained on, which are whole images
+        vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // self.scale
+        return vae
