@@ -10,6 +10,7 @@ from dedistill.errors import RUN_AGAIN
 
 COMMANDS = {
     "train": ("train", "train as a recipe says; run again to continue"),
+    "launch": ("launch", "train on several GPUs or machines"),
     "plan": ("plan", "what a run needs, and what a start would refuse; no GPU"),
     "rehearse": ("train:rehearse", "run every stage of a recipe on a tiny random model"),
     "scan": ("scan", "show what is in a data set, and what cannot be used"),

@@ -2,9 +2,10 @@
 
 dedistill train my_recipe.toml
 dedistill train dedistill:digits/teacher --set train.steps=200
-accelerate launch --config_file launch/ddp.yaml --num_processes 8 -m dedistill.train my_recipe.toml
+dedistill launch --config_file launch/ddp.yaml --num_processes 8 my_recipe.toml      # on several GPUs
 """
 
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -99,7 +100,8 @@ def train(recipe: Recipe, argv: list[str]) -> int:
         except BaseException:  # the imports of libraries may make another error of an interrupt
             if not stop.signalled or stop.deferred:
                 raise
-            print(f"stopped before the first step; what is encoded is kept; continue with:\n  {again}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"stopped before the first step; what is encoded is kept; continue with:\n  {again}", file=sys.stderr)
             return RUN_AGAIN
 
 

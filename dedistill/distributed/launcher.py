@@ -264,15 +264,21 @@ def resume_command(argv: list[str]) -> str:
         started = "/".join(Path(sys.argv[0]).parts[-2:])
         return shlex.join([*known.get(started, ["python", "-m", "dedistill.train"]), *argv])
     words = _words(os.getppid()) or ["accelerate", "launch", "-m"]
-    return shlex.join([*words, "dedistill.train", *argv])
+    return shlex.join(words if "dedistill" in words[:3] else [*words, "dedistill.train", *argv])
 
 
 def _words(process: int) -> list[str]:
-    """The launcher's own command up to the program it starts, where the system shows it (Linux); empty elsewhere."""
+    """The launcher's own command up to the program it starts, where the system shows it (Linux); empty elsewhere.
+
+    Of ``dedistill launch``, which always starts training, the whole command.
+    """
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
     except (OSError, ValueError):
         return []
+    for i, pair in enumerate(pairwise(words[:-1])):  # after the last word there is an empty one
+        if Path(pair[0]).name == "dedistill" and pair[1] == "launch":
+            return [*(["python", "-m"] if words[i - 1] == "-m" else []), "dedistill", *words[i + 1 : -1]]
     ours = (i for i, pair in enumerate(pairwise(words)) if pair[0] == "dedistill.train" or pair == ("dedistill", "train"))
     words = words[: next(ours, 0)]
     for i, word in enumerate(words):

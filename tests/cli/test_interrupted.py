@@ -1,6 +1,7 @@
 """Ctrl-C at any time: the last line is ours, no traceback, and the exit code is the one that means run me again."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,16 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from dedistill.cli import launch
 from dedistill.cli import main as cli
 from dedistill.cli.command import guarded
-from dedistill.errors import RUN_AGAIN
+from dedistill.errors import RUN_AGAIN, UserError
 
 ROOT = Path(__file__).parents[2]
 AGAIN = "python -m dedistill train "
 
 
 def interrupted(words: list[str], when: str, cwd: Path) -> list[str]:
-    """Lines of ``python -m dedistill`` after a SIGINT, sent as soon as it has said ``when``; empty: after 1.5 s."""
+    """Lines of ``python -m dedistill`` after a SIGINT, sent to all its processes as a terminal does, as soon as it has said
+    ``when``; empty: after 1.5 s."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "dedistill", *words]
     with subprocess.Popen(
@@ -32,7 +35,7 @@ def interrupted(words: list[str], when: str, cwd: Path) -> list[str]:
                     break
         else:
             time.sleep(1.5)
-        job.send_signal(signal.SIGINT)
+        os.killpg(job.pid, signal.SIGINT)
         lines += job.stdout.readlines()
     assert job.returncode == RUN_AGAIN, "".join(lines)
     assert not any("Traceback" in line or "KeyboardInterrupt" in line for line in lines), "".join(lines)
@@ -46,6 +49,36 @@ def test_training(adapter_recipe, tmp_path, when):
     lines = interrupted(["train", str(adapter_recipe), *settings], when, tmp_path)
     assert lines[-2].startswith("stopped") and lines[-2].endswith("continue with:")
     assert lines[-1].strip().startswith(AGAIN + str(adapter_recipe)), lines
+
+
+CPU_2 = ["--config_file", str(ROOT / "launch/cpu_2.yaml")]
+
+
+@pytest.mark.parametrize(("options", "said"), [(CPU_2, "on 2 x cpu"), (["--cpu", "--num_processes", "1"], "on cpu")])
+def test_under_a_launcher(adapter_recipe, tmp_path, options, said):
+    """Nothing of the launcher's comes after the line that says how to go on, which is the command itself."""
+    words = ["launch", *options, str(adapter_recipe), "--set", "train.steps=100000", "--set", "validate.every=20"]
+    lines = interrupted(words, "step 40/", tmp_path)
+    assert any(line.endswith(said) for line in lines)
+    assert (
+        lines[-2].startswith("stopped and saved at step ") and lines[-1].strip() == f"python -m dedistill {shlex.join(words)}"
+    )
+
+
+def test_a_launcher_keeps_the_exit_code(adapter_recipe, tmp_path):
+    command = [sys.executable, "-m", "dedistill", "launch", *CPU_2, str(adapter_recipe), "--set", "train.stpes=3"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert all("error: --set: train.stpes: unknown key, did you mean 'steps'?" in line for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(-9, "rank 1: ended by SIGKILL: often the system's"), (-11, "rank 1: ended by SIGSEGV")]
+)
+def test_processes_that_could_say_nothing(code, said):
+    with pytest.raises(UserError, match=said):
+        launch._code(code, "rank 1: ")
+    assert launch._code(75) == 75
 
 
 def test_other_commands(tmp_path, adapter_recipe):
