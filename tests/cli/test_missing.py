@@ -22,12 +22,16 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+STARTS = ("error: ", "a start would refuse: ")
+"""Of what a command refuses, and of what a plan tells."""
+
+
 def errors_of(capsys, *words: str) -> list[str]:
     """Lines of the error that a command must end with."""
     assert main([*words]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert lines
-    return [line.removeprefix("error: ") for line in lines]
+    found = [line.partition(start) for line in capsys.readouterr().err.splitlines() for start in STARTS]
+    assert any(start for _, start, _ in found)
+    return [line for before, start, line in found if start and not before]
 
 
 GATED = " (it is gated: accept its terms on huggingface.co and run hf auth login first)"
