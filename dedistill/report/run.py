@@ -63,28 +63,37 @@ class Record:
         """Number of bins -> steps, and losses bin by bin, NaN where none fell; the kind that came last is the last."""
         self.bad: list[dict[str, Any]] = []
         """The first LISTED rows of steps that were not applied, or from which the run went on anew."""
+        self.latest = 0
+        """Bins of the row before."""
         self.bad_count = self.not_applied = self.left_out = self.last_step = 0
         for row in rows:
             self._add(row)
 
     def _add(self, row: Mapping[str, Any]) -> None:
-        self.last_step = row["step"]
-        for key, curve in self.curves.items():
-            if key in row and is_number(value := row[key]):
-                curve.steps.append(row["step"])
+        step = self.last_step = row["step"]
+        for key in row.keys() & self.curves.keys():
+            if is_number(value := row[key]):
+                curve = self.curves[key]
+                curve.steps.append(step)
                 curve.values.append(value)
-                if is_number(error := row.get(curve.error_key)):
+                if curve.error_key in row and is_number(error := row[curve.error_key]):
                     curve.errors.append(error)
         if losses := row.get("sigma_loss"):
-            steps, values = self.bins.pop(len(losses), (array("d"), array("d")))
-            steps.append(row["step"])
-            values.extend([math.nan if loss is None else loss for loss in losses] if None in losses else losses)
-            self.bins[len(losses)] = steps, values
-        if not row.get("applied", True) or "quarantined" in row:
+            self._add_bins(step, losses)
+        applied = row.get("applied", True)
+        if not applied or "quarantined" in row:
             self.bad_count += 1
-            self.not_applied += not row.get("applied", True)
+            self.not_applied += not applied
             self.left_out += len(row.get("quarantined", ()))
             self.bad += [dict(row)] if len(self.bad) < LISTED else []
+
+    def _add_bins(self, step: int, losses: list[float | None]) -> None:
+        if self.latest != len(losses):  # what came last is the last of the table
+            self.latest = len(losses)
+            self.bins[self.latest] = self.bins.pop(self.latest, (array("d"), array("d")))
+        steps, values = self.bins[self.latest]
+        steps.append(step)
+        values.extend([math.nan if loss is None else loss for loss in losses])
 
 
 def write_run_page(run: Path) -> Path:
@@ -113,9 +122,10 @@ def write_run_page(run: Path) -> Path:
 
 def _rows(run: Path) -> Iterator[dict[str, Any]]:
     for row in read_rows(run / "metrics.jsonl"):
-        if missing := NEEDED - row.keys():
+        if not row.keys() >= NEEDED:
+            missing = min(NEEDED - row.keys())
             raise UserError(
-                f"{run / 'metrics.jsonl'}: the row of step {row['step']} has no {min(missing)!r}: not the record of a run"
+                f"{run / 'metrics.jsonl'}: the row of step {row['step']} has no {missing!r}: not the record of a run"
             )
         yield row
 

@@ -43,7 +43,7 @@ class JsonlWriter:
         with WholeFile(path) as kept:
             for line, row in _rows(path):
                 if row["step"] <= step:
-                    kept.write(line)
+                    kept.write(line.encode())
                     self.rows += 1
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
 
@@ -99,36 +99,39 @@ class MetricsLogger:
         self.timings.close()
 
 
-def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Whole lines of a journal and their rows; a torn one (a killed write) is left out, and what is no row."""
     if not path.exists():
         return
-    with open(path, "rb") as file:
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:
-            if line.endswith(b"\n") and (row := _row(line)) is not None:
+            if line.endswith("\n") and (row := _row(line)) is not None:
                 yield line, row
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _row(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line.decode(errors="replace"))
+        row, end = _decode(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not line[end:].isspace():
         return None
-    numbers = row.get("sigma_loss", [])
-    if not isinstance(numbers, list) or not _NUMBERS.issuperset(map(type, numbers)):
-        return None
-    for samples in (row[key] for key in _SAMPLES if key in row):
-        if not isinstance(samples, list) or not all(isinstance(sample, dict) and "sample" in sample for sample in samples):
+    if "sigma_loss" in row:
+        numbers = row["sigma_loss"]
+        if not isinstance(numbers, list) or not _NUMBERS.issuperset(map(type, numbers)):
             return None
+    if not _SAMPLES.isdisjoint(row):
+        for samples in (row[key] for key in _SAMPLES if key in row):
+            if not isinstance(samples, list) or not all(isinstance(sample, dict) and "sample" in sample for sample in samples):
+                return None
     return row
 
 
+_decode = json.JSONDecoder().raw_decode
 _NUMBERS = {int, float, type(None)}
 
 
-_SAMPLES = ("quarantined", "not_finite", "spike")
+_SAMPLES = frozenset(("quarantined", "not_finite", "spike"))
 """Keys of a row whose values are lists of samples."""
 
 
