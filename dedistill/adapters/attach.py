@@ -1,6 +1,7 @@
 """Put adapters on a frozen network, and take their tensors out and in by name."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,19 @@ class Adapter(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> object:
         return self._denoiser[0](*args, **kwargs)
+
+    @contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """While this lasts, what it adds is multiplied by ``strength``."""
+        modules = [*self.by_target.values()]
+        own = [module.multiplier for module in modules]
+        for module in modules:
+            module.multiplier = strength
+        try:
+            yield
+        finally:
+            for module, multiplier in zip(modules, own):
+                module.multiplier = multiplier
 
     def detach_from_base(self) -> None:
         """Give the network its own forward back, bit for bit."""

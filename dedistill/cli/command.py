@@ -17,6 +17,7 @@ from typing import NoReturn, TextIO, TypeVar, get_args
 
 from dedistill.distributed.launcher import hide_gpus
 from dedistill.errors import RUN_AGAIN, UserError, is_out_of_memory, printable
+from dedistill.flow.guidance import guider_of
 from dedistill.io.atomic import with_home
 from dedistill.io.ownership import drop_beginnings
 from dedistill.recipe import Recipe, RecipeError, load_recipe
@@ -279,6 +280,15 @@ def finite(text: str) -> float:
     return _number(text, float, math.isfinite, "a finite number")
 
 
+def guider(text: str) -> str:
+    """A guider of ``flow.guidance`` by name."""
+    try:
+        guider_of(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    return text
+
+
 def of_candidates(name: str, doc: str, folder: str) -> argparse.ArgumentParser:
     """The parser of commands that compare finished runs; ``evaluation.candidates.compared`` reads its result."""
     parser = command_parser(name, doc)
@@ -302,13 +312,21 @@ def of_sweep(name: str, doc: str, folder: str, cfgs: list[float]) -> argparse.Ar
     """``of_candidates`` for commands that make images; ``evaluation.candidates.sweep_grid`` and ``clip_judge`` read it."""
     parser = of_candidates(name, doc, folder)
     parser.add_argument("--cfg", type=finite, nargs="+", default=cfgs, help="guidance scales")
+    parser.add_argument(
+        "--guider",
+        type=guider,
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="ways of guiding at these scales, as in apg:eta=0 (docs/sampling.md); default the recipes' sample.guider",
+    )
     parser.add_argument("--skip", type=whole, nargs="+", default=[0], help="first steps without guidance")
     parser.add_argument(
         "--solver",
         choices=SOLVERS,
         nargs="+",
         default=[],
-        help="ways from noise to images; default each recipe's sample.solver",
+        help="ways from noise to images; default the recipes' sample.solver",
     )
     parser.add_argument("--steps", type=positive, nargs="+", default=[], help="their steps; default each recipe's sample.steps")
     parser.add_argument("--seeds", type=whole, nargs="+", default=[0], help="seeds of the starting noise")

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     compared = open_compared(args, asked, "evaluation", say, steps=next(iter(args.steps), None))
     if args.candidates is None and not any(c.average for c in compared.candidates):
         print("no averages among the candidates; dedistill posthoc RUN makes them", file=sys.stderr)
-    grid, clip = sweep_grid(args, compared.prompts), clip_judge(args)
+    grid, clip = sweep_grid(args, compared), clip_judge(args)
     settings = EvalSettings(
         recipe=compared.data,
         source=compared.held_out(),

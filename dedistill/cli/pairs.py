@@ -6,7 +6,7 @@ dedistill pairs dedistill:digits/teacher --out runs/digits/pairs --count 1536 --
 import argparse
 import sys
 
-from dedistill.cli.command import SOLVERS, finite, guarded, path, positive, recipe_parser, whole
+from dedistill.cli.command import SOLVERS, finite, guarded, guider, path, positive, recipe_parser, whole
 from dedistill.errors import amount, say
 
 
@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=path, required=True, help="folder of the shards")
     parser.add_argument("--count", type=positive, default=1536, help="number of pairs")
     parser.add_argument("--cfg", type=finite, default=3.0, help="guidance scale baked into the pairs")
+    parser.add_argument("--guider", type=guider, metavar="NAME", help="default the recipe's sample.guider")
     parser.add_argument("--solver", choices=SOLVERS, help="default the recipe's sample.solver")
     parser.add_argument("--steps", type=positive, default=16, help="its steps")
     parser.add_argument("--points", type=positive, default=4, help="intervals between stored states; must divide --steps")
@@ -26,21 +27,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from dedistill.data.encode import open_data
-    from dedistill.flow.guidance import ClassifierFree
+    from dedistill.flow.guidance import guider_of
     from dedistill.recipe import load_recipe
     from dedistill.runs.model import open_finished, sampling_device
     from dedistill.sampling.pairs import make_pairs, teacher_hash
     from dedistill.sampling.sampler import Sampling
 
     recipe = load_recipe(args.recipe, args.set)
-    model = open_finished(recipe)
+    model, guidance = open_finished(recipe), guider_of(args.guider or recipe.sample.guider, args.cfg)
     facts = make_pairs(
         model,
         open_data(recipe, sampling_device(), say).source,
         args.out,
         teacher=teacher_hash(model),
         count=args.count,
-        sampling=Sampling(solver=args.solver or recipe.sample.solver, steps=args.steps, guidance=ClassifierFree(args.cfg)),
+        sampling=Sampling(solver=args.solver or recipe.sample.solver, steps=args.steps, guidance=guidance),
         points=args.points,
         seed=args.seed,
         shard_size=args.shard_size,

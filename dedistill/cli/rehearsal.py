@@ -23,7 +23,7 @@ from dedistill.data.usable import Usable, by_headers, caption_words, look, witho
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.errors import UserError, amount
 from dedistill.evaluation.candidates import candidates_of
-from dedistill.evaluation.sweep import Grid, classifier_free, sweep
+from dedistill.evaluation.sweep import Grid, guiders_at, sweep
 from dedistill.forecast.sizes import check_room, sizes_of
 from dedistill.io import ownership
 from dedistill.models.family import Family
@@ -110,7 +110,7 @@ def _after_training(recipe: Recipe, family: Family, small: Recipe, out: Path, st
         widths = [0.075] if recipe.snapshot.ema else None
         average_run(out / "run", alphas=[0.5, 0.9], widths=widths, say=lambda line: None)
     with stage("CFG sweep"):
-        grid = Grid(classifier_free((1.0, 3.0)), PROMPTS, (0,))
+        grid = Grid(guiders_at((1.0, 3.0)), PROMPTS, (0,))
         sweep(candidates_of(small, None), grid, out / "sweep", title="rehearsal", judge=None, say=lambda line: None)
         write_sweep_page(out / "sweep")
     with stage("merge into the base"):

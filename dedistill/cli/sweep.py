@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from dedistill.report.sweep import write_sweep_page
 
     compared = open_compared(args, asked, "sweep", say, steps=next(iter(args.steps), None))
-    grid, title = sweep_grid(args, compared.prompts), f"CFG sweep: {compared.names}"
+    grid, title = sweep_grid(args, compared), f"CFG sweep: {compared.names}"
     sweep(compared.candidates, grid, compared.out, title=title, judge=compared.judge(), clip=clip_judge(args), say=say)
     print(f"done: {write_sweep_page(compared.out)}", file=sys.stderr)
     return 0

@@ -13,7 +13,7 @@ from dedistill.data.source import Source
 from dedistill.errors import UserError
 from dedistill.evaluation.judges import ClipJudge, DigitJudge, judge_for
 from dedistill.evaluation.prompts import Asked, Prompts, distinct
-from dedistill.evaluation.sweep import Candidate, Grid, classifier_free
+from dedistill.evaluation.sweep import Candidate, Grid, guiders_at
 from dedistill.io.hashing import file_sha256
 from dedistill.io.ownership import claim
 from dedistill.models.model import ARITHMETIC, Model
@@ -73,11 +73,14 @@ def open_compared(
     return Compared(asked.recipes, asked.data, source, runs, prompts, out)
 
 
-def sweep_grid(args: Namespace, prompts: Prompts) -> Grid:
-    """The grid that the arguments of ``dedistill.cli.command.of_sweep`` ask for; what is said twice counts once."""
-    asked = (args.cfg, args.skip, args.seeds, args.steps, args.solver)
-    cfgs, skips, seeds, steps, solvers = (tuple(dict.fromkeys(values)) for values in asked)
-    return Grid(classifier_free(cfgs, skips), prompts.texts, seeds, steps, solvers, prompts.trained)
+def sweep_grid(args: Namespace, compared: Compared) -> Grid:
+    """The grid that the arguments of ``dedistill.cli.command.of_sweep`` ask for; what is said twice counts once. Solvers and
+    guiders that they do not name are those of all recipes, for every candidate."""
+    prompts, samples = compared.prompts, [recipe.sample for recipe in compared.recipes]
+    solvers = tuple(dict.fromkeys(args.solver or [s.solver for s in samples]))
+    names = tuple(dict.fromkeys(args.guider or [s.guider for s in samples]))
+    cfgs, skips, seeds, steps = (tuple(dict.fromkeys(values)) for values in (args.cfg, args.skip, args.seeds, args.steps))
+    return Grid(guiders_at(cfgs, skips, names), prompts.texts, seeds, steps, solvers, prompts.trained)
 
 
 def clip_judge(args: Namespace) -> ClipJudge | None:
@@ -97,11 +100,11 @@ def candidates_of(
     which bears the run's name. Raises UserError for names that there are not.
     """
     out = Path(recipe.run.out)
-    steps, solver = steps or recipe.sample.steps, recipe.sample.solver
+    steps = steps or recipe.sample.steps
     if recipe.adapter is None:
         _chosen(["last"], [], wanted, out)
         identity = _identity(recipe, out / "model")
-        return [Candidate(recipe.run.name, identity, steps, lambda: open_finished(recipe), solver=solver)]
+        return [Candidate(recipe.run.name, identity, steps, lambda: open_finished(recipe))]
     label = f"{recipe.run.name} " if prefix else ""
     averages = {p.stem: p for p in sorted((out / "posthoc").glob("*.safetensors"))}
     found = []
@@ -109,7 +112,7 @@ def candidates_of(
         path = None if name == "base" else averages.get(name) or last_weights(out)
         parts = [p for p in (recipe.model.path, path) if p is not None]
         identity, average = _identity(recipe, *parts), name in averages
-        found.append(Candidate(f"{label}{name}", identity, steps, _opener(recipe, path), average, solver))
+        found.append(Candidate(f"{label}{name}", identity, steps, _opener(recipe, path), average))
     return found
 
 
@@ -132,7 +135,8 @@ def _opener(recipe: Recipe, path: Path | None) -> Callable[[], Model]:
 def _identity(recipe: Recipe, *places: Path | str) -> str:
     """Hash of everything an image depends on beside prompt, noise and steps: files of models, and how they are used."""
     settings = recipe.resolved()
-    settings["sample"].pop("solver")  # like the steps of a sweep, with its cells
+    for key in ("solver", "guider"):
+        settings["sample"].pop(key)  # a cell's own
     used = [settings[table] for table in ("model", "base", "adapter", "sample")]
     used += [settings["train"]["precision"], settings["run"]["seed"], ARITHMETIC]
     digest = hashlib.sha256(json.dumps(used).encode())

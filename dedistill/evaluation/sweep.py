@@ -19,7 +19,7 @@ from dedistill.errors import UserError
 from dedistill.evaluation.judges import ClipJudge, DigitJudge
 from dedistill.evaluation.numbers import NUMBERS, VERSION, diversity, image_numbers
 from dedistill.evaluation.prompts import distinct
-from dedistill.flow.guidance import ClassifierFree, Guider
+from dedistill.flow.guidance import Guider, guider_of
 from dedistill.flow.solvers import SOLVERS
 from dedistill.io.atomic import replace_json
 from dedistill.io.images import is_whole_image, replace_image
@@ -35,7 +35,7 @@ from dedistill.sampling.sampler import Sampling, sample, start_noise
 class Candidate:
     """Something to sample from. ``weights`` identifies its bytes; ``open`` loads it when its cells are not there yet.
 
-    steps, solver: how it is sampled where the grid does not say. average: it is one of the averages of its run.
+    average: it is one of the averages of its run.
     """
 
     name: str
@@ -43,29 +43,31 @@ class Candidate:
     steps: int
     open: Callable[[], Model]
     average: bool = False
-    solver: str = "euler"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """steps, solvers: of every candidate; none: each its own. trained: those of the prompts that were trained on."""
+    """steps: solver steps of every candidate; none: each its own. trained: those of the prompts that were trained on."""
 
     guiders: tuple[Guider, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     steps: tuple[int, ...] = ()
-    solvers: tuple[str, ...] = ()
+    solvers: tuple[str, ...] = ("euler",)
     trained: frozenset[str] = frozenset()
 
-    def columns(self, candidate: Candidate) -> list[Sampling]:
-        """The ways of sampling ``candidate``."""
-        solvers, steps = self.solvers or (candidate.solver,), self.steps or (candidate.steps,)
-        return [Sampling(solver=s, steps=n, guidance=g) for s in solvers for n in steps for g in self.guiders]
+    def columns(self, own: int) -> list[Sampling]:
+        """The ways of sampling a candidate of ``own`` steps."""
+        steps = self.steps or (own,)
+        return [Sampling(solver=s, steps=n, guidance=g) for s in self.solvers for n in steps for g in self.guiders]
 
 
-def classifier_free(cfgs: Iterable[float], skips: Sequence[int] = (0,)) -> tuple[ClassifierFree, ...]:
-    """Every scale with every number of first steps without; skipping the guidance of CFG 1 changes nothing: it comes once."""
-    return tuple(ClassifierFree(c, s) for s in skips for c in cfgs if not (c == 1 and s != skips[0]))
+def guiders_at(cfgs: Iterable[float], skips: Sequence[int] = (0,), names: Sequence[str] = ("cfg",)) -> tuple[Guider, ...]:
+    """Guiders as ``guider_of`` names them, at every scale, with every number of first steps without. What guides nowhere, as
+    CFG 1 does however it is called, comes once."""
+    found = [guider_of(name, cfg, skip) for name in names for skip in skips for cfg in cfgs]
+    unguided = [guider for guider in found if guider.neutral]
+    return tuple(guider for guider in found if not guider.neutral or guider is unguided[0])
 
 
 def sweep(
@@ -85,7 +87,7 @@ def sweep(
     rows, cells = [], []
     for candidate in candidates:
         model = None
-        for column in grid.columns(candidate):
+        for column in grid.columns(candidate.steps):
             folder = out / "images" / candidate.name / _folder_name(candidate, column)
             key = _cell_key(candidate, grid, column)
             key |= {name: who.identity if who else None for name, who in (("judge", judge), ("clip", clip))}
@@ -104,7 +106,7 @@ def sweep(
         "settings": {
             "prompts": distinct(grid.prompts, grid.trained),
             "seeds": ", ".join(map(str, grid.seeds)),
-            "solver": ", ".join(SOLVERS[s].name for s in grid.solvers or dict.fromkeys(c.solver for c in candidates)),
+            "solver": ", ".join(SOLVERS[solver].name for solver in grid.solvers),
             **({"judge reads real held-out digits": f"{judge.held_out_accuracy:.1%}"} if judge else {}),
         },
         "numbers": [n for n in NUMBERS if any(n["key"] in c for c in cells)],

@@ -1,13 +1,14 @@
 """What a recipe has done with a network's blocks: which are computed again in backward, which wait in the memory of the CPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dedistill.errors import UserError
-from dedistill.models.family import Denoiser
+from dedistill.errors import UserError, amount
+from dedistill.models.family import Denoiser, Output
 from dedistill.models.swap import spread
 from dedistill.recipe import Recipe
 
@@ -40,3 +41,27 @@ def checkpoint_blocks(denoiser: nn.Module, blocks: Sequence[nn.Module], wanted: 
     if chosen:
         cast(Denoiser, denoiser).enable_gradient_checkpointing(call)
     return len(chosen) if getattr(denoiser, "is_gradient_checkpointing", False) else 0
+
+
+@contextmanager
+def without_blocks(
+    blocks: Sequence[nn.Module], numbers: Sequence[int], unchanged: Callable[[tuple[Any, ...], dict[str, Any]], Output]
+) -> Iterator[None]:
+    """While this lasts, those of ``blocks`` with these ``numbers`` (from 0) change nothing. unchanged: the family's."""
+    if wrong := [n for n in numbers if n >= len(blocks)]:
+        raise UserError(f"guider 'skip_layers': no block {wrong[0]}; the network has {amount(len(blocks), 'block')}, from 0", 2)
+
+    def called(*args: Any, **kwargs: Any) -> Output:
+        return unchanged(args, kwargs)
+
+    skipped = [blocks[n] for n in numbers]
+    own = [vars(block).get("forward") for block in skipped]
+    for block in skipped:
+        block.forward = called
+    try:
+        yield
+    finally:
+        for block, forward in zip(skipped, own):
+            del block.forward
+            if forward is not None:
+                block.forward = forward

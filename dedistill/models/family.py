@@ -190,6 +190,9 @@ class Family(Protocol):
     def presets(self, denoiser: nn.Module) -> dict[str, list[str]]:
         """Named sets of layers of ``denoiser`` as name patterns."""
 
+    def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
+        """What one of ``blocks`` would return if it changed nothing of what it was called with."""
+
     def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
         """The hidden states that one of ``blocks`` was called with and returned. text: what the network was told."""
 

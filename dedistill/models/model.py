@@ -1,8 +1,8 @@
 """From a recipe to a model that can be called: family, frozen base, adapter, in that order."""
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,10 @@ from dedistill.adapters.delta import check_started, initialise
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.errors import UserError
+from dedistill.flow.guidance import Branch
 from dedistill.io.hashing import file_sha256
 from dedistill.io.weights import count_numbers
-from dedistill.models.blocks import check_blocks, checkpoint_blocks, swapped_blocks
+from dedistill.models.blocks import check_blocks, checkpoint_blocks, swapped_blocks, without_blocks
 from dedistill.models.conditioning import Conditioning, collate
 from dedistill.models.family import Components, Family
 from dedistill.models.pipeline_files import model_files
@@ -113,6 +114,23 @@ class Model:
         whole = self.bf16 and self.adapter is None
         with torch.autocast(self.device.type, torch.bfloat16) if whole else nullcontext():
             return self.family.velocity(self.components, self.root, noisy, sigma, text, guidance).float()
+
+    @contextmanager
+    def as_asked(self, branch: Branch) -> Iterator[None]:
+        """The network of a guider's ``branch``: its adapter weaker, or without some of its blocks. Raises UserError for a
+        network that has no such adapter or blocks."""
+        with ExitStack() as changed:
+            if branch.adapter != 1:
+                if self.adapter is None:
+                    raise UserError(
+                        "guider 'auto' leads away from the base without its adapter, and here is none: take another guider, or "
+                        "leave this candidate out (--candidates)"
+                    )
+                changed.enter_context(self.adapter.at_strength(branch.adapter))
+            if branch.without:
+                blocks = self.family.blocks(self.components.denoiser)
+                changed.enter_context(without_blocks(blocks, branch.without, self.family.unchanged))
+            yield
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, C, H, W] on the CPU, about [-1, 1]."""

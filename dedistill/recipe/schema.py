@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import AfterValidator, Field, PrivateAttr
 
+from dedistill.flow.guidance import guider_of
 from dedistill.recipe.fields import BY_FAMILY, SAFE_NAME, Bounded, Count, Default, Place, Positive, Said, Share, Table, Whole
 from dedistill.recipe.model_tables import Adapter, Base, Model
 from dedistill.recipe.objectives import DROPOUTS, ObjectiveName
@@ -91,6 +92,13 @@ class Data(Table):
 
 
 Shift = Annotated[float, Field(gt=0)] | Literal["auto"]
+
+
+def _guider(text: str) -> str:
+    guider_of(text)
+    return text
+
+
 SolverName = Literal["euler", "heun", "dpmpp_2m", "unipc"]
 """Those of ``flow.solvers``."""
 
@@ -213,6 +221,11 @@ class Sample(Table):
         "order, two calls of the network in a step; dpmpp_2m: DPM-Solver++(2M), unipc: UniPC, of second order, one call.",
     )
     steps: Bounded = Field(16, description="Steps of the solver when images are made with this model.")
+    guider: Annotated[str, AfterValidator(_guider)] = Field(
+        "cfg",
+        description="How guidance makes one velocity of the network's answers, at the scales of previews, sweeps and pairs: "
+        "cfg, interval, rescale, apg, zero_star, skip_layers, auto; with parameters as in apg:eta=0,momentum=0.",
+    )
     shift: Annotated[Shift | None, Default(BY_FAMILY)] = Field(
         None,
         description="Shift of the solver's sigmas in previews, sweeps, meters and stored pairs, and in an exported scheduler. "

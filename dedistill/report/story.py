@@ -18,7 +18,7 @@ from dedistill.errors import UserError, amount, say
 from dedistill.evaluation.candidates import candidates_of
 from dedistill.evaluation.judges import judge_for
 from dedistill.evaluation.prompts import read_prompts
-from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, sweep
+from dedistill.evaluation.sweep import Candidate, Grid, guiders_at, sweep
 from dedistill.evaluation.validation import Validator
 from dedistill.io.atomic import replace_file, replace_json
 from dedistill.io.images import replace_image
@@ -222,7 +222,7 @@ def tell(
     source = open_source(recipes["dedistilled"].data)
     candidates = [_candidate(name, recipes[name], steps) for name in STAGES]
     candidates.insert(2, _candidate("student_native", recipes["student"], recipes["student"].sample.steps))
-    grid = Grid(classifier_free(cfgs), read_prompts(str(prompts), lambda: source), (0,))
+    grid = Grid(guiders_at(cfgs), read_prompts(str(prompts), lambda: source), (0,))
     scores = sweep(candidates, grid, out / "sweep", title="Teacher, student, de-distilled", judge=judge_for(source), say=say)
     write_sweep_page(out / "sweep")
     losses = _held_out_losses(recipes, source)

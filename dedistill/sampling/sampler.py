@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dedistill.errors import amount
 from dedistill.flow import keyed
-from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, ClassifierFree, Guider
+from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, Branch, ClassifierFree, Evaluation, Guider
 from dedistill.flow.solvers import SOLVERS, sigma_grid, solve
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
@@ -74,16 +74,20 @@ def trajectories(
         model.root.train(training)
 
 
-def path(model: Model, texts: Mapping[str, Conditioning], noise: Tensor, sampling: Sampling) -> Iterator[Tensor]:
-    """Every state of the solver [B, C, h, w] on the model's device, from ``noise`` on. texts: [B] of each branch.
+def path(model: Model, texts: Mapping[Branch, Conditioning], noise: Tensor, sampling: Sampling) -> Iterator[Tensor]:
+    """Every state of the solver [B, C, h, w] on the model's device, from ``noise`` on. texts: [B] of prompts and of negative
+    ones, under ``CONDITIONAL`` and ``UNCONDITIONAL``.
 
     Two branches are two calls: each is trimmed to its own length and needs no mask when its prompts are alike.
     """
     sigmas, guider = sigma_grid(sampling.steps, model.grid_shift), sampling.guidance
+    memory: dict[int, Tensor] = {}
 
     def velocity(noisy: Tensor, sigma: float, i: int) -> Tensor:
-        s = torch.full((len(noisy),), sigma, device=noisy.device)
-        branches = guider.branches(sigmas, i)
-        return guider.combine({b: model.velocity(noisy, s, texts[b], model.guidance) for b in branches}, sigmas, i)
+        s, outputs = torch.full((len(noisy),), sigma, device=noisy.device), {}
+        for branch in guider.branches(sigmas, i):
+            with model.as_asked(branch):
+                outputs[branch] = model.velocity(noisy, s, texts[Branch(prompt=branch.prompt)], model.guidance)
+        return guider.combine(outputs, Evaluation(noisy, sigma, sigmas, i, memory))
 
     return solve(sampling.solver, velocity, noise.to(model.device), sigmas)

@@ -12,7 +12,7 @@ from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import World
 from dedistill.errors import UserError, is_out_of_memory
 from dedistill.evaluation.sweep import save_png
-from dedistill.flow.guidance import ClassifierFree
+from dedistill.flow.guidance import guider_of
 from dedistill.io.images import replace_image
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
@@ -26,8 +26,8 @@ class Preview:
     def __init__(self, recipe: Recipe, model: Model, folder: Path, world: World | None = None):
         """Rank 0 of ``world`` writes; the others are needed where the network cannot be called without them."""
         self.settings, self.model, self.folder = recipe.preview, model, folder
-        guiders = [ClassifierFree(cfg, recipe.preview.skip) for cfg in recipe.preview.cfgs]
         s = recipe.sample
+        guiders = [guider_of(s.guider, cfg, recipe.preview.skip) for cfg in recipe.preview.cfgs]
         self.columns = [Sampling(solver=s.solver, steps=s.steps, guidance=guider) for guider in guiders]
         self.world = world or World()
         self.out_of_memory = False

@@ -16,7 +16,7 @@ from dedistill.evaluation.evaluate import evaluate, shortlist
 from dedistill.evaluation.meters import RatioEstimate
 from dedistill.evaluation.prompts import read_prompts
 from dedistill.evaluation.selection import select
-from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, read_scores
+from dedistill.evaluation.sweep import Candidate, Grid, guiders_at, read_scores
 from dedistill.io.atomic import checksummed, read_checksummed
 from dedistill.recipe import load_recipe
 from dedistill.report.evaluation import three_answers, write_evaluation
@@ -50,7 +50,7 @@ def eval_settings(**changes) -> EvalSettings:
     return EvalSettings(recipe=RECIPE, source=ClosedFormData(), judge=None, prompts=PROMPTS, **asked)
 
 
-GRID = Grid(classifier_free((1.0, 3.0)), tuple(PROMPTS), (0,))
+GRID = Grid(guiders_at((1.0, 3.0)), tuple(PROMPTS), (0,))
 
 
 def evaluated(out: Path, candidates: Candidates, last: str = "w") -> dict:

@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from samplings import at
 
-from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, ClassifierFree
+from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, ClassifierFree, Evaluation
 from dedistill.flow.path import flow_loss
 from dedistill.flow.solvers import sigma_grid, solve
 from dedistill.flow.timesteps import dynamic_shift
@@ -96,7 +96,7 @@ def test_grid_needs_a_step(steps):
 
 
 def guided(cond: torch.Tensor, uncond: torch.Tensor, cfg: float) -> torch.Tensor:
-    return ClassifierFree(cfg).combine({CONDITIONAL: cond, UNCONDITIONAL: uncond}, sigma_grid(1), 0)
+    return ClassifierFree(cfg).combine({CONDITIONAL: cond, UNCONDITIONAL: uncond}, Evaluation(cond, 1.0, sigma_grid(1), 0, {}))
 
 
 def test_guidance_formula():

@@ -147,6 +147,23 @@ def test_steps_without_guidance(pipe):
     assert far(guided[0], guided[1]) and far(guided[1], guided[2]) and far(guided[2], draw(pipe))
 
 
+@pytest.mark.parametrize(
+    "neutral", ["interval:low=0,high=1", "rescale:phi=0", "apg:eta=1,momentum=0", "skip_layers:blocks=1,scale=0"]
+)
+def test_guiders_at_neutral_settings_are_plain_guidance(pipe, neutral):
+    assert torch.equal(draw(pipe, true_cfg_scale=4.0, guider=neutral), draw(pipe, true_cfg_scale=4.0))
+    assert forwards(pipe, true_cfg_scale=4.0, guider=neutral) == [(1, 5), (1, 1)] * 3
+
+
+@pytest.mark.parametrize(
+    ("guider", "words"), [("agp", "there are cfg"), ("apg:eta=3", "0 <= eta <= 1"), ("auto", "no base apart")]
+)
+def test_guiders_that_there_are_not(pipe, guider, words):
+    with pytest.raises(UserError, match="guider = ") as told:
+        draw(pipe, true_cfg_scale=4.0, guider=guider)
+    assert words in str(told.value)
+
+
 def test_guidance_of_two_kinds(pipe, folders):
     """Distilled and true guidance act together and apart on dev's shape; schnell's has no distilled one."""
     images = [draw(pipe, guidance_scale=g, true_cfg_scale=c) for g, c in ((3.5, 1.0), (1.0, 3.5), (2.0, 2.0), (1.0, 1.0))]

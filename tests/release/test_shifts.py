@@ -15,6 +15,7 @@ from dedistill.data.digits import load_digits
 from dedistill.data.encode import open_data
 from dedistill.errors import UserError
 from dedistill.evaluation.candidates import candidates_of
+from dedistill.flow.guidance import guider_of
 from dedistill.flow.solvers import sigma_grid
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.models.flux.pipeline import MaskedFluxPipeline
@@ -124,6 +125,13 @@ def test_the_exported_pipeline_makes_the_sweeps_image(bases, tmp_path):
     plain = sample(replace(model, grid_shift=1.5), ["a fox"], noise, Sampling(steps=3))
     off = [float((made - (either.clamp(-1, 1) + 1) / 2).abs().max()) for either in (image, plain)]
     assert off[0] < 1e-5 < 1e-4 < off[1]
+    seen = [made]
+    for guider in ("cfg", "interval:low=0.8", "rescale", "apg", "zero_star", "skip_layers:blocks=1,stop=0.9"):
+        image = sample(model, ["a fox"], noise, Sampling(steps=3, guidance=guider_of(guider, 4.0)))
+        made = pipe("a fox", true_cfg_scale=4.0, guider=guider, **options).images
+        torch.testing.assert_close(made, (image.clamp(-1, 1) + 1) / 2, rtol=0, atol=2e-5)
+        assert all(float((made - other).abs().max()) > 1e-4 for other in seen), guider
+        seen.append(made)
 
 
 def test_a_whole_network_is_saved_with_its_shift(bases, tmp_path):

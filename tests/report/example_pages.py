@@ -18,7 +18,7 @@ from dedistill.evaluation.distillation import EvalSettings
 from dedistill.evaluation.evaluate import evaluate
 from dedistill.evaluation.influence import Influence
 from dedistill.evaluation.selection import select
-from dedistill.evaluation.sweep import Candidate, Grid, classifier_free
+from dedistill.evaluation.sweep import Candidate, Grid, guiders_at
 from dedistill.recipe import load_recipe
 from dedistill.report.distillation import write_distillation_page
 from dedistill.report.evaluation import write_evaluation
@@ -124,7 +124,7 @@ def evaluation(folder: Path) -> Path:
     ]
     recipe = load_recipe("dedistill:digits/teacher")
     asked = EvalSettings(recipe, ClosedFormData(), prompts, judge=None, samples=32, steps=3, few=(1, 2), cfgs=(1.0, 3.0))
-    grid = Grid(classifier_free((1.0, 3.0)), tuple(prompts), (0,))
+    grid = Grid(guiders_at((1.0, 3.0)), tuple(prompts), (0,))
     found = evaluate([run], asked, grid, folder, names="t", say=lambda line: None)
     return write_evaluation(folder, found, "t")[1]
 

@@ -17,7 +17,7 @@ from dedistill.data.digits import load_digits
 from dedistill.errors import UserError
 from dedistill.evaluation.judges import ClipJudge, DigitJudge, frechet_distance, judge_for, precision_recall
 from dedistill.evaluation.numbers import image_numbers
-from dedistill.evaluation.sweep import Candidate, Grid, classifier_free, save_png, sweep
+from dedistill.evaluation.sweep import Candidate, Grid, guiders_at, save_png, sweep
 from dedistill.flow import keyed
 from dedistill.flow.guidance import ClassifierFree
 from dedistill.flow.solvers import sigma_grid
@@ -283,7 +283,7 @@ def test_the_judge_measures_distance_to_real_digits(judge):
         assert far["frechet"] > 10 * near["frechet"] and far["precision"] < 0.1 and far["recall"] < 0.1
 
 
-GRID = Grid(classifier_free((1.0, 3.0), (0, 2)), prompts=tuple(PROMPTS), seeds=(0, 7))
+GRID = Grid(guiders_at((1.0, 3.0), (0, 2)), prompts=tuple(PROMPTS), seeds=(0, 7))
 
 
 class Opened:
@@ -371,13 +371,13 @@ def test_a_sweep_makes_only_what_is_missing(tmp_path):
     assert run(opened.pair(weights="other"), tmp_path) == first and opened.names == ["last"]
     assert {f for f, t in stamps(tmp_path).items() if t != before[f]} == {f for f in before if f.startswith("last/")}
     opened = Opened()
-    run(opened.pair(weights="other"), tmp_path, Grid(classifier_free((1.0, 3.0), (0, 2)), tuple(PROMPTS), (0, 8)))
+    run(opened.pair(weights="other"), tmp_path, Grid(guiders_at((1.0, 3.0), (0, 2)), tuple(PROMPTS), (0, 8)))
     assert opened.names == ["base", "last"]
 
 
 def test_several_step_counts_are_cells_of_their_own(tmp_path):
     """The candidate's own count keeps the plain folder, so that cells made before are found; images differ by steps."""
-    once = Grid(classifier_free((1.0, 3.0), (0, 2)), tuple(PROMPTS), (0,))
+    once = Grid(guiders_at((1.0, 3.0), (0, 2)), tuple(PROMPTS), (0,))
     before = run([Opened().candidate("last")], tmp_path, once)["cells"]
     opened = Opened()
     both = run([opened.candidate("last")], tmp_path, replace(once, steps=(3, 5)))["cells"]
@@ -448,7 +448,7 @@ def test_a_damaged_image_of_a_finished_cell_is_made_again(tmp_path, damage):
 @pytest.mark.parametrize("earlier", [{}, {"passes": 5}])
 def test_the_cost_of_a_cell_that_was_made_earlier_is_nfe(tmp_path, earlier):
     """Cells of earlier versions say "passes", the oldest nothing; neither is made again."""
-    grid = Grid(classifier_free((3.0,), (1,)), tuple(PROMPTS), (0,))
+    grid = Grid(guiders_at((3.0,), (1,)), tuple(PROMPTS), (0,))
     before = run([Opened().candidate("last")], tmp_path, grid)
     file = next(tmp_path.rglob("cell.json"))
     table = json.loads(file.read_text())

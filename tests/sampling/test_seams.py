@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dedistill.evaluation.selection import select
 from dedistill.evaluation.sweep import Candidate, Grid, read_index, sweep
-from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, ClassifierFree
+from dedistill.flow.guidance import CONDITIONAL, GUIDERS, UNCONDITIONAL, Branch, ClassifierFree, Evaluation, guider_of
 from dedistill.flow.solvers import SOLVERS, OncePerStep, Velocity, sigma_grid, solve
 from dedistill.report.selection import write_selection_page
 from dedistill.report.sweep import write_sweep_page
@@ -46,12 +46,17 @@ class AdamsBashforth(OncePerStep):
 
 
 @dataclass(frozen=True)
-class Interval:
-    """CFG only where low <= sigma <= high (Kynkäänniemi et al. 2024, arXiv 2404.07724)."""
+class Band:
+    """CFG only where low <= sigma <= high."""
 
     cfg: float
-    low: float
-    high: float
+    skip: int = 0
+    low: float = 0.0
+    high: float = 1.0
+
+    @property
+    def neutral(self) -> bool:
+        return self.cfg == 1
 
     @property
     def label(self) -> str:
@@ -61,22 +66,23 @@ class Interval:
     def facts(self) -> dict[str, float | str]:
         return {"cfg": self.cfg, "skip": 0, "method": f"sigma {self.low:g} to {self.high:g}"}
 
-    def branches(self, sigmas: np.ndarray, i: int) -> tuple[str, ...]:
+    def branches(self, sigmas: np.ndarray, i: int) -> tuple[Branch, ...]:
         inside = self.low <= sigmas[i] <= self.high
         return (CONDITIONAL, UNCONDITIONAL) if inside else (CONDITIONAL,)
 
-    def combine(self, outputs: Mapping[str, Tensor], sigmas: np.ndarray, i: int) -> Tensor:
-        return ClassifierFree(self.cfg).combine(outputs, sigmas, i)
+    def combine(self, outputs: Mapping[Branch, Tensor], at: Evaluation) -> Tensor:
+        return ClassifierFree(self.cfg).combine(outputs, at)
 
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch):
     monkeypatch.setitem(SOLVERS, "ralston", Ralston)
     monkeypatch.setitem(SOLVERS, "ab2", AdamsBashforth)
+    monkeypatch.setitem(GUIDERS, "band", Band)
 
 
 PROMPTS = ["0", "1"] * 8
-MIDDLE = Interval(3.0, 0.3, 0.8)
+MIDDLE = Band(3.0, 0, 0.3, 0.8)
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ralston", 2), ("ab2", 2)])
@@ -118,9 +124,13 @@ def test_a_guider_costs_and_gives_what_it_says():
         torch.testing.assert_close(found[label::2].double(), x, rtol=0, atol=1e-5)
 
 
+def test_a_guider_has_a_name_for_recipes_and_commands():
+    assert guider_of("band:low=0.3,high=0.8", 3.0) == MIDDLE
+
+
 def test_nfe_follows_the_shift():
     """What a guider does by sigma depends on where the steps are."""
-    how = Sampling(steps=8, guidance=Interval(3.0, 0.0, 0.5))
+    how = Sampling(steps=8, guidance=Band(3.0, 0, 0.0, 0.5))
     assert [how.nfe(), how.nfe(3.0)] == [12, 10]
 
 

@@ -192,6 +192,9 @@ class Example:
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         return list(cast(ExampleNet, denoiser).blocks)
 
+    def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
+        return cast(Tensor, args[0])
+
     def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
         return {"image": (args[0].flatten(2).mT, cast(Tensor, output).flatten(2).mT, None)}
 

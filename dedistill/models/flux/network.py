@@ -135,6 +135,9 @@ class FluxBlocks:
         flux: FluxTransformer2DModel = denoiser
         return [*flux.transformer_blocks, *flux.single_transformer_blocks]
 
+    def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
+        return kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+
     def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
         """Joint-attention blocks are called by name and return (text, image)."""
         encoder_states, hidden_states = output

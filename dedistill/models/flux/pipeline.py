@@ -17,9 +17,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, ClassifierFree
+from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, Autoguidance, Branch, Evaluation, Guider, guider_of
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.io.json_files import read_object
+from dedistill.models.blocks import without_blocks
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.flux.encoders import encode
 from dedistill.models.flux.family import BypassedGuidance
@@ -77,6 +78,7 @@ class MaskedFluxPipeline(FluxPipeline):
         *,
         true_cfg_scale: float = 1.0,
         skip_cfg_steps: int = 0,
+        guider: str = "cfg",
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -94,9 +96,10 @@ class MaskedFluxPipeline(FluxPipeline):
         """Draw images; prompts of a list may differ in length.
 
         negative_prompt: what guidance leads away from, one for all or one for each. true_cfg_scale: guidance between the
-        two; 1 runs the prompt alone, and so do the first ``skip_cfg_steps`` steps. guidance_scale: the distilled
-        guidance, for models that have its embedding; others ignore it. By default what ``dedistill.json`` says of the
-        training (passed by, where it was passed by), else 3.5.
+        two; 1 runs the prompt alone, and so do the first ``skip_cfg_steps`` steps. guider: how the two make one velocity, as
+        in "apg:eta=0" (docs/sampling.md); all but "auto", since a pipeline does not know its base. guidance_scale: the
+        distilled guidance, for models that have its embedding; others ignore it. By default what ``dedistill.json`` says of
+        the training (passed by, where it was passed by), else 3.5.
         mask: "bool" hides padding from the transformer, "none" shows it, as plain FLUX.1 was trained, "libreflux" adds 1
         to the attention scores of the rest, as LibreFLUX was trained. t5_mask: whether T5 ignores padding too.
         max_sequence_length: T5 tokens. These three default to the model folder's ``dedistill.json``, else to "bool",
@@ -104,6 +107,7 @@ class MaskedFluxPipeline(FluxPipeline):
         Raises UserError for settings outside these, and where the attention backend in use cannot hide padding.
         """
         use = self._text_use({"mask": mask, "t5_mask": t5_mask, "text_length": max_sequence_length})
+        guided = _guider(guider, true_cfg_scale, skip_cfg_steps)
         height = height or self.default_sample_size * self.vae_scale_factor
         width = width or self.default_sample_size * self.vae_scale_factor
         self.check_inputs(prompt, None, height, width)
@@ -119,19 +123,21 @@ class MaskedFluxPipeline(FluxPipeline):
         guidance_scale = self._distilled(guidance_scale)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
 
-        def velocity(text: Conditioning, t: Tensor) -> Tensor:
+        def velocity(branch: Branch, t: Tensor) -> Tensor:
+            text = texts[Branch(prompt=branch.prompt)]
             sigma = (t.float() / 1000).expand(len(noisy))
             guidance = torch.full_like(sigma, guidance_scale) if self.transformer.config.guidance_embeds else None
-            denoiser = self.transformer
-            return flux_velocity(
-                denoiser, denoiser.time_text_embed, noisy, sigma, text, patch=2, mask=use.mask, guidance=guidance
-            )
+            denoiser, family = self.transformer, FluxBlocks()
+            with without_blocks(family.blocks(denoiser), branch.without, family.unchanged):
+                return flux_velocity(
+                    denoiser, denoiser.time_text_embed, noisy, sigma, text, patch=2, mask=use.mask, guidance=guidance
+                )
 
-        guider, grid = ClassifierFree(true_cfg_scale, skip_cfg_steps), np.array([*(timesteps / 1000).tolist(), 0.0])
+        grid, memory = np.array([*(timesteps / 1000).tolist(), 0.0]), dict[int, Tensor]()
         with self.progress_bar(total=len(timesteps)) as progress:
             for i, t in enumerate(timesteps):
-                outputs = {branch: velocity(texts[branch], t) for branch in guider.branches(grid, i)}
-                out = guider.combine(outputs, grid, i)
+                outputs = {branch: velocity(branch, t) for branch in guided.branches(grid, i)}
+                out = guided.combine(outputs, Evaluation(noisy, float(grid[i]), grid, i, memory))
                 noisy = self.scheduler.step(out, t, noisy, return_dict=False)[0]
                 progress.update()
         images = self._images(noisy, output_type)
@@ -181,7 +187,7 @@ class MaskedFluxPipeline(FluxPipeline):
 
     def _branches(
         self, prompts: list[str], negative: str | list[str] | None, copies: int, use: TextUse
-    ) -> dict[str, Conditioning]:
+    ) -> dict[Branch, Conditioning]:
         """Both branches of guidance, each with the text of its own; only the first without a negative prompt."""
         texts = {CONDITIONAL: self._encode(prompts, copies, use)}
         if negative is not None:
@@ -244,6 +250,16 @@ class MaskedFluxPipeline(FluxPipeline):
         latents = (latents / config.scaling_factor + config.shift_factor).to(self.vae.dtype)
         decoded = self.vae.decode(latents, return_dict=False)[0]
         return self.image_processor.postprocess(decoded, output_type=output_type)
+
+
+def _guider(name: str, cfg: float, skip: int) -> Guider:
+    try:
+        guider = guider_of(name, cfg, skip)
+    except ValueError as e:
+        raise UserError(f"guider = {name!r}: {e}", exit_code=2) from e
+    if isinstance(guider, Autoguidance):
+        raise UserError("guider = 'auto': a pipeline has no base apart from what was trained; dedistill sweep has", exit_code=2)
+    return guider
 
 
 def _folder_facts(transformer: str | None) -> dict[str, Any]:
