@@ -205,7 +205,7 @@ class ZeroStar(ClassifierFree):
 
 @dataclass(frozen=True)
 class SkipLayers(ClassifierFree):
-    """CFG, and away from the conditional velocity without some blocks, as for SD3.5-medium: + scale (v_cond - v_without).
+    """Skip-layer guidance: CFG, and away from the conditional velocity without some blocks, + scale (v_cond - v_without).
 
     Only in steps i of N with start < i / N < stop. blocks: their numbers, as in 7+8+9. scale = 0: plain CFG.
     """

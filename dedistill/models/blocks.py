@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dedistill.errors import UserError, amount
+from dedistill.flow.guidance import SkipLayers, guider_of
 from dedistill.models.family import Denoiser, Output
 from dedistill.models.swap import spread
 from dedistill.recipe import Recipe
@@ -18,6 +19,9 @@ def check_blocks(recipe: Recipe, count: int) -> None:
     for key, wanted in (("base.swap", recipe.base.swap), ("train.gradient_checkpointing", recipe.train.gradient_checkpointing)):
         if wanted > count:
             raise UserError(f"{recipe.where(key)}: {wanted} blocks, and the network has {count}", exit_code=2)
+    if isinstance(guider := guider_of(recipe.sample.guider), SkipLayers) and max(guider.blocks) >= count:
+        wrong = f"no block {max(guider.blocks)}; the network has {amount(count, 'block')}, from 0"
+        raise UserError(f"{recipe.where('sample.guider')}: {wrong}", exit_code=2)
 
 
 def swapped_blocks(recipe: Recipe, blocks: Sequence[nn.Module]) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from dedistill.flow.guidance import Autoguidance, guider_of
 from dedistill.recipe.model_tables import Adapter
 from dedistill.recipe.objectives import OBJECTIVES
 from dedistill.recipe.schema import Meters, Preview, Recipe, Timesteps
@@ -57,6 +58,9 @@ def _sampling_rules(r: Recipe) -> list[Clash]:
     found = []
     if (r.sample.height is None) != (r.sample.width is None):
         found.append(_clash("sample", "set both height and width, or neither"))
+    if isinstance(guider_of(r.sample.guider), Autoguidance) and r.adapter is None:
+        message = "'auto' leads away from the base without its adapter, and here is none: add an [adapter] table"
+        found.append(_clash("sample.guider", message))
     if r.preview.every and not r.preview.prompts:
         found.append(_clash("preview.prompts", "previews need at least one prompt"))
     for key, table, plain in (("preview", r.preview, Preview()), ("meters", r.meters, Meters())):

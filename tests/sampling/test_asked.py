@@ -71,13 +71,26 @@ def test_pairs_use_it_and_say_so(asked, tmp_path):
 
 @pytest.mark.parametrize(
     ("setting", "words"),
-    [("solver=ddim", "dpmpp_2m"), ("guider=apgg", "there are cfg, interval"), ("guider=apg:eta=7", "0 <= eta <= 1")],
+    [
+        ("solver=ddim", "dpmpp_2m"),
+        ("guider=apgg", "there are cfg, interval"),
+        ("guider=apg:eta=7", "0 <= eta <= 1"),
+        ("guider=auto", "[adapter]"),
+    ],
 )
 def test_what_there_is_not_is_refused_by_name(asked, capsys, setting, words):
     recipe, _ = asked["usual"]
     assert main(["plan", str(recipe), "--set", f"sample.{setting}"]) == 2
     assert "sample." + setting.partition("=")[0] in (said := capsys.readouterr().err) and words in said
-    if setting.startswith("guider"):
+    if setting.startswith("guider=apg"):
         with pytest.raises(SystemExit):
             main(["sweep", str(recipe), "--guider", setting.partition("=")[2]])
         assert words in capsys.readouterr().err
+
+
+def test_blocks_that_the_network_has_not_are_told_before_it_trains(asked, capsys):
+    recipe, _ = asked["usual"]
+    for block, code in ((1, 0), (2, 2)):
+        words = ["--set", f"sample.guider=skip_layers:blocks={block}", "--set", f"run.out={recipe.parent / str(block)}"]
+        assert main(["train", str(recipe), *words]) == code
+    assert "sample.guider: no block 2; the network has 2 blocks" in capsys.readouterr().err
