@@ -38,7 +38,7 @@ def weights(size: int, exact: str, folder: Path) -> dict[str, torch.Tensor]:
     settings = [f"run.out={out}", f"train.steps={STEPS}", f"train.batch={BATCH}", "train.warmup=0", f"train.exact={exact}"]
     settings += ONLY_TRAINING
     command = ["torchrun", "--nproc_per_node", str(size), "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += ["-m", "dedistill.train", RECIPE, *(a for s in settings for a in ("--set", s))]
+    command += ["-m", "dedistill.train", RECIPE, "--cpu", *(a for s in settings for a in ("--set", s))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(command, check=True, env=environment, capture_output=True)
     return load_file(out / "checkpoints" / f"step-{STEPS:08d}" / "trainable.safetensors")

@@ -244,7 +244,7 @@ def test_report(story, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("posthoc_ema", "nowhere"), "'nowhere/snapshots' holds 0 snapshots"),
+        (("posthoc_ema", "nowhere"), "'nowhere': no such run; dedistill train makes it"),
         (("cfg_sweep", "small/dedistill.toml", "--candidates", "alpha_9"), "no candidate 'alpha_9'"),
         (
             ("cfg_sweep", "small/teacher.toml", "--candidates", "base"),
