@@ -114,7 +114,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     from dedistill.data.encode import check_images, open_data
     from dedistill.models.model import build_model, expected_parameters
     from dedistill.models.quantize import sample_sha256
-    from dedistill.report.console import progress
+    from dedistill.report.live import progress
     from dedistill.runs.directory import RunDirectory, flat, input_files
     from dedistill.runs.metrics import Trackers
     from dedistill.runs.requests import BY_FILE
@@ -151,7 +151,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
         rows = trainer.fit(stop, trackers)
         with world.translate_dist_errors():
-            for _ in progress(rows, trainer.state.step, plan) if world.main else rows:
+            for _ in progress(rows, trainer.state.step, plan, trainer.pace) if world.main else rows:
                 pass
             trainer.check_applied()
             exported = trainer.keeper.export() if trainer.state.step == plan.steps else None
@@ -186,7 +186,7 @@ def _announce(trainer: "Trainer", data: dict[str, object], notes: list[str]) -> 
     plan, model, world = trainer.plan, trainer.model, trainer.world
     replace_json(trainer.run.path / "plan.json", {"plan": plan.as_dict(), "effects": model.facts | data | trainer.facts()})
     devices = f"{world.size} x {model.device.type}" if world.size > 1 else str(model.device)
-    header(trainer.recipe, plan, model, trainer.state.step, devices + trainer.engine.placement, notes)
+    header(trainer.recipe, plan, model, trainer.state.step, devices + trainer.engine.placement, data, notes)
 
 
 def _conclude(trainer: "Trainer", plan: Plan, again: str, exported: Path | None) -> None:

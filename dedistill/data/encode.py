@@ -159,6 +159,7 @@ def prepare(
     facts = {
         "images": len(images),
         "crops": sum(len(p.crops) for p in images),
+        "buckets": len({(crop.height, crop.width) for p in images for crop in p.crops}),
         "captions": len(captions),
         "held_out_images": len(usable.split.held),
         "quarantined": len(usable.index.quarantined),

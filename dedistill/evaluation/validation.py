@@ -89,7 +89,7 @@ class Validator:
         for batch in self.batches:
             if interrupted():
                 break
-            heartbeat.beat("validating")
+            heartbeat.beat(f"validating {len(own)}/{sum(len(batch.noisy) for batch in self.batches)}")
             own += zip(batch.sigma.tolist(), self.objective.loss(model, batch).tolist(), batch.image_ids)
         model.root.train(training)
         heard = self.world.gather((own, interrupted()))

@@ -1,14 +1,11 @@
-"""What a run says on the terminal: a header of what will happen, a live line, and where the results are."""
+"""What a run says on the terminal before it begins. What it says while it goes on: ``report.live``."""
 
 import math
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from itertools import groupby
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dedistill.adapters.attach import Adapter
 from dedistill.adapters.targets import Resolved
@@ -18,12 +15,11 @@ from dedistill.recipe import Recipe
 from dedistill.recipe.objectives import OBJECTIVES
 from dedistill.recipe.resolve import Plan
 
-LINE_EVERY = 100
-"""Steps between plain lines where there is no terminal."""
 
-
-def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, notes: list[str]) -> None:
-    """Say what will happen, on stderr."""
+def header(
+    recipe: Recipe, plan: Plan, model: Model, start: int, device: str, images: Mapping[str, object], notes: list[str]
+) -> None:
+    """Say what will happen, on stderr. images: what is known of the images that are trained on."""
     out = Console(stderr=True, highlight=False, soft_wrap=True)
     t, facts = recipe.train, model.facts
     data = recipe.data.source.replace("pictures", "images")
@@ -38,6 +34,8 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
         out.print(_targets_table(model.adapter, model.targets), markup=False)
     else:
         out.print(f"  trained   all {facts['trained_parameters']:,} parameters")
+    if line := data_line(plan, images):
+        out.print(f"  data      {line}")
     strata = "stratified" if recipe.timesteps.stratify else "independent"
     density = "stored points" if OBJECTIVES[t.objective].own_sigmas else recipe.timesteps.density
     out.print(f"  sigma     {density}, {strata}; text mask {recipe.model.mask}")
@@ -49,6 +47,16 @@ def header(recipe: Recipe, plan: Plan, model: Model, start: int, device: str, no
         out.print(f"  [yellow]note[/yellow]      {escape(printable(note))}", markup=True)
     if start:
         out.print(f"  continued from step {start:,}")
+
+
+def data_line(plan: Plan, facts: Mapping[str, object]) -> str:
+    """Images, what is held out, captions, epochs and shapes; empty for sources that know of no images."""
+    images, held_out = facts.get("images"), facts.get("held_out_images", 0)
+    if not isinstance(images, int) or not isinstance(held_out, int):
+        return ""
+    counts = [(facts.get("captions"), "caption"), (facts.get("crops"), "crop"), (facts.get("buckets"), "shape")]
+    parts = [amount(images, "image"), f"{held_out:,} held out", *(amount(n, what) for n, what in counts if isinstance(n, int))]
+    return ", ".join([*parts, f"{plan.samples / max(1, images - held_out):,.3g} epochs"])
 
 
 def _targets_table(adapter: Adapter, targets: list[Resolved]) -> str:
@@ -68,40 +76,3 @@ def _targets_table(adapter: Adapter, targets: list[Resolved]) -> str:
             f"            {pattern:24} {len(names):6} {size:>11} {side:>14} {rank or 'full':>5} {count:12,}  {names[0]}"
         )
     return "\n".join(lines)
-
-
-def progress(rows: Iterable[dict[str, Any]], start: int, plan: Plan) -> Iterator[dict[str, Any]]:
-    """Pass rows through, showing a live line on a terminal and a plain line every so often elsewhere."""
-    if sys.stderr.isatty():
-        yield from _live(rows, start, plan)
-        return
-    for row in rows:
-        if row["step"] % LINE_EVERY == 0 or row["step"] == plan.steps or "val_loss" in row or not row["applied"]:
-            print(_line(row, plan), file=sys.stderr, flush=True)
-        yield row
-
-
-def _live(rows: Iterable[dict[str, Any]], start: int, plan: Plan) -> Iterator[dict[str, Any]]:
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=plan.steps, completed=start, text="")
-        held_out = ""
-        for row in rows:
-            held_out = f" held-out {row['val_loss']:.4f}" if "val_loss" in row else held_out
-            bar.update(task, completed=row["step"], text=_numbers(row) + held_out)
-            yield row
-
-
-def _numbers(row: dict[str, Any]) -> str:
-    if not row["applied"]:
-        what = "NOT FINITE" if "not_finite" in row else f"gradient norm {row['grad_norm']}: A SPIKE"
-        return f"loss {row['loss']}: {what}, step not applied"
-    return f"loss {row['loss']:.4f} grad {row['grad_norm']:.3f} lr {row['lr']:.2e}"
-
-
-def _line(row: dict[str, Any], plan: Plan) -> str:
-    held_out = f" held-out {row['val_loss']:.4f}" if "val_loss" in row else ""
-    if held_out:
-        spread = f" +- {row['val_loss_se']:.4f}" if "val_loss_se" in row else ""
-        held_out += f"{spread} ({amount(row['val_images'], 'image')})"
-    return f"step {row['step']}/{plan.steps} {_numbers(row)}{held_out}"

@@ -79,11 +79,11 @@ class MetricsLogger:
         self.metrics, self.timings = JsonlWriter(run.metrics, step), JsonlWriter(run.timings, step)
         self._last = time.monotonic()
 
-    def write(self, row: Row, data_wait_s: float) -> None:
-        """data_wait_s: seconds since the last row in which training stood still for data."""
+    def write(self, row: Row, timing: dict[str, float]) -> None:
+        """timing: what belongs into the second, beside the seconds since the last row."""
         self.metrics.write(row)
         now = time.monotonic()
-        self.timings.write({"step": row["step"], "seconds": round(now - self._last, 4), "data_wait_s": round(data_wait_s, 4)})
+        self.timings.write({"step": row["step"], "seconds": round(now - self._last, 4), **timing})
         self._last = now
 
     def reopened(self, run: "RunDirectory", step: int) -> "MetricsLogger":

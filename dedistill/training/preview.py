@@ -59,9 +59,9 @@ class Preview:
         """What is to be decoded [1, C, h, w], column by column, prompt by prompt."""
         p, prompts = self.settings, list(self.settings.prompts)
         noise = start_noise(p.seed, len(prompts), self.model.components.sample_shape)
-        for sampling in self.columns:
+        for column, sampling in enumerate(self.columns):
             for i, prompt in enumerate(prompts):  # one at a time: memory is what training has left over
-                heartbeat.beat("making previews")
+                heartbeat.beat(f"preview {column * len(prompts) + i + 1}/{len(self.columns) * len(prompts)}")
                 (states,) = trajectories(self.model, [prompt], noise[i : i + 1], sampling)
                 yield states[-1]
 

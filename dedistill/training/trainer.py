@@ -23,6 +23,7 @@ from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import Plan, filled
 from dedistill.runs.directory import RunDirectory
 from dedistill.runs.metrics import MetricsLogger, Row, Trackers
+from dedistill.runs.pace import Pace
 from dedistill.runs.requests import BY_SIGNAL, StopRequests
 from dedistill.sampling.sampler import Sampling
 from dedistill.training.background import ahead
@@ -54,6 +55,7 @@ class Trainer:
         self.stopping = ""
         """How some process was asked to stop, as StopRequests.poll says it."""
         self.requests = {"save": False, "sample": False}
+        self.pace = Pace(plan.batch, model.device)
         self.data_wait_s = 0.0
         """Seconds since the last line of timings.jsonl in which training stood still for data."""
         self.micro_batch = min(plan.micro_batch, ceil_div(plan.batch, self.world.size))
@@ -130,7 +132,8 @@ class Trainer:
             while state.step < self.plan.steps and not self.stopping:
                 self.keeper.writer.check()
                 try:
-                    row = self.train_step(state.step, micro_batches)
+                    with self.pace.step():
+                        row = self.train_step(state.step, micro_batches)
                 except Rollback as back:
                     micro_batches.close()
                     self._roll_back(back.step)
@@ -220,6 +223,7 @@ class Trainer:
             if item is None:
                 break
             counted, noisy = item
+            self.pace.saw(tuple(noisy.noisy.shape), noisy.text.lengths()[0] if noisy.text else None)
             loss = self.objective.loss(self.model, noisy)  # one number per sample
             self.engine.backward(loss.sum() / self.plan.batch, counts=len(counted) > 0)
             positions += counted.tolist()
@@ -270,7 +274,7 @@ class Trainer:
             if special or row["step"] == 1 or _due(recipe.log.every, state.step, last):
                 state.rows += 1
                 if record:
-                    record.write(row, self.data_wait_s)
+                    record.write(row, {"data_wait_s": round(self.data_wait_s, 4), **self.pace.facts()})
                     self.data_wait_s = 0.0
                     trackers.log(row, state.step)
         if saving or self.stopping:

@@ -231,15 +231,15 @@ def test_weights_that_a_finite_step_blows_up_are_never_saved(adapter_recipe, tmp
 
 def test_a_signal_between_steps_still_saves(adapter_recipe, tmp_path, monkeypatch):
     """Asked for while the row is shown, after the checkpoint was decided."""
-    from dedistill.report import console
+    from dedistill.report import live
 
-    def interrupting(rows, start, plan):
+    def interrupting(rows, *_):
         for row in rows:
             if row["step"] == 3:
                 os.kill(os.getpid(), signal.SIGINT)
             yield row
 
-    monkeypatch.setattr(console, "progress", interrupting)
+    monkeypatch.setattr(live, "progress", interrupting)
     assert main([str(adapter_recipe), "--set", "checkpoint.every=0"]) == 75
     assert [p.name for p in list_checkpoints(tmp_path / "dedistill" / "checkpoints")] == ["step-00000004"]
 

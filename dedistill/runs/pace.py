@@ -1,0 +1,106 @@
+"""How fast a run goes and what memory it takes: for the terminal and timings.jsonl, never for metrics.jsonl."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+RECENT = 20
+"""Steps whose median is the present speed."""
+GIB = 1 << 30
+Useful = Callable[[tuple[int, ...], int], float]
+"""Shape of a sample, tokens of its caption -> operations that one step needs for it, nothing computed twice."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of a GPU, in GiB: what torch has in use now and had at most in this process, and what the card has."""
+
+    now: float
+    peak: float
+    total: float
+
+
+class Pace:
+    """Of one process. A start begins anew."""
+
+    def __init__(self, batch: int, device: torch.device):
+        """batch: samples of a step."""
+        self.batch, self.device = batch, device
+        self.useful: Useful | None = None
+        """None: not known, and nothing is said of it."""
+        self.rate: float | None = None
+        """Operations per second that matrix products reach on this card, measured."""
+        self._steps: deque[tuple[float, float]] = deque(maxlen=RECENT)
+        self._work = 0.0
+
+    def saw(self, shape: tuple[int, ...], length: int | None) -> None:
+        """A micro-batch of samples of ``shape`` [B, C, H, W] is part of the step. length: of their captions."""
+        if self.useful and length is not None:
+            self._work += shape[0] * self.useful(shape[1:], length)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The block is one step."""
+        self._work, start = 0.0, time.monotonic()
+        yield
+        self._steps.append((time.monotonic() - start, self._work))
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, lately; 0 before the first."""
+        return median(s for s, _ in self._steps) if self._steps else 0.0
+
+    @property
+    def tflop_s(self) -> float | None:
+        """Useful operations per second lately, 1e12 of them; None where that is not known."""
+        seconds, work = (sum(column) for column in zip(*self._steps)) if self._steps else (0.0, 0.0)
+        return work / seconds / 1e12 if work and seconds else None
+
+    def memory(self) -> Memory | None:
+        """None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        now, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        return Memory(now / GIB, peak / GIB, torch.cuda.get_device_properties(self.device).total_memory / GIB)
+
+    def facts(self) -> dict[str, float]:
+        """For timings.jsonl."""
+        found: dict[str, float] = {}
+        if self.seconds:
+            found |= {"step_s": round(self.seconds, 4), "samples_s": round(self.batch / self.seconds, 2)}
+        if self.tflop_s:
+            found["useful_tflop_s"] = round(self.tflop_s, 1)
+        if self.tflop_s and self.rate:
+            found["share_of_rate"] = round(1e12 * self.tflop_s / self.rate, 4)
+        if memory := self.memory():
+            found |= {"memory_gib": round(memory.now, 2), "memory_peak_gib": round(memory.peak, 2)}
+        return found
+
+    def __str__(self) -> str:
+        if not self.seconds:
+            return ""
+        parts = [f"{self.seconds:.3g} s/step", f"{self.batch / self.seconds:.3g} samples/s"]
+        if rate := self.tflop_s:
+            share = f" ({1e12 * rate / self.rate:.0%} of this card's {self.rate / 1e12:.0f})" if self.rate else ""
+            parts.append(f"{rate:.3g} useful TFLOP/s{share}")
+        if memory := self.memory():
+            parts.append(f"{memory.now:.1f} GiB, at most {memory.peak:.1f} of {memory.total:.0f}")
+        return ", ".join(parts)
+
+
+def matmul_rate(device: torch.device, side: int = 8192, rounds: int = 10) -> float:
+    """Operations per second of bf16 products of random matrices of that side on a GPU, in well under a second."""
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for i in range(2 * rounds):  # the first half warms up
+        if i == rounds:
+            start.record()
+        a @ b
+    end.record()
+    torch.cuda.synchronize(device)
+    return 2 * side**3 * rounds / (start.elapsed_time(end) / 1000)
