@@ -2,6 +2,7 @@
 as evidence only for the keys listed here."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -156,7 +157,7 @@ def evidence(recipe: Path, out: Path, settings: list[str], capsys) -> dict:
     """What a run recorded: numbers, effects, names of files, what it said; without the recipe's own copies."""
     arguments = [a for s in settings for a in ("--set", s)]
     assert main([str(recipe), "--debug", "--set", f"run.out={out}", *arguments]) == 0
-    said = capsys.readouterr().err.replace(str(out), "OUT")
+    said = re.sub(r", \S+ s/step.*", "", capsys.readouterr().err.replace(str(out), "OUT"))
     plan = json.loads((out / "plan.json").read_text())
     plan["effects"].pop("cache_bytes", None)  # the cache is shared between the runs here
     previews = {p.name: p.read_bytes() for p in (out / "previews").rglob("*.png")}
