@@ -51,15 +51,23 @@ class Split:
         return [chosen[i % len(chosen)] for i in range(count)]
 
 
-def split(images: Sequence[CroppedImage], share: HeldOut, near: Sequence[Sequence[str]] = ()) -> Split:
+def split(
+    images: Sequence[CroppedImage],
+    share: HeldOut,
+    near: Sequence[Sequence[str]] = (),
+    fold: Sequence[int] | None = None,
+) -> Split:
     """By the hashes of the images' bytes: names and order do not matter.
 
     near: groups of hashes whose images are near-duplicates; copies and near-duplicates stay together. At least one image is
     held out when ``share`` is above 0. auto: 2 % of the different images, or more where that is less than the 16 from which on
     intervals are given, but no more than a fifth. Groups that would take more than that share of the images are trained on.
+    fold: [k, K], to hold out the k-th of K parts instead, which have as many different images each, give or take one.
     """
     group = {sha256: min(some) for some in near for sha256 in some}
     sizes = Counter(group.get(p.sample.sha256, p.sample.sha256) for p in images)
+    if fold:
+        return _halves(images, set(sorted(sizes)[fold[0] - 1 :: fold[1]]), group)
     part = min(0.2, max(0.02, LEAST_UNITS / max(1, len(sizes)))) if share == "auto" else float(share)
     wanted, room = (max(1, round(part * n)) if part else 0 for n in (len(sizes), len(images)))
     held: set[str] = set()
@@ -69,6 +77,10 @@ def split(images: Sequence[CroppedImage], share: HeldOut, near: Sequence[Sequenc
             room -= sizes[unit]
     if wanted and not held:
         held = {min(sizes, key=lambda unit: (sizes[unit], unit))}
+    return _halves(images, held, group)
+
+
+def _halves(images: Sequence[CroppedImage], held: set[str], group: dict[str, str]) -> Split:
     whole = Split(list(images), [], group)
     parts: tuple[list[CroppedImage], list[CroppedImage]] = ([], [])
     for p in images:

@@ -101,7 +101,11 @@ def look(recipe: Recipe, say: Say) -> Usable:
     if words:
         say(f"left out: {words}")
     near = near_groups(images, cache / "duplicates.json")
-    return Usable(cache, index, images, small, split(images, filled(data.held_out, "data.held_out"), near))
+    halves = split(images, filled(data.held_out, "data.held_out"), near, data.fold)
+    if data.fold and not halves.held:
+        parts = amount(data.fold[1], "part")
+        raise UserError(f"{recipe.where('data.fold')}: too few different images for {parts}: some would be empty", 2)
+    return Usable(cache, index, images, small, halves)
 
 
 def small_words(small: Sequence[Sized], total: int, recipe: Recipe) -> str:

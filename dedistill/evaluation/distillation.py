@@ -250,20 +250,34 @@ def measure(
         _check_shape(name, result.image, shapes)
         readings[name], places[name] = result.readings, result.places
         say(f"{name}: " + _short(readings[name]))
-    against = readings[reference]
+    said = {
+        "prompts": distinct(settings.prompts, settings.trained),
+        "held-out samples": f"{settings.samples}, of {amount(len(readings[reference]['loss'].top), 'image')}",
+        "held-out data": settings.recipe.run.name,
+        "paths": Sampling(solver=settings.solver, steps=settings.steps).label,
+        "intervals": "95 %, bootstrap over images and prompts",
+    }
+    prompts = len(set(settings.prompts))
     return {
         "title": title,
-        "settings": {
-            "prompts": distinct(settings.prompts, settings.trained),
-            "held-out samples": f"{settings.samples}, of {amount(len(against['loss'].top), 'image')}",
-            "held-out data": settings.recipe.run.name,
-            "paths": Sampling(solver=settings.solver, steps=settings.steps).label,
-            "intervals": "95 %, bootstrap over images and prompts",
-        },
+        "settings": said,
+        "distinct_prompts": prompts,
+        **compared(readings, places, reference, settings.cfgs),
+    }
+
+
+def compared(
+    readings: dict[str, dict[str, RatioEstimate]],
+    places: dict[str, dict[str, list[float]]],
+    reference: str,
+    cfgs: tuple[float, ...],
+) -> dict[str, Any]:
+    """The candidates of these readings, and how each differs from ``reference``: the part of distillation.json in numbers."""
+    names, against = list(readings), readings[reference]
+    return {
         "images": len(against["loss"].top),
-        "distinct_prompts": len(set(settings.prompts)),
         "reference": reference,
-        "meters": [vars(m) for m in _all_meters(settings.cfgs) if m.key in against],
+        "meters": [vars(m) for m in _all_meters(cfgs) if m.key in against],
         "candidates": {
             n: {k: _rows(r, against[k], places[n].get(k), n == reference) for k, r in readings[n].items()} for n in names
         },
@@ -287,14 +301,14 @@ def _check_shape(name: str, image: tuple[int, ...], shapes: dict[tuple[int, ...]
         raise UserError(f"{' and '.join(shapes.values())} make images of different shapes: measure them separately")
 
 
-def check_comparable(names: list[str], reference: str, settings: EvalSettings) -> None:
-    """Raise UserError for names that are not each one candidate's, and for too few samples or prompts."""
+def check_comparable(names: list[str], reference: str, settings: EvalSettings, *, prompts: bool = True) -> None:
+    """Raise UserError for names that are not each one candidate's, and for too few samples or ``prompts``."""
     if len(set(names)) != len(names):
         raise UserError(f"two candidates share a name: {', '.join(names)}", exit_code=2)
     if reference not in names:
         raise UserError(f"--reference: no candidate '{reference}'; there are {', '.join(names)}", exit_code=2)
     for flag, count, least in (("samples", settings.samples, 2 * BINS), ("prompts", len(settings.prompts), 2)):
-        if count < least:
+        if count < least and (prompts or flag == "samples"):
             raise UserError(f"--{flag}: {count} {'is' if count == 1 else 'are'} too few for intervals; at least {least}", 2)
 
 

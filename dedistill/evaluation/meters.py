@@ -39,6 +39,8 @@ class RatioEstimate:
 
     top: np.ndarray
     bottom: np.ndarray
+    wider: float = 1.0
+    """What bootstrap values are taken apart by, where units are not quite independent (``folds.joined``)."""
 
     @classmethod
     def of(cls, top: np.ndarray, bottom: np.ndarray, units: Sequence[str], sigmas: np.ndarray | None = None) -> "RatioEstimate":
@@ -71,7 +73,8 @@ class RatioEstimate:
 
     def resampled(self) -> np.ndarray:
         """[4000, M] values of bootstrap samples; the same units for every reading of as many."""
-        return ratio(resamples(len(self.top)), self)
+        found = ratio(resamples(len(self.top)), self)
+        return found if self.wider == 1 else self.value + self.wider * (found - self.value)
 
 
 def _without_trend(top: np.ndarray, bottom: np.ndarray, sigmas: np.ndarray) -> np.ndarray:

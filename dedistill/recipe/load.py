@@ -66,7 +66,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError([line for _, line in sorted(draft.errors, key=lambda found: found[0])])
     recipe._places.update(draft.places)
     recipe._files = tuple(file.absolute() for file in files)
-    return resolve(recipe)
+    return _of_fold(resolve(recipe))
+
+
+def fold_ending(fold: Sequence[int]) -> str:
+    return "-fold{}of{}".format(*fold)
+
+
+def _of_fold(recipe: Recipe) -> Recipe:
+    """The run of a fold has a folder and a name of its own, so that all of one recipe stand side by side."""
+    if recipe.data.fold:
+        ending = fold_ending(recipe.data.fold)
+        own = {key: getattr(recipe.run, key).removesuffix(ending) + ending for key in ("out", "name")}
+        return recipe.model_copy(update={"run": recipe.run.model_copy(update=own)})
+    return recipe
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

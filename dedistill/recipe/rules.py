@@ -82,6 +82,7 @@ _IMAGE_KEYS = (
     "split_lines",
     "limit",
     "held_out",
+    "fold",
 )
 
 
@@ -106,6 +107,11 @@ def _data_rules(r: Recipe) -> list[Clash]:
             if getattr(r.data, key) not in (None, []):
                 message = f"has no effect with source = '{r.data.source}'; it belongs to 'pictures'"
                 found.append(_idle(f"data.{key}", message, source))
+    if r.data.fold and not (r.data.fold[0] <= r.data.fold[1] >= 2):
+        message = f"[k, K] is the k-th of K parts, K at least 2 and k from 1 to K, got {r.data.fold}"
+        found.append(_clash("data.fold", message))
+    if r.data.fold and r.data.held_out not in (None, "auto"):
+        found.append(_idle("data.held_out", "has no effect with data.fold, which holds out a part of its own", "data.fold"))
     if r.data.source == "pairs" and r.data.path is None:
         found.append(_clash("data.path", "required with source = 'pairs': the folder that dedistill pairs wrote"))
     if r.data.source == "digits" and r.data.path is not None:

@@ -83,6 +83,11 @@ class Data(Table):
     held_out: Annotated[Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] | None, Default("auto", *_OF_IMAGES)] = Field(
         None, description="pictures: share kept for validation; 0: none; auto: 2 %, or what 16 images take, at most a fifth."
     )
+    fold: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = Field(
+        None,
+        description="pictures: [k, K]: hold out the k-th of K equal parts, in a run of its own (run.out gets the fold's name), "
+        "for dedistill measure --folds K. None: as held_out says.",
+    )
     caption_noise: Share = Field(
         0.0, description="Share of digit words replaced at random, as in captions from the web; makes guidance matter."
     )

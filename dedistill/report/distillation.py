@@ -41,7 +41,7 @@ def write_distillation_page(folder: Path, found: dict[str, Any]) -> Path:
 def few_words(found: dict[str, Any]) -> str:
     """What a reader must know where there are too few images or prompts for intervals; empty otherwise."""
     counts = ((found["images"], "held-out image"), (found["distinct_prompts"], "different prompt"))
-    few = [amount(count, what) for count, what in counts if count < LEAST_UNITS]
+    few = [amount(count, what) for count, what in counts if count is not None and count < LEAST_UNITS]
     if not few:
         return ""
     return (

@@ -4,6 +4,7 @@ import hashlib
 import io
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -176,7 +177,7 @@ def test_a_thousand_images_in_a_chain_are_one_group_that_is_told(image_recipe, m
     everything = [*usable.images, *chain]
     found = split(everything, "auto", [[p.sample.sha256 for p in chain]])
     assert not {p.sample.name for p in found.held} & {p.sample.name for p in chain} and len(found.held) >= 1
-    said = near_words(type(usable)(usable.cache, usable.index, everything, found))
+    said = near_words(replace(usable, images=everything, split=found))
     assert "1,000 images in 1 group of near-duplicates" in said[0] and "1,000 of 1,012 images are one group" in said[1]
 
 

@@ -165,3 +165,5 @@ for old, new in (
     ("[sample]\nsteps = 4\n", "[sample]\nsolver = 'heun'\nsteps = 4\nshift = 2.5\nheight = 512\nwidth = 768\nguidance = 3.5\n"),
 ):
     IMAGES = IMAGES.replace(old, new)
+
+FOLDS = IMAGES.replace("held_out = 0.05\n", "fold = [2, 5]\n")

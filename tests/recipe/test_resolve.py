@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from full_recipes import IMAGES, MODE, NEW, SMALL, TRAINED
+from full_recipes import FOLDS, IMAGES, MODE, NEW, SMALL, TRAINED
 
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.fields import BY_FAMILY, Default, Table
@@ -13,7 +13,7 @@ from dedistill.recipe.rules import contradictions
 from dedistill.recipe.toml import fields_of, table_in
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
-FULL = {"new": NEW, "trained": TRAINED, "mode": MODE, "images": IMAGES, "small": SMALL}
+FULL = {"new": NEW, "trained": TRAINED, "mode": MODE, "images": IMAGES, "folds": FOLDS, "small": SMALL}
 MEANS_SOMETHING = {
     **dict.fromkeys(
         ["model.path", "model.new", "adapter.targets.pattern", "adapter.targets.preset"], "the other of two is set"
@@ -21,6 +21,7 @@ MEANS_SOMETHING = {
     **dict.fromkeys(["model.revision", "model.components", "data.path", "data.cache"], "nothing is named"),
     **dict.fromkeys(["data.sets.name", "data.sets.captions"], "what is found there"),
     "data.sets.file_column": "the column file_name",
+    "data.fold": "as held_out says",
     **dict.fromkeys(["data.limit", "train.micro_batch", "train.max_grad_norm"], "no limit"),
     **dict.fromkeys(["snapshot.ema", "adapter"], "off"),
     "sample.guidance": "as model.guidance, where that is no number",
