@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from full_recipes import IMAGES, MODE, NEW, SMALL, TRAINED
+from full_recipes import FOLDS, IMAGES, MODE, NEW, SMALL, TRAINED
 
 from dedistill.recipe import Recipe, RecipeError, load_recipe, to_toml
 from dedistill.recipe.fields import Table
@@ -22,7 +22,7 @@ from dedistill.recipe.toml import fields_of, table_in
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "dedistill" / "recipes" / "schema.json"
 SHIPPED = sorted((ROOT / "dedistill" / "recipes").rglob("*.toml"))
-FULL = {"new": NEW, "trained": TRAINED, "mode": MODE, "images": IMAGES}
+FULL = {"new": NEW, "trained": TRAINED, "mode": MODE, "images": IMAGES, "folds": FOLDS}
 
 
 def leaves(model: type[Table] = Recipe, path: str = "") -> dict[str, str | None]:
