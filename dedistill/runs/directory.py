@@ -1,8 +1,9 @@
 """The run directory: one run, one recipe, one process at a time, and the bytes that it was made from."""
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dedistill.errors import UserError, amount
 from dedistill.io import ownership
@@ -44,6 +45,7 @@ class RunDirectory:
         self.snapshots = self.path / "snapshots"
         self.previews = self.path / "previews"
         self.model = self.path / "model"
+        self._lock: TextIO | None = None
 
     def check(self) -> None:
         """Raises UserError for a directory that ``__enter__`` would refuse for what is in it. Writes nothing."""
@@ -66,7 +68,17 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
+
+    def require(self) -> None:
+        """Raises UserError once the folder that was opened is no longer here: what is written next would be torn from it."""
+        try:
+            here = self._lock is None or os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock"))
+        except (FileNotFoundError, NotADirectoryError):
+            here = False
+        if not here:
+            raise UserError(f"'{self.path}' was moved or removed while the run went on; put it back, and start again")
 
     @property
     def used(self) -> bool:

@@ -143,6 +143,7 @@ class Keeper:
         groups = {"trainable": self.engine.weights(), "optimizer": self.engine.state(), **self.averages.state()}
         groups = {name: self._good(tensors) for name, tensors in groups.items()}
         if self.world.main:
+            self.run.require()
             now = {"recipe": self.recipe.resolved(), "saved_at": time.time(), "arithmetic": ARITHMETIC}
             facts = self.state.saved() | now
             folder, step, keep = self.run.checkpoints, self.state.step, self.recipe.checkpoint.keep
@@ -156,6 +157,7 @@ class Keeper:
         """Keep a copy of the weights, and one of each of their averages."""
         weights, step = self._good(self.engine.weights()), self.state.step
         if self.world.main:
+            self.run.require()
             header = snapshot_header(self.recipe, step)
             write_snapshot(self.run.snapshots, step, weights, header)
             self.averages.write(self.run.snapshots, step, weights, header)

@@ -16,12 +16,14 @@ from runs import arguments, differences, last_row, train
 from tiny_recipes import ADAPTER
 
 from dedistill.data import encode as prepare
-from dedistill.errors import RUN_AGAIN
+from dedistill.errors import RUN_AGAIN, UserError
 from dedistill.io.atomic import checksummed, read_checksummed
 from dedistill.io.ownership import claim
 from dedistill.objectives.base import Objective
+from dedistill.recipe import load_recipe
 from dedistill.runs import metrics
 from dedistill.runs.checkpoint import list_checkpoints
+from dedistill.runs.directory import RunDirectory
 from dedistill.runs.metrics import Trackers
 from dedistill.train import main
 
@@ -177,6 +179,47 @@ def test_two_runs_in_one_directory(recipe, tmp_path, capsys):
     steps = int(list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name[5:]) + 2
     assert main([*given, "--set", f"train.steps={steps}"]) == 0 and last_row(tmp_path / "run") == steps
     assert Path(tmp_path / "run" / ".lock").exists()
+
+
+def test_what_is_saved_next_needs_the_folder_that_was_opened(recipe, tmp_path):
+    run = RunDirectory(load_recipe(recipe, [f"run.out={tmp_path / 'run'}"]))
+    run.require()
+    with run:
+        run.require()
+        run.path.rename(tmp_path / "other")
+        with pytest.raises(UserError, match="was moved or removed while the run went on"):
+            run.require()
+        shutil.copytree(tmp_path / "other", run.path)
+        with pytest.raises(UserError, match="was moved or removed"):
+            run.require()
+        shutil.rmtree(run.path)
+        (tmp_path / "other").rename(run.path)
+        run.require()
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_a_run_whose_folder_goes_ends_and_makes_no_other(recipe, tmp_path, capsys, how):
+    """Whatever is written next; a run that was moved is whole, and is gone on with from there."""
+    run, real = tmp_path / "run", Objective.noisy_batch
+
+    def task(self, step, positions):
+        if step == 4 and not (tmp_path / "other").exists():
+            run.rename(tmp_path / "other")
+            if how == "removed":
+                shutil.rmtree(tmp_path / "other" / "checkpoints")
+            if how == "replaced":
+                run.mkdir()
+                (run / ".lock").touch()
+        return real(self, step, positions)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "noisy_batch", task)
+        assert main(arguments(recipe, run, *SETTINGS)) == 1
+    said = capsys.readouterr().err  # a save may be under way
+    assert f"'{run}' was moved or removed while the run went on" in said or "No such file or directory" in said
+    assert not run.exists() or [p.name for p in run.iterdir()] == [".lock"]
+    if how == "moved":
+        assert main(arguments(recipe, tmp_path / "other", *SETTINGS)) == 0
 
 
 class Gone:
