@@ -193,7 +193,7 @@ def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: fl
     facts["memory"], facts["cards"] = memory, f.card_facts(own)
     say(_memory_lines(memory))
     found = list(f.others(case, all_of_them=card is not None))
-    facts["step"] = f.step_facts(own, min(o.step.flops for o in [own, *found]))
+    facts["step"] = f.step_facts(own, min(o.step.operations for o in [own, *found]))
     facts["other_settings"] = f.other_facts(found)
     say(_step_line(facts["step"], case.image, case.length))
     if card is None:
@@ -202,7 +202,7 @@ def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: fl
     facts["fitting"] = f.other_facts(fitting := f.fitting(own, found, card))
     if not fitting:
         return say(f"{'card':12} nothing fits {card:g} GB: take fewer or smaller adapters, or smaller images")
-    return say(_setting_lines(f"{'card':12} of {card:g} GB, what fits, the least work first:", fitting))
+    return say(_setting_lines(f"{'card':12} of {card:g} GB, what fits, and no step takes less:", fitting, card))
 
 
 def _memory_lines(memory: Facts) -> str:
@@ -238,9 +238,15 @@ def _card_lines(cards: list[Facts]) -> str:
     return "\n".join([head, *rows])
 
 
-def _setting_lines(head: str, found: "list[Outlook]") -> str:
-    from dedistill.forecast.cards import GIB
+def _setting_lines(head: str, found: "list[Outlook]", gb: float | None = None) -> str:
+    """gb: of a card, of whose like at least so many seconds a step are shown."""
+    from dedistill.forecast.cards import CARDS, GIB
 
     width = max(len(str(o.setting)) for o in found)
-    rows = [f"{'':12} {o.setting!s:{width}} {_size(o.peak / GIB):>10} {_work(o.step.flops / 1e12):>14}" for o in found]
+    cards = [card for card in CARDS if card.gb == gb]
+    rows = [
+        f"{'':12} {o.setting!s:{width}} {_size(o.peak / GIB):>10} {_work(o.step.operations / 1e12):>14}"
+        + "".join(f"  {card.name} {card.seconds(o.step):.3g} s" for card in cards)
+        for o in found
+    ]
     return "\n".join([head, *rows])

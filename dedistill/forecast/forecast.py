@@ -27,9 +27,11 @@ class Setting:
     checkpointing: bool | int
     micro_batch: int
     swap: int = 0
+    matmul: str = "float"
 
     def __str__(self) -> str:
         quant = "unquantized" if self.quant == "none" else self.quant
+        quant += " products" if self.matmul == "int8" else ""
         again = "checkpointing" if self.checkpointing is True else f"{int(self.checkpointing)} blocks checkpointed"
         parts = [quant, again if self.checkpointing else "", f"{self.swap} blocks swapped" if self.swap else ""]
         return ", ".join([*filter(None, parts), f"micro-batch {self.micro_batch}"])
@@ -69,7 +71,8 @@ def largest_image(recipe: Recipe) -> tuple[int, int]:
 
 
 def setting_of(recipe: Recipe) -> Setting:
-    return Setting(recipe.base.quant, recipe.train.gradient_checkpointing, make_plan(recipe).micro_batch, recipe.base.swap)
+    base = recipe.base
+    return Setting(base.quant, recipe.train.gradient_checkpointing, make_plan(recipe).micro_batch, base.swap, base.matmul)
 
 
 def outlook(case: Case, *, whole: bool = False) -> Outlook:
@@ -82,10 +85,10 @@ def others(case: Case, *, all_of_them: bool) -> Iterator[Outlook]:
     recipe, own = case.recipe, setting_of(case.recipe)
     own = replace(own, quant={"int8-quanto": "int8"}.get(own.quant, own.quant), swap=0)
     sizes = {n for n in MICRO_BATCHES if recipe.train.batch % n == 0} if not recipe.train.exact else set()
-    quants = ("int8", "none") if recipe.adapter else ("none",)
-    for quant, again, micro in product(quants, (True, False), sorted(sizes | {own.micro_batch})):
-        setting = Setting(quant, again, micro)
-        unlike = [quant != own.quant, again != own.checkpointing, micro != own.micro_batch]
+    bases = (("int8", "float"), ("int8", "int8"), ("none", "float")) if recipe.adapter else (("none", "float"),)
+    for (quant, matmul), again, micro in product(bases, (True, False), sorted(sizes | {own.micro_batch})):
+        setting = Setting(quant, again, micro, matmul=matmul)
+        unlike = [(quant, matmul) != (own.quant, own.matmul), again != own.checkpointing, micro != own.micro_batch]
         if all_of_them or sum(unlike) < 2:
             yield outlook(replace(case, recipe=changed(recipe, setting)))
 
@@ -93,7 +96,9 @@ def others(case: Case, *, all_of_them: bool) -> Iterator[Outlook]:
 def changed(recipe: Recipe, setting: Setting) -> Recipe:
     """``recipe`` with ``setting``; what does not train is left out."""
     exclude = recipe.base.exclude if setting.quant != "none" else []
-    base = recipe.base.model_copy(update={"quant": setting.quant, "swap": setting.swap, "exclude": exclude})
+    base = recipe.base.model_copy(
+        update={"quant": setting.quant, "swap": setting.swap, "exclude": exclude, "matmul": setting.matmul}
+    )
     micro = None if recipe.train.exact else setting.micro_batch
     train = recipe.train.model_copy(update={"gradient_checkpointing": setting.checkpointing, "micro_batch": micro})
     validate = recipe.validate_.model_copy(update={"every": 0})
@@ -114,10 +119,12 @@ def swapped_to_fit(found: Outlook, gb: float) -> Outlook | None:
 
 
 def fitting(own: Outlook, found: Iterable[Outlook], gb: float) -> list[Outlook]:
-    """What of all settings fits a card of ``gb``, if need be with blocks that wait on the CPU; the least work first."""
+    """What of all settings fits a card of ``gb``, if need be with blocks that wait on the CPU; what a card takes the least
+    time for first."""
+    card = min(CARDS, key=lambda card: (abs(card.gb - gb), card.gb))
     fits = (swapped_to_fit(o, gb) or (o if fit(o.peak, gb) != NO else None) for o in [own, *found])
     chosen = {o.setting: o for o in fits if o}
-    return sorted(chosen.values(), key=lambda o: (bool(o.setting.swap), o.step.flops, o.peak))
+    return sorted(chosen.values(), key=lambda o: (bool(o.setting.swap), card.seconds(o.step), o.peak))
 
 
 def beside(recipe: Recipe, family: Family) -> dict[str, int]:
@@ -163,7 +170,7 @@ def step_facts(found: Outlook, useful: int) -> dict[str, object]:
     """useful: operations of a step without recomputation."""
     step = found.step
     return {
-        "tflop": _rounded(step.flops / 1e12),
+        "tflop": _rounded(step.operations / 1e12),
         "useful_tflop": _rounded(useful / 1e12),
         "gigabytes": _rounded(step.bytes / 1e9),
         "kernels": step.kernels,
@@ -181,11 +188,12 @@ def other_facts(found: Iterable[Outlook]) -> list[dict[str, object]]:
     return [
         {
             "quant": o.setting.quant,
+            "matmul": o.setting.matmul,
             "gradient_checkpointing": o.setting.checkpointing,
             "micro_batch": o.setting.micro_batch,
             "swap": o.setting.swap,
             "peak_gib": _gib(o.peak),
-            "tflop": _rounded(o.step.flops / 1e12),
+            "tflop": _rounded(o.step.operations / 1e12),
             "seconds": {card.name: _rounded(card.seconds(o.step)) for card in CARDS},
         }
         for o in found

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from dedistill.adapters import layers
 from dedistill.kernels import Saved
+from dedistill.models import int8_products
 from dedistill.training.optim import KahanAdamW
 
 aten = torch.ops.aten
@@ -135,6 +136,38 @@ def add_mixed(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
     return _AddMixed.apply(base, first, groups)
 
 
+@custom_op("dedistill::quantize_tokens", mutates_args=())
+def _quantize_tokens(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    _never()
+
+
+@_quantize_tokens.register_fake
+def _(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), 1, dtype=torch.float32)
+
+
+def quantize_tokens(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return _quantize_tokens(x, factor)
+
+
+@custom_op("dedistill::scaled_product", mutates_args=())
+def _scaled_product(
+    a: Tensor, b: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    _never()
+
+
+@_scaled_product.register_fake
+def _(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return a.new_empty(len(a), b.shape[1], dtype=dtype)
+
+
+def scaled_product(
+    a: Tensor, b: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return _scaled_product(a, b, rows, columns, bias, dtype)
+
+
 @custom_op("dedistill::kahan", mutates_args=("tensors",))
 def _kahan(tensors: list[Tensor]) -> None:
     _never()
@@ -161,6 +194,8 @@ def card_kernels() -> Iterator[None]:
         patch.object(F, "scaled_dot_product_attention", attention_of_cards),
         patch.object(torch, "rms_norm", rms_norm),
         patch.object(layers, "add_mixed", add_mixed),
+        patch.object(int8_products, "quantize_tokens", quantize_tokens),
+        patch.object(int8_products, "scaled_product", scaled_product),
         patch.object(KahanAdamW, "step", kahan_step),
     ):
         yield

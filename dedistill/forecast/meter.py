@@ -22,6 +22,7 @@ CATEGORIES = (BASE, TRAINED, GRADIENTS, OPTIMIZER, AVERAGES, ACTIVATIONS, DEQUAN
 _SCALED = aten.mul.Tensor
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
 """Adds the gradient of the queries up in float32, in memory of its own."""
+INT8_PRODUCTS = ("_int_mm", "scaled_product")
 FREE = frozenset(
     [
         *("detach", "alias", "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "lift_fresh", "slice"),
@@ -42,6 +43,13 @@ class Work:
     moved: int = 0
     """Those of them that kernels without a matrix product move."""
     flops: int = 0
+    integer: int = 0
+    """Operations of int8 products."""
+
+    @property
+    def operations(self) -> int:
+        """Of both kinds."""
+        return self.flops + self.integer
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
@@ -125,11 +133,13 @@ class Meter(TorchDispatchMode):
         # of lists that are changed in place, nothing is given back
         size = sum(t.numel() * t.element_size() for t in [*given, *(made or (given if out is None else ()))])
         flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+        integer = 2 * given[0].numel() * given[1].shape[1] if packet.__name__ in INT8_PRODUCTS else 0
         work = self.work[self.phase]
         work.kernels += 1
         work.bytes += size
-        work.moved += 0 if flops else size
+        work.moved += 0 if flops or integer else size
         work.flops += flops
+        work.integer += integer
 
     def follow(self, tensor: Tensor, category: str) -> None:
         """Count the storage of ``tensor`` from now on, if it is not counted already."""
