@@ -147,12 +147,14 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         notes = [*trainer.resume(), *notes, *run.notes]
         notes += _shift_notes(recipe, model, data.source)
         if world.main:
+            notes += _expect(trainer)
             _announce(trainer, data.facts, notes)
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
         rows = trainer.fit(stop, trackers)
         with world.translate_dist_errors():
             for _ in progress(rows, trainer.state.step, plan, trainer.pace) if world.main else rows:
-                pass
+                if world.main and trainer.pace.done == COMPARED_AT:
+                    _compare(trainer)
             trainer.check_applied()
             exported = trainer.keeper.export() if trainer.state.step == plan.steps else None
         trackers.close()
@@ -176,6 +178,39 @@ def _shift_notes(recipe: Recipe, model: "Model", source: "Source") -> list[str]:
         ]
     note = shifts(recipe, lambda: model.shift(model.components.sample_shape))
     return [note] if note else []
+
+
+COMPARED_AT = 3
+"""Steps after which every tensor that lasts has been made."""
+
+
+def _expect(trainer: "Trainer") -> list[str]:
+    """Have a run on one GPU held against its forecast; returns what a user should know. Never keeps it from training."""
+    pace = trainer.pace
+    if pace.device.type != "cuda" or trainer.world.size > 1:
+        return []
+    from dedistill.forecast.expected import expected
+    from dedistill.runs.pace import matmul_rate
+
+    try:
+        found = expected(trainer.recipe, trainer.model.family)
+        pace.expected, pace.useful, pace.rate = found.peak_gib, found.useful, matmul_rate(pace.device)
+    except Exception as e:  # of whatever a family may not know on shapes alone
+        return [f"memory and useful work are not forecast: {type(e).__name__}: {e}"]
+    return []
+
+
+def _compare(trainer: "Trainer") -> None:
+    """Write the measured peak beside the forecast, and say where they differ."""
+    from dedistill.io.atomic import replace_json
+    from dedistill.io.json_files import read_object
+
+    file = trainer.run.path / "plan.json"
+    if (memory := trainer.pace.memory()) and trainer.pace.expected:
+        both = {"peak_gib": trainer.pace.expected, "measured_peak_gib": round(memory.peak, 3), "after_steps": COMPARED_AT}
+        replace_json(file, read_object(file) | {"forecast": both})
+    if note := trainer.pace.surprise():
+        say(f"note: {note}")
 
 
 def _announce(trainer: "Trainer", data: dict[str, object], notes: list[str]) -> None:

@@ -11,6 +11,8 @@ import torch
 
 RECENT = 20
 """Steps whose median is the present speed."""
+CLOSE = 0.1
+"""A share of the forecast by which a peak may differ."""
 GIB = 1 << 30
 Useful = Callable[[tuple[int, ...], int], float]
 """Shape of a sample, tokens of its caption -> operations that one step needs for it, nothing computed twice."""
@@ -18,7 +20,7 @@ Useful = Callable[[tuple[int, ...], int], float]
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a GPU, in GiB: what torch has in use now and had at most in this process, and what the card has."""
+    """Of a GPU, in GiB: what torch has in use now and had at most since training began, and what the card has."""
 
     now: float
     peak: float
@@ -33,6 +35,10 @@ class Pace:
         self.batch, self.device = batch, device
         self.useful: Useful | None = None
         """None: not known, and nothing is said of it."""
+        self.expected: float | None = None
+        """GiB that a step was forecast to have in use at most."""
+        self.done = 0
+        """Steps of this start."""
         self.rate: float | None = None
         """Operations per second that matrix products reach on this card, measured."""
         self._steps: deque[tuple[float, float]] = deque(maxlen=RECENT)
@@ -46,8 +52,11 @@ class Pace:
     @contextmanager
     def step(self) -> Iterator[None]:
         """The block is one step."""
+        if not self.done and self.device.type == "cuda":  # what came before is no part of training
+            torch.cuda.reset_peak_memory_stats(self.device)
         self._work, start = 0.0, time.monotonic()
         yield
+        self.done += 1
         self._steps.append((time.monotonic() - start, self._work))
 
     @property
@@ -79,7 +88,19 @@ class Pace:
             found["share_of_rate"] = round(1e12 * self.tflop_s / self.rate, 4)
         if memory := self.memory():
             found |= {"memory_gib": round(memory.now, 2), "memory_peak_gib": round(memory.peak, 2)}
+        if self.expected:
+            found["memory_forecast_gib"] = round(self.expected, 2)
         return found
+
+    def surprise(self) -> str:
+        """What to say of a peak that is not what was forecast; empty where it is, or where either is not known."""
+        memory = self.memory()
+        if not memory or not self.expected or abs(memory.peak / self.expected - 1) <= CLOSE:
+            return ""
+        return (
+            f"a step has had {memory.peak:.1f} GiB in use at most, {memory.peak / self.expected - 1:+.0%} of the "
+            f"{self.expected:.1f} that were forecast: what else dedistill plan says of memory is off as far"
+        )
 
     def __str__(self) -> str:
         if not self.seconds:

@@ -1,9 +1,13 @@
 """Every kind of recipe can be forecast, and what only some have is in its category."""
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.forecast import SETTINGS, recipe_for
-from dedistill.forecast.forecast import case_of, outlook
+from dedistill.forecast.depth import estimate
+from dedistill.forecast.expected import expected
+from dedistill.forecast.forecast import case_of, changed, outlook, setting_of
 from dedistill.forecast.sizes import sizes_of
 from dedistill.models.registry import get_family
 from dedistill.recipe.resolve import recipe_of
@@ -60,3 +64,17 @@ def test_a_large_validation_is_the_peak():
 )
 def test_it_can_be_forecast(tables):
     assert forecast(**tables)[1] > 0
+
+
+def test_useful_work_is_that_of_a_step_without_recomputation():
+    """Whatever a recipe recomputes; between the lengths that were measured within a per cent."""
+    checkpointed = recipe_of(LORA)
+    family = get_family(checkpointed.model.family)
+    found = expected(checkpointed, family)
+    case = case_of(checkpointed, family, family.full_size(checkpointed.model))
+    plain = changed(checkpointed, replace(setting_of(checkpointed), checkpointing=False))
+    for length in (48, 24):
+        step = estimate(replace(case, recipe=plain, length=length))
+        assert found.useful(case.image, length) == pytest.approx(step.total("forward", "backward").operations, rel=0.02)
+    peak = max(peak.bytes for (phase, _), peak in estimate(case).peaks.items() if phase != "validation")
+    assert found.peak_gib == pytest.approx(peak / 2**30, abs=1e-3)

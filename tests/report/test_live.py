@@ -11,7 +11,7 @@ from dedistill.recipe.resolve import Plan
 from dedistill.report import live
 from dedistill.report.console import data_line
 from dedistill.runs import pace as pace_module
-from dedistill.runs.pace import Pace
+from dedistill.runs.pace import Memory, Pace
 from dedistill.train import main
 
 PLAN = Plan(steps=1000, batch=8, micro_batch=8, micro_steps=1, samples=8000, checkpoints=1, snapshots=0, validations=0)
@@ -88,6 +88,16 @@ def test_useful_work_is_told_only_where_it_is_known():
     pace.rate = 6e12
     assert "3 useful TFLOP/s (50% of this card's 6)" in str(pace)
     assert pace.facts()["share_of_rate"] == 0.5
+
+
+@pytest.mark.parametrize(("peak", "said"), [(19.9, ""), (21.9, ""), (22.1, "+10%"), (15.0, "-25%")])
+def test_a_peak_that_was_not_forecast_is_told(monkeypatch, peak, said):
+    pace = Pace(8, torch.device("cpu"))
+    monkeypatch.setattr(pace, "memory", lambda: Memory(10.0, peak, 24.0))
+    assert pace.surprise() == "" and "memory_forecast_gib" not in pace.facts()
+    pace.expected = 20.0
+    assert said in pace.surprise() and bool(said) == bool(pace.surprise())
+    assert pace.facts()["memory_peak_gib"] == peak and pace.facts()["memory_forecast_gib"] == 20.0
 
 
 def test_what_goes_on_is_named_where_steps_stay_away(capsys, monkeypatch):
