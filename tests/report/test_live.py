@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_recipes import TEACHER
 
+from dedistill.cli import train
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.recipe.resolve import Plan
 from dedistill.report import live
@@ -123,3 +124,20 @@ def test_a_run_tells_its_speed_and_keeps_it(tmp_path, capsys):
     timings = [json.loads(line) for line in (tmp_path / "teacher/timings.jsonl").read_text().splitlines()]
     assert all(row["step_s"] > 0 and row["samples_s"] == pytest.approx(8 / row["step_s"], rel=0.05) for row in timings)
     assert "step_s" not in (tmp_path / "teacher/metrics.jsonl").read_text()
+
+
+def test_the_measured_peak_is_written_beside_the_forecast(tmp_path, monkeypatch, capsys):
+    """At the third step; a CPU has no such memory, so its numbers are given here."""
+    monkeypatch.setattr(Pace, "memory", lambda self: Memory(1.0, 3.0, 24.0))
+    monkeypatch.setattr(train, "_expect", lambda trainer: setattr(trainer.pace, "expected", 2.0) or ["expected"])
+    for steps in (2, 4):
+        file = tmp_path / f"{steps}.toml"
+        file.write_text(TEACHER.format(out=tmp_path / str(steps), steps=steps))
+        assert main([str(file)]) == 0
+    said = capsys.readouterr().err
+    assert said.count("note: a step has had 3.0 GiB in use at most, +50% of the 2.0 that were forecast") == 1
+    plans = [json.loads((tmp_path / f"{n}/teacher/plan.json").read_text()) for n in (2, 4)]
+    assert "forecast" not in plans[0]
+    assert plans[1]["forecast"] == {"peak_gib": 2.0, "measured_peak_gib": 3.0, "after_steps": 3} and "effects" in plans[1]
+    rows = [json.loads(line) for line in (tmp_path / "4/teacher/timings.jsonl").read_text().splitlines()]
+    assert {(row["memory_peak_gib"], row["memory_forecast_gib"]) for row in rows} == {(3.0, 2.0)}
