@@ -30,6 +30,7 @@ LONG = [
     "forecast/test_kinds",
     "forecast/test_memory",
     "io/test_users_files",
+    "models/test_compiled",
     "models/test_flux_docs",
     "models/test_flux_pipeline",
     "models/test_whole_encoders",

@@ -112,6 +112,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     import torch
 
     from dedistill.data.encode import check_images, open_data
+    from dedistill.models.blocks import compile_blocks
     from dedistill.models.model import build_model, expected_parameters
     from dedistill.models.quantize import sample_sha256
     from dedistill.report.live import progress
@@ -141,6 +142,8 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         base = sample_sha256(model.components.denoiser)
         world.assert_equal_on_all_ranks({"hash of the data": data.digest, "hash of a sample of the base": base})
         engine.place(model, accelerator.device)
+        if recipe.train.compile == "blocks":
+            model.facts["compiled_blocks"] = compile_blocks(model.family.blocks(model.components.denoiser))
         if world.main:
             notes += run.bind(input_files(recipe), data.digest, base)
         trainer = Trainer(recipe, plan, model=model, source=data.source, run=run, engine=engine)

@@ -148,6 +148,9 @@ def _training_rules(r: Recipe) -> list[Clash]:
     if t.exact and t.micro_batch is not None:
         message = "has no effect with exact = true: samples go through one by one"
         found.append(_idle("train.micro_batch", message, "train.exact"))
+    if t.exact and t.compile != "none":
+        message = "cannot keep what exact = true promises: which graph computes a batch depends on those seen before"
+        found.append(_clash("train.compile", message, "train.exact"))
     if t.warmup >= t.steps:
         message = f"{t.warmup} leaves no step of the {t.steps} at the full rate"
         found.append(_clash("train.warmup", message, "train.steps"))

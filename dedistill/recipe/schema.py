@@ -178,6 +178,11 @@ class Train(Table):
         False, description="Recompute blocks in backward: less memory, more time. A number: only so many, the first ones."
     )
 
+    compile: Literal["none", "blocks"] = Field(
+        "none",
+        description="blocks: torch compiles each block: fewer kernels on a GPU, for minutes at the start and more memory.",
+    )
+
 
 class Validate(Table):
     every: Count = Field(0, description="Steps between validations; 0 never. Also at the end.")

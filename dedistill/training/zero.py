@@ -218,6 +218,12 @@ class Zero3(Zero):
     def check(self) -> None:
         super().check()
         recipe = self.recipe
+        if recipe.train.compile != "none":
+            raise UserError(
+                f"{recipe.where('train.compile')}: ZeRO-3 puts each layer together as it is called, within what would be "
+                "compiled; set train.compile = 'none', or use launch/zero2.yaml",
+                2,
+            )
         if recipe.snapshot.ema:
             raise UserError(
                 f"{recipe.where('snapshot.ema')}: ZeRO-3 leaves no process whole weights to average; use launch/zero2.yaml, or "

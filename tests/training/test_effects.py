@@ -125,6 +125,7 @@ PLAN_ONLY = {"base.swap": "effects", "train.gradient_checkpointing": "effects", 
 # what the key changes is a name
 SAID = {"run.name"}
 ELSEWHERE = {
+    "train.compile": "test_compiled.py: blocks are compiled, and plan.json says how many",
     "data.sets.0.file_column": "test_prepare.py: a recipe names the columns of a table",
     "run.resume": "test_bad_input.py: never refuses a used directory",
     "model.family": "test_bad_input.py: another name is an error",
