@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from dedistill.adapters.attach import dense_shapes
     from dedistill.data.encode import open_data
     from dedistill.evaluation.influence import measure, share_out
-    from dedistill.evaluation.prompts import read_prompts
+    from dedistill.evaluation.prompts import read_prompts, say_repeated
     from dedistill.io.ownership import claim
     from dedistill.models.quantize import linear_names
     from dedistill.recipe import load_recipe
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path(recipe.run.out) / "influence"
     claim(out, "influence", "--out")
     prompts = read_prompts(args.prompts, lambda: open_data(recipe, sampling_device(), say).source)
+    say_repeated(prompts, say)
     model = open_base(recipe)
     found = measure(model, list(prompts), sigmas=args.sigmas, batch=args.batch)
     shapes = dense_shapes(model.components.denoiser, linear_names(model.components.denoiser))

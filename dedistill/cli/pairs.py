@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from dedistill.data.encode import open_data
+    from dedistill.evaluation.prompts import say_repeated
     from dedistill.flow.guidance import guider_of
     from dedistill.recipe import load_recipe
     from dedistill.runs.model import open_finished, sampling_device
@@ -35,9 +36,11 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, args.set)
     model, guidance = open_finished(recipe), guider_of(args.guider or recipe.sample.guider, args.cfg)
+    source = open_data(recipe, sampling_device(), say).source
+    say_repeated(source.prompts(args.seed, args.count), say)
     facts = make_pairs(
         model,
-        open_data(recipe, sampling_device(), say).source,
+        source,
         args.out,
         teacher=teacher_hash(model),
         count=args.count,

@@ -106,6 +106,12 @@ def distinct(prompts: Sequence[str], trained: Collection[str] = ()) -> int | str
     return said + (f", {known:,} of these trained on" if known else "")
 
 
+def say_repeated(prompts: Sequence[str], say: Callable[[str], None]) -> None:
+    """Say so where there are fewer different prompts than were asked for."""
+    if len(set(prompts)) < len(prompts):
+        say(f"prompts: {distinct(prompts)}; those that come again do so from other noise")
+
+
 def check_prompts(prompts: Sequence[str], least: int = LEAST_UNITS) -> None:
     """Raise UserError for too few different prompts to choose by."""
     if (count := len(set(prompts))) < least:
