@@ -47,7 +47,7 @@ def named(recipe: Recipe, objective: str) -> Recipe:
 
 @pytest.fixture
 def recipe(adapter_recipe, monkeypatch) -> Recipe:
-    monkeypatch.setitem(OBJECTIVES, "pseudo_huber", Traits())
+    monkeypatch.setitem(OBJECTIVES, "pseudo_huber", Traits("Pseudo-Huber"))
     return named(load_recipe(adapter_recipe, ["data.caption_dropout=0.0"]), "pseudo_huber")
 
 
