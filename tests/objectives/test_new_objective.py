@@ -66,7 +66,7 @@ def test_it_trains_and_validates_by_its_own_loss(recipe, capsys):
     assert 0.5 < rows[0]["sigma_mean"] < 1 and float(held_out.sigma.min()) > 0.5
     assert len(rows) == 6 and rows[-1]["val_loss"] < rows[0]["val_loss_start"]
     assert json.loads((out / "plan.json").read_text())["effects"]["objective"] == "pseudo_huber"
-    assert "pseudo_huber on digits" in capsys.readouterr().err
+    assert "Pseudo-Huber of pixel_flux on digits" in capsys.readouterr().err
 
 
 def test_recipes_know_the_objectives():
