@@ -23,6 +23,8 @@ class Branch:
     """With the prompt, or with the negative prompt."""
     adapter: float = 1.0
     """Strength of what was trained; 0 is the base alone."""
+    step: int = 0
+    """The run's snapshot whose weights take the place of the model's; 0: none does."""
     without: tuple[int, ...] = ()
     """Blocks that are left out, by number from 0."""
 
@@ -242,18 +244,21 @@ class SkipLayers(ClassifierFree):
 @dataclass(frozen=True)
 class Autoguidance(ClassifierFree):
     """v = v_weak + cfg (v - v_weak): away from a weaker version of the model, asked the same (Karras et al. 2024, arXiv
-    2406.02507). Here that is the base with the adapter at strength ``weak``; 0 is the base alone, and 1 changes nothing.
+    2406.02507). That is the run's snapshot of ``step``; or, where it is 0, the base with the adapter at strength ``weak``, of
+    which 0 is the base alone, and 1 changes nothing.
     """
 
     weak: float = 0.0
+    step: int = 0
     called: ClassVar[str] = "autoguidance"
 
     def __post_init__(self) -> None:
-        _require(0 <= self.weak <= 1, "0 <= weak <= 1")
+        _require(0 <= self.weak <= 1 and self.step >= 0, "0 <= weak <= 1, step >= 0")
+        _require(not (self.weak and self.step), "one of weak and step")
 
     @property
     def _weaker(self) -> Branch:
-        return Branch(adapter=self.weak)
+        return Branch(step=self.step) if self.step else Branch(adapter=self.weak)
 
     def branches(self, sigmas: np.ndarray, i: int) -> tuple[Branch, ...]:
         return tuple(dict.fromkeys((CONDITIONAL, self._weaker))) if self._guided(sigmas, i) else (CONDITIONAL,)

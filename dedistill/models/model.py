@@ -17,6 +17,7 @@ from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.errors import UserError
 from dedistill.flow.guidance import Branch
+from dedistill.io.atomic import step_name
 from dedistill.io.hashing import file_sha256
 from dedistill.io.weights import count_numbers
 from dedistill.models.blocks import check_blocks, checkpoint_blocks, swapped_blocks, without_blocks
@@ -59,6 +60,10 @@ class Model:
     targets: list[Resolved] = field(default_factory=list)
     text_cache: dict[str, Conditioning] = field(default_factory=dict)
     """Captions that are encoded already, each as long as it is real; they never reach an encoder."""
+    snapshots: Path = Path()
+    """Where the run's snapshots are."""
+    earlier: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """Those of its weights that a guider has asked for, by step."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What was really done: quantized layers, matched layers, sizes of the start. Recorded in the run directory."""
 
@@ -117,8 +122,8 @@ class Model:
 
     @contextmanager
     def as_asked(self, branch: Branch) -> Iterator[None]:
-        """The network of a guider's ``branch``: its adapter weaker, or without some of its blocks. Raises UserError for a
-        network that has no such adapter or blocks."""
+        """The network of a guider's ``branch``: its adapter weaker, with weights of another step, or without some of its
+        blocks. Raises UserError where there is no such adapter, snapshot or block."""
         with ExitStack() as changed:
             if branch.adapter != 1:
                 if self.adapter is None:
@@ -127,10 +132,33 @@ class Model:
                         "leave this candidate out (--candidates)"
                     )
                 changed.enter_context(self.adapter.at_strength(branch.adapter))
+            if branch.step:
+                changed.enter_context(self._at_step(branch.step))
             if branch.without:
                 blocks = self.family.blocks(self.components.denoiser)
                 changed.enter_context(without_blocks(blocks, branch.without, self.family.unchanged))
             yield
+
+    @contextmanager
+    def _at_step(self, step: int) -> Iterator[None]:
+        """With the trained weights of the run's snapshot of ``step``, which stay beside the model's own from then on."""
+        own = self.trainable()
+        if step not in self.earlier:
+            path = self.snapshots / f"{step_name(step)}.safetensors"
+            if not path.exists():
+                raise UserError(f"guider 'auto': no snapshot of step {step} in '{self.snapshots}'")
+            tensors, _ = read_tensors(path)
+            if problems := compare_tensors(self.tensors(copy=False), tensors):
+                raise UserError(f"'{path}' does not fit this recipe's network: {problems}")
+            self.earlier[step] = {name: tensors[name].to(p.device, p.dtype) for name, p in own.items()}
+        before = {name: parameter.data for name, parameter in own.items()}
+        try:
+            for name, parameter in own.items():
+                parameter.data = self.earlier[step][name]
+            yield
+        finally:
+            for name, parameter in own.items():
+                parameter.data = before[name]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, C, H, W] on the CPU, about [-1, 1]."""
@@ -215,6 +243,7 @@ def assemble(
     else:
         model = _adapt(recipe, recipe.adapter, family, components, facts, device, length, started=started)
     model.root.to(device)
+    model.snapshots = Path(recipe.run.out) / "snapshots"
     model.negative, model.guidance = recipe.sample.negative, recipe.sample.guidance
     model.bf16 = recipe.train.precision == "bf16"
     components.sample_shift = recipe.sample.shift

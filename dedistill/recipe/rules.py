@@ -58,9 +58,7 @@ def _sampling_rules(r: Recipe) -> list[Clash]:
     found = []
     if (r.sample.height is None) != (r.sample.width is None):
         found.append(_clash("sample", "set both height and width, or neither"))
-    if isinstance(guider_of(r.sample.guider), Autoguidance) and r.adapter is None:
-        message = "'auto' leads away from the base without its adapter, and here is none: add an [adapter] table"
-        found.append(_clash("sample.guider", message))
+    found += _autoguidance_rules(r)
     if r.preview.every and not r.preview.prompts:
         found.append(_clash("preview.prompts", "previews need at least one prompt"))
     for key, table, plain in (("preview", r.preview, Preview()), ("meters", r.meters, Meters())):
@@ -70,6 +68,21 @@ def _sampling_rules(r: Recipe) -> list[Clash]:
         message = f"has no meaning with objective = '{r.train.objective}', which knows the path at a few points only"
         found.append(_clash("meters.every", message, "train.objective"))
     return found
+
+
+def _autoguidance_rules(r: Recipe) -> list[Clash]:
+    guider = guider_of(r.sample.guider)
+    if not isinstance(guider, Autoguidance):
+        return []
+    if guider.step and r.preview.every:
+        message = f"the snapshot of step {guider.step} is not there yet when previews begin; leave it to --guider of sweep"
+        return [_clash("sample.guider", message, "preview.every")]
+    if not guider.step and r.adapter is None:
+        message = (
+            "'auto' leads away from the base without its adapter, and here is none: add an [adapter] table, or name a step"
+        )
+        return [_clash("sample.guider", message)]
+    return []
 
 
 _IMAGE_KEYS = (

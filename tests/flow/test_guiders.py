@@ -15,6 +15,7 @@ from dedistill.evaluation.sweep import guiders_at
 from dedistill.flow.guidance import CONDITIONAL, GUIDERS, UNCONDITIONAL, Branch, Evaluation, guider_of, parameters
 from dedistill.flow.solvers import sigma_grid
 from dedistill.models.model import Model, build_model
+from dedistill.posthoc.snapshots import write_snapshot
 from dedistill.recipe.resolve import recipe_of
 from dedistill.sampling.sampler import Sampling, sample, start_noise, trajectories
 
@@ -247,6 +248,26 @@ def test_autoguidance_leads_away_from_the_weak_model(adapted, weak, changes):
     torch.testing.assert_close(guided, other + 3 * (cond - other), rtol=0, atol=1e-5)
 
 
+def test_autoguidance_by_an_earlier_snapshot(adapted, tmp_path):
+    """Its weights take the place of the model's for that branch alone; a step that was not kept is told by number."""
+    adapted.snapshots, own = tmp_path, adapted.tensors()
+    whole = velocity(adapted, CONDITIONAL)
+    halved = {name: tensor if name.endswith("alpha") else tensor / 2 for name, tensor in own.items()}
+    write_snapshot(tmp_path, 40, halved, {})
+    weak = velocity(adapted, Branch(step=40))
+    assert not torch.allclose(weak, whole, atol=1e-3)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in adapted.tensors().items())
+    assert torch.equal(velocity(adapted, CONDITIONAL), whole)
+    adapted.load_tensors(halved, "here")
+    assert torch.equal(velocity(adapted, CONDITIONAL), weak)
+    adapted.load_tensors(own, "here")
+    with pytest.raises(UserError, match="no snapshot of step 41"):
+        velocity(adapted, Branch(step=41))
+    write_snapshot(tmp_path, 41, dict(list(halved.items())[1:]), {})
+    with pytest.raises(UserError, match="does not fit"):
+        velocity(adapted, Branch(step=41))
+
+
 def test_a_model_without_adapter_has_no_weak_version():
     with pytest.raises(UserError, match=r"'auto'.*--candidates"):
         sample(closed_form(), ["0"], start_noise(0, 1, IMAGE), Sampling(steps=2, guidance=guider_of("auto", 2.0)))
@@ -305,6 +326,7 @@ def test_every_guider_says_what_it_is(name):
         ("skip_layers:blocks=7,8", "no parameter '8'"),
         ("skip_layers:blocks=-1", "blocks=7"),
         ("auto:weak=1.5", "0 <= weak <= 1"),
+        ("auto:weak=0.5,step=10", "one of weak and step"),
     ],
 )
 def test_what_is_no_guider_is_refused_in_words(text, words):

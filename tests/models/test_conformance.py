@@ -10,6 +10,7 @@ from torch import nn
 from dedistill.adapters.targets import matching
 from dedistill.errors import UserError
 from dedistill.flow import keyed
+from dedistill.models.blocks import without_blocks
 from dedistill.models.conditioning import Conditioning, Tokens
 from dedistill.models.example.family import Example
 from dedistill.models.flux.network import attention_mask, patchify, unpatchify
@@ -209,6 +210,26 @@ def test_what_stands_in_the_padding_changes_nothing(family, components, noisy):
     components.mask = "none"
     difference = velocity(family, components, noisy, text=other) - velocity(family, components, noisy, text=text)
     assert difference.abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_a_block_left_out_changes_nothing(family, components, noisy):
+    """What ``unchanged`` says of every block's arguments is, as ``states`` reads it, what came in; the velocity needs them."""
+    text, blocks, seen = family.encode_text(components, CAPTIONS, LENGTH), family.blocks(components.denoiser), []
+
+    def compare(block, args, kwargs, output):
+        nothing = family.unchanged(args, kwargs)
+        assert type(nothing) is type(output)
+        seen.extend((before, after) for before, after, _ in family.states(args, kwargs, nothing, text).values())
+
+    hooks = [block.register_forward_hook(compare, with_kwargs=True) for block in blocks]
+    whole = velocity(family, components, noisy, text=text)
+    assert len(seen) >= len(blocks) and all(torch.equal(*pair) for pair in seen)
+    for hook in hooks:
+        hook.remove()
+    for number in range(len(blocks)):
+        with without_blocks(blocks, [number], family.unchanged):
+            assert not torch.allclose(velocity(family, components, noisy, text=text), whole, atol=1e-6)
+    assert torch.equal(velocity(family, components, noisy, text=text), whole)
 
 
 def permuted(sequence: Tokens, order: torch.Tensor) -> Tokens:

@@ -75,7 +75,7 @@ def test_pairs_use_it_and_say_so(asked, tmp_path):
         ("solver=ddim", "dpmpp_2m"),
         ("guider=apgg", "there are cfg, interval"),
         ("guider=apg:eta=7", "0 <= eta <= 1"),
-        ("guider=auto", "[adapter]"),
+        ("guider=auto", "an [adapter]"),
     ],
 )
 def test_what_there_is_not_is_refused_by_name(asked, capsys, setting, words):
