@@ -2,23 +2,28 @@
 
 python -m benchmarks.forecast                # small networks, a minute
 python -m benchmarks.forecast --width 512    # larger ones
+python -m benchmarks.forecast --recipes      # which shipped recipes fit which cards: results/forecast.json, docs/performance.md
 
 "Above" is what a step takes beside weights and optimizer, which are there before it. On a CPU the same code is forecast with
 the CPU's kernels and allocator; of a card's nothing is seen here.
 """
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dedistill.forecast.cards import CARDS, GIB
 from dedistill.forecast.depth import Case, estimate
+from dedistill.forecast.forecast import case_of, outlook, swapped_to_fit
 from dedistill.forecast.meter import BASE, OPTIMIZER, TRAINED
 from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, prepared
 from dedistill.models.registry import get_family
-from dedistill.recipe import Recipe
+from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.resolve import recipe_of
 from dedistill.training.trainer import Trainer
 
@@ -116,11 +121,66 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+# --- which recipes fit which cards -----------------------------------------------------------------------------------
+
+
+RESULTS = Path(__file__).parent / "results" / "forecast.json"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+MARKS = "<!-- forecast: python -m benchmarks.forecast --recipes -->", "<!-- end of forecast -->"
+RECIPES = ("flux_schnell", "flux_schnell_24gb", "flux_dev", "flex1_alpha", "flux_lora")
+SHOWN = ("RTX 4080", "RTX 4090", "L40S", "H100")
+
+
+def recipe_row(name: str) -> dict:
+    """Of a shipped recipe: its peak, and on each card whether it fits, with how many blocks on the CPU, and the least time."""
+    recipe = load_recipe(f"dedistill:{name}")
+    family = get_family(recipe.model.family)
+    found = outlook(case_of(recipe, family, family.full_size(recipe.model)))
+    cards = {}
+    for card in (c for c in CARDS if c.name in SHOWN):
+        fitted = swapped_to_fit(found, card.gb)
+        swap = fitted.setting.swap if fitted else None
+        cards[card.name] = {
+            "gb": card.gb,
+            "swap": swap,
+            "sample_s": float(f"{card.seconds(found.step) / recipe.train.batch:.3g}"),
+        }
+    return {"recipe": name, "peak_gib": round(found.peak / GIB, 2), "cards": cards}
+
+
+def recipe_table(rows: list[dict]) -> str:
+    """As docs/performance.md shows it."""
+    heads = [f"{name}, {card['gb']} GB" for name, card in rows[0]["cards"].items()]
+    lines = [f"| recipe | peak, GiB | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+    for row in rows:
+        cells = [_cell(card) for card in row["cards"].values()]
+        lines.append(f"| `dedistill:{row['recipe']}` | {row['peak_gib']:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(card: dict) -> str:
+    if card["swap"] is None:
+        return "no"
+    how = f"`base.swap = {card['swap']}`" if card["swap"] else "as it is"
+    return f"{how}, {card['sample_s']:g} s"
+
+
+def write_recipes() -> None:
+    rows = [recipe_row(name) for name in RECIPES]
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    before, after = PAGE.read_text().split(MARKS[0])[0], PAGE.read_text().split(MARKS[1])[1]
+    PAGE.write_text(f"{before}{MARKS[0]}\n\n{recipe_table(rows)}\n\n{MARKS[1]}{after}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=256, help="of the network, a multiple of 64")
+    parser.add_argument("--recipes", action="store_true", help="write the table of recipes and cards")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if args.recipes:
+        write_recipes()
+        return 0
     print(table([compared(name, args.width) for name in SETTINGS]) + "\nin MiB")
     return 0
 

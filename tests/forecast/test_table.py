@@ -1,0 +1,38 @@
+"""The table of recipes and cards in docs/performance.md."""
+
+import json
+
+import pytest
+
+from benchmarks.forecast import MARKS, PAGE, RECIPES, RESULTS, recipe_row, recipe_table
+from dedistill.forecast.cards import CARDS, FITS, NO, TIGHT, fit
+from dedistill.forecast.meter import Work
+
+ROWS = {row["recipe"]: row for row in json.loads(RESULTS.read_text())}
+
+
+def test_the_page_shows_what_was_forecast():
+    assert tuple(ROWS) == RECIPES
+    assert PAGE.read_text().split(MARKS[0])[1].split(MARKS[1])[0].strip() == recipe_table(list(ROWS.values()))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name == "flux_lora" else [pytest.mark.slow]) for name in RECIPES]
+)
+def test_the_forecast_is_current(name):
+    """If not: python -m benchmarks.forecast --recipes."""
+    assert recipe_row(name) == ROWS[name]
+
+
+def test_what_fits_a_card():
+    """24 GB with 8 % in reserve and a context of .6 GiB: 21.2 GiB fit, 22.9 fit just so."""
+    gib = 2**30
+    assert [fit(peak * gib, 24) for peak in (21.2, 21.3, 22.9, 23.0)] == [FITS, TIGHT, TIGHT, NO]
+
+
+def test_the_least_time_of_a_step():
+    """A tera-operation in bf16, one in int8 and a gigabyte moved besides."""
+    card = next(card for card in CARDS if card.name == "RTX 4090")
+    work = Work(kernels=3, bytes=5 * 10**9, moved=10**9, flops=10**12, integer=10**12)
+    assert card.seconds(work) == pytest.approx(1 / 165.2 + 1 / 661 + 1 / 1008)
+    assert all(card.tops > card.tflops > 50 and card.source for card in CARDS)
