@@ -115,17 +115,19 @@ def _inputs(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str
 def _network(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str], None]) -> None:
     """Layers and sizes of the network at full size, and its files as far as they are there."""
     from dedistill.forecast.sizes import check_room, sizes_of
-    from dedistill.models.registry import get_family, looks_local, text_length
+    from dedistill.models.registry import get_family, looks_local, published, text_length
 
     family = get_family(recipe.model.family, recipe.where("model.family"))
     length, path = filled(recipe.model.text_length, "model.text_length"), recipe.model.path
     _tried(recipe, refused, lambda: text_length(family, length, recipe.where("model.text_length")))
-    if path and looks_local(path) and not Path(path).exists():
-        return say(f"{'memory':12} is forecast once the model is there")
+    if missing := bool(path and looks_local(path) and not Path(path).exists()):
+        if (named := published(family.spec, str(path), {})) is None:
+            return say(f"{'memory':12} is forecast once the model is there")
+        say(f"{'network':12} {named.id}, by the name of model.path")
     components = _tried(recipe, refused, lambda: family.full_size(recipe.model))
     if components is None:
         return None
-    if path and (looks_local(path) or not recipe.model.revision):  # what is on the hub is fetched by a start
+    if path and not missing and (looks_local(path) or not recipe.model.revision):  # what is on the hub is fetched by a start
         _tried(recipe, refused, lambda: family.load(recipe.model, seed=0, denoiser=False))
     _tried(recipe, refused, lambda: _check_samples(recipe, family, components))
     sizes = _tried(recipe, refused, lambda: sizes_of(recipe, family, components.denoiser))

@@ -94,3 +94,11 @@ def test_what_runs_beside_training_is_forecast(planned, image_recipe):
     other = planned(image_recipe)[1]["memory"]["other_gib"]
     assert set(other) == {"encoding captions", "encoding images"}
     assert all(0 < size < 0.5 for size in other.values())
+
+
+def test_a_published_model_is_known_by_the_name_of_its_folder_before_it_is_there(planned, image_recipe, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, facts, _ = planned(image_recipe, "--set", "model.path=models/Flex.1-alpha", "--no-forecast")
+    assert code == 2 and "no such folder" in facts["refused"][0]
+    assert 8e9 < facts["network_parameters"] < 9e9
+    assert "network_parameters" not in planned(image_recipe, "--set", "model.path=models/nowhere", "--no-forecast")[1]
