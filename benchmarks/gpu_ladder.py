@@ -28,8 +28,8 @@ from dedistill import kernels
 from dedistill.adapters import layers
 from dedistill.adapters.layers import LokrLayer, LoraLayer
 from dedistill.distributed.launcher import choose_kernels
+from dedistill.models import blocks as blocks_of
 from dedistill.models import quantize as int8
-from dedistill.models.blocks import checkpoint_blocks
 from dedistill.models.model import Model
 from dedistill.models.swap import Swap, spread
 
@@ -193,9 +193,20 @@ def half_checkpointed(setup: Setup) -> Iterator[None]:
     """train.gradient_checkpointing = half of the blocks."""
     denoiser = setup.model.components.denoiser
     blocks = setup.model.family.blocks(denoiser)
-    checkpoint_blocks(denoiser, blocks, len(blocks) // 2)
+    blocks_of.checkpoint_blocks(denoiser, blocks, len(blocks) // 2)
     yield
     checkpointing(setup, True)
+
+
+@contextmanager
+def compiled(setup: Setup) -> Iterator[None]:
+    """train.compile = "blocks"; without a GPU, graphs alone."""
+    blocks = setup.model.family.blocks(setup.model.components.denoiser)
+    with swapped(blocks_of, "COMPILER", "inductor" if setup.model.device.type == "cuda" else "eager"):
+        blocks_of.compile_blocks(blocks)
+        yield
+    for block in blocks:
+        del block.forward
 
 
 def swap(setup: Setup, count: int) -> int:
@@ -343,6 +354,7 @@ def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[
 
     note("int8 products, 512", lambda: switched(int8_products, "int8 products", (small, 1, True), (large, 1, True)))
     note("half checkpointed", lambda: switched(half_checkpointed, "half checkpointed", (small, 1, None), (small, 4, None)))
+    note("compiled", lambda: switched(compiled, "compiled blocks", (small, 1, True), (small, 4, False), (large, 1, True)))
     note("swap", waiting)
 
 

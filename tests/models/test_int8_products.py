@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_fsdp2 import shard
 from test_run import _stop_after, run, same, weights
-from test_world import train
+from test_world import furthest, saved, train
+from test_zero import TOLERANCE, zero
 from torch import nn
 
 from dedistill.errors import UserError
@@ -157,6 +158,13 @@ def test_a_run_continues_and_computes_again_to_the_bit(adapter_recipe, tmp_path,
     assert any("attn" in name for name in products)
     words = [w for s in ("base.matmul=float", f"run.out={continued}", "train.steps=8") for w in ("--set", s)]
     assert main([str(adapter_recipe), *words]) == 1, "a run does not change its arithmetic on the way"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_under_zero(adapter_recipe, tmp_path, stage):
+    settings = (INT8, "train.steps=2", "train.micro_batch=2", "validate.every=2", "validate.samples=2", "snapshot.every=0")
+    alone = train(1, adapter_recipe, tmp_path / "alone", *settings)
+    assert furthest(saved(alone), saved(zero(stage, 2, adapter_recipe, tmp_path / "zero", *settings))) < TOLERANCE
 
 
 def test_two_processes_whole_and_in_parts(adapter_recipe, tmp_path):
