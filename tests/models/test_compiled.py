@@ -82,10 +82,11 @@ def test_compiled_they_are_near(monkeypatch, compiler):
     built, wanted = pair()
     a, b = (ask(one, BUCKETS[0], CAPTIONS[:2]) for one in (built, wanted))
     (a.square().sum() + b.square().sum()).backward()
-    print("output", float((a - b).norm() / b.norm()))
-    assert float((a - b).norm() / b.norm()) < 2e-2
-    for ours, truth in zip(built.trainable().values(), wanted.trainable().values(), strict=True):
-        assert float((ours.grad - truth.grad).norm() / truth.grad.norm()) < 5e-2
+    found, truth = (torch.cat([p.grad.flatten() for p in one.trainable().values()]) for one in (built, wanted))
+    for ours, theirs in ((a, b), (found, truth)):
+        far = float((ours - theirs).detach().norm() / theirs.norm())
+        print(compiler, far)
+        assert far < 2e-2
 
 
 BRIEF = ("train.steps=2", "train.micro_batch=8", "snapshot.every=0")
