@@ -149,8 +149,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         if world.main:
             notes += run.bind(input_files(recipe), data.digest, base)
         trainer = Trainer(recipe, plan, model=model, source=data.source, run=run, engine=engine)
-        notes = [*trainer.resume(), *notes, *run.notes]
-        notes += _shift_notes(recipe, model, data.source)
+        notes = [*trainer.resume(), *notes, *run.notes, *_shift_notes(recipe, model, data.source)]
         if world.main:
             notes += _expect(trainer)
             _announce(trainer, data.facts, notes)

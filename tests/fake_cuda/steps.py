@@ -123,6 +123,10 @@ def card():
         read = in_numbers(Objective._validation_batch)
         stack.enter_context(patch.object(Objective, "_validation_batch", read))
         stack.enter_context(patch.object(nn.Module, "_apply", changed))
+        for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+            stack.enter_context(patch.object(torch.cuda, name, lambda place: 0))
+        facts = SimpleNamespace(total_memory=2**30)
+        stack.enter_context(patch.object(torch.cuda, "get_device_properties", lambda place: facts))
         stack.enter_context(patch.object(FakeTensor, "tolist", listed))
         stack.enter_context(patch.object(FakeTensor, "numpy", in_numpy, create=True))
         stack.enter_context(patch.object(models, "check_started", lambda *_, **__: {}))  # there are no numbers to check
