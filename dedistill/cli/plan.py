@@ -146,10 +146,10 @@ def _network(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[st
         },
     }
     say(f"{'trained':12} {sizes}")
-    merged = f"; {sizes.merged / 1e9:.1f} GB more to merge the adapter" if sizes.merged else ""
-    snapshots = f"{amount(sizes.snapshots, 'snapshot')} of {sizes.snapshot / 1e9:.2f} GB, " if sizes.snapshots else ""
-    checkpoints = f"{amount(sizes.checkpoints, 'checkpoint')} of {sizes.checkpoint / 1e9:.2f} GB"
-    say(f"{'disk':12} {sizes.kept / 1e9:.1f} GB: {snapshots}{checkpoints}{merged}")
+    merged = f"; {_on_disk(sizes.merged)} more to merge the adapter" if sizes.merged else ""
+    snapshots = f"{amount(sizes.snapshots, 'snapshot')} of {_on_disk(sizes.snapshot)}, " if sizes.snapshots else ""
+    checkpoints = f"{amount(sizes.checkpoints, 'checkpoint')} of {_on_disk(sizes.checkpoint)}"
+    say(f"{'disk':12} {_on_disk(sizes.kept)}: {snapshots}{checkpoints}{merged}")
     return _cache(recipe, facts, family, components, say)
 
 
@@ -175,11 +175,15 @@ def _cache(recipe: Recipe, facts: Facts, family: "Family", components: "Componen
     widths, length = components.text.widths, filled(recipe.model.text_length, "model.text_length")
     texts = facts["captions"] * 2 * (length * sum(widths.sequences) + sum(widths.vectors.values()))
     facts["disk_gb"]["cache"] = _gb(latents + texts)
-    say(f"{'cache':12} at most {(latents + texts) / 1e9:.1f} GB, with captions of {length} tokens")
+    say(f"{'cache':12} at most {_on_disk(latents + texts)}, with captions of {length} tokens")
 
 
 def _gb(size: int) -> float:
     return round(size / 1e9, 2)
+
+
+def _on_disk(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 # --- the step, on paper ----------------------------------------------------------------------------------------------
@@ -219,7 +223,7 @@ def _memory_lines(memory: Facts) -> str:
 
 
 def _size(gib: float) -> str:
-    return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB" if gib >= 0.01 else f"{gib * 1024:.2g} MiB"
 
 
 def _work(tflop: float) -> str:

@@ -206,4 +206,4 @@ def _rounded(number: float) -> float:
 
 
 def _gib(size: float) -> float:
-    return round(size / GIB, 4)
+    return round(size / GIB, 6)
