@@ -24,6 +24,7 @@ from dedistill.distributed.launcher import choose_kernels
 from dedistill.errors import UserError, amount
 from dedistill.evaluation.candidates import candidates_of
 from dedistill.evaluation.sweep import Grid, guiders_at, sweep
+from dedistill.flow.guidance import Autoguidance, SkipLayers, guider_of
 from dedistill.forecast.sizes import check_room, sizes_of
 from dedistill.io import ownership
 from dedistill.models.family import Family
@@ -110,7 +111,8 @@ def _after_training(recipe: Recipe, family: Family, small: Recipe, out: Path, st
         widths = [0.075] if recipe.snapshot.ema else None
         average_run(out / "run", alphas=[0.5, 0.9], widths=widths, say=lambda line: None)
     with stage("CFG sweep"):
-        grid = Grid(guiders_at((1.0, 3.0)), PROMPTS, (0,))
+        how = small.sample
+        grid = Grid(guiders_at((1.0, 3.0), names=[how.guider]), PROMPTS, (0,), solvers=(how.solver,))
         sweep(candidates_of(small, None), grid, out / "sweep", title="rehearsal", judge=None, say=lambda line: None)
         write_sweep_page(out / "sweep")
     with stage("merge into the base"):
@@ -219,7 +221,11 @@ def _small(recipe: Recipe, family: Family, out: Path, limit: int | None) -> Reci
         "checkpoint": every,
         "snapshot": {"every": 1},
         "log": {"every": 1, "wandb": False},
-        "sample": {"steps": 2, **({"height": SMALL, "width": SMALL} if recipe.data.source == "pictures" else {})},
+        "sample": {
+            "steps": 2,
+            "guider": _small_guider(recipe.sample.guider),
+            **({"height": SMALL, "width": SMALL} if recipe.data.source == "pictures" else {}),
+        },
         "preview": every if recipe.preview.every else {},
     }
     if recipe.data.source == "pictures":
@@ -230,6 +236,14 @@ def _small(recipe: Recipe, family: Family, out: Path, limit: int | None) -> Reci
             "limit": limit,
         }
     return _copy(recipe, **changes)
+
+
+def _small_guider(name: str) -> str:
+    """The guider of that name for few blocks and snapshots."""
+    guider = guider_of(name)
+    if isinstance(guider, Autoguidance) and guider.step:
+        return "auto:step=1"
+    return "skip_layers:blocks=0" if isinstance(guider, SkipLayers) else name
 
 
 def _copy(recipe: Recipe, **tables: dict[str, Any]) -> Recipe:

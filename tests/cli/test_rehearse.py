@@ -65,6 +65,20 @@ def test_stages_and_what_they_leave(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists(), "the real run's directory is not touched"
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("guider", "method"),
+    [("auto:step=500", "autoguidance weak 0 step 1"), ("skip_layers:blocks=30+2", "skipped layers blocks 0")],
+)
+def test_the_recipe_s_own_way_of_sampling(rehearse, tmp_path, guider, method):
+    """In the sweep, where a snapshot or blocks that so small a run has not are replaced by some that it has."""
+    settings = [f"sample.guider={guider}", "sample.solver=heun", "preview.every=0", "preview.prompts=[]"]
+    code, said = rehearse("flux_schnell_24gb", *settings)
+    assert code == 0, said
+    cells = json.loads((tmp_path / "run-rehearsal/sweep/scores.json").read_text())["cells"]
+    assert {cell["method"].partition(" scale")[0] for cell in cells if cell["cfg"] == 3} == {f"Heun, {method}"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*FLUX, *DIGITS])
 def test_every_recipe_passes_in_ninety_seconds(rehearse, recipe):
