@@ -250,6 +250,7 @@ def measure(
         _check_shape(name, result.image, shapes)
         readings[name], places[name] = result.readings, result.places
         say(f"{name}: " + _short(readings[name]))
+    readings, places = {name: readings[name] for name in names}, {name: places[name] for name in names}
     said = {
         "prompts": distinct(settings.prompts, settings.trained),
         "held-out samples": f"{settings.samples}, of {amount(len(readings[reference]['loss'].top), 'image')}",

@@ -169,7 +169,7 @@ def _gradients(recipe_file: Path, out: Path, *settings: str) -> int:
     engine.place(model, "cpu")
     trainer = Trainer(recipe, make_plan(recipe), model=model, source=source, run=RunDirectory(recipe), engine=engine)
     with StopRequests() as trainer.stop:
-        trainer._gradients(trainer._micro_batches(1))
+        trainer._gradients(trainer.micro_batches(1))
     if world.main:
         save_file({name: p.grad for name, p in trainer.engine.trainable.items()}, out)
     return 0

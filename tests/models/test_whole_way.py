@@ -97,7 +97,7 @@ def test_training_learns_and_goes_on_as_it_was(there):
     "words",
     [
         ["rehearse", "tiny.toml", *SETTINGS],
-        ["plan", "tiny.toml"],
+        ["plan", "tiny.toml", *SETTINGS],
         ["prepare", "tiny.toml", "--check", *SETTINGS],
         ["scan", "data/tiny", "--out", "scan"],
         ["influence", "tiny.toml", "--budget", "20K", "--prompts", "2", "--sigmas", "2", "--out", "influence", *SETTINGS],

@@ -163,7 +163,10 @@ file_column = "image"
 for old, new in (
     ('path = "w"\n', 'path = "w/w"\nrevision = "0a1b"\ncomponents = "c/c"\nt5_mask = false\nguidance = 1.0\n'),
     ('"reflow"', '"flow"'),
-    ("[sample]\nsteps = 4\n", "[sample]\nsolver = 'heun'\nsteps = 4\nshift = 2.5\nheight = 512\nwidth = 768\nguidance = 3.5\n"),
+    (
+        "[sample]\nsteps = 4\n",
+        "[sample]\nsolver = 'heun'\nguider = 'rescale:phi=0.5'\nsteps = 4\nshift = 2.5\nheight = 512\nwidth = 768\nguidance = 3.5\n",
+    ),
 ):
     IMAGES = IMAGES.replace(old, new)
 

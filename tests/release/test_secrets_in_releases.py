@@ -333,7 +333,14 @@ def test_every_text_of_a_recipe_is_known_to_be_a_place_or_not():
     """A new key for a folder has to be hidden in released recipes, or this list says that it is none."""
     hidden = {"run.out", "model.path", "model.components", "data.path", "data.cache", "data.sets.path", "data.sets.name"}
     harmless = {"run.name", "model.family", "model.revision", "adapter.targets.pattern", "adapter.targets.preset"}
-    harmless |= {"base.exclude", "data.sets.captions", "data.sets.file_column", "sample.negative", "preview.prompts"}
+    harmless |= {
+        "base.exclude",
+        "data.sets.captions",
+        "data.sets.file_column",
+        "sample.negative",
+        "sample.guider",
+        "preview.prompts",
+    }
     assert texts(Recipe) == hidden | harmless
     places = '[run]\nout = "/p/q"\n[model]\npath = "/p/m"\ncomponents = "/p/c"\n[data]\npath = "/p/q"\ncache = "/p/q"\n'
     told = public_recipe(places + '[[data.sets]]\nname = "p"\npath = "/p/q"\nweight = 2.0\n')

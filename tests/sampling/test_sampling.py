@@ -341,7 +341,7 @@ def test_a_sweep_is_complete(tmp_path, judge):
     save_png(again[1], tmp_path / "again.png")
     assert pixels(tmp_path / "again.png") == pixels(tmp_path / row["file"])
     with Image.open(tmp_path / row["file"]) as image:  # the file tells how it was made
-        assert image.text == {k: str(row[k]) for k in ("candidate", "cfg", "skip", "steps", "prompt", "seed")}
+        assert image.text == {k: str(row[k]) for k in ("candidate", "cfg", "skip", "steps", "shift", "prompt", "seed")}
 
 
 def test_a_sweep_with_clip(tmp_path):

@@ -78,6 +78,10 @@ CASES = [
     ("sample.height", "48", "images", PREVIEW),
     ("sample.width", "48", "images", PREVIEW),
     ("sample.negative", "the moon", "images", PREVIEW),
+    ("sample.shift", "3.0", "images", PREVIEW),
+    ("sample.solver", "heun", "images", PREVIEW),
+    ("sample.guider", "rescale:phi=1", "images", [*PREVIEW, "preview.cfgs=[3.0]"]),
+    ("data.fold", "[2, 4]", "images", []),
     ("sample.guidance", "5.0", "images", [*PREVIEW, "model.path=DEV", "data.cache=CACHE/dev"]),
     ("preview.every", "1", "images", PREVIEW),
     ("preview.prompts", "['the red sun', 'a dog']", "images", PREVIEW),
@@ -123,7 +127,7 @@ CASES = [
 # what the key changes cannot be seen in numbers or files: the same arithmetic in other pieces
 PLAN_ONLY = {"base.swap": "effects", "train.gradient_checkpointing": "effects", "train.micro_batch": "plan"}
 # what the key changes is a name
-SAID = {"run.name"}
+SAID = {"run.name", "data.sets.0.name"}
 ELSEWHERE = {
     "train.compile": "test_compiled.py: blocks are compiled, and plan.json says how many",
     "data.sets.0.file_column": "test_prepare.py: a recipe names the columns of a table",
