@@ -163,7 +163,7 @@ def test_pairs_go_into_no_other_data_set(teacher, tmp_path, refused):
 @pytest.mark.parametrize("name", ["cfg_sweep", "evaluate", "measure_distillation", "layer_influence"])
 def test_results_go_into_no_folder_of_others(name, teacher, tmp_path, refused):
     filled(tmp_path / "site", "index.html", "index.json", "scores.json", "thumbs/holiday.webp", "sweep/index.html")
-    assert refused(lambda: tool(name, teacher, "--prompts", "2", "--out", tmp_path / "site"), tmp_path / "site", "--out")
+    assert refused(lambda: tool(name, teacher, "--prompts", "16", "--out", tmp_path / "site"), tmp_path / "site", "--out")
 
 
 def test_a_scan_goes_into_no_folder_of_others(photos, tmp_path, refused):

@@ -165,7 +165,8 @@ for old, new in (
     ('"reflow"', '"flow"'),
     (
         "[sample]\nsteps = 4\n",
-        "[sample]\nsolver = 'heun'\nguider = 'rescale:phi=0.5'\nsteps = 4\nshift = 2.5\nheight = 512\nwidth = 768\nguidance = 3.5\n",
+        "[sample]\nsolver = 'heun'\nguider = 'rescale:phi=0.5'\n"
+        "steps = 4\nshift = 2.5\nheight = 512\nwidth = 768\nguidance = 3.5\n",
     ),
 ):
     IMAGES = IMAGES.replace(old, new)

@@ -81,7 +81,6 @@ CASES = [
     ("sample.shift", "3.0", "images", PREVIEW),
     ("sample.solver", "heun", "images", PREVIEW),
     ("sample.guider", "rescale:phi=1", "images", [*PREVIEW, "preview.cfgs=[3.0]"]),
-    ("data.fold", "[2, 4]", "images", []),
     ("sample.guidance", "5.0", "images", [*PREVIEW, "model.path=DEV", "data.cache=CACHE/dev"]),
     ("preview.every", "1", "images", PREVIEW),
     ("preview.prompts", "['the red sun', 'a dog']", "images", PREVIEW),
@@ -129,6 +128,7 @@ PLAN_ONLY = {"base.swap": "effects", "train.gradient_checkpointing": "effects", 
 # what the key changes is a name
 SAID = {"run.name", "data.sets.0.name"}
 ELSEWHERE = {
+    "data.fold": "test_folds.py: every image is held out once, in runs of their own",
     "train.compile": "test_compiled.py: blocks are compiled, and plan.json says how many",
     "data.sets.0.file_column": "test_prepare.py: a recipe names the columns of a table",
     "run.resume": "test_bad_input.py: never refuses a used directory",
