@@ -11,8 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 
 if [ "${1:-}" = wheels ]; then
-  wanted=(accelerate annotated-types braceexpand diffusers h11 httpx imagehash importlib-metadata lazy-importer lycoris-lora
-    markupsafe optimum-quanto pydantic pydantic-core pywavelets scikit-learn toml torch-optimi typing-inspection webdataset)
+  wanted=(accelerate annotated-types braceexpand diffusers h11 httpx importlib-metadata lazy-importer lycoris-lora
+    markupsafe optimum-quanto pydantic pydantic-core scikit-learn toml torch-optimi typing-inspection webdataset)
   for version in ${PYTHON_VERSIONS:-3.12}; do
     "$python" -m pip download --quiet --no-deps --only-binary=:all: --dest "wheelhouse/$version" -c constraints.txt \
       --python-version "$version" --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform any "${wanted[@]}"
