@@ -2,10 +2,9 @@
 
 import errno
 import io
-import os
-import resource
+import subprocess
+import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +13,9 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from dedistill.cli.command import BrokenPipeTolerant, guarded
-from dedistill.data.images.decode import BadImage, decode
-from dedistill.errors import RUN_AGAIN, UserError, amount, enough_memory, is_out_of_memory, printable, say
+from dedistill.errors import RUN_AGAIN, UserError, amount, enough_memory, printable, say
 from dedistill.models.pretrained import reading
 from dedistill.report.pages import render
-from tests.faults.harness import forked
 
 
 @pytest.mark.parametrize(
@@ -97,23 +94,34 @@ def test_memory_that_is_refused_is_told_apart_by_every_reader(ask):
     assert guarded(wrapped, debug=False) == guarded(read, debug=False) == RUN_AGAIN
 
 
+# a process of its own: one that has run has room from before
+SHORT_OF_MEMORY = """
+import os, resource, sys
+from pathlib import Path
+from PIL import Image
+from dedistill.data.images.decode import BadImage, decode
+from dedistill.errors import RUN_AGAIN, is_out_of_memory
+Image.init()  # readers of formats are libraries, which take memory themselves
+data = sys.stdin.buffer.read()
+used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20), used + (20 << 20)))
+try:
+    decode(data)
+except BadImage:
+    os._exit(1)
+except Exception as e:
+    os._exit(RUN_AGAIN if is_out_of_memory(e) else 2)
+"""
+
+
 @pytest.mark.parametrize(("mode", "format"), [("RGBA", "PNG"), ("L", "JPEG"), ("RGB", "BMP"), ("RGB", "AVIF")])
 def test_no_image_is_bad_for_want_of_memory(mode, format):
     """Else it would be left out of training without a word that is true."""
     data = io.BytesIO()
     Image.new(mode, (5000, 5000)).save(data, format)
 
-    def short_of_memory():
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20), used + (20 << 20)))
-        try:
-            decode(data.getvalue())
-        except BadImage:
-            os._exit(1)
-        except Exception as e:
-            os._exit(RUN_AGAIN if is_out_of_memory(e) else 2)
-
-    assert os.waitstatus_to_exitcode(forked(short_of_memory)) == RUN_AGAIN
+    done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], input=data.getvalue(), capture_output=True)
+    assert done.returncode == RUN_AGAIN, done.stderr.decode()
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,9 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the card wi
 
 def on_card(recipe: Path, runs: dict[str, list[str]]) -> dict[str, dict]:
     """What steps.py found. In a process of its own: the card must be there before torch is."""
-    done = subprocess.run([sys.executable, str(STEPS), str(recipe), json.dumps(runs)], capture_output=True, text=True)
+    paths = os.pathsep.join([str(STEPS.parents[2]), os.environ.get("PYTHONPATH", "")])
+    words = [sys.executable, str(STEPS), str(recipe), json.dumps(runs)]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
