@@ -119,7 +119,7 @@ except Exception as e:
     ("mode", "format", "spare"), [("RGBA", "PNG", 20), ("L", "JPEG", 20), ("RGB", "BMP", 20), ("RGB", "AVIF", 60)]
 )
 def test_no_image_is_bad_for_want_of_memory(mode, format, spare):
-    """Else it would be left out of training without a word that is true. spare: MB; with fewer AVIF's library gives no cause."""
+    """Else it would be left out of training without a word that is true. spare: MB; with fewer AVIF gives no cause."""
     data = io.BytesIO()
     Image.new(mode, (5000, 5000)).save(data, format)
 
