@@ -286,18 +286,22 @@ def checkpointing(setup: Setup, on: bool) -> None:
     denoiser.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
 
+def placed(sizes: Sizes, device: str) -> Setup:
+    """The network with its adapter, all of it on ``device``."""
+    components = blank(sizes)
+    fill(components.denoiser, device)
+    setup = set_up(components, sizes, "lokr", device)
+    denoiser, trained = components.denoiser, setup.model.trainable()
+    kinds = {t.device.type for t in (*denoiser.parameters(), *denoiser.buffers(), *trained.values())}
+    assert kinds == {torch.device(device).type}, f"tensors on {kinds}"
+    return setup
+
+
 def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[[], None]) -> None:
     """Every stage in turn, the most wanted first; each is written down before the next."""
     peak = matmul_flops(sizes.matmul, device, clock)
     facts["matmul_tflops"] = peak / 1e12
-    components = blank(sizes)
-    fill(components.denoiser, device)
-    setup = set_up(components, sizes, "lokr", device)
-    kinds = {
-        t.device.type
-        for t in (*components.denoiser.parameters(), *components.denoiser.buffers(), *setup.model.trainable().values())
-    }
-    assert kinds == {torch.device(device).type}, f"tensors on {kinds}"
+    setup = placed(sizes, device)
     small, large = sizes.pixels
     facts |= {"cells": [], "changes": [], "profiles": {}, "spent": {}}
 
@@ -323,14 +327,6 @@ def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[
         facts["profiles"][name] = profile(setup, small, 1, clock)
         print(name, json.dumps(facts["profiles"][name] | {"top": []}), flush=True)
 
-    def changes() -> None:
-        checkpointing(setup, True)
-        for name, change in (OFF | SWITCHES).items():
-            row = {"change": name, "pixels": small, "batch": 1} | compare(setup, change, small, 1, clock)
-            facts["changes"].append(row)
-            print(row, flush=True)
-            write()
-
     def switched(change: Callable[[Setup], object], name: str, *sizes_of: tuple[int, int, bool | None]) -> None:
         with change(setup):
             cells(name, *sizes_of)
@@ -347,7 +343,7 @@ def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[
         with graphed(setup):
             note(f"recorded {each}", lambda each=each: cells("recorded", each))
     note("eager, batches", lambda: cells("eager", (small, 4, False), (large, 1, True), (small, 4, True)))
-    note("changes", changes)
+    note("changes", lambda: changes(setup, small, clock, facts, write))
     for each in ((small, 1, False), (small, 4, False)):
         with dense(setup), graphed(setup):
             note(f"recorded, bf16 base {each}", lambda each=each: cells("recorded, bf16 base", each))
@@ -356,6 +352,16 @@ def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[
     note("half checkpointed", lambda: switched(half_checkpointed, "half checkpointed", (small, 1, None), (small, 4, None)))
     note("compiled", lambda: switched(compiled, "compiled blocks", (small, 1, True), (small, 4, False), (large, 1, True)))
     note("swap", waiting)
+
+
+def changes(setup: Setup, pixels: int, clock: Clock, facts: dict, write: Callable[[], None]) -> None:
+    """Each way in turn against the same step without it."""
+    checkpointing(setup, True)
+    for name, change in (OFF | SWITCHES).items():
+        row = {"change": name, "pixels": pixels, "batch": 1} | compare(setup, change, pixels, 1, clock)
+        facts["changes"].append(row)
+        print(row, flush=True)
+        write()
 
 
 def measured(setup, sizes, cells, peak, clock, facts, write, note: str) -> None:
