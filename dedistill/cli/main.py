@@ -21,6 +21,7 @@ COMMANDS = {
     "measure": ("measure", "measure how distilled models still are, with intervals"),
     "evaluate": ("evaluate", "which weights of a run to take, and how to sample from them"),
     "influence": ("influence", "how much each block changes, and LoKr factors within a budget"),
+    "invert": ("invert", "turn an image into noise, and edit it by prompts"),
     "merge": ("merge", "merge an adapter into its base"),
     "export": ("export", "write models and adapters in formats of other programs"),
     "check": ("check", "check a recipe, or which programs load an adapter file"),

@@ -3,10 +3,12 @@
 import hashlib
 import json
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from dedistill.data.encode import open_data
 from dedistill.data.source import Source
@@ -18,7 +20,11 @@ from dedistill.io.hashing import file_sha256
 from dedistill.io.ownership import claim
 from dedistill.models.model import ARITHMETIC, Model
 from dedistill.models.pipeline_files import model_files
-from dedistill.recipe import Recipe
+from dedistill.models.registry import spec_of
+from dedistill.recipe import RESOLVED, Recipe, load_recipe
+from dedistill.recipe.schema import Sample
+from dedistill.recipe.toml import table_to_toml
+from dedistill.release.folder import network_config, read_facts
 from dedistill.runs.model import last_weights, open_base, open_finished, sampling_device
 
 
@@ -151,3 +157,38 @@ def _identity(recipe: Recipe, *places: Path | str) -> str:
         for file in [*files, *sorted(place.rglob("scheduler_config.json"))]:  # by which sample.shift = "auto" goes
             digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
+
+
+def named_candidate(named: str, weights: str, overrides: Sequence[str]) -> tuple[Candidate, Sample]:
+    """A model to sample from, and how its recipe samples. named: a recipe, the folder of a run, or that of a model.
+
+    weights: of a run, as ``candidates_of`` calls them. Raises UserError where there is no such thing.
+    """
+    folder = Path(named)
+    own = next((folder / name for name in (RESOLVED, "recipe.toml") if (folder / name).is_file()), None)
+    if own or not folder.is_dir():
+        recipe = load_recipe(own or named, overrides)
+        return candidates_of(recipe, [weights], prefix=True)[0], recipe.sample
+    if weights not in ("last", "base"):
+        raise UserError(f"--weights {weights}: '{folder}' is a model, of which there is only one", 2)
+    recipe = recipe_of_model(folder, overrides)
+    return Candidate(folder.name, _identity(recipe, folder), recipe.sample.steps, lambda: open_base(recipe)), recipe.sample
+
+
+def recipe_of_model(folder: Path, overrides: Sequence[str]) -> Recipe:
+    """A recipe that opens a model folder as it was trained, by what the folder says of itself."""
+    facts, config = read_facts(folder), network_config(folder)
+    model: dict[str, Any] = {"family": spec_of(config, facts.get("family")).name, "path": str(folder)}
+    model |= {key: facts[key] for key in ("mask", "t5_mask", "text_length") if key in facts}
+    if (guidance := facts.get("guidance", "none")) != "none":
+        model["guidance"] = "bypass" if guidance == "bypassed" else float(guidance)
+    tables = {
+        "run": {"name": "model", "out": str(folder)},
+        "model": model,
+        "data": {"source": "digits"},
+        "train": {"steps": 1, "batch": 1, "lr": 1e-4},
+    }
+    with TemporaryDirectory() as temporary:
+        file = Path(temporary) / "model.toml"
+        file.write_text(table_to_toml(tables))
+        return load_recipe(file, overrides)

@@ -43,6 +43,7 @@ KINDS = {
     "distillation": Kind("a measurement of distillation", "distillation.json", ("reference", "meters", "candidates")),
     "selection": Kind("a selection", "selection.json", ("numbers", "cells", "chosen")),
     "influence": Kind("a measurement of influence", "influence.json", ("prompts", "sigmas", "budget", "blocks")),
+    "inversion": Kind("an inversion of an image", "inversion.json", ("source", "decoded", "cells")),
     "scan": Kind("a scan of data", "scan.json", ("sources", "near_duplicates")),
     "report": Kind("a report of a run", "index.html", text='<link rel="icon" href="data:,">\n<title>Run: '),
     "story": Kind("a story's report", "summary.json", ("teacher", "dedistilled")),

@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dedistill.errors import amount
 from dedistill.flow import keyed
 from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, Branch, ClassifierFree, Evaluation, Guider
-from dedistill.flow.solvers import SOLVERS, sigma_grid, solve
+from dedistill.flow.solvers import SOLVERS, Velocity, sigma_grid, solve
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 
@@ -80,7 +81,12 @@ def path(model: Model, texts: Mapping[Branch, Conditioning], noise: Tensor, samp
 
     Two branches are two calls: each is trimmed to its own length and needs no mask when its prompts are alike.
     """
-    sigmas, guider = sigma_grid(sampling.steps, model.grid_shift), sampling.guidance
+    sigmas = sigma_grid(sampling.steps, model.grid_shift)
+    return solve(sampling.solver, guided(model, texts, sigmas, sampling.guidance), noise.to(model.device), sigmas)
+
+
+def guided(model: Model, texts: Mapping[Branch, Conditioning], sigmas: np.ndarray, guider: Guider) -> Velocity:
+    """The velocity that ``guider`` makes of the model's on one path along ``sigmas``. texts: as ``path`` takes them."""
     memory: dict[int, Tensor] = {}
 
     def velocity(noisy: Tensor, sigma: float, i: int) -> Tensor:
@@ -90,4 +96,4 @@ def path(model: Model, texts: Mapping[Branch, Conditioning], noise: Tensor, samp
                 outputs[branch] = model.velocity(noisy, s, texts[Branch(prompt=branch.prompt)], model.guidance)
         return guider.combine(outputs, Evaluation(noisy, sigma, sigmas, i, memory))
 
-    return solve(sampling.solver, velocity, noise.to(model.device), sigmas)
+    return velocity

@@ -10,14 +10,18 @@ from torch import nn
 from dedistill.adapters.targets import matching
 from dedistill.errors import UserError
 from dedistill.flow import keyed
+from dedistill.flow.guidance import CONDITIONAL
 from dedistill.models.blocks import without_blocks
 from dedistill.models.conditioning import Conditioning, Tokens
 from dedistill.models.example.family import Example
 from dedistill.models.flux.network import attention_mask, patchify, unpatchify
 from dedistill.models.flux.tiny import write_tiny_flux
+from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.registry import families, get_family
 from dedistill.recipe import load_recipe
+from dedistill.sampling.inversion import Inversion, edit, encoded, state_of
+from dedistill.sampling.sampler import Sampling, start_noise
 
 CAPTIONS = ["sun", "one red cat", "the dog and the tree with hat"]  # 2, 4 and 8 tokens with the end
 LENGTH = 12
@@ -125,6 +129,22 @@ def test_velocity_equals_the_librarys_own_call(family, components, noisy):
         text = family.encode_text(components, [caption], LENGTH)
         direct = DIRECT[family.spec.name](components, noisy[i : i + 1], SIGMA[i : i + 1], text.trimmed())
         torch.testing.assert_close(velocity(family, components, noisy)[i : i + 1], direct, **TOLERANCE)
+
+
+def test_an_image_becomes_noise_and_comes_back(family, components):
+    """Held fully it does, to rounding; halfway, from pure data to pure noise, every number is finite."""
+    model = Model(family, components, components.denoiser, LENGTH)
+    height, width = model.decode(torch.zeros(1, *components.sample_shape)).shape[2:]
+    pixels = torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)
+    latents, texts = encoded(model, pixels), {CONDITIONAL: model.encode(["one red cat"])}
+    assert latents.shape == (1, *components.sample_shape)
+    noise, sampling = start_noise(5, 1, components.sample_shape), Sampling(steps=3)
+    straight = Inversion(gamma=1, stop=1, seed=5)
+    torch.testing.assert_close(state_of(model, latents, 3, straight), noise, **TOLERANCE)
+    torch.testing.assert_close(edit(model, texts, noise, latents, sampling, straight, 1.0), latents, **TOLERANCE)
+    for null in ("empty", "zeros"):
+        halfway = state_of(model, latents, 3, Inversion(seed=5, null=null))
+        assert halfway.isfinite().all() and not torch.allclose(halfway, noise, atol=1e-2)
 
 
 def test_every_input_matters(family, components, noisy):

@@ -105,6 +105,8 @@ def test_training_learns_and_goes_on_as_it_was(there):
         ["measure", "tiny.toml", *PATHS, *SCORED, "--prompts", "4", "--out", "measured", *SETTINGS],
         ["evaluate", "tiny.toml", "--cfg", "1", "3", "--prompts", "prompts.txt", *SCORED, "--out", "evaluated", *SETTINGS],
         ["report", "runs/tiny"],
+        ["invert", "data/tiny/sample0.jpg", "--model", "runs/tiny", "--prompt", "a square", "--steps", "4"],
+        ["invert", "data/tiny/sample1.jpg", "--model", "models/tiny", "--eta", "0.5", "--fast", "--steps", "4"],
         ["pairs", "tiny.toml", "--out", "pairs", "--count", "4", "--steps", "2", "--points", "2", *SETTINGS],
     ],
     ids=lambda words: words[0],

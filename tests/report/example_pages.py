@@ -19,10 +19,12 @@ from dedistill.evaluation.evaluate import evaluate
 from dedistill.evaluation.influence import Influence
 from dedistill.evaluation.selection import select
 from dedistill.evaluation.sweep import Candidate, Grid, guiders_at
+from dedistill.io.atomic import replace_json
 from dedistill.recipe import load_recipe
 from dedistill.report.distillation import write_distillation_page
 from dedistill.report.evaluation import write_evaluation
 from dedistill.report.influence import write_influence
+from dedistill.report.inversion import write_inversion_page
 from dedistill.report.run import write_run_page
 from dedistill.report.scan import write_scan_page
 from dedistill.report.selection import write_selection_page
@@ -129,6 +131,19 @@ def evaluation(folder: Path) -> Path:
     return write_evaluation(folder, found, "t")[1]
 
 
+def inversion(folder: Path) -> Path:
+    """A row that gives the image back, and two edits."""
+    generator = np.random.default_rng(0)
+    cells = [{"prompt": p, "eta": eta, "psnr": 10 + 20 * eta} for p in (None, "a <b>cat</b>", "a dog") for eta in (0, 0.5, 1)]
+    for i, place in enumerate([{}, {}, *cells]):
+        image = Image.fromarray(generator.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize((128, 96))
+        image.save(folder / f"{i}.png")
+        place["file"] = f"{i}.png"
+    found = {"title": "photo.jpg by <last>", "settings": {"seed": "0"}, "source": "0.png", "decoded": "1.png", "limit": 31.5}
+    replace_json(folder / "inversion.json", found | {"cells": cells})
+    return write_inversion_page(folder)
+
+
 def lab(folder: Path) -> Path:
     return write_page(json.loads((ROOT / "lab/results/lab.json").read_text()), folder)
 
@@ -142,5 +157,6 @@ PAGES = {
     "run": run,
     "selection": selection,
     "evaluation": evaluation,
+    "inversion": inversion,
     "lab": lab,
 }

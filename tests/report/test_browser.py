@@ -9,7 +9,7 @@ from example_pages import PAGES
 
 pytestmark = pytest.mark.browser
 
-WITH_IMAGES = ("sweep", "story", "scan")
+WITH_IMAGES = ("sweep", "story", "scan", "inversion")
 WITH_SORTED_TABLES = ("sweep", "distillation", "run", "selection", "lab")
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 INSTALL = (

@@ -138,6 +138,10 @@ class PixelFlux(FluxBlocks):
             denoiser, _denoiser(components).time_text_embed, noisy, sigma, text, patch=patch, mask=components.mask
         )
 
+    def encode_images(self, components: Components, pixels: Tensor, noise: Tensor) -> Tensor:
+        """The pixels themselves; as grey, where there is one channel."""
+        return pixels if components.sample_shape[0] == pixels.shape[1] else pixels.mean(1, keepdim=True)
+
     def decode(self, components: Components, latents: Tensor) -> Tensor:
         return latents
 
