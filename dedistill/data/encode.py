@@ -30,6 +30,7 @@ from dedistill.io.hashing import fingerprint
 from dedistill.io.ownership import refuse_foreign
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Components, Family
+from dedistill.models.model import adapted_layers
 from dedistill.models.registry import get_family, text_length
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import filled
@@ -100,12 +101,16 @@ def open_data(
 
 
 def _encoders(recipe: Recipe) -> tuple[Family, Components]:
+    """What encodes. Raises UserError for what the model's files or the recipe's names would end a start with after all is encoded."""
     family = get_family(recipe.model.family, recipe.where("model.family"))
     components = family.load(recipe.model, seed=recipe.run.seed, denoiser=False)
     if components.vae is None:
         raise UserError(f"{recipe.where('data.source')}: {family.spec.name} has no codec that encodes 'pictures'", 2)
     for shift in (recipe.timesteps.shift, recipe.sample.shift):  # or it says why not
         shift_in_numbers(shift, lambda: family.shift(components, family.tokens(components, components.sample_shape)))
+    adapted_layers(recipe, family, family.full_size(recipe.model).denoiser)
+    if recipe.sample.height and recipe.sample.width:
+        family.latent_shape(components, recipe.sample.height, recipe.sample.width)
     return family, components
 
 

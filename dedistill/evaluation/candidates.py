@@ -143,6 +143,9 @@ def _identity(recipe: Recipe, *places: Path | str) -> str:
     settings = recipe.resolved()
     for key in ("solver", "guider"):
         settings["sample"].pop(key)  # a cell's own
+    for key in ("path", "components"):
+        if settings["model"][key] and Path(settings["model"][key]).exists():
+            settings["model"].pop(key)  # its files are hashed, wherever they lie
     used = [settings[table] for table in ("model", "base", "adapter", "sample")]
     used += [settings["train"]["precision"], settings["run"]["seed"], ARITHMETIC]
     digest = hashlib.sha256(json.dumps(used).encode())

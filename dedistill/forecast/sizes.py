@@ -6,12 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from dedistill.adapters.attach import dense_shapes
-from dedistill.adapters.targets import count_parameters, resolve_targets
+from dedistill.adapters.targets import count_parameters
 from dedistill.errors import UserError, amount
-from dedistill.models.blocks import check_blocks
 from dedistill.models.family import Family
-from dedistill.models.quantize import excluded, linear_names
+from dedistill.models.model import adapted_layers
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import make_plan
 
@@ -47,20 +45,15 @@ class Sizes:
 
 def sizes_of(recipe: Recipe, family: Family, denoiser: nn.Module) -> Sizes:
     """Of ``denoiser``, the recipe's of full size. Raises UserError for names in the recipe that it does not have."""
-    check_blocks(recipe, len(family.blocks(denoiser)))
     network = sum(p.numel() for p in denoiser.parameters())
-    trained, layers = network, 0
-    if recipe.adapter:
-        shapes = dense_shapes(denoiser, linear_names(denoiser))
-        excluded(recipe.base.exclude, list(shapes), recipe.where)
-        targets = resolve_targets(recipe.adapter, shapes, family.presets(denoiser), recipe.where)
-        trained, layers = count_parameters(targets, recipe.adapter.kind), len(targets)
+    targets = adapted_layers(recipe, family, denoiser)
+    trained = count_parameters(targets, recipe.adapter.kind) if recipe.adapter else network
     number = 2 if recipe.train.optimizer == "adamw_bf16" else 4
     averages = 4 * len(recipe.snapshot.ema or [])  # float32
     return Sizes(
         network=network,
         trained=trained,
-        layers=layers,
+        layers=len(targets),
         snapshot=trained * (number + averages),
         snapshots=make_plan(recipe).snapshots,
         # the weights and two moments, and of bf16 weights what they round away, in float32

@@ -24,7 +24,7 @@ from dedistill.models.blocks import check_blocks, checkpoint_blocks, swapped_blo
 from dedistill.models.conditioning import Conditioning, collate
 from dedistill.models.family import Components, Family
 from dedistill.models.pipeline_files import model_files
-from dedistill.models.quantize import cast_float, dense_weight, linear_names, multiply_codes, prepare_base, storage_bytes
+from dedistill.models.quantize import cast_float, dense_weight, excluded, linear_names, multiply_codes, prepare_base, storage_bytes
 from dedistill.models.registry import get_family, public_name, text_length
 from dedistill.models.swap import Swap
 from dedistill.recipe import Recipe
@@ -210,6 +210,19 @@ def expected_parameters(recipe: Recipe) -> int:
     return sum(map(count_numbers, files))
 
 
+def adapted_layers(recipe: Recipe, family: Family, denoiser: nn.Module) -> list[Resolved]:
+    """The linears of ``denoiser`` that ``recipe`` adapts, none without an adapter. Only names and shapes are looked at.
+
+    Raises UserError where the recipe names blocks or layers that the network does not have.
+    """
+    check_blocks(recipe, len(family.blocks(denoiser)))
+    if recipe.adapter is None:
+        return []
+    shapes = dense_shapes(denoiser, linear_names(denoiser))
+    excluded(recipe.base.exclude, list(shapes), recipe.where)
+    return resolve_targets(recipe.adapter, shapes, family.presets(denoiser), recipe.where)
+
+
 def _same_bytes(one: Path, other: Path) -> bool:
     """Whether two models are there and copies of each other."""
     files, others = model_files(one), model_files(other)
@@ -229,7 +242,7 @@ def assemble(
     components that have none themselves."""
     components.device = device
     blocks = family.blocks(components.denoiser)
-    check_blocks(recipe, len(blocks))
+    targets = adapted_layers(recipe, family, components.denoiser)
     if recipe.sample.height and recipe.sample.width:
         components.sample_shape = family.latent_shape(components, recipe.sample.height, recipe.sample.width)
     length = text_length(family, filled(recipe.model.text_length, "model.text_length"), recipe.where("model.text_length"))
@@ -241,7 +254,7 @@ def assemble(
         cast_float(components.denoiser, torch.float32)
         model = Model(family, components, components.denoiser.to(device), length, facts=facts)
     else:
-        model = _adapt(recipe, recipe.adapter, family, components, facts, device, length, started=started)
+        model = _adapt(recipe, recipe.adapter, family, components, targets, facts, device, length, started=started)
     model.root.to(device)
     model.snapshots = Path(recipe.run.out) / "snapshots"
     model.negative, model.guidance = recipe.sample.negative, recipe.sample.guidance
@@ -261,6 +274,7 @@ def _adapt(
     table: AdapterTable,
     family: Family,
     components: Components,
+    targets: list[Resolved],
     facts: dict[str, Any],
     device: torch.device | str,
     length: int,
@@ -269,13 +283,12 @@ def _adapt(
 ) -> Model:
     denoiser = components.denoiser
     cast_float(denoiser, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
-    shapes = dense_shapes(denoiser, linear_names(denoiser))
+    names = linear_names(denoiser)
     swapped = swapped_blocks(recipe, family.blocks(denoiser))
     quantized = prepare_base(denoiser, recipe.base.quant, recipe.base.exclude, device, recipe.where, stay=swapped)
-    facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(shapes.keys() - set(quantized))}
+    facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(set(names) - set(quantized))}
     if recipe.base.matmul == "int8":
         facts["int8_products"] = multiply_codes(denoiser, device, recipe.where("base.matmul"))
-    targets = resolve_targets(table, shapes, family.presets(denoiser), recipe.where)
     with nullcontext() if started else torch.device(device):
         adapter = Adapter(denoiser, table.kind, targets).to(device)
     weight = _weight_reader(denoiser, device)

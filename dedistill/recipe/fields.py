@@ -1,6 +1,8 @@
 """What the tables of a recipe are made of: bounds, paths, defaults that depend on other keys, and where a key was said."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
@@ -14,9 +16,16 @@ def _integral(value: object) -> object:
 
 
 def _path(text: str) -> str:
-    if any(sign < " " for sign in text):  # "C:\new" in double quotes holds a line feed
-        raise ValueError("must hold no line feed, tab or the like; a path of Windows is written with /, or in single quotes")
-    return with_home(text)
+    text = with_home(text)
+    if (odd := _CONTROL.match(text)) and not Path(odd[0]).exists():  # "C:\new" in double quotes holds a line feed
+        raise ValueError(
+            "holds a line feed, tab or the like, and no such folder exists; a path of Windows is written with /, or in single quotes"
+        )
+    return text
+
+
+_CONTROL = re.compile(r"[^\x00-\x1f]*[\x00-\x1f][^/]*")
+"""The start of a path up to the end of the first name with a control character in it."""
 
 
 Whole = Annotated[int, BeforeValidator(_integral)]

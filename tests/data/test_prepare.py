@@ -15,7 +15,7 @@ from test_run import metrics, run, same, weights
 
 from dedistill.data import encode as module
 from dedistill.data.cache import Store
-from dedistill.data.encode import open_stores, prepare
+from dedistill.data.encode import open_data, open_stores, prepare
 from dedistill.data.encoded import latent_key, read_text, text_key
 from dedistill.data.images.buckets import apply_crop
 from dedistill.data.images.decode import decode
@@ -58,6 +58,27 @@ def _complete(words: list[str]) -> bool:
 
 
 # --- what is encoded ---
+
+
+UNKNOWN = {
+    "a target": ("adapter.targets=[{preset='attention', rank=2}, {pattern='blocks.*', rank=2}]", "targets.1.pattern: 'blocks.*'"),
+    "a target of none left": (
+        "adapter.targets=[{preset='attention', rank=2}, {pattern='**.to_q', rank=2}]",
+        "earlier targets took all",
+    ),
+    "a rank": ("adapter.targets=[{preset='attention', rank=33}]", "targets.0.rank: 33 is more than"),
+    "a layer to exclude": ("base.exclude=['*.norm1']", "base.exclude.0: '*.norm1' matches no linear"),
+    "blocks to compute again": ("train.gradient_checkpointing=9", "9 blocks, and the network has 3"),
+}
+
+
+@pytest.mark.parametrize(("setting", "said"), UNKNOWN.values(), ids=UNKNOWN)
+def test_what_the_network_does_not_have_is_refused_before_anything_is_encoded(image_recipe, setting, said):
+    recipe = load_recipe(image_recipe, [setting, "base.quant=int8"])
+    with pytest.raises(UserError) as refused:
+        open_data(recipe, "cpu", print)
+    assert said in str(refused.value) and refused.value.exit_code == 2
+    assert not (image_recipe.parent / "cache").exists()
 
 
 def test_what_is_cached_is_what_encoding_gives(image_recipe):

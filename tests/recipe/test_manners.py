@@ -1,5 +1,6 @@
 """Recipes as people write them: numbers, paths and words of other programs, and short recipes that extend long ones."""
 
+import json
 import re
 from pathlib import Path
 from typing import get_args
@@ -61,6 +62,16 @@ def test_paths_of_windows(errors_of, load, path):
     (line,) = errors_of(quoted)
     assert re.match(r"x\.toml:3: ", line) and "with /" in line and "in single quotes" in line
     assert load(quoted.replace(f'"{path}"', f"'{path}'")).run.out == path
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\ttab", "bell\a"])
+def test_a_folder_may_have_any_name_that_it_has(errors_of, load, tmp_path, name):
+    """Where there is no such folder, it is more likely an escape than a name."""
+    quoted = SMALL.replace('out = "', f"out = {json.dumps(f'{tmp_path}/{name}/run')}  # \"")
+    (line,) = errors_of(quoted)
+    assert "no such folder exists" in line and name not in line
+    (tmp_path / name).mkdir()
+    assert load(quoted).run.out == f"{tmp_path}/{name}/run"
 
 
 def test_answers_to_words_of_others_name_keys_that_exist():

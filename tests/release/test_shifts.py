@@ -220,6 +220,20 @@ def test_cells_of_another_shift_are_other_cells(bases, tmp_path):
     assert identity() != first
 
 
+def test_cells_of_a_base_that_was_moved_are_the_same(tmp_path):
+    """By its bytes, wherever it and what is around it lie; of another base they are others."""
+    write_tiny_flux(tmp_path / "base")
+    write_tiny_flux(tmp_path / "other", seed=5)
+
+    def identity(base: str) -> str:
+        return candidates_of(recipe(tmp_path, tmp_path / "a", base), ["base"])[0].weights
+
+    (tmp_path / "a").mkdir()
+    first = identity("base")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    assert identity("elsewhere") == first != identity("other")
+
+
 def test_runs_of_before_had_one_shift_for_both(bases, tmp_path):
     """A recorded recipe without sample.shift made its images at that of training: a continued run is told of the difference."""
     own = recipe(bases, tmp_path, timesteps=3.0)
