@@ -24,7 +24,15 @@ from dedistill.models.blocks import check_blocks, checkpoint_blocks, swapped_blo
 from dedistill.models.conditioning import Conditioning, collate
 from dedistill.models.family import Components, Family
 from dedistill.models.pipeline_files import model_files
-from dedistill.models.quantize import cast_float, dense_weight, excluded, linear_names, multiply_codes, prepare_base, storage_bytes
+from dedistill.models.quantize import (
+    cast_float,
+    dense_weight,
+    excluded,
+    linear_names,
+    multiply_codes,
+    prepare_base,
+    storage_bytes,
+)
 from dedistill.models.registry import get_family, public_name, text_length
 from dedistill.models.swap import Swap
 from dedistill.recipe import Recipe

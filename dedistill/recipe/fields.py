@@ -18,9 +18,8 @@ def _integral(value: object) -> object:
 def _path(text: str) -> str:
     text = with_home(text)
     if (odd := _CONTROL.match(text)) and not Path(odd[0]).exists():  # "C:\new" in double quotes holds a line feed
-        raise ValueError(
-            "holds a line feed, tab or the like, and no such folder exists; a path of Windows is written with /, or in single quotes"
-        )
+        odd_sign = "holds a line feed, tab or the like, and no such folder exists"
+        raise ValueError(f"{odd_sign}; a path of Windows is written with /, or in single quotes")
     return text
 
 

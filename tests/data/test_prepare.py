@@ -61,7 +61,7 @@ def _complete(words: list[str]) -> bool:
 
 
 UNKNOWN = {
-    "a target": ("adapter.targets=[{preset='attention', rank=2}, {pattern='blocks.*', rank=2}]", "targets.1.pattern: 'blocks.*'"),
+    "a target": ("adapter.targets=[{preset='attention', rank=2}, {pattern='blocks.*', rank=2}]", "1.pattern: 'blocks.*'"),
     "a target of none left": (
         "adapter.targets=[{preset='attention', rank=2}, {pattern='**.to_q', rank=2}]",
         "earlier targets took all",

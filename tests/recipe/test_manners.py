@@ -67,7 +67,7 @@ def test_paths_of_windows(errors_of, load, path):
 @pytest.mark.parametrize("name", ["two\nlines", "a\ttab", "bell\a"])
 def test_a_folder_may_have_any_name_that_it_has(errors_of, load, tmp_path, name):
     """Where there is no such folder, it is more likely an escape than a name."""
-    quoted = SMALL.replace('out = "', f"out = {json.dumps(f'{tmp_path}/{name}/run')}  # \"")
+    quoted = SMALL.replace('out = "', f'out = {json.dumps(f"{tmp_path}/{name}/run")}  # "')
     (line,) = errors_of(quoted)
     assert "no such folder exists" in line and name not in line
     (tmp_path / name).mkdir()
