@@ -101,7 +101,7 @@ def open_data(
 
 
 def _encoders(recipe: Recipe) -> tuple[Family, Components]:
-    """What encodes. Raises UserError for what of the model's files, and of layers that the recipe names, would end a start later."""
+    """What encodes. Raises UserError for model files, and for names of layers, that would end a start later."""
     family = get_family(recipe.model.family, recipe.where("model.family"))
     components = family.load(recipe.model, seed=recipe.run.seed, denoiser=False)
     if components.vae is None:
