@@ -15,7 +15,7 @@ from dedistill.data.order import choose, draw_samples, sample_indices
 from dedistill.data.source import Batch
 from dedistill.data.split import CroppedImage, Split
 from dedistill.errors import UserError
-from dedistill.models.conditioning import Conditioning, Widths, collate, from_tensors, stored_shapes
+from dedistill.models.conditioning import Conditioning, Widths, collate, one_caption, stored_shapes
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def text_key(caption: str) -> str:
 
 def read_text(texts: Store, caption: str, widths: Widths) -> Conditioning:
     """One caption of the cache, as long as it was stored. widths: of its encoders. Raises as ``Store.read``."""
-    return from_tensors(texts.read(text_key(caption), stored_shapes(widths))).each(lambda t: t[None])
+    return one_caption(texts.read(text_key(caption), stored_shapes(widths)))
 
 
 class EncodedImages:
@@ -113,10 +113,11 @@ class EncodedImages:
         for slot in slots:
             shape = self._latent_shape(slot.crop.height, slot.crop.width)
             latents.append(self._latents.read(latent_key(slot.image.sample, slot.crop), {"latent": shape})["latent"])
-        captions = [s.caption for s in slots]
-        text = collate([read_text(self._texts, c, self._text_widths) for c in captions])
-        names, images = [s.name for s in slots], [self._split.unit(s.image) for s in slots]
-        return Batch(torch.stack(latents).float(), captions, names, text=text, image_ids=images)
+        captions, names = [s.caption for s in slots], [s.name for s in slots]
+        return Batch(torch.stack(latents).float(), captions, names, image_ids=[self._split.unit(s.image) for s in slots])
+
+    def text(self, captions: list[str]) -> Conditioning:
+        return collate([read_text(self._texts, c, self._text_widths) for c in captions])
 
     def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
         slots = self._slots(seed, step, batch, held_out)

@@ -19,9 +19,8 @@ T = TypeVar("T")
 class Batch:
     """Samples of some slots: latents [B, C, H, W] as the denoiser sees them, their captions, and names to report them by.
 
-    text: the captions, encoded already. image_ids: what tells the images apart that the samples are of; empty where names do.
-    noise and trajectory [B, K, C, H, W] come with stored pairs only;
-    trajectory_sigmas [K] falls from 1 to 0.
+    image_ids: what tells the images apart that the samples are of; empty where names do. noise and trajectory
+    [B, K, C, H, W] come with stored pairs only; trajectory_sigmas [K] falls from 1 to 0.
     """
 
     latents: Tensor
@@ -30,7 +29,6 @@ class Batch:
     noise: Tensor | None = None
     trajectory: Tensor | None = None
     trajectory_sigmas: np.ndarray | None = None
-    text: Conditioning | None = None
     image_ids: list[str] = field(default_factory=list)
 
 
@@ -42,13 +40,16 @@ def needed(part: T | None) -> T:
 
 
 class OneSize:
-    """A source whose samples all have one shape."""
+    """A source whose samples all have one shape, and whose captions are encoded when they are needed."""
 
     def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
         return [np.asarray(positions)]
 
     def work(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> int:
         return len(positions)
+
+    def text(self, captions: list[str]) -> Conditioning | None:
+        return None
 
 
 class Source(Protocol):
@@ -61,6 +62,9 @@ class Source(Protocol):
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         """The samples of ``positions`` in step ``step``; a function of the arguments alone."""
+
+    def text(self, captions: list[str]) -> Conditioning | None:
+        """``captions``, or empty ones in the place of some, encoded beforehand; None where the model's own encoders do it."""
 
     def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
         """``positions`` parted by the shape of their samples, in the order of their first."""
@@ -107,6 +111,9 @@ class QuarantineSource:
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         """``positions`` must be of one of the ``groups``."""
         return self.source.draw(self._seed(seed, step, positions, batch, held_out), step, positions, batch, held_out=held_out)
+
+    def text(self, captions: list[str]) -> Conditioning | None:
+        return self.source.text(captions)
 
     def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
         other = self._seeds(seed, step, positions, batch, held_out)

@@ -15,7 +15,6 @@ from dedistill.evaluation.meters import RatioEstimate, path_numbers
 from dedistill.flow.guidance import CONDITIONAL
 from dedistill.flow.path import flow_loss, implied_noise
 from dedistill.flow.solvers import sigma_grid
-from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 from dedistill.objectives.base import NoisyBatch, Objective
 from dedistill.sampling.sampler import Sampling, path
@@ -50,17 +49,12 @@ def held_out_meters(model: Model, batches: list[NoisyBatch], bins: int) -> dict[
 
 def held_out_numbers(model: Model, batch: NoisyBatch) -> np.ndarray:
     """sigma, loss and squared difference between the two branches of each sample [B, 3]."""
-    text = text_of(model, batch)
+    text = batch.conditioning(model)
     noisy, sigma = batch.noisy.to(model.device), batch.sigma.to(model.device)
     own = model.velocity(noisy, sigma, text)
     other = model.velocity(noisy, sigma, model.encode([model.negative]).expand(len(text)))
     columns = (sigma, flow_loss(own, batch.target.to(model.device)), flow_loss(own, other))
     return torch.stack(columns, 1).double().cpu().numpy()
-
-
-def text_of(model: Model, batch: NoisyBatch) -> Conditioning:
-    """The captions of ``batch``, none of them dropped."""
-    return model.encode(batch.captions) if batch.text is None else batch.text.to(model.device)
 
 
 # --- loss on held-out samples, on fixed noise and fixed sigmas -------------------------------------------------------
@@ -159,7 +153,7 @@ class Meters:
 
     def _path(self, model: Model, batch: NoisyBatch, noise: Tensor, steps: int) -> list[Tensor]:
         states = []
-        for state in path(model, {CONDITIONAL: text_of(model, batch)}, noise, replace(self.how, steps=steps)):
+        for state in path(model, {CONDITIONAL: batch.conditioning(model)}, noise, replace(self.how, steps=steps)):
             heartbeat.beat("measuring")
             states.append(state.float().cpu())
         return states

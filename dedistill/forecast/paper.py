@@ -71,17 +71,18 @@ class Blank(OneSize):
 
     name = "blank"
 
-    def __init__(self, image: tuple[int, int, int], text: Conditioning):
-        """text: of one caption."""
-        self.image, self.text = image, text
+    def __init__(self, image: tuple[int, int, int], caption: Conditioning):
+        self.image, self.caption = image, caption
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
-        count = len(positions)
-        text = self.text.expand(count)
-        if count > 1:
-            text = Conditioning(tuple(Tokens(s.embeds, _one_shorter(s.mask)) for s in text.sequences), text.vectors)
         names = self.names(seed, step, positions, batch)
-        return Batch(torch.zeros(count, *self.image), [""] * count, names, text=text)
+        return Batch(torch.zeros(len(names), *self.image), [""] * len(names), names)
+
+    def text(self, captions: list[str]) -> Conditioning:
+        text = self.caption.expand(len(captions))
+        if len(captions) == 1:
+            return text
+        return Conditioning(tuple(Tokens(s.embeds, _one_shorter(s.mask)) for s in text.sequences), text.vectors)
 
     def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
         return [str(p) for p in positions]

@@ -15,11 +15,6 @@ class Tokens:
     embeds: Tensor
     mask: Tensor
 
-    def padded(self, length: int) -> "Tokens":
-        """With columns of padding (zeros) added up to ``length`` tokens; longer ones stay as they are."""
-        more = max(0, length - self.embeds.shape[1])
-        return Tokens(pad(self.embeds, (0, 0, 0, more)), pad(self.mask, (0, more)))
-
     def trimmed(self) -> "Tokens":
         """Without the columns that are padding in every row. Real tokens come first in each row."""
         longest = int(self.mask.sum(1).max())
@@ -57,7 +52,8 @@ class Conditioning:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
         """With every tensor changed alike."""
-        return combined(change, self)
+        sequences = tuple(Tokens(change(s.embeds), change(s.mask)) for s in self.sequences)
+        return Conditioning(sequences, {name: change(vector) for name, vector in self.vectors.items()})
 
     def to(self, device: torch.device | str) -> "Conditioning":
         """Embeddings and vectors on ``device``. Masks come to the CPU: lengths are read off them without waiting for it."""
@@ -78,24 +74,6 @@ class Conditioning:
         """Every sequence without the columns that are padding in every row."""
         return Conditioning(tuple(s.trimmed() for s in self.sequences), self.vectors)
 
-    def padded(self, lengths: Sequence[int]) -> "Conditioning":
-        """Every sequence at least as long as ``lengths`` says."""
-        return Conditioning(tuple(s.padded(n) for s, n in zip(self.sequences, lengths, strict=True)), self.vectors)
-
-    def lengths(self) -> list[int]:
-        return [s.mask.shape[1] for s in self.sequences]
-
-    def where(self, dropped: Tensor, empty: "Conditioning") -> "Conditioning":
-        """Rows where ``dropped`` [B] is True become ``empty``, a single caption: embeds, masks and vectors together."""
-        lengths = [max(pair) for pair in zip(self.lengths(), empty.lengths())]
-        own, other = self.padded(lengths), empty.padded(lengths).expand(len(self))
-
-        def chosen(one: Tensor, two: Tensor) -> Tensor:
-            rows = dropped.to(one.device, non_blocking=one.device.type != "cpu")
-            return torch.where(rows.reshape(-1, *[1] * (one.ndim - 1)), two, one)
-
-        return combined(chosen, own, other)
-
     def tensors(self) -> dict[str, Tensor]:
         """By the names of a cache: "embeds", "mask" of the first sequence, "embeds.1" ... of others, vectors by their own."""
         named: dict[str, Tensor] = {}
@@ -104,9 +82,9 @@ class Conditioning:
         return named | dict(self.vectors)
 
 
-def from_tensors(tensors: Mapping[str, Tensor]) -> Conditioning:
-    """The inverse of ``Conditioning.tensors``."""
-    rest = dict(tensors)
+def one_caption(tensors: Mapping[str, Tensor]) -> Conditioning:
+    """A batch of the one caption that a cache holds as ``tensors``, by the names of ``Conditioning.tensors``."""
+    rest = {name: tensor[None] for name, tensor in tensors.items()}
     sequences: list[Tokens] = []
     while (name := f"embeds{_ending(len(sequences))}") in rest:
         sequences.append(Tokens(rest.pop(name), rest.pop(name.replace("embeds", "mask"))))
@@ -122,21 +100,18 @@ def stored_shapes(widths: Widths) -> dict[str, tuple[int | str, ...]]:
 
 
 def collate(captions: Sequence[Conditioning]) -> Conditioning:
-    """One batch of several, padded to the longest."""
-    lengths = [max(column) for column in zip(*(c.lengths() for c in captions))]
-    return combined(lambda *tensors: torch.cat(tensors), *(c.padded(lengths) for c in captions))
-
-
-def combined(change: Callable[..., Tensor], *batches: Conditioning) -> Conditioning:
-    """What ``change`` makes of each tensor of the ``batches``, the same one of all of them at a time. Raises ValueError for
-    batches of other sequences or vectors than the first has."""
-    if len({(len(batch.sequences), *sorted(batch.vectors)) for batch in batches}) > 1:
+    """One batch of several, each sequence padded with zeros to the longest. Raises ValueError for captions of other sequences
+    or vectors than the first has."""
+    if len({(len(c.sequences), *sorted(c.vectors)) for c in captions}) > 1:
         raise ValueError("captions of different encoders cannot be in one batch")
-    made = [
-        Tokens(change(*(s.embeds for s in same)), change(*(s.mask for s in same)))
-        for same in zip(*(batch.sequences for batch in batches), strict=True)
-    ]
-    return Conditioning(tuple(made), {name: change(*(b.vectors[name] for b in batches)) for name in batches[0].vectors})
+    sequences = []
+    for same in zip(*(c.sequences for c in captions)):
+        longest = max(s.mask.shape[1] for s in same)
+        more = [longest - s.mask.shape[1] for s in same]
+        embeds = torch.cat([pad(s.embeds, (0, 0, 0, n)) for s, n in zip(same, more)])
+        sequences.append(Tokens(embeds, torch.cat([pad(s.mask, (0, n)) for s, n in zip(same, more)])))
+    vectors = {name: torch.cat([c.vectors[name] for c in captions]) for name in captions[0].vectors}
+    return Conditioning(tuple(sequences), vectors)
 
 
 def _ending(i: int) -> str:

@@ -108,10 +108,15 @@ class Model:
         self.load_tensors(tensors, str(path))
 
     def encode(self, captions: list[str], length: int | None = None) -> Conditioning:
-        """One batch of encoded captions on the model's device; those in ``text_cache`` are the very tensors of the cache."""
+        """One batch of encoded captions on the model's device; those in ``text_cache`` are the very tensors of the cache.
+
+        Padding that is hidden from the network goes no further than the longest of them.
+        """
         if captions and all(c in self.text_cache for c in captions):
-            return collate([self.text_cache[c] for c in captions]).to(self.device)
-        return self.family.encode_text(self.components, captions, length or self.text_length).to(self.device)
+            text = collate([self.text_cache[c] for c in captions]).to(self.device)
+        else:
+            text = self.family.encode_text(self.components, captions, length or self.text_length).to(self.device)
+        return text.trimmed() if self.components.mask == "bool" else text
 
     def remember(self, captions: list[str]) -> None:
         """Encode captions once and for all, and free the encoders: ``encode`` gives these tensors from now on."""

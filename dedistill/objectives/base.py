@@ -6,13 +6,12 @@ of it stands in ``dedistill/recipe/objectives.py``.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from typing import ClassVar, TypedDict
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dedistill.data.source import Batch, Source
@@ -34,18 +33,21 @@ class NoisyBatch:
     sigma: Tensor
     target: Tensor
     captions: list[str]
-    dropped: Tensor
-    """[B] bool: the caption is replaced by the empty prompt."""
+    """Empty where dropped."""
     names: list[str]
+    image_ids: list[str]
+    """What tells the images apart that the samples are of."""
     text: Conditioning | None = None
     """The captions, where they are encoded already."""
-    image_ids: list[str] = field(default_factory=list)
-    """What tells the images apart that the samples are of."""
 
     def pinned(self) -> "NoisyBatch":
         """In memory from which a GPU copies by itself, while it works on what came before."""
-        tensors = {name: getattr(self, name).pin_memory() for name in ("noisy", "sigma", "target", "dropped")}
+        tensors = {name: getattr(self, name).pin_memory() for name in ("noisy", "sigma", "target")}
         return replace(self, text=self.text and self.text.each(Tensor.pin_memory), **tensors)
+
+    def conditioning(self, model: Model) -> Conditioning:
+        """What its captions are to ``model``, on its device."""
+        return model.encode(self.captions) if self.text is None else self.text.to(model.device)
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,6 @@ class Draws:
     """Shape of a sample -> sigma [B], float64: ``p`` by the recipe's density and shift. For validation ``p`` itself."""
     noise: Callable[[tuple[int, ...]], Tensor]
     """Shape of a sample -> standard normal noise [B, ...]."""
-    dropped: Tensor
-    """[B] bool."""
 
 
 class Sigmas(TypedDict):
@@ -96,16 +96,13 @@ class Objective(ABC):
         }
 
     @abstractmethod
-    def sample(self, batch: Batch, draws: Draws) -> NoisyBatch:
-        """What the network is asked about ``batch``."""
+    def sample(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """What the network is asked about ``batch``: noisy samples [B, C, H, W], their sigma [B], float32, and the target."""
 
     def loss(self, model: Model, batch: NoisyBatch) -> Tensor:
         """The loss of each sample [B], float32, on the model's device; the same in training and validation."""
-        text = model.encode(batch.captions) if batch.text is None else batch.text.to(model.device)
-        if batch.dropped.any():  # dropped here, not in the cache, so that a caption is encoded once and dropped at random
-            text = text.where(batch.dropped, model.encode([""]))
         noisy, sigma, target = (t.to(model.device, non_blocking=True) for t in (batch.noisy, batch.sigma, batch.target))
-        return flow_loss(model.velocity(noisy, sigma, text), target)
+        return flow_loss(model.velocity(noisy, sigma, batch.conditioning(model)), target)
 
     def micro_batches(self, step: int, size: int) -> list[np.ndarray]:
         """All positions of a step in parts of at most ``size`` that share a shape."""
@@ -133,9 +130,9 @@ class Objective(ABC):
             p=timesteps.probabilities(self.seed, "sigma", step, self.batch, stratify)[positions],
             sigma=lambda shape: self._sigmas(step, shape)[positions],
             noise=lambda shape: keyed.noise(self.seed, "noise", step, positions, shape),
-            dropped=torch.from_numpy(keyed.uniforms(self.seed, "caption-dropout", step, self.batch)[positions] < self.dropout),
         )
-        return self._sampled(self.source.draw(self.seed, step, positions, self.batch), draws)
+        dropped = keyed.uniforms(self.seed, "caption-dropout", step, self.batch)[positions] < self.dropout
+        return self._asked(self.source.draw(self.seed, step, positions, self.batch), draws, dropped)
 
     def validation_batches(self, count: int, size: int, world: World | None = None) -> list[NoisyBatch]:
         """``count`` held-out samples, at most ``size`` in each batch, in all the same whatever the size.
@@ -155,18 +152,21 @@ class Objective(ABC):
             # not by the training density: losses of two recipes are compared at the same sigmas
             sigma=lambda shape: p,
             noise=lambda shape: keyed.noise(self.seed, "validation/noise", 0, positions, shape),
-            dropped=torch.zeros(len(positions), dtype=torch.bool),
         )
-        return self._sampled(self.source.draw(self.seed, 0, positions, count, held_out=True), draws)
+        batch = self.source.draw(self.seed, 0, positions, count, held_out=True)
+        return self._asked(batch, draws, dropped=np.zeros(len(positions), bool))
 
     def _sigmas(self, step: int, shape: tuple[int, ...]) -> np.ndarray:
         return timesteps.draw(self.seed, step, self.batch, shift=self.shift_of(shape), **self.sampling)
 
-    def _sampled(self, batch: Batch, draws: Draws) -> NoisyBatch:
+    def _asked(self, batch: Batch, draws: Draws, dropped: np.ndarray) -> NoisyBatch:
+        """dropped: [B], whose captions are not told."""
         if missing := [field for field in self.needs if getattr(batch, field) is None]:
             needed = f"the {' and '.join(missing)} of every sample"
             raise UserError(f"train.objective: '{self.name}' needs {needed}, which '{self.source.name}' does not have")
-        return replace(self.sample(batch, draws), image_ids=batch.image_ids or batch.names)
+        captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped)]
+        ids = batch.image_ids or batch.names
+        return NoisyBatch(*self.sample(batch, draws), captions, batch.names, ids, self.source.text(captions))
 
 
 def objective_for(recipe: Recipe, source: Source, shift_of: Callable[[tuple[int, ...]], float]) -> Objective:

@@ -2,10 +2,11 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dedistill.data.source import Batch, needed
 from dedistill.errors import UserError
-from dedistill.objectives.base import Draws, NoisyBatch, Objective
+from dedistill.objectives.base import Draws, Objective
 
 
 class Distill(Objective):
@@ -13,7 +14,7 @@ class Distill(Objective):
 
     name, needs = "distill", ("trajectory",)
 
-    def sample(self, batch: Batch, draws: Draws) -> NoisyBatch:
+    def sample(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         trajectory, points = needed(batch.trajectory), needed(batch.trajectory_sigmas)
         windows = trajectory.shape[1] - 1
         if windows < 1:
@@ -23,4 +24,4 @@ class Distill(Objective):
         here, there = trajectory[rows, k], trajectory[rows, k + 1]
         sigmas = torch.from_numpy(points.astype(np.float32))
         width = (sigmas[k + 1] - sigmas[k]).reshape(-1, 1, 1, 1)
-        return NoisyBatch(here, sigmas[k], (there - here) / width, batch.captions, draws.dropped, batch.names, batch.text)
+        return here, sigmas[k], (there - here) / width

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dedistill.data.source import Batch
 from dedistill.flow.path import interpolate, velocity
-from dedistill.objectives.base import Draws, NoisyBatch, Objective
+from dedistill.objectives.base import Draws, Objective
 
 
 class Flow(Objective):
@@ -16,8 +16,7 @@ class Flow(Objective):
         """The noise [B, C, H, W] that each sample is mixed with."""
         return draws.noise(tuple(batch.latents.shape[1:]))
 
-    def sample(self, batch: Batch, draws: Draws) -> NoisyBatch:
+    def sample(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         noise, sigma = self.noise(batch, draws), draws.sigma(tuple(batch.latents.shape[1:]))
         s = torch.from_numpy(sigma.astype(np.float32))
-        noisy, target = interpolate(batch.latents, noise, s), velocity(batch.latents, noise)
-        return NoisyBatch(noisy, s, target, batch.captions, draws.dropped, batch.names, batch.text)
+        return interpolate(batch.latents, noise, s), s, velocity(batch.latents, noise)

@@ -223,7 +223,7 @@ class Trainer:
             if item is None:
                 break
             counted, noisy = item
-            self.pace.saw(tuple(noisy.noisy.shape), noisy.text.lengths()[0] if noisy.text else None)
+            self.pace.saw(tuple(noisy.noisy.shape), noisy.text.sequences[0].mask.shape[1] if noisy.text else None)
             loss = self.objective.loss(self.model, noisy)  # one number per sample
             self.engine.backward(loss.sum() / self.plan.batch, counts=len(counted) > 0)
             positions += counted.tolist()

@@ -68,14 +68,15 @@ def draw(source, step, positions, **kind):
     found = {}
     for group in source.groups(5, step, np.array(positions), BATCH, **kind):
         batch = source.draw(5, step, group, BATCH, **kind)
-        assert len(batch.latents) == len(batch.text) == len(batch.names) == len(batch.captions) == len(group)
+        text = source.text(batch.captions)
+        assert len(batch.latents) == len(text) == len(batch.names) == len(batch.captions) == len(group)
         for row, position in enumerate(group):
             own = CroppedImage(*next((p.sample, p.crops) for p in IMAGES if p.sample.captions.count(batch.captions[row])))
             crop = next(c for c in own.crops if batch.names[row] == f"{own.sample.name} [{c.width} x {c.height}]")
             assert batch.latents.dtype == torch.float32 and batch.latents[row].shape == (16, crop.height, crop.width)
             assert (batch.latents[row] == number(latent_key(own.sample, crop))).all()
-            text, wanted = batch.text.index_select(slice(row, row + 1)).trimmed(), encoded(batch.captions[row])
-            assert all(torch.equal(text.tensors()[name][0], wanted[name]) for name in ("embeds", "pooled"))
+            alone, wanted = text.index_select(slice(row, row + 1)).trimmed(), encoded(batch.captions[row])
+            assert all(torch.equal(alone.tensors()[name][0], wanted[name]) for name in ("embeds", "pooled"))
             found[int(position)] = batch.names[row], batch.captions[row]
     return found
 

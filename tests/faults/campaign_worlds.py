@@ -74,8 +74,10 @@ def _questions(recipe_file: Path) -> int:
                 for positions in objective.share(step, 2, test_world.one_of(rank, size))[0]:
                     task = objective.noisy_batch(step, positions)
                     seen += positions.tolist()
-                    assert task.names == [whole.names[p] for p in positions]
-                    for part in ("noisy", "sigma", "target", "dropped"):
+                    assert task.names == [whole.names[p] for p in positions] and task.captions == [
+                        whole.captions[p] for p in positions
+                    ]
+                    for part in ("noisy", "sigma", "target"):
                         assert torch.equal(getattr(task, part), getattr(whole, part)[positions])
             assert sorted(seen) == list(range(16))
             count += 1

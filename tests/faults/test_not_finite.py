@@ -27,7 +27,7 @@ def in_caption(task, trainer):
     text = trainer.model.encode(task.captions)
     text = text.each(torch.clone)
     text.tokens.embeds[1, 0, 0] = torch.nan
-    return replace(task, text=text, dropped=torch.zeros_like(task.dropped))
+    return replace(task, text=text)
 
 
 def in_gradient(task, trainer):

@@ -28,15 +28,12 @@ class PseudoHuber(Objective):
 
     name = "pseudo_huber"
 
-    def sample(self, batch: Batch, draws: Draws) -> NoisyBatch:
+    def sample(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         noise, sigma = draws.noise(tuple(batch.latents.shape[1:])), torch.from_numpy(0.5 + draws.p / 2).float()
-        target = noise - batch.latents
-        return NoisyBatch(
-            interpolate(batch.latents, noise, sigma), sigma, target, batch.captions, draws.dropped, batch.names, batch.text
-        )
+        return interpolate(batch.latents, noise, sigma), sigma, noise - batch.latents
 
     def loss(self, model: Model, batch: NoisyBatch) -> Tensor:
-        off = model.velocity(batch.noisy, batch.sigma, model.encode(batch.captions)) - batch.target
+        off = model.velocity(batch.noisy, batch.sigma, batch.conditioning(model)) - batch.target
         return ((off.square() + C**2).sqrt() - C).flatten(1).mean(1)
 
 

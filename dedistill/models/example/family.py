@@ -177,7 +177,6 @@ class Example:
         if guidance is not None:
             raise UserError(f"{SPEC.name} has no guidance embedding; leave guidance out")
         check_sigma(sigma)
-        text = text.trimmed()
         dtype = float_dtype(components.denoiser)
         embeds, masks = [s.embeds.to(dtype) for s in text.sequences], [s.mask.to(noisy.device) for s in text.sequences]
         noise = denoiser(noisy.to(dtype), sigma.float().clamp(max=HIGHEST), embeds, masks)

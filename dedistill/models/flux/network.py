@@ -48,8 +48,6 @@ def flux_velocity(
     check_sigma(sigma)
     channels, height, width = noisy.shape[1:]
     tokens, dtype = height * width // patch**2, float_dtype(time_text_embed)
-    if mask == "bool":
-        text = text.trimmed()
     with exact_timestep(time_text_embed, sigma, guidance):
         out = denoiser(
             hidden_states=patchify(noisy, patch).to(dtype),

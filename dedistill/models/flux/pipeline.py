@@ -208,7 +208,8 @@ class MaskedFluxPipeline(FluxPipeline):
             text = encode(*encoders, prompts, use.text_length, t5_mask=use.t5_mask, device=self._execution_device)
         dtype = self.transformer.dtype
         text = text.each(lambda t: t.to(dtype) if t.is_floating_point() else t)
-        return text.index_select(torch.arange(len(prompts)).repeat_interleave(copies))
+        text = text.index_select(torch.arange(len(prompts)).repeat_interleave(copies))
+        return text.trimmed() if use.mask == "bool" else text
 
     @contextmanager
     def _encoders_there(self) -> Iterator[None]:
@@ -224,7 +225,6 @@ class MaskedFluxPipeline(FluxPipeline):
 
     def _check_backends(self, texts: list[Conditioning], mask: str) -> None:
         """Refuse a backend set for single layers; the one set for the whole process is checked where masks are made."""
-        texts = [text.trimmed() if mask == "bool" else text for text in texts]
         if mask == "none" or all(bool(text.tokens.mask.all()) for text in texts):
             return
         for name, processor in self.transformer.attn_processors.items():
