@@ -15,6 +15,7 @@ from dedistill.errors import UserError
 from dedistill.io.atomic import replace_json
 from dedistill.io.json_files import read_object
 from dedistill.models.registry import is_hub_id
+from dedistill.recipe.model_tables import Model
 
 COMPONENTS = (
     *("scheduler", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
@@ -30,6 +31,7 @@ _ELSEWHERE = ("README.md", "dedistill.json", "run.json")
 _PICKLED = "*pytorch_model*.bin"
 _CONFIG = re.compile(r"(.+_)?config\.json|model_index\.json")
 
+SCHEDULER = "scheduler/scheduler_config.json"
 Files = dict[Path, Path]
 """Path inside the new folder -> the file to be copied there."""
 
@@ -153,3 +155,26 @@ def _link(file: Path, out: Path) -> None:
         os.link(file, out)
     except OSError:
         shutil.copyfile(file, out)
+
+
+# --- the scheduler's shift -------------------------------------------------------------------------------------------
+
+
+def scheduler_file(here: Path, around: Path) -> Path:
+    """Of a model in ``here`` whose other components are in ``around``: its own, as merged models have, else theirs."""
+    return here / SCHEDULER if (here / SCHEDULER).exists() else around / SCHEDULER
+
+
+def own_shift(model: Model, published: float | None) -> float | None:
+    """As ModelSpec.shift: what the scheduler says, if it is one number. published: without a scheduler."""
+    here = Path(model.path or "")
+    try:
+        around = model.components
+        if around is None and (here / "dedistill.json").exists():
+            around = read_object(here / "dedistill.json").get("components")
+        if (file := scheduler_file(here, Path(around or here))).exists():
+            found = read_object(file)
+            return None if found.get("use_dynamic_shifting") else float(found.get("shift", 1.0))
+    except (OSError, ValueError, TypeError, UserError):
+        return None  # whoever loads the model says what is wrong with it
+    return published

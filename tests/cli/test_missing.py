@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dedistill.cli.main import main
-from dedistill.models.flux.loading import locate
+from dedistill.models.flux import SPEC
+from dedistill.models.places import locate
 from dedistill.models.registry import looks_local
 
 CHILD = 'extends = "dedistill:{base}"\n\n[model]\npath = "{path}"\n'
@@ -117,4 +118,4 @@ def test_what_is_meant_as_a_place(home, path, local):
 @pytest.mark.parametrize("path", ["models/FLUX.1-schnell", "a/b/c", "x.safetensors"])
 def test_who_loads_it_never_asks_the_network_for_a_place(path):
     with pytest.raises(Exception, match=rf"model\.path: {path}: no such file or folder"):
-        locate(path, "a" * 40, None)
+        locate(SPEC, path, "a" * 40, None)

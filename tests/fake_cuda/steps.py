@@ -29,7 +29,7 @@ from benchmarks import gpu
 from dedistill.data.encode import open_data
 from dedistill.distributed.world import World
 from dedistill.evaluation.validation import Meters, Validator
-from dedistill.models.flux.encoders import FluxVae
+from dedistill.models.vae import Vae
 from dedistill.models.registry import get_family
 from dedistill.objectives.base import Objective
 from dedistill.recipe import Recipe, load_recipe
@@ -198,14 +198,14 @@ def files(kept: dict[str, set[str]]) -> Iterator[object]:
 
 def fake_codec(mode: FakeTensorMode) -> object:
     """The VAE without numbers, loaded when it is asked for."""
-    load = FluxVae.load
+    load = Vae.load
 
     def loaded(self, place):
         with _disable_current_modes():
             load(self, "cpu")
         self._loaded = changed(self._loaded, lambda tensor: mode.from_tensor(tensor.data).to(place))
 
-    return patch.object(FluxVae, "load", loaded)
+    return patch.object(Vae, "load", loaded)
 
 
 def run(recipe: Recipe) -> dict:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dedistill.models.flux.loading import PREFIX
 from dedistill.models.flux.tiny import write_tiny_flux
+from dedistill.models.network_files import PREFIX
 from dedistill.models.registry import families, get_family
 from dedistill.recipe.model_tables import Model
 from dedistill.recipe.resolve import recipe_of

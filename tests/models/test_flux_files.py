@@ -8,10 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
-from dedistill.models.flux import loading
+from dedistill.models.flux import SPEC
 from dedistill.models.flux.family import Flux
 from dedistill.models.flux.naming import to_bfl
 from dedistill.models.flux.tiny import write_tiny_flux
+from dedistill.models.places import locate
 from dedistill.recipe.model_tables import Model
 
 NAME = "transformer/diffusion_pytorch_model.safetensors"
@@ -150,7 +151,7 @@ def test_of_a_whole_pipeline_in_one_file_the_denoiser_is_read(folder, tmp_path, 
 def test_facts_in_a_header_are_a_table(folder, tmp_path, facts):
     save_file(load_file(folder / NAME), tmp_path / "one.safetensors", {"dedistill.facts": facts})
     with pytest.raises(UserError, match=r"one.safetensors': dedistill.facts in its header cannot be read as JSON"):
-        loading.locate(str(tmp_path / "one.safetensors"), None, str(folder))
+        locate(SPEC, str(tmp_path / "one.safetensors"), None, str(folder))
 
 
 @pytest.mark.parametrize(("name", "shape"), [("x_embedder.weight", (5,)), ("transformer_blocks.0.attn.norm_q.weight", (0,))])

@@ -4,25 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from dedistill.io.json_files import read_object
-from dedistill.models.family import DECODING, Pass
-from dedistill.models.flux.encoders import CHUNK, CLIP_TOKENS
+from dedistill.models.family import Pass
+from dedistill.models.prompts import CHUNK, CLIP_TOKENS
+from dedistill.models.vae import vae_passes
 
 T5 = {
     **{"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128},
     "feed_forward_proj": "gated-gelu",
 }
 CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-VAE = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    **{"layers_per_block": 2, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
-}
-"""Sizes of T5 v1.1 XXL's encoder, CLIP ViT-L/14's text model and FLUX.1's VAE, as the config.json of FLUX.1-schnell says."""
+"""Sizes of T5 v1.1 XXL's encoder and CLIP ViT-L/14's text model, as the config.json of FLUX.1-schnell says."""
 
 
 def passes(folder: Path, height: int, width: int, length: int) -> dict[str, Pass]:
@@ -30,24 +24,12 @@ def passes(folder: Path, height: int, width: int, length: int) -> dict[str, Pass
     there are the published ones. height, width: of an image in pixels; length: tokens of a caption."""
     t5 = T5EncoderModel(T5Config(**_config(folder / "text_encoder_2", T5))).to(torch.bfloat16).eval()
     clip = CLIPTextModel(CLIPTextConfig(**_config(folder / "text_encoder", CLIP))).to(torch.bfloat16).eval()
-    vae = AutoencoderKL.from_config(_config(folder / "vae", VAE)).eval()
-    scale, channels = 2 ** (len(vae.config.block_out_channels) - 1), vae.config.latent_channels
 
     def captions() -> object:
         tokens = torch.ones(CHUNK, length, dtype=torch.long)
         return clip(tokens[:, :CLIP_TOKENS]).pooler_output, t5(tokens, attention_mask=tokens).last_hidden_state
 
-    def encoded() -> object:
-        return vae.encode(torch.zeros(1, 3, height, width)).latent_dist.mean
-
-    def decoded() -> object:
-        return vae.decode(torch.zeros(1, channels, height // scale, width // scale), return_dict=False)[0]
-
-    return {
-        "encoding captions": Pass([t5, clip], captions),
-        "encoding images": Pass([vae], encoded),
-        DECODING: Pass([vae], decoded),
-    }
+    return {"encoding captions": Pass([t5, clip], captions)} | vae_passes(folder / "vae", height, width, channels=16)
 
 
 def _config(folder: Path, published: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
+from dedistill.models import pipeline_files
 from dedistill.models.spec import APACHE, Config, Licence, Published, named_in
 from dedistill.recipe.model_tables import Model
 
@@ -115,28 +116,10 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
     return named.get(place.name, SCHNELL)
 
 
-SCHEDULER = "scheduler/scheduler_config.json"
-
-
-def scheduler_file(here: Path, around: Path) -> Path:
-    """Of a model in ``here`` whose other components are in ``around``: its own, as merged models have, else theirs."""
-    return here / SCHEDULER if (here / SCHEDULER).exists() else around / SCHEDULER
-
-
 def own_shift(model: Model) -> float | None:
-    """As ModelSpec.shift: what the scheduler says, or is known of the published models, if it is one number."""
-    here = Path(model.path or "")
-    try:
-        around = model.components
-        if around is None and (here / "dedistill.json").exists():
-            around = read_object(here / "dedistill.json").get("components")
-        if (file := scheduler_file(here, Path(around or here))).exists():
-            found = read_object(file)
-            return None if found.get("use_dynamic_shifting") else float(found.get("shift", 1.0))
-    except (OSError, ValueError, TypeError, UserError):
-        return None  # whoever loads the model says what is wrong with it
+    """As ModelSpec.shift."""
     named = named_in(PUBLISHED, model.path or "", {})
-    return 1.0 if named and named.architecture == SCHNELL_LIKE else None
+    return pipeline_files.own_shift(model, 1.0 if named and named.architecture == SCHNELL_LIKE else None)
 
 
 def _of_config(config: Path) -> Shape:

@@ -1,0 +1,96 @@
+"""Where the files of a model in diffusers' layout are: a folder, a hub id at its commit, or one file and a folder beside it."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dedistill.errors import UserError
+from dedistill.io.json_files import parse_object, read_object
+from dedistill.io.weights import open_weights
+from dedistill.models.pipeline_files import scheduler_file
+from dedistill.models.registry import checked_facts, get_it, looks_local
+from dedistill.models.spec import ModelSpec
+from dedistill.recipe.model_tables import Model
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """denoiser: folder or single file; components: folder with text encoders, tokenizers, VAE and scheduler."""
+
+    denoiser: Path
+    components: Path
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    scheduler_file: Path = Path()
+    """Where that is from, or was looked for."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What dedistill.json says about weights of ours, e.g. the mask they were trained with."""
+
+
+def named_path(model: Model) -> str:
+    """model.path of a recipe whose family needs one."""
+    if model.path is None:
+        raise UserError("model.path: this family starts from trained weights: a diffusers folder, a hub id, or a file", 2)
+    return model.path
+
+
+def locate(spec: ModelSpec, path: str, revision: str | None, components: str | None) -> Place:
+    """Find all parts of a model; downloads a hub id at its pinned revision. Raises UserError naming the missing part."""
+    here = _local(spec, path, revision, "model.path")
+    facts = _facts(here)
+    if quantized := facts.get("quantized"):
+        raise UserError(f"model.path: '{here}' is an {quantized} export; train on the unquantized folder it was made from")
+    other = components or facts.get("components")
+    if here.is_file() and other is None:
+        raise UserError(
+            "model.components: a single file holds the denoiser alone; name the folder or hub id with text encoders and VAE", 2
+        )
+    around = here if other is None or (here / "vae").is_dir() else _local(spec, other, revision, "model.components")
+    denoiser = here if here.is_file() else here / spec.folder
+    if not denoiser.exists():
+        raise UserError(f"model.path: '{here}' has no folder '{spec.folder}': not a model of {spec.name} in diffusers' layout")
+    scheduler = scheduler_file(here, around)
+    return Place(denoiser, around, read_object(scheduler, "model.path") if scheduler.exists() else {}, scheduler, facts)
+
+
+def _facts(here: Path) -> dict[str, Any]:
+    """What weights of ours say of themselves: dedistill.json of a folder, the header of a single file."""
+    if here.is_dir():
+        file = here / "dedistill.json"
+        return checked_facts(read_object(file, "model.path"), f"model.path: '{file}'") if file.exists() else {}
+    header = open_weights(here, "model.path").metadata() or {}
+    where = f"model.path: '{here}': dedistill.facts in its header"
+    return checked_facts(parse_object(header.get("dedistill.facts", "{}"), where), where)
+
+
+def _local(spec: ModelSpec, path: str, revision: str | None, key: str) -> Path:
+    if (here := Path(path)).exists():
+        return here
+    if looks_local(path):
+        raise UserError(f"{key}: {path}: no such file or folder{get_it(spec, path)}", 2)
+    if not _COMMIT.fullmatch(revision or ""):
+        raise UserError(
+            f"{key}: '{path}' is not a local folder. For a hub id pin its commit, 40 hexadecimal digits, with model.revision; "
+            "a branch or tag may change under a run",
+            2,
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_hub_files(spec.folder)))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as e:
+        hint = " (accept its terms on huggingface.co and run hf auth login)" if isinstance(e, GatedRepoError) else ""
+        raise UserError(
+            f"{key}: '{path}' at revision '{revision}' cannot be fetched, and no such local folder{hint}: {e}"
+        ) from e
+
+
+def _hub_files(folder: str) -> list[str]:
+    """Not the single-file copies that such repositories keep beside the folders."""
+    return [
+        *("*.json", "*/*.json", "*/*.txt", "*/*.model"),
+        *(f"{folder}/*.safetensors", "text_encoder*/*.safetensors", "vae/*.safetensors"),
+    ]

@@ -1,0 +1,99 @@
+"""Text encoders of a pipeline's folder: tokenizers and networks of transformers, loaded when first used."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from dedistill.errors import UserError
+from dedistill.models.pretrained import check_vocabulary, load_tokenizer, load_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 16
+"""Captions that are encoded at a time."""
+CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One of a pipeline's text encoders."""
+
+    folder: str
+    tokenizer: str
+    """Folder of its tokenizer."""
+    kind: str
+    """Its class in transformers."""
+    vocabularies: tuple[tuple[str, ...], ...]
+    """Sets of files by which its tokenizer knows its words; without any, transformers makes one that knows none."""
+    padded: bool = False
+    """Whether its table may be longer than its vocabulary."""
+
+
+CLIP_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+T5_FILES = (("tokenizer.json",), ("spiece.model",))
+Loaded = tuple["PreTrainedTokenizerBase", nn.Module]
+
+
+class PromptEncoders:
+    """Those of a folder, by names of the family's own. Raises UserError for one that is not there whole."""
+
+    def __init__(self, folder: Path, encoders: Mapping[str, Encoder]):
+        self.folder, self.encoders = folder, encoders
+        self._loaded: dict[str, Loaded] = {}
+        for encoder in encoders.values():
+            for name in (encoder.folder, encoder.tokenizer):
+                if not (folder / name).is_dir():
+                    raise UserError(f"model.path: '{folder}' has no folder '{name}', which captions need")
+            if not any(all((folder / encoder.tokenizer / f).is_file() for f in files) for files in encoder.vocabularies):
+                needed = ", or ".join(" and ".join(files) for files in encoder.vocabularies)
+                place = folder / encoder.tokenizer
+                raise UserError(f"model.path: '{place}' has no vocabulary; it needs {needed}. Fetch it with all files")
+
+    def files(self) -> list[Path]:
+        """All that decides what a caption becomes."""
+        parts = (part for e in self.encoders.values() for part in (e.folder, e.tokenizer))
+        return [file for part in parts for file in (self.folder / part).iterdir() if file.is_file()]
+
+    @property
+    def loaded(self) -> bool:
+        return bool(self._loaded)
+
+    def load(self, device: torch.device | str) -> None:
+        import transformers
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        source = f"model.path: the text encoders in '{self.folder}'"
+        places = {name: self.folder / e.tokenizer for name, e in self.encoders.items()}
+        tokenizers = {name: load_tokenizer(transformers.AutoTokenizer, place, source) for name, place in places.items()}
+        networks: dict[str, nn.Module] = {}
+        for name, encoder in self.encoders.items():
+            kind = cast("type[nn.Module]", getattr(transformers, encoder.kind))
+            networks[name] = load_whole(kind, self.folder / encoder.folder, source, dtype="auto")
+        for name, encoder in self.encoders.items():
+            entries = cast(Any, networks[name]).config.vocab_size
+            check_vocabulary(tokenizers[name], entries, places[name], source, padded=encoder.padded)
+        self._loaded = {name: (tokenizers[name], network.to(device).eval()) for name, network in networks.items()}
+
+    def on(self, device: torch.device | str) -> dict[str, Loaded]:
+        """Tokenizers and networks by name, the networks where they are, or loaded onto ``device`` now."""
+        if not self._loaded:
+            self.load(device)
+        return self._loaded
+
+    def unload(self) -> None:
+        """Free the memory of all of them."""
+        self._loaded = {}
+
+    def lengths(self, name: str, captions: list[str]) -> list[int]:
+        """Tokens of each caption by one of the tokenizers, end token included, however long."""
+        from transformers import AutoTokenizer
+
+        place = self.folder / self.encoders[name].tokenizer
+        own = self._loaded[name][0] if self._loaded else load_tokenizer(AutoTokenizer, place, "model.path")
+        return [len(ids) for ids in own(captions)["input_ids"]]
