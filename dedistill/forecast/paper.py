@@ -5,6 +5,7 @@ Where torch chooses kernels by device, it is told which ones a card, or the CPU,
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from typing import Any
 from unittest.mock import patch
 
@@ -98,11 +99,10 @@ def _one_shorter(mask: Tensor) -> Tensor:
 
 
 def blank_text(components: Components, dtype: torch.dtype, length: int) -> Conditioning:
-    """One caption of ``length`` real tokens in every sequence."""
+    """One caption of ``length`` real tokens in every sequence that has no length of its own."""
     widths = components.text.widths
-    sequences = (
-        Tokens(torch.zeros(1, length, n, dtype=dtype), torch.ones(1, length, dtype=torch.bool)) for n in widths.sequences
-    )
+    sizes = zip_longest(widths.sequences, (length if own is None else own for own in widths.lengths), fillvalue=length)
+    sequences = (Tokens(torch.zeros(1, n, width, dtype=dtype), torch.ones(1, n, dtype=torch.bool)) for width, n in sizes)
     return Conditioning(tuple(sequences), {name: torch.zeros(1, n, dtype=dtype) for name, n in widths.vectors.items()})
 
 

@@ -27,6 +27,8 @@ class Widths:
 
     sequences: tuple[int, ...]
     vectors: Mapping[str, int] = field(default_factory=dict)
+    lengths: tuple[int | None, ...] = ()
+    """Tokens of each sequence, where that is the same number for all captions and recipes; none given: it is for none."""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def text_length(family: "Family", length: int, where: str = "model.text_length")
 def family_defaults(model: Model) -> dict[str, Any]:
     """Dotted keys of a recipe with such a [model] table, and their values; empty for an unknown family."""
     own = get_spec(model.family).defaults(model) if model.family in _places() else {}
-    return {"sample.shift": "auto"} | own
+    return {"sample.shift": "auto", "model.mask": "bool", "model.t5_mask": True} | own
 
 
 def defaults_before(model: Model) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def tiny_t5_tokenizer() -> T5TokenizerFast:
 
 
 def tiny_clip_tokenizer() -> CLIPTokenizer:
-    """One token per byte; the end token has the highest id, which is where CLIP looks for its pooled vector."""
+    """One token per byte; the end token has the highest id, where CLIP looks for its vector of a caption."""
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)

@@ -38,13 +38,13 @@ class Model(Table):
         description="Folder or hub id of text encoders and VAE, where path is a single file with the denoiser alone. "
         "None: they are in path.",
     )
-    mask: Literal["bool", "none", "libreflux"] = Field(
-        "bool",
+    mask: Annotated[Literal["bool", "none", "libreflux"] | None, Default(BY_FAMILY)] = Field(
+        None,
         description="bool: padding of the text is invisible to attention; none: it takes part, as FLUX was trained; "
         "libreflux: real tokens get +1 on their scores, as that model was trained.",
     )
-    t5_mask: bool = Field(
-        True, description="The text encoder ignores padding too. false: as diffusers and LibreFLUX call T5, padding leaks in."
+    t5_mask: Annotated[bool | None, Default(BY_FAMILY)] = Field(
+        None, description="The text encoder ignores padding too. false: as diffusers and LibreFLUX call T5, padding leaks in."
     )
     guidance: Annotated[Annotated[float, Field(ge=0)] | Literal["bypass"] | None, Default(BY_FAMILY)] = Field(
         None,

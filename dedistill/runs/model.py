@@ -13,6 +13,7 @@ from dedistill.errors import UserError
 from dedistill.io.atomic import step_of, whole_folder, write_synced
 from dedistill.models.model import Model, build_model, expected_parameters
 from dedistill.recipe import Recipe, to_toml
+from dedistill.recipe.resolve import filled
 from dedistill.runs.checkpoint import damage, list_checkpoints
 
 # --- what a run leaves for others ------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def snapshot_header(recipe: Recipe, step: int) -> dict[str, str]:
         "dedistill.step": str(step),
         "dedistill.run": recipe.run.name,
         "dedistill.family": recipe.model.family,
-        "dedistill.masked_attention": recipe.model.mask,
+        "dedistill.masked_attention": filled(recipe.model.mask, "model.mask"),
         "dedistill.sigma_density": recipe.timesteps.density,
         "dedistill.recipe": to_toml(recipe),
     }

@@ -25,7 +25,7 @@ def folder(tmp_path):
 
 
 def load(folder, *, denoiser, **more):
-    spec = Model(family="flux", path=str(folder), guidance=1.0, text_length=32, **more)
+    spec = Model(family="flux", path=str(folder), guidance=1.0, text_length=32, mask="bool", t5_mask=True, **more)
     return Flux().load(spec, seed=0, denoiser=denoiser)
 
 

@@ -51,9 +51,9 @@ class Flux(FluxBlocks, PipelineFamily):
         guidance = self._guidance(network, spec.guidance)
         return Components(
             network if denoiser else nn.Module(),
-            FluxText(place.components, spec.t5_mask),
+            FluxText(place.components, filled(spec.t5_mask, "model.t5_mask")),
             (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
-            spec.mask,
+            filled(spec.mask, "model.mask"),
             vae=vae,
             text_length=filled(spec.text_length, "model.text_length"),
             guidance=guidance if denoiser else None,
@@ -91,7 +91,7 @@ class Flux(FluxBlocks, PipelineFamily):
             denoiser,
             Unseen(Widths((size.joint_attention_dim,), {"pooled": size.pooled_projection_dim})),
             (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
-            spec.mask,
+            filled(spec.mask, "model.mask"),
             vae=vae,
             guidance=self._guidance(denoiser, spec.guidance),
         )

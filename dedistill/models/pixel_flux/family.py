@@ -18,6 +18,7 @@ from dedistill.models.pixel_flux import SPEC
 from dedistill.models.pretrained import load_whole, without_weights
 from dedistill.models.words import WordEncoder
 from dedistill.recipe.model_tables import Architecture, Model
+from dedistill.recipe.resolve import filled
 
 
 class PixelFlux(FluxBlocks):
@@ -30,10 +31,10 @@ class PixelFlux(FluxBlocks):
             if getattr(spec, key) != plain:
                 raise UserError(f"model.{key}: has no effect on {self.spec.name}; leave it out", 2)
         if spec.path is not None:
-            return self._from_folder(Path(spec.path), spec.mask)
+            return self._from_folder(Path(spec.path), filled(spec.mask, "model.mask"))
         if spec.new is None:
             raise UserError("model: a path of trained weights, or the sizes of a new network, are needed", 2)
-        return self.build(spec.new, mask=spec.mask, seed=seed)
+        return self.build(spec.new, mask=filled(spec.mask, "model.mask"), seed=seed)
 
     def build(self, new: Architecture, *, mask: str = "bool", seed: int = 0) -> Components:
         """A network with random weights that depend on ``seed`` alone; the global generator is left as it was."""
@@ -71,12 +72,13 @@ class PixelFlux(FluxBlocks):
         return self.build(sizes, seed=seed)
 
     def full_size(self, spec: Model) -> Components:
+        mask = filled(spec.mask, "model.mask")
         with torch.device("meta"):
             if spec.new is not None:
-                return self.build(spec.new, mask=spec.mask)
+                return self.build(spec.new, mask=mask)
             folder = Path(spec.path or "")
             # where there is none, an earlier stage will make it
-            return self._from_folder(folder, spec.mask, empty=True) if (folder / "transformer").exists() else self.tiny(0)
+            return self._from_folder(folder, mask, empty=True) if (folder / "transformer").exists() else self.tiny(0)
 
     def passes(self, spec: Model, height: int, width: int, length: int) -> dict[str, Pass]:
         return {}
