@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from lycoris.functional import factorization
 from torch import nn
 
-from dedistill.adapters.attach import dense_shapes
+from dedistill.adapters.attach import adaptable
 from dedistill.adapters.targets import Resolved
-from dedistill.models.quantize import linear_names
 
 TEXT_LINEARS = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "context_embedder"}
 
@@ -36,7 +35,7 @@ class Tokens:
 
 def forward_flops(denoiser: nn.Module, tokens: Tokens) -> tuple[int, int]:
     """(L, A) of one sample: linears, and scores and sums of attention over image and text together."""
-    shapes = dense_shapes(denoiser, linear_names(denoiser))
+    shapes = adaptable(denoiser)
     linears = sum(2 * out * in_ * tokens.through(name) for name, (out, in_) in shapes.items())
     blocks = len(denoiser.transformer_blocks) + len(denoiser.single_transformer_blocks)
     return linears, 4 * (tokens.image + tokens.text) ** 2 * denoiser.inner_dim * blocks

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.flops import Tokens, adapter_flops, model_flops
-from dedistill.adapters.attach import Adapter, dense_shapes
+from dedistill.adapters.attach import Adapter, adaptable
 from dedistill.adapters.delta import check_started, initialise
 from dedistill.adapters.targets import resolve_targets
 from dedistill.distributed.launcher import choose_kernels
@@ -34,7 +34,7 @@ from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Components
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
-from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base, storage_bytes
+from dedistill.models.quantize import cast_float, dense_weight, prepare_base, storage_bytes
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import recipe_of
 from dedistill.sampling.sampler import Sampling, sample, start_noise
@@ -156,7 +156,7 @@ def set_up(components: Components, sizes: Sizes, name: str, device: str) -> Setu
     """Attach and start the adapter of that name, in the order of dedistill.models.model."""
     recipe, denoiser = recipe_for(sizes, name), components.denoiser
     table = recipe.adapter
-    targets = resolve_targets(table, dense_shapes(denoiser, linear_names(denoiser)), FAMILY.presets(denoiser))
+    targets = resolve_targets(table, adaptable(denoiser), FAMILY.presets(denoiser))
     with torch.device(device):
         adapter = Adapter(denoiser, table.kind, targets)
     weight = lambda name: dense_weight(denoiser.get_submodule(name))  # noqa: E731

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu import Clock, device_name, matmul_flops
 from benchmarks.gpu_ladder import swapped
 from dedistill import kernels
-from dedistill.adapters.attach import Adapter, dense_shapes
+from dedistill.adapters.attach import Adapter, adaptable
 from dedistill.adapters.layers import add_mixed
 from dedistill.adapters.targets import Resolved
 from dedistill.distributed.launcher import choose_kernels
@@ -31,7 +31,7 @@ from dedistill.models import quantize
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
-from dedistill.models.quantize import cast_float, linear_names, prepare_base
+from dedistill.models.quantize import cast_float, prepare_base
 from dedistill.training.optim import KahanAdamW
 
 FAMILY = PixelFlux()
@@ -58,11 +58,7 @@ def model(sizes: dict, kind: str, side: int, device: str, *, bf16: bool, mask: s
     new = SimpleNamespace(channels=16, height=side, width=side, patch=2, **sizes)
     components = FAMILY.build(new, mask=mask, seed=0)
     cast_float(components.denoiser, torch.bfloat16 if bf16 else torch.float32)
-    shapes = {
-        n: s
-        for n, s in dense_shapes(components.denoiser, linear_names(components.denoiser)).items()
-        if "transformer_blocks" in n
-    }
+    shapes = {n: s for n, s in adaptable(components.denoiser).items() if "transformer_blocks" in n}
     prepare_base(components.denoiser, "int8", [], device)
     factor, rank = (4, None) if kind == "lokr" else (None, 4)
     targets = [Resolved(name, shape, factor, rank, "blocks") for name, shape in shapes.items()]

@@ -14,7 +14,7 @@ from tiny_recipes import adapter_table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dedistill.adapters.attach import Adapter, dense_shapes
+from dedistill.adapters.attach import Adapter, adaptable
 from dedistill.adapters.targets import count_parameters, resolve_targets
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.pixel_flux.family import PixelFlux
@@ -91,7 +91,7 @@ def test_an_adapter_adds_its_factors_three_times(kind, target):
     before = counted(components, components.denoiser, backward=True)
     table = adapter_table(kind, target)
     presets = PixelFlux().presets(components.denoiser)
-    targets = resolve_targets(table, dense_shapes(components.denoiser, linear_names(components.denoiser)), presets)
+    targets = resolve_targets(table, adaptable(components.denoiser), presets)
     adapter = Adapter(components.denoiser, kind, targets)
     added = counted(components, adapter, backward=True) - before
     assert added == BATCH * adapter_flops(targets, kind, Tokens(IMAGE, TEXT))

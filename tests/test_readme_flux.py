@@ -117,9 +117,8 @@ def judge(home: Path, capsys) -> None:
 
 def test_table_of_recipes():
     """The sizes it gives are those that a rehearsal counts."""
-    from dedistill.adapters.attach import dense_shapes
+    from dedistill.adapters.attach import adaptable
     from dedistill.adapters.targets import count_parameters, resolve_targets
-    from dedistill.models.quantize import linear_names
     from dedistill.models.registry import get_family
     from dedistill.recipe import load_recipe
     from dedistill.recipe.shipped import shipped_recipes
@@ -130,5 +129,5 @@ def test_table_of_recipes():
         recipe = load_recipe(f"dedistill:{name}")
         family = get_family(recipe.model.family)
         denoiser = family.full_size(recipe.model).denoiser
-        targets = resolve_targets(recipe.adapter, dense_shapes(denoiser, linear_names(denoiser)), family.presets(denoiser))
+        targets = resolve_targets(recipe.adapter, adaptable(denoiser), family.presets(denoiser))
         assert round(count_parameters(targets, recipe.adapter.kind) / 1e6) == int(size), name

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lycoris.modules.base import LycorisBaseModule
 from torch import Tensor, nn
 
-from dedistill.adapters.layers import LokrLayer, LoraLayer
-from dedistill.adapters.targets import Resolved
+from dedistill.adapters.layers import LokrConv, LokrLayer, LoraConv, LoraLayer
+from dedistill.adapters.targets import Resolved, Shape
 from dedistill.errors import UserError
 
 
@@ -32,7 +32,7 @@ class Adapter(nn.Module):
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         """Of each target's parameters. An engine may cut the parameters themselves."""
         for target in targets:
-            module = _build(kind, target, linear_in(denoiser, target.name))
+            module = _build(kind, target, denoiser.get_submodule(target.name))
             module.apply_to()
             self.add_module(file_name(target.name), module)
             self.by_target[target.name] = module
@@ -110,20 +110,24 @@ def _other_alphas(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str
     return f"{len(differing)} of another scale, e.g. {name} {float(other[name]):g}, expected {float(own[name]):g}"
 
 
-def _build(kind: str, target: Resolved, linear: nn.Linear) -> LycorisBaseModule:
+def _build(kind: str, target: Resolved, layer: nn.Module) -> LycorisBaseModule:
     # alpha = rank: the scale is 1 in every program that reads the file
     name = file_name(target.name)
     rank = target.rank or 1
+    convolution = isinstance(layer, nn.Conv2d)
     if kind == "lora":
-        return LoraLayer(name, linear, 1.0, rank, rank, bypass_mode=True)
-    return LokrLayer(name, linear, 1.0, rank, rank, factor=target.factor, full_matrix=target.rank is None, bypass_mode=True)
+        return (LoraConv if convolution else LoraLayer)(name, layer, 1.0, rank, rank, bypass_mode=True)
+    lokr, full = LokrConv if convolution else LokrLayer, target.rank is None
+    return lokr(name, layer, 1.0, rank, rank, factor=target.factor, full_matrix=full, bypass_mode=True)
 
 
-def dense_shapes(denoiser: nn.Module, names: list[str]) -> dict[str, tuple[int, int]]:
-    """name -> (out, in) of the linears ``names``."""
-    return {n: (linear_in(denoiser, n).out_features, linear_in(denoiser, n).in_features) for n in names}
-
-
-def linear_in(denoiser: nn.Module, name: str) -> nn.Linear:
-    """Quantized ones are no ``nn.Linear``, but have its sizes."""
-    return cast(nn.Linear, denoiser.get_submodule(name))
+def adaptable(denoiser: nn.Module) -> dict[str, Shape]:
+    """name -> shape of its dense weight, of every layer that can have an adapter, in the network's order: linears, quantized
+    or not, and convolutions whose channels all see each other."""
+    found: dict[str, Shape] = {}
+    for name, layer in denoiser.named_modules():
+        if isinstance(layer, nn.Linear):
+            found[name] = (layer.out_features, layer.in_features)
+        elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
+            found[name] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+    return found

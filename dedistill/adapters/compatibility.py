@@ -9,6 +9,7 @@ from dedistill.adapters.delta import rank, scale
 from dedistill.adapters.formats import ADAPTER_FORMATS, KOHYA, Layers, as_kohya, by_layer, check_shapes, is_lora
 from dedistill.adapters.programs import OWN_NAMES, PROGRAMS, Found, Names, Program, Tensors
 from dedistill.adapters.spellings import LayerNames, split_key
+from dedistill.adapters.targets import Shape
 from dedistill.errors import UserError, amount
 
 MERGED = "the merged model"
@@ -38,7 +39,7 @@ class Verdict:
 
 def check_adapter(
     tensors: Tensors,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Shape],
     naming: LayerNames | None,
     folder: str = "transformer",
     header: Mapping[str, str] | None = None,
@@ -102,9 +103,7 @@ def _without_alpha(tensors: Tensors, counted: set[str], loaded: Iterable[str]) -
             yield 1 / by
 
 
-def _in_formats(
-    layers: Layers, shapes: Mapping[str, tuple[int, int]], naming: LayerNames | None, folder: str
-) -> dict[str, Tensors]:
+def _in_formats(layers: Layers, shapes: Mapping[str, Shape], naming: LayerNames | None, folder: str) -> dict[str, Tensors]:
     """The same adapter in every format that has it."""
     found: dict[str, Tensors] = {}
     for format in [*ADAPTER_FORMATS, *([KOHYA] if naming else [])]:

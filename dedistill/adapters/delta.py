@@ -15,18 +15,19 @@ from dedistill.flow import keyed
 
 
 def delta(module: LycorisBaseModule) -> Tensor:
-    """The change of weight [out, in], float32, of one LyCORIS LoKr or LoRA module."""
+    """The change of weight, as of :func:`weight_change`, of one LyCORIS LoKr or LoRA module."""
     return weight_change({**dict(module.named_parameters()), "alpha": module.alpha})
 
 
 def weight_change(factors: Mapping[str, Tensor]) -> Tensor:
-    """The change of weight [out, in], float32, that one layer's ``factors`` stand for, named as LyCORIS names them.
+    """The change of weight, float32, that one layer's ``factors`` stand for, named as LyCORIS names them: [out, in] of a
+    linear, [out, in h w] of a convolution.
 
     LoKr: lokr_w1 (x) lokr_w2, each alone or as a product _a _b, of which ``rows`` may take some; LoRA: lora_up.weight
     lora_down.weight; diff: the change itself. What is a product is scaled by alpha / rank, once; a LoKr of two full factors
     has no rank, so its alpha means nothing. LyCORIS' own ``get_diff_weight`` applies that scale twice (4.1.3), hence not used.
     """
-    f = {name: tensor.float() for name, tensor in factors.items()}
+    f = {name: tensor.float().flatten(1) if tensor.ndim > 2 else tensor.float() for name, tensor in factors.items()}
     if "diff" in f:
         return f["diff"]
     if "lora_up.weight" in f:
@@ -52,19 +53,19 @@ def scale(factors: Mapping[str, Tensor]) -> float:
 
 @torch.no_grad()
 def merge(denoiser: nn.Module, modules: Mapping[str, LycorisBaseModule]) -> None:
-    """Add every adapter's delta into the dense linear it sits on: float32 sum, rounded once to the weight's dtype.
+    """Add every adapter's delta into the dense layer it sits on: float32 sum, rounded once to the weight's dtype.
 
-    modules: linear name -> LyCORIS module. Raises ValueError for a quantized linear, whose codes would swallow
+    modules: layer name -> LyCORIS module. Raises ValueError for a quantized linear, whose codes would swallow
     most of a small delta: merge into the unquantized base and quantize again.
     """
-    linears: dict[str, nn.Linear] = {}
+    layers: dict[str, nn.Linear | nn.Conv2d] = {}
     for name in modules:
-        linear = denoiser.get_submodule(name)
-        if type(linear) is not nn.Linear:
-            raise ValueError(f"'{name}' is a {type(linear).__name__}; merge into the unquantized base instead")
-        linears[name] = linear
-    for name, linear in linears.items():
-        linear.weight.copy_(linear.weight.float() + delta(modules[name]))
+        layer = denoiser.get_submodule(name)
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or type(layer) not in (nn.Linear, nn.Conv2d):
+            raise ValueError(f"'{name}' is a {type(layer).__name__}; merge into the unquantized base instead")
+        layers[name] = layer
+    for name, layer in layers.items():
+        layer.weight.copy_(layer.weight.float() + delta(modules[name]).view_as(layer.weight))
 
 
 # --- how an adapter starts, and the check that it really started so --------------------------------------------------
@@ -90,7 +91,7 @@ def initialise(
     pair = None if lokr and module.use_w2 else _factors(module)
     if init == "default":
         for first in ([module.lokr_w1] if lokr else []) + ([pair[0 if lokr else 1]] if pair else []):
-            bound = first.shape[1] ** -0.5  # kaiming_uniform(a = sqrt 5)
+            bound = first[0].numel() ** -0.5  # kaiming_uniform(a = sqrt 5)
             first.copy_(torch.from_numpy(rng.uniform(-bound, bound, tuple(first.shape)).astype("float32")))
         return
     if lokr:
@@ -102,7 +103,7 @@ def initialise(
     elif pair and init == "perturbed_normal" and (deviation := _deviation(weight())) > 0:
         left, right = pair
         a, b = _normal(rng, left), _normal(rng, right)
-        size = (scale or 0.0) * deviation / (_deviation(a @ b) * module.scale)
+        size = (scale or 0.0) * deviation / (_deviation(a.flatten(1) @ b.flatten(1)) * module.scale)
         left.copy_(a * size**0.5)
         right.copy_(b * size**0.5)
     elif pair:  # ones, or a layer of equal weights, which have no deviation to take a share of

@@ -9,9 +9,11 @@ from peft import LoKrConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dedistill.adapters.attach import adaptable
 from dedistill.adapters.delta import scale
 from dedistill.adapters.formats import by_layer, check_shapes, is_lora
 from dedistill.adapters.spellings import FOLDERS
+from dedistill.adapters.targets import Shape
 from dedistill.errors import UserError
 from dedistill.io.safetensors import CHECKSUM, is_finite, verify_checksum
 from dedistill.io.weights import open_weights
@@ -62,13 +64,12 @@ def load_lokr(pipe: "DiffusionPipeline | nn.Module", file: str | Path, name: str
     if name in getattr(denoiser, "peft_config", {}):
         raise UserError(f"the network already has an adapter '{name}': give another name")
     source, (tensors, header) = str(file), read_tensors(Path(file))
-    linears = {n.removesuffix(".base_layer"): m for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
-    shapes = {n: (m.out_features, m.in_features) for n, m in linears.items()}
+    shapes = {n.removesuffix(".base_layer"): shape for n, shape in adaptable(denoiser).items()}
     layers = by_layer(tensors, shapes, source, folder=folder or FOLDERS[0], header=header)
     if is_lora(layers):
         raise UserError(f"'{source}' is a LoRA: use pipe.load_lora_weights, after dedistill export --format peft")
     check_shapes(layers, shapes, source)
-    factors = {f"{linear}.{w}": t for linear, f in layers.items() for w, t in _multiplied_out(f).items()}
+    factors = {f"{linear}.{w}": t for linear, f in layers.items() for w, t in _multiplied_out(f, shapes[linear][2:]).items()}
     r = max(max(t.shape) for t in factors.values())  # so large that PEFT makes full factors; alpha = r: scale 1
     # the state dict names the layers exactly; target_modules alone would also take what ends alike
     inject_adapter_in_model(
@@ -86,7 +87,8 @@ def load_lokr(pipe: "DiffusionPipeline | nn.Module", file: str | Path, name: str
     return name
 
 
-def _multiplied_out(f: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The two factors in full, scale included."""
+def _multiplied_out(f: Mapping[str, Tensor], window: Shape) -> dict[str, Tensor]:
+    """The two factors in full, scale included. window: of a convolution."""
     w1, w2 = (f[w] if w in f else f[f"{w}_a"].float() @ f[f"{w}_b"].float() for w in ("lokr_w1", "lokr_w2"))
+    w2 = w2.flatten(1).unflatten(1, (-1, *window)) if window else w2
     return {"lokr_w1": w1, "lokr_w2": w2 if scale(f) == 1 else w2 * scale(f)}

@@ -5,6 +5,7 @@ ComfyUI and diffusers, the folder being that of the denoiser in a pipeline; ``<f
 ``lora_unet_<original path with _>.…`` is kohya's LoRA, on the fused layers of the model's own repository.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -30,6 +31,7 @@ from dedistill.adapters.spellings import (
     split_key,
 )
 from dedistill.adapters.strength import with_alphas
+from dedistill.adapters.targets import Shape
 from dedistill.errors import UserError
 
 _WHOLE = (
@@ -46,7 +48,7 @@ Layers = dict[str, dict[str, Tensor]]
 
 def by_layer(
     tensors: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Shape],
     source: str,
     *,
     dense: bool = False,
@@ -54,7 +56,7 @@ def by_layer(
     header: Mapping[str, str] | None = None,
     naming: LayerNames | None = None,
 ) -> Layers:
-    """A file in any spelling of ``spellings``, taken apart by the linears it belongs to, whose (out, in) are ``shapes``.
+    """A file in any spelling of ``spellings``, taken apart by the layers it belongs to, whose weights' shapes are ``shapes``.
 
     A LoRA or LoKr of a fused layer becomes one of each linear in it, exactly: a LoRA's rows are cut, and columns that serve
     one linear only go to it alone; of a LoKr, the first factor is cut where the rows allow it, else the product (``ROWS``).
@@ -83,11 +85,11 @@ def _by_place(
     for key, tensor in tensors.items():
         layer, factor = split_key(key)
         if kind := other_kind(key):
-            raise UserError(f"'{source}' is {kind} (tensor '{key}'), which is not supported; known: LoKr and LoRA of linears")
+            raise UserError(f"'{source}' is {kind} (tensor '{key}'), which is not supported; known: LoKr and LoRA")
         if (place := known.get(layer)) is None:
             strange.append(key)
         elif factor not in (*LOKR, *LORA, "alpha", *([DENSE] if dense else [])):
-            raise UserError(f"'{source}': tensor '{key}' is of a kind that is not supported; known: LoKr and LoRA of linears")
+            raise UserError(f"'{source}': tensor '{key}' is of a kind that is not supported; known: LoKr and LoRA")
         elif factor in found.setdefault(place, {}):
             raise UserError(f"'{source}': '{place.name}' has two tensors {factor}, under two names")
         else:
@@ -95,7 +97,7 @@ def _by_place(
     if strange:
         others = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
         why = ": it is of a text encoder, which is not adapted here" if is_of_encoder(strange[0]) else ""
-        raise UserError(f"'{source}': tensor '{strange[0]}' belongs to no linear of this network{others}{why}")
+        raise UserError(f"'{source}': tensor '{strange[0]}' belongs to no layer of this network{others}{why}")
     if not found:
         raise UserError(f"'{source}' holds no tensors")
     return found
@@ -112,7 +114,7 @@ def _check_whole(factors: Mapping[str, Tensor], place: Place, source: str) -> No
     if set(factors) - {"alpha"} not in _WHOLE:
         raise UserError(f"'{source}': '{place.name}' is incomplete, it has only {', '.join(sorted(factors))}")
     for factor, tensor in factors.items():
-        if tensor.numel() != 1 if factor == "alpha" else tensor.ndim != 2:
+        if tensor.numel() != 1 if factor == "alpha" else tensor.ndim not in (2, 4):
             shape = f"of shape {tuple(tensor.shape)}, which none can have"
             raise UserError(f"'{source}': '{place.name}' has {'an' if factor == 'alpha' else 'a'} {factor} {shape}")
     if place.rows and (rows := _shape(factors)[0]) != (wanted := max(stop for part in place.rows for _, stop in part)):
@@ -158,30 +160,43 @@ def _own_columns(parts: Layers) -> Layers:
     return narrow
 
 
-def check_shapes(layers: Layers, shapes: Mapping[str, tuple[int, int]], source: str) -> None:
-    """Raise UserError, naming file and layer, where the factors do not make up the weight [out, in] of their linear."""
+def check_shapes(layers: Layers, shapes: Mapping[str, Shape], source: str) -> None:
+    """Raise UserError, naming file and layer, where the factors do not make up the weight of their layer."""
     for linear, f in layers.items():
         pairs = [(UP, DOWN), ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")]
         if torn := [(a, b) for a, b in pairs if a in f and f[a].shape[1] != f[b].shape[0]]:
             raise UserError(f"'{source}': {' and '.join(torn[0])} of '{linear}' have different ranks")
-        if (found := _shape(f)) != tuple(shapes[linear]):
-            raise UserError(
-                f"'{source}': '{linear}' gives a weight of shape {found}, the network's has {tuple(shapes[linear])}"
-            )
+        found, wanted = _shape(f), tuple(shapes[linear])
+        # windows of one pixel are none; of a product or a dense change they are not told apart from channels
+        flat = len(found) == 2 and not is_lora({linear: f})
+        if (found if flat else _without_window(found)) != (_flat(wanted) if flat else _without_window(wanted)):
+            raise UserError(f"'{source}': '{linear}' gives a weight of shape {found}, the network's has {wanted}")
 
 
-def _shape(f: Mapping[str, Tensor]) -> tuple[int, int]:
-    """[out, in] of the weight that the factors make up."""
+def _shape(f: Mapping[str, Tensor]) -> Shape:
+    """Of the weight that the factors make up: [out, in], or [out, in, height, width] where they tell these apart."""
     if DENSE in f or UP in f:
-        return f[DENSE if DENSE in f else UP].shape[0], f[DENSE if DENSE in f else DOWN].shape[1]
+        return f[DENSE if DENSE in f else UP].shape[0], *f[DENSE if DENSE in f else DOWN].shape[1:]
     (rows, columns), (height, width) = factor_shapes(f)
-    return int((f[ROWS][:, 1] - f[ROWS][:, 0]).sum()) if ROWS in f else rows * height, columns * width
+    rows = int((f[ROWS][:, 1] - f[ROWS][:, 0]).sum()) if ROWS in f else rows * height
+    if "lokr_w2" in f:
+        return rows, columns * f["lokr_w2"].shape[1], *f["lokr_w2"].shape[2:]
+    return rows, columns * width
+
+
+def _flat(shape: Shape) -> Shape:
+    return shape[0], math.prod(shape[1:])
+
+
+def _without_window(shape: Shape) -> Shape:
+    return shape[:2] if set(shape[2:]) <= {1} else shape
 
 
 def factor_shapes(factors: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of the two Kronecker factors of a LoKr layer, multiplied out."""
+    """Shapes of the two Kronecker factors of a LoKr layer, multiplied out; of a convolution's second one, with its windows
+    as columns."""
     first, second = (
-        tuple(factors[w].shape) if w in factors else (factors[f"{w}_a"].shape[0], factors[f"{w}_b"].shape[1])
+        _flat(tuple(factors[w].shape)) if w in factors else (factors[f"{w}_a"].shape[0], factors[f"{w}_b"].shape[1])
         for w in ("lokr_w1", "lokr_w2")
     )
     return cast(tuple[int, int], first), cast(tuple[int, int], second)
@@ -217,7 +232,7 @@ def as_peft(layers: Layers, folder: str = FOLDERS[0]) -> dict[str, Tensor]:
     return {f"{folder}.{n}.{peft}": baked(f)[own] for n, f in layers.items() for peft, own in reversed(PEFT.items())}
 
 
-def as_kohya(layers: Layers, naming: LayerNames, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+def as_kohya(layers: Layers, naming: LayerNames, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
     """kohya's LoRA of the fused layers, exactly the same change of weight. Raises UserError for a LoKr.
 
     naming: what the family calls its layers elsewhere; shapes: (out, in) of every linear. q, k and v of one fused
@@ -228,6 +243,12 @@ def as_kohya(layers: Layers, naming: LayerNames, shapes: Mapping[str, tuple[int,
     out: dict[str, Tensor] = {}
     for original, parts in dict(map(naming.original_parts, layers)).items():
         own = {part: layers[part] for part in parts if part in layers}
+        name = naming.kohya_name(original)
+        if len(parts) == 1 and not naming.is_swapped(original):  # a convolution's factors have four dimensions
+            factors = own[parts[0]]
+            inner = torch.tensor(float(rank(factors) or 1))
+            out |= {f"{name}.{factor}": tensor for factor, tensor in ({"alpha": inner} | factors).items()}
+            continue
         scales = {scale(factors) for factors in own.values()}
         by = scales.pop() if len(scales) == 1 else 1.0  # one for all: it can stay beside the factors, which are not touched
         own = own if not scales else {part: baked(factors) for part, factors in own.items()}
@@ -242,7 +263,6 @@ def as_kohya(layers: Layers, naming: LayerNames, shapes: Mapping[str, tuple[int,
             column += 0 if shared else width
         if naming.is_swapped(original):
             up = naming.swap_halves(up)
-        name = naming.kohya_name(original)
         out |= {f"{name}.{UP}": up, f"{name}.{DOWN}": down, f"{name}.alpha": torch.tensor(by * len(down))}
     return out
 

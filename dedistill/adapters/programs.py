@@ -16,6 +16,7 @@ from torch import Tensor
 from dedistill.adapters.attach import file_name
 from dedistill.adapters.formats import by_layer, factor_shapes, is_lora
 from dedistill.adapters.spellings import LOKR, LORA, PEFT, LayerNames, split_key
+from dedistill.adapters.targets import Shape
 from dedistill.errors import UserError, amount
 
 Tensors = Mapping[str, Tensor]
@@ -36,7 +37,7 @@ class Found:
 class Names:
     """All names of a network's linears: each a set of names that stand before the factor's."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], naming: LayerNames | None, folder: str):
+    def __init__(self, shapes: Mapping[str, Shape], naming: LayerNames | None, folder: str):
         self.shapes, self.folder = shapes, folder
         original = {naming.original_parts(name)[0] for name in shapes} if naming else set()
         other = {other for name in original for other in naming.other_names(name)} if naming else set()
@@ -150,7 +151,7 @@ def _lokr_layers(t: Tensors, keys: set[str]) -> tuple[dict[str, dict[str, Tensor
         layers.setdefault(layer, {})[factor] = t[key]
     for layer, factors in layers.items():
         whole = all(w in factors or {f"{w}_a", f"{w}_b"} <= factors.keys() for w in ("lokr_w1", "lokr_w2"))
-        if not whole or any(tensor.ndim != 2 for name, tensor in factors.items() if name != "alpha"):
+        if not whole or any(tensor.ndim not in (2, 4) for name, tensor in factors.items() if name != "alpha"):
             return layers, f"'{layer}' is incomplete"
     return layers, ""
 

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dedistill.adapters.attach import file_name
+from dedistill.adapters.targets import Shape
 
 
 class LayerNames(Protocol):
@@ -23,7 +24,7 @@ class LayerNames(Protocol):
     def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
         """The original module that holds ``module``, and all modules that it holds, in the order of its rows."""
 
-    def original_name(self, linear: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, slice]:
+    def original_name(self, linear: str, shapes: Mapping[str, Shape]) -> tuple[str, slice]:
         """The original module that holds the weight of ``linear``, and which of its rows."""
 
     def original_plan(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -68,7 +69,7 @@ _BY_LENGTH = sorted(FACTORS, key=len, reverse=True)
 _OTHER_KINDS = {
     ("dora_scale", "lora_magnitude_vector", "magnitude"): "a DoRA",
     ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"): "a LoHa",
-    ("lokr_t2", "lora_mid"): "of Tucker's kind, for convolutions",
+    ("lokr_t2", "lora_mid"): "of Tucker's kind",
     ("oft_blocks", "oft_diag", "oft_R"): "an OFT",
     ("diff_b", "b_norm", "lora_B.bias", "lora_up.bias"): "one that changes biases",
     ("w_norm", "set_weight"): "one that replaces weights",
@@ -115,7 +116,7 @@ class Place:
     """Of each linear, the rows (from, to) of the file's layer, one below the other; none where it is that linear."""
 
 
-def places(shapes: Mapping[str, tuple[int, int]], folder: str, naming: LayerNames | None = None) -> dict[str, Place]:
+def places(shapes: Mapping[str, Shape], folder: str, naming: LayerNames | None = None) -> dict[str, Place]:
     """Every name that a file may give a layer -> where it belongs.
 
     shapes: (out, in) of the network's linears; only their names are looked at without ``naming``. folder: where a pipeline
@@ -141,7 +142,7 @@ def _wrapped(folder: str) -> tuple[str, str]:
     return "base_model.model.", f"base_model.model.{folder}."
 
 
-def _place(original: str, parts: tuple[str, ...], shapes: Mapping[str, tuple[int, int]], naming: LayerNames) -> Place:
+def _place(original: str, parts: tuple[str, ...], shapes: Mapping[str, Shape], naming: LayerNames) -> Place:
     if naming.is_swapped(original):
         rows = shapes[parts[0]][0]
         return Place(original, parts, (((rows // 2, rows), (0, rows // 2)),))

@@ -27,7 +27,7 @@ def with_alphas(
     if not (config := _config(header, source, folder)):
         return found
     if config.get("use_dora"):
-        raise UserError(f"'{source}' is a DoRA, says its header; that is not supported: known are LoKr and LoRA of linears")
+        raise UserError(f"'{source}' is a DoRA, says its header; that is not supported: known are LoKr and LoRA")
     for name, factors in found.items():
         if "diff" in factors:
             continue

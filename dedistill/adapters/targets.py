@@ -1,8 +1,9 @@
-"""Which linears get an adapter: exact name patterns, resolved and listed before anything is built.
+"""Which linears and convolutions get an adapter: exact name patterns, resolved and listed before anything is built.
 
 ``transformer_blocks.1.*`` never takes block 10, and ``*.norm1`` never takes ``a.b.norm1``: no prefixes, no surprises.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,11 +38,15 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if compiled.fullmatch(name)]
 
 
-# --- which linears get an adapter ------------------------------------------------------------------------------------
+# --- which layers get an adapter -------------------------------------------------------------------------------------
+
+
+Shape = tuple[int, ...]
+"""Of a layer's weight: (out, in) of a linear, (out, in, height, width) of a convolution."""
 
 
 class Target(Protocol):
-    """Linears that shall get an adapter of one shape, as in a recipe's [[adapter.targets]]."""
+    """Layers that shall get an adapter of one shape, as in a recipe's [[adapter.targets]]."""
 
     @property
     def pattern(self) -> str | None: ...
@@ -68,10 +73,10 @@ class Table(Protocol):
 
 @dataclass(frozen=True)
 class Resolved:
-    """One linear that gets an adapter. rank None: the large LoKr factor is a full matrix."""
+    """One layer that gets an adapter. rank None: the large LoKr factor is a full matrix."""
 
     name: str
-    shape: tuple[int, int]
+    shape: Shape
     factor: int | None
     rank: int | None
     pattern: str
@@ -79,14 +84,14 @@ class Resolved:
 
 def resolve_targets(
     adapter: Table,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Shape],
     presets: Mapping[str, list[str]],
     where: Callable[[str], str] = str,
 ) -> list[Resolved]:
-    """The linears that ``adapter`` (a recipe's [adapter] table) names, in the network's order.
+    """The layers that ``adapter`` (a recipe's [adapter] table) names, in the network's order.
 
-    shapes: name -> (out, in) of every linear. The first target that matches a name wins. Raises UserError when a
-    target matches nothing, or only linears that earlier targets already took.
+    shapes: of the weight of every linear and convolution. The first target that matches a name wins. Raises UserError when a
+    target matches nothing, or only layers that earlier targets already took.
     """
     chosen: dict[str, Resolved] = {}
     for i, target in enumerate(adapter.targets):
@@ -96,7 +101,7 @@ def resolve_targets(
         label = target.preset or target.pattern or ""
         if not new:
             raise UserError(
-                f"{place}: '{label}' adds nothing: earlier targets took all {len(found)} of its linears", exit_code=2
+                f"{place}: '{label}' adds nothing: earlier targets took all {len(found)} of its layers", exit_code=2
             )
         for name in new:
             factor, rank = _form(adapter.kind, target, shapes[name], where(f"adapter.targets.{i}.rank"), name)
@@ -105,28 +110,32 @@ def resolve_targets(
 
 
 def count_parameters(resolved: list[Resolved], kind: str) -> int:
-    """Trained numbers of an adapter of ``kind`` on those linears, without building it."""
+    """Trained numbers of an adapter of ``kind`` on those layers, without building it."""
     return sum(_parameters(target, kind) for target in resolved)
 
 
 def _parameters(target: Resolved, kind: str) -> int:
-    out, in_ = target.shape
+    out, in_, *kernel = target.shape
+    window = math.prod(kernel)
     if kind == "lora":
-        return (target.rank or 1) * (out + in_)
+        return (target.rank or 1) * (out + in_ * window)
     (small_out, large_out), (small_in, large_in) = factorization(out, target.factor), factorization(in_, target.factor)
-    large = large_out * large_in if target.rank is None else target.rank * (large_out + large_in)
+    columns = large_in * window
+    large = large_out * columns if target.rank is None else target.rank * (large_out + columns)
     return small_out * small_in + large
 
 
-def _form(kind: str, target: Target, shape: tuple[int, int], where: str, name: str) -> tuple[int | None, int | None]:
+def _form(kind: str, target: Target, shape: Shape, where: str, name: str) -> tuple[int | None, int | None]:
     """(factor, rank) of one layer."""
     rank = target.rank if isinstance(target.rank, int) else None  # or in full
     if kind == "lora":
-        if rank and rank > min(shape):
-            raise UserError(f"{where}: {rank} is more than '{name}' has, {shape[0]} x {shape[1]}: at most {min(shape)}", 2)
+        rows, columns = shape[0], math.prod(shape[1:])
+        if rank and rank > min(rows, columns):
+            most = f"{rows} x {columns}: at most {min(rows, columns)}"
+            raise UserError(f"{where}: {rank} is more than '{name}' has, {most}", 2)
         return None, rank
     factor = target.factor
-    large = max(factorization(size, factor)[1] for size in shape)
+    large = max(factorization(size, factor)[1] for size in shape[:2])
     # from half the larger side on a decomposition saves nothing, and LyCORIS makes the factor full; so say it is
     return factor, rank if rank and rank < large / 2 else None
 
@@ -141,7 +150,7 @@ def _names(target: Target, names: list[str], presets: Mapping[str, list[str]], w
         raise UserError(f"{where}: {e}", exit_code=2) from e
     if not found:
         raise UserError(
-            f"{where}: '{target.preset or target.pattern}' matches no linear of the network; some names: "
+            f"{where}: '{target.preset or target.pattern}' matches no linear or convolution of the network; some names: "
             f"{', '.join(names[:: max(1, len(names) // 4)][:4])}",
             exit_code=2,
         )

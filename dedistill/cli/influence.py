@@ -24,12 +24,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.adapters.attach import dense_shapes
+    from dedistill.adapters.attach import adaptable
     from dedistill.data.encode import open_data
     from dedistill.evaluation.influence import measure, share_out
     from dedistill.evaluation.prompts import read_prompts, say_repeated
     from dedistill.io.ownership import claim
-    from dedistill.models.quantize import linear_names
     from dedistill.recipe import load_recipe
     from dedistill.report.influence import write_influence
     from dedistill.runs.model import open_base, sampling_device
@@ -41,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
     say_repeated(prompts, say)
     model = open_base(recipe)
     found = measure(model, list(prompts), sigmas=args.sigmas, batch=args.batch)
-    shapes = dense_shapes(model.components.denoiser, linear_names(model.components.denoiser))
-    factors, used = share_out(found.per_block(), shapes, args.budget)
+    factors, used = share_out(found.per_block(), adaptable(model.components.denoiser), args.budget)
     page = write_influence(out, found, factors, used, args.budget, args.recipe)
     print(f"done: {page}, and influence.toml beside it with {used:,} trained parameters", file=sys.stderr)
     return 0

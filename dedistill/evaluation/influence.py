@@ -5,7 +5,7 @@ blocks that can be left out; here it finds blocks worth more trained parameters.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dedistill.adapters.targets import Resolved, count_parameters, matching
+from dedistill.adapters.targets import Resolved, Shape, count_parameters, matching
 from dedistill.errors import UserError
 from dedistill.flow.solvers import sigma_grid, solve
 from dedistill.models.conditioning import Conditioning
@@ -39,10 +39,10 @@ def angular_distance(before: Tensor, after: Tensor) -> Tensor:
     return torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)) * (2 / torch.pi)
 
 
-def share_out(influence: dict[str, float], shapes: dict[str, tuple[int, int]], budget: int) -> tuple[dict[str, int], int]:
+def share_out(influence: dict[str, float], shapes: Mapping[str, Shape], budget: int) -> tuple[dict[str, int], int]:
     """A LoKr factor for each block within ``budget`` trained parameters, and how many that takes.
 
-    influence: block name -> distance; shapes: name -> (out, in) of the network's linears. All blocks start at factor 16;
+    influence: block name -> distance; shapes: of the weights of the network's layers. All blocks start at factor 16;
     then the block with the most influence per trained number takes the next smaller factor that still fits, until none
     fits: sizes follow influence. Raises UserError when not even factor 16 everywhere fits.
     """
@@ -77,7 +77,7 @@ def _pattern(block: str) -> str:
     return f"{block}.**"
 
 
-def _size(rows: list[tuple[str, tuple[int, int]]], factor: int) -> int:
+def _size(rows: list[tuple[str, Shape]], factor: int) -> int:
     return count_parameters([Resolved(name, shape, factor, None, name) for name, shape in rows], "lokr")
 
 

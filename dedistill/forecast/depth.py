@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dedistill.adapters.attach import dense_shapes
+from dedistill.adapters.attach import adaptable
 from dedistill.adapters.targets import resolve_targets
 from dedistill.forecast.meter import BASE, Meter, Peak, Work, reserved
 from dedistill.forecast.paper import FORWARD, prepared, run, shapes_alone
@@ -113,7 +113,7 @@ class _Outline:
     recomputed: list[bool]
     """Of each stack: whether its blocks are checkpointed, which the first ones are."""
     targets: dict[str, Target]
-    """Adapted linear -> its own line of a recipe."""
+    """Adapted layer -> its own line of a recipe."""
     dense: list[str]
     """Linears that are not quantized."""
 
@@ -121,12 +121,12 @@ class _Outline:
 def _outline(case: Case) -> _Outline:
     recipe, family = case.recipe, case.family
     denoiser = family.full_size(recipe.model).denoiser
-    shapes = dense_shapes(denoiser, linear_names(denoiser))
+    shapes, linears = adaptable(denoiser), linear_names(denoiser)
     presets = family.presets(denoiser)
     resolved = resolve_targets(recipe.adapter, shapes, presets, recipe.where) if recipe.adapter else []
     full = {"lokr": "full"}.get(recipe.adapter.kind if recipe.adapter else "")
     targets = {t.name: Target(pattern=t.name, factor=t.factor, rank=t.rank or full) for t in resolved}
-    dense = excluded(recipe.base.exclude, list(shapes), recipe.where)
+    dense = excluded(recipe.base.exclude, linears, recipe.where)
     names = {id(module): name for name, module in denoiser.named_modules()}
 
     blocks = family.blocks(denoiser)
@@ -134,9 +134,9 @@ def _outline(case: Case) -> _Outline:
     again |= {id(block) for block in blocks[: int(recipe.train.gradient_checkpointing)]}
 
     def kind(block: nn.Module) -> tuple[object, ...]:
-        linears = [(inner, f"{names[id(block)]}.{inner}") for inner in linear_names(block)]
-        forms = [(inner, targets[n].factor, targets[n].rank) for inner, n in linears if n in targets]
-        kept = [inner for inner, n in linears if n in dense]
+        own = [(inner, f"{names[id(block)]}.{inner}") for inner in adaptable(block)]
+        forms = [(inner, targets[n].factor, targets[n].rank) for inner, n in own if n in targets]
+        kept = [inner for inner, n in own if n in dense]
         return (type(block), id(block) in again, forms, kept, [p.shape for p in block.parameters()])
 
     same = [list(alike) for _, alike in groupby(blocks, key=kind)]
@@ -153,7 +153,7 @@ def _measured(case: Case, outline: _Outline, depths: list[int]) -> Estimate:
         cut.append([*first, *last])
         for name in stack[len(first) : len(stack) - len(last)]:
             _remove(denoiser, name)
-    left = set(linear_names(denoiser))
+    left = adaptable(denoiser).keys()
     checkpointed = sum(len(names) for names, again in zip(cut, outline.recomputed) if again)
     tables: dict[str, object] = {
         "base": recipe.base.model_copy(update={"exclude": [n for n in outline.dense if n in left]}),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dedistill.adapters.attach import Adapter, compare_tensors, dense_shapes, detached, linear_in
+from dedistill.adapters.attach import Adapter, adaptable, compare_tensors, detached
 from dedistill.adapters.delta import check_started, initialise
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import Resolved, resolve_targets
@@ -224,16 +224,15 @@ def expected_parameters(recipe: Recipe) -> int:
 
 
 def adapted_layers(recipe: Recipe, family: Family, denoiser: nn.Module) -> list[Resolved]:
-    """The linears of ``denoiser`` that ``recipe`` adapts, none without an adapter. Only names and shapes are looked at.
+    """The layers of ``denoiser`` that ``recipe`` adapts, none without an adapter. Only names and shapes are looked at.
 
     Raises UserError where the recipe names blocks or layers that the network does not have.
     """
     check_blocks(recipe, len(family.blocks(denoiser)))
     if recipe.adapter is None:
         return []
-    shapes = dense_shapes(denoiser, linear_names(denoiser))
-    excluded(recipe.base.exclude, list(shapes), recipe.where)
-    return resolve_targets(recipe.adapter, shapes, family.presets(denoiser), recipe.where)
+    excluded(recipe.base.exclude, linear_names(denoiser), recipe.where)
+    return resolve_targets(recipe.adapter, adaptable(denoiser), family.presets(denoiser), recipe.where)
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
@@ -320,4 +319,4 @@ def _adapt(
 
 def _weight_reader(denoiser: nn.Module, device: torch.device | str) -> Callable[[str], Tensor]:
     """On ``device`` wherever they lie: the same sums."""
-    return lambda name: dense_weight(linear_in(denoiser, name)).to(device)
+    return lambda name: dense_weight(denoiser.get_submodule(name)).to(device)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dedistill.kernels as kernels
-from dedistill.adapters.attach import linear_in
 from dedistill.adapters.targets import matching
 from dedistill.errors import UserError
 from dedistill.io.safetensors import tensors_sha256
@@ -196,7 +195,7 @@ def prepare_base(
         chosen = [name for name in names if name not in kept]
         staying = {module for block in stay for module in block.modules()}
         for name in chosen:  # one at a time, so that the whole dense network is never on the device
-            linear = linear_in(denoiser, name)
+            linear = cast(nn.Linear, denoiser.get_submodule(name))  # quantized ones have its sizes
             before = linear.weight.device
             made = quantizer.convert(linear.to(device))
             denoiser.set_submodule(name, made.to(before) if linear in staying else made)
@@ -218,10 +217,10 @@ def multiply_codes(denoiser: nn.Module, device: torch.device | str, where: str) 
     return list(chosen)
 
 
-def dense_weight(linear: nn.Linear) -> Tensor:
-    """The weight a linear stands for, dequantized, float32 [out, in], whatever its storage."""
-    quantizer = _quantizer_of(linear)
-    return (quantizer.dense(linear) if quantizer else linear.weight.detach()).float()
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight that a linear or a convolution stands for, dequantized, float32, whatever its storage."""
+    quantizer = _quantizer_of(layer)
+    return (quantizer.dense(cast(nn.Linear, layer)) if quantizer else cast(nn.Linear, layer).weight.detach()).float()
 
 
 def excluded(patterns: list[str], names: list[str], where: Callable[[str], str] = str) -> set[str]:

@@ -47,7 +47,7 @@ class LowRankDeltas:
         return torch.from_numpy(weights).to(self.left.dtype).repeat_interleave(self.left.shape[1] // len(weights))
 
     def dense(self, weights: np.ndarray) -> Tensor:
-        """The average change of weight [out, in]."""
+        """The average change of weight [out, in], or [out, in h w] of a convolution."""
         total = (self.left * self.columns(weights)) @ self.right.T
         if self.blocks is None:
             return total
@@ -60,12 +60,15 @@ def outer(factors: Factors) -> LowRankDeltas:
     per_snapshot = [{name: tensors[i] for name, tensors in factors.items()} for i in range(len(next(iter(factors.values()))))]
     kind = factors.keys() - {"alpha"}
     if kind == LORA:
-        left = [f["lora_up.weight"].float() * scale(f) for f in per_snapshot]
-        right = [f["lora_down.weight"].float().T for f in per_snapshot]
+        left = [f["lora_up.weight"].float().flatten(1) * scale(f) for f in per_snapshot]
+        right = [f["lora_down.weight"].float().flatten(1).T for f in per_snapshot]
         return LowRankDeltas(torch.cat(left, 1), torch.cat(right, 1), None)
     if kind not in (LOKR, LOKR_LOW):
         raise UserError(f"factors {', '.join(sorted(kind))} are neither LoKr nor LoRA: average them with --space factors")
-    seconds = [f["lokr_w2"].float() if kind == LOKR else f["lokr_w2_a"].float() @ f["lokr_w2_b"].float() for f in per_snapshot]
+    seconds = [
+        f["lokr_w2"].float().flatten(1) if kind == LOKR else f["lokr_w2_a"].float() @ f["lokr_w2_b"].float()
+        for f in per_snapshot
+    ]
     left = [f["lokr_w1"].float().reshape(-1) * scale(f) for f in per_snapshot]
     blocks = (*factors["lokr_w1"][0].shape, *seconds[0].shape)
     return LowRankDeltas(torch.stack(left, 1), torch.stack([s.reshape(-1) for s in seconds], 1), blocks)
@@ -103,7 +106,7 @@ def refactored(factors: Factors, rows: np.ndarray) -> Iterator[tuple[dict[str, T
         else:
             new, lost = _kronecker(first, second, deltas.blocks, last)
             misfit.missed += lost
-        own = {name: tensor.to(last[name].dtype).contiguous() for name, tensor in new.items()}
+        own = {name: tensor.to(last[name].dtype).reshape(last[name].shape).contiguous() for name, tensor in new.items()}
         yield own | {n: t for n, t in last.items() if n == "alpha"}, misfit
 
 
@@ -131,7 +134,7 @@ def _kronecker(
 
 
 def write_dense(snapshots: Sequence[Snapshot], averages: Sequence[Average]) -> None:
-    """Write the averages of the deltas as they are: ``<layer>.diff`` [out, in], float32. Merging takes such a file.
+    """Write the averages of the deltas as they are: ``<layer>.diff``, float32. Merging takes such a file.
 
     Memory is one layer of all snapshots and one dense delta. Raises UserError as :func:`stream.write_averages`.
     """
@@ -217,10 +220,10 @@ def _groups(layout: Layout) -> dict[str, list[str]]:
 
 
 def _shape(sizes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
-    """(out, in) of a layer from the shapes of its factors."""
+    """[out, in], or [out, in h w] of a convolution, from the shapes of its factors."""
     if "lora_up.weight" in sizes:
-        return sizes["lora_up.weight"][0], sizes["lora_down.weight"][1]
+        return sizes["lora_up.weight"][0], math.prod(sizes["lora_down.weight"][1:])
     if "lokr_w1" not in sizes:
         raise UserError("the snapshots hold no LoKr or LoRA: take --space factors, which is exact for whole weights")
-    c, d = sizes["lokr_w2"] if "lokr_w2" in sizes else (sizes["lokr_w2_a"][0], sizes["lokr_w2_b"][1])
-    return sizes["lokr_w1"][0] * c, sizes["lokr_w1"][1] * d
+    rows, *columns = sizes["lokr_w2"] if "lokr_w2" in sizes else (sizes["lokr_w2_a"][0], sizes["lokr_w2_b"][1])
+    return sizes["lokr_w1"][0] * rows, sizes["lokr_w1"][1] * math.prod(columns)

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dedistill.adapters.attach import adaptable
 from dedistill.adapters.compatibility import Verdict, check_adapter
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.formats import ADAPTER_FORMATS, KOHYA, Layers, as_kohya, by_layer, check_shapes, is_lora
 from dedistill.adapters.spellings import FOLDERS, LayerNames
+from dedistill.adapters.targets import Shape
 from dedistill.errors import UserError
 from dedistill.io.atomic import as_json, replace_file, replace_json
 from dedistill.io.safetensors import Layout, TensorFile
 from dedistill.models.pipeline_files import Files, copy_files, is_pipeline, pipeline_files, public_config
-from dedistill.models.quantize import Int8Linear, excluded, quantize_rows
+from dedistill.models.quantize import Int8Linear, excluded, linear_names, quantize_rows
 from dedistill.models.registry import families, get_spec, spec_of
 from dedistill.models.spec import ModelSpec
 from dedistill.recipe.embedded import read_recipe
@@ -28,7 +30,6 @@ from dedistill.release.folder import (
     FACTS,
     SHARD_BYTES,
     Denoiser,
-    linear_shapes,
     names_of,
     network_config,
     new_folder,
@@ -84,7 +85,7 @@ class _Opened:
     header: dict[str, str]
     config: dict[str, Any]
     spec: ModelSpec
-    shapes: dict[str, tuple[int, int]]
+    shapes: dict[str, Shape]
     base: Path | None
     """Folder of that network, where it is there."""
 
@@ -115,7 +116,7 @@ def _open(file: Path, model: Path | None) -> _Opened:
     read_recipe(header.get("dedistill.recipe", ""), f"'{file}'")  # where it cannot be read, the file is named
     base = model or _local_base(header)
     config = config_for(tensors, header, model)
-    return _Opened(file, tensors, header, config, _spec_for(config, header), linear_shapes(skeleton(config)), base)
+    return _Opened(file, tensors, header, config, _spec_for(config, header), adaptable(skeleton(config)), base)
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _needed_names(spec: ModelSpec, format: str) -> LayerNames:
     raise UserError(f"'{format}' is not for {spec.name}: other programs have no names of their own for its layers", 2)
 
 
-def _renamed(layers: Layers, format: str, spec: ModelSpec, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+def _renamed(layers: Layers, format: str, spec: ModelSpec, shapes: dict[str, Shape]) -> dict[str, Tensor]:
     if format == KOHYA:
         return as_kohya(layers, _needed_names(spec, format), shapes)
     return ADAPTER_FORMATS[format](layers, spec.folder)
@@ -287,7 +288,7 @@ def _bfl(stored: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclu
 
 
 def _int8(stored: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:
-    linears = list(linear_shapes(stored.skeleton()))
+    linears = linear_names(stored.skeleton())
     kept = excluded(exclude, linears)
     weights = {f"{linear}.weight" for linear in linears if linear not in kept}
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -333,7 +334,7 @@ def load_int8(folder: str | Path) -> nn.Module:
     """The denoiser of an int8 export, frozen, to be given to a pipeline as its ``transformer``."""
     stored = Denoiser(Path(folder))
     network, tensors = stored.skeleton(), {name: tensor.clone() for name, tensor in stored.items()}
-    for name in linear_shapes(network):
+    for name in linear_names(network):
         if (scale := tensors.pop(f"{name}.weight_scale", None)) is not None:
             bias = tensors.pop(f"{name}.bias", None)
             network.set_submodule(name, Int8Linear(tensors.pop(f"{name}.weight"), scale, bias))

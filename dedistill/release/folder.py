@@ -82,11 +82,6 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
     return without_weights(network, config, "the denoiser")
 
 
-def linear_shapes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
-    """name -> (out, in) of every linear, in the network's order."""
-    return {n: (m.out_features, m.in_features) for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
-
-
 def names_of(spec: ModelSpec) -> LayerNames | None:
     """The tables of what other programs call a family's layers."""
     return import_module(spec.names) if spec.names else None

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dedistill.adapters.attach import adaptable
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.formats import Layers, by_layer, check_shapes
@@ -20,7 +21,7 @@ from dedistill.models.family import Denoiser
 from dedistill.models.model import check_origin
 from dedistill.models.registry import get_family
 from dedistill.recipe import Recipe, to_toml
-from dedistill.release.folder import FACTS, SHARD_BYTES, linear_shapes, names_of, new_folder, read_facts, write_weights
+from dedistill.release.folder import FACTS, SHARD_BYTES, names_of, new_folder, read_facts, write_weights
 from dedistill.release.headers import origin_note
 from dedistill.release.rounding import RoundingStats, round_stochastic
 
@@ -73,7 +74,7 @@ def merge_adapter(
     components = family.load(recipe.model, seed=recipe.run.seed)
     tensors, header = read_tensors(weights)
     check_origin(header, recipe, weights)
-    shapes = linear_shapes(components.denoiser)
+    shapes = adaptable(components.denoiser)
     spec, source = family.spec, str(weights)
     layers = by_layer(tensors, shapes, source, dense=True, folder=spec.folder, header=header, naming=names_of(spec))
     check_shapes(layers, shapes, str(weights))
@@ -122,7 +123,7 @@ def _merged_tensors(
         if linear == name or linear not in layers:
             yield name, base.to(dtype)
             continue
-        delta = weight_change(layers[linear])
+        delta = weight_change(layers[linear]).view_as(base)
         total = base.float() + delta
         if not total.isfinite().all():
             raise UserError(f"the merged weight of '{linear}' is not finite: the adapter or its base is damaged")

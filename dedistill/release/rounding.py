@@ -118,7 +118,8 @@ def relative_size(layers: Layers, base: Weights) -> RelativeSize:
     names = list(layers)[:: -(-len(layers) // SAMPLED)]
     total, weights = RoundingStats(), 0.0
     for name in names:
-        weight, delta = base[f"{name}.weight"], weight_change(layers[name])
+        weight = base[f"{name}.weight"]
+        delta = weight_change(layers[name]).view_as(weight)
         before = weight.bfloat16()
         total += RoundingStats.measure(before, (before.float() + delta).bfloat16(), delta)
         weights += float((weight.double() ** 2).sum())

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dedistill.adapters.attach import Adapter
-from dedistill.adapters.targets import Resolved
+from dedistill.adapters.targets import Resolved, Shape
 from dedistill.errors import amount, printable
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
@@ -62,7 +62,7 @@ def data_line(plan: Plan, facts: Mapping[str, object]) -> str:
 def _targets_table(adapter: Adapter, targets: list[Resolved]) -> str:
     """One line per target and shape: how many layers, the real factor sizes, the parameters, one name."""
 
-    def key(t: Resolved) -> tuple[str, tuple[int, int], int | None, int | None]:
+    def key(t: Resolved) -> tuple[str, Shape, int | None, int | None]:
         return (t.pattern, t.shape, t.factor, t.rank)
 
     lines = [f"            {'target':24} layers      weight  factor (real)  rank   parameters  e.g."]
@@ -71,7 +71,7 @@ def _targets_table(adapter: Adapter, targets: list[Resolved]) -> str:
         count = sum(math.prod(sizes) for n in names for sizes in adapter.shapes[n].values())
         w1 = adapter.shapes[names[0]].get("lokr_w1")
         side = f"{factor} ({w1[0]}x{w1[1]})" if w1 is not None else "-"
-        size = f"{shape[0]}x{shape[1]}"
+        size = "x".join(map(str, shape))
         lines.append(
             f"            {pattern:24} {len(names):6} {size:>11} {side:>14} {rank or 'full':>5} {count:12,}  {names[0]}"
         )

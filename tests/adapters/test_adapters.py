@@ -10,14 +10,14 @@ from tiny_recipes import adapter_table
 from torch import nn
 from torch.nn import functional as F
 
-from dedistill.adapters.attach import Adapter, dense_shapes, file_name
+from dedistill.adapters.attach import Adapter, adaptable, file_name
 from dedistill.adapters.delta import delta, initialise, merge
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.pixel_flux.family import PixelFlux
-from dedistill.models.quantize import cast_float, dense_weight, linear_names, prepare_base
+from dedistill.models.quantize import cast_float, dense_weight, prepare_base
 
 FAMILY = PixelFlux()
 FORMS = {
@@ -37,7 +37,7 @@ every_quant = pytest.mark.parametrize("quant", QUANTS)
 
 
 def attach(components, table: dict) -> Adapter:
-    shapes = dense_shapes(components.denoiser, linear_names(components.denoiser))
+    shapes = adaptable(components.denoiser)
     table = adapter_table(table["kind"], *table["targets"])
     return Adapter(components.denoiser, table.kind, resolve_targets(table, shapes, FAMILY.presets(components.denoiser)))
 

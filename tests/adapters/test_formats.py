@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dedistill
-from dedistill.adapters.attach import Adapter, dense_shapes
+from dedistill.adapters.attach import Adapter, adaptable
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.formats import as_kohya, as_lycoris, as_peft, as_transformer, by_layer
 from dedistill.adapters.targets import Resolved
@@ -76,7 +76,7 @@ def adapted(form: str, names: list[str] | None = None) -> SimpleNamespace:
     """A small FLUX with an adapter on ``names`` (every linear by default), its answer and its file's tensors."""
     denoiser = flux(guidance=True)
     before = answer(denoiser)
-    shapes = dense_shapes(denoiser, linear_names(denoiser))
+    shapes = adaptable(denoiser)
     chosen = []
     for i, name in enumerate(names or shapes):
         kind, factor, rank = FORMS[form](i)

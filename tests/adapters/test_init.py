@@ -8,14 +8,14 @@ import pytest
 import torch
 from tiny_recipes import adapter_table
 
-from dedistill.adapters.attach import Adapter, dense_shapes
+from dedistill.adapters.attach import Adapter, adaptable
 from dedistill.adapters.delta import check_started, delta, initialise
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.model import build_model
 from dedistill.models.pixel_flux.family import PixelFlux
-from dedistill.models.quantize import dense_weight, linear_names, prepare_base
+from dedistill.models.quantize import dense_weight, prepare_base
 from dedistill.recipe.resolve import recipe_of
 
 FAMILY = PixelFlux()
@@ -34,7 +34,7 @@ every_init = pytest.mark.parametrize(("form", "init"), INITS)
 def start(form: str, init: str, *, quant: str = "none", scale: float = SCALE, seed: int = 0, only: int | None = None):
     """An adapter on a tiny network, started; ``only`` the layer of that place where it is given."""
     denoiser = FAMILY.tiny(0).denoiser
-    shapes = dense_shapes(denoiser, linear_names(denoiser))
+    shapes = adaptable(denoiser)
     prepare_base(denoiser, quant, [], "cpu")
     table = adapter_table(FORMS[form]["kind"], *FORMS[form]["targets"])
     targets = resolve_targets(table, shapes, FAMILY.presets(denoiser))

@@ -20,12 +20,13 @@ from test_formats import adapted, answer, flux, relative, rewidened
 from test_spellings import SHAPES, normal
 
 import dedistill
+from dedistill.adapters.attach import adaptable
 from dedistill.adapters.compatibility import MERGED, Verdict, check_adapter
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.formats import as_kohya, as_lycoris, as_peft, as_transformer, by_layer
 from dedistill.models.flux import naming
 from dedistill.models.flux.published import full_config
-from dedistill.release.folder import linear_shapes, skeleton
+from dedistill.release.folder import skeleton
 
 LORA_WEIGHTS, LORA_ADAPTER = "diffusers, load_lora_weights", "diffusers, transformer.load_lora_adapter"
 LOAD_LOKR, TOOLKIT, OLD_TOOLKIT = "diffusers, dedistill.load_lokr", "ai-toolkit", "ai-toolkit, old_lokr_format: true"
@@ -126,7 +127,7 @@ def test_load_lora_weights_takes_xlabs_processors(tmp_path):
 @pytest.mark.parametrize("missing", [None, "single_blocks.37.processor.qkv_lora", "double_blocks.18.processor.qkv_lora2"])
 def test_comfyui_knows_xlabs_processors_by_the_last_blocks(missing):
     """Of 19 and 38; in a file without one of them it looks for none."""
-    shapes = linear_shapes(skeleton(full_config("", False)))
+    shapes = adaptable(skeleton(full_config("", False)))
     names = [f"double_blocks.{i}.processor.{p}_lora{n}" for i in range(19) for p in ("qkv", "proj") for n in (1, 2)]
     names += [f"single_blocks.{i}.processor.{p}_lora" for i in range(38) for p in ("qkv", "proj")]
     sides = {"qkv": (9216, 3072), "proj_lora": (3072, 15360), "proj": (3072, 3072)}

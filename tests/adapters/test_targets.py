@@ -3,11 +3,10 @@
 import pytest
 from tiny_recipes import adapter_table
 
-from dedistill.adapters.attach import dense_shapes
+from dedistill.adapters.attach import adaptable
 from dedistill.adapters.targets import Resolved, resolve_targets
 from dedistill.errors import UserError
 from dedistill.models.pixel_flux.family import PixelFlux
-from dedistill.models.quantize import linear_names
 
 SHAPES = {
     "x_embedder": (32, 16),
@@ -134,7 +133,7 @@ def test_errors_show_names_to_choose_from():
 def test_presets_of_the_real_network_are_disjoint_and_complete():
     """Every pattern of the family finds layers of today's diffusers; three kinds make up the blocks."""
     denoiser = PixelFlux().tiny(0).denoiser
-    shapes = dense_shapes(denoiser, linear_names(denoiser))
+    shapes = adaptable(denoiser)
     found, presets = {}, PixelFlux().presets(denoiser)
     for preset, patterns in presets.items():
         for pattern in patterns:

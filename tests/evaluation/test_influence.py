@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from dedistill.adapters.attach import dense_shapes
+from dedistill.adapters.attach import adaptable
 from dedistill.adapters.targets import count_parameters, resolve_targets
 from dedistill.errors import UserError
 from dedistill.evaluation.influence import FACTORS, Influence, Meter, angular_distance, measure, recipe_fragment, share_out
@@ -17,7 +17,6 @@ from dedistill.flow import keyed
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model, build_model
 from dedistill.models.pixel_flux.family import PixelFlux
-from dedistill.models.quantize import linear_names
 from dedistill.recipe import load_recipe
 from dedistill.recipe.model_tables import Adapter, Architecture
 from dedistill.report.influence import write_influence
@@ -187,7 +186,7 @@ def test_budgets_of_flux_are_used_up(budget):
         denoiser = FluxTransformer2DModel()
     blocks = [name for name, module in denoiser.named_modules() if name.rpartition(".")[0].endswith("transformer_blocks")]
     influence = dict(zip(blocks, keyed.generator(0, "test").uniform(0.02, 0.4, 57)))
-    used = share_out(influence, dense_shapes(denoiser, linear_names(denoiser)), budget)[1]
+    used = share_out(influence, adaptable(denoiser), budget)[1]
     assert len(blocks) == 57 and 0.98 * budget <= used <= budget
 
 
@@ -199,9 +198,7 @@ def test_a_recipe_extends_the_fragment(tmp_path, adapter_recipe, base_model):
     model = open_base(recipe)
     found = measure(model, PROMPTS, sigmas=2, batch=4)
     budget = 20_000
-    factors, used = share_out(
-        found.per_block(), dense_shapes(model.components.denoiser, linear_names(model.components.denoiser)), budget
-    )
+    factors, used = share_out(found.per_block(), adaptable(model.components.denoiser), budget)
     out = tmp_path / "elsewhere" / "influence"
     write_influence(out, found, factors, used, budget, str(adapter_recipe))
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from tiny_recipes import adapter_table
 
-from dedistill.adapters.attach import Adapter, dense_shapes
+from dedistill.adapters.attach import Adapter, adaptable
 from dedistill.adapters.targets import count_parameters, resolve_targets
 from dedistill.models.flux.naming import presets
 from dedistill.models.pixel_flux.family import PixelFlux
@@ -20,7 +20,7 @@ def schnell():
 
 def resolve(denoiser, *targets: dict, kind: str = "lokr"):
     table = adapter_table(kind, *targets)
-    return resolve_targets(table, dense_shapes(denoiser, linear_names(denoiser)), presets(denoiser))
+    return resolve_targets(table, adaptable(denoiser), presets(denoiser))
 
 
 def test_size_of_schnell(schnell):

@@ -4,13 +4,13 @@ import pytest
 import torch
 from tiny_recipes import adapter_table
 
-from dedistill.adapters.attach import Adapter, dense_shapes
+from dedistill.adapters.attach import Adapter, adaptable
 from dedistill.adapters.targets import resolve_targets
 from dedistill.flow.path import flow_loss
 from dedistill.models.example.family import Example
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
-from dedistill.models.quantize import cast_float, linear_names, multiply_codes, prepare_base
+from dedistill.models.quantize import cast_float, multiply_codes, prepare_base
 
 CAPTIONS = {"one length": ["a cat", "a dog"], "mixed lengths": ["a cat", "a dog in the snow"]}
 
@@ -18,7 +18,7 @@ CAPTIONS = {"one length": ["a cat", "a dog"], "mixed lengths": ["a cat", "a dog 
 def model(family, kind: str, device: str, bf16: bool = True) -> Model:
     components = family.tiny(0)
     cast_float(components.denoiser, torch.bfloat16 if bf16 else torch.float32)
-    shapes = dense_shapes(components.denoiser, linear_names(components.denoiser))
+    shapes = adaptable(components.denoiser)
     prepare_base(components.denoiser, "int8", [], device)
     size = {"lora": {"rank": 2}, "lokr": {"factor": 2}}[kind]
     targets = resolve_targets(adapter_table(kind, {"preset": "blocks", **size}), shapes, family.presets(components.denoiser))

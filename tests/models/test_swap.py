@@ -8,14 +8,14 @@ import pytest
 import torch
 from tiny_recipes import adapter_table
 
-from dedistill.adapters.attach import Adapter, dense_shapes
+from dedistill.adapters.attach import Adapter, adaptable
 from dedistill.adapters.targets import resolve_targets
 from dedistill.flow.path import flow_loss
 from dedistill.models.blocks import checkpoint_blocks
 from dedistill.models.example.family import Example
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
-from dedistill.models.quantize import cast_float, linear_names, prepare_base, sample_sha256
+from dedistill.models.quantize import cast_float, prepare_base, sample_sha256
 from dedistill.models.swap import Swap, spread
 from dedistill.recipe.model_tables import Architecture
 
@@ -47,7 +47,7 @@ def model(name: str, kind: str = "lokr", quant: str = "int8", *, checkpointed: i
     family = FAMILIES[name]
     components = family.build(SMALL) if name == "pixel_flux" else family.tiny(0, layers=5)
     cast_float(components.denoiser, torch.bfloat16)
-    shapes = dense_shapes(components.denoiser, linear_names(components.denoiser))
+    shapes = adaptable(components.denoiser)
     prepare_base(components.denoiser, quant, [], "cpu")
     size = {"lora": {"rank": 2}, "lokr": {"factor": 2}}[kind]
     targets = resolve_targets(adapter_table(kind, {"preset": "blocks", **size}), shapes, family.presets(components.denoiser))

@@ -11,7 +11,7 @@ from lycoris import LycorisNetwork
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dedistill.adapters.attach import Adapter
+from dedistill.adapters.attach import Adapter, adaptable
 from dedistill.adapters.compatibility import check_adapter
 from dedistill.adapters.formats import by_layer
 from dedistill.adapters.targets import Resolved
@@ -21,7 +21,7 @@ from dedistill.models.flux import naming
 from dedistill.models.flux.published import full_config
 from dedistill.models.flux.tiny import write_tiny_flux
 from dedistill.release.export import check_file, config_for, export_adapter
-from dedistill.release.folder import linear_shapes, network_config, skeleton
+from dedistill.release.folder import network_config, skeleton
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
 RECIPE = '[run]\nseed = 3\n[model]\npath = "black-forest-labs/FLUX.1-schnell"\n[train]\nlr = 1e-4\n'
@@ -40,7 +40,7 @@ def base(tmp_path_factory) -> Path:
 def snapshot(base: Path, file: Path, kind: str, names: list[str], mixed: bool = False) -> Path:
     """A snapshot as training writes it, factors drawn at random."""
     denoiser = FluxTransformer2DModel.from_config(network_config(base))
-    shapes = linear_shapes(denoiser)
+    shapes = adaptable(denoiser)
     form = lambda i: (4 if not mixed else (2, 4, 8)[i % 3], 2 if mixed and i % 2 else None)  # noqa: E731
     targets = [Resolved(n, shapes[n], *(form(i) if kind == "lokr" else (None, 2 + i)), "x") for i, n in enumerate(names)]
     adapter = Adapter(denoiser, kind, targets)
@@ -95,7 +95,7 @@ def test_lycoris_builds_the_same_layers_from_the_config(kind, base, tmp_path):
 @pytest.mark.parametrize("format", ["kohya", "peft", "transformer", "lycoris"])
 def test_exports_are_undone_by_exports(format, base, tmp_path):
     """A LoRA on every linear, out in each format and back, has its own bytes again; and so has what is made of that."""
-    everywhere = list(linear_shapes(skeleton(network_config(base))))
+    everywhere = list(adaptable(skeleton(network_config(base))))
     own = snapshot(base, tmp_path / "a.safetensors", "lora", everywhere)
     there = export_adapter(own, tmp_path / "there.safetensors", format, base)
     back = export_adapter(there, tmp_path / "back" / "a.safetensors", "lycoris", base)
@@ -191,7 +191,7 @@ def test_the_table_for_load_lora_weights_is_what_diffusers_does(base, tmp_path):
 def test_every_linear_at_full_size_is_in_comfyuis_table(guidance):
     """19 + 38 blocks on meta; a LoKr on every linear loads whole in ComfyUI, LyCORIS and load_lokr."""
     config = full_config("black-forest-labs/FLUX.1-dev" if guidance else "", False)
-    shapes = linear_shapes(skeleton(config))
+    shapes = adaptable(skeleton(config))
     assert len(shapes) == 494 + (10 if guidance else 8)
     one = torch.empty(1, 1, device="meta")
     for prefix, spell in (("lycoris_", lambda n: n.replace(".", "_")), ("transformer.", str)):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dedistill.adapters.attach import adaptable
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.formats import as_kohya, as_transformer, by_layer
 from dedistill.errors import UserError
@@ -23,7 +24,7 @@ from dedistill.models.flux import naming
 from dedistill.models.model import build_model
 from dedistill.models.quantize import linear_names
 from dedistill.recipe import load_recipe
-from dedistill.release.folder import Denoiser, linear_shapes
+from dedistill.release.folder import Denoiser
 from dedistill.release.merge import RoundingStats, merge_adapter, round_stochastic
 
 RECIPE = """
@@ -110,7 +111,7 @@ def test_merged_reloaded_and_adapted_are_one(form, family, tmp_path):
 def test_other_spellings_merge_to_the_same_bytes(tmp_path):
     recipe = recipe_for(tmp_path / "a", write_base("pixel_flux", tmp_path / "base"))
     model = trained(recipe, tmp_path / "a.safetensors")
-    layers = by_layer(model.tensors(), linear_shapes(model.components.denoiser), "a")
+    layers = by_layer(model.tensors(), adaptable(model.components.denoiser), "a")
     save_file(as_transformer(layers), tmp_path / "b.safetensors")
     for name in "ab":
         merge_adapter(recipe, tmp_path / f"{name}.safetensors", tmp_path / f"out-{name}")
@@ -121,7 +122,7 @@ def test_other_spellings_merge_to_the_same_bytes(tmp_path):
 def test_a_kohya_file_merges_to_the_same_bytes(tmp_path):
     recipe = recipe_for(tmp_path / "a", write_base("flux", tmp_path / "base"), "flux", "lora")
     model = trained(recipe, tmp_path / "a.safetensors")
-    shapes = linear_shapes(model.components.denoiser)
+    shapes = adaptable(model.components.denoiser)
     save_file(as_kohya(by_layer(model.tensors(), shapes, "a"), naming, shapes), tmp_path / "b.safetensors")
     merged = [merge_adapter(recipe, tmp_path / f"{name}.safetensors", tmp_path / f"out-{name}") for name in "ab"]
     a, b = (next((tmp_path / f"out-{n}" / "transformer").glob("*.safetensors")).read_bytes() for n in "ab")
@@ -186,7 +187,7 @@ def test_merge_into_bf16_is_deterministic_and_leaves_the_rest_alone(tmp_path):
     reseeded = recipe.model_copy(update={"run": recipe.run.model_copy(update={"seed": 1})})
     merge_adapter(reseeded, tmp_path / "a.safetensors", tmp_path / "three")
     before, one, two, three = (Denoiser(tmp_path / n) for n in ("base", "one", "two", "three"))
-    deltas = {n: weight_change(f) for n, f in by_layer(model.tensors(), linear_shapes(one.skeleton()), "a").items()}
+    deltas = {n: weight_change(f) for n, f in by_layer(model.tensors(), adaptable(one.skeleton()), "a").items()}
     assert one.layout.keys() == before.layout.keys() and all(d == torch.bfloat16 for _, d in one.layout.values())
     for name in before.layout:
         assert torch.equal(one[name], two[name])
