@@ -21,35 +21,63 @@ def variance_preserving(noisy: Tensor, sigma: Tensor) -> Tensor:
     return noisy / _norm(sigma, noisy)
 
 
-def to_velocity(kind: Prediction, predicted: Tensor, noisy: Tensor, sigma: Tensor, highest: float = 1.0) -> Tensor:
+def to_velocity(
+    kind: Prediction, predicted: Tensor, noisy: Tensor, sigma: Tensor, highest: float = 1.0, seen: Tensor | None = None
+) -> Tensor:
     """noise - data, float32, of what a network predicts for ``noisy`` [B, ...] at ``sigma`` [B].
 
     highest: the largest sigma that the network knows, less than 1 where it predicts noise. Above it the network must have
     been asked at ``highest``: the data that it then sees in the sample give the direction, which stays finite at sigma = 1.
+    seen: what it was shown as a sample of ``highest`` there, on this path; ``noisy`` itself by default.
     """
     predicted, noisy = predicted.float(), noisy.float()
-    return _KINDS[kind](predicted, noisy, expand(sigma, noisy), expand(sigma.clamp(max=highest), noisy))
+    asked = noisy if seen is None else seen.float()
+    return _KINDS[kind](predicted, noisy, expand(sigma, noisy), expand(sigma.clamp(max=highest), noisy), asked)
 
 
-def _of_velocity(v: Tensor, noisy: Tensor, t: Tensor, known: Tensor) -> Tensor:
+def diffusion_velocity(
+    kind: Prediction, network: Callable[[Tensor], Tensor], noisy: Tensor, sigma: Tensor, highest: float
+) -> Tensor:
+    """noise - data, float32, of a ``network`` that takes variance-preserving samples [B, ...] and knows sigma to ``highest``.
+
+    It must tell itself sigma, or ``highest`` above that. There its sample keeps variance 1 (it is noisy / r(sigma)), and the
+    data that it sees in it give the direction.
+    """
+    sample = variance_preserving(noisy, sigma)
+    seen = sample * _norm(sigma.clamp(max=highest), noisy)
+    return to_velocity(kind, network(sample), noisy, sigma, highest, torch.where(expand(sigma, noisy) <= highest, noisy, seen))
+
+
+def own_weight(kind: Prediction, sigma: Tensor) -> Tensor:
+    """By what |velocity error|^2 at ``sigma`` [B] is to be multiplied to be the |error|^2 of what the network predicts."""
+    t = sigma
+    return {"velocity": torch.ones_like(t), "epsilon": (1 - t) ** 2, "v": (1 - t) ** 2 + t**2, "x0": t**2}[kind]
+
+
+def signal_to_noise(sigma: Tensor) -> Tensor:
+    """a^2 / b^2 of the variance-preserving sample at ``sigma``."""
+    return ((1 - sigma) / sigma) ** 2
+
+
+def _of_velocity(v: Tensor, noisy: Tensor, t: Tensor, known: Tensor, seen: Tensor) -> Tensor:
     return v
 
 
-def _of_noise(noise: Tensor, noisy: Tensor, t: Tensor, known: Tensor) -> Tensor:
+def _of_noise(noise: Tensor, noisy: Tensor, t: Tensor, known: Tensor, seen: Tensor) -> Tensor:
     if seen_anywhere(known >= 1):
         raise ValueError("at sigma = 1 noise says nothing of the data: a network that predicts it has a highest sigma")
-    data = (noisy - known * noise) / (1 - known)
+    data = (seen - known * noise) / (1 - known)
     return torch.where(t <= known, (noise - noisy) / (1 - known), (noisy - data) / t.clamp(min=1e-12))
 
 
-def _of_v(v: Tensor, noisy: Tensor, t: Tensor, known: Tensor) -> Tensor:
+def _of_v(v: Tensor, noisy: Tensor, t: Tensor, known: Tensor, seen: Tensor) -> Tensor:
     r = ((1 - known) ** 2 + known**2).sqrt()
     a, b = (1 - known) / r, known / r
-    data = a * (noisy / r) - b * v
+    data = a * (seen / r) - b * v
     return torch.where(t <= known, (b - a) * (noisy / r) + (a + b) * v, (noisy - data) / t.clamp(min=1e-12))
 
 
-def _of_data(data: Tensor, noisy: Tensor, t: Tensor, known: Tensor) -> Tensor:
+def _of_data(data: Tensor, noisy: Tensor, t: Tensor, known: Tensor, seen: Tensor) -> Tensor:
     if seen_anywhere(t <= 0):
         raise ValueError("sigma = 0 has no direction: the noisy sample is the data itself")
     return (noisy - data) / t
@@ -60,7 +88,7 @@ def _norm(sigma: Tensor, like: Tensor) -> Tensor:
     return ((1 - t) ** 2 + t**2).sqrt()
 
 
-_KINDS: dict[Prediction, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+_KINDS: dict[Prediction, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "velocity": _of_velocity,
     "epsilon": _of_noise,
     "v": _of_v,

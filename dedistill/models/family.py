@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.flow.path import seen_anywhere
+from dedistill.flow.schedule import Schedule
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.spec import ModelSpec
 from dedistill.recipe.model_tables import Model
@@ -41,6 +42,8 @@ class Components:
     """What the folder or file says of how its weights were made: base, merges, masks."""
     notes: list[str] = field(default_factory=list)
     """What a user should know before training on it."""
+    schedule: Schedule | None = None
+    """Of a denoiser that was trained by diffusion: what it predicts, and which noise levels it knows. None: a flow model."""
     sample_shift: float | str | None = None
     """sample.shift of the recipe: a number goes into what is saved as well."""
     device: torch.device | str = "cpu"

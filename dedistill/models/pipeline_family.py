@@ -21,6 +21,10 @@ SAVED = ("model_index.json", "scheduler")
 """What a folder of ours takes from its base beside the denoiser; the rest it points to."""
 
 
+ABOVE = "data as seen at the highest sigma"
+"""What stands for a denoiser's velocity above its range (flow.parameterization.diffusion_velocity)."""
+
+
 class PipelineFamily:
     """Components hold a PromptEncoders as text, a Vae, and a Place as source."""
 
@@ -32,6 +36,12 @@ class PipelineFamily:
         """How captions are read, for dedistill.json and for the cache of text."""
         raise NotImplementedError
 
+    def network_facts(self, components: Components) -> dict[str, Any]:
+        """What the denoiser predicts, for dedistill.json."""
+        if (schedule := components.schedule) is None:
+            return {}
+        return {"prediction": schedule.prediction, "sigma_range": list(schedule.range), "above_range": ABOVE}
+
     def save(self, components: Components, folder: Path) -> None:
         """The denoiser in its folder; encoders, VAE and scheduler stay where they are and are pointed to."""
         cast(Any, components.denoiser).save_pretrained(folder / self.spec.folder)
@@ -39,7 +49,7 @@ class PipelineFamily:
 
     def save_rest(self, components: Components, folder: Path) -> None:
         made = {key: components.facts[key] for key in MADE if key in components.facts}
-        facts = made | {"family": self.spec.name, "guidance": self.guidance_fact(components)}
+        facts = made | {"family": self.spec.name, "guidance": self.guidance_fact(components)} | self.network_facts(components)
         facts |= {"mask": components.mask} | self.text_facts(components) | {"text_length": components.text_length}
         facts["components"] = str(_place(components).components.resolve())
         facts["shift"] = components.sample_shift or "auto"
@@ -124,10 +134,10 @@ def _place(components: Components) -> Place:
 
 
 def _save_scheduler(components: Components, folder: Path) -> None:
-    """The model's own scheduler, at the shift that the recipe's images are made with where that is a number."""
+    """The model's own scheduler, of a flow model at the shift that the recipe's images are made with where that is a number."""
     place, shift = _place(components), components.sample_shift
-    config = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | place.scheduler
-    if isinstance(shift, (int, float)):
+    config = place.scheduler if components.schedule else {"_class_name": "FlowMatchEulerDiscreteScheduler"} | place.scheduler
+    if isinstance(shift, (int, float)) and components.schedule is None:
         config |= {"shift": shift, "use_dynamic_shifting": False}
     elif place.scheduler_file == place.components / SCHEDULER:
         return  # copied already

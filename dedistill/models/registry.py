@@ -16,7 +16,7 @@ from dedistill.recipe.model_tables import Model
 if TYPE_CHECKING:
     from dedistill.models.family import Family
 
-OWN = {name: f"dedistill.models.{name}:SPEC" for name in ("flux", "pixel_flux", "example")}
+OWN = {name: f"dedistill.models.{name}:SPEC" for name in ("flux", "sd15", "pixel_flux", "example")}
 GROUP = "dedistill.families"
 """Entry points by which other packages add a family: its name -> "package.module:SPEC"."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -34,9 +34,9 @@ def _places() -> dict[str, str]:
 
 
 def imported(place: str) -> object:
-    """What "package.module:name" stands for."""
+    """What "package.module:name", or "package.module", stands for."""
     module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
+    return getattr(import_module(module), name) if name else import_module(module)
 
 
 def get_spec(name: str, where: str = "model.family") -> ModelSpec:
@@ -62,7 +62,7 @@ def spec_of(config: Config, family: str | None = None) -> ModelSpec:
     kind = str(config.get("_class_name"))
     searched = [family] if family in _places() else families()
     for name in searched:
-        if kind in (spec := get_spec(name)).networks:
+        if kind in (spec := get_spec(name)).networks and spec.has(config):
             return spec
     known = sorted({network for name in searched for network in get_spec(name).networks})
     whose = f"not one of {family}" if searched == [family] else "one of no family"

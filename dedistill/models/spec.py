@@ -53,6 +53,8 @@ class ModelSpec:
     """Where its behaviour is, "package.module:Class" (models.family.Family)."""
     networks: Mapping[str, str]
     """Names of its denoisers' classes, as a config.json has them -> "package.module:Class"."""
+    has: Callable[[Config], bool] = field(default=lambda config: True, kw_only=True)
+    """Whether a denoiser of such a class, with that config, is one of its own: where several families share a class."""
     architecture: str
     """In SAI ModelSpec headers, of a model whose base is not published."""
     folder: str = "transformer"
@@ -75,6 +77,7 @@ class ModelSpec:
     shift: Callable[[Model], float | None] = lambda model: None
     """What shift = "auto" stands for, where that is one number for all sizes and is known without loading the model."""
     names: str | None = None
-    """Module with the tables (adapters.spellings.LayerNames) of what other programs call its layers; None: they know none."""
+    """Module, or "module:object", with the tables (adapters.spellings.LayerNames) of what other programs call its layers; None:
+    they know none."""
     card: str | None = None
     """Package and file of a Jinja template that shows in a model card how the model is used in other programs."""

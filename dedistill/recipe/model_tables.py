@@ -46,6 +46,11 @@ class Model(Table):
     t5_mask: Annotated[bool | None, Default(BY_FAMILY)] = Field(
         None, description="The text encoder ignores padding too. false: as diffusers and LibreFLUX call T5, padding leaks in."
     )
+    null: Annotated[Literal["empty", "zeros"] | None, Default(BY_FAMILY)] = Field(
+        None,
+        description="What captions are dropped to, and what guidance leads away from: empty: the encoded empty caption; zeros, "
+        "as SDXL was trained. None for families that know the empty caption alone.",
+    )
     guidance: Annotated[Annotated[float, Field(ge=0)] | Literal["bypass"] | None, Default(BY_FAMILY)] = Field(
         None,
         description="Value fed to a distilled guidance embedding in training. bypass: train without it (Flex.1-alpha). "

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -84,7 +83,7 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
 
 def names_of(spec: ModelSpec) -> LayerNames | None:
     """The tables of what other programs call a family's layers."""
-    return import_module(spec.names) if spec.names else None
+    return cast(LayerNames, imported(spec.names)) if spec.names else None
 
 
 def write_weights(folder: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:

@@ -16,17 +16,19 @@ from lycoris.functional import factorization
 from dedistill.adapters.delta import rank, scale
 from dedistill.adapters.formats import Layers, factor_shapes, is_lora
 from dedistill.errors import UserError
-from dedistill.models.registry import imported, licence_for, public_name, published
+from dedistill.models.registry import licence_for, public_name, published
 from dedistill.models.spec import ModelSpec
 from dedistill.recipe.embedded import read_recipe
 from dedistill.recipe.toml import table_to_toml
+from dedistill.release.folder import names_of
 
 # --- what a release tells of how it was made -------------------------------------------------------------------------
 
 
 _FACTS = (
     *("family", "base", "merges", "trained", "quantized"),
-    *("guidance", "mask", "t5_mask", "text_length", "text", "picture", "shift"),
+    *("guidance", "mask", "t5_mask", "null", "text_length", "text", "picture", "shift"),
+    *("prediction", "sigma_range", "above_range"),
 )
 """Keys of dedistill.json that whoever uses the weights needs."""
 
@@ -116,14 +118,14 @@ def adapter_header(
     """
     recipe = read_recipe(header.get("dedistill.recipe", ""))
     train, largest = recipe.get("train", {}), max(layers.values(), key=lambda factors: rank(factors) or 0)
-    inner = rank(largest) or 0
+    inner, names = rank(largest) or 0, names_of(spec)
     source = recipe.get("model", {}).get("path") or ""
     name = public_name(source, recipe.get("model", {}).get("revision"))
     own = {
         "format": "pt",
         **_modelspec(title, config, spec, recipe, source=source, name=name, kind="/lora"),
         "ss_base_model_version": _architecture(source, config, spec),
-        "ss_network_module": str(imported(f"{spec.names}:KOHYA_MODULE")) if format == "kohya" else "lycoris.kohya",
+        "ss_network_module": names.KOHYA_MODULE if names and format == "kohya" else "lycoris.kohya",
         "ss_network_dim": str(inner),
         "ss_network_alpha": f"{inner * (scale(largest) if format in ('lycoris', 'kohya') else 1):g}",
         "ss_network_args": json.dumps({"algo": "lora" if is_lora(layers) else "lokr"}),

@@ -273,5 +273,5 @@ def test_names_of_another_kind_of_pipeline_are_refused(written, own):
     adapter = adapted("lokr")
     tensors = as_transformer(adapter.layers, written)
     assert by_layer(tensors, adapter.shapes, "x", folder=written).keys() == adapter.layers.keys()
-    with pytest.raises(UserError, match=rf"tensor '{written}\..*' belongs to no linear of this network"):
+    with pytest.raises(UserError, match=rf"tensor '{written}\..*' belongs to no layer of this network"):
         by_layer(tensors, adapter.shapes, "x", folder=own)

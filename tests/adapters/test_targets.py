@@ -107,8 +107,8 @@ def test_a_preset_is_the_union_of_its_patterns():
         ([{"preset": "modulatoin"}], "adapter.targets.0.preset", "unknown preset 'modulatoin'"),
         ([{"pattern": "blocks**.to_q"}], "adapter.targets.0.pattern", "** stands alone between dots"),
         ([{"pattern": "x_embedder"}, {"pattern": "to_*"}], "adapter.targets.1.pattern", "'to_*' matches no linear"),
-        ([{"pattern": "**"}, {"preset": "modulation"}], "adapter.targets.1.preset", "took all 3 of its linears"),
-        ([{"pattern": "**.to_q"}, {"pattern": "**.to_q"}], "adapter.targets.1.pattern", "took all 3 of its linears"),
+        ([{"pattern": "**"}, {"preset": "modulation"}], "adapter.targets.1.preset", "took all 3 of its layers"),
+        ([{"pattern": "**.to_q"}, {"pattern": "**.to_q"}], "adapter.targets.1.pattern", "took all 3 of its layers"),
     ],
 )
 def test_senseless_targets_are_refused_by_place(targets, place, message):

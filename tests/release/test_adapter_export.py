@@ -222,7 +222,7 @@ def test_tools(base, tmp_path, capsys):
     assert "already exists" in capsys.readouterr().err and not (tmp_path / "p.safetensors").exists()
     save_file({"model.layer.weight": torch.ones(1)}, tmp_path / "other.safetensors")
     assert tool("check_adapter", tmp_path / "other.safetensors", "--model", base) == 1
-    with pytest.raises(UserError, match="belongs to no linear"):
+    with pytest.raises(UserError, match="belongs to no layer"):
         by_layer(load_file(tmp_path / "other.safetensors"), [], "other")
 
 

@@ -1,0 +1,246 @@
+"""A UNet2DConditionModel as a family: told its noise level by its own schedule, read as a velocity, adapted, saved."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
+
+from dedistill.errors import UserError
+from dedistill.flow.parameterization import diffusion_velocity
+from dedistill.flow.schedule import Schedule, schedule_of
+from dedistill.io.json_files import read_object
+from dedistill.models.conditioning import Conditioning, Widths
+from dedistill.models.family import Components, Output, Pass, States, Unseen, check_sigma, float_dtype
+from dedistill.models.network_files import build, read_network, stored_config
+from dedistill.models.pipeline_family import PipelineFamily
+from dedistill.models.places import Place, locate, named_path
+from dedistill.models.pretrained import check_finite, without_weights
+from dedistill.models.prompts import CLIP_TOKENS
+from dedistill.models.registry import imported
+from dedistill.models.unet.encoders import ClipText, Null
+from dedistill.models.unet.naming import LdmNames
+from dedistill.models.vae import PublishedVae, Vae
+from dedistill.recipe.model_tables import Model
+
+CHANNELS = 4
+"""Of the latents of all published ones."""
+
+
+class UNetFamily(PipelineFamily):
+    patch = 1
+    max_text_length = CLIP_TOKENS
+    encoders: ClassVar[Literal[1, 2]]
+    """CLIPs."""
+
+    def added(self, text: Conditioning, noisy: Tensor, scale: int) -> dict[str, Tensor] | None:
+        """What the network is told beside time and tokens. scale: pixels per latent."""
+        return None
+
+    # --- loading ---------------------------------------------------------------------------------------------------------
+
+    def load(self, spec: Model, *, seed: int, denoiser: bool = True) -> Components:
+        """``spec``: a diffusers folder, a hub id with its revision, or one file with diffusers' or the original names."""
+        self._check(spec)
+        place = locate(self.spec, named_path(spec), spec.revision, spec.components)
+        network = self._network(place, empty=not denoiser)
+        vae = Vae(place.components / "vae")
+        sides = network.config.in_channels, network.config.out_channels
+        if sides != (vae.channels, vae.channels):
+            raise UserError(
+                f"model.path: the denoiser takes {sides[0]} channels and gives {sides[1]}, and the VAE has {vae.channels}: it "
+                "was made for another task, such as filling in, or for another VAE"
+            )
+        text = ClipText(place.components, encoders=self.encoders, null=cast(Null, spec.null))
+        if text.widths.sequences != (network.config.cross_attention_dim,):
+            raise UserError(
+                f"model.path: the denoiser reads tokens of width {network.config.cross_attention_dim}, and the text encoders "
+                f"in '{place.components}' make {text.widths.sequences[0]}: they belong to another model"
+            )
+        return Components(
+            network if denoiser else nn.Module(),
+            text,
+            (vae.channels, self.spec.resolution // vae.scale, self.spec.resolution // vae.scale),
+            "none",
+            vae=vae,
+            text_length=CLIP_TOKENS,
+            schedule=_schedule(place),
+            source=place,
+            facts={"base": {"path": spec.path, "revision": spec.revision}} | place.facts,
+            notes=[*self._other_null(spec, place.facts), *self.cannot_be_saved(place.components)],
+        )
+
+    def _check(self, spec: Model) -> None:
+        """Refuse keys that would have no effect, or another than they say."""
+        for key, plain in (("guidance", None), ("new", None)):
+            if getattr(spec, key) != plain:
+                raise UserError(f"model.{key}: has no effect on {self.spec.name}; leave it out", 2)
+        if spec.mask not in ("none", None):
+            raise UserError(
+                f"model.mask: {self.spec.name} was trained with the padding of its {CLIP_TOKENS} tokens; 'none' is all it has",
+                2,
+            )
+        if spec.text_length not in (CLIP_TOKENS, None):
+            raise UserError(f"model.text_length: {self.spec.name} always has {CLIP_TOKENS} tokens; leave it out", 2)
+
+    def _network(self, place: Place, *, empty: bool) -> UNet2DConditionModel:
+        tensors, source = read_network(place.denoiser, empty=empty), str(place.denoiser)
+        if place.denoiser.is_dir():
+            config = stored_config(place.denoiser)
+        else:
+            beside = place.components / self.spec.folder / "config.json"
+            config = read_object(beside, "model.path") if beside.exists() else self.published_config(source)
+            if any(name.startswith("input_blocks.") for name in tensors):
+                whole = without_weights(UNet2DConditionModel, config, f"model.path: '{source}'")
+                tensors = self.names.from_original(tensors, list(whole.state_dict()), source)
+        if not self.spec.has(config):
+            raise UserError(
+                f"model.path: '{source}' is no network of {self.spec.name}: its config.json has addition_embed_type = "
+                f"{config.get('addition_embed_type')} and cross_attention_dim = {config.get('cross_attention_dim')}; name its "
+                "own family (model.family)"
+            )
+        network = build(UNet2DConditionModel, config, tensors, source)
+        if not empty:
+            check_finite(tensors, f"model.path: '{source}'")
+        return network
+
+    @property
+    def names(self) -> LdmNames:
+        return cast(LdmNames, imported(f"{self.spec.names}:NAMES"))
+
+    def published_config(self, source: str) -> dict[str, Any]:
+        assert self.spec.full_config, "every family of U-Nets has one"
+        return self.spec.full_config(source, False)
+
+    def _other_null(self, spec: Model, facts: Mapping[str, Any]) -> list[str]:
+        if facts.get("null", spec.null) == spec.null:
+            return []
+        return [f"model.null = {spec.null!r} here; '{spec.path}' was trained with {facts['null']!r}"]
+
+    def full_size(self, spec: Model) -> Components:
+        path = named_path(spec)
+        file = Path(path) / self.spec.folder / "config.json"
+        config = read_object(file, "model.path") if file.exists() else self.published_config(path)
+        network = without_weights(UNet2DConditionModel, config, f"model.path: '{path}'")
+        around = Path(spec.components or path) / "vae"
+        vae = Vae(around) if around.exists() else PublishedVae(network.config.in_channels)
+        size = network.config
+        # of the text encoders' widths the second's vector alone is not in the config: what is added to it is
+        times = 6 * (size.addition_time_embed_dim or 0)
+        vectors = {"pooled": size.projection_class_embeddings_input_dim - times} if self.encoders > 1 else {}
+        side = self.spec.resolution // vae.scale
+        return Components(
+            network,
+            Unseen(Widths((size.cross_attention_dim,), vectors)),
+            (vae.channels, side, side),
+            "none",
+            vae=vae,
+            schedule=schedule_of(self.published_scheduler),
+        )
+
+    published_scheduler: ClassVar[Mapping[str, Any]] = {
+        **{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000},
+        "prediction_type": "epsilon",
+    }
+    """As the scheduler_config.json of all published ones says it."""
+
+    def passes(self, spec: Model, height: int, width: int, length: int) -> dict[str, Pass]:
+        from dedistill.models.unet.passes import passes
+
+        return passes(Path(spec.components or named_path(spec)), self.encoders, height, width)
+
+    def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
+        from dedistill.models.unet.tiny import write_tiny_unet
+
+        write_tiny_unet(folder, self.published_config(named_path(spec)), full_depth=full_depth)
+
+    # --- what is encoded and called --------------------------------------------------------------------------------------
+
+    def text_facts(self, components: Components) -> dict[str, Any]:
+        return {"null": _text(components).null}
+
+    def encode_text(self, components: Components, captions: list[str], length: int) -> Conditioning:
+        return _text(components)(captions, length, components.device)
+
+    def velocity(
+        self,
+        components: Components,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        if guidance is not None:
+            raise UserError(f"{self.spec.name} has no guidance embedding; leave guidance out")
+        check_sigma(sigma)
+        schedule, dtype = _own_schedule(components), float_dtype(components.denoiser)
+        added = self.added(text, noisy, cast(Vae, components.vae).scale)
+
+        def predicted(sample: Tensor) -> Tensor:
+            out: Tensor = denoiser(
+                sample.to(dtype),
+                schedule.steps(sigma),
+                encoder_hidden_states=text.tokens.embeds.to(dtype),  # cached text keeps its encoders' dtype
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
+            return out.to(noisy.dtype)
+
+        return diffusion_velocity(schedule.prediction, predicted, noisy, sigma, schedule.range[1])
+
+    def shift(self, components: Components, tokens: int) -> float:
+        """Its schedule has none: the one that puts half of a sampler's steps where half of the schedule's are."""
+        return _own_schedule(components).shift
+
+    # --- layers ----------------------------------------------------------------------------------------------------------
+
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        """The transformer blocks, which hold most of what is kept for backward; what is between them is not the same on both
+        sides. diffusers recomputes the convolutions between them as well, where all blocks are."""
+        unet: UNet2DConditionModel = denoiser
+        parts = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+        return [block for part in parts for block in part.modules() if isinstance(block, BasicTransformerBlock)]
+
+    def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
+        return cast(Tensor, args[0])
+
+    def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
+        return {"image": (args[0], cast(Tensor, output), None)}
+
+    def presets(self, denoiser: nn.Module) -> dict[str, list[str]]:
+        """blocks: the linears of the transformer blocks, which attention and mlp share out; transformers: with the layers into
+        and out of them; convolutions: those of the residual blocks and between resolutions; time: where the noise level comes
+        in; everything."""
+        return {
+            "attention": ["**.attn1.**", "**.attn2.**"],
+            "cross_attention": ["**.attn2.**"],
+            "mlp": ["**.ff.net.0.proj", "**.ff.net.2"],
+            "blocks": ["**.transformer_blocks.*.**"],
+            "transformers": ["**.attentions.*.**"],
+            "convolutions": ["**.resnets.*.conv*", "**.downsamplers.*.conv", "**.upsamplers.*.conv"],
+            "time": ["**.time_emb_proj"],
+            "everything": ["**"],
+        }
+
+
+def _schedule(place: Place) -> Schedule:
+    if not place.scheduler:
+        raise UserError(
+            f"model.path: '{place.scheduler_file}' is missing, which says at what noise levels the model was trained"
+        )
+    try:
+        return schedule_of(place.scheduler)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"model.path: '{place.scheduler_file}': {e}") from e
+
+
+def _text(components: Components) -> ClipText:
+    return cast(ClipText, components.text)
+
+
+def _own_schedule(components: Components) -> Schedule:
+    assert components.schedule, "``load`` and ``full_size`` put it there"
+    return components.schedule

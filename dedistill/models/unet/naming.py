@@ -1,0 +1,157 @@
+"""A U-Net's layers as the original repositories, and with them ComfyUI and kohya's programs, call them.
+
+Nothing is fused: every original layer is one of diffusers', under another name. Sources: CompVis/latent-diffusion
+(ldm/modules/diffusionmodules/openaimodel.py), Stability-AI/generative-models; diffusers' single-file loader is the inverse.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dedistill.errors import UserError, amount
+
+PREFIX = "model.diffusion_model."
+"""Before every name in files, which hold a whole pipeline."""
+_TOP = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_RESNET = {
+    **{"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"},
+    **{"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"},
+}
+
+
+@dataclass(frozen=True)
+class LdmNames:
+    """Tables (adapters.spellings.LayerNames) of a network with such blocks, whatever its widths and depths of transformers.
+
+    up_with_attention: of each of its up blocks, whether it has attention; kohya_original: whether kohya's programs go by the
+    original names in files of adapters, or by diffusers'.
+    """
+
+    up_with_attention: tuple[bool, ...]
+    kohya_original: bool
+    layers: int = 2
+    """Residual blocks of a down block; an up block has one more."""
+
+    def original(self, module: str) -> str:
+        """The original name of diffusers' ``module``. Raises UserError for one that such a network does not have."""
+        if module in _TOP:
+            return _TOP[module]
+        if found := re.fullmatch(r"(down_blocks|up_blocks)\.(\d+)\.(\w+)\.(\d+)\.(.+)", module):
+            block, index = int(found[2]), int(found[4])
+            if name := self._in_block(found[1], block, found[3], index, found[5]):
+                return name
+        if found := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", module):
+            place = 2 * int(found[2]) + (found[1] == "attentions")
+            return f"middle_block.{place}.{_inner(found[1], found[3], module)}"
+        raise _unknown(module)
+
+    def _in_block(self, side: str, block: int, kind: str, index: int, rest: str) -> str:
+        per = self.layers + 1
+        if side == "down_blocks":
+            first = 1 + per * block
+            if kind == "downsamplers":
+                return f"input_blocks.{first + self.layers}.0.op"
+            stem = f"input_blocks.{first + index}"
+        else:
+            first = per * block
+            if kind == "upsamplers":
+                return f"output_blocks.{first + self.layers}.{1 + self.up_with_attention[block]}.conv"
+            stem = f"output_blocks.{first + index}"
+        if kind not in ("resnets", "attentions"):
+            return ""
+        return f"{stem}.{int(kind == 'attentions')}.{_inner(kind, rest, f'{side}.{block}.{kind}.{index}.{rest}')}"
+
+    def diffusers(self, original: str) -> str:
+        """The inverse of :meth:`original`."""
+        if original in _TOP_BACK:
+            return _TOP_BACK[original]
+        side, number, place, rest = original.split(".", 3) if original.count(".") > 2 else (original, "0", "0", "")
+        if side == "middle_block":
+            index, attention = divmod(int(number), 2)
+            return f"mid_block.{_kind(attention)}.{index}.{_outer(attention, f'{place}.{rest}')}"
+        block, index = divmod(int(number) - (side == "input_blocks"), self.layers + 1)
+        if side == "input_blocks":
+            if index == self.layers:
+                return f"down_blocks.{block}.downsamplers.0.conv"
+            return f"down_blocks.{block}.{_kind(int(place))}.{index}.{_outer(int(place), rest)}"
+        if rest == "conv":
+            return f"up_blocks.{block}.upsamplers.0.conv"
+        return f"up_blocks.{block}.{_kind(int(place))}.{index}.{_outer(int(place), rest)}"
+
+    # --- LayerNames ------------------------------------------------------------------------------------------------------
+
+    KOHYA_MODULE = "networks.lora"
+
+    def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
+        return self.original(module), (module,)
+
+    def original_name(self, linear: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, slice]:
+        return self.original(linear), slice(0, shapes[linear][0])
+
+    def original_plan(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        plan: dict[str, tuple[str, ...]] = {}
+        for name in names:
+            module, _, kind = name.rpartition(".")
+            plan[f"{PREFIX}{self.original(module)}.{kind}"] = (name,)
+        return plan
+
+    def join(self, original: str, parts: list[Tensor]) -> Tensor:
+        return parts[0]
+
+    def kohya_name(self, original: str) -> str:
+        return "lora_unet_" + (original if self.kohya_original else self.diffusers(original)).replace(".", "_")
+
+    def other_names(self, original: str) -> dict[str, int]:
+        return {}
+
+    def is_swapped(self, original: str) -> bool:
+        return False
+
+    def swap_halves(self, rows: Tensor) -> Tensor:
+        raise AssertionError("nothing is swapped")
+
+    def from_original(self, tensors: Mapping[str, Tensor], names: Iterable[str], source: str) -> dict[str, Tensor]:
+        """Original tensors, without :data:`PREFIX`, under diffusers' ``names``, all of a network's.
+
+        Raises UserError, naming ``source``, unless the two sets of names agree exactly.
+        """
+        plan = {original.removeprefix(PREFIX): name for original, (name,) in self.original_plan(names).items()}
+        for wrong, what in ((plan.keys() - tensors.keys(), "missing"), (tensors.keys() - plan.keys(), "unknown")):
+            if wrong:
+                told = amount(len(wrong), "tensor is", "tensors are")
+                raise UserError(f"model.path: '{source}': {told} {what}, e.g. {min(wrong)}")
+        return {name: tensors[original] for original, name in plan.items()}
+
+
+_TOP_BACK = {original: own for own, original in _TOP.items()}
+_RESNET_BACK = {original: own for own, original in _RESNET.items()}
+
+
+def _kind(attention: int) -> str:
+    return "attentions" if attention else "resnets"
+
+
+def _outer(attention: int, rest: str) -> str:
+    return rest if attention else _RESNET_BACK[rest]
+
+
+def _inner(kind: str, rest: str, module: str) -> str:
+    if kind == "attentions":
+        return rest
+    if rest not in _RESNET:
+        raise _unknown(module)
+    return _RESNET[rest]
+
+
+def _unknown(module: str) -> UserError:
+    return UserError(f"'{module}' is not a layer of this U-Net: it has no name in the original files")
