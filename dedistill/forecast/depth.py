@@ -157,7 +157,7 @@ def _measured(case: Case, outline: _Outline, depths: list[int]) -> Estimate:
     checkpointed = sum(len(names) for names, again in zip(cut, outline.recomputed) if again)
     tables: dict[str, object] = {
         "base": recipe.base.model_copy(update={"exclude": [n for n in outline.dense if n in left]}),
-        "train": recipe.train.model_copy(update={"gradient_checkpointing": checkpointed or False}),
+        "train": recipe.train.model_copy(update={"gradient_checkpointing": all(outline.recomputed) or checkpointed or False}),
     }
     if recipe.adapter:
         targets = [target for name, target in outline.targets.items() if name in left]

@@ -35,12 +35,13 @@ def swapped_blocks(recipe: Recipe, blocks: Sequence[nn.Module]) -> list[nn.Modul
 def checkpoint_blocks(denoiser: nn.Module, blocks: Sequence[nn.Module], wanted: int | bool) -> int:
     """Have so many of ``blocks``, or all, keep their inputs alone and be computed again in backward; returns how many.
 
-    The first ones, since what the last ones keep is gone before the first are computed again.
+    The first ones, since what the last ones keep is gone before the first are computed again. With all of them, whatever else
+    the network can compute again.
     """
     chosen = set(blocks if wanted is True else blocks[:wanted])
 
     def call(block: nn.Module, *args: Any) -> object:
-        if block not in chosen:
+        if wanted is not True and block not in chosen:
             return block(*args)
         # what is frozen draws nothing at random
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=block.training)

@@ -58,9 +58,9 @@ def export_adapter(
     opened = _open(file, model)
     layers, spec, header = opened.layers(), opened.spec, opened.header
     renamed = _renamed(layers, format, spec, opened.shapes)
-    metadata = adapter_header(out.stem, format, header, layers, opened.config, spec)
+    metadata = adapter_header(out.stem, format, header, layers, opened.shapes, opened.config, spec)
     config_file = out.with_name("lycoris_config.json")
-    table = as_json(lycoris_config(layers)) if format == "lycoris" else b""
+    table = as_json(lycoris_config(layers, opened.shapes)) if format == "lycoris" else b""
     if table and config_file.exists() and config_file.read_bytes() != table:
         raise UserError(f"'{config_file}' exists and is of another adapter: choose another folder for --out, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)

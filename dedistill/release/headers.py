@@ -7,14 +7,17 @@ same network from, ``dedistill.*`` is what a sampler must know to use the weight
 import copy
 import datetime
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lycoris.functional import factorization
+from torch import Tensor
 
 from dedistill.adapters.delta import rank, scale
 from dedistill.adapters.formats import Layers, factor_shapes, is_lora
+from dedistill.adapters.targets import Shape
 from dedistill.errors import UserError
 from dedistill.models.registry import licence_for, public_name, published
 from dedistill.models.spec import ModelSpec
@@ -110,7 +113,13 @@ def model_header(title: str, config: dict[str, Any], facts: dict[str, Any], spec
 
 
 def adapter_header(
-    title: str, format: str, header: dict[str, str], layers: Layers, config: dict[str, Any], spec: ModelSpec
+    title: str,
+    format: str,
+    header: dict[str, str],
+    layers: Layers,
+    shapes: Mapping[str, Shape],
+    config: dict[str, Any],
+    spec: ModelSpec,
 ) -> dict[str, str]:
     """Of an adapter file; ``header`` is that of the snapshot it was made from, whose ``dedistill.*`` are kept.
 
@@ -136,7 +145,7 @@ def adapter_header(
         "dedistill.shift": str(recipe.get("sample", {}).get("shift", "")),
     }
     if format == "lycoris":
-        own["lycoris_config"] = json.dumps(lycoris_config(layers))
+        own["lycoris_config"] = json.dumps(lycoris_config(layers, shapes))
     if format == "peft":
         own["lora_adapter_metadata"] = json.dumps({f"{spec.folder}.{k}": v for k, v in peft_config(layers).items()})
     return own_entries(header) | {k: v for k, v in own.items() if v}
@@ -164,21 +173,28 @@ def origin_note(header: Mapping[str, str], source: str, config: dict[str, Any], 
     return ""
 
 
-def lycoris_config(layers: Layers) -> dict[str, Any]:
-    """The arguments with which LyCORIS' ``create_lycoris`` makes these layers and no others."""
+def lycoris_config(layers: Layers, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The arguments with which LyCORIS' ``create_lycoris`` makes these layers and no others. shapes: of the weights."""
     algo = "locon" if is_lora(layers) else "lokr"
     per_layer = {}
     for name, factors in layers.items():
         inner = rank(factors)
         per_layer[name] = {"algo": algo, "dim": inner or 1, "alpha": scale(factors) * (inner or 1)}
         if algo == "lokr":
-            per_layer[name] |= {"factor": _factor(*factor_shapes(factors)), "full_matrix": inner is None}
-    preset = {"enable_conv": False, "target_module": [], "target_name": list(layers), "name_algo_map": per_layer}
+            per_layer[name] |= {"factor": _factor(factors, shapes[name][2:]), "full_matrix": inner is None}
+    preset = {
+        "enable_conv": any(shapes[name][2:] for name in layers),
+        "target_module": [],
+        "target_name": list(layers),
+        "name_algo_map": per_layer,
+    }
     return {"algo": algo, "multiplier": 1.0, "linear_dim": 1, "linear_alpha": 1, "bypass_mode": True, "apply_preset": preset}
 
 
-def _factor(w1: tuple[int, int], w2: tuple[int, int]) -> int:
-    """The ``factor`` from which LyCORIS makes factors of these shapes. Raises UserError when there is none."""
+def _factor(factors: Mapping[str, Tensor], window: Shape) -> int:
+    """The ``factor`` from which LyCORIS makes such factors. window: of a convolution. Raises UserError where none does."""
+    w1, (rows, columns) = factor_shapes(factors)
+    w2 = (rows, columns // math.prod(window))
     for factor in (-1, *range(1, max(w1) + 1)):
         if all(factorization(a * b, factor) == (a, b) for a, b in zip(w1, w2)):
             return factor

@@ -108,7 +108,7 @@ class UNetFamily(PipelineFamily):
 
     @property
     def names(self) -> LdmNames:
-        return cast(LdmNames, imported(f"{self.spec.names}:NAMES"))
+        return cast(LdmNames, imported(str(self.spec.names)))
 
     def published_config(self, source: str) -> dict[str, Any]:
         assert self.spec.full_config, "every family of U-Nets has one"

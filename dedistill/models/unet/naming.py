@@ -75,10 +75,11 @@ class LdmNames:
         """The inverse of :meth:`original`."""
         if original in _TOP_BACK:
             return _TOP_BACK[original]
-        side, number, place, rest = original.split(".", 3) if original.count(".") > 2 else (original, "0", "0", "")
+        side, number, rest = original.split(".", 2)
         if side == "middle_block":
             index, attention = divmod(int(number), 2)
-            return f"mid_block.{_kind(attention)}.{index}.{_outer(attention, f'{place}.{rest}')}"
+            return f"mid_block.{_kind(attention)}.{index}.{_outer(attention, rest)}"
+        place, _, rest = rest.partition(".")
         block, index = divmod(int(number) - (side == "input_blocks"), self.layers + 1)
         if side == "input_blocks":
             if index == self.layers:

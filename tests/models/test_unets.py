@@ -1,0 +1,316 @@
+"""Families whose denoiser is a U-Net trained by diffusion: sizes, names, noise levels, diffusers' own pipelines."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import save_file
+from torch import nn
+
+from dedistill.adapters.attach import adaptable
+from dedistill.adapters.targets import matching
+from dedistill.errors import UserError
+from dedistill.flow.parameterization import own_weight, variance_preserving
+from dedistill.flow.path import flow_loss, interpolate
+from dedistill.flow.schedule import schedule_of
+from dedistill.models.blocks import checkpoint_blocks
+from dedistill.models.registry import families, get_family, get_spec
+from dedistill.models.unet.family import UNetFamily
+from dedistill.models.unet.tiny import write_tiny_unet
+
+FAMILIES = [name for name in families() if issubclass(type(get_family(name)), UNetFamily)]
+NULL = {"sd15": "empty", "sdxl": "zeros"}
+SIZES = {"sd15": (859_520_964, 184, 98, 16), "sdxl": (2_567_463_684, 743, 51, 70)}
+"""Parameters, linears, convolutions, transformer blocks."""
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def spec(folder: Path, **changes) -> SimpleNamespace:
+    plain = {"path": str(folder), "new": None, "revision": None, "components": None, "guidance": None, "text_length": 77}
+    return SimpleNamespace(**(plain | {"mask": "none", "t5_mask": True, "null": "empty"} | changes))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Of a tiny model of each family, and one of each that predicts v."""
+    here = tmp_path_factory.mktemp("unets")
+    for name in FAMILIES:
+        write_tiny_unet(here / name, get_family(name).published_config(""))
+        write_tiny_unet(here / f"{name}-v", get_family(name).published_config(""), seed=1, prediction="v_prediction")
+    return {folder.name: folder for folder in here.iterdir()}
+
+
+def loaded(folders, name: str, **changes):
+    family = get_family(name.removesuffix("-v"))
+    components = family.load(spec(folders[name], **changes), seed=0)
+    components.sample_shape = (4, 8, 8)
+    return family, components
+
+
+def noise(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- sizes and names -------------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_published_networks_have_their_published_sizes(name):
+    family = get_family(name)
+    denoiser = family.full_size(spec(Path("none"), null=NULL[name])).denoiser
+    count, linears, convolutions, blocks = SIZES[name]
+    kinds = [type(module) for module in denoiser.modules()]
+    assert sum(p.numel() for p in denoiser.parameters()) == count
+    assert (kinds.count(nn.Linear), kinds.count(nn.Conv2d), len(family.blocks(denoiser))) == (linears, convolutions, blocks)
+    shapes = adaptable(denoiser)
+    names = [module for module, _ in denoiser.named_modules() if module in shapes]
+    assert list(shapes) == names and len(names) == linears + convolutions
+    shares = {
+        preset: sum(denoiser.get_submodule(n).weight.numel() for pattern in patterns for n in matching(pattern, shapes)) / count
+        for preset, patterns in family.presets(denoiser).items()
+    }
+    assert shares["everything"] > 0.999 and shares["attention"] + shares["mlp"] == pytest.approx(shares["blocks"])
+    assert shares["convolutions"] == pytest.approx({"sd15": 0.664, "sdxl": 0.125}[name], abs=0.01)
+    assert shares["time"] == pytest.approx({"sd15": 0.030, "sdxl": 0.007}[name], abs=0.002)
+
+
+@every_family
+def test_every_layer_has_one_original_name_and_back(name):
+    names = get_family(name).names
+    denoiser = get_family(name).full_size(spec(Path("none"), null=NULL[name])).denoiser
+    own = {module.rpartition(".")[0] for module in denoiser.state_dict()}
+    original = {names.original(module): module for module in own}
+    assert len(original) == len(own) and all(names.diffusers(known) == module for known, module in original.items())
+    for wrong in ("down_blocks.0.resnets.0.conv3", "transformer_blocks.0.attn.to_q", "mid_block.other.0.conv1"):
+        with pytest.raises(UserError, match=f"'{wrong}' is not a layer of this U-Net"):
+            names.original(wrong)
+
+
+@every_family
+def test_single_files_are_what_diffusers_makes_of_them(name, folders, tmp_path):
+    """Original names, through diffusers' converter and through ours, give the same network bit for bit; and every published
+    kind of single file is read: with and without the prefix, and with diffusers' names."""
+    family, components = loaded(folders, name)
+    state = components.denoiser.state_dict()
+    original = {name: state[part] for name, (part,) in family.names.original_plan(state).items()}
+    theirs = convert_ldm_unet_checkpoint(original, dict(components.denoiser.config))
+    assert theirs.keys() == state.keys() and all(torch.equal(theirs[n], state[n]) for n in state)
+    other = {"first_stage_model.decoder.conv_in.weight": torch.ones(1)}
+    bare = {n.removeprefix("model.diffusion_model."): t for n, t in original.items()}
+    for i, tensors in enumerate((original | other, bare, state)):
+        file = tmp_path / f"{i}.safetensors"
+        save_file({n: t.contiguous() for n, t in tensors.items()}, file)
+        again = family.load(spec(file, components=str(folders[name])), seed=0).denoiser.state_dict()
+        assert again.keys() == state.keys() and all(torch.equal(again[n], state[n]) for n in state)
+    del original["model.diffusion_model.input_blocks.4.0.in_layers.2.weight"]
+    save_file({n: t.contiguous() for n, t in original.items()}, tmp_path / "less.safetensors")
+    with pytest.raises(
+        UserError, match=r"less\.safetensors': 1 tensor is missing, e\.g\. input_blocks\.4\.0\.in_layers\.2\.weight"
+    ):
+        family.load(spec(tmp_path / "less.safetensors", components=str(folders[name])), seed=0)
+
+
+# --- noise levels ----------------------------------------------------------------------------------------------------
+
+
+def test_schedule_has_the_published_levels():
+    """Of Stable Diffusion: FAMILIES' numbers, from betas between .00085 and .012."""
+    schedule = schedule_of(get_family(FAMILIES[0]).published_scheduler)
+    assert schedule.range == pytest.approx((0.028341, 0.935958), abs=1e-6) and len(schedule.sigmas) == 1000
+    steps = schedule.steps(torch.tensor([0.0, 0.25, 0.5, 0.75, 0.9, 1.0]))
+    assert steps.tolist() == pytest.approx([0, 96, 354, 674, 915, 999], abs=1)
+    every = schedule.steps(torch.tensor(schedule.sigmas, dtype=torch.float64))
+    torch.testing.assert_close(every, torch.arange(1000.0), rtol=0, atol=1e-3)
+    assert np.array_equal(schedule.at(np.array([0.0, 0.5, 0.9999])), np.array(schedule.sigmas)[[0, 500, 999]])
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_network_is_told_its_level_whatever_its_dtype(name, dtype, folders):
+    family, components = loaded(folders, name)
+    denoiser, told = components.denoiser.to(dtype), []
+    hook = denoiser.time_proj.register_forward_pre_hook(lambda _, args: told.append(args[0]))
+    sigma = torch.tensor([0.0, 0.03, 0.4321, 0.5, 0.93, 0.97, 1.0])
+    text = family.encode_text(components, ["a"] * 7, 77)
+    family.velocity(components, denoiser, noise(0, 7, 4, 8, 8), sigma, text)
+    hook.remove()
+    torch.testing.assert_close(told[0].float(), components.schedule.steps(sigma), rtol=0, atol=1e-3)
+
+
+class Knowing(nn.Module):
+    """Predicts what the sample says if the image was ``data``."""
+
+    def __init__(self, components, data: torch.Tensor):
+        super().__init__()
+        self.data, self.kind = data, components.schedule.prediction
+        self.levels = torch.tensor(components.schedule.sigmas, dtype=torch.float64)
+
+    def forward(self, sample, step, **others):
+        low = step.long().clamp(max=998)
+        share = (step - low).double()
+        t = torch.lerp(self.levels[low].logit(), self.levels[low + 1].logit(), share).sigmoid()[:, None, None, None]
+        r = torch.hypot(1 - t, t)
+        a, b = (1 - t) / r, t / r
+        guess = (sample.double() - a * self.data) / b
+        return ((a * guess - b * self.data) if self.kind == "v" else guess).to(sample.dtype), None
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *(f"{n}-v" for n in FAMILIES)])
+def test_the_loss_of_the_true_prediction_is_nothing(name, folders):
+    """The sign, the scale and the bridge: also above the levels that the network knows, where it is asked at the highest."""
+    family, components = loaded(folders, name)
+    sigma = torch.tensor([0.03, 0.1, 0.5, 0.9, 0.95, 1.0])
+    data, text = noise(1, 6, 4, 8, 8), family.encode_text(components, ["a"] * 6, 77)
+    e = noise(2, 6, 4, 8, 8)
+    v = family.velocity(components, Knowing(components, data), interpolate(data, e, sigma), sigma, text)
+    assert flow_loss(v, e - data).max() < 1e-6
+    wrong = Knowing(components, data + 0.1)
+    v = family.velocity(components, wrong, interpolate(data, e, sigma), sigma, text)
+    loss = flow_loss(v, e - data)
+    torch.testing.assert_close(loss, 0.01 / sigma**2, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *(f"{n}-v" for n in FAMILIES)])
+def test_own_loss_is_a_weight_away(name, folders):
+    """|velocity error|^2 times ``own_weight`` is the |error|^2 of what the network itself predicts."""
+    family, components = loaded(folders, name)
+    sigma = torch.tensor(components.schedule.sigmas)[[3, 200, 500, 900, 999]]
+    data, e, text = noise(1, 5, 4, 8, 8), noise(2, 5, 4, 8, 8), family.encode_text(components, ["a"] * 5, 77)
+    noisy = interpolate(data, e, sigma)
+    loss = flow_loss(family.velocity(components, components.denoiser, noisy, sigma, text), e - data)
+    x, step = variance_preserving(noisy, sigma), torch.tensor([3, 200, 500, 900, 999])
+    added = family.added(text, noisy, 8)
+    out = components.denoiser(x, step, encoder_hidden_states=text.tokens.embeds, added_cond_kwargs=added).sample
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    torch.testing.assert_close(x, scheduler.add_noise(data, e, step), rtol=0, atol=1e-5)
+    target = scheduler.get_velocity(data, e, step) if name.endswith("-v") else e
+    own = flow_loss(out, target)
+    torch.testing.assert_close(own_weight(components.schedule.prediction, sigma) * loss, own, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"prediction_type": "sample"}, "prediction_type 'sample' is not known"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule 'squaredcos_cap_v2'"),
+        ({"beta_end": 1.5}, "betas from 0.00085 to 1.5"),
+    ],
+)
+def test_schedules_that_are_not_known_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        schedule_of(dict(get_family(FAMILIES[0]).published_scheduler) | settings)
+
+
+# --- diffusers' pipelines --------------------------------------------------------------------------------------------
+
+
+def guided_by_hand(family, components, prompts, negative, start, steps: int, scale: float) -> torch.Tensor:
+    """Euler's steps with CFG on the levels of DDIM's; start and result as diffusers has them, of variance 1."""
+    levels = components.schedule.sigmas
+    first = [1 + 1000 // steps * i for i in reversed(range(steps))]
+    text, null = (family.encode_text(components, captions, 77) for captions in (prompts, negative))
+    r = [(1 - t) ** 2 + t**2 for t in levels]
+    z = start * r[first[0]] ** 0.5
+    for step in first:
+        here, there = levels[step], levels[max(0, step - 1000 // steps)]
+        sigma = torch.full((len(start),), here)
+        c, u = (family.velocity(components, components.denoiser, z, sigma, t) for t in (text, null))
+        z = z + (there - here) * (u + scale * (c - u))
+    return z / r[0] ** 0.5
+
+
+def pipeline(folder: Path, **settings) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, set_alpha_to_one=False, clip_sample=False, steps_offset=1, timestep_spacing="leading"
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *(f"{n}-v" for n in FAMILIES)])
+def test_images_are_the_pipelines_own(name, folders):
+    """Text, guidance, noise levels and network: one to the last five digits, of two prompts at once."""
+    family, components = loaded(folders, name)
+    start, prompts = noise(3, 2, 4, 8, 8), ["a red cat", "the sun"]
+    said = {"negative_prompt": ["", ""], "guidance_scale": 3.0, "num_inference_steps": 4, "height": 64, "width": 64}
+    theirs = pipeline(folders[name])(prompts, latents=start, output_type="latent", **said).images
+    with torch.no_grad():
+        ours = guided_by_hand(family, components, prompts, ["", ""], start, 4, 3.0)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+@every_family
+def test_a_saved_model_is_a_pipeline_of_diffusers(name, folders, tmp_path):
+    family, components = loaded(folders, f"{name}-v")
+    components.sample_shift = 2.0
+    family.save(components, tmp_path / "out")
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet").state_dict()
+    own = components.denoiser.state_dict()
+    assert all(torch.equal(again[n], own[n]) for n in own)
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler").config
+    assert scheduler.prediction_type == "v_prediction" and "use_dynamic_shifting" not in scheduler
+    assert family.load(spec(tmp_path / "out"), seed=0).schedule == components.schedule
+
+
+@every_family
+def test_checkpointing_changes_no_bit(name, folders):
+    """The convolutions between the blocks are computed again as well."""
+
+    def gradients(again: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        family, components = loaded(folders, name)
+        denoiser = components.denoiser
+        if again:
+            assert checkpoint_blocks(denoiser, family.blocks(denoiser), True) == len(family.blocks(denoiser))
+        calls: list[nn.Module] = []
+        for module in denoiser.modules():
+            if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
+                module.register_forward_pre_hook(lambda module, args: calls.append(module))
+        text = family.encode_text(components, ["a red cat", "the sun"], 77)
+        v = family.velocity(components, denoiser, noise(5, 2, 4, 8, 8), torch.tensor([0.3, 0.99]), text)
+        once = len(calls)
+        v.square().mean().backward()
+        # the first block of the middle is the one that diffusers never computes again
+        assert len(calls) == (2 * once - 1 if again else once) and once > len(family.blocks(denoiser))
+        return v.detach(), [p.grad for p in denoiser.parameters()]
+
+    (plain, slopes), (other, others) = gradients(False), gradients(True)
+    assert torch.equal(plain, other) and all(torch.equal(a, b) for a, b in zip(slopes, others, strict=True))
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mask": "bool"}, "model.mask: .* was trained with the padding"),
+        ({"text_length": 64}, "model.text_length: .* always has 77 tokens"),
+        ({"guidance": 1.0}, "model.guidance: has no effect"),
+        ({"path": None}, "model.path: this family starts from trained weights"),
+    ],
+)
+def test_settings_that_it_cannot_have_are_refused(name, changes, said, folders):
+    with pytest.raises(UserError, match=said):
+        get_family(name).load(spec(folders[name], **changes), seed=0)
+
+
+@every_family
+def test_other_tasks_and_folders_are_refused(name, folders, tmp_path):
+    family = get_family(name)
+    config = dict(UNet2DConditionModel.load_config(folders[name] / "unet")) | {"in_channels": 9}
+    UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "unet")
+    with pytest.raises(UserError, match="takes 9 channels and gives 4, and the VAE has 4: it was made for another task"):
+        family.load(spec(tmp_path, components=str(folders[name])), seed=0)
+    for other in set(FAMILIES) - {name}:
+        with pytest.raises(UserError, match=rf"is no network of {name}: its config.json has addition_embed_type"):
+            family.load(spec(folders[other]), seed=0)
+        assert get_spec(name).has(config) and not get_spec(other).has(config)
