@@ -32,6 +32,7 @@ def spec(path, **changes) -> SimpleNamespace:
         "components": None,
         "mask": "bool",
         "t5_mask": True,
+        "null": None,
         "guidance": 1.0 if shape_of(str(path)).guidance else None,
         "text_length": 512,
     }

@@ -102,7 +102,7 @@ class Example:
     max_text_length = 512
 
     def load(self, spec: Model, *, seed: int, denoiser: bool = True) -> Components:
-        plain = {"revision": None, "components": None, "guidance": None, "t5_mask": True, "mask": "bool", "new": None}
+        plain = dict.fromkeys(("revision", "components", "guidance", "null", "new")) | {"t5_mask": True, "mask": "bool"}
         for key, value in plain.items():
             if getattr(spec, key) != value:
                 raise UserError(f"model.{key}: has no effect on {SPEC.name}; leave it out", 2)

@@ -49,6 +49,8 @@ class Flux(FluxBlocks, PipelineFamily):
                 "it was made for another task, such as filling in, or for another VAE"
             )
         guidance = self._guidance(network, spec.guidance)
+        if spec.null is not None:
+            raise UserError("model.null: captions are dropped to the empty caption here; leave the key out", 2)
         return Components(
             network if denoiser else nn.Module(),
             FluxText(place.components, filled(spec.t5_mask, "model.t5_mask")),

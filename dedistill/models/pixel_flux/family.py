@@ -27,7 +27,7 @@ class PixelFlux(FluxBlocks):
 
     def load(self, spec: Model, *, seed: int, denoiser: bool = True) -> Components:
         """``spec`` is a recipe's [model] table. Raises UserError when the folder is not a model of this family."""
-        for key, plain in (("revision", None), ("components", None), ("guidance", None), ("t5_mask", True)):
+        for key, plain in (("revision", None), ("components", None), ("guidance", None), ("null", None), ("t5_mask", True)):
             if getattr(spec, key) != plain:
                 raise UserError(f"model.{key}: has no effect on {self.spec.name}; leave it out", 2)
         if spec.path is not None:
