@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar, get_args
 
 from dedistill.distributed.launcher import hide_gpus
-from dedistill.errors import RUN_AGAIN, UserError, is_out_of_memory, printable
+from dedistill.errors import RUN_AGAIN, UserError, is_out_of_memory, printable, say
 from dedistill.flow.guidance import guider_of
 from dedistill.io.atomic import with_home
 from dedistill.io.ownership import drop_beginnings
@@ -152,6 +152,8 @@ def run_recipe(args: argparse.Namespace, action: Callable[[Recipe], int]) -> int
 
     def run() -> int:
         recipe = load_recipe(args.recipe, args.set)
+        for note in recipe.notes if os.environ.get("RANK", "0") == "0" else ():
+            say(f"note: {note}")
         try:
             return action(recipe)
         except RecipeError:

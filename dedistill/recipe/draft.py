@@ -4,6 +4,7 @@ from typing import Any
 
 from dedistill.recipe.fields import Said
 from dedistill.recipe.rules import Clash
+from dedistill.recipe.shipped import is_shipped
 from dedistill.recipe.toml import dotted
 
 
@@ -15,6 +16,8 @@ class Draft:
         self.data: dict[str, Any] = {}
         self.places: dict[str, Said] = {}
         self.errors: list[tuple[Said, str]] = []
+        self.notes: list[str] = []
+        """On what was dropped by what the user wrote."""
 
     def said(self, key: str) -> Said | None:
         """Where ``key`` was set, or the table that it belongs to; None for defaults."""
@@ -44,7 +47,7 @@ class Draft:
     def drop_idle(self, clash: Clash) -> bool:
         """Drop what lost its effect by keys that were said later, as when a recipe changes the density that the one it extends
         gave parameters for; True if anything went."""
-        last = max((self.places[k].weight for k in clash.others if k in self.places), default=None)
+        last = max((self.places[k] for k in clash.others if k in self.places), key=lambda place: place.weight, default=None)
         if not clash.idle or last is None:
             return False
         *tables, name = clash.key.split(".")
@@ -53,7 +56,10 @@ class Draft:
             table = table.get(part, {})
         found = table.get(name)
         inner = [f"{clash.key}.{part}" for part in found] if isinstance(found, dict) else []
-        lost = [k for k in inner or [clash.key] if k not in clash.others and k in self.places and self.places[k].weight < last]
+        said = [k for k in inner or [clash.key] if k not in clash.others and k in self.places]
+        lost = [k for k in said if self.places[k].weight < last.weight]
+        if lost and not is_shipped(str(last)):
+            self.notes.append(f"{', '.join(lost)} ({self.places[lost[0]]}) left out: {clash.message} ({last})")
         for key in lost:
             del (found if inner else table)[key.rpartition(".")[2]]
             self.forget(key)

@@ -65,7 +65,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if draft.errors or recipe is None:
         raise RecipeError([line for _, line in sorted(draft.errors, key=lambda found: found[0])])
     recipe._places.update(draft.places)
-    recipe._files = tuple(file.absolute() for file in files)
+    recipe._files, recipe._notes = tuple(file.absolute() for file in files), tuple(draft.notes)
     return _of_fold(resolve(recipe))
 
 

@@ -56,7 +56,7 @@ def resolve(recipe: Recipe) -> Recipe:
         data["sample"]["guidance"] = data["model"]["guidance"]
     resolved = Recipe.model_validate(data)
     resolved._places.update(recipe._places)
-    resolved._files = recipe._files
+    resolved._files, resolved._notes = recipe._files, recipe._notes
     return resolved
 
 

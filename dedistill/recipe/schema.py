@@ -280,11 +280,17 @@ class Recipe(Table):
 
     _places: dict[str, Said] = PrivateAttr(default_factory=dict)
     _files: tuple[Path, ...] = PrivateAttr(default=())
+    _notes: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The files it was read from: itself and what it extends."""
         return self._files
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """On keys of what it extends that have no effect with its own, and so were left out."""
+        return self._notes
 
     def __eq__(self, other: object) -> bool:
         """Two recipes are equal if they say the same, wherever they say it."""

@@ -175,10 +175,12 @@ def test_settings_are_blamed_before_files(child_errors):
     ],
 )
 def test_what_the_child_leaves_without_effect_goes(tmp_path, monkeypatch, text, gone):
-    """It could not unset it. In one file, or said at once by --set, both stay a mistake."""
+    """It could not unset it, and is told. In one file, or said at once by --set, both stay a mistake."""
     monkeypatch.chdir(tmp_path)
     Path("my.toml").write_text(SCHNELL + text + "\n")
     base, found = load_recipe("dedistill:flux_schnell_24gb"), load_recipe("my.toml")
+    noted = " ".join(found.notes)
+    assert not base.notes and "my.toml:3" in noted and all(f"{key}" in noted for key in gone)
     assert {key for key in base._places if base.says(key) and not found.says(key)} >= gone
     header, _, setting = text.partition("\n")
     assert load_recipe("dedistill:flux_schnell_24gb", [f"{header.strip('[]')}.{setting}"]).train == found.train
