@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dedistill.data.images.index import Index
     from dedistill.data.images.types import ImageSet
 
-SPLIT = {"auto": None, "true": True, "false": False}
+SPLIT_LINES = {"auto": None, "true": True, "false": False}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,14 +33,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--fields", nargs="+", default=[], help="keys or columns that hold captions; default the usual names")
     parser.add_argument("--file-column", default="file_name", help="column of a list that names the image")
-    parser.add_argument("--split-lines", choices=SPLIT, default="auto", help="whether each line of a text is a caption")
+    parser.add_argument("--split", help="split of folders that are divided, e.g. test, or all; default train, if several")
+    parser.add_argument("--split-lines", choices=SPLIT_LINES, default="auto", help="whether each line of a text is a caption")
     add_overrides(parser)
     args = parser.parse_args(argv)
     recipes = [path for path in args.paths if is_recipe(path)]
     if recipes and len(args.paths) > 1:
         parser.error(f"'{recipes[0]}' is a recipe: give it alone")
-    if recipes and (args.fields or args.file_column != "file_name" or args.split_lines != "auto"):
-        parser.error("--fields, --file-column and --split-lines stand in the recipe")
+    if recipes and (args.fields or args.split or args.file_column != "file_name" or args.split_lines != "auto"):
+        parser.error("--fields, --file-column, --split and --split-lines stand in the recipe")
     return guarded(lambda: run(args), debug=args.debug)
 
 
@@ -96,7 +97,12 @@ def _sources(args: argparse.Namespace) -> "list[ImageSet]":
     """One source per path, numbered where two would have the same name."""
     from dedistill.data.images.types import ImageSet
 
-    options = {"fields": tuple(args.fields), "split_lines": SPLIT[args.split_lines], "file_column": args.file_column}
+    options = {
+        "fields": tuple(args.fields),
+        "split_lines": SPLIT_LINES[args.split_lines],
+        "file_column": args.file_column,
+        "split": args.split,
+    }
     sources = [ImageSet(path, missing_captions="quarantine", **options) for path in args.paths]
     titles = Counter(source.title for source in sources)
     return [

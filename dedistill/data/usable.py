@@ -59,6 +59,7 @@ def image_sets(recipe: Recipe) -> list[ImageSet]:
             name=s.name or "",
             fields=tuple(s.captions or ()),
             file_column=s.file_column or "file_name",
+            split=s.split,
             split_lines=SPLIT_LINES[filled(data.split_lines, "data.split_lines")],
             missing_captions=filled(data.missing_captions, "data.missing_captions"),
         )
@@ -125,16 +126,19 @@ def small_words(small: Sequence[Sized], total: int, recipe: Recipe) -> str:
 
 def by_headers(recipe: Recipe) -> str:
     """How many images the recipe's sets have, and how many of them it can use as far as names and headers tell."""
-    data, total, problems, bare, small, fine = recipe.data, 0, 0, 0, [], 0
+    data, total, problems, bare, small, fine = recipe.data, 0, list[str](), 0, [], 0
     resolutions, modes = filled(data.resolutions, "data.resolutions"), filled(data.crops, "data.crops")
     for source in image_sets(recipe):
         for found in islice(images_of(source, lambda place: None), data.limit):
             heartbeat.beat("looking at images")
+            if found.problem:  # of a whole folder or table, perhaps
+                problems.append(f"{found.name}: {found.problem}")
+                continue
             total += 1
             try:
                 size = size_of(source, found)
-            except (OSError, BadImage):
-                problems += 1
+            except (OSError, BadImage) as e:
+                problems.append(f"{found.name}: {getattr(e, 'strerror', None) or e}")
                 continue
             if not found.captions and not found.sidecars and source.missing_captions != "empty":
                 bare += 1
@@ -144,7 +148,7 @@ def by_headers(recipe: Recipe) -> str:
                 fine += 1
     parts = [
         f"{amount(total, 'image')} by their headers, {fine:,} of them usable",
-        f"{problems:,} cannot be read" if problems else "",
+        f"{len(problems):,} left out, e.g. {problems[0]}" if problems else "",
         f"{bare:,} without a caption (data.missing_captions = 'empty' would take them)" if bare else "",
         small_words(small, total, recipe),
     ]
@@ -159,8 +163,6 @@ class Size:
 
 def size_of(source: ImageSet, found: Found) -> Size:
     """By its header. Raises BadImage or OSError."""
-    if found.problem:
-        raise BadImage(found.problem)
     if found.place.offset or is_table(found.place.file):
         return Size(*size_by_header(io.BytesIO(read_bytes(source, found.place))))
     with open(source.root / found.place.file, "rb") as file:
@@ -172,7 +174,8 @@ def left_out_words(usable: Usable, recipe: Recipe) -> list[str]:
     total = len(usable.images) + len(usable.index.quarantined)
     bare = sum(reason == NO_CAPTION for _, reason in usable.index.quarantined)
     other = len(usable.index.quarantined) - len(usable.small) - bare
-    said = [f"used: {len(usable.images):,} of {amount(total, 'image')}, {len(usable.split.held):,} of them held out"]
+    out = f"{len(usable.index.quarantined):,} left out"
+    said = [f"used: {amount(len(usable.images), 'image')}, {len(usable.split.held):,} of them held out; {out}"]
     if words := small_words(usable.small, total, recipe):
         said.append(f"left out: {words}")
     if bare:

@@ -17,6 +17,7 @@ KEYS = {
     "data.sets.path": "train_data_dir instance_data_dir instance_data_root image_dir image_folder folder_path datasets dataset",
     "data.sets.captions": "caption_ext caption_extension caption_column caption_strategy",
     "data.sets.file_column": "image_column file_name_column",
+    "data.sets.split": "dataset_split split_name train_split",
     "data.resolutions, a list": "resolution image_size img_size resize_to",
     "data.crops": "enable_bucket bucketing aspect_ratio_bucketing center_crop random_crop crop_style crop_aspect",
     "data.cache; everything is encoded once": "cache_latents cache_latents_to_disk vae_cache cache_text_encoder_outputs",

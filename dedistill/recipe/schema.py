@@ -44,6 +44,9 @@ class ImageSet(Table):
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="Share of the samples, relative to the other sets.")
     captions: list[str] | None = Field(None, min_length=1, description="Fields that hold captions. None: those of usual names.")
     file_column: str | None = Field(None, min_length=1, description="Column of a table that names images. None: file_name.")
+    split: str | None = Field(
+        None, min_length=1, description="Split of a divided set, e.g. test, or all. None: train, if several."
+    )
 
 
 Resolution = Annotated[Whole, Field(ge=16, multiple_of=16)]

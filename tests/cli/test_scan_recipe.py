@@ -9,6 +9,7 @@ from PIL import Image
 
 from dedistill.cli.main import main
 from dedistill.data.images.buckets import crops_of, needed_upscale
+from dedistill.data.images.decode import NO_IMAGE
 from dedistill.data.images.index import Sample
 from dedistill.data.images.types import NOWHERE
 from dedistill.data.usable import by_headers, look
@@ -32,7 +33,7 @@ def test_scan_counts_as_training_will(mixed, capsys):
     recipe, _ = mixed
     assert main(["scan", str(recipe), "--out", str(recipe.parent / "scan")]) == 0
     said = capsys.readouterr()
-    assert "used: 12 of 20 images, 2 of them held out" in said.out
+    assert "used: 12 images, 2 of them held out; 8 left out" in said.out
     assert "left out: 6 of 20 images are too small; data.max_upscale = 2 would take 4 of them" in said.out
     assert "left out: 1 without a caption; training ends with an error for them; data.missing_captions = 'empty'" in said.out
     assert "left out: 1 that cannot be used" in said.out and "buckets at 64" in said.out and "buckets at 512" not in said.out
@@ -43,7 +44,7 @@ def test_scan_counts_as_training_will(mixed, capsys):
     usable = look(load_recipe(recipe, wanted), lambda line: None)
     assert len(usable.images) == 12 + 4 + 1
     assert main(["scan", str(recipe), "--set", wanted[0], "--set", wanted[1]]) == 0
-    assert f"used: {len(usable.images)} of 20 images" in capsys.readouterr().out
+    assert f"used: {len(usable.images)} images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,8 @@ def test_headers_tell_what_a_look_tells(mixed, tmp_path):
     """Also of images in a tar shard, turned by EXIF, or in a table."""
     recipe, folder = mixed
     assert by_headers(load_recipe(recipe)) == (
-        "20 images by their headers, 12 of them usable; 1 cannot be read; "
+        "20 images by their headers, 12 of them usable; 1 left out, e.g. broken.png: "
+        f"{NO_IMAGE}; "
         "1 without a caption (data.missing_captions = 'empty' would take them); "
         "6 of 20 images are too small; data.max_upscale = 2 would take 4 of them"
     )
@@ -106,6 +108,9 @@ def test_a_rehearsal_counts_all_and_hints_of_nothing_in_samples(mixed, capsys, m
     (folder / "bare.png").unlink()
     assert main(["rehearse", str(recipe), "--set", "train.steps=4"]) == 0
     said = capsys.readouterr().err
-    assert "19 images by their headers, 12 of them usable; 1 cannot be read; 6 of 19 images are too small" in said
+    assert (
+        "19 images by their headers, 12 of them usable; 1 left out, e.g. broken.png: " in said
+        and "6 of 19 images are too small" in said
+    )
     assert "data.max_upscale = 2 would take 4 of them" in said and "the first 12 images of them looked at whole" in said
     shutil.rmtree(folder)

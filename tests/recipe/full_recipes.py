@@ -155,6 +155,7 @@ name = "drawn"
 weight = 0.5
 captions = ["caption", "long_caption"]
 file_column = "image"
+split = "validation"
 
 """,
     TRAINED,

@@ -21,6 +21,7 @@ MEANS_SOMETHING = {
     **dict.fromkeys(["model.revision", "model.components", "data.path", "data.cache"], "nothing is named"),
     **dict.fromkeys(["data.sets.name", "data.sets.captions"], "what is found there"),
     "data.sets.file_column": "the column file_name",
+    "data.sets.split": "train, where there are several",
     "data.fold": "as held_out says",
     **dict.fromkeys(["data.limit", "train.micro_batch", "train.max_grad_norm"], "no limit"),
     **dict.fromkeys(["snapshot.ema", "adapter"], "off"),

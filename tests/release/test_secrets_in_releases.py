@@ -337,6 +337,7 @@ def test_every_text_of_a_recipe_is_known_to_be_a_place_or_not():
         "base.exclude",
         "data.sets.captions",
         "data.sets.file_column",
+        "data.sets.split",
         "sample.negative",
         "sample.guider",
         "preview.prompts",

@@ -20,6 +20,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 PILLOW_READS = ("jpg", "jpeg", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm")
 EXTENSIONS = frozenset((*PILLOW_READS, "heic", "heif", "jxl"))
 """What counts as an image by its name. The last three are listed so that they are reported rather than passed over."""
+NO_IMAGE = f"not an image of a known format ({', '.join(FORMATS)}), or its header is damaged"
 ORIENTATION = 0x0112
 
 
@@ -51,6 +52,8 @@ def size_by_header(file: BinaryIO) -> tuple[int, int]:
         image = Image.open(file, formats=FORMATS)
         width, height = image.size
         return (height, width) if _orientation(image) in range(5, 9) else (width, height)
+    except Image.UnidentifiedImageError:
+        raise BadImage(NO_IMAGE) from None
     except Exception as e:
         raise BadImage(f"its header cannot be read: {e}") from e
 
@@ -63,7 +66,7 @@ def _open(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise BadImage(f"not an image of a known format ({', '.join(FORMATS)}), or its header is damaged") from None
+        raise BadImage(NO_IMAGE) from None
     except Exception as e:
         if is_out_of_memory(e):
             raise

@@ -5,7 +5,7 @@ import os
 import stat
 import tarfile
 import unicodedata
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
@@ -13,6 +13,7 @@ from typing import BinaryIO, Literal, cast
 from dedistill.data.images import caption_files, decode
 from dedistill.data.images.caption_files import read_table
 from dedistill.data.images.rows import image_column, is_table, rows_of
+from dedistill.data.images.splits import is_folder, other_splits
 from dedistill.data.images.types import Found, ImageSet, Place
 from dedistill.errors import UserError, amount
 from dedistill.io.hashing import Stamp
@@ -30,6 +31,8 @@ def images_of(source: ImageSet, known: Known) -> Iterator[Found]:
     extension = _extension(path.name)
     if path.is_dir():
         return _of_folder(source, path, known)
+    if source.split:
+        raise UserError(f"data: source '{source.title}': data.sets.split chooses among splits of a folder; '{path}' is none", 2)
     if not path.exists():
         raise UserError(f"data: source '{source.title}': '{path}' does not exist")
     if extension == "tar":
@@ -47,15 +50,21 @@ def _of_folder(source: ImageSet, path: Path, known: Known) -> Iterator[Found]:
     """By the table of the folder itself, else by its shards, else file by file; what these do not cover is left out by name."""
     names = sorted(os.listdir(path))
     table = _table_in(source, path, names)
-    shards = [name for name in names if _extension(name) == "tar" and not name.startswith(".")]
+    if table and source.split:
+        raise UserError(
+            f"data: source '{source.title}': data.sets.split does not go with '{path / table}', which lists the set", 2
+        )
+    others = {} if table else other_splits(source)
+    shards = [name for name in names if _extension(name) == "tar" and not name.startswith(".") and name not in others]
     if not table and not shards:
-        yield from _of_files(source, path, "", set())
+        yield from _of_files(source, path, "", set(), others)
         return
+    yield from (Found(name, problem=others[name]) for name in names if name in others and _extension(name) == "tar")
     covered: set[str] = set()
     for found in _of_table(source, path / table) if table else _of_shards(path, shards, known):
         covered |= {found.name, found.about}
         yield found
-    for found in _of_files(source, path, "", set(), tables=False):
+    for found in _of_files(source, path, "", set(), others, tables=False):
         if found.name not in covered:
             reason = f"no good row of {table} names it" if table else "it lies beside the shards of this folder, not in one"
             yield Found(found.name, problem=found.problem or f"{reason}")
@@ -73,9 +82,18 @@ def _extension(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 
-def _of_files(source: ImageSet, root: Path, folder: str, seen: set[tuple[int, int]], *, tables: bool = True) -> Iterator[Found]:
+def _of_files(
+    source: ImageSet,
+    root: Path,
+    folder: str,
+    seen: set[tuple[int, int]],
+    others: Mapping[str, str],
+    *,
+    tables: bool = True,
+) -> Iterator[Found]:
     """Images of ``root``/``folder`` and below, name by name. Links to folders are followed, each folder once (``seen``).
 
+    others: files and folders that are left out, and why.
     tables: a folder below that has a table of its own, as each split has in Hugging Face's layout, is listed by it.
     """
     status = os.stat(root / folder)
@@ -91,9 +109,12 @@ def _of_files(source: ImageSet, root: Path, folder: str, seen: set[tuple[int, in
         yield found
     for entry in entries:
         name = f"{folder}{entry.name}"
-        if _is_folder(entry):
+        if name in others:
+            if _extension(name) != "tar":
+                yield Found(name, problem=others[name])
+        elif is_folder(entry):
             if entry.name != "__MACOSX":
-                yield from _of_files(source, root, f"{name}/", seen, tables=tables)
+                yield from _of_files(source, root, f"{name}/", seen, others, tables=tables)
         elif tables and is_table(entry.name) and (rows := _of_images_in(source, name)):
             yield from rows
         elif folder and _extension(entry.name) == "tar":
@@ -159,13 +180,6 @@ def leads_out(root: Path, name: str) -> bool:
         blobs = [above.parent / "blobs" for above in top.parents if above.name == "snapshots"]
         return not any(real.is_relative_to(home) for home in (top, Path(os.path.realpath(path.parent)), *blobs))
     except (OSError, ValueError):  # whoever reads it says what is wrong
-        return False
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
         return False
 
 

@@ -15,7 +15,8 @@ class ImageSet:
 
     ``fields``: keys or columns that hold captions; empty for the usual names. ``split_lines``: whether each line of a
     .txt or .caption file is a caption (None: as ``caption_files.captions_in`` decides). ``file_column``: the column of
-    a list that names the image, relative to the list's folder. ``name`` defaults to that of the path, without a file's
+    a list that names the image, relative to the list's folder. ``split``: which one, where the folder is divided into splits
+    (``splits``; None: train, "all" takes every one). ``name`` defaults to that of the path, without a file's
     extension.
     """
 
@@ -24,6 +25,7 @@ class ImageSet:
     fields: tuple[str, ...] = ()
     split_lines: bool | None = None
     file_column: str = "file_name"
+    split: str | None = None
     missing_captions: Literal["error", "quarantine", "empty"] = "error"
 
     @property
