@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dedistill.forecast.cards import CARDS, GIB
+from dedistill.forecast.cards import CARDS, GIB, room_on
 from dedistill.forecast.depth import Case, estimate
 from dedistill.forecast.forecast import case_of, outlook, swapped_to_fit
 from dedistill.forecast.meter import BASE, OPTIMIZER, TRAINED
@@ -138,7 +138,7 @@ def recipe_row(name: str) -> dict:
     found = outlook(case_of(recipe, family, family.full_size(recipe.model)))
     cards = {}
     for card in (c for c in CARDS if c.name in SHOWN):
-        fitted = swapped_to_fit(found, card.gb)
+        fitted = swapped_to_fit(found, room_on(card.gb))
         swap = fitted.setting.swap if fitted else None
         cards[card.name] = {
             "gb": card.gb,

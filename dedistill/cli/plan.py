@@ -5,8 +5,10 @@ dedistill plan my_recipe.toml --card 24      # what lets it train on a card of 2
 """
 
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +16,7 @@ from dedistill.cli.command import finite, recipe_parser, run_recipe
 from dedistill.errors import UserError, amount
 from dedistill.models.registry import get_spec
 from dedistill.recipe import Recipe
-from dedistill.recipe.resolve import filled, make_plan, shifts
+from dedistill.recipe.resolve import filled, make_plan, settled, shifts
 from dedistill.runs.missing import missing_inputs
 
 if TYPE_CHECKING:
@@ -191,24 +193,36 @@ def _on_disk(size: int) -> str:
 
 def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: float | None) -> None:
     from dedistill.forecast import forecast as f
+    from dedistill.forecast.cards import room_on
+    from dedistill.forecast.choose import Choices, became
 
     family, components = facts["network"]
-    case = f.case_of(recipe, family, components)
+    choices = Choices(f.case_of(recipe, family, components))
+    setting = choices(room_on(card or math.inf)).setting
+    if auto := became(recipe, setting):
+        facts["auto"] = auto
+        where = "where there is room for all; --card N shows what N GB allow" if card is None else f"on a card of {card:g} GB"
+        say(f"{'auto':12} {', '.join(f'{key} = {_toml(value)}' for key, value in auto.items())} {where}")
+    case = replace(choices.case, recipe=settled(recipe, swap=setting.swap, checkpointing=setting.checkpointing))
     own = f.outlook(case, whole=True)
     memory = f.memory_facts(own, f.beside(recipe, family), previews=bool(recipe.preview.every))
-    facts["memory"], facts["cards"] = memory, f.card_facts(own)
+    facts["memory"], facts["cards"] = memory, f.card_facts(lambda card: choices(room_on(card.gb), tries=0))
     say(_memory_lines(memory))
     found = list(f.others(case, all_of_them=card is not None))
     facts["step"] = f.step_facts(own, min(o.step.operations for o in [own, *found]))
     facts["other_settings"] = f.other_facts(found)
     say(_step_line(facts["step"], case.image, case.length))
     if card is None:
-        say(_card_lines(facts["cards"]))
+        say(_card_lines(facts["cards"], auto))
         return say(_setting_lines(f"{'settings':12} the same step with others:", found))
     facts["fitting"] = f.other_facts(fitting := f.fitting(own, found, card))
     if not fitting:
         return say(f"{'card':12} nothing fits {card:g} GB: take fewer or smaller adapters, or smaller images")
     return say(_setting_lines(f"{'card':12} of {card:g} GB, what fits, and no step takes less:", fitting, card))
+
+
+def _toml(value: object) -> str:
+    return str(value).lower()
 
 
 def _memory_lines(memory: Facts) -> str:
@@ -238,9 +252,14 @@ def _step_line(step: Facts, image: tuple[int, ...], length: int) -> str:
     )
 
 
-def _card_lines(cards: list[Facts]) -> str:
+def _card_lines(cards: list[Facts], auto: Iterable[str]) -> str:
+    """auto: keys of which each card's own value is shown."""
     head = f"{'cards':12} {'':12} {'memory':>7}  {'':5} a step takes at least, by published rates"
-    rows = [f"{'':12} {c['card']:12} {c['gb']:4} GB  {c['fit']:5} {c['seconds']:10.3g} s" for c in cards]
+    rows = [
+        f"{'':12} {c['card']:12} {c['gb']:4} GB  {c['fit']:5} {c['seconds']:10.3g} s"
+        + "".join(f"  {key} = {_toml(c[key.rpartition('.')[2]])}" for key in auto)
+        for c in cards
+    ]
     return "\n".join([head, *rows])
 
 

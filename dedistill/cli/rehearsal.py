@@ -209,12 +209,12 @@ def _small(recipe: Recipe, family: Family, out: Path, limit: int | None) -> Reci
         model = {"path": str(out / "model"), "revision": None, "components": None}
     every = {"every": STEPS // 2}
     some = recipe.train.gradient_checkpointing
-    few = some if isinstance(some, bool) else min(some, FEW_BLOCKS)
+    few = some if isinstance(some, bool) else True if some == "auto" else min(some, FEW_BLOCKS)
     train = {"steps": STEPS, "batch": 4, "micro_batch": 2, "warmup": min(recipe.train.warmup, 1), "gradient_checkpointing": few}
     changes: dict[str, dict[str, Any]] = {
         "run": {"out": str(out / "run"), "resume": "auto"},
         "model": model,
-        "base": {"swap": min(recipe.base.swap, FEW_BLOCKS)},
+        "base": {"swap": FEW_BLOCKS if recipe.base.swap == "auto" else min(recipe.base.swap, FEW_BLOCKS)},
         "train": train,
         "validate_": every | {"samples": 4} if recipe.validate_.every else {},
         "meters": every | {"samples": 2, "steps": 2} if recipe.meters.every else {},

@@ -23,10 +23,13 @@ from dedistill.runs.missing import missing_inputs, require_inputs
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
+
     from dedistill.data.source import Source
     from dedistill.models.model import Model
     from dedistill.runs.metrics import Row
     from dedistill.runs.requests import StopRequests
+    from dedistill.training.engine import Engine
     from dedistill.training.trainer import Trainer
 
 REHEARSE = """Run every stage of a recipe on a tiny random model, from caches to export: about a minute, no weights, no GPU.
@@ -116,7 +119,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
 
     from dedistill.data.encode import check_images, open_data
     from dedistill.models.blocks import compile_blocks
-    from dedistill.models.model import build_model, expected_parameters
+    from dedistill.models.model import expected_parameters
     from dedistill.models.quantize import sample_sha256
     from dedistill.runs.directory import RunDirectory, flat, input_files
     from dedistill.runs.metrics import Trackers
@@ -138,7 +141,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
             notes = stop.watch(run.path)
         world.assert_equal_on_all_ranks(flat(recipe.resolved()))
         data = open_data(recipe, accelerator.device, say, world)
-        model = build_model(recipe, "cpu" if engine.builds_on_cpu else accelerator.device)
+        settled, model = _built(recipe, engine, accelerator.device)
         model.text_cache |= data.text_cache
         check_images(recipe, data.source.image, model.components.sample_shape)
         base = sample_sha256(model.components.denoiser)
@@ -151,7 +154,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         trainer = Trainer(recipe, plan, model=model, source=data.source, run=run, engine=engine)
         notes = [*trainer.resume(), *notes, *run.notes, *_shift_notes(recipe, model, data.source)]
         if world.main:
-            notes += _expect(trainer)
+            notes += [*_chosen(model), *_expect(trainer, settled)]
             _announce(trainer, data.facts, notes)
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
         rows = trainer.fit(stop, trackers)
@@ -166,6 +169,18 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         world.shutdown()
     finished = trainer.state.step == plan.steps and not trainer.state.unfinished
     return 0 if finished or trainer.stopping == BY_FILE else RUN_AGAIN
+
+
+def _built(recipe: Recipe, engine: "Engine", device: "torch.device") -> "tuple[Recipe, Model]":
+    """``recipe`` with what "auto" becomes on ``device``, and its model."""
+    from dedistill.forecast.choose import settle
+    from dedistill.models.model import build_model
+    from dedistill.models.swap import free_memory
+
+    settled, chosen = settle(recipe, free_memory(device), engine.world, in_parts=engine.builds_on_cpu)
+    model = build_model(settled, "cpu" if engine.builds_on_cpu else device)
+    model.facts |= {"auto": chosen} if chosen else {}
+    return settled, model
 
 
 def _shift_notes(recipe: Recipe, model: "Model", source: "Source") -> list[str]:
@@ -183,11 +198,20 @@ def _shift_notes(recipe: Recipe, model: "Model", source: "Source") -> list[str]:
     return [note] if note else []
 
 
+def _chosen(model: "Model") -> list[str]:
+    """What "auto" became on a GPU, with the memory that it was chosen for."""
+    chosen = model.facts.get("auto", {})
+    if "free_gib" not in chosen:
+        return []
+    keys = ", ".join(f"{key} = {value}" for key, value in chosen.items() if "." in key)
+    return [f"{keys}, for {chosen['free_gib']} GiB that are free: {chosen['forecast_gib']} GiB at the peak, forecast"]
+
+
 COMPARED_AT = 3
 """Steps after which every tensor that lasts has been made."""
 
 
-def _expect(trainer: "Trainer") -> list[str]:
+def _expect(trainer: "Trainer", settled: Recipe) -> list[str]:
     """Have a run on one GPU held against its forecast; returns what a user should know. Never keeps it from training."""
     pace = trainer.pace
     if pace.device.type != "cuda" or trainer.world.size > 1:
@@ -196,7 +220,7 @@ def _expect(trainer: "Trainer") -> list[str]:
     from dedistill.runs.pace import matmul_rate
 
     try:
-        found = expected(trainer.recipe, trainer.model.family)
+        found = expected(settled, trainer.model.family)
         pace.expected, pace.useful, pace.rate = found.peak_gib, found.useful, matmul_rate(pace.device)
     except Exception as e:  # of whatever a family may not know on shapes alone
         return [f"memory and useful work are not forecast: {type(e).__name__}: {e}"]

@@ -43,7 +43,12 @@ CARDS = (
 FITS, TIGHT, NO = "fits", "tight", "no"
 
 
-def fit(peak: float, gb: float) -> str:
-    """Of a step with so many bytes in use at once on a card of ``gb``: tight where it depends on how the allocator fares."""
-    free = gb * GIB * 0.98 - CONTEXT  # a card of 24 GB shows 23.5 to 24 GiB
-    return FITS if peak * SPLIT <= free else TIGHT if peak <= free else NO
+def room_on(gb: float) -> float:
+    """Bytes that torch may take of a card of ``gb``."""
+    return gb * GIB * 0.98 - CONTEXT  # a card of 24 GB shows 23.5 to 24 GiB
+
+
+def fit(peak: float, room: float) -> str:
+    """Of a step with so many bytes in use at once where torch may take ``room``: tight where it depends on how the allocator
+    fares."""
+    return FITS if peak * SPLIT <= room else TIGHT if peak <= room else NO

@@ -18,10 +18,10 @@ from dedistill.forecast.meter import BASE, Meter, Peak, Work, reserved
 from dedistill.forecast.paper import FORWARD, prepared, run, shapes_alone
 from dedistill.models.family import Family
 from dedistill.models.quantize import excluded, linear_names
-from dedistill.models.swap import spread
+from dedistill.models.swap import saved
 from dedistill.recipe import Recipe
 from dedistill.recipe.model_tables import Target
-from dedistill.recipe.resolve import make_plan
+from dedistill.recipe.resolve import chosen, make_plan
 
 GRANULE = 512
 """Bytes that CUDA's allocator rounds up to."""
@@ -63,13 +63,12 @@ class Estimate:
         """With ``count`` blocks in the memory of the CPU, of which two rooms of the largest one's size are kept for."""
         if not count:
             return self
-        sizes = [self.blocks[i] for i in spread(count, len(self.blocks))]
-        saved = sum(sizes) - 2 * max(sizes)
+        less = saved(self.blocks, count)
         peaks = {
-            where: Peak(p.bytes - saved, p.by_category | {BASE: p.by_category.get(BASE, 0) - saved})
+            where: Peak(p.bytes - less, p.by_category | {BASE: p.by_category.get(BASE, 0) - less})
             for where, p in self.peaks.items()
         }
-        return replace(self, peaks=peaks, reserved=max(0, self.reserved - saved))
+        return replace(self, peaks=peaks, reserved=max(0, self.reserved - less))
 
 
 def _line(times: int, start: int, more: int, less: int) -> int:
@@ -101,7 +100,9 @@ def estimate(case: Case, *, whole: bool = False) -> Estimate:
             deeper = _measured(case, outline, [n + (i == j) for j, n in enumerate(kept)])
             found = found.plus(deeper, start, length - least)
     sizes = [size for size, stack in zip(start.blocks, outline.stacks) for _ in stack]
-    return replace(found, blocks=sizes, reserved=start.reserved if whole else 0).swapped(case.recipe.base.swap)
+    return replace(found, blocks=sizes, reserved=start.reserved if whole else 0).swapped(
+        chosen(case.recipe.base.swap, "base.swap")
+    )
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ def _outline(case: Case) -> _Outline:
     names = {id(module): name for name, module in denoiser.named_modules()}
 
     blocks = family.blocks(denoiser)
-    again = {id(block) for block in (blocks if recipe.train.gradient_checkpointing is True else [])}
-    again |= {id(block) for block in blocks[: int(recipe.train.gradient_checkpointing)]}
+    wanted = chosen(recipe.train.gradient_checkpointing, "train.gradient_checkpointing")
+    again = {id(block) for block in (blocks if wanted is True else blocks[:wanted])}
 
     def kind(block: nn.Module) -> tuple[object, ...]:
         own = [(inner, f"{names[id(block)]}.{inner}") for inner in adaptable(block)]

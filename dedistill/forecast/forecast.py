@@ -1,20 +1,20 @@
 """What a recipe will need, known before it starts: memory, work and the cards it fits, with its settings and with others."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 
 from dedistill.data.images.buckets import buckets_for
-from dedistill.forecast.cards import CARDS, CONTEXT, FITS, GIB, NO, fit
+from dedistill.forecast.cards import CARDS, CONTEXT, FITS, GIB, NO, Card, fit, room_on
 from dedistill.forecast.depth import GRANULE, Case, Estimate, estimate
 from dedistill.forecast.meter import BASE, Meter, Work
 from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, shapes_alone
 from dedistill.models.family import DECODING, Components, Family
-from dedistill.models.swap import LEAST
+from dedistill.models.swap import fewest
 from dedistill.recipe import Recipe
-from dedistill.recipe.resolve import filled, make_plan
+from dedistill.recipe.resolve import chosen, filled, make_plan
 
 MICRO_BATCHES = (1, 2, 4)
 
@@ -72,7 +72,8 @@ def largest_image(recipe: Recipe) -> tuple[int, int]:
 
 def setting_of(recipe: Recipe) -> Setting:
     base = recipe.base
-    return Setting(base.quant, recipe.train.gradient_checkpointing, make_plan(recipe).micro_batch, base.swap, base.matmul)
+    again, swap = chosen(recipe.train.gradient_checkpointing, "train.gradient_checkpointing"), chosen(base.swap, "base.swap")
+    return Setting(base.quant, again, make_plan(recipe).micro_batch, swap, base.matmul)
 
 
 def outlook(case: Case, *, whole: bool = False) -> Outlook:
@@ -105,26 +106,30 @@ def changed(recipe: Recipe, setting: Setting) -> Recipe:
     return recipe.model_copy(update={"base": base, "train": train, "validate_": validate})
 
 
-def swapped_to_fit(found: Outlook, gb: float) -> Outlook | None:
-    """``found`` with the fewest blocks waiting on the CPU that lets it fit a card of ``gb``; None where none does."""
+def swapped(found: Outlook, count: int) -> Outlook:
+    """``found``, of which nothing waits yet, with ``count`` blocks waiting on the CPU."""
+    return replace(found, setting=replace(found.setting, swap=count), estimate=found.estimate.swapped(count))
+
+
+def swapped_to_fit(found: Outlook, room: float) -> Outlook | None:
+    """``found`` with the fewest blocks waiting on the CPU that lets it fit ``room``, where it does not say how many; None
+    where none does."""
+    if found.setting.swap:
+        return found if fit(found.peak, room) == FITS else None
     if found.setting.checkpointing is not True or found.setting.quant == "int8-quanto" or not found.estimate.blocks:
         return None
-    if not found.setting.swap and fit(found.peak, gb) == FITS:
-        return found
-    for count in range(LEAST, len(found.estimate.blocks) + 1):
-        less = replace(found, setting=replace(found.setting, swap=count), estimate=found.estimate.swapped(count))
-        if fit(less.peak, gb) == FITS:
-            return less
-    return None
+    count = fewest(found.estimate.blocks, lambda less: fit(found.peak - less, room) == FITS)
+    return None if count is None else swapped(found, count)
 
 
 def fitting(own: Outlook, found: Iterable[Outlook], gb: float) -> list[Outlook]:
     """What of all settings fits a card of ``gb``, if need be with blocks that wait on the CPU; what a card takes the least
     time for first."""
     card = min(CARDS, key=lambda card: (abs(card.gb - gb), card.gb))
-    fits = (swapped_to_fit(o, gb) or (o if fit(o.peak, gb) != NO else None) for o in [own, *found])
-    chosen = {o.setting: o for o in fits if o}
-    return sorted(chosen.values(), key=lambda o: (bool(o.setting.swap), card.seconds(o.step), o.peak))
+    room = room_on(gb)
+    fits = (swapped_to_fit(o, room) or (o if fit(o.peak, room) != NO else None) for o in [own, *found])
+    distinct = {o.setting: o for o in fits if o}
+    return sorted(distinct.values(), key=lambda o: (bool(o.setting.swap), card.seconds(o.step), o.peak))
 
 
 def beside(recipe: Recipe, family: Family) -> dict[str, int]:
@@ -177,10 +182,18 @@ def step_facts(found: Outlook, useful: int) -> dict[str, object]:
     }
 
 
-def card_facts(found: Outlook) -> list[dict[str, object]]:
+def card_facts(on: Callable[[Card], Outlook]) -> list[dict[str, object]]:
+    """on: what comes of the recipe on a card."""
     return [
-        {"card": card.name, "gb": card.gb, "fit": fit(found.peak, card.gb), "seconds": _rounded(card.seconds(found.step))}
-        for card in CARDS
+        {
+            "card": card.name,
+            "gb": card.gb,
+            "fit": fit(o.peak, room_on(card.gb)),
+            "seconds": _rounded(card.seconds(o.step)),
+            "gradient_checkpointing": o.setting.checkpointing,
+            "swap": o.setting.swap,
+        }
+        for card, o in ((card, on(card)) for card in CARDS)
     ]
 
 

@@ -13,23 +13,46 @@ from torch.utils.checkpoint import checkpoint
 from dedistill.errors import UserError, amount
 from dedistill.flow.guidance import SkipLayers, guider_of
 from dedistill.models.family import Denoiser, Output
-from dedistill.models.swap import spread
+from dedistill.models.swap import fewest, free_memory, move_rest, spread
 from dedistill.recipe import Recipe
 
 
 def check_blocks(recipe: Recipe, count: int) -> None:
     """Raises UserError for a key that asks for more blocks than the ``count`` that the network has."""
     for key, wanted in (("base.swap", recipe.base.swap), ("train.gradient_checkpointing", recipe.train.gradient_checkpointing)):
-        if wanted > count:
+        if wanted != "auto" and wanted > count:
             raise UserError(f"{recipe.where(key)}: {wanted} blocks, and the network has {count}", exit_code=2)
     if isinstance(guider := guider_of(recipe.sample.guider), SkipLayers) and max(guider.blocks) >= count:
         wrong = f"no block {max(guider.blocks)}; the network has {amount(count, 'block')}, from 0"
         raise UserError(f"{recipe.where('sample.guider')}: {wrong}", exit_code=2)
 
 
-def swapped_blocks(recipe: Recipe, blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """Those that wait in the memory of the CPU."""
-    return [blocks[i] for i in spread(recipe.base.swap, len(blocks))]
+SPARE = 4 << 30
+"""Bytes for what images are made with beside a base: adapter, hidden states, an image of 1024 pixels that is decoded."""
+
+
+def may_wait(recipe: Recipe, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Blocks that are to lie in the memory of the CPU; all of them where :func:`must_wait` is to say which."""
+    return list(blocks) if recipe.base.swap == "auto" else _spread(blocks, recipe.base.swap)
+
+
+def must_wait(recipe: Recipe, blocks: Sequence[nn.Module], denoiser: nn.Module, device: torch.device | str) -> list[nn.Module]:
+    """Of the blocks that :func:`may_wait` those that have to; the others are on ``device`` afterwards.
+
+    A recipe that is trained says how many ("auto" was settled by a forecast). Where only images are made, "auto" leaves SPARE
+    bytes of the device free.
+    """
+    if recipe.base.swap != "auto":
+        return _spread(blocks, recipe.base.swap)
+    free, sizes = free_memory(device), [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    count = 0 if free is None else fewest(sizes, lambda saved: sum(sizes) - saved + SPARE <= free)
+    waiting = _spread(blocks, len(blocks) if count is None else count)
+    move_rest(denoiser, device, waiting)
+    return waiting
+
+
+def _spread(blocks: Sequence[nn.Module], count: int) -> list[nn.Module]:
+    return [blocks[i] for i in spread(count, len(blocks))]
 
 
 def checkpoint_blocks(denoiser: nn.Module, blocks: Sequence[nn.Module], wanted: int | bool) -> int:

@@ -20,7 +20,7 @@ from dedistill.flow.guidance import Branch
 from dedistill.io.atomic import step_name
 from dedistill.io.hashing import file_sha256
 from dedistill.io.weights import count_numbers
-from dedistill.models.blocks import check_blocks, checkpoint_blocks, swapped_blocks, without_blocks
+from dedistill.models.blocks import check_blocks, checkpoint_blocks, may_wait, must_wait, without_blocks
 from dedistill.models.conditioning import Conditioning, collate
 from dedistill.models.family import Components, Family
 from dedistill.models.pipeline_files import model_files
@@ -275,7 +275,9 @@ def assemble(
     model.grid_shift = shift_in_numbers(recipe.sample.shift, lambda: model.shift(components.sample_shape))
     model.chunk = recipe.train.micro_batch or CHUNK
     facts |= {"text_length": length, "mask": components.mask, "guidance": components.guidance}
-    facts["gradient_checkpointing"] = checkpoint_blocks(components.denoiser, blocks, recipe.train.gradient_checkpointing)
+    again = recipe.train.gradient_checkpointing
+    # a training has it settled; without gradients it means nothing
+    facts["gradient_checkpointing"] = checkpoint_blocks(components.denoiser, blocks, False if again == "auto" else again)
     facts["trained_parameters"] = sum(p.numel() for p in model.trainable().values())
     facts["storage_bytes"] = storage_bytes(components.denoiser)
     return model
@@ -295,9 +297,10 @@ def _adapt(
 ) -> Model:
     denoiser = components.denoiser
     cast_float(denoiser, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
-    names = linear_names(denoiser)
-    swapped = swapped_blocks(recipe, family.blocks(denoiser))
-    quantized = prepare_base(denoiser, recipe.base.quant, recipe.base.exclude, device, recipe.where, stay=swapped)
+    names, blocks = linear_names(denoiser), family.blocks(denoiser)
+    stay = may_wait(recipe, blocks)
+    quantized = prepare_base(denoiser, recipe.base.quant, recipe.base.exclude, device, recipe.where, stay=stay)
+    waiting = must_wait(recipe, blocks, denoiser, device)
     facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(set(names) - set(quantized))}
     if recipe.base.matmul == "int8":
         facts["int8_products"] = multiply_codes(denoiser, device, recipe.where("base.matmul"))
@@ -312,8 +315,8 @@ def _adapt(
     facts["lycoris_backend"] = os.environ["LYCORIS_KERNEL_BACKEND"]
     if started:
         facts["init"] = check_started(adapter.by_target, weight, init=table.init, scale=table.init_scale)
-    if swapped:
-        facts["swap"] = Swap(swapped, device).facts
+    if waiting:
+        facts["swap"] = Swap(waiting, device).facts
     return Model(family, components, adapter, length, adapter=adapter, targets=targets, facts=facts)
 
 

@@ -30,6 +30,24 @@ def spread(count: int, among: int) -> list[int]:
     return [(2 * i + 1) * among // (2 * count) for i in range(count)]
 
 
+def saved(sizes: Sequence[int], count: int) -> int:
+    """Bytes of the device that are free while ``count`` blocks of a network wait. sizes: bytes of each of its blocks."""
+    waiting = [sizes[i] for i in spread(count, len(sizes))]
+    return sum(waiting) - 2 * max(waiting, default=0)
+
+
+def fewest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """As few blocks as must wait for ``fits`` to be true of the bytes that this saves; None where all are not enough."""
+    return next((count for count in (0, *range(LEAST, len(sizes) + 1)) if fits(saved(sizes, count))), None)
+
+
+def free_memory(device: torch.device | str) -> int | None:
+    """Bytes of ``device`` that torch may still take; None on a CPU, of which that is not known."""
+    if torch.device(device).type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def move_rest(denoiser: nn.Module, device: torch.device | str, waiting: Sequence[nn.Module]) -> None:
     """``denoiser`` to ``device``, but for the parameters of the blocks ``waiting``."""
     stay = {parameter for block in waiting for parameter in block.parameters()}

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
@@ -34,6 +34,8 @@ Bounded = Annotated[Whole, Field(ge=1, le=1_000_000)]  # what takes memory or ti
 Share = Annotated[float, Field(ge=0, le=1)]
 Place = Annotated[str, StringConstraints(min_length=1), AfterValidator(_path)]
 """A path, or a hub id; ``~`` is the home folder."""
+Auto = Literal["auto"]
+"""Of keys that decide about memory and time alone: chosen at each start for the device at hand (``forecast.choose``)."""
 SAFE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._ -]*$"
 """Names that are folders somewhere: no separators, nothing hidden, no way up."""
 BY_FAMILY = "the family's"

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dedistill.recipe.fields import BY_FAMILY, Default, Place, Positive, Table, Whole
+from dedistill.recipe.fields import BY_FAMILY, Auto, Count, Default, Place, Positive, Table, Whole
 
 _RANKS = Default(16, "adapter.kind", ("lora",)), Default("full", "adapter.kind", ("lokr",))
 
@@ -74,10 +74,11 @@ class Base(Table):
         description="Products with the base's weights: float: of weights made of the codes; int8: of the codes, with inputs "
         "and gradients that are quantized token by token (needs quant = int8): faster on GPUs, coarser.",
     )
-    swap: Annotated[int, Field(ge=0)] = Field(
+    swap: Count | Auto = Field(
         0,
         description="Blocks of the frozen base that wait in the memory of the CPU and are copied to the GPU one ahead of the "
-        "pass, for networks larger than the card; at least 3, two of them fit at a time. 0: none.",
+        "pass, for networks larger than the card; at least 3, two of them fit at a time. 0: none. auto: as few as the card at "
+        "hand allows.",
     )
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from dedistill.recipe.fields import BY_FAMILY, Default, Table
+from dedistill.recipe.fields import BY_FAMILY, Auto, Default, Table
 from dedistill.recipe.model_tables import Model
 from dedistill.recipe.objectives import OBJECTIVES
 from dedistill.recipe.schema import Recipe
@@ -65,6 +65,23 @@ def filled(value: T | None, key: str) -> T:
     if value is None:
         raise ValueError(f"{key} is left out: the recipe is not resolved")
     return value
+
+
+def chosen(value: T | Auto, key: str) -> T:
+    """``value`` of a key that :func:`settled` fills in. Raises ValueError for a recipe that was not settled."""
+    if value == "auto":
+        raise ValueError(f"{key} is 'auto': the recipe is not settled")
+    return cast(T, value)
+
+
+def settled(recipe: Recipe, *, swap: int = 0, checkpointing: bool | int = False) -> Recipe:
+    """``recipe`` with these in the place of every "auto" that is chosen for the device at hand. By default as on a CPU: off."""
+    tables: dict[str, Table] = {}
+    if recipe.base.swap == "auto":
+        tables["base"] = recipe.base.model_copy(update={"swap": swap})
+    if recipe.train.gradient_checkpointing == "auto":
+        tables["train"] = recipe.train.model_copy(update={"gradient_checkpointing": checkpointing})
+    return recipe.model_copy(update=tables)
 
 
 def recipe_of(data: Mapping[str, Any]) -> Recipe:

@@ -212,12 +212,12 @@ def _swap_rules(r: Recipe) -> list[Clash]:
         return []
     if r.adapter is None:
         return [_clash(swap, "a base whose blocks wait on the CPU is frozen: add an [adapter] table, or set swap = 0")]
-    if r.base.swap < 3:
+    if r.base.swap != "auto" and r.base.swap < 3:
         return [_clash(swap, f"{r.base.swap} saves nothing, since two blocks fit on the GPU at any time; use 3 or more")]
     if r.base.quant == "int8-quanto":
         message = "does not work with quant = 'int8-quanto', no plain tensors; 'int8' has the same codes"
         return [_clash(swap, message, "base.quant")]
-    if r.train.gradient_checkpointing is not True:
+    if r.train.gradient_checkpointing is not True and r.train.gradient_checkpointing != "auto":
         message = "needs train.gradient_checkpointing = true: gradients read a block's weights again, and it has left by then"
         return [_clash(swap, message, "train.gradient_checkpointing")]
     return []

@@ -10,7 +10,20 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PrivateAttr
 
 from dedistill.flow.guidance import guider_of
-from dedistill.recipe.fields import BY_FAMILY, SAFE_NAME, Bounded, Count, Default, Place, Positive, Said, Share, Table, Whole
+from dedistill.recipe.fields import (
+    BY_FAMILY,
+    SAFE_NAME,
+    Auto,
+    Bounded,
+    Count,
+    Default,
+    Place,
+    Positive,
+    Said,
+    Share,
+    Table,
+    Whole,
+)
 from dedistill.recipe.model_tables import Adapter, Base, Model
 from dedistill.recipe.objectives import DROPOUTS, ObjectiveName
 
@@ -177,8 +190,10 @@ class Train(Table):
         description="Bit-equal weights on any number of processes: samples go through one by one and their gradients are "
         "added as integers. Slower.",
     )
-    gradient_checkpointing: bool | Positive = Field(
-        False, description="Recompute blocks in backward: less memory, more time. A number: only so many, the first ones."
+    gradient_checkpointing: bool | Positive | Auto = Field(
+        False,
+        description="Recompute blocks in backward: less memory, more time. A number: only so many, the first ones. auto: as "
+        "few as the card at hand allows.",
     )
 
     compile: Literal["none", "blocks"] = Field(

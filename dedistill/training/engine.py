@@ -84,7 +84,7 @@ class Engine:
 
     def check(self) -> None:
         """Raises UserError, before anything is loaded, for a recipe that cannot be trained so."""
-        if self.builds_on_cpu and self.recipe.base.swap:
+        if self.builds_on_cpu and self.recipe.base.swap not in (0, "auto"):
             raise UserError(
                 f"{self.recipe.where('base.swap')}: {self.name} leaves each process a part of every block and puts blocks "
                 "together itself; set base.swap = 0, or use launch/ddp.yaml",

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.forecast import MARKS, PAGE, RECIPES, RESULTS, recipe_row, recipe_table
-from dedistill.forecast.cards import CARDS, FITS, NO, TIGHT, fit
+from dedistill.forecast.cards import CARDS, FITS, NO, TIGHT, fit, room_on
 from dedistill.forecast.meter import Work
 
 ROWS = {row["recipe"]: row for row in json.loads(RESULTS.read_text())}
@@ -27,7 +27,7 @@ def test_the_forecast_is_current(name):
 def test_what_fits_a_card():
     """24 GB with 8 % in reserve and a context of .6 GiB: 21.2 GiB fit, 22.9 fit just so."""
     gib = 2**30
-    assert [fit(peak * gib, 24) for peak in (21.2, 21.3, 22.9, 23.0)] == [FITS, TIGHT, TIGHT, NO]
+    assert [fit(peak * gib, room_on(24)) for peak in (21.2, 21.3, 22.9, 23.0)] == [FITS, TIGHT, TIGHT, NO]
 
 
 def test_the_least_time_of_a_step():
