@@ -218,7 +218,8 @@ def _swap_rules(r: Recipe) -> list[Clash]:
         message = "does not work with quant = 'int8-quanto', no plain tensors; 'int8' has the same codes"
         return [_clash(swap, message, "base.quant")]
     if r.train.gradient_checkpointing is not True and r.train.gradient_checkpointing != "auto":
-        message = "needs train.gradient_checkpointing = true: gradients read a block's weights again, and it has left by then"
+        wanted = 'needs train.gradient_checkpointing = true or "auto"'
+        message = f"{wanted}: gradients read a block's weights again, and it has left by then"
         return [_clash(swap, message, "train.gradient_checkpointing")]
     return []
 

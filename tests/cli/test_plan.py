@@ -54,6 +54,14 @@ def test_a_card_is_shown_what_fits_it(capsys, teacher_recipe):
     assert "nothing fits 0.61 GB" in capsys.readouterr().out
 
 
+def test_what_a_recipe_leaves_open_is_shown_for_a_card(planned, adapter_recipe):
+    """One that has room for nothing, and those of the table, which have room for all."""
+    auto = [word for key in ("base.swap=auto", "train.gradient_checkpointing=auto") for word in ("--set", key)]
+    facts = planned(adapter_recipe, *auto, "--card", "0.6")[1]
+    assert facts["auto"]["train.gradient_checkpointing"] is True and facts["fitting"] == []
+    assert {(c["swap"], c["gradient_checkpointing"]) for c in facts["cards"]} == {(0, False)}
+
+
 WRONG = {
     "a layer that is not there": ["adapter.targets=[{pattern='nothing.here'}]"],
     "a rank above the layer's": ["adapter.targets=[{preset='attention', rank=400}]"],

@@ -11,7 +11,9 @@ from test_zero import zero
 from tiny_recipes import ADAPTER
 
 from dedistill.errors import UserError
+from dedistill.models import blocks
 from dedistill.models.flux.tiny import write_tiny_flux
+from dedistill.models.swap import saved
 from dedistill.recipe import load_recipe
 from dedistill.runs.model import open_finished
 from dedistill.sampling.sampler import Sampling, sample, start_noise
@@ -52,6 +54,29 @@ def test_a_run_that_is_stopped_and_goes_on_is_that_of_a_whole_base(six_blocks, t
     assert 0 < effects["swap"]["device_bytes"] < effects["swap"]["host_bytes"] < effects["storage_bytes"]
 
 
+def test_on_a_cpu_auto_means_off(six_blocks, tmp_path):
+    plain = run(six_blocks, tmp_path / "plain")
+    auto = run(six_blocks, tmp_path / "auto", "train.gradient_checkpointing=auto", "base.swap=auto")
+    assert same(weights(plain), weights(auto))
+    effects = json.loads((auto / "plan.json").read_text())["effects"]
+    assert effects["gradient_checkpointing"] == 0 and "swap" not in effects
+    assert effects["auto"] == {"train.gradient_checkpointing": False, "base.swap": 0}
+
+
+def test_where_images_are_made_as_few_blocks_wait_as_must(six_blocks, tmp_path, monkeypatch):
+    """Of a device that has room for the base and SPARE, or for less and less of the base."""
+    out, auto = run(six_blocks, tmp_path / "run"), "base.swap=auto"
+    truth = images_of(six_blocks, out)
+    whole = open_finished(load_recipe(six_blocks, [f"run.out={out}"]))
+    sizes = [sum(p.nbytes for p in b.parameters()) for b in whole.family.blocks(whole.components.denoiser)]
+    for waiting in (0, 5, 6):
+        free = blocks.SPARE + sum(sizes) - saved(sizes, waiting)
+        monkeypatch.setattr(blocks, "free_memory", lambda device, free=free: free)
+        found = open_finished(load_recipe(six_blocks, [f"run.out={out}", auto, "train.gradient_checkpointing=auto"]))
+        assert found.facts.get("swap", {"blocks": 0})["blocks"] == waiting
+        assert torch.equal(images_of(six_blocks, out, auto, "train.gradient_checkpointing=auto"), truth)
+
+
 def images_of(recipe, out, *settings):
     """By the finished run, as sweeps and evaluation open it."""
     finished = open_finished(load_recipe(recipe, [f"run.out={out}", *settings]))
@@ -90,6 +115,8 @@ REFUSED = [
     (["base.swap=3", "train.gradient_checkpointing=2"], "needs train.gradient_checkpointing = true"),
     (["base.swap=2", CHECKPOINTED], "2 saves nothing"),
     (["base.swap=3", CHECKPOINTED, "base.quant=int8-quanto"], "'int8' has the same codes"),
+    (["base.swap=auto"], 'needs train.gradient_checkpointing = true or "auto"'),
+    (["base.swap=auto", CHECKPOINTED, "base.quant=int8-quanto"], "'int8' has the same codes"),
 ]
 
 
