@@ -52,9 +52,9 @@ ONE_LINE_ERRORS = [  # what is added to SMALL, the line of the mistake below it,
     (
         "gradient_checkpointing = 1.5",
         1,
-        "train.gradient_checkpointing: expects true or false or an integer, got the number 1.5",
+        "train.gradient_checkpointing: expects true or false, an integer or 'auto', got the number 1.5",
     ),
-    ("gradient_checkpointing = 0", 1, "train.gradient_checkpointing: must be at least 1, got 0"),
+    ("gradient_checkpointing = 0", 1, "train.gradient_checkpointing: must be at least 1 or 'auto', got 0"),
     (
         "[timesteps]\nshift = 'aut'",
         2,
