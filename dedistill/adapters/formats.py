@@ -29,6 +29,7 @@ from dedistill.adapters.spellings import (
     other_kind,
     places,
     split_key,
+    swap_halves,
 )
 from dedistill.adapters.strength import with_alphas
 from dedistill.adapters.targets import Shape
@@ -244,7 +245,7 @@ def as_kohya(layers: Layers, naming: LayerNames, shapes: Mapping[str, Shape]) ->
     for original, parts in dict(map(naming.original_parts, layers)).items():
         own = {part: layers[part] for part in parts if part in layers}
         name = naming.kohya_name(original)
-        if len(parts) == 1 and not naming.is_swapped(original):  # a convolution's factors have four dimensions
+        if len(parts) == 1 and not naming.is_swapped(original, shapes):  # a convolution's factors have four dimensions
             factors = own[parts[0]]
             inner = torch.tensor(float(rank(factors) or 1))
             out |= {f"{name}.{factor}": tensor for factor, tensor in ({"alpha": inner} | factors).items()}
@@ -261,8 +262,8 @@ def as_kohya(layers: Layers, naming: LayerNames, shapes: Mapping[str, Shape]) ->
             width = factors[UP].shape[1]
             up[naming.original_name(part, shapes)[1], column : column + width] = factors[UP]
             column += 0 if shared else width
-        if naming.is_swapped(original):
-            up = naming.swap_halves(up)
+        if naming.is_swapped(original, shapes):
+            up = swap_halves(up)
         out |= {f"{name}.{UP}": up, f"{name}.{DOWN}": down, f"{name}.alpha": torch.tensor(by * len(down))}
     return out
 

@@ -5,10 +5,11 @@ the model's own repository, where some layers are fused: then a name stands for 
 A path with underscores cannot be taken apart again, so reading needs the names of the network's linears.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dedistill.adapters.attach import file_name
@@ -30,8 +31,8 @@ class LayerNames(Protocol):
     def original_plan(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Original tensor -> the tensors it is joined from, for all tensors of a network."""
 
-    def join(self, original: str, parts: list[Tensor]) -> Tensor:
-        """One original tensor of its parts, as ``original_plan`` lists them."""
+    def join(self, original: str, parts: list[Tensor], network: Collection[str]) -> Tensor:
+        """One original tensor of its parts, as ``original_plan`` lists them. network: names of all its tensors."""
 
     def kohya_name(self, original: str) -> str:
         """An original module as kohya's sd-scripts and ComfyUI spell it in LoRA files."""
@@ -39,11 +40,14 @@ class LayerNames(Protocol):
     def other_names(self, original: str) -> dict[str, int]:
         """What else files call an original module -> how many of its parts, from the first, they mean by it."""
 
-    def is_swapped(self, original: str) -> bool:
-        """Whether the halves of this original module's rows stand the other way round."""
+    def is_swapped(self, original: str, network: Collection[str]) -> bool:
+        """Whether the halves of this original module's rows stand the other way round. network: names of its linears, or of
+        its tensors."""
 
-    def swap_halves(self, rows: Tensor) -> Tensor:
-        """The other order of halves along the first dimension; its own inverse."""
+
+def swap_halves(rows: Tensor) -> Tensor:
+    """(scale, shift) <-> (shift, scale) along the first dimension; its own inverse."""
+    return torch.cat(rows.chunk(2)[::-1])
 
 
 FOLDERS = ("transformer", "unet")
@@ -143,7 +147,7 @@ def _wrapped(folder: str) -> tuple[str, str]:
 
 
 def _place(original: str, parts: tuple[str, ...], shapes: Mapping[str, Shape], naming: LayerNames) -> Place:
-    if naming.is_swapped(original):
+    if naming.is_swapped(original, shapes):
         rows = shapes[parts[0]][0]
         return Place(original, parts, (((rows // 2, rows), (0, rows // 2)),))
     if len(parts) == 1:

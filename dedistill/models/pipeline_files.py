@@ -157,7 +157,15 @@ def _link(file: Path, out: Path) -> None:
         shutil.copyfile(file, out)
 
 
-# --- the scheduler's shift -------------------------------------------------------------------------------------------
+# --- what is known of a model before it is loaded ---------------------------------------------------------------------
+
+
+def hub_config(path: str, revision: str, folder: str) -> Path:
+    """config.json in ``folder`` of a hub id, fetched once: a commit never changes. Raises OSError or ValueError where that
+    fails."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(path, f"{folder}/config.json", revision=revision))
 
 
 def scheduler_file(here: Path, around: Path) -> Path:

@@ -284,7 +284,7 @@ def _bfl(stored: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclu
         layout[bfl] = ((sum(s[0] for s in shapes), *shapes[0][1:]), stored.layout[parts[0]][1])
     with TensorFile(folder / f"{name}.safetensors", layout, model_header(name, stored.config, facts, stored.spec)) as out:
         for bfl, parts in plan.items():
-            out.write(bfl, naming.join(bfl, [stored[part] for part in parts]))
+            out.write(bfl, naming.join(bfl, [stored[part] for part in parts], stored.layout))
 
 
 def _int8(stored: Denoiser, folder: Path, name: str, facts: dict[str, Any], exclude: list[str], shard_bytes: int) -> None:

@@ -10,6 +10,7 @@ from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
 from dedistill.models.flux import naming
 from dedistill.models.network_files import build, depth, read_network, stored_config
+from dedistill.models.original_names import from_original
 from dedistill.models.pretrained import check_finite, without_weights
 
 
@@ -36,7 +37,7 @@ def _from_file(tensors: dict[str, Tensor], file: Path, components: Path) -> Flux
     config = _config_of(tensors, _BFL_SIZES if bfl else _SIZES, str(file), components)
     if bfl:
         shapes = {n: tuple(p.shape) for n, p in empty_network(config, str(file)).named_parameters()}
-        tensors = naming.from_bfl(tensors, shapes, str(file))
+        tensors = from_original(naming, tensors, shapes, str(file))
     return build(FluxTransformer2DModel, config, tensors, str(file))
 
 

@@ -6,13 +6,15 @@ Sources: github.com/black-forest-labs/flux (src/flux/model.py), diffusers' singl
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from dedistill.errors import UserError, amount
+from dedistill.adapters.spellings import swap_halves
+from dedistill.errors import UserError
+from dedistill.models.original_names import fused_plan
 
 # --- FLUX's two sets of names ----------------------------------------------------------------------------------------
 
@@ -92,7 +94,7 @@ def original_parts(module: str) -> tuple[str, tuple[str, ...]]:
     return f"{_TABLES[stack][0]}.{number}.{bfl}", tuple(f"{stack}.{number}.{part}" for part in parts)
 
 
-def original_name(linear: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, slice]:
+def original_name(linear: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, slice]:
     """Where BFL keeps the weight of diffusers' ``linear``: the module's name and the rows of its weight.
 
     shapes: name -> (out, in) of every linear. Rows of ``norm_out.linear`` are all rows, halves swapped.
@@ -113,14 +115,9 @@ def other_names(bfl: str) -> dict[str, int]:
     return {f"{block[1]}.{name}": count for name, count in _OTHER.get(block[2], {}).items()} if block else {}
 
 
-def is_swapped(bfl: str) -> bool:
+def is_swapped(bfl: str, network: Collection[str]) -> bool:
     """Whether the halves of this BFL module's rows stand the other way round than in diffusers."""
     return bfl == _SWAPPED
-
-
-def swap_halves(rows: Tensor) -> Tensor:
-    """(scale, shift) <-> (shift, scale) along the first dimension; its own inverse."""
-    return torch.cat(rows.chunk(2)[::-1])
 
 
 def original_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -128,49 +125,25 @@ def original_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
     Raises UserError for an unknown name and for a fused tensor of which a part is missing.
     """
-    names, plan = list(names), {}
-    for name in names:
-        module, _, kind = name.rpartition(".")
-        bfl, parts = original_parts(module)
-        # BFL calls the weight of an RMSNorm its scale
-        plan[f"{bfl}.{'scale' if bfl.endswith('_norm') else kind}"] = tuple(f"{part}.{kind}" for part in parts)
-    if missing := sorted({part for parts in plan.values() for part in parts} - set(names)):
-        raise UserError(
-            f"{amount(len(missing), 'tensor is', 'tensors are')} missing beside those they are fused with, e.g. '{missing[0]}'"
-        )
-    return plan
+    return fused_plan(names, _original_tensor)
 
 
-def join(bfl: str, parts: list[Tensor]) -> Tensor:
+def _original_tensor(name: str) -> tuple[str, tuple[str, ...]]:
+    module, _, kind = name.rpartition(".")
+    bfl, parts = original_parts(module)
+    # BFL calls the weight of an RMSNorm its scale
+    return f"{bfl}.{'scale' if bfl.endswith('_norm') else kind}", tuple(f"{part}.{kind}" for part in parts)
+
+
+def join(bfl: str, parts: list[Tensor], network: Collection[str]) -> Tensor:
     """One BFL tensor from its diffusers parts, as ``original_plan`` lists them."""
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return swap_halves(tensor) if is_swapped(bfl.rpartition(".")[0]) else tensor
+    return swap_halves(tensor) if is_swapped(bfl.rpartition(".")[0], network) else tensor
 
 
 def to_bfl(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A whole state dict of FluxTransformer2DModel under BFL's names."""
-    return {bfl: join(bfl, [tensors[part] for part in parts]) for bfl, parts in original_plan(tensors).items()}
-
-
-def from_bfl(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[str, Tensor]:
-    """The inverse of :func:`to_bfl`: every tensor of a network with diffusers' ``shapes``, cut from BFL's.
-
-    Raises UserError, naming ``source``, unless the two sets of names agree exactly.
-    """
-    plan = original_plan(shapes)
-    for names, what in ((plan.keys() - tensors.keys(), "missing"), (tensors.keys() - plan.keys(), "unknown")):
-        if names:
-            raise UserError(
-                f"model.path: '{source}': {amount(len(names), 'tensor is', 'tensors are')} {what}, e.g. {min(names)}"
-            )
-    found: dict[str, Tensor] = {}
-    for bfl, parts in plan.items():
-        tensor, sizes = tensors[bfl], [shapes[part][0] for part in parts]
-        if tensor.shape[0] != sum(sizes):
-            raise UserError(f"model.path: '{source}': '{bfl}' has {tensor.shape[0]} rows, expected {sum(sizes)}")
-        tensor = swap_halves(tensor) if is_swapped(bfl.rpartition(".")[0]) else tensor
-        found |= zip(parts, tensor.split(sizes))
-    return found
+    return {bfl: join(bfl, [tensors[part] for part in parts], tensors) for bfl, parts in original_plan(tensors).items()}
 
 
 # --- named sets of layers of any network with FLUX's blocks, whatever its depth --------------------------------------

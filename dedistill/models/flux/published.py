@@ -110,7 +110,7 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
         if config.exists():
             return _of_config(config)
         if place.name not in named and revision and not place.exists():
-            return _of_config(_config_on_the_hub(path, revision))
+            return _of_config(pipeline_files.hub_config(path, revision, "transformer"))
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError, UserError):
         pass  # whoever loads the weights says what is wrong with them
     return named.get(place.name, SCHNELL)
@@ -135,10 +135,3 @@ def _of_file(file: Path) -> Shape:
         for stack in ("(?:transformer_blocks|double_blocks)", "(?:single_transformer_blocks|single_blocks)")
     )
     return Shape(len(double), len(single), any("guidance_embedder." in name or "guidance_in." in name for name in names))
-
-
-def _config_on_the_hub(path: str, revision: str) -> Path:
-    """Fetched once: a commit never changes. Raises OSError or ValueError where that fails."""
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(path, "transformer/config.json", revision=revision))

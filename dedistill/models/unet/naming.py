@@ -5,7 +5,7 @@ Nothing is fused: every original layer is one of diffusers', under another name.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -106,7 +106,7 @@ class LdmNames:
             plan[f"{PREFIX}{self.original(module)}.{kind}"] = (name,)
         return plan
 
-    def join(self, original: str, parts: list[Tensor]) -> Tensor:
+    def join(self, original: str, parts: list[Tensor], network: Collection[str]) -> Tensor:
         return parts[0]
 
     def kohya_name(self, original: str) -> str:
@@ -115,11 +115,8 @@ class LdmNames:
     def other_names(self, original: str) -> dict[str, int]:
         return {}
 
-    def is_swapped(self, original: str) -> bool:
+    def is_swapped(self, original: str, network: Collection[str]) -> bool:
         return False
-
-    def swap_halves(self, rows: Tensor) -> Tensor:
-        raise AssertionError("nothing is swapped")
 
     def from_original(self, tensors: Mapping[str, Tensor], names: Iterable[str], source: str) -> dict[str, Tensor]:
         """Original tensors, without :data:`PREFIX`, under diffusers' ``names``, all of a network's.

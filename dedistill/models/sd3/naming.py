@@ -1,0 +1,146 @@
+"""SD3.5's layers by name: diffusers', Stability AI's own, and named sets of them.
+
+Stability AI's files fuse q, k and v of each attention. Two modulations have their halves the other way round there, (shift,
+scale): that of the output, and that of the text in the last block, which has no more than these two. Everything else is a
+change of names. Sources: github.com/Stability-AI/sd3.5 (mmditx.py), diffusers' single-file loader, which is the inverse.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dedistill.adapters.spellings import swap_halves
+from dedistill.errors import UserError
+from dedistill.models.original_names import fused_plan
+
+KOHYA_MODULE = "networks.lora_sd3"
+"""What sd-scripts calls the code that reads its LoRA files of this network."""
+
+# original module -> diffusers modules, in the order of its rows
+_TOP: dict[str, tuple[str, ...]] = {
+    "x_embedder.proj": ("pos_embed.proj",),
+    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
+    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
+    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
+    "context_embedder": ("context_embedder",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+_CONTEXT_MODULATION = "context_block.adaLN_modulation.1"
+_BLOCK: dict[str, tuple[str, ...]] = {
+    "x_block.adaLN_modulation.1": ("norm1.linear",),
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn.ln_q": ("attn.norm_q",),
+    "x_block.attn.ln_k": ("attn.norm_k",),
+    "x_block.attn.proj": ("attn.to_out.0",),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block.attn2.ln_q": ("attn2.norm_q",),
+    "x_block.attn2.ln_k": ("attn2.norm_k",),
+    "x_block.attn2.proj": ("attn2.to_out.0",),
+    "x_block.mlp.fc1": ("ff.net.0.proj",),
+    "x_block.mlp.fc2": ("ff.net.2",),
+    _CONTEXT_MODULATION: ("norm1_context.linear",),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block.attn.ln_q": ("attn.norm_added_q",),
+    "context_block.attn.ln_k": ("attn.norm_added_k",),
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+    "context_block.mlp.fc2": ("ff_context.net.2",),
+}
+_ORIGINAL_OF = {
+    kind: {part: (original, parts) for original, parts in table.items() for part in parts}
+    for kind, table in (("", _TOP), ("transformer_blocks", _BLOCK))
+}
+_POSITIONS = {"pos_embed.pos_embed": "pos_embed"}
+"""A tensor that is no parameter of a layer."""
+
+
+def original_parts(module: str) -> tuple[str, tuple[str, ...]]:
+    """The original module that holds diffusers' ``module``, and all diffusers modules it holds, in the order of its rows.
+
+    Raises UserError for a name that SD3Transformer2DModel does not have.
+    """
+    block = re.fullmatch(r"(transformer_blocks)\.(\d+)\.(.+)", module)
+    stack, number, rest = block.groups() if block else ("", "", module)
+    if rest not in _ORIGINAL_OF[stack]:
+        raise UserError(f"'{module}' is not a layer of SD3.5: it has no name in Stability AI's files")
+    original, parts = _ORIGINAL_OF[stack][rest]
+    if not block:
+        return original, parts
+    return f"joint_blocks.{number}.{original}", tuple(f"{stack}.{number}.{part}" for part in parts)
+
+
+def original_name(linear: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, slice]:
+    """Where the original files keep the weight of diffusers' ``linear``: the module's name and the rows of its weight.
+
+    shapes: name -> (out, in) of every linear. Rows of swapped modulations are all rows.
+    """
+    original, parts = original_parts(linear)
+    start = sum(shapes[part][0] for part in parts[: parts.index(linear)])
+    return original, slice(start, start + shapes[linear][0])
+
+
+def kohya_name(original: str) -> str:
+    """An original module as kohya's sd-scripts and ComfyUI spell it in LoRA files."""
+    return "lora_unet_" + original.replace(".", "_")
+
+
+def other_names(original: str) -> dict[str, int]:
+    """No other program has names of its own for parts of them."""
+    return {}
+
+
+def is_swapped(original: str, network: Collection[str]) -> bool:
+    """Whether the halves of this original module's rows stand the other way round than in diffusers."""
+    if original == "final_layer.adaLN_modulation.1":
+        return True
+    block = re.fullmatch(rf"joint_blocks\.(\d+)\.{re.escape(_CONTEXT_MODULATION)}", original)
+    if not block:
+        return False
+    after = f"transformer_blocks.{block[1]}.attn.to_add_out"  # of all blocks but the last
+    return after not in network and f"{after}.weight" not in network
+
+
+def original_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Original tensor -> the diffusers tensors it is joined from, for all tensors of a network.
+
+    Raises UserError for an unknown name and for a fused tensor of which a part is missing.
+    """
+    return fused_plan(names, _original_tensor)
+
+
+def _original_tensor(name: str) -> tuple[str, tuple[str, ...]]:
+    if name in _POSITIONS:
+        return _POSITIONS[name], (name,)
+    module, _, kind = name.rpartition(".")
+    original, parts = original_parts(module)
+    return f"{original}.{kind}", tuple(f"{part}.{kind}" for part in parts)
+
+
+def join(original: str, parts: list[Tensor], network: Collection[str]) -> Tensor:
+    """One original tensor from its diffusers parts, as ``original_plan`` lists them."""
+    tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return swap_halves(tensor) if is_swapped(original.rpartition(".")[0], network) else tensor
+
+
+# --- named sets of layers --------------------------------------------------------------------------------------------
+
+
+def presets(denoiser: nn.Module) -> dict[str, list[str]]:
+    """Preset name -> name patterns of linears; no linear is matched by two patterns of one preset.
+
+    modulation, attention and mlp share out the linears of all blocks; blocks is all of them. One is in none: the text's queries
+    of the last block, whose answers nothing reads, so that they cannot learn.
+    """
+    blocks = cast(nn.ModuleList, denoiser.transformer_blocks)
+    found = (name for block in blocks for name, module in block.named_modules() if isinstance(module, nn.Linear))
+    patterns: dict[str, list[str]] = {"modulation": [], "attention": [], "mlp": []}
+    for name in dict.fromkeys(found):
+        kind = "modulation" if name.startswith("norm1") else "mlp" if name.startswith("ff") else "attention"
+        places = [str(i) for i in range(len(blocks) - 1)] if name == "attn.add_q_proj" else ["*"]
+        patterns[kind] += [f"transformer_blocks.{place}.{name}" for place in places]
+    return patterns | {"blocks": [pattern for kind in patterns.values() for pattern in kind]}
