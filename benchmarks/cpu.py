@@ -16,12 +16,11 @@ from collections.abc import Callable
 from functools import wraps
 
 import torch
-from lycoris.modules.lokr import LokrModule
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from benchmarks.gpu import CHANNELS, PATCH, VAE, Setup, Sizes, blank, set_up
+from benchmarks.gpu import Setup, Sizes, blank, set_up
 from benchmarks.interleave import RESULTS, ratio
+from benchmarks.peers import their_step, with_lycoris, with_peft
 from dedistill.models.quantize import prepare_base
 
 NETWORK = {"layers": 2, "single_layers": 4, "heads": 4, "head_dim": 64, "rope_axes": [16, 24, 24]}
@@ -53,76 +52,19 @@ def own_step(adapter: str, quant: str) -> tuple[Callable[[], object], Setup]:
     return lambda: setup.step(SIZES.pixels[0], 1, generator), setup
 
 
-def their_step(denoiser: nn.Module, trained: list[nn.Parameter], setup: Setup, tokens: int | None) -> Callable[[], object]:
-    """One step as scripts around diffusers do it: packed latents, no mask, one mean over all numbers, AdamW.
-
-    tokens: length captions are padded to; None: not at all.
-    """
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    side = SIZES.pixels[0] // VAE // PATCH
-    ids = torch.stack(torch.meshgrid(*(torch.arange(n).float() for n in (1, side, side)), indexing="ij"), -1).reshape(-1, 3)
-    generator = torch.Generator().manual_seed(1)
-
-    def packed(x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(1, CHANNELS, side, PATCH, side, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(1, side * side, -1)
-
-    def step() -> float:
-        data, noise, sigma, text, pooled = setup.samples(SIZES.pixels[0], 1, generator)
-        text = nn.functional.pad(text, (0, 0, 0, (tokens or text.shape[1]) - text.shape[1]))
-        with torch.autocast("cpu", torch.bfloat16):
-            out = denoiser(
-                hidden_states=packed(sigma * noise + (1 - sigma) * data),
-                timestep=sigma.flatten(),
-                encoder_hidden_states=text,
-                pooled_projections=pooled,
-                txt_ids=torch.zeros(text.shape[1], 3),
-                img_ids=ids,
-                return_dict=False,
-            )[0]
-        loss = (out.float() - packed(noise - data)).square().mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
-
-
-def peft_step(setup: Setup, tokens: int | None) -> Callable[[], object]:
-    """LoRA of PEFT, rank 16, on the layers that ``setup`` trains."""
-    denoiser = network()
-    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=16, target_modules=[t.name for t in setup.model.targets]), denoiser)
-    trained = [p for n, p in denoiser.named_parameters() if "lora_" in n]
-    assert sum(p.numel() for p in trained) == sum(p.numel() for p in setup.model.trainable().values())
-    for parameter in trained:
-        parameter.data = parameter.data.float()  # the script trains in float32 under autocast
-    return their_step(denoiser, trained, setup, tokens)
-
-
-def lycoris_step(setup: Setup, tokens: int | None) -> Callable[[], object]:
-    denoiser = network()
-    modules = nn.ModuleList()
-    for t in setup.model.targets:
-        linear = denoiser.get_submodule(t.name)
-        modules.append(LokrModule(t.name.replace(".", "_"), linear, 1.0, 10000, 1, factor=t.factor, full_matrix=True))
-        modules[-1].apply_to()
-    trained = list(modules.to(torch.bfloat16).parameters())
-    assert sum(p.numel() for p in trained) == sum(p.numel() for p in setup.model.trainable().values())
-    return their_step(denoiser, trained, setup, tokens)
-
-
 def steps() -> dict[str, dict]:
     rows = {}
-    for adapter, theirs in (("lora", peft_step), ("lokr", lycoris_step)):
+    for adapter, theirs in (("lora", with_peft), ("lokr", with_lycoris)):
         name = {"lora": "LoRA of rank 16, vs PEFT in diffusers' script", "lokr": "LoKr of factor 4, vs LyCORIS as it comes"}[
             adapter
         ]
         for quant in ("none", "int8"):
             own, setup = own_step(adapter, quant)
             base = {"none": "bf16 base", "int8": "int8 base"}[quant]
-            rows[f"{name}, {base}"] = ratio(own, theirs(setup, PADDED), pairs=9)
-            rows[f"{name}, {base}, captions not padded there either"] = ratio(own, theirs(setup, None), pairs=9)
+            for tokens, label in ((PADDED, ""), (None, ", captions not padded there either")):
+                denoiser = network()
+                step = their_step(denoiser, theirs(denoiser, setup), setup, SIZES.pixels[0], tokens)
+                rows[f"{name}, {base}{label}"] = ratio(own, step, pairs=9)
     return rows
 
 

@@ -94,15 +94,15 @@ def fill(denoiser: nn.Module, device: str) -> None:
     cast_float(denoiser, torch.bfloat16)
     generator = torch.Generator(device).manual_seed(0)
     for block in FAMILY.blocks(denoiser):
-        _materialise(block, device, generator)
+        materialise(block, device, generator)
         prepare_base(block, "int8", [], device)
     for child in denoiser.children():
         if not isinstance(child, nn.ModuleList):
-            _materialise(child, device, generator)
+            materialise(child, device, generator)
     prepare_base(denoiser, "int8", FAMILY.presets(denoiser)["blocks"], device)
 
 
-def _materialise(module: nn.Module, device: str, generator: torch.Generator) -> None:
+def materialise(module: nn.Module, device: str, generator: torch.Generator) -> None:
     module.to_empty(device=device)
     for part in module.modules():
         for parameter in part.parameters(recurse=False):

@@ -90,17 +90,6 @@ def mixed_by_torch(setup: Setup) -> object:
     return swapped(layers, "add_mixed", add_mixed)
 
 
-def tensor_by_tensor(setup: Setup) -> object:
-    """The optimizer on one tensor after the other."""
-    step = setup.optimizer.step
-
-    def plain() -> None:
-        with swapped(kernels, "usable", lambda tensor, kernel: False):
-            step()
-
-    return swapped(setup.optimizer, "step", plain)
-
-
 @contextmanager
 def all_of_these(setup: Setup) -> Iterator[None]:
     with autocast(setup), lycoris(setup), swapped(kernels, "usable", lambda tensor, kernel: False):
@@ -108,12 +97,10 @@ def all_of_these(setup: Setup) -> Iterator[None]:
 
 
 OFF: dict[str, Callable[[Setup], object]] = {
-    "autocast": autocast,
     "LyCORIS' forward": lycoris,
     "codes and scales multiplied by torch": dequantized_by_torch,
     "small factor as a matrix product": mixed_by_torch,
-    "optimizer tensor by tensor": tensor_by_tensor,
-    "all of these": all_of_these,
+    "all of these, autocast, and the optimizer tensor by tensor": all_of_these,
 }
 
 
@@ -221,11 +208,6 @@ def relink(setup: Setup) -> None:
         module.org_forward = MethodType(type(module.org_module[0]).forward, module.org_module[0])
 
 
-SWITCHES: dict[str, Callable[[Setup], object]] = {
-    "int8 products": int8_products,
-    "half of the blocks checkpointed": half_checkpointed,
-}
-"""Keys of recipes that are off by default, or on by half."""
 SWAPPED = 3
 """One block in so many waits on the CPU in the last rows."""
 
@@ -297,8 +279,8 @@ def placed(sizes: Sizes, device: str) -> Setup:
     return setup
 
 
-def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[[], None]) -> None:
-    """Every stage in turn, the most wanted first; each is written down before the next."""
+def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[[], None], wanted: list[str] | None) -> None:
+    """Every stage in turn, or those that are ``wanted``, the most wanted first; each is written down before the next."""
     peak = matmul_flops(sizes.matmul, device, clock)
     facts["matmul_tflops"] = peak / 1e12
     setup = placed(sizes, device)
@@ -331,33 +313,47 @@ def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[
         with change(setup):
             cells(name, *sizes_of)
 
+    def switched_profile(change: Callable[[Setup], object], name: str) -> None:
+        with change(setup):
+            profiled(name)
+
     def waiting() -> None:
         """Last, since blocks do not come back."""
         blocks = len(setup.model.family.blocks(setup.model.components.denoiser))
         facts["swapped_bytes"] = swap(setup, max(3, blocks // SWAPPED))
         cells(f"one block in {SWAPPED} waits on the CPU", (small, 1, True), (large, 1, True))
 
-    note("eager 512", lambda: cells("eager", (small, 1, True), (small, 1, False)))
-    note("profile", lambda: profiled("eager"))
-    for each in ((small, 1, True), (small, 1, False), (small, 4, False), (large, 1, True), (large, 1, False)):
+    def recorded(cells_of: tuple[int, int, bool], how: str = "recorded") -> None:
         with graphed(setup):
-            note(f"recorded {each}", lambda each=each: cells("recorded", each))
-    note("eager, batches", lambda: cells("eager", (small, 4, False), (large, 1, True), (small, 4, True)))
-    note("changes", lambda: changes(setup, small, clock, facts, write))
-    for each in ((small, 1, False), (small, 4, False)):
-        with dense(setup), graphed(setup):
-            note(f"recorded, bf16 base {each}", lambda each=each: cells("recorded, bf16 base", each))
+            cells(how, cells_of)
 
-    note("int8 products, 512", lambda: switched(int8_products, "int8 products", (small, 1, True), (large, 1, True)))
-    note("half checkpointed", lambda: switched(half_checkpointed, "half checkpointed", (small, 1, None), (small, 4, None)))
-    note("compiled", lambda: switched(compiled, "compiled blocks", (small, 1, True), (small, 4, False), (large, 1, True)))
-    note("swap", waiting)
+    def on_floats(cells_of: tuple[int, int, bool]) -> None:
+        with dense(setup):
+            recorded(cells_of, "recorded, bf16 base")
+
+    stages: dict[str, Callable[[], object]] = {
+        "eager": lambda: cells("eager", (small, 1, True), (small, 1, False)),
+        "profile": lambda: profiled("eager"),
+        "recorded 512": lambda: recorded((small, 1, True)),
+        "recorded 512, nothing computed again": lambda: recorded((small, 1, False)),
+        "int8 products": lambda: switched(int8_products, "int8 products", (small, 1, True), (large, 1, True)),
+        "changes": lambda: changes(setup, small, clock, facts, write),
+        "eager, batches": lambda: cells("eager", (small, 4, False), (large, 1, True), (small, 4, True)),
+        "recorded 1024": lambda: recorded((large, 1, True)),
+        "recorded, bf16 base": lambda: on_floats((small, 1, False)),
+        "half checkpointed": lambda: switched(half_checkpointed, "half checkpointed", (small, 1, None), (small, 4, None)),
+        "compiled": lambda: switched(compiled, "compiled blocks", (small, 1, True), (large, 1, True), (small, 4, False)),
+        "profile compiled": lambda: switched_profile(compiled, "compiled blocks"),
+        "swap": waiting,
+    }
+    for name in wanted or stages:
+        note(name, stages[name])
 
 
 def changes(setup: Setup, pixels: int, clock: Clock, facts: dict, write: Callable[[], None]) -> None:
     """Each way in turn against the same step without it."""
     checkpointing(setup, True)
-    for name, change in (OFF | SWITCHES).items():
+    for name, change in OFF.items():
         row = {"change": name, "pixels": pixels, "batch": 1} | compare(setup, change, pixels, 1, clock)
         facts["changes"].append(row)
         print(row, flush=True)
@@ -381,6 +377,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--stages", nargs="+", help="only these")
     parser.add_argument("--seconds", type=float, default=260, help="what would start later is skipped")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -396,6 +393,7 @@ def main() -> None:
         Clock(args.device, args.seconds),
         facts,
         lambda: args.out.write_text(json.dumps(facts, indent=1) + "\n"),
+        args.stages,
     )
     print(f"done in {time.perf_counter() - began:.0f} s: {args.out}")
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What holds and what it costs on one GPU, in about 8 minutes: checks against the CPU first, then whole runs, then speeds.
+# What holds and what it costs on one GPU, in about 12 minutes: checks against the CPU first, then speeds, then whole runs.
 #
 #   bash launch/gpu.sh wheels      beforehand, where there is internet: what a machine with torch may lack, into wheelhouse/
-#   bash launch/gpu.sh [OUT]       on the GPU machine, with or without internet; results in OUT (default gpu-results)
-#   bash launch/gpu.sh cpu [OUT]   the same checks and the ladder in small, to see that they run
+#   bash launch/gpu.sh [OUT [STAGE ...]]   on the GPU machine, with or without internet; results in OUT (default gpu-results)
+#   bash launch/gpu.sh cpu [OUT]           the same in small, to see that it runs
 #
 # Each stage writes a file; one that is there is not run again, so a machine that is taken away costs one stage.
 set -euo pipefail
@@ -27,17 +27,21 @@ if [ "${1:-}" = cpu ]; then
   small=(--device cpu)
 fi
 out=${1:-gpu-results}
+shift || true
+wanted=${*:-checks products ladder peers compiled runs}
 mkdir -p "$out"
-wheels=wheelhouse/$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-if [ -d "$wheels" ] && [ ! -d "$out/site" ]; then
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+wheels=wheelhouse/$version site=$PWD/wheelhouse/site-$version
+if [ -d "$wheels" ] && [ ! -d "$site" ]; then
   # into a folder of its own: what the machine has stays as it is
-  "$python" -m pip install --quiet --no-index --no-deps --target "$out/site" "$wheels"/*.whl
+  "$python" -m pip install --quiet --no-index --no-deps --target "$site" "$wheels"/*.whl
 fi
-export PYTHONPATH="$PWD/$out/site:$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 WANDB_MODE=offline
+export PYTHONPATH="$site:$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 WANDB_MODE=offline
 
 stage() {  # stage NAME SECONDS MODULE ARGUMENTS...: unless its result is there; a failure does not keep the next from running
   local name=$1 seconds=$2
   shift 2
+  [[ " $wanted " == *" $name "* ]] || return 0
   [ -e "$out/$name.done" ] && { echo "$name: done before"; return; }
   if timeout "$seconds" "$python" -m "$@" --out "$out/$name.json" >"$out/$name.log" 2>&1; then
     touch "$out/$name.done"
@@ -52,10 +56,16 @@ stage() {  # stage NAME SECONDS MODULE ARGUMENTS...: unless its result is there;
 code=0
 if [ ${#small[@]} -gt 0 ]; then
   stage checks 600 benchmarks.gpu_checks "${small[@]}" --small
+  stage products 600 benchmarks.gpu_products "${small[@]}" --small
   stage ladder 600 benchmarks.gpu_ladder "${small[@]}" --tiny
+  stage peers 600 benchmarks.gpu_peers "${small[@]}" --tiny
 else
-  stage checks 90 benchmarks.gpu_checks
+  stage checks 90 benchmarks.gpu_checks --stages agreement kernels decoder
+  stage products 60 benchmarks.gpu_products --seconds 45
+  stage ladder 220 benchmarks.gpu_ladder --seconds 190 --stages eager profile "recorded 512" \
+    "recorded 512, nothing computed again" "int8 products" changes "eager, batches" "recorded 1024" "recorded, bf16 base" swap
+  stage peers 110 benchmarks.gpu_peers --seconds 80
+  stage compiled 170 benchmarks.gpu_ladder --seconds 140 --stages compiled "profile compiled"
   stage runs 150 benchmarks.gpu_runs --work "$out/runs"
-  stage ladder 270 benchmarks.gpu_ladder --seconds 240
 fi
 exit "$code"
