@@ -27,11 +27,13 @@ from dedistill.adapters.layers import add_mixed
 from dedistill.adapters.targets import Resolved
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.flow.path import flow_loss, interpolate, velocity
+from dedistill.models import blocks as blocks_of
 from dedistill.models import quantize
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import cast_float, prepare_base
+from dedistill.models.swap import Swap
 from dedistill.training.optim import KahanAdamW
 
 FAMILY = PixelFlux()
@@ -110,6 +112,31 @@ def agreement(device: str) -> list[dict]:
                     "gradient": distance(found, truth, [n for n in found if n != "loss"]),
                 }
             )
+    return rows
+
+
+def switches(device: str, names: tuple[str, ...], mixed: tuple[bool, ...]) -> list[dict]:
+    """Gradients with blocks that wait on the CPU, with products of int8 or with compiled blocks, against those without."""
+    rows = []
+    for ragged in mixed:
+        drawn = batch(8, 64, 64, ragged=ragged)
+        plain = gradients(model(NARROW, "lokr", 8, device, bf16=True), drawn)
+        for name in names:
+            built = model(NARROW, "lokr", 8, device, bf16=True)
+            denoiser = built.components.denoiser
+            blocks = FAMILY.blocks(denoiser)
+            if name == "swap":
+                blocks_of.checkpoint_blocks(denoiser, blocks, True)
+                Swap(blocks, device)
+            elif name == "compiled":
+                blocks_of.compile_blocks(blocks)
+            else:
+                quantize.multiply_codes(denoiser, device, "base.matmul")
+            found, again = gradients(built, drawn), gradients(built, drawn)
+            others = [n for n in found if n != "loss"]
+            row = {"switch": name, "mixed_lengths": ragged, "loss": distance(found, plain, ["loss"])}
+            row |= {"gradient": distance(found, plain, others), "again": distance(again, found, others)}
+            rows.append(row | {"bits_equal": all(torch.equal(found[n], plain[n]) for n in found)})
     return rows
 
 
@@ -218,7 +245,9 @@ def decoder(device: str, side: int, clock: Clock) -> list[dict]:
     from diffusers import AutoencoderKL
 
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, **blocks).to(device)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=512, **blocks
+    ).to(device)
     latents = torch.randn(1, 16, side // 8, side // 8, device=device)
     rows = []
     for tiled in (False, True):
@@ -281,7 +310,7 @@ def own_kernels(device: str, tokens: int, width: int, clock: Clock) -> list[dict
     rows = []
     for name, usable in (("torch", lambda tensor, kernel: False), ("ours", kernels.usable)):
         with swapped(kernels, "usable", usable):
-            far = [float((a - b).norm() / b.norm()) for a, b in zip(passes(), truth)]
+            far = [float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(passes(), truth)]
             again = all(torch.equal(a, b) for a, b in zip(passes(), passes()))
             made = quantize.dequantized(codes, scale)
             rows.append({"kernels": name, "mixing_us": 1e6 * timed(passes, clock), "from_float64": far, "repeatable": again})
@@ -302,11 +331,13 @@ def main() -> None:
     stages = {
         "rates": lambda: rates(device, 64 if small else 8192, clock),
         "agreement": lambda: agreement(device),
+        "switches": lambda: switches(device, ("swap", "int8 products"), (False, True)),
         "repeats": lambda: repeats(device, NARROW if small else WIDE, 8 if small else 64),
         "decoder": lambda: decoder(device, 64 if small else 1024, clock),
         "attention": lambda: attention(device, (64,) if small else (1104, 4176), clock),
         "optimizer": lambda: optimizer(device, 16 if small else 768, clock),
         "kernels": lambda: own_kernels(device, 64 if small else 1104, 16 if small else 768, clock),
+        "compiled": lambda: switches(device, ("compiled",), (False,)),  # takes the longest
     }
     facts = {"device": device_name(device), "torch": torch.__version__}
     for name, stage in ((name, stages[name]) for name in args.stages or stages):

@@ -196,6 +196,12 @@ def compiled(setup: Setup) -> Iterator[None]:
         del block.forward
 
 
+@contextmanager
+def both(setup: Setup) -> Iterator[None]:
+    with int8_products(setup), compiled(setup):
+        yield
+
+
 def swap(setup: Setup, count: int) -> int:
     """base.swap = ``count``, for good; returns the bytes that wait on the CPU."""
     blocks = setup.model.family.blocks(setup.model.components.denoiser)
@@ -336,13 +342,18 @@ def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[
         "profile": lambda: profiled("eager"),
         "recorded 512": lambda: recorded((small, 1, True)),
         "recorded 512, nothing computed again": lambda: recorded((small, 1, False)),
-        "int8 products": lambda: switched(int8_products, "int8 products", (small, 1, True), (large, 1, True)),
+        "int8 products": lambda: switched(
+            int8_products, "int8 products", (small, 4, False), (large, 1, True), (small, 1, True)
+        ),
         "changes": lambda: changes(setup, small, clock, facts, write),
         "eager, batches": lambda: cells("eager", (small, 4, False), (large, 1, True), (small, 4, True)),
         "recorded 1024": lambda: recorded((large, 1, True)),
         "recorded, bf16 base": lambda: on_floats((small, 1, False)),
         "half checkpointed": lambda: switched(half_checkpointed, "half checkpointed", (small, 1, None), (small, 4, None)),
-        "compiled": lambda: switched(compiled, "compiled blocks", (small, 1, True), (large, 1, True), (small, 4, False)),
+        "compiled": lambda: switched(compiled, "compiled blocks", (large, 1, True), (small, 1, True), (small, 4, False)),
+        "compiled, int8 products": lambda: switched(
+            both, "compiled blocks, int8 products", (large, 1, True), (small, 4, False)
+        ),
         "profile compiled": lambda: switched_profile(compiled, "compiled blocks"),
         "swap": waiting,
     }

@@ -69,7 +69,7 @@ def difference(a: Path, b: Path) -> dict:
     return {"tensors": len(one), "not_bit_equal": len(unequal), "relative": float(far)}
 
 
-def rehearse(out: Path) -> dict:
+def rehearse(out: Path, *settings: str) -> dict:
     """The 24 GB recipe of FLUX.1 schnell on two photographs."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
@@ -80,6 +80,7 @@ def rehearse(out: Path) -> dict:
         Image.fromarray(pixels).resize((1600, 1200)).save(folder / f"{name}.jpg")
         (folder / f"{name}.txt").write_text("a photo")
     words = ["--rehearse", "--set", f"data.sets=[{{path='{folder}'}}]", "--set", f"run.out='{out}/run'"]
+    words += [word for setting in settings for word in ("--set", setting)]
     begin = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "dedistill.train", "dedistill:flux_schnell_24gb", *words], capture_output=True, text=True
@@ -105,6 +106,9 @@ def main() -> None:
         "torchrun": lambda: train(at("torchrun"), launcher=torchrun),
         "cpu": lambda: train(at("cpu"), cpu=True),
         "rehearsal": lambda: rehearse(at("rehearsal")),
+        "rehearsal, int8 products and swap": lambda: rehearse(
+            at("rehearsal-switches"), "base.matmul='int8'", "base.swap=3", "train.gradient_checkpointing=true"
+        ),
     }
     with ThreadPoolExecutor(len(jobs)) as pool:
         futures = {name: pool.submit(job) for name, job in jobs.items()}

@@ -12,10 +12,18 @@ from benchmarks.gpu import CHANNELS, PATCH, VAE, Setup
 Step = Callable[[], float]
 
 
-def their_step(denoiser: nn.Module, trained: list[nn.Parameter], setup: Setup, pixels: int, tokens: int | None) -> Step:
-    """One step as scripts around diffusers do it: packed latents, no mask, autocast, one mean over all numbers, AdamW.
+def their_step(
+    denoiser: nn.Module,
+    trained: list[nn.Parameter],
+    setup: Setup,
+    pixels: int,
+    tokens: int | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Step:
+    """One step as scripts around diffusers do it: packed latents, no mask, one mean over all numbers, AdamW.
 
-    tokens: length captions are padded to; None: not at all.
+    tokens: length captions are padded to; None: not at all. dtype: of what goes into the network; float32 under autocast.
     """
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     device, side = setup.model.device, pixels // VAE // PATCH
@@ -29,12 +37,12 @@ def their_step(denoiser: nn.Module, trained: list[nn.Parameter], setup: Setup, p
     def step() -> float:
         data, noise, sigma, text, pooled = setup.samples(pixels, 1, generator)
         text = nn.functional.pad(text, (0, 0, 0, (tokens or text.shape[1]) - text.shape[1]))
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.float32):
             out = denoiser(
-                hidden_states=packed(sigma * noise + (1 - sigma) * data),
-                timestep=sigma.flatten(),
-                encoder_hidden_states=text,
-                pooled_projections=pooled,
+                hidden_states=packed(sigma * noise + (1 - sigma) * data).to(dtype),
+                timestep=sigma.flatten().to(dtype),
+                encoder_hidden_states=text.to(dtype),
+                pooled_projections=pooled.to(dtype),
                 txt_ids=torch.zeros(text.shape[1], 3, device=device),
                 img_ids=ids,
                 return_dict=False,

@@ -60,12 +60,12 @@ if [ ${#small[@]} -gt 0 ]; then
   stage ladder 600 benchmarks.gpu_ladder "${small[@]}" --tiny
   stage peers 600 benchmarks.gpu_peers "${small[@]}" --tiny
 else
-  stage checks 90 benchmarks.gpu_checks --stages agreement kernels decoder
+  stage checks 90 benchmarks.gpu_checks --stages agreement kernels switches decoder
   stage products 60 benchmarks.gpu_products --seconds 45
   stage ladder 220 benchmarks.gpu_ladder --seconds 190 --stages eager profile "recorded 512" \
-    "recorded 512, nothing computed again" "int8 products" changes "eager, batches" "recorded 1024" "recorded, bf16 base" swap
+    "recorded 512, nothing computed again" changes "int8 products" "eager, batches" "recorded 1024" "recorded, bf16 base" swap
   stage peers 110 benchmarks.gpu_peers --seconds 80
-  stage compiled 170 benchmarks.gpu_ladder --seconds 140 --stages compiled "profile compiled"
+  stage compiled 170 benchmarks.gpu_ladder --seconds 140 --stages compiled "compiled, int8 products" "profile compiled"
   stage runs 150 benchmarks.gpu_runs --work "$out/runs"
 fi
 exit "$code"

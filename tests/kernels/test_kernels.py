@@ -36,7 +36,7 @@ whole = lambda *names: dict.fromkeys(names, "i32")
 number = lambda *names: dict.fromkeys(names, "fp32")
 sides = {"P": 4, "A": 4}
 scales = {"a": "*i8", "b": "*i8", "rows": "*fp32", "columns": "*fp32", **bf16("bias", "out"), **whole("m", "n")}
-tile = {"K": 3072, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64}
+tile = {"K": 3072, "ROWS": products.ROWS, "COLUMNS": products.COLUMNS, "DEPTH": products.DEPTH}
 kernels = [
     (int8._dequantize, {"codes": "*i8", **bf16("scale", "out"), **whole("numel", "columns")}, {"BLOCK": int8.BLOCK}),
     (kronecker._forward, {**bf16("base", "first", "groups", "out"), **whole("q")}, sides | {"COLUMNS": 512}),
@@ -44,9 +44,8 @@ kernels = [
      sides | {"ROWS": kronecker.ROWS, "COLUMNS": kronecker.COLUMNS}),
     (products._quantize, {**bf16("x"), "factor": "*fp32", "codes": "*i8", "scale": "*fp32", **whole("n")},
      {"FACTOR": True, "BLOCK": 16384}),
-    *((products._product, scales | dict.fromkeys(free, "i32"), {f: 1 for f in fixed} | tile | {"SCALED": kind, "BIASED": kind})
-      for kind, free, fixed in ((True, ("a_row", "b_column"), ("a_column", "b_row")),
-                                (False, ("a_row", "b_row"), ("a_column", "b_column")))),
+    *((products._product, scales | whole("stride"), tile | {"SCALED": kind, "BIASED": kind}) for kind in (True, False)),
+    (products._transpose, {"matrix": "*i8", "out": "*i8", **whole("rows", "columns", "stride")}, {"SIDE": products.SIDE}),
     (kahan._step, {"table": "*i64", "which": "*i32", "block": "*i32", "numel": "*i64", **whole("count"),
      **number("lr", "fresh", "keep_square", "fresh_square", "eps", "decay")}, {"BLOCK": kahan.BLOCK}),
 ]
@@ -63,7 +62,7 @@ def test_they_build_for_real_cards():
     """A100 and H100, by the compiler that Triton brings; no GPU is needed for that."""
     done = subprocess.run([sys.executable, "-c", BUILD], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [int(row.split()[2]) > 1000 for row in done.stdout.splitlines()] == [True] * 14
+    assert [int(row.split()[2]) > 1000 for row in done.stdout.splitlines()] == [True] * 16
 
 
 def test_a_kernel_that_is_wrong_or_cannot_be_made_is_not_used(monkeypatch):
