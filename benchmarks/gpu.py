@@ -16,6 +16,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -190,6 +191,25 @@ class Clock:
 
     def peak_gb(self) -> float | None:
         return torch.cuda.max_memory_allocated() / 1e9 if self.cuda else None
+
+
+def timed(call: Callable[[], object], clock: Clock, rounds: int = 7, calls: int = 5) -> float:
+    """Seconds per call: the median round, the first left out."""
+    seconds = []
+    for _ in range(rounds):
+        start = clock.now()
+        for _ in range(calls):
+            call()
+        seconds.append((clock.now() - start) / calls)
+    return statistics.median(seconds[1:])
+
+
+def attempt(call: Callable[[], float]) -> float | str:
+    """What ``call`` gives, or why it gives nothing; one missing kernel must not cost the others."""
+    try:
+        return call()
+    except Exception as e:
+        return f"{type(e).__name__}: {str(e)[:300]}"
 
 
 def matmul_flops(size: int, device: str, clock: Clock) -> float:

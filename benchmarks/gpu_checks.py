@@ -6,21 +6,18 @@ python -m benchmarks.gpu_checks --device cpu --small --out checks.json     # the
 
 import argparse
 import json
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu import Clock, device_name, matmul_flops
-from benchmarks.gpu_ladder import swapped
+from benchmarks.before import swapped
+from benchmarks.gpu import Clock, attempt, device_name, matmul_flops, timed
+from benchmarks.gpu_attention import attention, deterministic, layouts
 from dedistill import kernels
 from dedistill.adapters.attach import Adapter, adaptable
 from dedistill.adapters.layers import add_mixed
@@ -48,11 +45,6 @@ NARROW = {
     "pooled_dim": 64,
 }
 WIDE = NARROW | {"layers": 1, "heads": 24, "head_dim": 128, "rope_axes": [16, 56, 56], "text_dim": 4096, "pooled_dim": 768}
-KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
 
 
 def model(sizes: dict, kind: str, side: int, device: str, *, bf16: bool, mask: str = "bool") -> Model:
@@ -145,15 +137,6 @@ def distance(found: dict[str, Tensor], truth: dict[str, Tensor], names: list[str
     return float((flat(found) - flat(truth)).norm() / flat(truth).norm())
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def repeats(device: str, sizes: dict, side: int) -> list[dict]:
     """Are the gradients of the same step bit-equal each time, and what does it cost that they are?"""
     rows = []
@@ -173,25 +156,6 @@ def repeats(device: str, sizes: dict, side: int) -> list[dict]:
                 {"adapter": kind, "switches": name, "tensors": len(first), "not_bit_equal": unequal, "seconds": seconds}
             )
     return rows
-
-
-def timed(call: Callable[[], object], clock: Clock, rounds: int = 7, calls: int = 5) -> float:
-    """Seconds per call: the median round, the first left out."""
-    seconds = []
-    for _ in range(rounds):
-        start = clock.now()
-        for _ in range(calls):
-            call()
-        seconds.append((clock.now() - start) / calls)
-    return statistics.median(seconds[1:])
-
-
-def attempt(call: Callable[[], float]) -> float | str:
-    """What ``call`` gives, or why it gives nothing; one missing kernel must not cost the others."""
-    try:
-        return call()
-    except Exception as e:
-        return f"{type(e).__name__}: {str(e)[:300]}"
 
 
 def rates(device: str, size: int, clock: Clock) -> dict:
@@ -219,25 +183,6 @@ def rates(device: str, size: int, clock: Clock) -> dict:
         "dequantize_one_kernel_us": 1e6 * timed(lambda: codes * scale, clock),
         "dequantize_bits_equal": torch.equal(codes.to(scale.dtype) * scale, codes * scale),
     }
-
-
-def attention(device: str, tokens: tuple[int, ...], clock: Clock) -> list[dict]:
-    """Milliseconds of attention forward and backward: each kernel, plain, deterministic and with a mask of keys."""
-    rows = []
-    for count, (name, kernel), how in product(tokens, KERNELS.items(), ("plain", "deterministic", "mask")):
-        q, k, v = (torch.randn(1, 24, count, 128, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        mask = torch.arange(count, device=device)[None, None, None] >= 40 if how == "mask" else None
-
-        def step(q=q, k=k, v=v, mask=mask) -> None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            out.backward(torch.randn_like(out))
-
-        def call(step=step, kernel=kernel, how=how) -> float:
-            with sdpa_kernel(kernel), deterministic() if how == "deterministic" else nullcontext():
-                return 1e3 * timed(step, clock)
-
-        rows.append({"tokens": count, "kernel": name, "how": how, "ms": attempt(call)})
-    return rows
 
 
 def decoder(device: str, side: int, clock: Clock) -> list[dict]:
@@ -335,6 +280,7 @@ def main() -> None:
         "repeats": lambda: repeats(device, NARROW if small else WIDE, 8 if small else 64),
         "decoder": lambda: decoder(device, 64 if small else 1024, clock),
         "attention": lambda: attention(device, (64,) if small else (1104, 4176), clock),
+        "layouts": lambda: layouts(device, (64,) if small else (1104, 4176), clock),
         "optimizer": lambda: optimizer(device, 16 if small else 768, clock),
         "kernels": lambda: own_kernels(device, 64 if small else 1104, 16 if small else 768, clock),
         "compiled": lambda: switches(device, ("compiled",), (False,)),  # takes the longest

@@ -12,96 +12,22 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import MethodType
 
 import torch
-from lycoris.modules.locon import LoConModule
-from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.before import OFF, relink, swapped
 from benchmarks.gpu import FULL, TINY, Clock, Setup, Sizes, blank, cell, device_name, fill, line, matmul_flops, set_up
-from dedistill import kernels
-from dedistill.adapters import layers
-from dedistill.adapters.layers import LokrLayer, LoraLayer
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.models import blocks as blocks_of
 from dedistill.models import quantize as int8
-from dedistill.models.model import Model
 from dedistill.models.swap import Swap, spread
 
 PAIRS = 3
-
-
-@contextmanager
-def swapped(owner: object, name: str, value: object) -> Iterator[None]:
-    old = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, old)
-
-
-# --- how it was done before, or would be by others -------------------------------------------------------------------
-
-
-def autocast(setup: Setup) -> object:
-    """torch chooses the dtype of each operation."""
-
-    def velocity(model: Model, *args: object) -> Tensor:
-        with torch.autocast(model.device.type, torch.bfloat16):
-            return plain(model, *args)
-
-    plain, linear = Model.velocity, int8.Int8Linear.forward
-    stack = ExitStack()
-    stack.enter_context(swapped(int8.Int8Linear, "forward", lambda module, x: linear(module, x.to(torch.bfloat16))))
-    relink(setup)
-    stack.callback(relink, setup)
-    stack.enter_context(swapped(Model, "velocity", velocity))
-    return stack
-
-
-@contextmanager
-def lycoris(setup: Setup) -> Iterator[None]:
-    """LyCORIS' own forward, its plain torch code."""
-    with swapped(LokrLayer, "forward", LokrModule.forward), swapped(LoraLayer, "forward", LoConModule.forward):
-        for module in setup.model.adapter.by_target.values():
-            module.org_module[0].forward = module.forward
-        yield
-    for module in setup.model.adapter.by_target.values():
-        module.org_module[0].forward = module.forward
-
-
-def dequantized_by_torch(setup: Setup) -> object:
-    """Codes and scales multiplied by torch."""
-    return swapped(int8, "dequantized", lambda codes, scale: codes * scale)
-
-
-def mixed_by_torch(setup: Setup) -> object:
-    """The small factor of a LoKr as a matrix product."""
-
-    def add_mixed(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
-        return base + torch.matmul(first.expand(*groups.shape[:-2], *first.shape), groups)
-
-    return swapped(layers, "add_mixed", add_mixed)
-
-
-@contextmanager
-def all_of_these(setup: Setup) -> Iterator[None]:
-    with autocast(setup), lycoris(setup), swapped(kernels, "usable", lambda tensor, kernel: False):
-        yield
-
-
-OFF: dict[str, Callable[[Setup], object]] = {
-    "LyCORIS' forward": lycoris,
-    "codes and scales multiplied by torch": dequantized_by_torch,
-    "small factor as a matrix product": mixed_by_torch,
-    "all of these, autocast, and the optimizer tensor by tensor": all_of_these,
-}
 
 
 # --- what is not built yet -------------------------------------------------------------------------------------------
@@ -208,12 +134,6 @@ def swap(setup: Setup, count: int) -> int:
     return int(Swap([blocks[i] for i in spread(count, len(blocks))], setup.model.device).facts["host_bytes"])
 
 
-def relink(setup: Setup) -> None:
-    """Adapters keep the forward they found."""
-    for module in setup.model.adapter.by_target.values():
-        module.org_forward = MethodType(type(module.org_module[0]).forward, module.org_module[0])
-
-
 SWAPPED = 3
 """One block in so many waits on the CPU in the last rows."""
 
@@ -310,9 +230,9 @@ def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[
     def cells(name: str, *sizes_of: tuple[int, int, bool]) -> None:
         measured(setup, sizes, sizes_of, peak, clock, facts, write, note=name)
 
-    def profiled(name: str) -> None:
+    def profiled(name: str, pixels: int = small) -> None:
         checkpointing(setup, True)
-        facts["profiles"][name] = profile(setup, small, 1, clock)
+        facts["profiles"][name] = profile(setup, pixels, 1, clock)
         print(name, json.dumps(facts["profiles"][name] | {"top": []}), flush=True)
 
     def switched(change: Callable[[Setup], object], name: str, *sizes_of: tuple[int, int, bool | None]) -> None:
@@ -340,6 +260,7 @@ def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[
     stages: dict[str, Callable[[], object]] = {
         "eager": lambda: cells("eager", (small, 1, True), (small, 1, False)),
         "profile": lambda: profiled("eager"),
+        "profile 1024": lambda: profiled("eager, 1024 px", large),
         "recorded 512": lambda: recorded((small, 1, True)),
         "recorded 512, nothing computed again": lambda: recorded((small, 1, False)),
         "int8 products": lambda: switched(

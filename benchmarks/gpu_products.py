@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.gpu import Clock, device_name
-from benchmarks.gpu_checks import attempt, timed
+from benchmarks.gpu import Clock, attempt, device_name, timed
 from dedistill import kernels
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.models.int8_products import quantize_tokens, scaled_product

@@ -60,7 +60,7 @@ if [ ${#small[@]} -gt 0 ]; then
   stage ladder 600 benchmarks.gpu_ladder "${small[@]}" --tiny
   stage peers 600 benchmarks.gpu_peers "${small[@]}" --tiny
 else
-  stage checks 90 benchmarks.gpu_checks --stages agreement kernels switches decoder
+  stage checks 90 benchmarks.gpu_checks --stages agreement kernels switches layouts decoder
   stage products 60 benchmarks.gpu_products --seconds 45
   stage ladder 220 benchmarks.gpu_ladder --seconds 190 --stages eager profile "recorded 512" \
     "recorded 512, nothing computed again" changes "int8 products" "eager, batches" "recorded 1024" "recorded, bf16 base" swap
