@@ -1,7 +1,7 @@
-"""Products of int8 matrices with their scales on a GPU: one kernel that quantizes rows, one that multiplies, one that transposes.
+"""Products of int8 matrices with their scales on a GPU: kernels that quantize rows, multiply and transpose.
 
-Tensor cores want the numbers that are summed side by side in both factors. Otherwise a product runs at a fifth of the rate (H200:
-190 against 1,000 TOPS), torch's as well, so that transposing the second factor first costs less.
+Tensor cores want the numbers that are summed side by side in both factors. Otherwise a product runs at a fifth of the
+rate (H200: 190 against 1,000 TOPS), torch's as well, so that transposing the second factor first costs less.
 """
 
 import torch
