@@ -226,12 +226,16 @@ def _toml(value: object) -> str:
 
 
 def _memory_lines(memory: Facts) -> str:
+    def waiting(name: str) -> str:
+        least = memory["at_least_gib"].get(name)
+        return f", {_size(least)} where the card has no room for more: blocks wait on the CPU" if least else ""
+
     parts = ", ".join(f"{name} {_size(size)}" for name, size in memory["by_category_gib"].items())
     held = f"{_size(memory['reserved_gib'])} with what the allocator holds, {_size(memory['context_gib'])} beside it"
     lines = [
         f"{'memory':12} {_size(memory['peak_gib'])} at the peak ({memory['where']}); {held}",
         f"{'':12} {parts}",
-        *(f"{'':12} {_size(size)} while {name}" for name, size in memory["other_gib"].items()),
+        *(f"{'':12} {_size(size)} while {name}{waiting(name)}" for name, size in memory["other_gib"].items()),
     ]
     return "\n".join(lines)
 

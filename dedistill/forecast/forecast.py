@@ -5,14 +5,16 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
+from torch import nn
 
 from dedistill.data.images.buckets import buckets_for
 from dedistill.forecast.cards import CARDS, CONTEXT, FITS, GIB, NO, Card, fit, room_on
 from dedistill.forecast.depth import GRANULE, Case, Estimate, estimate
 from dedistill.forecast.meter import BASE, Meter, Work
 from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, shapes_alone
-from dedistill.models.family import DECODING, Components, Family
-from dedistill.models.swap import fewest
+from dedistill.models.family import CAPTIONS, DECODING, Components, Family
+from dedistill.models.prompts import blocks_of
+from dedistill.models.swap import fewest, saved
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import chosen, filled, make_plan
 
@@ -132,8 +134,17 @@ def fitting(own: Outlook, found: Iterable[Outlook], gb: float) -> list[Outlook]:
     return sorted(distinct.values(), key=lambda o: (bool(o.setting.swap), card.seconds(o.step), o.peak))
 
 
-def beside(recipe: Recipe, family: Family) -> dict[str, int]:
-    """Bytes that encoders and codec take while they run, by what they do."""
+@dataclass(frozen=True)
+class Beside:
+    """Bytes of what runs before training, or beside it."""
+
+    peak: int
+    least: int
+    """Where the device has no room for more: with blocks that wait in the memory of the CPU."""
+
+
+def beside(recipe: Recipe, family: Family) -> dict[str, Beside]:
+    """What encoders and codec take while they run, by what they do."""
     sample = recipe.sample
     height, width = largest_image(recipe)
     height, width = max(height, sample.height or 0), max(width, sample.width or 0)
@@ -149,18 +160,24 @@ def beside(recipe: Recipe, family: Family) -> dict[str, int]:
                 for parameter in (p for module in task.modules for p in module.parameters()):
                     meter.follow(parameter, BASE)
                 task.call()
-            found[name] = max(peak.bytes for peak in meter.peaks("").values())
+            peak = max(peak.bytes for peak in meter.peaks("").values())
+            found[name] = Beside(peak, peak - sum(map(_saved_at_most, task.modules if name == CAPTIONS else ())))
     return found
+
+
+def _saved_at_most(network: nn.Module) -> int:
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(network)]
+    return max(0, saved(sizes, len(sizes)))
 
 
 # --- as data ---------------------------------------------------------------------------------------------------------
 
 
-def memory_facts(found: Outlook, passes: dict[str, int], *, previews: bool) -> dict[str, object]:
+def memory_facts(found: Outlook, passes: dict[str, Beside], *, previews: bool) -> dict[str, object]:
     """In GiB, of a whole run: training, and what runs before it or beside."""
     (phase, place), peak = found.estimate.highest
     resident = sum(n for c, n in peak.by_category.items() if c in ("base", "trained weights", "optimizer", "averages"))
-    extra = {name: n + (resident if name == DECODING else 0) for name, n in passes.items() if name != DECODING or previews}
+    extra = {n: p.peak + (resident if n == DECODING else 0) for n, p in passes.items() if n != DECODING or previews}
     return {
         "peak_gib": _gib(peak.bytes),
         "reserved_gib": _gib(found.estimate.reserved),
@@ -168,6 +185,7 @@ def memory_facts(found: Outlook, passes: dict[str, int], *, previews: bool) -> d
         "where": f"{phase}, {place}" if place else phase,
         "by_category_gib": {name: _gib(n) for name, n in peak.by_category.items()},
         "other_gib": {name: _gib(n) for name, n in extra.items()},
+        "at_least_gib": {name: _gib(p.least) for name, p in passes.items() if p.least < p.peak},
     }
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dedistill.errors import UserError, amount
 from dedistill.flow.guidance import SkipLayers, guider_of
 from dedistill.models.family import Denoiser, Output
-from dedistill.models.swap import fewest, free_memory, move_rest, spread
+from dedistill.models.swap import move_rest, spread, without_room
 from dedistill.recipe import Recipe
 
 
@@ -44,9 +44,7 @@ def must_wait(recipe: Recipe, blocks: Sequence[nn.Module], denoiser: nn.Module, 
     """
     if recipe.base.swap != "auto":
         return _spread(blocks, recipe.base.swap)
-    free, sizes = free_memory(device), [sum(p.nbytes for p in block.parameters()) for block in blocks]
-    count = 0 if free is None else fewest(sizes, lambda saved: sum(sizes) - saved + SPARE <= free)
-    waiting = _spread(blocks, len(blocks) if count is None else count)
+    waiting = without_room(blocks, device, sum(p.nbytes for block in blocks for p in block.parameters()) + SPARE)
     move_rest(denoiser, device, waiting)
     return waiting
 

@@ -107,6 +107,8 @@ class Denoiser(Protocol):
     def save_config(self, save_directory: Path) -> None: ...
 
 
+CAPTIONS = "encoding captions"
+"""Its networks' blocks wait in the memory of the CPU where the device has no room for them."""
 DECODING = "decoding an image"
 """What previews do while the denoiser stays where it is; other passes come before it."""
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from dedistill.errors import UserError
 from dedistill.models.pretrained import check_vocabulary, load_tokenizer, load_whole
+from dedistill.models.swap import Swap, move_rest, without_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,26 @@ class Encoder:
 CLIP_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 T5_FILES = (("tokenizer.json",), ("spiece.model",))
 Loaded = tuple["PreTrainedTokenizerBase", nn.Module]
+
+
+ENCODING = 2 << 30
+"""Bytes for what a chunk of captions is encoded with beside the weights."""
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """Those of a transformer: its longest list of modules."""
+    return list(max((m for m in network.modules() if isinstance(m, nn.ModuleList)), key=len, default=[]))
+
+
+def placed(network: nn.Module, device: torch.device | str) -> nn.Module:
+    """``network``, of which nothing is trained, on ``device``; where that has no room for all of it some of its blocks wait in
+    the memory of the CPU. It computes the same, to the bit."""
+    needed = sum(p.nbytes for p in network.parameters()) + ENCODING
+    waiting = without_room(blocks_of(network), device, needed)
+    move_rest(network, device, waiting)
+    if waiting:
+        Swap(waiting, device)
+    return network.eval()
 
 
 class PromptEncoders:
@@ -78,7 +99,7 @@ class PromptEncoders:
         for name, encoder in self.encoders.items():
             entries = cast(Any, networks[name]).config.vocab_size
             check_vocabulary(tokenizers[name], entries, places[name], source, padded=encoder.padded)
-        self._loaded = {name: (tokenizers[name], network.to(device).eval()) for name, network in networks.items()}
+        self._loaded = {name: (tokenizers[name], placed(network, device)) for name, network in networks.items()}
 
     def on(self, device: torch.device | str) -> dict[str, Loaded]:
         """Tokenizers and networks by name, the networks where they are, or loaded onto ``device`` now."""

@@ -41,6 +41,14 @@ def fewest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     return next((count for count in (0, *range(LEAST, len(sizes) + 1)) if fits(saved(sizes, count))), None)
 
 
+def without_room(blocks: Sequence[nn.Module], device: torch.device | str, needed: int) -> list[nn.Module]:
+    """As few of ``blocks`` as must wait for ``device`` to hold ``needed`` bytes, of which all of ``blocks`` are a part; all of
+    them where that is not enough, none on a CPU."""
+    free, sizes = free_memory(device), [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    count = 0 if free is None else fewest(sizes, lambda less: needed - less <= free)
+    return [blocks[i] for i in spread(len(blocks) if count is None else count, len(blocks))]
+
+
 def free_memory(device: torch.device | str) -> int | None:
     """Bytes of ``device`` that torch may still take; None on a CPU, of which that is not known."""
     if torch.device(device).type != "cuda":

@@ -7,16 +7,19 @@ from itertools import pairwise, product
 import pytest
 import torch
 from tiny_recipes import adapter_table
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from dedistill.adapters.attach import Adapter, adaptable
 from dedistill.adapters.targets import resolve_targets
 from dedistill.flow.path import flow_loss
+from dedistill.models import swap as swap_module
 from dedistill.models.blocks import checkpoint_blocks
 from dedistill.models.example.family import Example
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
+from dedistill.models.prompts import ENCODING, blocks_of, placed
 from dedistill.models.quantize import cast_float, prepare_base, sample_sha256
-from dedistill.models.swap import Swap, spread
+from dedistill.models.swap import Swap, saved, spread
 from dedistill.recipe.model_tables import Architecture
 
 SIZES = {"heads": 2, "head_dim": 16, "rope_axes": [4, 6, 6], "text_dim": 16, "pooled_dim": 16}
@@ -119,6 +122,31 @@ def test_a_pass_there_and_back_copies_no_block_more_often_than_twice(name, count
         lazy.copied.clear()
         velocity(built, i).sum().backward()
         assert len(lazy.copied) == 2 * (count - 2) + (2 if i == 0 else 0)
+
+
+CONFIGS = {
+    "t5": T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=6, num_heads=4, feed_forward_proj="gated-gelu"),
+    "clip": CLIPTextConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4),
+}
+
+
+@pytest.mark.parametrize(("kind", "waiting"), [("t5", 0), ("t5", 4), ("t5", 6), ("clip", 5)])
+def test_text_encoders_larger_than_the_device_give_the_same(kind, waiting, monkeypatch):
+    """As few of their blocks wait as the memory that is free makes necessary."""
+    torch.manual_seed(0)
+    network = {"t5": T5EncoderModel, "clip": CLIPTextModel}[kind](CONFIGS[kind]).eval()
+    tokens = torch.arange(2 * 9).view(2, 9)
+    with torch.no_grad():
+        truth = [network(tokens).last_hidden_state for _ in range(2)]
+    blocks = blocks_of(network)
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    free = sum(p.nbytes for p in network.parameters()) + ENCODING - saved(sizes, waiting)
+    monkeypatch.setattr(swap_module, "free_memory", lambda device: free)
+    placed(network, "cpu")
+    assert sum(bool(block._forward_pre_hooks) for block in blocks) == waiting and len(blocks) == len(sizes) > 4
+    with torch.no_grad():
+        for one in truth:
+            assert torch.equal(network(tokens).last_hidden_state, one)
 
 
 def test_a_block_used_before_it_came_would_show():

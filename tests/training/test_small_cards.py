@@ -11,7 +11,7 @@ from test_zero import zero
 from tiny_recipes import ADAPTER
 
 from dedistill.errors import UserError
-from dedistill.models import blocks
+from dedistill.models import blocks, swap
 from dedistill.models.flux.tiny import write_tiny_flux
 from dedistill.models.swap import saved
 from dedistill.recipe import load_recipe
@@ -71,7 +71,7 @@ def test_where_images_are_made_as_few_blocks_wait_as_must(six_blocks, tmp_path, 
     sizes = [sum(p.nbytes for p in b.parameters()) for b in whole.family.blocks(whole.components.denoiser)]
     for waiting in (0, 5, 6):
         free = blocks.SPARE + sum(sizes) - saved(sizes, waiting)
-        monkeypatch.setattr(blocks, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(swap, "free_memory", lambda device, free=free: free)
         found = open_finished(load_recipe(six_blocks, [f"run.out={out}", auto, "train.gradient_checkpointing=auto"]))
         assert found.facts.get("swap", {"blocks": 0})["blocks"] == waiting
         assert torch.equal(images_of(six_blocks, out, auto, "train.gradient_checkpointing=auto"), truth)

@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from dedistill.io.json_files import read_object
-from dedistill.models.family import Pass
+from dedistill.models.family import CAPTIONS, Pass
 from dedistill.models.prompts import CHUNK, CLIP_TOKENS
 from dedistill.models.vae import vae_passes
 
@@ -29,7 +29,7 @@ def passes(folder: Path, height: int, width: int, length: int) -> dict[str, Pass
         tokens = torch.ones(CHUNK, length, dtype=torch.long)
         return clip(tokens[:, :CLIP_TOKENS]).pooler_output, t5(tokens, attention_mask=tokens).last_hidden_state
 
-    return {"encoding captions": Pass([t5, clip], captions)} | vae_passes(folder / "vae", height, width, channels=16)
+    return {CAPTIONS: Pass([t5, clip], captions)} | vae_passes(folder / "vae", height, width, channels=16)
 
 
 def _config(folder: Path, published: dict[str, Any]) -> dict[str, Any]:

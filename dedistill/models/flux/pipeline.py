@@ -1,8 +1,6 @@
 """A pipeline for those who use the result in diffusers: both branches of the guidance with their own text and mask."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from dedistill.models.flux.encoders import encode
 from dedistill.models.flux.family import BypassedGuidance
 from dedistill.models.flux.network import MASKING_BACKENDS, MASKS, FluxBlocks, flux_velocity
 from dedistill.models.pretrained import check_folder
+from dedistill.models.prompts import blocks_of
 from dedistill.models.swap import LEAST, Swap, move_rest, spread
 
 GUIDANCE = 3.5
@@ -146,7 +145,7 @@ class MaskedFluxPipeline(FluxPipeline):
 
     def enable_block_swap(self, blocks: int, device: torch.device | str = "cuda") -> None:
         """Draw on ``device`` with a transformer that is larger: ``blocks`` of its blocks, at least 3, wait in the memory of the
-        CPU and are copied one ahead of their use; text encoders are on the device while prompts are encoded. The images are the
+        CPU and are copied one ahead of their use, and so do all of the text encoders'. The images are the
         same. Takes the place of ``to(device)``; load adapters before. Raises UserError for another number of blocks.
         """
         own = FluxBlocks().blocks(self.transformer)
@@ -155,8 +154,10 @@ class MaskedFluxPipeline(FluxPipeline):
                 f"enable_block_swap({blocks}): this transformer has {len(own)} blocks, and at least {LEAST} must wait"
             )
         waiting = [own[i] for i in spread(blocks, len(own))]
-        move_rest(self.transformer, device, waiting)
-        Swap(waiting, device)
+        every = ((encoder, blocks_of(encoder)) for encoder in (self.text_encoder, self.text_encoder_2))
+        for network, some in ((self.transformer, waiting), *every):
+            move_rest(network, device, some)
+            Swap(some, device)
         self.vae.to(device)
         self._swapping_on = torch.device(device)
 
@@ -204,24 +205,11 @@ class MaskedFluxPipeline(FluxPipeline):
             if len(ids) > use.text_length:
                 logger.warning(f"only {use.text_length} of {len(ids)} tokens are used of the prompt '{prompt[:60]}...'")
         encoders = self.tokenizer, self.tokenizer_2, self.text_encoder, self.text_encoder_2
-        with self._encoders_there():
-            text = encode(*encoders, prompts, use.text_length, t5_mask=use.t5_mask, device=self._execution_device)
+        text = encode(*encoders, prompts, use.text_length, t5_mask=use.t5_mask, device=self._execution_device)
         dtype = self.transformer.dtype
         text = text.each(lambda t: t.to(dtype) if t.is_floating_point() else t)
         text = text.index_select(torch.arange(len(prompts)).repeat_interleave(copies))
         return text.trimmed() if use.mask == "bool" else text
-
-    @contextmanager
-    def _encoders_there(self) -> Iterator[None]:
-        """On the device for as long as this lasts, where blocks wait for lack of room."""
-        encoders = (self.text_encoder, self.text_encoder_2) if self._swapping_on else ()
-        for encoder in encoders:
-            encoder.to(self._swapping_on)
-        try:
-            yield
-        finally:
-            for encoder in encoders:
-                encoder.to("cpu")
 
     def _check_backends(self, texts: list[Conditioning], mask: str) -> None:
         """Refuse a backend set for single layers; the one set for the whole process is checked where masks are made."""
