@@ -46,6 +46,12 @@ class Names:
         self.onetrainer = {f"lora_{folder}_" + n.replace(".", "_") for n in shapes}
         self.original = {f"diffusion_model.{name}" for name in original}
         self.kohya = {naming.kohya_name(name) for name in original} if naming else set()
+        self.sd_scripts = (
+            {naming.kohya_name(name) for name in original if not (left := naming.KOHYA_LEAVES_OUT) or left not in name}
+            if naming
+            else set()
+        )
+        self.converted = bool(naming and naming.DIFFUSERS_CONVERTS)
         self.kohya_blocks = {naming.kohya_name(name) for name in original if "_blocks." in name} if naming else set()
         self.qkv = {f"diffusion_model.{name}" for name in other if name.endswith("_qkv")}
         self.processors = {name for name in other if ".processor." in name}
@@ -93,10 +99,17 @@ def _simpletuner(t: Tensors, names: Names) -> Found:
 
 
 def _sd_scripts(t: Tensors, names: Names) -> Found:
-    return Found(_take(t, {name for name in names.kohya if "final_layer" not in name}, _KOHYA))
+    return Found(_take(t, names.sd_scripts, _KOHYA))
+
+
+_NOT_PEFT = "has no LoRA in PEFT's names"
 
 
 def _load_lora_weights(t: Tensors, names: Names) -> Found:
+    if not names.converted:
+        wrong = next((key for key in t if "lora" not in key), "")
+        taken = _take(t, names.transformer, PEFT)
+        return Found(taken, "" if taken else _NOT_PEFT) if not wrong else Found(why=f"raises an error at '{wrong}'")
     if any(".lora_down.weight" in key for key in t):
         return _diffusers_from_kohya(t, names)
     if any("processor" in key for key in t):
@@ -105,7 +118,7 @@ def _load_lora_weights(t: Tensors, names: Names) -> Found:
         return Found(why="takes names under base_model for a file of fal's, of all layers of all blocks")
     if _take(t, names.transformer, PEFT):
         return Found(_take(t, names.transformer, {*PEFT, "alpha"}))
-    return Found(why="has no LoRA in PEFT's names")
+    return Found(why=_NOT_PEFT)
 
 
 def _diffusers_from_kohya(t: Tensors, names: Names) -> Found:

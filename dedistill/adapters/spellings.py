@@ -22,6 +22,11 @@ class LayerNames(Protocol):
     KOHYA_MODULE: str
     """What sd-scripts calls the code that reads its LoRA files of this network."""
 
+    KOHYA_LEAVES_OUT: str
+    """What is in the original names of layers that sd-scripts does not load; empty: it loads all."""
+    DIFFUSERS_CONVERTS: bool
+    """Whether ``load_lora_weights`` of diffusers' pipeline takes LoRA in other names than PEFT's."""
+
     def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
         """The original module that holds ``module``, and all modules that it holds, in the order of its rows."""
 

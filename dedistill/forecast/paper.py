@@ -114,7 +114,7 @@ def on_paper(recipe: Recipe) -> Recipe:
     tables = {
         "train": {"precision": precision, "steps": 10**9, "warmup": 0, "batch": make_plan(recipe).micro_batch},
         "timesteps": {"shift": 1.0},
-        "sample": {"shift": 1.0},
+        "sample": {"shift": 1.0, "guider": "cfg"},  # which may name blocks that the shorter networks measured do not have
         "data": {"caption_dropout": 0.0},
         "meters": {"every": 0},
         "preview": {"every": 0},

@@ -63,7 +63,7 @@ def write_card(
         "family": spec.name,
         "guidance": guidance,
     }
-    fields |= {"masked": facts.get("mask") == "bool", "call": _call(guidance)}
+    fields |= {"masked": facts.get("mask") == "bool", "call": _call(guidance), "facts": facts}
     recipes = [read_recipe(m["recipe"]) for m in merges]
     trained = [{"step": t["step"], "training": _training(read_recipe(t["recipe"]))} for t in facts.get("trained", [])]
     body = _template(_OWN, "templates/card.md.j2").render(

@@ -77,6 +77,8 @@ _OTHER: dict[str, dict[str, int]] = {
 
 KOHYA_MODULE = "networks.lora_flux"
 """What sd-scripts calls the code that reads its LoRA files of this network."""
+KOHYA_LEAVES_OUT = "final_layer"
+DIFFUSERS_CONVERTS = True
 
 
 def original_parts(module: str) -> tuple[str, tuple[str, ...]]:

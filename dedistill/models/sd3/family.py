@@ -117,7 +117,8 @@ class Sd3(PipelineFamily):
         write_tiny_sd3(folder, layers=small[0], dual=small[1], positions=config["pos_embed_max_size"])
 
     def text_facts(self, components: Components) -> dict[str, Any]:
-        return {"t5_mask": False, "absent": " ".join(cast(Sd3Text, components.text).absent())}
+        absent = " ".join(cast(Sd3Text, components.text).absent())
+        return {"t5_mask": False} | ({"absent": absent} if absent else {})
 
     def encode_text(self, components: Components, captions: list[str], length: int) -> Conditioning:
         return cast(Sd3Text, components.text)(captions, length, components.device)

@@ -18,6 +18,8 @@ from dedistill.models.original_names import fused_plan
 
 KOHYA_MODULE = "networks.lora_sd3"
 """What sd-scripts calls the code that reads its LoRA files of this network."""
+KOHYA_LEAVES_OUT = ""
+DIFFUSERS_CONVERTS = False
 
 # original module -> diffusers modules, in the order of its rows
 _TOP: dict[str, tuple[str, ...]] = {

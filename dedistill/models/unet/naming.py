@@ -92,6 +92,8 @@ class LdmNames:
     # --- LayerNames ------------------------------------------------------------------------------------------------------
 
     KOHYA_MODULE = "networks.lora"
+    KOHYA_LEAVES_OUT = ""
+    DIFFUSERS_CONVERTS = True
 
     def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
         return self.original(module), (module,)
