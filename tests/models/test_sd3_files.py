@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from dedistill.adapters.attach import Adapter, adaptable
 from dedistill.adapters.compatibility import check_adapter
+from dedistill.adapters.delta import weight_change
 from dedistill.adapters.formats import ADAPTER_FORMATS, as_kohya, by_layer, is_lora
 from dedistill.adapters.targets import Resolved
 from dedistill.errors import UserError
@@ -150,8 +151,6 @@ def written(layers, shapes, format: str) -> dict[str, torch.Tensor]:
 )
 def test_adapter_files_are_read_back(adapted, kind, format):
     """The same change of every linear; kohya's fused and swapped ones too."""
-    from dedistill.adapters.delta import weight_change
-
     layers, shapes, _ = adapted[kind]
     again = by_layer(written(layers, shapes, format), shapes, "x", naming=naming)
     assert again.keys() == layers.keys()
@@ -171,7 +170,7 @@ def test_load_lora_weights_is_what_diffusers_does(adapted, folder, format, tmp_p
     before = asked(pipe.transformer)
     try:
         pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
-    except ValueError:
+    except (ValueError, IndexError):
         assert said.why and not said.loaded
         return
     with torch.no_grad():
