@@ -118,8 +118,8 @@ def choose_kernels(*, exact: bool) -> None:
         os.environ[MEMORY[0]] = "expandable_segments:True"
     import torch
 
-    # cuDNN's attention backward (torch 2.11, H100) reads a gradient that is not contiguous as if it were: wrong gradients,
-    # NaN or an illegal memory access, after a loss that is right.
+    # cuDNN's attention backward (torch 2.11, H100 and H200) reads a gradient as if it lay in memory as the output does: where
+    # it does not, wrong gradients, NaN or an illegal memory access, after a loss that is right.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if exact and torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

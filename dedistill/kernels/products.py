@@ -20,8 +20,10 @@ def quantized(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """int8 codes [m, n] and float32 scale [m, 1] of x [m, n], contiguous, times factor [n], or 1 without."""
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    n = x.shape[1]
-    _quantize[(len(x),)](x, x if factor is None else factor, codes, scale, n, factor is not None, triton.next_power_of_2(n))
+    n, block = x.shape[1], triton.next_power_of_2(x.shape[1])
+    # 32 numbers a thread, as far as there are threads: more do not fit its registers
+    warps = min(16, max(4, block // 1024))
+    _quantize[(len(x),)](x, x if factor is None else factor, codes, scale, n, factor is not None, block, num_warps=warps)
     return codes, scale
 
 
