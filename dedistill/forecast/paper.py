@@ -174,7 +174,7 @@ def run(trainer: Trainer, meter: Meter, *, adds: bool) -> None:
 
 def _make_gradients(parameters: Iterable[Tensor]) -> None:
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
 
 
 def _name_phases(trainer: Trainer, meter: Meter) -> None:

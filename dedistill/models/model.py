@@ -42,9 +42,9 @@ from dedistill.recipe.resolve import filled
 from dedistill.recipe.schema import shift_in_numbers
 
 CHUNK = 256
-ARITHMETIC = 2
+ARITHMETIC = 3
 """Raised when the same weights and samples give other numbers than before, by rounding. 2: adapters and what they are put on
-compute in the base's dtype, without autocast."""
+compute in the base's dtype, without autocast. 3: gradients of bf16 adapters are summed in float32."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
-from dedistill.training.optim import load_optimizer_tensors, make_optimizer, not_finite, optimizer_tensors, state_norm
+from dedistill.training.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 # --- the gradient of a batch to the last bit, whoever computed which part of it --------------------------------------
 
@@ -50,7 +50,7 @@ class ExactGradients:
         self.world.all_reduce_([*self.sums, self.refused])
         for total, parameter in zip(self.sums, self.parameters):
             exact = total.double() * RESOLUTION
-            parameter.grad = exact.where(self.refused == 0, torch.nan).to(parameter.dtype)
+            parameter.grad = exact.where(self.refused == 0, torch.nan).to(parameter.grad_dtype)
             total.zero_()
         self.refused.zero_()
 
@@ -96,6 +96,8 @@ class Engine:
         done so before. Raises UserError when what was asked for is not what came of it."""
         self.model, self.trainable = model, model.trainable()
         parameters = list(self.trainable.values())
+        for parameter in parameters:
+            parameter.grad_dtype = torch.float32  # bf16 would round the small ones of many micro-batches away
         self.optimizer = make_optimizer(self.recipe, parameters)
         self.exact = ExactGradients(parameters, self.world, self.recipe.train.batch) if self.recipe.train.exact else None
 
@@ -115,33 +117,33 @@ class Engine:
         gradients = []
         for parameter in self.trainable.values():
             if parameter.grad is None:  # this rank had nothing to do
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             gradients.append(parameter.grad)
         self.world.all_reduce_(gradients)
 
-    def norm(self) -> float:
-        """The norm of the finished gradient, which is clipped as the recipe says."""
+    def norm(self) -> Tensor:
+        """The norm of the finished gradient, which is clipped as the recipe says: float32, the same on every process. Its
+        device is not waited for."""
         limit = self.recipe.train.max_grad_norm or math.inf  # with infinity it is only measured
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit, foreach=True)
-        # read together with what nonfinite_state must know, so that the device is waited for once
-        measured = torch.stack([norm.float(), state_norm(optimizer_tensors(self.optimizer, self.trainable), norm.device)])
-        grad_norm, self.state_norm = measured.tolist()
-        return grad_norm
+        return torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit, foreach=True).float()
 
     def apply(self, lr: float) -> None:
         """One step of the optimizer. The gradients are gone afterwards."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        coarse = [p for p in self.trainable.values() if p.dtype != torch.float32]
+        for parameter in coarse:  # one by one: no device has room for all of them twice
+            gradient, parameter.grad = parameter.grad, None
+            parameter.grad_dtype = parameter.dtype
+            parameter.grad = gradient.to(parameter.dtype)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in coarse:
+            parameter.grad_dtype = torch.float32
 
     def discard(self) -> None:
         """Forget the gradients; nothing else changes."""
         self.optimizer.zero_grad(set_to_none=True)
-
-    def nonfinite_state(self) -> list[str]:
-        """Tensors of the optimizer that were not finite when ``norm`` was called; the same on every process."""
-        return [] if math.isfinite(self.state_norm) else not_finite(optimizer_tensors(self.optimizer, self.trainable))
 
     def replicated_params(self) -> dict[str, nn.Parameter]:
         """Trained parameters of which every process holds all, to be compared between them."""

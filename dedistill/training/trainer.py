@@ -15,7 +15,7 @@ from torch import Tensor
 from dedistill.data.source import QuarantineSource, Source
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.distributed.world import ceil_div
-from dedistill.errors import UserError, amount, enough_memory
+from dedistill.errors import amount, enough_memory
 from dedistill.evaluation.validation import Meters, Validator
 from dedistill.models.model import Model
 from dedistill.objectives.base import NoisyBatch, objective_for
@@ -178,8 +178,7 @@ class Trainer:
 
     def train_step(self, step: int, micro_batches: MicroBatches) -> Row:
         """One optimizer step over all slots of the global batch; every sample weighs the same. Returns its row."""
-        losses, sigmas = self._gradients(micro_batches)
-        grad_norm = self.engine.norm()
+        losses, sigmas, grad_norm = self._gradients(micro_batches)
         lr = learning_rate(self.recipe, step)
         names = partial(self.objective.source.names, self.recipe.run.seed, step, batch=self.plan.batch)
         # all of this is the same on every process, so all decide alike
@@ -188,13 +187,6 @@ class Trainer:
             self.engine.discard()
             self.state.skipped += 1
         else:
-            # such a state would spoil every weight it touches, however good the gradient
-            if bad := self.engine.nonfinite_state():
-                tensors = amount(len(bad), "tensor that is", "tensors that are")
-                raise UserError(
-                    f"before step {step + 1} the optimizer state holds {tensors} not finite, e.g. {bad[0]}. "
-                    "The step was not applied; start again to go on from the last checkpoint."
-                )
             self.engine.apply(lr)
             self.change_check.applied += 1
             self.keeper.averages.update(step + 1)
@@ -206,13 +198,14 @@ class Trainer:
             return {**row, "loss": str(mean), "grad_norm": str(grad_norm), **wrong}  # JSON has no NaN
         return row | {"sigma_mean": float(sigmas.mean()), "sigma_loss": sigma_bins(losses, sigmas, self.recipe.log.sigma_bins)}
 
-    def _gradients(self, micro_batches: MicroBatches) -> tuple[Tensor, Tensor]:
-        """Leave the gradient of the whole batch in place; (losses [B], sigmas [B]).
+    def _gradients(self, micro_batches: MicroBatches) -> tuple[Tensor, Tensor, float]:
+        """Leave the gradient of the whole batch in place; (losses [B], sigmas [B], norm of the gradient).
 
         What comes back is of all processes, in the order of positions, so that it does not depend on who did what.
         """
         positions: list[int] = []
-        losses, sigmas = [], []
+        losses: list[Tensor] = []
+        sigmas: list[float] = []
         heartbeat.step = self.state.step
         while True:
             start = time.monotonic()
@@ -228,20 +221,17 @@ class Trainer:
             self.engine.backward(loss.sum() / self.plan.batch, counts=len(counted) > 0)
             positions += counted.tolist()
             losses.append(loss.detach()[: len(counted)])
-            sigmas.append(noisy.sigma[: len(counted)])
-        # read once: a GPU goes on while the next micro-batch is prepared
-        numbers = (torch.cat(parts).tolist() if parts else [] for parts in (losses, sigmas))
-        slots = list(zip(positions, *numbers, strict=True))
+            sigmas += noisy.sigma[: len(counted)].tolist()
         # words before gradients: they may be waited for longer, and not on the GPU (see World)
-        gathered = self.world.gather((slots, self.stop.poll()))
-        self.stopping = max(request["stop"] for _, request in gathered)
-        self.requests = {
-            "save": any(request["save"] for _, request in gathered),
-            "sample": any(request["sample"] for _, request in gathered),
-        }
+        asked = self.world.gather(self.stop.poll())
+        self.stopping = max(request["stop"] for request in asked)
+        self.requests = {key: any(request[key] for request in asked) for key in ("save", "sample")}
         self.engine.finish()
-        _, every_loss, every_sigma = zip(*sorted(slot for own, _ in gathered for slot in own))
-        return torch.tensor(every_loss), torch.tensor(every_sigma)
+        # the only time that a GPU is waited for
+        *numbers, grad_norm = torch.cat([*losses, self.engine.norm()[None]]).tolist()
+        own = list(zip(positions, numbers, sigmas, strict=True))
+        _, every_loss, every_sigma = zip(*sorted(slot for slots in self.world.gather(own) for slot in slots))
+        return torch.tensor(every_loss), torch.tensor(every_sigma), grad_norm
 
     # --- between two steps -------------------------------------------------------------------------------------------
 

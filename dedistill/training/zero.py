@@ -22,7 +22,7 @@ from dedistill.models.model import Model
 from dedistill.models.quantize import check_engine
 from dedistill.recipe import Recipe
 from dedistill.training.engine import Engine, bits
-from dedistill.training.optim import make_optimizer, not_finite, state_entries
+from dedistill.training.optim import make_optimizer, state_entries
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PART = "ds_tensor"
@@ -64,7 +64,6 @@ class Zero(Engine):
         self.engine, *_ = self.deepspeed.initialize(model=root, optimizer=optimizer, config=config)
         self.zero = self.engine.optimizer
         self.optimizer = self.zero.optimizer
-        self.any_spoilt = False
         model.root, model.components.device = self.engine, self.engine.device
         self._check_stage(root)
         model.facts["storage_bytes_here"] = local_bytes(model.components.denoiser)
@@ -99,13 +98,11 @@ class Zero(Engine):
         """This process's parts of the finished gradient."""
         return [part for group in self.zero.averaged_gradients.values() for part in group]
 
-    def norm(self) -> float:
-        """DeepSpeed clips in its step, by the same norm. What ``nonfinite_state`` must know from the others travels along."""
+    def norm(self) -> Tensor:
+        """DeepSpeed clips in its step, by the same norm."""
         square = torch.stack(torch._foreach_norm(self._gradients())).square().sum()
-        sums = torch.stack([square, square.new_tensor(float(len(self._spoilt_here())))])
-        self.world.all_reduce_([sums])
-        self.any_spoilt = bool(sums[1])
-        return float(sums[0].sqrt())
+        self.world.all_reduce_([square])
+        return square.sqrt().float()
 
     def apply(self, lr: float) -> None:
         for group in self.zero.param_groups:
@@ -121,13 +118,6 @@ class Zero(Engine):
             part.fill_(torch.nan)
         self.zero.step()
         self.zero.zero_grad()
-
-    def nonfinite_state(self) -> list[str]:
-        return sorted(name for names in self.world.gather(self._spoilt_here()) for name in names) if self.any_spoilt else []
-
-    def _spoilt_here(self) -> list[str]:
-        states = self.optimizer.state.values()
-        return not_finite({f"{key} of rank {self.world.rank}": state[key] for state in states for key in MOMENTS})
 
     def replicated_params(self) -> dict[str, nn.Parameter]:
         return self.trainable if self.stage == 2 else {}
