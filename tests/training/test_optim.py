@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.flow import keyed
+from dedistill.models.model import build_model
+from dedistill.recipe import load_recipe
 from dedistill.recipe.resolve import recipe_of
 from dedistill.recipe.schema import Recipe
+from dedistill.training.engine import Engine
 from dedistill.training.optim import (
     learning_rate,
     load_optimizer_tensors,
@@ -311,3 +315,21 @@ def test_moments_are_told_apart_from_what_is_not_finite(number, named):
     tensors = {"a/m": torch.ones(5), "b/m": torch.tensor([0.0, number]), "b/step": torch.tensor(math.nan)}
     assert not_finite({"a/m": tensors["a/m"]}) == []
     assert not_finite({n: t for n, t in tensors.items() if t.dim()}) == named
+
+
+def test_small_gradients_of_a_bf16_adapter_are_not_rounded_away(adapter_recipe):
+    """Of many micro-batches; the optimizer then takes their sum, rounded once, step after step."""
+    given = load_recipe(adapter_recipe, ["train.optimizer=adamw_bf16", "train.precision=bf16"])
+    engine, model = Engine(given, World()), build_model(given)
+    engine.place(model, "cpu")
+    for _ in range(2):
+        first, second = list(engine.trainable.values())[:2]
+        before = first.detach().clone()
+        for share in (1.0, *[2.0**-9] * 64):  # in bf16 1 + 2^-9 is 1
+            engine.backward(share * first.float().sum(), counts=True)
+        engine.finish()
+        assert (first.grad == 1.125).all() and (second.grad == 0).all() and first.dtype == torch.bfloat16
+        assert float(engine.norm()) == pytest.approx(1.125 * first.numel() ** 0.5, rel=1e-6)
+        engine.apply(1e-2)
+        assert first.grad is None and not torch.equal(first, before)
+        assert all(state["exp_avg"].dtype == torch.bfloat16 for state in engine.optimizer.state.values())

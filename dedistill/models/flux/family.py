@@ -9,8 +9,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import FluxTransformer2DModel
-from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
-from torch import Tensor, nn
+from torch import nn
 
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
@@ -18,7 +17,7 @@ from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.family import Components, Pass, Unseen
 from dedistill.models.flux import SPEC, loading
 from dedistill.models.flux.encoders import FluxText
-from dedistill.models.flux.network import FluxBlocks, flux_velocity
+from dedistill.models.flux.network import BypassedGuidance, FluxNetwork
 from dedistill.models.flux.published import shape_of
 from dedistill.models.pipeline_family import PipelineFamily
 from dedistill.models.places import locate, named_path
@@ -29,7 +28,7 @@ from dedistill.recipe.resolve import filled
 PATCH = 2
 
 
-class Flux(FluxBlocks, PipelineFamily):
+class Flux(FluxNetwork, PipelineFamily):
     spec = SPEC
     patch = PATCH
     max_text_length = 512
@@ -116,33 +115,6 @@ class Flux(FluxBlocks, PipelineFamily):
 
     def encode_text(self, components: Components, captions: list[str], length: int) -> Conditioning:
         return _text(components)(captions, length, components.device)
-
-    def velocity(
-        self,
-        components: Components,
-        denoiser: nn.Module,
-        noisy: Tensor,
-        sigma: Tensor,
-        text: Conditioning,
-        guidance: float | None = None,
-    ) -> Tensor:
-        """``guidance`` None: the value of training."""
-        value = components.guidance if guidance is None else guidance
-        embedding = _denoiser(components).time_text_embed
-        if value is not None and type(embedding) is not CombinedTimestepGuidanceTextProjEmbeddings:
-            raise UserError("this network has no guidance embedding, or bypasses it; leave the distilled guidance out")
-        fed = None if value is None else torch.full((len(noisy),), value, device=noisy.device)
-        if type(embedding) is BypassedGuidance:
-            fed = torch.zeros(len(noisy), device=noisy.device)  # diffusers wants a number; it is not looked at
-        return flux_velocity(denoiser, embedding, noisy, sigma, text, patch=PATCH, mask=components.mask, guidance=fed)
-
-
-class BypassedGuidance(CombinedTimestepGuidanceTextProjEmbeddings):
-    """Time and pooled text only, as Flex.1-alpha is trained; the guidance embedder keeps its weights and is not called."""
-
-    def forward(self, timestep: Tensor, guidance: Tensor, pooled_projection: Tensor) -> Tensor:
-        time = self.timestep_embedder(self.time_proj(timestep).to(pooled_projection.dtype))
-        return time + self.text_embedder(pooled_projection)
 
 
 def _denoiser(components: Components) -> FluxTransformer2DModel:

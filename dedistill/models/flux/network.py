@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.models.conditioning import Conditioning
-from dedistill.models.family import Output, States, check_sigma, float_dtype
+from dedistill.models.family import Components, Output, States, check_sigma, float_dtype
 from dedistill.models.flux import naming
 
 MASKS = ("bool", "none", "libreflux")
@@ -31,33 +32,36 @@ keep the first n keys, n the number of unmasked ones: with padding between text 
 
 def flux_velocity(
     denoiser: nn.Module,
-    time_text_embed: nn.Module,
+    network: FluxTransformer2DModel,
     noisy: Tensor,
     sigma: Tensor,
     text: Conditioning,
     *,
-    patch: int,
     mask: str,
     guidance: Tensor | None = None,
 ) -> Tensor:
-    """noise - data as a FluxTransformer2DModel (or a module around one) predicts it.
+    """noise - data as ``denoiser``, which is ``network`` or a module around it, predicts it.
 
     noisy [B, C, H, W], sigma [B] float32 in [0, 1], guidance [B] or None. mask: "bool" hides padding, "none" lets it
     take part, "libreflux" adds 1 to the scores of all that is not padding, as that model was trained.
     """
     check_sigma(sigma)
     channels, height, width = noisy.shape[1:]
-    tokens, dtype = height * width // patch**2, float_dtype(time_text_embed)
-    with exact_timestep(time_text_embed, sigma, guidance):
+    patch, dtype = patch_of(network, channels), float_dtype(network.time_text_embed)
+    rows, columns, words = height // patch, width // patch, text.tokens.mask.shape[1]
+    with (
+        exact_timestep(network.time_text_embed, sigma, guidance),
+        known_positions(network.pos_embed, rows, columns, words, noisy.device),
+    ):
         out = denoiser(
             hidden_states=patchify(noisy, patch).to(dtype),
             encoder_hidden_states=text.tokens.embeds.to(dtype),  # cached text keeps its encoders' dtype
             pooled_projections=text.vectors["pooled"].to(dtype),
             timestep=sigma.float(),
             guidance=guidance,
-            img_ids=image_ids(height // patch, width // patch, noisy.device),
-            txt_ids=torch.zeros(text.tokens.embeds.shape[1], 3, device=noisy.device),
-            joint_attention_kwargs=attention_mask(text.tokens.mask, tokens, mask, dtype, noisy.device),
+            img_ids=torch.empty(0, 3, device=noisy.device),  # positions are known
+            txt_ids=torch.empty(0, 3, device=noisy.device),
+            joint_attention_kwargs=attention_mask(text.tokens.mask, rows * columns, mask, dtype, noisy.device),
             return_dict=False,
         )[0]
     return unpatchify(out, patch, channels, height, width)
@@ -76,6 +80,32 @@ def exact_timestep(embedding: nn.Module, sigma: Tensor, guidance: Tensor | None 
         yield
     finally:
         hook.remove()
+
+
+KEPT = 64
+"""Sizes of images whose positions are kept, 4 MB each at 1024 x 1024."""
+
+
+@contextmanager
+def known_positions(embedding: nn.Module, rows: int, columns: int, words: int, device: torch.device) -> Iterator[None]:
+    """Let ``embedding`` compute the positions of an image of ``rows`` x ``columns`` tokens once: in float64, in a hundred small
+    kernels, which diffusers runs in every pass. All ``words`` of the text have the position (0, 0, 0), kept as the first."""
+    kept: dict[object, tuple[Tensor, Tensor]] = vars(embedding).setdefault("kept", {})
+    if (key := (rows, columns, device)) not in kept:
+        if len(kept) >= KEPT:
+            del kept[next(iter(kept))]
+        kept[key] = embedding(torch.cat([torch.zeros(1, 3, device=device), image_ids(rows, columns, device)]))
+    whole = tuple(torch.cat([part[:1].expand(words, -1), part[1:]]) for part in kept[key])
+    embedding.forward = lambda ids: whole
+    try:
+        yield
+    finally:
+        del embedding.forward
+
+
+def patch_of(network: FluxTransformer2DModel, channels: int) -> int:
+    """Side of a patch in samples of so many channels."""
+    return round((network.config.in_channels / channels) ** 0.5)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -126,8 +156,35 @@ def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
     return ids.reshape(-1, 3)
 
 
-class FluxBlocks:
-    """What every family with FLUX's network says of its blocks."""
+class BypassedGuidance(CombinedTimestepGuidanceTextProjEmbeddings):
+    """Time and pooled text only, as Flex.1-alpha is trained; the guidance embedder keeps its weights and is not called."""
+
+    def forward(self, timestep: Tensor, guidance: Tensor, pooled_projection: Tensor) -> Tensor:
+        time = self.timestep_embedder(self.time_proj(timestep).to(pooled_projection.dtype))
+        return time + self.text_embedder(pooled_projection)
+
+
+class FluxNetwork:
+    """What every family with FLUX's network says of it."""
+
+    def velocity(
+        self,
+        components: Components,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """``guidance`` None: the value of training."""
+        network: FluxTransformer2DModel = components.denoiser
+        value = components.guidance if guidance is None else guidance
+        if value is not None and type(network.time_text_embed) is not CombinedTimestepGuidanceTextProjEmbeddings:
+            raise UserError("this network has no guidance embedding, or bypasses it; leave the distilled guidance out")
+        fed = None if value is None else torch.full((len(noisy),), value, device=noisy.device)
+        if type(network.time_text_embed) is BypassedGuidance:
+            fed = torch.zeros(len(noisy), device=noisy.device)  # diffusers wants a number; it is not looked at
+        return flux_velocity(denoiser, network, noisy, sigma, text, mask=components.mask, guidance=fed)
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         flux: FluxTransformer2DModel = denoiser

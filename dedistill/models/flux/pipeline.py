@@ -21,8 +21,7 @@ from dedistill.io.json_files import read_object
 from dedistill.models.blocks import without_blocks
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.flux.encoders import encode
-from dedistill.models.flux.family import BypassedGuidance
-from dedistill.models.flux.network import MASKING_BACKENDS, MASKS, FluxBlocks, flux_velocity
+from dedistill.models.flux.network import MASKING_BACKENDS, MASKS, BypassedGuidance, FluxNetwork, flux_velocity
 from dedistill.models.pretrained import check_folder
 from dedistill.models.prompts import blocks_of
 from dedistill.models.swap import LEAST, Swap, move_rest, spread
@@ -126,11 +125,9 @@ class MaskedFluxPipeline(FluxPipeline):
             text = texts[Branch(prompt=branch.prompt)]
             sigma = (t.float() / 1000).expand(len(noisy))
             guidance = torch.full_like(sigma, guidance_scale) if self.transformer.config.guidance_embeds else None
-            denoiser, family = self.transformer, FluxBlocks()
+            denoiser, family = self.transformer, FluxNetwork()
             with without_blocks(family.blocks(denoiser), branch.without, family.unchanged):
-                return flux_velocity(
-                    denoiser, denoiser.time_text_embed, noisy, sigma, text, patch=2, mask=use.mask, guidance=guidance
-                )
+                return flux_velocity(denoiser, denoiser, noisy, sigma, text, mask=use.mask, guidance=guidance)
 
         grid, memory = np.array([*(timesteps / 1000).tolist(), 0.0]), dict[int, Tensor]()
         with self.progress_bar(total=len(timesteps)) as progress:
@@ -148,7 +145,7 @@ class MaskedFluxPipeline(FluxPipeline):
         CPU and are copied one ahead of their use, and so do all of the text encoders'. The images are the
         same. Takes the place of ``to(device)``; load adapters before. Raises UserError for another number of blocks.
         """
-        own = FluxBlocks().blocks(self.transformer)
+        own = FluxNetwork().blocks(self.transformer)
         if not LEAST <= blocks <= len(own):
             raise UserError(
                 f"enable_block_swap({blocks}): this transformer has {len(own)} blocks, and at least {LEAST} must wait"

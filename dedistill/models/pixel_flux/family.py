@@ -6,14 +6,14 @@ from typing import cast
 
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import MADE, Components, Pass
-from dedistill.models.flux.network import FluxBlocks, flux_velocity
+from dedistill.models.flux.network import FluxNetwork, patch_of
 from dedistill.models.pixel_flux import SPEC
 from dedistill.models.pretrained import load_whole, without_weights
 from dedistill.models.words import WordEncoder
@@ -21,7 +21,7 @@ from dedistill.recipe.model_tables import Architecture, Model
 from dedistill.recipe.resolve import filled
 
 
-class PixelFlux(FluxBlocks):
+class PixelFlux(FluxNetwork):
     spec = SPEC
     max_text_length = 512
 
@@ -124,22 +124,6 @@ class PixelFlux(FluxBlocks):
     def encode_text(self, components: Components, captions: list[str], length: int) -> Conditioning:
         return _text(components)(captions, length)
 
-    def velocity(
-        self,
-        components: Components,
-        denoiser: nn.Module,
-        noisy: Tensor,
-        sigma: Tensor,
-        text: Conditioning,
-        guidance: float | None = None,
-    ) -> Tensor:
-        if guidance is not None:
-            raise UserError(f"{self.spec.name} has no guidance embedding; leave guidance out")
-        patch = _patch(noisy.shape[1], _denoiser(components))
-        return flux_velocity(
-            denoiser, _denoiser(components).time_text_embed, noisy, sigma, text, patch=patch, mask=components.mask
-        )
-
     def encode_images(self, components: Components, pixels: Tensor, noise: Tensor) -> Tensor:
         """The pixels themselves; as grey, where there is one channel."""
         return pixels if components.sample_shape[0] == pixels.shape[1] else pixels.mean(1, keepdim=True)
@@ -169,9 +153,5 @@ def _text(components: Components) -> WordEncoder:
     return cast(WordEncoder, components.text)
 
 
-def _patch(channels: int, denoiser: FluxTransformer2DModel) -> int:
-    return round((denoiser.config.in_channels / channels) ** 0.5)
-
-
 def _tokens(image: tuple[int, ...], denoiser: FluxTransformer2DModel) -> int:
-    return image[1] * image[2] // _patch(image[0], denoiser) ** 2
+    return image[1] * image[2] // patch_of(denoiser, image[0]) ** 2
