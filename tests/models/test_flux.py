@@ -15,7 +15,7 @@ from dedistill.flow import keyed
 from dedistill.models.conditioning import collate
 from dedistill.models.flux.family import Flux
 from dedistill.models.flux.naming import to_bfl
-from dedistill.models.flux.network import attention_mask
+from dedistill.models.flux.network import attention_mask, image_ids
 from dedistill.models.flux.published import shape_of
 from dedistill.models.flux.tiny import write_tiny_flux
 
@@ -381,3 +381,21 @@ def test_saved_model_points_to_its_components(schnell, tmp_path):
     again = load(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "dedistill.json").read_text())["components"] == str(schnell.resolve())
     assert torch.equal(velocity(again, again.text(CAPTIONS, 32)), velocity(components, components.text(CAPTIONS, 32)))
+
+
+def test_positions_are_computed_once_for_each_size(schnell, monkeypatch):
+    """Whatever the lengths of texts, and to the bit as diffusers computes them for all tokens at once."""
+    components, seen = load(schnell, mask="none"), []
+    embedding = components.denoiser.pos_embed
+    asked = type(embedding).forward
+    monkeypatch.setattr(type(embedding), "forward", lambda self, ids: seen.append(ids) or asked(self, ids))
+    taken = []
+    components.denoiser.transformer_blocks[0].register_forward_pre_hook(
+        lambda _, args, given: taken.append(given["image_rotary_emb"]), with_kwargs=True
+    )
+    for rows, columns, words in ((4, 4, 3), (4, 6, 9), (4, 4, 7)):
+        velocity(components, components.text(CAPTIONS, words), torch.zeros(2, 16, 2 * rows, 2 * columns))
+        whole = asked(embedding, torch.cat([torch.zeros(words, 3), image_ids(rows, columns, torch.device("cpu"))]))
+        assert all(torch.equal(a, b) for a, b in zip(taken[-1], whole, strict=True))
+    assert [len(ids) for ids in seen] == [17, 25]
+    assert "forward" not in vars(embedding)
