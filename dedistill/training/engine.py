@@ -134,6 +134,7 @@ class Engine:
         coarse = [p for p in self.trainable.values() if p.dtype != torch.float32]
         for parameter in coarse:  # one by one: no device has room for all of them twice
             gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None, "finish has left one everywhere"
             parameter.grad_dtype = parameter.dtype
             parameter.grad = gradient.to(parameter.dtype)
         self.optimizer.step()
