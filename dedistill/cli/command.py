@@ -277,6 +277,11 @@ def count(text: str) -> int:
     return round(scale * _number(text[:-1], float, lambda n: 1 <= n * scale < math.inf, wanted))
 
 
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    return _number(text, float, lambda n: 0 < n < math.inf, "a number above 0")
+
+
 def finite(text: str) -> float:
     """A number that is neither infinite nor NaN."""
     return _number(text, float, math.isfinite, "a finite number")

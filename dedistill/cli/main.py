@@ -26,6 +26,7 @@ COMMANDS = {
     "export": ("export", "write models and adapters in formats of other programs"),
     "check": ("check", "check a recipe, or which programs load an adapter file"),
     "report": ("report", "write the page of a run, also while it goes on"),
+    "chain": ("chain", "run recipes and commands one after the other, as a file lists them"),
     "demo": ("demo", "teacher, student, de-distilled student on digits, in minutes"),
     "tiny": ("tiny", "write a tiny random model in the layout of the real one"),
     "recipes": ("recipes", "list the recipes that come with dedistill, or show one"),

@@ -36,6 +36,7 @@ class Kind:
 KINDS = {
     "run": Kind("a run", "recipe.json", ("run", "model", "data", "train")),
     "rehearsal": Kind("a rehearsal", "rehearsal.log", text="== the plan can be reached\n"),
+    "chain": Kind("a chain", "chain.json", ("stages",)),
     "cache": Kind("a cache of encoded data", "index.jsonl", ("format", "complete", "limits", "sources")),
     "pairs": Kind("a set of pairs", "pairs.json", ("teacher", "sigmas", "shards")),
     "sweep": Kind("a sweep", "scores.json", ("title", "settings", "numbers", "cells")),

@@ -5,11 +5,14 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 PREFIX = "dedistill:"
+CHAIN = "chain.toml"
+"""What lists the stages of a chain of recipes, beside these."""
 
 
 def shipped_recipes() -> dict[str, Path]:
     """Name without ``dedistill:`` -> file, sorted by name."""
-    return {file.relative_to(FOLDER).with_suffix("").as_posix(): file for file in sorted(FOLDER.rglob("*.toml"))}
+    files = (file for file in sorted(FOLDER.rglob("*.toml")) if file.name != CHAIN)
+    return {file.relative_to(FOLDER).with_suffix("").as_posix(): file for file in files}
 
 
 def shipped_file(name: str) -> Path | None:

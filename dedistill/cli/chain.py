@@ -1,0 +1,124 @@
+"""Run recipes and commands one after the other, as a folder's chain.toml lists them; run again to continue.
+
+dedistill chain dedistill:digits                # the demo without its report
+dedistill chain my_chain --dry-run              # only say which commands it is made of
+dedistill chain my_chain --scale 0.01           # a hundredth of the steps and pairs
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dedistill.cli.command import command_parser, guarded, place, positive_number
+from dedistill.errors import RUN_AGAIN, UserError
+from dedistill.io.atomic import replace_json
+from dedistill.io.ownership import claim, hold
+from dedistill.recipe.chain import Chain, load_chain
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser("chain", __doc__)
+    parser.add_argument("folder", type=place, help="folder with a chain.toml, or dedistill:NAME")
+    parser.add_argument("--scale", type=positive_number, default=1.0, help="times the numbers that the chain lets scale")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
+    args = parser.parse_args(argv)
+    return guarded(lambda: run(args), debug=args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    chain = load_chain(args.folder)
+    if args.dry_run:
+        commands = [shlex.join(["dedistill", *chain.words(stage, args.scale)]) for stage in chain.stages]
+        print("\n".join(command + " &" * stage.beside for command, stage in zip(commands, chain.stages)))
+        return 0
+    again = shlex.join(["dedistill", "chain", args.folder, *(["--scale", str(args.scale)] if args.scale != 1 else [])])
+    with running(chain, args.scale, again) as jobs:
+        jobs.finish()
+    return 0
+
+
+@contextmanager
+def running(chain: Chain, scale: float, again: str) -> Iterator["Jobs"]:
+    """``chain``'s stages have run, but those beside: ``Jobs.finish`` waits for them. again: the command that continues.
+
+    One process at a time may work on a chain's folder. An interrupt stops what runs, which saves first.
+    """
+    commands = [chain.words(stage, scale) for stage in chain.stages]
+    use_threads(chain.threads)
+    claim(chain.out, "chain", "out")
+    jobs = Jobs(again)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    lock = hold(chain.out, "out")
+    try:
+        replace_json(chain.out / "chain.json", {"stages": commands})
+        for i, (stage, words) in enumerate(zip(chain.stages, commands), 1):
+            log = chain.out / f"{stage.name}.log" if stage.beside else None
+            print(f"{i}/{len(chain.stages)} {stage.name}{f' (meanwhile; {log})' if log else ''}", flush=True)
+            jobs.run(words, log)
+        yield jobs
+    except KeyboardInterrupt:
+        jobs.end()
+        raise UserError(f"stopped; continue with: {again}", RUN_AGAIN) from None
+    finally:
+        jobs.end()
+        lock.close()
+        signal.signal(signal.SIGTERM, before)
+
+
+def use_threads(count: int | None) -> None:
+    """Of the CPU, here and in what is started; before torch is imported."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(count or os.environ.get("OMP_NUM_THREADS") or min(8, cores))
+
+
+class Jobs:
+    """Commands as processes in groups of their own, so that a stop reaches each once and nothing outlives this one."""
+
+    def __init__(self, again: str) -> None:
+        self._again = again
+        self._started: list[tuple[str, subprocess.Popen[bytes], Path | None]] = []
+
+    def run(self, words: list[str], log: Path | None = None) -> None:
+        """Start a command and wait for it, or with ``log``, which takes its words, go on. Raises UserError with its exit
+        code when it fails; it has said why."""
+        out = log.open("wb") if log else None
+        try:
+            job = subprocess.Popen([sys.executable, "-m", "dedistill", *words], stdout=out, stderr=out, start_new_session=True)
+        finally:
+            if out:
+                out.close()
+        self._started.append((words[0], job, log))
+        if not log:
+            self._wait(words[0], job, log)
+
+    def finish(self) -> None:
+        """Wait for what goes on. Raises as ``run``."""
+        for command, job, log in self._started:
+            self._wait(command, job, log)
+
+    def _wait(self, command: str, job: "subprocess.Popen[bytes]", log: Path | None) -> None:
+        code = job.wait()
+        if code == RUN_AGAIN:
+            raise KeyboardInterrupt
+        if code:
+            said = f":\n{log.read_text(errors='replace')}" if log else ""
+            raise UserError(
+                f"dedistill {command} failed with exit code {code}; mend that and run {self._again} again{said}", max(code, 1)
+            )
+
+    def end(self) -> None:
+        """Stop what still runs, and wait: training saves first. Further requests to stop change nothing."""
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for _, job, _ in self._started:
+            if job.poll() is None:
+                job.terminate()
+        for _, job, _ in self._started:
+            job.wait()
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
