@@ -30,7 +30,7 @@ from dedistill.io.hashing import fingerprint
 from dedistill.io.ownership import refuse_foreign
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Components, Family
-from dedistill.models.model import adapted_layers
+from dedistill.models.model import adapted_layers, check_objective
 from dedistill.models.registry import get_family, text_length
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import filled
@@ -104,6 +104,7 @@ def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     """What encodes. Raises UserError for model files, and for names of layers, that would end a start later."""
     family = get_family(recipe.model.family, recipe.where("model.family"))
     components = family.load(recipe.model, seed=recipe.run.seed, denoiser=False)
+    check_objective(recipe, components)
     if components.vae is None:
         raise UserError(f"{recipe.where('data.source')}: {family.spec.name} has no codec that encodes 'pictures'", 2)
     for shift in (recipe.timesteps.shift, recipe.sample.shift):  # or it says why not

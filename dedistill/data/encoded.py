@@ -7,9 +7,10 @@ from functools import cache, lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dedistill.data.cache import Store
-from dedistill.data.images.buckets import Crop
+from dedistill.data.images.buckets import Crop, Sized
 from dedistill.data.images.index import Sample
 from dedistill.data.order import choose, draw_samples, sample_indices
 from dedistill.data.source import Batch
@@ -24,6 +25,13 @@ class Slot:
     crop: Crop
     caption: str
     name: str
+
+
+def framing_of(image: Sized, crop: Crop) -> Tensor:
+    """Of Conditioning, of one crop."""
+    left, top, right, bottom = crop.box
+    corner = round(top * crop.height / (bottom - top)), round(left * crop.width / (right - left))
+    return torch.tensor([image.height, image.width, *corner, crop.height, crop.width], dtype=torch.float32)
 
 
 def latent_key(sample: Sample, crop: Crop) -> str:
@@ -114,7 +122,11 @@ class EncodedImages:
             shape = self._latent_shape(slot.crop.height, slot.crop.width)
             latents.append(self._latents.read(latent_key(slot.image.sample, slot.crop), {"latent": shape})["latent"])
         captions, names = [s.caption for s in slots], [s.name for s in slots]
-        return Batch(torch.stack(latents).float(), captions, names, image_ids=[self._split.unit(s.image) for s in slots])
+        ids, framing = (
+            [self._split.unit(s.image) for s in slots],
+            torch.stack([framing_of(s.image.sample, s.crop) for s in slots]),
+        )
+        return Batch(torch.stack(latents).float(), captions, names, image_ids=ids, framing=framing)
 
     def text(self, captions: list[str]) -> Conditioning:
         return collate([read_text(self._texts, c, self._text_widths) for c in captions])

@@ -19,7 +19,8 @@ T = TypeVar("T")
 class Batch:
     """Samples of some slots: latents [B, C, H, W] as the denoiser sees them, their captions, and names to report them by.
 
-    image_ids: what tells the images apart that the samples are of; empty where names do. noise and trajectory
+    image_ids: what tells the images apart that the samples are of; empty where names do. framing [B, 6]: what was done to each
+    image, as of Conditioning, where it is known. noise and trajectory
     [B, K, C, H, W] come with stored pairs only; trajectory_sigmas [K] falls from 1 to 0.
     """
 
@@ -30,6 +31,7 @@ class Batch:
     trajectory: Tensor | None = None
     trajectory_sigmas: np.ndarray | None = None
     image_ids: list[str] = field(default_factory=list)
+    framing: Tensor | None = None
 
 
 def needed(part: T | None) -> T:

@@ -150,7 +150,8 @@ class EvalSettings:
     solver: str = "euler"
 
     def batches(self, model: Model) -> list[NoisyBatch]:
-        return objective_for(self.recipe, self.source, model.shift).validation_batches(self.samples, model.chunk)
+        objective = objective_for(self.recipe, self.source, model.shift, model.components.schedule)
+        return objective.validation_batches(self.samples, model.chunk)
 
     @cached_property
     def identity(self) -> str:

@@ -52,7 +52,7 @@ def held_out_numbers(model: Model, batch: NoisyBatch) -> np.ndarray:
     text = batch.conditioning(model)
     noisy, sigma = batch.noisy.to(model.device), batch.sigma.to(model.device)
     own = model.velocity(noisy, sigma, text)
-    other = model.velocity(noisy, sigma, model.encode([model.negative]).expand(len(text)))
+    other = model.velocity(noisy, sigma, replace(model.encode([model.negative]).expand(len(text)), framing=text.framing))
     columns = (sigma, flow_loss(own, batch.target.to(model.device)), flow_loss(own, other))
     return torch.stack(columns, 1).double().cpu().numpy()
 

@@ -54,9 +54,11 @@ def own_weight(kind: Prediction, sigma: Tensor) -> Tensor:
     return {"velocity": torch.ones_like(t), "epsilon": (1 - t) ** 2, "v": (1 - t) ** 2 + t**2, "x0": t**2}[kind]
 
 
-def signal_to_noise(sigma: Tensor) -> Tensor:
-    """a^2 / b^2 of the variance-preserving sample at ``sigma``."""
-    return ((1 - sigma) / sigma) ** 2
+def min_snr_weight(kind: Prediction, sigma: Tensor, most: float) -> Tensor:
+    """Min-SNR weighting (arXiv 2303.09556) of the |error|^2 of what a network predicts, "epsilon" or "v", at ``sigma`` [B]:
+    that of its data by the signal-to-noise ratio a^2 / b^2, and by ``most`` where that is larger."""
+    ratio = ((1 - sigma) / sigma.clamp(min=1e-12)) ** 2
+    return ratio.clamp(max=most) / (ratio + 1 if kind == "v" else ratio)
 
 
 def _of_velocity(v: Tensor, noisy: Tensor, t: Tensor, known: Tensor, seen: Tensor) -> Tensor:

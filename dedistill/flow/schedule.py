@@ -18,6 +18,10 @@ PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
 """As diffusers' schedulers call them."""
 
 
+ABOVE = "data as seen at the highest sigma"
+"""What stands for a velocity above the range (flow.parameterization.diffusion_velocity)."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """prediction: what the network predicts; sigmas [T]: of the straight path at each of its steps, rising."""
@@ -29,6 +33,11 @@ class Schedule:
     def range(self) -> tuple[float, float]:
         """The lowest and the highest sigma that the network knows."""
         return self.sigmas[0], self.sigmas[-1]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What whoever uses the weights, or trains on what they made, must know."""
+        return {"prediction": self.prediction, "sigma_range": list(self.range), "above_range": ABOVE}
 
     @property
     def shift(self) -> float:

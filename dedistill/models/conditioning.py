@@ -1,7 +1,7 @@
 """What a network is told beside the noisy sample: captions as encoders give them, caches keep them and networks take them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ class Conditioning:
 
     sequences: tuple[Tokens, ...]
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    framing: Tensor | None = None
+    """[B, 6] in pixels, of the images that the captions are of: original height and width, top and left of what is seen of it,
+    at its own scale, and height and width of that. None: all of an image of the size that is asked for."""
 
     @classmethod
     def of(cls, embeds: Tensor, mask: Tensor, **vectors: Tensor) -> "Conditioning":
@@ -55,14 +58,14 @@ class Conditioning:
     def each(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
         """With every tensor changed alike."""
         sequences = tuple(Tokens(change(s.embeds), change(s.mask)) for s in self.sequences)
-        return Conditioning(sequences, {name: change(vector) for name, vector in self.vectors.items()})
+        framing = None if self.framing is None else change(self.framing)
+        return Conditioning(sequences, {name: change(vector) for name, vector in self.vectors.items()}, framing)
 
     def to(self, device: torch.device | str) -> "Conditioning":
         """Embeddings and vectors on ``device``. Masks come to the CPU: lengths are read off them without waiting for it."""
         # waiting is for copies back alone: what they bring is read at once
         moved = lambda t: t.to(device, non_blocking=torch.device(device).type != "cpu")  # noqa: E731
-        sequences = tuple(Tokens(moved(s.embeds), s.mask.cpu()) for s in self.sequences)
-        return Conditioning(sequences, {name: moved(vector) for name, vector in self.vectors.items()})
+        return replace(self.each(moved), sequences=tuple(Tokens(moved(s.embeds), s.mask.cpu()) for s in self.sequences))
 
     def index_select(self, index: Tensor | slice) -> "Conditioning":
         """Those rows."""
@@ -74,7 +77,7 @@ class Conditioning:
 
     def trimmed(self) -> "Conditioning":
         """Every sequence without the columns that are padding in every row."""
-        return Conditioning(tuple(s.trimmed() for s in self.sequences), self.vectors)
+        return replace(self, sequences=tuple(s.trimmed() for s in self.sequences))
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names of a cache: "embeds", "mask" of the first sequence, "embeds.1" ... of others, vectors by their own."""

@@ -38,6 +38,7 @@ from dedistill.models.swap import Swap
 from dedistill.recipe import Recipe
 from dedistill.recipe.embedded import read_recipe
 from dedistill.recipe.model_tables import Adapter as AdapterTable
+from dedistill.recipe.objectives import OBJECTIVES
 from dedistill.recipe.resolve import filled
 from dedistill.recipe.schema import shift_in_numbers
 
@@ -247,12 +248,22 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     return assemble(recipe, family, family.load(recipe.model, seed=recipe.run.seed), device)
 
 
+def check_objective(recipe: Recipe, components: Components) -> None:
+    """Raises UserError for an objective that is not for such a model."""
+    if OBJECTIVES[recipe.train.objective].diffusion and components.schedule is None:
+        message = (
+            f"'{recipe.train.objective}' is for models that were trained by diffusion; {recipe.model.family} is a flow model"
+        )
+        raise UserError(f"{recipe.where('train.objective')}: {message}", 2)
+
+
 def assemble(
     recipe: Recipe, family: Family, components: Components, device: torch.device | str, *, started: bool = True
 ) -> Model:
     """``build_model`` of components that are there already. started: False leaves adapters without their first numbers, for
     components that have none themselves."""
     components.device = device
+    check_objective(recipe, components)
     blocks = family.blocks(components.denoiser)
     targets = adapted_layers(recipe, family, components.denoiser)
     if recipe.sample.height and recipe.sample.width:

@@ -21,10 +21,6 @@ SAVED = ("model_index.json", "scheduler")
 """What a folder of ours takes from its base beside the denoiser; the rest it points to."""
 
 
-ABOVE = "data as seen at the highest sigma"
-"""What stands for a denoiser's velocity above its range (flow.parameterization.diffusion_velocity)."""
-
-
 class PipelineFamily:
     """Components hold a PromptEncoders as text, a Vae, and a Place as source."""
 
@@ -38,9 +34,7 @@ class PipelineFamily:
 
     def network_facts(self, components: Components) -> dict[str, Any]:
         """What the denoiser predicts, for dedistill.json."""
-        if (schedule := components.schedule) is None:
-            return {}
-        return {"prediction": schedule.prediction, "sigma_range": list(schedule.range), "above_range": ABOVE}
+        return components.schedule.facts if components.schedule else {}
 
     def save(self, components: Components, folder: Path) -> None:
         """The denoiser in its folder; encoders, VAE and scheduler stay where they are and are pointed to."""

@@ -16,7 +16,7 @@ from dedistill.recipe.model_tables import Model
 if TYPE_CHECKING:
     from dedistill.models.family import Family
 
-OWN = {name: f"dedistill.models.{name}:SPEC" for name in ("flux", "sd3", "sd15", "pixel_flux", "example")}
+OWN = {name: f"dedistill.models.{name}:SPEC" for name in ("flux", "sd3", "sdxl", "sd15", "pixel_flux", "example")}
 GROUP = "dedistill.families"
 """Entry points by which other packages add a family: its name -> "package.module:SPEC"."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -19,6 +19,7 @@ from dedistill.distributed.world import World, partition_by_cost
 from dedistill.errors import UserError
 from dedistill.flow import keyed, timesteps
 from dedistill.flow.path import flow_loss
+from dedistill.flow.schedule import Schedule
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
@@ -82,8 +83,11 @@ class Objective(ABC):
         if "name" in vars(cls):
             cls.known[cls.name] = cls
 
-    def __init__(self, recipe: Recipe, source: Source, shift_of: Callable[[tuple[int, ...]], float]):
-        """shift_of: the family's shift for samples of a shape, used where the recipe says shift = "auto"."""
+    def __init__(
+        self, recipe: Recipe, source: Source, shift_of: Callable[[tuple[int, ...]], float], schedule: Schedule | None = None
+    ):
+        """shift_of: the family's shift for samples of a shape, used where the recipe says shift = "auto". schedule: of a model
+        that was trained by diffusion."""
         t = recipe.timesteps
         self.seed, self.batch, self.source = recipe.run.seed, recipe.train.batch, source
         self.dropout = recipe.data.caption_dropout
@@ -166,15 +170,19 @@ class Objective(ABC):
             raise UserError(f"train.objective: '{self.name}' needs {needed}, which '{self.source.name}' does not have")
         captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped)]
         ids = batch.image_ids or batch.names
-        return NoisyBatch(*self.sample(batch, draws), captions, batch.names, ids, self.source.text(captions))
+        text = self.source.text(captions)
+        text = None if text is None else replace(text, framing=batch.framing)
+        return NoisyBatch(*self.sample(batch, draws), captions, batch.names, ids, text)
 
 
-def objective_for(recipe: Recipe, source: Source, shift_of: Callable[[tuple[int, ...]], float]) -> Objective:
+def objective_for(
+    recipe: Recipe, source: Source, shift_of: Callable[[tuple[int, ...]], float], schedule: Schedule | None = None
+) -> Objective:
     """The objective that ``recipe`` names; the arguments are those of :class:`Objective`."""
     name = recipe.train.objective
     if name not in Objective.known:
         import_module(f"dedistill.objectives.{name}")
-    return Objective.known[name](recipe, source, shift_of)
+    return Objective.known[name](recipe, source, shift_of, schedule)
 
 
 def _cut(groups: list[np.ndarray], size: int) -> list[np.ndarray]:

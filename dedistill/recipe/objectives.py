@@ -10,16 +10,21 @@ class Traits:
     """In messages."""
     pairs: bool = False
     """It trains on stored pairs; otherwise on data."""
-    own_sigmas: bool = False
-    """Its sigmas come with the samples, so that [timesteps] has no effect, and paths between them are not known."""
+    own_sigmas: str = ""
+    """Where its sigmas come from, where that is not [timesteps], which then has no effect."""
+    points: bool = False
+    """It knows paths at a few points only."""
+    diffusion: bool = False
+    """It is for models that were trained by diffusion."""
     caption_dropout: float = 0.0
     """Default of data.caption_dropout."""
 
 
 OBJECTIVES = {
     "flow": Traits("flow matching", caption_dropout=0.1),
-    "distill": Traits("distillation", pairs=True, own_sigmas=True),
+    "distill": Traits("distillation", pairs=True, own_sigmas="the stored points", points=True),
     "reflow": Traits("reflow", pairs=True),
+    "diffusion": Traits("its own diffusion", own_sigmas="the model's own schedule", caption_dropout=0.1, diffusion=True),
 }
 """By the names that recipes use."""
 if TYPE_CHECKING:

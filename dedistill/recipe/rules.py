@@ -64,7 +64,7 @@ def _sampling_rules(r: Recipe) -> list[Clash]:
     for key, table, plain in (("preview", r.preview, Preview()), ("meters", r.meters, Meters())):
         if not table.every and table != plain:
             found.append(_idle(key, f"has no effect while {key}.every is 0", f"{key}.every"))
-    if r.meters.every and OBJECTIVES[r.train.objective].own_sigmas:
+    if r.meters.every and OBJECTIVES[r.train.objective].points:
         message = f"has no meaning with objective = '{r.train.objective}', which knows the path at a few points only"
         found.append(_clash("meters.every", message, "train.objective"))
     return found
@@ -147,8 +147,8 @@ def _timestep_rules(r: Recipe) -> list[Clash]:
             if getattr(r.timesteps, key) is not None and r.timesteps.density != density:
                 message = f"has no effect with density = '{r.timesteps.density}'; needs '{density}'"
                 found.append(_idle(f"timesteps.{key}", message, "timesteps.density"))
-    if OBJECTIVES[r.train.objective].own_sigmas and r.timesteps != Timesteps():
-        message = f"has no effect with objective = '{r.train.objective}': sigma comes from the stored points"
+    if (origin := OBJECTIVES[r.train.objective].own_sigmas) and r.timesteps != Timesteps():
+        message = f"has no effect with objective = '{r.train.objective}': sigma comes from {origin}"
         found.append(_idle("timesteps", message, "train.objective"))
     return found
 
@@ -172,6 +172,8 @@ def _training_rules(r: Recipe) -> list[Clash]:
         found.append(_clash("train.spike", message))
     if t.lr_floor is not None and t.schedule == "constant":
         found.append(_idle("train.lr_floor", "has no effect with schedule = 'constant'", "train.schedule"))
+    if t.min_snr is not None and not OBJECTIVES[t.objective].diffusion:
+        found.append(_idle("train.min_snr", "has no effect but with objective = 'diffusion'", "train.objective"))
     if OBJECTIVES[t.objective].pairs != (r.data.source == "pairs"):
         message = f"'{t.objective}' does not go with data.source = '{r.data.source}'"
         found.append(_clash("train.objective", message, "data.source"))

@@ -155,7 +155,12 @@ class Train(Table):
     objective: ObjectiveName = Field(
         "flow",
         description="flow: flow matching on data; distill: velocity between stored points of a teacher's trajectories; "
-        "reflow: flow matching on the stored noise and its image.",
+        "reflow: flow matching on the stored noise and its image; diffusion: the own loss of a model that "
+        "was trained so, at the noise levels of its own schedule.",
+    )
+    min_snr: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="diffusion: gamma of min-SNR weighting, usually 5. None: all levels count alike.",
     )
     steps: Positive = Field(description="Optimizer steps in all.")
     batch: Bounded = Field(description="Global batch: samples per optimizer step, on any number of devices.")

@@ -102,8 +102,17 @@ def model_header(title: str, config: dict[str, Any], facts: dict[str, Any], spec
     public = public_facts(facts)
     return {
         "format": "pt",
-        **_modelspec(title, config, spec, read_recipe(last_recipe(public)), source=source_of(facts), name=source_name(facts)),
+        **_modelspec(
+            title,
+            config,
+            spec,
+            read_recipe(last_recipe(public)),
+            source=source_of(facts),
+            name=source_name(facts),
+            prediction=facts.get("prediction"),
+        ),
         "dedistill.base": json.dumps(public.get("base", {})),
+        "dedistill.prediction": str(public.get("prediction", spec.prediction)),
         "dedistill.masked_attention": str(public.get("mask", "none")),
         "dedistill.guidance": guidance_fact(spec.distilled_guidance(config), public),
         "dedistill.shift": str(public.get("shift", "auto")),
@@ -132,7 +141,9 @@ def adapter_header(
     name = public_name(source, recipe.get("model", {}).get("revision"))
     own = {
         "format": "pt",
-        **_modelspec(title, config, spec, recipe, source=source, name=name, kind="/lora"),
+        **_modelspec(
+            title, config, spec, recipe, source=source, name=name, kind="/lora", prediction=header.get("dedistill.prediction")
+        ),
         "ss_base_model_version": _architecture(source, config, spec),
         "ss_network_module": names.KOHYA_MODULE if names and format == "kohya" else "lycoris.kohya",
         "ss_network_dim": str(inner),
@@ -237,9 +248,18 @@ def source_of(facts: dict[str, Any]) -> str:
 
 
 def _modelspec(
-    title: str, config: dict[str, Any], spec: ModelSpec, recipe: dict[str, Any], *, source: str, name: str, kind: str = ""
+    title: str,
+    config: dict[str, Any],
+    spec: ModelSpec,
+    recipe: dict[str, Any],
+    *,
+    source: str,
+    name: str,
+    kind: str = "",
+    prediction: str | None = None,
 ) -> dict[str, str]:
-    """source: hub id or path of what the weights go back to; name: how a release calls it."""
+    """source: hub id or path of what the weights go back to; name: how a release calls it; prediction: of these very weights,
+    where that is known."""
     base = published(spec, source, config)
     side = max(recipe.get("data", {}).get("resolutions") or [spec.resolution])
     licence = licence_for(base, None)
@@ -251,7 +271,7 @@ def _modelspec(
         "resolution": f"{side}x{side}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "license": licence.name or licence.id,
-        "prediction_type": spec.prediction,
+        "prediction_type": prediction or spec.prediction,
         "merged_from": base.id if base else name,
     }
     return {f"modelspec.{key}": value for key, value in found.items() if value}

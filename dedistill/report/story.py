@@ -252,7 +252,7 @@ def _held_out_losses(recipes: dict[str, Recipe], source: Source) -> dict[str, di
     found = {}
     for name in STAGES:
         model = open_finished(recipes[name])
-        objective = objective_for(recipes["dedistilled"], source, model.shift)
+        objective = objective_for(recipes["dedistilled"], source, model.shift, model.components.schedule)
         result = needed(Validator(objective, HELD_OUT, model.chunk)(model))  # nothing interrupts it here
         found[name] = {"fm_loss": result["val_loss"], "fm_loss_se": result.get("val_loss_se")}
     return found

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from dedistill.data.encode import cached_text
 from dedistill.distributed.launcher import require_gpu
 from dedistill.errors import UserError
+from dedistill.flow.schedule import Schedule
 from dedistill.io.atomic import step_of, whole_folder, write_synced
 from dedistill.models.model import Model, build_model, expected_parameters
 from dedistill.recipe import Recipe, to_toml
@@ -43,8 +44,8 @@ def exported_step(folder: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def snapshot_header(recipe: Recipe, step: int) -> dict[str, str]:
-    """What a sampler must know to use the weights; safetensors headers hold strings only."""
+def snapshot_header(recipe: Recipe, step: int, schedule: Schedule | None) -> dict[str, str]:
+    """What a sampler must know to use the weights; safetensors headers hold strings only. schedule: of the base."""
     return {
         "format": "pt",
         "dedistill.step": str(step),
@@ -53,6 +54,7 @@ def snapshot_header(recipe: Recipe, step: int) -> dict[str, str]:
         "dedistill.masked_attention": filled(recipe.model.mask, "model.mask"),
         "dedistill.sigma_density": recipe.timesteps.density,
         "dedistill.recipe": to_toml(recipe),
+        **({f"dedistill.{key}": str(value) for key, value in schedule.facts.items()} if schedule else {}),
     }
 
 

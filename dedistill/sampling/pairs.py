@@ -63,6 +63,7 @@ def make_pairs(
         "sigmas": sigmas[stored].tolist(),
         "picture": list(model.components.sample_shape),
         "source": source.name,
+        **(model.components.schedule.facts if model.components.schedule else {}),
     }
     claim(out, "pairs", "--out")
     shards = _finished_shards(out, facts)

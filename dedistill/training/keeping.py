@@ -158,7 +158,7 @@ class Keeper:
         weights, step = self._good(self.engine.weights()), self.state.step
         if self.world.main:
             self.run.require()
-            header = snapshot_header(self.recipe, step)
+            header = snapshot_header(self.recipe, step, self.engine.model.components.schedule)
             write_snapshot(self.run.snapshots, step, weights, header)
             self.averages.write(self.run.snapshots, step, weights, header)
 

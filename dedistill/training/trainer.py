@@ -49,7 +49,7 @@ class Trainer:
         self.source, self.engine, self.world = source, engine, engine.world
         self.state = RunState(Guard(recipe.train.spike))
         self.keeper = Keeper(recipe, run, engine, self.state)
-        self.objective = objective_for(recipe, source, model.shift)
+        self.objective = objective_for(recipe, source, model.shift, model.components.schedule)
         self.change_check = ParameterChangeCheck(engine.bit_sums, model.modules())
         self.trained_now = False
         self.stopping = ""

@@ -1,5 +1,6 @@
 """What every family must do, on its own tiny network; facts of single families at the end."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,8 +63,8 @@ def tiny_example(seed: int, folder: Path):
 UNET = {"mask": "none", "text_length": 77, "null": "empty"}
 
 
-def tiny_sd15(seed: int, folder: Path):
-    family = get_family("sd15")
+def tiny_unet(name: str, seed: int, folder: Path):
+    family = get_family(name)
     write_tiny_unet(folder, family.published_config(""), seed=seed)
     components = family.load(spec(folder, **UNET), seed=0)
     components.sample_shape = (4, 8, 12)
@@ -80,14 +81,15 @@ def tiny_sd3(seed: int, folder: Path):
     return components
 
 
-TINY = {"pixel_flux": tiny_pixel_flux, "flux": tiny_flux, "sd3": tiny_sd3, "example": tiny_example, "sd15": tiny_sd15}
+TINY = {"pixel_flux": tiny_pixel_flux, "flux": tiny_flux, "sd3": tiny_sd3, "example": tiny_example}
+TINY |= {name: partial(tiny_unet, name) for name in ("sd15", "sdxl")}
 MASKABLE = {"flux", "pixel_flux"}
 """Families whose recipes may show padding to the network."""
-UNMASKED = {"sd15", "sd3"}
+UNMASKED = {"sd15", "sdxl", "sd3"}
 """Families whose networks always see it."""
-BEGINS = {"sd15": 1}
+BEGINS = {"sd15": 1, "sdxl": 1}
 """Tokens before the first of a caption."""
-SETTINGS = {"sd15": UNET, "sd3": SD3}
+SETTINGS = {"sd15": UNET, "sdxl": UNET, "sd3": SD3}
 """Keys of a recipe that a family has only one value of."""
 
 
@@ -174,12 +176,20 @@ def unet_directly(components, noisy, sigma, text, **added):
     return ((noisy - data) / t).float()
 
 
+def sdxl_directly(components, noisy, sigma, text):
+    """As its pipeline tells it of an image of that size that is not cut."""
+    height, width = 8 * noisy.shape[2], 8 * noisy.shape[3]
+    ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+    return unet_directly(components, noisy, sigma, text, text_embeds=text.vectors["pooled"], time_ids=ids)
+
+
 DIRECT = {
     "pixel_flux": flux_of_text,
     "flux": flux_of_text,
     "sd3": sd3_directly,
     "example": example_directly,
     "sd15": unet_directly,
+    "sdxl": sdxl_directly,
 }
 """A new family brings its library's own call. Captions come without padding."""
 
@@ -433,7 +443,7 @@ def test_presets_match_something(family, components):
     assert set(found["attention"]) <= set(found["blocks"])
 
 
-@pytest.mark.parametrize(("name", "hint"), [("pixelflux", "did you mean 'pixel_flux'"), ("zzz", "known: flux, sd3, sd15")])
+@pytest.mark.parametrize(("name", "hint"), [("pixelflux", "did you mean 'pixel_flux'"), ("zzz", "known: flux, sd3, sdxl")])
 def test_unknown_family_names_the_nearest(name, hint):
     with pytest.raises(UserError, match=hint) as error:
         get_family(name)
