@@ -37,7 +37,7 @@ def header(
     if line := data_line(plan, images):
         out.print(f"  data      {line}")
     strata = "stratified" if recipe.timesteps.stratify else "independent"
-    density = "stored points" if OBJECTIVES[t.objective].own_sigmas else recipe.timesteps.density
+    density = OBJECTIVES[t.objective].own_sigmas or recipe.timesteps.density
     out.print(f"  sigma     {density}, {strata}; text mask {recipe.model.mask}")
     micro = f" = {plan.micro_steps} x {plan.micro_batch}" if plan.micro_steps > 1 else ""
     out.print(f"  steps     {start:,} to {plan.steps:,}, batch {plan.batch}{micro}, lr {t.lr:g} {t.schedule}, {t.optimizer}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dedistill.data.cache import Store
-from dedistill.data.encoded import EncodedImages, latent_key, read_text, text_key
+from dedistill.data.encoded import EncodedImages, framing_of, latent_key, read_text, text_key
 from dedistill.data.images.buckets import Crop
 from dedistill.data.images.index import Sample
 from dedistill.data.images.types import NOWHERE
@@ -79,6 +79,29 @@ def draw(source, step, positions, **kind):
             assert all(torch.equal(alone.tensors()[name][0], wanted[name]) for name in ("embeds", "pooled"))
             found[int(position)] = batch.names[row], batch.captions[row]
     return found
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "wanted"),
+    [
+        ((12, 12), CROPS[0], [12, 12, 0, 0, 4, 4]),
+        ((12, 12), CROPS[1], [12, 12, 0, 0, 4, 6]),
+        ((12, 12), CROPS[2], [12, 12, 0, 0, 6, 4]),
+        ((3000, 2000), Crop(1024, 1024, 1024, (0.0, 500.0, 2000.0, 2500.0)), [3000, 2000, 256, 0, 1024, 1024]),
+        ((1000, 2048), Crop(512, 512, 768, (300.0, 100.0, 1500.0, 900.0)), [1000, 2048, 64, 192, 512, 768]),
+    ],
+)
+def test_how_an_image_was_framed(size, crop, wanted):
+    """Height before width, the corner at the scale of what is seen; each image its own, whatever caption it has."""
+    assert framing_of(SimpleNamespace(height=size[0], width=size[1]), crop).tolist() == wanted
+
+
+def test_a_batch_knows_how_each_image_was_framed(source):
+    for group in source.groups(5, 0, np.arange(BATCH), BATCH):
+        batch = source.draw(5, 0, group, BATCH)
+        for name, framing in zip(batch.names, batch.framing.tolist(), strict=True):
+            width, height = map(int, name.partition("[")[2].strip("]").split(" x "))
+            assert framing[:2] == [12, 12] and framing[4:] == [height, width]
 
 
 def test_a_slot_is_a_pure_function(source, stores):

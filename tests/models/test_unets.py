@@ -1,28 +1,34 @@
 """Families whose denoiser is a U-Net trained by diffusion: sizes, names, noise levels, diffusers' own pipelines."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.training_utils import compute_snr
 from safetensors.torch import save_file
 from torch import nn
 
 from dedistill.adapters.attach import adaptable
 from dedistill.adapters.targets import matching
+from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
 from dedistill.flow.parameterization import own_weight, variance_preserving
 from dedistill.flow.path import flow_loss, interpolate
 from dedistill.flow.schedule import schedule_of
 from dedistill.models.blocks import checkpoint_blocks
+from dedistill.models.model import Model
 from dedistill.models.registry import families, get_family, get_spec
 from dedistill.models.unet.family import UNetFamily
 from dedistill.models.unet.tiny import write_tiny_unet
+from dedistill.objectives.base import Objective, objective_for
+from dedistill.recipe.resolve import recipe_of
 
 FAMILIES = [name for name in families() if issubclass(type(get_family(name)), UNetFamily)]
 NULL = {"sd15": "empty", "sdxl": "zeros"}
@@ -208,6 +214,76 @@ def test_schedules_that_are_not_known_are_refused(settings, said):
         schedule_of(dict(get_family(FAMILIES[0]).published_scheduler) | settings)
 
 
+class Latents(OneSize):
+    """Endless latents with captions, framed differently."""
+
+    name, image = "latents", (4, 8, 8)
+
+    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
+        framing = torch.tensor([[64.0 + p, 70.0, 3.0 * p, 1.0, 64.0, 64.0] for p in positions])
+        names = [str(p) for p in positions]
+        return Batch(noise(int(positions[0]), len(positions), *self.image), ["a red cat"] * len(names), names, framing=framing)
+
+
+def diffusion(family, components, **train) -> tuple[Objective, Model]:
+    recipe = recipe_of(
+        {
+            "run": {"name": "a", "out": "a"},
+            "model": {"family": family.spec.name, "path": "a"},
+            "data": {"source": "digits", "caption_dropout": 0.0},
+            "train": {"objective": "diffusion", "steps": 10, "batch": 8, "lr": 1e-3} | train,
+        }
+    )
+    objective = objective_for(recipe, Latents(), lambda shape: 1.0, components.schedule)
+    return objective, Model(family, components, components.denoiser, 77)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *(f"{n}-v" for n in FAMILIES)])
+@pytest.mark.parametrize("gamma", [None, 5.0, 0.5])
+def test_the_diffusion_objective_is_that_of_diffusers_scripts(name, gamma, folders):
+    """Integer steps, noise added by the scheduler, and the mean squared error of what is predicted, weighted by min-SNR."""
+    family, components = loaded(folders, name)
+    objective, model = diffusion(family, components, min_snr=gamma)
+    batch = objective.noisy_batch(2, np.arange(8))
+    data, text = noise(0, 8, 4, 8, 8), family.encode_text(components, batch.captions, 77)
+    e = batch.target + data
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    step = components.schedule.steps(batch.sigma).round().long()
+    x = scheduler.add_noise(data, e, step)
+    added = family.added(text, x, 8)
+    out = components.denoiser(x, step, encoder_hidden_states=text.tokens.embeds, added_cond_kwargs=added).sample
+    wanted = flow_loss(out, scheduler.get_velocity(data, e, step) if name.endswith("-v") else e)
+    if gamma:
+        snr = compute_snr(scheduler, step)
+        wanted = wanted * snr.clamp(max=gamma) / (snr + 1 if name.endswith("-v") else snr)
+    torch.testing.assert_close(objective.loss(model, batch), wanted, rtol=2e-3, atol=1e-5)
+
+
+def test_every_part_of_the_schedule_is_drawn_alike(folders):
+    family, components = loaded(folders, FAMILIES[0])
+    objective, _ = diffusion(family, components)
+    for step in range(3):
+        steps = components.schedule.steps(objective.noisy_batch(step, np.arange(8)).sigma)
+        torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-2)
+        assert sorted((steps // 125).int().tolist()) == list(range(8))
+
+
+def test_size_and_crop_are_each_images_own(folders):
+    """They reach the network as they are, in bf16 too, and stay where the caption is dropped; images are made whole."""
+    name = next(n for n in FAMILIES if get_family(n).encoders == 2)
+    family, components = loaded(folders, name, null="zeros")
+    denoiser, told = components.denoiser.bfloat16(), []
+    denoiser.add_time_proj.register_forward_pre_hook(lambda _, args: told.append(args[0].reshape(-1, 6)))
+    text = family.encode_text(components, ["a red cat", ""], 77)
+    assert not text.tokens.embeds[1].any() and not text.vectors["pooled"][1].any() and text.tokens.embeds[0].any()
+    framing = torch.tensor([[1023.0, 517.0, 33.0, 1.0, 64.0, 64.0], [3001.0, 64.0, 0.0, 255.0, 64.0, 64.0]])
+    sigma, noisy = torch.tensor([0.5, 0.5]), noise(0, 2, 4, 8, 12)
+    own = family.velocity(components, denoiser, noisy, sigma, replace(text, framing=framing))
+    whole = family.velocity(components, denoiser, noisy, sigma, text)
+    assert torch.equal(told[0], framing) and told[1].tolist() == [[64, 96, 0, 0, 64, 96]] * 2
+    assert not torch.equal(own, whole)
+
+
 # --- diffusers' pipelines --------------------------------------------------------------------------------------------
 
 
@@ -244,6 +320,17 @@ def test_images_are_the_pipelines_own(name, folders):
     theirs = pipeline(folders[name])(prompts, latents=start, output_type="latent", **said).images
     with torch.no_grad():
         ours = guided_by_hand(family, components, prompts, ["", ""], start, 4, 3.0)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_a_null_of_zeros_is_the_pipelines_own(folders):
+    """Without a negative prompt SDXL's pipeline leads away from zeros, not from the empty caption."""
+    name = next(n for n in FAMILIES if get_family(n).encoders == 2)
+    family, components = loaded(folders, name, null="zeros")
+    start, said = noise(3, 1, 4, 8, 8), {"guidance_scale": 3.0, "num_inference_steps": 2, "height": 64, "width": 64}
+    theirs = pipeline(folders[name])("a red cat", latents=start, output_type="latent", **said).images
+    with torch.no_grad():
+        ours = guided_by_hand(family, components, ["a red cat"], [""], start, 2, 3.0)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
 
 
