@@ -8,7 +8,7 @@ from torch import Tensor
 from dedistill.adapters.delta import rank, scale
 from dedistill.adapters.formats import ADAPTER_FORMATS, KOHYA, Layers, as_kohya, by_layer, check_shapes, is_lora
 from dedistill.adapters.programs import OWN_NAMES, PROGRAMS, Found, Names, Program, Tensors
-from dedistill.adapters.spellings import LayerNames, split_key
+from dedistill.adapters.spellings import FOLDERS, LayerNames, split_key
 from dedistill.adapters.targets import Shape
 from dedistill.errors import UserError, amount
 
@@ -53,6 +53,7 @@ def check_adapter(
     """
     names = Names(shapes, naming, folder)
     programs = [program for program in PROGRAMS if naming or program.name in OWN_NAMES]
+    programs = [program for program in programs if folder == FOLDERS[0] or not program.transformers_only]
     try:
         layers = by_layer(tensors, shapes, "file", folder=folder, header=header, naming=naming)
         plain = by_layer(tensors, shapes, "file", folder=folder, naming=naming)

@@ -47,7 +47,7 @@ class Names:
         self.original = {f"diffusion_model.{name}" for name in original}
         self.kohya = {naming.kohya_name(name) for name in original} if naming else set()
         left_out = naming.KOHYA_LEAVES_OUT if naming else ""
-        self.sd_scripts = {naming.kohya_name(n) for n in original if not (left_out and left_out in n)} if naming else set()
+        self.sd_scripts = {naming.kohya_name(n) for n in original if not (left_out and re.search(left_out, n))} if naming else set()
         self.converted = bool(naming and naming.DIFFUSERS_CONVERTS)
         self.kohya_blocks = {naming.kohya_name(name) for name in original if "_blocks." in name} if naming else set()
         self.qkv = {f"diffusion_model.{name}" for name in other if name.endswith("_qkv")}
@@ -64,6 +64,8 @@ class Program:
     """Whether the alphas that it loads have no effect."""
     lokr_only: bool = False
     """Whether it, or that setting of it, is for LoKr alone."""
+    transformers_only: bool = False
+    """Whether its rule is known for transformers alone."""
 
 
 _KOHYA = {*LORA, "alpha"}
@@ -121,6 +123,8 @@ def _load_lora_weights(t: Tensors, names: Names) -> Found:
 def _diffusers_from_kohya(t: Tensors, names: Names) -> Found:
     if taken := _take(t, names.transformer, {*PEFT, *LORA}):
         return Found(taken)  # its alphas are dropped
+    if names.folder == "unet":  # another converter, by the network's own names as well
+        return Found(_take(t, names.kohya | names.onetrainer, _KOHYA))
     if any(key.startswith("lora_transformer_") for key in t):
         # of layers in blocks its converter knows those of attention by name; all others of a block become one
         known = {name for name in names.onetrainer if "_blocks_" not in name or re.search("_attn_(to|add)_", name)}
@@ -140,6 +144,8 @@ def _load_lora_adapter(t: Tensors, names: Names) -> Found:
         taken = _take(t, names.transformer, PEFT)
         return Found(taken) if taken else Found(why=f"nothing under '{names.folder}.'")
     layers, fault = _lokr_layers(t, lokr)
+    if any(tensor.ndim > 2 for factors in layers.values() for tensor in factors.values()):
+        fault = "is not known to take LoKr of convolutions; use dedistill.load_lokr"
     if fault:
         return Found(why=fault)
     sizes = [factor_shapes(factors) for factors in layers.values()]
@@ -260,8 +266,8 @@ PROGRAMS = (
     Program("diffusers, transformer.load_lora_adapter", _load_lora_adapter, reads_header=True),
     Program("diffusers, dedistill.load_lokr", _load_lokr, reads_header=True, lokr_only=True),
     Program("kohya sd-scripts", _sd_scripts),
-    Program("ai-toolkit", partial(_ai_toolkit, old=False), drops_alpha=True),
-    Program("ai-toolkit, old_lokr_format: true", partial(_ai_toolkit, old=True), lokr_only=True),
+    Program("ai-toolkit", partial(_ai_toolkit, old=False), drops_alpha=True, transformers_only=True),
+    Program("ai-toolkit, old_lokr_format: true", partial(_ai_toolkit, old=True), lokr_only=True, transformers_only=True),
 )
 OWN_NAMES = ("LyCORIS", "diffusers, dedistill.load_lokr")
 """Programs that take any network by the names of its layers; the others know the networks that they were written for."""

@@ -23,7 +23,7 @@ class LayerNames(Protocol):
     """What sd-scripts calls the code that reads its LoRA files of this network."""
 
     KOHYA_LEAVES_OUT: str
-    """What is in the original names of layers that sd-scripts does not load; empty: it loads all."""
+    """Pattern of the original names of layers that sd-scripts does not load; empty: it loads all."""
     DIFFUSERS_CONVERTS: bool
     """Whether ``load_lora_weights`` of diffusers' pipeline takes LoRA in other names than PEFT's."""
 

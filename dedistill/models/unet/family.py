@@ -14,7 +14,8 @@ from dedistill.flow.schedule import Schedule, schedule_of
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.family import Components, Output, Pass, States, Unseen, check_sigma, float_dtype
-from dedistill.models.network_files import build, read_network, stored_config
+from dedistill.models.network_files import PREFIX, build, read_network, stored_config
+from dedistill.models.original_names import from_original
 from dedistill.models.pipeline_family import PipelineFamily
 from dedistill.models.places import Place, locate, named_path
 from dedistill.models.pretrained import check_finite, without_weights
@@ -94,7 +95,8 @@ class UNetFamily(PipelineFamily):
             config = read_object(beside, "model.path") if beside.exists() else self.published_config(source)
             if any(name.startswith("input_blocks.") for name in tensors):
                 whole = without_weights(UNet2DConditionModel, config, f"model.path: '{source}'")
-                tensors = self.names.from_original(tensors, list(whole.state_dict()), source)
+                shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+                tensors = from_original(self.names, {PREFIX + name: t for name, t in tensors.items()}, shapes, source)
         if not self.spec.has(config):
             raise UserError(
                 f"model.path: '{source}' is no network of {self.spec.name}: its config.json has addition_embed_type = "

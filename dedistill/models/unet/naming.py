@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dedistill.errors import UserError, amount
+from dedistill.errors import UserError
+from dedistill.models.network_files import PREFIX
 
-PREFIX = "model.diffusion_model."
-"""Before every name in files, which hold a whole pipeline."""
 _TOP = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -92,7 +91,7 @@ class LdmNames:
     # --- LayerNames ------------------------------------------------------------------------------------------------------
 
     KOHYA_MODULE = "networks.lora"
-    KOHYA_LEAVES_OUT = ""
+    KOHYA_LEAVES_OUT = r"^(time_embed|label_emb|out|input_blocks\.0)\."
     DIFFUSERS_CONVERTS = True
 
     def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
@@ -119,18 +118,6 @@ class LdmNames:
 
     def is_swapped(self, original: str, network: Collection[str]) -> bool:
         return False
-
-    def from_original(self, tensors: Mapping[str, Tensor], names: Iterable[str], source: str) -> dict[str, Tensor]:
-        """Original tensors, without :data:`PREFIX`, under diffusers' ``names``, all of a network's.
-
-        Raises UserError, naming ``source``, unless the two sets of names agree exactly.
-        """
-        plan = {original.removeprefix(PREFIX): name for original, (name,) in self.original_plan(names).items()}
-        for wrong, what in ((plan.keys() - tensors.keys(), "missing"), (tensors.keys() - plan.keys(), "unknown")):
-            if wrong:
-                told = amount(len(wrong), "tensor is", "tensors are")
-                raise UserError(f"model.path: '{source}': {told} {what}, e.g. {min(wrong)}")
-        return {name: tensors[original] for original, name in plan.items()}
 
 
 _TOP_BACK = {original: own for own, original in _TOP.items()}
