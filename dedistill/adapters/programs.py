@@ -46,8 +46,8 @@ class Names:
         self.onetrainer = {f"lora_{folder}_" + n.replace(".", "_") for n in shapes}
         self.original = {f"diffusion_model.{name}" for name in original}
         self.kohya = {naming.kohya_name(name) for name in original} if naming else set()
-        left_out = naming.KOHYA_LEAVES_OUT if naming else ""
-        self.sd_scripts = {naming.kohya_name(n) for n in original if not (left_out and re.search(left_out, n))} if naming else set()
+        left_out = re.compile(naming.KOHYA_LEAVES_OUT or "$^") if naming else re.compile("")
+        self.sd_scripts = {naming.kohya_name(n) for n in original if not left_out.search(n)} if naming else set()
         self.converted = bool(naming and naming.DIFFUSERS_CONVERTS)
         self.kohya_blocks = {naming.kohya_name(name) for name in original if "_blocks." in name} if naming else set()
         self.qkv = {f"diffusion_model.{name}" for name in other if name.endswith("_qkv")}
