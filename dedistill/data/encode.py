@@ -137,6 +137,7 @@ def prepare(
         world.wait()
     assert usable, "each rank has looked in its turn"
     cache, images = usable.cache, usable.images
+    _check_sizes(recipe, family, components, {(c.height, c.width) for image in images for c in image.crops})
     prompts = _prompts(recipe)
     captions = list(dict.fromkeys([*prompts, *(c for p in images for c in p.sample.captions)]))
     if any(world.gather(bool(_missing_captions(captions, texts) or _missing_images(images, latents)))):
@@ -172,6 +173,15 @@ def prepare(
         "cache_bytes": latents.bytes() + texts.bytes(),
     }
     return Prepared(source, text_cache, facts, source.digest)
+
+
+def _check_sizes(recipe: Recipe, family: Family, components: Components, sizes: set[tuple[int, int]]) -> None:
+    """Raises UserError, before anything is encoded, for crops of a size that the network cannot have."""
+    for height, width in sorted(sizes, reverse=True):
+        try:
+            family.latent_shape(components, height, width)
+        except UserError as e:
+            raise UserError(f"{recipe.where('data.resolutions')}: {e}", exit_code=2) from e
 
 
 def _silence(line: str) -> None:

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from tiny_recipes import IMAGES
 
 from dedistill.adapters.targets import matching
+from dedistill.data.encode import open_data
 from dedistill.errors import UserError
 from dedistill.models.conditioning import Conditioning, Tokens
 from dedistill.models.registry import get_family, get_spec, published
 from dedistill.models.sd3.family import Sd3
 from dedistill.models.sd3.published import LARGE, MEDIUM, TURBO, full_config
 from dedistill.models.sd3.tiny import write_tiny_sd3
+from dedistill.recipe import load_recipe
 from dedistill.recipe.model_tables import Model
 
 FAMILY = get_family("sd3")
@@ -238,3 +241,16 @@ def test_oracle_has_no_loss(components):
     text = FAMILY.encode_text(components, [CAPTION, ""], LENGTH)
     found = Sd3().velocity(components, oracle, noisy, torch.full((2,), 0.3), text)
     torch.testing.assert_close(found, noise - data, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("resolution", "crops", "told"), [(512, "square", "512 x 512"), (320, "random_aspect", "384 pixels")])
+def test_crops_that_have_no_places_are_refused_before_anything_is_encoded(tmp_path, folder, photos, resolution, crops, told):
+    """Of the images that there are; those that have places are not asked about others."""
+    recipe = tmp_path / "a.toml"
+    text = IMAGES.format(out=tmp_path, base=folder, images=photos, cache=tmp_path / "cache").replace('"flux"', '"sd3"')
+    recipe.write_text(
+        text.replace("resolutions = [64]", f'resolutions = [{resolution}]\ncrops = ["{crops}"]\nmax_upscale = 99')
+    )
+    with pytest.raises(UserError, match=rf"a\.toml:\d+: data\.resolutions: .*{told}"):
+        open_data(load_recipe(recipe), "cpu", print)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
