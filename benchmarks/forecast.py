@@ -127,7 +127,16 @@ def table(rows: list[Row]) -> str:
 RESULTS = Path(__file__).parent / "results" / "forecast.json"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 MARKS = "<!-- forecast: python -m benchmarks.forecast --recipes -->", "<!-- end of forecast -->"
-RECIPES = ("flux_schnell", "flux_schnell_24gb", "flux_dev", "flex1_alpha", "flux_lora")
+RECIPES = (
+    "flux_schnell",
+    "flux_schnell_24gb",
+    "flux_dev",
+    "flex1_alpha",
+    "flux_lora",
+    "sd35_medium",
+    "sd35_large",
+    "sd35_turbo_dedistill",
+)
 SHOWN = ("RTX 4080", "RTX 4090", "L40S", "H100")
 
 
