@@ -116,6 +116,7 @@ def _inputs(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str
 
 def _network(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str], None]) -> None:
     """Layers and sizes of the network at full size, and its files as far as they are there."""
+    from dedistill.data.encode import check_encoders
     from dedistill.forecast.sizes import check_room, sizes_of
     from dedistill.models.registry import get_family, looks_local, published, text_length
 
@@ -130,7 +131,7 @@ def _network(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[st
     if components is None:
         return None
     if path and not missing and (looks_local(path) or not recipe.model.revision):  # what is on the hub is fetched by a start
-        _tried(recipe, refused, lambda: family.load(recipe.model, seed=0, denoiser=False))
+        _tried(recipe, refused, lambda: check_encoders(family.load(recipe.model, seed=0, denoiser=False)))
     _tried(recipe, refused, lambda: _check_samples(recipe, family, components))
     sizes = _tried(recipe, refused, lambda: sizes_of(recipe, family, components.denoiser))
     if sizes is None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from dedistill.adapters.files import read_tensors
 from dedistill.cli.tiny import write_samples
-from dedistill.data.encode import open_source
+from dedistill.data.encode import check_encoders, open_source
 from dedistill.data.usable import Usable, by_headers, caption_words, look, without_captions
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.errors import UserError, amount
@@ -81,7 +81,7 @@ def _rehearse(recipe: Recipe, train: Callable[[Recipe], None], out: Path, say: S
         say(f"  {sizes}; {check_room(recipe, sizes)}")
     if recipe.model.path and Path(recipe.model.path).exists():  # else it is to be fetched, or made by an earlier stage
         with stage("the model, by its files"):
-            family.load(recipe.model, seed=recipe.run.seed, denoiser=False)
+            check_encoders(family.load(recipe.model, seed=recipe.run.seed, denoiser=False))
     limit = None
     if recipe.data.source == "pictures":
         recipe, whose = _with_samples(recipe, out, say)

@@ -144,6 +144,7 @@ def prepare(
         with sole_writer(cache, say) if world.main else nullcontext():
             world.wait()
             latents, texts = open_stores(recipe, family, components, cache)  # another run may have written meanwhile
+            check_encoders(components)
             for hint in hints(usable):
                 say(hint)
             mine = slice(world.rank, None, world.size)
@@ -182,6 +183,13 @@ def _check_sizes(recipe: Recipe, family: Family, components: Components, sizes: 
             family.latent_shape(components, height, width)
         except UserError as e:
             raise UserError(f"{recipe.where('data.resolutions')}: {e}", exit_code=2) from e
+
+
+def check_encoders(components: Components) -> None:
+    """All that encodes is looked at before the first caption is: of hours of work, none is done for a codec that is damaged."""
+    components.text.check()
+    if components.vae:
+        components.vae.check()
 
 
 def _silence(line: str) -> None:

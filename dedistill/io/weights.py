@@ -4,11 +4,13 @@ import math
 import re
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
-from dedistill.io.safetensors import open_safetensors
+from dedistill.io.safetensors import DTYPES, open_safetensors
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _KINDS = (
@@ -37,6 +39,15 @@ def open_weights(file: Path, source: str = "") -> safe_open:
         except OSError as refused:
             reason = refused.strerror or reason
         raise UserError(f"{start}'{file}' cannot be read as safetensors: {reason}") from e
+
+
+def empty_tensor(opened: safe_open, name: str) -> Tensor:
+    """One of a file's tensors on the meta device, by the header alone."""
+    part = opened.get_slice(name)
+    known = {code: dtype for dtype, code in DTYPES.items()}
+    # of other kinds, such as fp8, only whether they are floating point is looked at
+    dtype = known.get(part.get_dtype(), torch.float32 if part.get_dtype().startswith("F") else torch.uint8)
+    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
 def count_numbers(file: Path) -> int:

@@ -60,6 +60,9 @@ class TextEncoders(Protocol):
     def tokens(self, captions: list[str]) -> list[int]:
         """Tokens of each caption in the longest sequence, end token included, however long."""
 
+    def check(self) -> None:
+        """Raises UserError where its files are not whole, as far as their headers tell: before anything else is encoded."""
+
     def unload(self) -> None:
         """Free its memory; what is asked next loads again."""
 
@@ -73,12 +76,18 @@ class Unseen:
     def tokens(self, captions: list[str]) -> list[int]:
         raise UserError("model.path: the text encoders' files are not there")
 
+    def check(self) -> None:
+        """There is nothing to look at."""
+
     def unload(self) -> None:
         """There is nothing to free."""
 
 
 class Codec(Protocol):
     """Between pixels and what the denoiser sees."""
+
+    def check(self) -> None:
+        """As TextEncoders."""
 
     def unload(self) -> None:
         """Free its memory; what is asked next loads again."""

@@ -5,14 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dedistill.errors import UserError, amount
 from dedistill.io.json_files import read_object
-from dedistill.io.safetensors import DTYPES
-from dedistill.io.weights import open_weights, weight_files
+from dedistill.io.weights import empty_tensor, open_weights, weight_files
 from dedistill.models.pretrained import DEEPEST, without_weights
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -33,7 +31,7 @@ def read_network(place: Path, *, empty: bool = False) -> dict[str, Tensor]:
             for name in opened.keys():  # noqa: SIM118
                 if name in tensors:
                     raise UserError(f"model.path: '{file}' holds '{name}', which another file of the folder holds as well")
-                tensors[name] = _header(opened, name) if empty else _aligned(opened.get_tensor(name))
+                tensors[name] = empty_tensor(opened, name) if empty else _aligned(opened.get_tensor(name))
         except (OSError, SafetensorError) as e:
             raise UserError(f"model.path: '{file}' cannot be read as safetensors: {e}") from e
     if not tensors and not place.is_file():
@@ -41,14 +39,6 @@ def read_network(place: Path, *, empty: bool = False) -> dict[str, Tensor]:
     if any(name.startswith(PREFIX) for name in tensors):  # what else such a file holds are encoders and VAE
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     return tensors
-
-
-def _header(opened: safe_open, name: str) -> Tensor:
-    part = opened.get_slice(name)
-    known = {code: dtype for dtype, code in DTYPES.items()}
-    # of other kinds, such as fp8, only whether they are floating point is looked at
-    dtype = known.get(part.get_dtype(), torch.float32 if part.get_dtype().startswith("F") else torch.uint8)
-    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from dedistill.models.prompts import PromptEncoders
 from dedistill.models.spec import ModelSpec
 from dedistill.models.vae import PublishedVae, Vae
 from dedistill.recipe.model_tables import Model
+from dedistill.recipe.schema import MOST_SHIFTED
 
 SAVED = ("model_index.json", "scheduler")
 """What a folder of ours takes from its base beside the denoiser; the rest it points to."""
@@ -107,13 +108,21 @@ class PipelineFamily:
                 f"shift = 'auto' needs '{file}', which is missing: fetch it, or set a number (timesteps.shift, sample.shift)"
             )
         try:
-            if not s.get("use_dynamic_shifting", False):
-                return float(s.get("shift", 1.0))
-            low, high = float(s.get("base_shift", 0.5)), float(s.get("max_shift", 1.15))
-            few, many = int(s.get("base_image_seq_len", 256)), int(s.get("max_image_seq_len", 4096))
-            return dynamic_shift(tokens, low, high, few, many)
+            shift = self._shift_in(s, tokens)
         except (TypeError, ValueError, ArithmeticError) as e:
             raise UserError(f"model.path: '{file}' does not describe a shift: {e}") from e
+        if not 0 < shift <= MOST_SHIFTED:
+            raise UserError(f"model.path: '{file}' gives a shift of {shift:g}; fetch it again, or set a number (sample.shift)")
+        return shift
+
+    @staticmethod
+    def _shift_in(scheduler: dict[str, Any], tokens: int) -> float:
+        s = scheduler
+        if not s.get("use_dynamic_shifting", False):
+            return float(s.get("shift", 1.0))
+        low, high = float(s.get("base_shift", 0.5)), float(s.get("max_shift", 1.15))
+        few, many = int(s.get("base_image_seq_len", 256)), int(s.get("max_image_seq_len", 4096))
+        return dynamic_shift(tokens, low, high, few, many)
 
 
 # what the family's ``load`` has put there

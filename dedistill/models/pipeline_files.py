@@ -16,6 +16,7 @@ from dedistill.io.atomic import replace_json
 from dedistill.io.json_files import read_object
 from dedistill.models.registry import is_hub_id
 from dedistill.recipe.model_tables import Model
+from dedistill.recipe.schema import MOST_SHIFTED
 
 COMPONENTS = (
     *("scheduler", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
@@ -182,7 +183,8 @@ def own_shift(model: Model, published: float | None) -> float | None:
             around = read_object(here / "dedistill.json").get("components")
         if (file := scheduler_file(here, Path(around or here))).exists():
             found = read_object(file)
-            return None if found.get("use_dynamic_shifting") else float(found.get("shift", 1.0))
+            shift = float(found.get("shift", 1.0))
+            return None if found.get("use_dynamic_shifting") or not 0 < shift <= MOST_SHIFTED else shift
     except (OSError, ValueError, TypeError, UserError):
         return None  # whoever loads the model says what is wrong with it
     return published

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dedistill.errors import UserError, amount, is_out_of_memory
 from dedistill.io.json_files import read_object
 from dedistill.io.safetensors import extremes
+from dedistill.io.weights import empty_tensor, open_weights
 
 if TYPE_CHECKING:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -47,12 +48,61 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
-    shapes = {name: f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in info["mismatched_keys"]}
     # of shards diffusers looks at the index alone: what a file then lacks stays without memory
     without_memory = {name for name, tensor in denoiser.state_dict().items() if tensor.is_meta}
+    _check_complete(denoiser, info, folder, source, needed, without_memory)
+    check_finite(denoiser.state_dict(), f"{source}: '{folder}'")
+    return denoiser
+
+
+def by_headers(kind: type[Net], folder: Path, source: str, **options: Any) -> Net:
+    """``load_whole`` of a network of transformers, but for its numbers: it is empty, and its files' headers alone are read.
+
+    Raises UserError as that does, where names and shapes of tensors tell it.
+    """
+    check_folder(folder, source)
+    needed = f"a folder of {kind.__name__}: config.json and its weights as safetensors"
+    files = [open_weights(file, source) for file in _files_of(folder, source)]
+    tensors = {name: empty_tensor(file, name) for file in files for name in file.keys()}  # noqa: SIM118
+    with reading(f"{source}: '{folder}' cannot be loaded; it must be {needed}"):
+        if not tensors:
+            raise FileNotFoundError(f"no {STEM}.safetensors")
+        loader: Any = kind
+        config = loader.config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        empty, info = loader.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    _check_complete(empty, info, folder, source, needed, set())
+    return empty
+
+
+STEM = "model"
+"""What transformers calls a network's file."""
+
+
+def _files_of(folder: Path, source: str) -> list[Path]:
+    """The files that transformers takes: of this name, else those of the index. Others beside them do not count."""
+    if (whole := folder / f"{STEM}.safetensors").exists():
+        return [whole]
+    index = folder / f"{STEM}.safetensors.index.json"
+    named = read_object(index, source).get("weight_map") if index.exists() else {}
+    return [folder / name for name in sorted({*named.values()})] if isinstance(named, dict) else []
+
+
+def _check_complete(
+    network: nn.Module, info: Mapping[str, Any], folder: Path, source: str, needed: str, without_memory: set[str]
+) -> None:
+    """Raises UserError where ``info`` of a loader tells of tensors that are missing, unknown, or of another shape."""
+    shapes = {name: f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in info["mismatched_keys"]}
     missing = {*info["missing_keys"], *without_memory} - shapes.keys()
     # parts of a larger model may lie beside, as a decoder beside its encoder, but nothing more within the network's own
-    unknown = [name for name in info["unexpected_keys"] if missing or hasattr(denoiser, name.split(".")[0])]
+    unknown = [name for name in info["unexpected_keys"] if missing or hasattr(network, name.split(".")[0])]
     faults = {"missing": missing, "of another shape": shapes.values(), "unknown": unknown}
     if problems := [
         f"{amount(len(names), 'tensor is', 'tensors are')} {what}: {_some(sorted(names))}"
@@ -61,11 +111,9 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
     ]:
         files = _some(sorted(file.name for file in folder.glob("*.safetensors")))
         raise UserError(
-            f"{source}: the weights in '{folder}' ({files}) are not those of the {kind.__name__} that its config.json "
+            f"{source}: the weights in '{folder}' ({files}) are not those of the {type(network).__name__} that its config.json "
             f"describes. {'; '.join(problems)}. Fetch the folder again; it must be {needed}"
         )
-    check_finite(denoiser.state_dict(), f"{source}: '{folder}'")
-    return denoiser
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
@@ -139,6 +187,18 @@ def check_vocabulary(
         )
     if tokenizer.pad_token is None:
         raise UserError(f"{source}: the tokenizer in '{folder}' has no 'pad_token'; tokenizer_config.json must name one")
+
+
+@torch.no_grad()
+def check_told_apart(tokenizer: "PreTrainedTokenizerBase", network: nn.Module, folder: Path, source: str) -> None:
+    """Raises UserError for a text encoder, from ``folder``, that makes the same of different words."""
+    ids = tokenizer(list(_WORDS), padding=True, return_tensors="pt").input_ids
+    states = network(ids.to(next(network.parameters()).device))[0].float()
+    if (states - states[:1]).abs().max() <= 1e-4 * states.abs().max():
+        raise UserError(
+            f"{source}: what '{folder}' makes of '{_WORDS[0]}' and '{_WORDS[1]}' is the same: its weights tell no words apart. "
+            "Fetch the folder again"
+        )
 
 
 def check_folder(folder: Path, source: str) -> None:

@@ -1,6 +1,6 @@
 """Text encoders of a pipeline's folder: tokenizers and networks of transformers, loaded when first used."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dedistill.errors import UserError
-from dedistill.models.pretrained import check_vocabulary, load_tokenizer, load_whole
+from dedistill.io.weights import open_weights
+from dedistill.models.pretrained import by_headers, check_told_apart, check_vocabulary, load_tokenizer, load_whole
 from dedistill.models.swap import Swap, move_rest, without_room
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class PromptEncoders:
                 needed = ", or ".join(" and ".join(files) for files in encoder.vocabularies)
                 place = folder / encoder.tokenizer
                 raise UserError(f"model.path: '{place}' has no vocabulary; it needs {needed}. Fetch it with all files")
+            for file in (folder / encoder.folder).glob("*.safetensors"):
+                open_weights(file, "model.path")
 
     def files(self) -> list[Path]:
         """All that decides what a caption becomes."""
@@ -84,22 +87,36 @@ class PromptEncoders:
     def loaded(self) -> bool:
         return bool(self._loaded)
 
+    def check(self) -> None:
+        if not self._loaded:
+            self._read(by_headers)
+
     def load(self, device: torch.device | str) -> None:
+        loaded = {name: (tokenizer, placed(network, device)) for name, (tokenizer, network) in self._read(load_whole).items()}
+        for name, (tokenizer, network) in loaded.items():
+            check_told_apart(tokenizer, network, self.folder / self.encoders[name].folder, self._source)
+        self._loaded = loaded
+
+    @property
+    def _source(self) -> str:
+        return f"model.path: the text encoders in '{self.folder}'"
+
+    def _read(self, network_of: Callable[..., nn.Module]) -> dict[str, Loaded]:
+        """All of them, their networks by ``network_of``: ``load_whole``, or ``by_headers`` for an empty one."""
         import transformers
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        source = f"model.path: the text encoders in '{self.folder}'"
         places = {name: self.folder / e.tokenizer for name, e in self.encoders.items()}
-        tokenizers = {name: load_tokenizer(transformers.AutoTokenizer, place, source) for name, place in places.items()}
-        networks: dict[str, nn.Module] = {}
+        tokenizers = {name: load_tokenizer(transformers.AutoTokenizer, place, self._source) for name, place in places.items()}
+        found: dict[str, Loaded] = {}
         for name, encoder in self.encoders.items():
-            kind = cast("type[nn.Module]", getattr(transformers, encoder.kind))
-            networks[name] = load_whole(kind, self.folder / encoder.folder, source, dtype="auto")
+            kind = getattr(transformers, encoder.kind)
+            found[name] = tokenizers[name], network_of(kind, self.folder / encoder.folder, self._source, dtype="auto")
         for name, encoder in self.encoders.items():
-            entries = cast(Any, networks[name]).config.vocab_size
-            check_vocabulary(tokenizers[name], entries, places[name], source, padded=encoder.padded)
-        self._loaded = {name: (tokenizers[name], placed(network, device)) for name, network in networks.items()}
+            entries = cast(Any, found[name][1]).config.vocab_size
+            check_vocabulary(tokenizers[name], entries, places[name], self._source, padded=encoder.padded)
+        return found
 
     def on(self, device: torch.device | str) -> dict[str, Loaded]:
         """Tokenizers and networks by name, the networks where they are, or loaded onto ``device`` now."""

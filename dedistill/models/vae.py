@@ -1,5 +1,6 @@
 """The image codec of a pipeline's folder, loaded when first used, never for a cached sample."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
+from dedistill.io.weights import open_weights
 from dedistill.models.family import DECODING, Pass
 from dedistill.models.pretrained import load_whole
 
@@ -25,6 +27,9 @@ class PublishedVae:
 
     channels: int
     scale: int = 8
+
+    def check(self) -> None:
+        """There is nothing to look at."""
 
     def unload(self) -> None:
         """There is nothing to free."""
@@ -43,6 +48,13 @@ class Vae:
             self.channels, self.scale = int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)
         except (ValueError, KeyError, TypeError, ArithmeticError) as e:
             raise UserError(f"model.path: no VAE in '{folder}': its config.json lacks or misstates {e}") from e
+        factors = {"scaling_factor": config.get("scaling_factor", 1.0), "shift_factor": config.get("shift_factor") or 0.0}
+        for key, value in factors.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or (key == "scaling_factor" and value <= 0):
+                raise UserError(f"model.path: the VAE's '{folder / 'config.json'}' has {key} = {value!r}: fetch it again")
+        for file in folder.glob("*.safetensors"):
+            open_weights(file, "model.path")
         self._loaded = None
         self.tiled = False
 
@@ -57,6 +69,12 @@ class Vae:
     @property
     def loaded(self) -> bool:
         return self._loaded is not None
+
+    def check(self) -> None:
+        """Loads it, which takes a second, and frees it."""
+        if not self.loaded:
+            self.load("cpu")
+            self.unload()
 
     def load(self, device: torch.device | str) -> None:
         from diffusers import AutoencoderKL

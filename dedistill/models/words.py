@@ -39,6 +39,9 @@ class WordEncoder:
         """Tokens of each caption, end token included, however long."""
         return [len(_words(caption)) + 1 for caption in captions]
 
+    def check(self) -> None:
+        """There are no files."""
+
     def unload(self) -> None:
         """There is nothing to free."""
 

@@ -112,7 +112,9 @@ class Data(Table):
     )
 
 
-Shift = Annotated[float, Field(gt=0)] | Literal["auto"]
+MOST_SHIFTED = 1000.0
+"""At which the middle of a path is .999 noise."""
+Shift = Annotated[float, Field(gt=0, le=MOST_SHIFTED)] | Literal["auto"]
 
 
 def _guider(text: str) -> str:

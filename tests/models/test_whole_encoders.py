@@ -15,6 +15,7 @@ from tiny_recipes import ADAPTER, IMAGES
 from torch import Tensor
 from transformers import T5EncoderModel
 
+from dedistill.cli.main import main as cli
 from dedistill.data.images.index import build_index
 from dedistill.data.images.listing import ImageSet
 from dedistill.data.images.scan import scan
@@ -106,7 +107,68 @@ def test_a_part_that_is_not_whole_is_refused_by_its_tensors(model, refused, tmp_
     change(model / part, edit)
     said = refused()
     assert told in said and f"{model / part}' (" in said and "model.safetensors" in said
-    assert not list((tmp_path / "cache" / ("latents" if part == "vae" else "text")).glob("*.safetensors")), "nothing is kept"
+    assert not list((tmp_path / "cache").rglob("*.safetensors")), "nothing is encoded before all is looked at"
+
+
+@pytest.mark.parametrize(("part", "edit", "told"), [FAULTS[0], FAULTS[4], FAULTS[5]], ids=["T5", "CLIP", "VAE"])
+def test_a_plan_and_a_rehearsal_look_as_a_start_does(model, image_recipe, capsys, part, edit, told):
+    change(model / part, edit)
+    for command, code in (("plan", 2), ("rehearse", 1)):
+        settings = [f"model.path={model}", "train.steps=4"]
+        assert cli([command, str(image_recipe), *(word for s in settings for word in ("--set", s))]) == code
+        assert told in capsys.readouterr().err
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 9\n"
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
+@pytest.mark.parametrize(
+    ("content", "told"), [(POINTER, "a pointer of Git LFS"), ("<!doctype html>", "a web page"), ("", "is empty")]
+)
+def test_a_download_that_failed_is_named_and_not_the_cache(model, two_images, tmp_path, capsys, part, content, told):
+    """Whoever deleted a cache that is called stale would encode for hours, to be told the same."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(IMAGES.format(out=tmp_path, base=model, images=two_images, cache=tmp_path / "cache"))
+    assert main([str(recipe), "--cache-only"]) == 0
+    file = next((model / part).glob("*.safetensors"))
+    file.write_text(content)
+    capsys.readouterr()
+    assert main([str(recipe), "--cache-only"]) == 1
+    said = capsys.readouterr().err
+    assert f"'{file}' cannot be read as safetensors: it is" in said and told in said and "stale" not in said
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize("edit", [lambda t: torch.ones_like(t), lambda t: t * 1e-30], ids=["ones", "next to nothing"])
+def test_an_encoder_that_tells_no_words_apart_is_refused(model, refused, part, edit):
+    """Its weights are finite, and not zero."""
+    change(model / part, lambda tensors: {name: edit(t) for name, t in tensors.items()})
+    assert f"what '{model / part}' makes of 'blue' and 'bird' is the same" in refused()
+
+
+FACTORS = [("scaling_factor", v) for v in ("0", "-0.3", "NaN", "1e999", "null", '"x"', "true")]
+FACTORS += [("shift_factor", v) for v in ("NaN", "-Infinity", '"x"', "[1]")]
+
+
+@pytest.mark.parametrize(("key", "value"), FACTORS)
+def test_factors_of_a_codec_are_numbers(model, refused, tmp_path, key, value):
+    """By them latents would be zeros, turned around or not finite, or an internal error after all captions."""
+    file = model / "vae/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "here"}).replace('"here"', value))
+    assert f"the VAE's '{file}' has {key} = " in refused() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("keys", [{"shift": 0}, {"shift": -3.0}, {"shift": float("nan")}, {"shift": 1e9}])
+@pytest.mark.parametrize(
+    "dynamic", [{}, {"use_dynamic_shifting": True, "base_shift": 1e4}, {"use_dynamic_shifting": True, "max_shift": 99}]
+)
+def test_a_scheduler_that_shifts_by_no_number_is_refused(model, refused, keys, dynamic):
+    """Images would be made from noise alone, or from none."""
+    file = model / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys | dynamic))
+    said = refused()
+    assert f"'{file}' gives a shift of" in said or f"'{file}' does not describe a shift" in said
 
 
 def test_blocks_that_the_config_leaves_out_are_refused(model, refused):

@@ -83,12 +83,18 @@ class TwoTexts:
     def tokens(self, captions: list[str]) -> list[int]:
         return self._encoders[0].tokens(captions)
 
+    def check(self) -> None:
+        """There are no files."""
+
     def unload(self) -> None:
         """There is nothing to free."""
 
 
 class MeanCodec:
     """A latent is the mean colour of 8 x 8 pixels."""
+
+    def check(self) -> None:
+        """There are no files."""
 
     def unload(self) -> None:
         """There is nothing to free."""
