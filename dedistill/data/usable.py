@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dedistill.data.images.buckets import Sized, crops_of, needed_upscale, too_small
 from dedistill.data.images.decode import BadImage, size_by_header
-from dedistill.data.images.duplicates import near_duplicates
+from dedistill.data.images.duplicates import MOST_CROPPED, near_duplicates
 from dedistill.data.images.index import NO_CAPTION, Index, Sample, build_index, read_bytes
 from dedistill.data.images.likeness import Likeness
 from dedistill.data.images.listing import images_of
@@ -31,7 +31,7 @@ UPSCALES = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 """Values of data.max_upscale that are proposed; more makes images of blur."""
 LARGE = 0.2
 """Share of all images from which on one group of near-duplicates is told."""
-VERSION = 1
+VERSION = 2
 """To be raised when near-duplicates are found in another way."""
 SPLIT_LINES = {"auto": None, "always": True, "never": False}
 
@@ -203,7 +203,8 @@ def near_groups(images: Sequence[CroppedImage], file: Path) -> list[list[str]]:
 
 def hints(usable: Usable) -> list[str]:
     """What a user may want to know of a set that is new; nothing of it is wrong."""
-    return near_words(usable) + caption_words(usable.index)
+    unlooked = [f"data: {len(usable.images):,} images are too many to look for crops among (the limit is {MOST_CROPPED:,})"]
+    return near_words(usable) + (unlooked if len(usable.images) > MOST_CROPPED else []) + caption_words(usable.index)
 
 
 def caption_words(index: Index) -> list[str]:

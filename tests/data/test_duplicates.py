@@ -17,7 +17,7 @@ from dedistill.data.images.index import Sample
 from dedistill.data.images.likeness import MIRROR, Likeness, likeness
 from dedistill.data.images.types import NOWHERE
 from dedistill.data.split import CroppedImage, split
-from dedistill.data.usable import look, near_words
+from dedistill.data.usable import hints, look, near_words
 from dedistill.recipe import load_recipe
 
 
@@ -219,3 +219,10 @@ def test_hints_come_once_with_their_reason(own):
     said.clear()
     open_data(load_recipe(recipe), **options)
     assert said == ["data: source 'photos': 13 images"]
+
+
+def test_of_too_many_images_it_is_said_that_crops_are_not_looked_for(image_recipe, monkeypatch):
+    usable = look(load_recipe(image_recipe), lambda line: None)
+    assert not [line for line in hints(usable) if "too many to look for crops" in line]
+    monkeypatch.setattr("dedistill.data.usable.MOST_CROPPED", 3)
+    assert [line for line in hints(usable) if "12 images are too many to look for crops among (the limit is 3)" in line]
