@@ -76,6 +76,7 @@ def by_headers(kind: type[Net], folder: Path, source: str, **options: Any) -> Ne
             device_map="meta",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,
             **options,
         )
     _check_complete(empty, info, folder, source, needed, set())
