@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.interleave import report
 from dedistill.runs.checkpoint import save_checkpoint
-from dedistill.training.background import AsyncCheckpointWriter, Groups
+from dedistill.training.keeping import AsyncCheckpointWriter, Groups
 
 ROUNDS = 7
 STEP, STEPS = 0.02, 400

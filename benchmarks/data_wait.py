@@ -16,7 +16,7 @@ from benchmarks.interleave import RESULTS
 from dedistill.models.flux.tiny import write_tiny_flux
 from dedistill.train import main as train
 from dedistill.training import trainer as loop
-from dedistill.training.background import ahead
+from dedistill.training.trainer import ahead
 
 IMAGES, STEPS, PAIRS = 96, 41, 3
 RECIPE = """

@@ -19,7 +19,7 @@ import torch
 from benchmarks.interleave import RESULTS
 from benchmarks.processes import step_of, trainer
 from dedistill.posthoc.profiles import Profile, coefficients, exponent, share_of_new, walk_error
-from dedistill.training.ema import Averages
+from dedistill.training.keeping import Averages
 
 STEPS, STORED = 4000, (0.05, 0.10)
 WIDTHS, COUNTS = (0.02, 0.03, 0.04, 0.075, 0.15, 0.20, 0.25), (4, 8, 16, 32)

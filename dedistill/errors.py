@@ -3,7 +3,7 @@
 import errno
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 RUN_AGAIN = 75
@@ -58,11 +58,15 @@ _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory"
 
 
 @contextmanager
-def enough_memory(doing: str) -> Iterator[None]:
-    """Names what was going on when memory ran out. That may be for another process: the same command may well succeed."""
+def enough_memory(doing: str | Callable[[], str]) -> Iterator[None]:
+    """Names what was going on when memory ran out. That may be for another process: the same command may well succeed.
+
+    doing: or a function that says it then, of work that changes.
+    """
     try:
         yield
     except Exception as e:
         if not is_out_of_memory(e):
             raise
-        raise UserError(f"out of memory while {doing}; what was complete is kept", RUN_AGAIN) from e
+        what = doing if isinstance(doing, str) else doing()
+        raise UserError(f"out of memory while {what}; what was complete is kept", RUN_AGAIN) from e

@@ -21,13 +21,10 @@ from dedistill.recipe.resolve import Plan, make_plan, shifts
 from dedistill.runs.missing import missing_inputs, require_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
 
     from dedistill.data.source import Source
     from dedistill.models.model import Model
-    from dedistill.runs.metrics import Row
     from dedistill.runs.requests import StopRequests
     from dedistill.training.engine import Engine
     from dedistill.training.trainer import Trainer
@@ -123,6 +120,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     from dedistill.models.quantize import sample_sha256
     from dedistill.runs.directory import RunDirectory, flat, input_files
     from dedistill.runs.metrics import Trackers
+    from dedistill.runs.pace import progress
     from dedistill.runs.requests import BY_FILE
     from dedistill.training.engine import Engine
     from dedistill.training.fsdp import Fsdp2
@@ -159,8 +157,9 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
         rows = trainer.fit(stop, trackers)
         with world.translate_dist_errors():
-            for _ in _shown(trainer, rows) if world.main else rows:
-                pass
+            for _ in progress(rows, trainer.state.step, plan, trainer.pace) if world.main else rows:
+                if world.main and trainer.pace.done == COMPARED_AT:
+                    _compare(trainer)
             trainer.check_applied()
             exported = trainer.keeper.export() if trainer.state.step == plan.steps else None
         trackers.close()
@@ -225,16 +224,6 @@ def _expect(trainer: "Trainer", settled: Recipe) -> list[str]:
     except Exception as e:  # of whatever a family may not know on shapes alone
         return [f"memory and useful work are not forecast: {type(e).__name__}: {e}"]
     return []
-
-
-def _shown(trainer: "Trainer", rows: "Iterator[Row]") -> "Iterator[Row]":
-    """``rows``, as they come, on the terminal."""
-    from dedistill.report.live import progress
-
-    for row in progress(rows, trainer.state.step, trainer.plan, trainer.pace):
-        if trainer.pace.done == COMPARED_AT:
-            _compare(trainer)
-        yield row
 
 
 def _compare(trainer: "Trainer") -> None:

@@ -160,7 +160,7 @@ def prepare(
                 components.vae.unload()
             world.wait()
         latents, texts = open_stores(recipe, family, components, cache)
-    text_cache = {caption: read_text(texts, caption, components.text.widths) for caption in prompts}
+    text_cache = dict(zip(prompts, read_text(texts, prompts, components.text.widths)))
     weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, components)
     widths = components.text.widths
     source = EncodedImages(usable.split, weights, latents, texts, latent_shape=latent_shape, text_widths=widths)
@@ -242,7 +242,8 @@ def cached_text(recipe: Recipe, family: Family, components: Components) -> dict[
         return {}
     refuse_foreign(cache, "cache", "data.cache")
     texts = Store(cache / "text", _inputs(recipe, family, components, cache)["text"])
-    return {c: read_text(texts, c, components.text.widths) for c in _prompts(recipe) if text_key(c) in texts}
+    there = [c for c in _prompts(recipe) if text_key(c) in texts]
+    return dict(zip(there, read_text(texts, there, components.text.widths)))
 
 
 def _inputs(recipe: Recipe, family: Family, components: Components, cache: Path) -> dict[str, dict[str, object]]:

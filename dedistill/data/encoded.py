@@ -43,9 +43,10 @@ def text_key(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:32]
 
 
-def read_text(texts: Store, caption: str, widths: Widths) -> Conditioning:
-    """One caption of the cache, as long as it was stored. widths: of its encoders. Raises as ``Store.read``."""
-    return one_caption(texts.read(text_key(caption), stored_shapes(widths)))
+def read_text(texts: Store, captions: list[str], widths: Widths) -> list[Conditioning]:
+    """Captions of the cache, each as long as it was stored. widths: of its encoders. Raises as ``Store.read``."""
+    shapes = stored_shapes(widths)
+    return [one_caption(texts.read(text_key(caption), shapes)) for caption in captions]
 
 
 class EncodedImages:
@@ -122,14 +123,12 @@ class EncodedImages:
             shape = self._latent_shape(slot.crop.height, slot.crop.width)
             latents.append(self._latents.read(latent_key(slot.image.sample, slot.crop), {"latent": shape})["latent"])
         captions, names = [s.caption for s in slots], [s.name for s in slots]
-        ids, framing = (
-            [self._split.unit(s.image) for s in slots],
-            torch.stack([framing_of(s.image.sample, s.crop) for s in slots]),
-        )
+        ids = [self._split.unit(s.image) for s in slots] if held_out else []  # in training nothing is counted by image
+        framing = torch.stack([framing_of(s.image.sample, s.crop) for s in slots])
         return Batch(torch.stack(latents).float(), captions, names, image_ids=ids, framing=framing)
 
     def text(self, captions: list[str]) -> Conditioning:
-        return collate([read_text(self._texts, c, self._text_widths) for c in captions])
+        return collate(read_text(self._texts, captions, self._text_widths))
 
     def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
         slots = self._slots(seed, step, batch, held_out)

@@ -7,7 +7,7 @@ of it stands in ``dedistill/recipe/objectives.py``.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import ClassVar, TypedDict
 
@@ -128,11 +128,12 @@ class Objective(ABC):
     def noisy_batch(self, step: int, positions: np.ndarray) -> NoisyBatch:
         """What is trained on at ``positions`` of ``step``. Raises UserError for a source without what it needs."""
         stratify = self.sampling["stratify"]
+        sigmas = partial(timesteps.draw, self.seed, step, self.batch, **self.sampling)
         # drawn for the whole step and then indexed: what a sample gets does not depend on how the step is cut into
         # micro-batches or over processes
         draws = Draws(
             p=timesteps.probabilities(self.seed, "sigma", step, self.batch, stratify)[positions],
-            sigma=lambda shape: self._sigmas(step, shape)[positions],
+            sigma=lambda shape: sigmas(shift=self.shift_of(shape))[positions],
             noise=lambda shape: keyed.noise(self.seed, "noise", step, positions, shape),
         )
         dropped = keyed.uniforms(self.seed, "caption-dropout", step, self.batch)[positions] < self.dropout
@@ -159,9 +160,6 @@ class Objective(ABC):
         )
         batch = self.source.draw(self.seed, 0, positions, count, held_out=True)
         return self._asked(batch, draws, dropped=np.zeros(len(positions), bool))
-
-    def _sigmas(self, step: int, shape: tuple[int, ...]) -> np.ndarray:
-        return timesteps.draw(self.seed, step, self.batch, shift=self.shift_of(shape), **self.sampling)
 
     def _asked(self, batch: Batch, draws: Draws, dropped: np.ndarray) -> NoisyBatch:
         """dropped: [B], whose captions are not told."""

@@ -1,4 +1,4 @@
-"""What a run says on the terminal before it begins. What it says while it goes on: ``report.live``."""
+"""What a run says on the terminal before it begins. What it says while it goes on: ``runs.pace``."""
 
 import math
 from collections.abc import Mapping

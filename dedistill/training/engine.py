@@ -10,6 +10,7 @@ from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
+from dedistill.recipe.resolve import filled
 from dedistill.training.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 # --- the gradient of a batch to the last bit, whoever computed which part of it --------------------------------------
@@ -170,6 +171,19 @@ class Engine:
         """The inverse of ``weights`` and ``state``. Raises UserError naming ``source``, changing nothing, unless all fits."""
         self.model.load_tensors(weights, source)
         load_optimizer_tensors(self.optimizer, self.trainable, state, source)
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Rate of step ``step`` (from 0): linear warm-up, then constant, linear or cosine decay to lr_floor * lr."""
+    t = recipe.train
+    if step < t.warmup:
+        return t.lr * (step + 1) / t.warmup
+    if t.schedule == "constant":
+        return t.lr
+    done = (step - t.warmup) / (t.steps - t.warmup)
+    share = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[t.schedule]
+    floor = filled(t.lr_floor, "train.lr_floor")
+    return t.lr * (floor + (1 - floor) * share)
 
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,25 +1,28 @@
-"""What a run keeps and goes back to: its state, checkpoints, snapshots and, at the end, its model folder."""
+"""What a run keeps and goes back to: its state, averages, checkpoints, snapshots and, at the end, its model folder."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from dedistill.adapters.attach import compare_tensors
 from dedistill.data.images.types import ImageSet
+from dedistill.distributed.heartbeat import heartbeat
 from dedistill.errors import UserError, amount
 from dedistill.io.safetensors import tensors_checksum
 from dedistill.models.model import ARITHMETIC
+from dedistill.posthoc.profiles import exponent, profile_folder, share_of_new
 from dedistill.posthoc.snapshots import write_snapshot
 from dedistill.recipe import Recipe
 from dedistill.runs.checkpoint import newest_until, newest_valid, read_checkpoint, remove_after, save_checkpoint
 from dedistill.runs.directory import RunDirectory
 from dedistill.runs.metrics import Row, last_step
 from dedistill.runs.model import export_model, exported_step, snapshot_header
-from dedistill.training.background import AsyncCheckpointWriter
-from dedistill.training.ema import Averages
 from dedistill.training.engine import Engine
 from dedistill.training.guards import Guard, of_renamed_sets
 from dedistill.training.optim import not_finite
@@ -61,6 +64,118 @@ class RunState:
             self.load(saved)
         self.guard.load({key: judged[key] for key in ("quarantine", "returned")})
         self.unfinished = None  # its row was written since
+
+
+# --- averages of the weights ------------------------------------------------------------------------------------------
+
+
+TIME = "time"
+"""Name of the step of the last update among the tensors of a checkpoint."""
+
+
+class Averages:
+    """One running mean of every trained tensor for each of ``widths`` (sigma_rel): float32, where the tensor is.
+
+    Updates are a function of the weights and the step alone, so every process that holds the same weights holds the same
+    means. A step that was not applied makes none, but counts as time that has passed.
+    """
+
+    def __init__(self, widths: Sequence[float], trained: Mapping[str, Tensor]):
+        self._trained, self._time = trained, 0
+        self._gammas = {sigma: exponent(sigma) for sigma in widths}
+        self._means = {s: {n: torch.zeros_like(t, dtype=torch.float32).detach() for n, t in trained.items()} for s in widths}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take the weights in as they are after ``step``, with the weight of all the steps since the last update."""
+        for sigma, means in self._means.items():
+            share = share_of_new(self._gammas[sigma], self._time, step)
+            for name, mean in means.items():
+                # at the first update the share is 1, so the zeros that means start from never count
+                mean.lerp_(self._trained[name].float(), share)
+        self._time = step
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint keeps, by file; nothing when nothing is tracked."""
+        return {"ema": {**dict(self._named()), TIME: torch.tensor(self._time)}} if self._means else {}
+
+    def load(self, groups: Mapping[str, dict[str, Tensor]], source: str) -> None:
+        """The inverse of :meth:`state`. Raises UserError naming ``source``, changing nothing, unless it holds these very
+        means."""
+        saved = groups.get("ema", {})
+        if problems := compare_tensors(self.state().get("ema", {}), saved):
+            raise UserError(f"the averages in '{source}' do not fit snapshot.ema: {problems}")
+        for name, mean in self._named():
+            mean.copy_(saved[name])
+        self._time = int(saved[TIME]) if saved else 0
+
+    def write(self, snapshots: Path, step: int, whole: Mapping[str, Tensor], header: dict[str, str]) -> None:
+        """Write each average, as of ``step``, beside the snapshot of ``whole``, of which the trained tensors are replaced."""
+        for sigma, means in self._means.items():
+            made_by = {"dedistill.ema": f"power sigma_rel={sigma:g}"}
+            if self._time < step:  # the last steps were not applied
+                share = share_of_new(self._gammas[sigma], self._time, step)
+                means = {name: mean.lerp(self._trained[name].detach().float(), share) for name, mean in means.items()}
+            write_snapshot(snapshots / profile_folder(sigma), step, {**whole, **means}, header | made_by)
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return [(f"{sigma:g}/{name}", mean) for sigma, means in self._means.items() for name, mean in means.items()]
+
+
+# --- saving beside training ------------------------------------------------------------------------------------------
+
+
+Groups = dict[str, dict[str, Tensor]]
+"""Name of a file -> its tensors by name."""
+
+
+class AsyncCheckpointWriter:
+    """One save at a time. What goes wrong in one is raised by the next call of ``start`` or ``wait``.
+
+    The memory of the copies is kept from save to save: to be given new memory takes longer than to copy into it.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._running: Future[object] | None = None
+        self._copies: dict[tuple[str, str], Tensor] = {}
+
+    def start(self, groups: Groups, save: Callable[[Groups], object], *, no_copy: Collection[str] = ()) -> None:
+        """Run ``save`` on copies of ``groups`` on the CPU, beside what follows, after the save before has ended.
+
+        no_copy: names of groups that need no copy, because they are nobody else's.
+        """
+        self.wait()
+        copies = {g: ts if g in no_copy else {n: self._copy(g, n, t) for n, t in ts.items()} for g, ts in groups.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies into pinned memory do not wait by themselves
+        self._running = self._pool.submit(save, copies)
+
+    def _copy(self, group: str, name: str, tensor: Tensor) -> Tensor:
+        own = self._copies.get((group, name))
+        if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
+            own = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._copies[group, name] = own
+        return own.copy_(tensor, non_blocking=True)
+
+    def check(self) -> None:
+        """Raise what a save that has ended has raised; waits for none."""
+        if self._running and self._running.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what was started is safe on disk."""
+        running, self._running = self._running, None
+        if running:
+            with heartbeat.during("saving"):
+                running.result()
+
+    def close(self) -> None:
+        """Wait, and raise nothing: for the end of a run that has failed already."""
+        self._pool.shutdown()
+
+
+# --- all of it on disk ---------------------------------------------------------------------------------------------------
 
 
 def _title(images: Mapping[str, Any]) -> str:

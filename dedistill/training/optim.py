@@ -1,6 +1,5 @@
-"""Optimizers and the learning rate, a function of the step."""
+"""Optimizers, and their state by the names of parameters."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 import dedistill.kernels as kernels
 from dedistill.errors import UserError
 from dedistill.recipe import Recipe
-from dedistill.recipe.resolve import filled
 
 if TYPE_CHECKING:
     from dedistill.kernels import kahan
@@ -77,19 +75,6 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.
     if t.optimizer == "adamw_bf16":
         return KahanAdamW(parameters, lr=t.lr, betas=betas, decay=t.weight_decay)
     return torch.optim.AdamW(parameters, lr=t.lr, betas=betas, weight_decay=t.weight_decay, fused=True)
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Rate of step ``step`` (from 0): linear warm-up, then constant, linear or cosine decay to lr_floor * lr."""
-    t = recipe.train
-    if step < t.warmup:
-        return t.lr * (step + 1) / t.warmup
-    if t.schedule == "constant":
-        return t.lr
-    done = (step - t.warmup) / (t.steps - t.warmup)
-    share = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[t.schedule]
-    floor = filled(t.lr_floor, "train.lr_floor")
-    return t.lr * (floor + (1 - floor) * share)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> dict[str, Tensor]:

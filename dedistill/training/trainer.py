@@ -6,7 +6,10 @@
 import sys
 import time
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,11 +29,9 @@ from dedistill.runs.metrics import MetricsLogger, Row, Trackers
 from dedistill.runs.pace import Pace
 from dedistill.runs.requests import BY_SIGNAL, StopRequests
 from dedistill.sampling.sampler import Sampling
-from dedistill.training.background import ahead
-from dedistill.training.engine import Engine
+from dedistill.training.engine import Engine, learning_rate
 from dedistill.training.guards import EVERY, BadSteps, Guard, ParameterChangeCheck, Rollback
 from dedistill.training.keeping import Keeper, RunState
-from dedistill.training.optim import learning_rate
 from dedistill.training.preview import Preview
 
 MicroBatches = Generator[tuple[np.ndarray, NoisyBatch] | None, None, None]
@@ -167,14 +168,15 @@ class Trainer:
 
     def micro_batches(self, start: int) -> MicroBatches:
         """Every micro-batch of this process, from step ``start`` on."""
-        for step in range(start, self.plan.steps):
-            own, padding = self.objective.share(step, self.micro_batch, self.world)
-            # padding first, while there are no gradients yet that theirs could get into
-            for positions, counted in [*((c, c[:0]) for c in padding), *((o, o) for o in own)]:
-                with enough_memory(f"loading positions {positions.tolist()} of step {step + 1}"):
+        step, positions = start, np.arange(0)
+        with enough_memory(lambda: f"loading positions {positions.tolist()} of step {step + 1}"):
+            for step in range(start, self.plan.steps):
+                own, padding = self.objective.share(step, self.micro_batch, self.world)
+                # padding first, while there are no gradients yet that theirs could get into
+                for positions, counted in [*((c, c[:0]) for c in padding), *((o, o) for o in own)]:
                     noisy = self.objective.noisy_batch(step, positions)
-                yield counted, noisy.pinned() if self.model.device.type == "cuda" else noisy
-            yield None
+                    yield counted, noisy.pinned() if self.model.device.type == "cuda" else noisy
+                yield None
 
     def train_step(self, step: int, micro_batches: MicroBatches) -> Row:
         """One optimizer step over all slots of the global batch; every sample weighs the same. Returns its row."""
@@ -216,7 +218,7 @@ class Trainer:
             if item is None:
                 break
             counted, noisy = item
-            self.pace.saw(tuple(noisy.noisy.shape), noisy.text.sequences[0].mask.shape[1] if noisy.text else None)
+            self.pace.saw(tuple(noisy.noisy.shape), noisy.text.sequences[0].mask.shape[1] if noisy.text is not None else None)
             loss = self.objective.loss(self.model, noisy)  # one number per sample
             self.engine.backward(loss.sum() / self.plan.batch, counts=len(counted) > 0)
             positions += counted.tolist()
@@ -302,3 +304,33 @@ def sigma_bins(losses: Tensor, sigmas: Tensor, bins: int) -> list[float | None]:
 
 def _due(every: int, step: int, last: bool) -> bool:
     return bool(every) and (last or step % every == 0)
+
+
+# --- work done ahead of its use, while the caller is busy with the items before --------------------------------------
+
+
+Item = TypeVar("Item")
+TOGETHER = 4
+"""Items made at a time: on busy cores it is waking the thread that costs, not the making."""
+
+
+def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
+    """``items``, ``TOGETHER`` of them made by a thread while those before are in use. Errors come in their item's place."""
+    with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
+        coming, error = pool.submit(_make, items), None
+        while error is None:
+            made, error = coming.result()
+            if not made and error is None:
+                return
+            coming = pool.submit(_make, items)
+            yield from made
+        raise error
+
+
+def _make(items: Iterator[Item]) -> tuple[list[Item], Exception | None]:
+    made: list[Item] = []
+    try:
+        made.extend(islice(items, TOGETHER))  # keeps what came before an error
+    except Exception as e:
+        return made, e
+    return made, None

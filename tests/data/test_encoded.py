@@ -194,7 +194,8 @@ def test_keys_are_of_content(stores):
     assert len(keys) == len(a.crops) + len(b.crops)
     assert latent_key(replace(a.sample, name="moved/else"), a.crops[0]) == latent_key(a.sample, a.crops[0])
     assert "np." not in f"{a.crops[0].box}" and text_key("a") != text_key("b")
-    assert len(read_text(stores[1], a.sample.captions[0], Widths((3,), {"pooled": 2}))) == 1
+    (text,) = read_text(stores[1], [a.sample.captions[0]], Widths((3,), {"pooled": 2}))
+    assert len(text) == 1
 
 
 def test_threads_may_read_and_draw_at_once(stores):

@@ -104,7 +104,7 @@ def test_what_is_cached_is_what_encoding_gives(image_recipe):
             other = components.vae.encode(pixels, -noise, "cpu")[0]
             assert (other - stored.float()).abs().max() > 1e-2, "a sample, not the mode"
         for caption in image.sample.captions:
-            live, cached = components.text([caption], 64).trimmed(), read_text(texts, caption, components.text.widths)
+            live, (cached,) = components.text([caption], 64).trimmed(), read_text(texts, [caption], components.text.widths)
             assert torch.equal(cached.tokens.mask, live.tokens.mask)
             torch.testing.assert_close(cached.tensors(), live.tensors(), rtol=0, atol=1e-6)
     assert crops == len(latents) > 3 * len(images)
@@ -126,9 +126,9 @@ def test_cached_text_takes_a_fraction_of_padded_text(image_recipe, tmp_path, tin
     encode(image_recipe, *settings)
     texts = stores(image_recipe, *settings)[1]
     captions = [file.read_text() for file in folder.glob("*.txt")]
-    lengths = {read_text(texts, c, WIDTHS).tokens.embeds.shape[1] for c in captions}
+    lengths = {text.tokens.embeds.shape[1] for text in read_text(texts, captions, WIDTHS)}
     assert lengths == {80}
-    one = read_text(texts, captions[0], WIDTHS)
+    (one,) = read_text(texts, captions[:1], WIDTHS)
     padded = 512 * one.tokens.embeds.shape[2] * one.tokens.embeds.element_size() + 512 + one.vectors["pooled"].nbytes
     assert texts.bytes() / (len(captions) * padded) < 0.2
 

@@ -25,7 +25,7 @@ from dedistill.recipe import load_recipe
 from dedistill.recipe.load import RecipeError
 from dedistill.runs.checkpoint import list_checkpoints, newest_valid, read_checkpoint
 from dedistill.train import main as dedistill_train
-from dedistill.training.background import AsyncCheckpointWriter
+from dedistill.training.keeping import AsyncCheckpointWriter
 
 SETTINGS = ("checkpoint.every=1", "snapshot.every=2", "validate.every=100")
 Row = tuple[str, str, str, bool]

@@ -18,7 +18,7 @@ from benchmarks.async_save import lost, state
 from dedistill.data.encode import open_data
 from dedistill.objectives.base import objective_for
 from dedistill.recipe import load_recipe
-from dedistill.training.background import AsyncCheckpointWriter
+from dedistill.training.keeping import AsyncCheckpointWriter
 
 CHAINS = ((2, 1, 3), (1, 2, 1), (5, 7))
 STEPS = 12

@@ -20,8 +20,8 @@ from dedistill.objectives.base import Objective
 from dedistill.runs.checkpoint import damage, list_checkpoints
 from dedistill.train import main
 from dedistill.training import keeping, preview
-from dedistill.training.background import AsyncCheckpointWriter
 from dedistill.training.engine import Engine
+from dedistill.training.keeping import AsyncCheckpointWriter
 
 SETTINGS = ("checkpoint.every=4", "validate.every=2", "validate.samples=8")
 PREVIEW = ("preview.every=2", "preview.prompts=['one two']", "preview.cfgs=[1]", "sample.steps=2")

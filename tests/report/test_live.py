@@ -9,9 +9,8 @@ from tiny_recipes import TEACHER
 from dedistill.cli import train
 from dedistill.distributed.heartbeat import heartbeat
 from dedistill.recipe.resolve import Plan
-from dedistill.report import live
 from dedistill.report.console import data_line
-from dedistill.runs import pace as pace_module
+from dedistill.runs import pace as live
 from dedistill.runs.pace import Memory, Pace
 from dedistill.train import main
 
@@ -31,7 +30,6 @@ def clock(monkeypatch):
     """Time passes when a test says so."""
     clock = Clock()
     monkeypatch.setattr(live, "time", clock)
-    monkeypatch.setattr(pace_module, "time", clock)
     return clock
 
 

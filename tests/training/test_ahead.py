@@ -6,7 +6,7 @@ import time
 import pytest
 
 from dedistill.errors import UserError
-from dedistill.training.background import TOGETHER, ahead
+from dedistill.training.trainer import TOGETHER, ahead
 
 
 def threads() -> list[str]:

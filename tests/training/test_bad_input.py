@@ -231,7 +231,7 @@ def test_weights_that_a_finite_step_blows_up_are_never_saved(adapter_recipe, tmp
 
 def test_a_signal_between_steps_still_saves(adapter_recipe, tmp_path, monkeypatch):
     """Asked for while the row is shown, after the checkpoint was decided."""
-    from dedistill.report import live
+    from dedistill.runs import pace as live
 
     def interrupting(rows, *_):
         for row in rows:

@@ -11,7 +11,7 @@ from dedistill.runs import checkpoint
 from dedistill.runs.checkpoint import list_checkpoints
 from dedistill.train import main
 from dedistill.training import keeping
-from dedistill.training.background import AsyncCheckpointWriter
+from dedistill.training.keeping import AsyncCheckpointWriter
 from dedistill.training.trainer import Trainer
 
 

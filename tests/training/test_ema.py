@@ -14,7 +14,7 @@ from dedistill.posthoc.profiles import exponent
 from dedistill.runs.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from dedistill.runs.requests import BY_SIGNAL
 from dedistill.train import main
-from dedistill.training.ema import Averages
+from dedistill.training.keeping import Averages
 from dedistill.training.trainer import Trainer
 
 FOLDERS = ("ema_0.05", "ema_0.1")

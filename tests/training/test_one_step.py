@@ -11,7 +11,7 @@ from dedistill.train import main
 from dedistill.training.trainer import Trainer
 
 PACKAGE = Path(dedistill.__file__).parent
-FILES, FUNCTIONS = 31, 107
+FILES, FUNCTIONS = 26, 101
 FLUX = """
 [base]
 quant = "int8"

@@ -13,9 +13,8 @@ from dedistill.models.model import build_model
 from dedistill.recipe import load_recipe
 from dedistill.recipe.resolve import recipe_of
 from dedistill.recipe.schema import Recipe
-from dedistill.training.engine import Engine
+from dedistill.training.engine import Engine, learning_rate
 from dedistill.training.optim import (
-    learning_rate,
     load_optimizer_tensors,
     make_optimizer,
     not_finite,
