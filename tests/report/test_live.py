@@ -127,7 +127,7 @@ def test_a_run_tells_its_speed_and_keeps_it(tmp_path, capsys):
 def test_the_measured_peak_is_written_beside_the_forecast(tmp_path, monkeypatch, capsys):
     """At the third step; a CPU has no such memory, so its numbers are given here."""
     monkeypatch.setattr(Pace, "memory", lambda self: Memory(1.0, 3.0, 24.0))
-    monkeypatch.setattr(train, "_expect", lambda trainer: setattr(trainer.pace, "expected", 2.0) or ["expected"])
+    monkeypatch.setattr(train, "_expect", lambda trainer, *_: setattr(trainer.pace, "expected", 2.0) or ["expected"])
     for steps in (2, 4):
         file = tmp_path / f"{steps}.toml"
         file.write_text(TEACHER.format(out=tmp_path / str(steps), steps=steps))

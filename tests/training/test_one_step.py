@@ -11,7 +11,7 @@ from dedistill.train import main
 from dedistill.training.trainer import Trainer
 
 PACKAGE = Path(dedistill.__file__).parent
-FILES, FUNCTIONS = 26, 101
+FILES, FUNCTIONS = 25, 102
 FLUX = """
 [base]
 quant = "int8"
