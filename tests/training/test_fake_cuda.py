@@ -85,7 +85,7 @@ def test_waits_of_all_else_are_known(found):
         "validation": {"evaluation/validation.py: __call__"},
         "meters": {"evaluation/validation.py: held_out_numbers", "evaluation/validation.py: _path"},
         "preview": {"sampling/sampler.py: <listcomp>", "models/model.py: decode"},
-        "snapshot": {"training/optim.py: not_finite", "io/safetensors.py: write"},
+        "snapshot": {"training/optim.py: not_finite"},
         "checkpoint": {"training/optim.py: not_finite", "training/keeping.py: _copy"},
     }
     assert run["waits"]["checkpoint"]["training/keeping.py: _copy"] == 0, "copies of a save run beside training"
