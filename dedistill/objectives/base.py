@@ -7,7 +7,7 @@ of it stands in ``dedistill/recipe/objectives.py``.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from typing import ClassVar, TypedDict
 
@@ -125,15 +125,18 @@ class Objective(ABC):
         missing = max(map(len, dealt)) - len(own) if world.requires_equal_forwards else 0
         return own, [parts[work.index(min(work))]] * missing
 
+    def sigmas(self, step: int, shape: tuple[int, ...]) -> np.ndarray:
+        """sigma [B], float64, of a whole step for samples of ``shape``."""
+        return timesteps.draw(self.seed, step, self.batch, shift=self.shift_of(shape), **self.sampling)
+
     def noisy_batch(self, step: int, positions: np.ndarray) -> NoisyBatch:
         """What is trained on at ``positions`` of ``step``. Raises UserError for a source without what it needs."""
         stratify = self.sampling["stratify"]
-        sigmas = partial(timesteps.draw, self.seed, step, self.batch, **self.sampling)
         # drawn for the whole step and then indexed: what a sample gets does not depend on how the step is cut into
         # micro-batches or over processes
         draws = Draws(
             p=timesteps.probabilities(self.seed, "sigma", step, self.batch, stratify)[positions],
-            sigma=lambda shape: sigmas(shift=self.shift_of(shape))[positions],
+            sigma=lambda shape: self.sigmas(step, shape)[positions],
             noise=lambda shape: keyed.noise(self.seed, "noise", step, positions, shape),
         )
         dropped = keyed.uniforms(self.seed, "caption-dropout", step, self.batch)[positions] < self.dropout

@@ -36,7 +36,7 @@ class Diffusion(Flow):
             weight = weight * min_snr_weight(schedule.prediction, sigma, self.min_snr)
         return super().loss(model, batch) * weight
 
-    def _sigmas(self, step: int, shape: tuple[int, ...]) -> np.ndarray:
+    def sigmas(self, step: int, shape: tuple[int, ...]) -> np.ndarray:
         return _needed(self.schedule).at(timesteps.probabilities(self.seed, "sigma", step, self.batch, stratify=True))
 
 
