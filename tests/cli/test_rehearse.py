@@ -12,6 +12,7 @@ from dedistill.train import main
 
 ROOT = Path(__file__).parents[2]
 FLUX = [*sorted(p.stem for p in (ROOT / "dedistill" / "recipes").glob("fl*.toml")), "openflux"]
+SD3 = ["sd35_medium", "sd35_turbo_dedistill", "sd35_large"]
 DIGITS = ["digits/teacher", "digits/dedistill", "mnist/teacher", "mnist/dedistill", "mnist_flux"]
 
 
@@ -29,7 +30,7 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture
 def rehearse(tmp_path, images, capsys):
     def run(recipe: str, *settings: str) -> tuple[int, str]:
-        own = [f"data.sets=[{{path='{images}'}}]"] if recipe in FLUX else []
+        own = [f"data.sets=[{{path='{images}'}}]"] if recipe in FLUX + SD3 else []
         words = [w for s in (f"run.out='{tmp_path}/run'", *own, *settings) for w in ("--set", s)]
         code = main([str(ROOT / "dedistill" / "recipes" / f"{recipe}.toml"), "--rehearse", *words])
         return code, capsys.readouterr().err
@@ -80,7 +81,7 @@ def test_the_recipe_s_own_way_of_sampling(rehearse, tmp_path, guider, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [*FLUX, *DIGITS])
+@pytest.mark.parametrize("recipe", [*FLUX, *SD3[:-1], pytest.param(SD3[-1], marks=pytest.mark.slow), *DIGITS])
 def test_every_recipe_passes_in_ninety_seconds(rehearse, recipe):
     start = time.monotonic()
     code, said = rehearse(recipe)

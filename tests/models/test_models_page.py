@@ -13,6 +13,7 @@ from dedistill.adapters.attach import adaptable
 from dedistill.adapters.compatibility import check_adapter
 from dedistill.adapters.formats import ADAPTER_FORMATS, as_kohya, by_layer
 from dedistill.flow.solvers import SOLVERS
+from dedistill.models import blocks
 from dedistill.models.family import float_dtype
 from dedistill.models.model import Model, assemble
 from dedistill.models.registry import get_family
@@ -84,12 +85,28 @@ def test_the_base(name, tmp_path):
         "int8 products": {"quant": "int8", "matmul": "int8"},
         "swap": {"swap": 3},
     }
-    assert list_of(ROWS[name]["base"]) == list(bases)
+    assert list_of(ROWS[name]["base"]) == [*bases, "compile"]
     for i, base in enumerate(bases.values()):
         model = built(name, tmp_path / str(i), base=base, train={"gradient_checkpointing": True})
         step(model)
         assert model.facts["quantized"] if "quant" in base else model.facts["swap"]
         assert all(p.grad is not None for p in model.trainable().values())
+
+
+@every_row
+def test_compiled_blocks_give_the_same_bits(name, tmp_path, monkeypatch):
+    """As graphs that are taken down whole; to make C++ of one takes a minute."""
+    monkeypatch.setattr(blocks, "COMPILER", "eager")
+    torch._dynamo.reset()
+    answers = []
+    for compiled in (False, True):
+        model = built(name, tmp_path / str(compiled), train={"gradient_checkpointing": True})
+        if compiled:
+            assert blocks.compile_blocks(model.family.blocks(model.components.denoiser))
+        step(model)
+        answers.append([p.grad for p in model.trainable().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+    torch._dynamo.reset()
 
 
 @every_row
