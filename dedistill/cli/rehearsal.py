@@ -207,6 +207,7 @@ def _small(recipe: Recipe, family: Family, out: Path, limit: int | None) -> Reci
         numbered = recipe.adapter is not None and any(re.search(r"\d", t.pattern or "") for t in recipe.adapter.targets)
         family.write_tiny(recipe.model, out / "model", image, full_depth=numbered)
         model = {"path": str(out / "model"), "revision": None, "components": None}
+        model["image_prompts"] = recipe.model.image_prompts and str(out / "model" / "image_prompts")
     every = {"every": STEPS // 2}
     some = recipe.train.gradient_checkpointing
     few = some if isinstance(some, bool) else True if some == "auto" else min(some, FEW_BLOCKS)

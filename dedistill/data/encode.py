@@ -30,6 +30,7 @@ from dedistill.io.hashing import fingerprint
 from dedistill.io.ownership import refuse_foreign
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Components, Family
+from dedistill.models.image_prompts import parted
 from dedistill.models.model import adapted_layers, check_objective
 from dedistill.models.registry import get_family, text_length
 from dedistill.recipe import Recipe
@@ -198,7 +199,7 @@ def _silence(line: str) -> None:
 
 def _prompts(recipe: Recipe) -> list[str]:
     """Captions beside those of images: the empty one, of dropout and guidance, and what previews are made with."""
-    return ["", recipe.sample.negative, *recipe.preview.prompts]
+    return [parted(prompt)[0] for prompt in ("", recipe.sample.negative, *recipe.preview.prompts)]
 
 
 def check_cached(recipe: Recipe) -> None:

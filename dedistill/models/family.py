@@ -12,6 +12,7 @@ from dedistill.errors import UserError
 from dedistill.flow.path import seen_anywhere
 from dedistill.flow.schedule import Schedule
 from dedistill.models.conditioning import Conditioning, Widths
+from dedistill.models.image_prompts import ImagePrompts
 from dedistill.models.spec import ModelSpec
 from dedistill.recipe.model_tables import Model
 
@@ -32,6 +33,8 @@ class Components:
     mask: str = "bool"
     text_length: int = 0
     """Tokens captions are padded to, where the family keeps it with the model."""
+    image_prompts: ImagePrompts | None = None
+    """What encodes images that prompts name; None where the network cannot be told any, or is not."""
     vae: "Codec | None" = None
     """Codec between pixels and what the denoiser sees; None where that is pixels."""
     guidance: float | None = None
@@ -157,6 +160,7 @@ class Family(Protocol):
         """A small random model in the layout that ``load`` reads, built like the one ``spec`` names: for rehearsals.
 
         image: the shape of samples where the data give it. full_depth: as many blocks, else a few of each kind.
+        What encodes image prompts, where ``spec`` names that, goes to ``folder``/image_prompts.
         """
 
     def save(self, components: Components, folder: Path) -> None:

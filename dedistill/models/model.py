@@ -1,7 +1,7 @@
 """From a recipe to a model that can be called: family, frozen base, adapter, in that order."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,7 @@ from dedistill.io.weights import count_numbers
 from dedistill.models.blocks import check_blocks, checkpoint_blocks, may_wait, must_wait, without_blocks
 from dedistill.models.conditioning import Conditioning, collate
 from dedistill.models.family import Components, Family
+from dedistill.models.image_prompts import ImagePrompt, parted
 from dedistill.models.pipeline_files import model_files
 from dedistill.models.quantize import (
     cast_float,
@@ -109,19 +110,27 @@ class Model:
         self.load_tensors(tensors, str(path))
 
     def encode(self, captions: list[str], length: int | None = None) -> Conditioning:
-        """One batch of encoded captions on the model's device; those in ``text_cache`` are the very tensors of the cache.
+        """One batch of encoded prompts on the model's device, with the images that they name; words in ``text_cache`` are
+        the very tensors of the cache. Padding that is hidden from the network goes no further than the longest of them.
 
-        Padding that is hidden from the network goes no further than the longest of them.
+        Raises UserError for images where the model cannot be told any.
         """
-        if captions and all(c in self.text_cache for c in captions):
-            text = collate([self.text_cache[c] for c in captions]).to(self.device)
+        words, images = zip(*map(parted, captions)) if captions else ((), ())
+        if words and all(c in self.text_cache for c in words):
+            text = collate([self.text_cache[c] for c in words])
         else:
-            text = self.family.encode_text(self.components, captions, length or self.text_length).to(self.device)
-        return text.trimmed() if self.components.mask == "bool" else text
+            text = self.family.encode_text(self.components, list(words), length or self.text_length)
+        text = text.trimmed() if self.components.mask == "bool" else text
+        return (self._told(text, images) if any(images) else text).to(self.device)
+
+    def _told(self, text: Conditioning, images: Sequence[Sequence[ImagePrompt]]) -> Conditioning:
+        if (encoder := self.components.image_prompts) is None:
+            raise UserError("a prompt names an image: set model.image_prompts, of a family that takes images, or leave it out")
+        return encoder.told(text, images, self.components.device)
 
     def remember(self, captions: list[str]) -> None:
         """Encode captions once and for all, and free the encoders: ``encode`` gives these tensors from now on."""
-        if new := [c for c in dict.fromkeys(captions) if c not in self.text_cache]:
+        if new := [c for c in dict.fromkeys(parted(c)[0] for c in captions) if c not in self.text_cache]:
             text = self.family.encode_text(self.components, new, self.text_length).to("cpu")
             self.text_cache |= {c: text.index_select(slice(i, i + 1)) for i, c in enumerate(new)}
         self.components.text.unload()
@@ -264,6 +273,9 @@ def assemble(
     components that have none themselves."""
     components.device = device
     check_objective(recipe, components)
+    if recipe.model.image_prompts and components.image_prompts is None:
+        where = recipe.where("model.image_prompts")
+        raise UserError(f"{where}: {family.spec.name} cannot be told images; leave it out", 2)
     blocks = family.blocks(components.denoiser)
     targets = adapted_layers(recipe, family, components.denoiser)
     if recipe.sample.height and recipe.sample.width:

@@ -62,8 +62,8 @@ class Default:
     def __str__(self) -> str:
         if not self.key:
             return str(self.value)
-        where = f"= {' or '.join(map(repr, self.among))}" if self.among else "more than 0"
-        return f"{self.value} with {self.key} {where}"
+        where = f" = {' or '.join(map(repr, self.among))}" if self.among else ""
+        return f"{self.value} with {self.key}{where}"
 
 
 class Table(BaseModel):

@@ -38,6 +38,11 @@ class Model(Table):
         description="Folder or hub id of text encoders and VAE, where path is a single file with the denoiser alone. "
         "None: they are in path.",
     )
+    image_prompts: Place | None = Field(
+        None,
+        description="Folder of FLUX.1-Redux-dev: prompts may name images, as in <image:cat.jpg weight=0.5>, and training tells "
+        "samples their own image. None: without.",
+    )
     mask: Annotated[Literal["bool", "none", "libreflux"] | None, Default(BY_FAMILY)] = Field(
         None,
         description="bool: padding of the text is invisible to attention; none: it takes part, as FLUX was trained; "

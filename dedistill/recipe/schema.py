@@ -110,6 +110,10 @@ class Data(Table):
     caption_dropout: Annotated[Share | None, *(Default(r, "train.objective", names) for r, names in DROPOUTS.items())] = Field(
         None, description="Share of captions replaced by the empty prompt."
     )
+    image_dropout: Annotated[Share | None, Default(0.1, "model.image_prompts")] = Field(
+        None,
+        description="pictures: share of samples that are not told their own image, beside those without caption; 1: none is.",
+    )
 
 
 MOST_SHIFTED = 1000.0

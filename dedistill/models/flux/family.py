@@ -19,6 +19,7 @@ from dedistill.models.flux import SPEC, loading
 from dedistill.models.flux.encoders import FluxText
 from dedistill.models.flux.network import BypassedGuidance, FluxNetwork
 from dedistill.models.flux.published import shape_of
+from dedistill.models.flux.redux import Redux
 from dedistill.models.pipeline_family import PipelineFamily
 from dedistill.models.places import locate, named_path
 from dedistill.models.vae import PublishedVae, Vae
@@ -50,11 +51,13 @@ class Flux(FluxNetwork, PipelineFamily):
         guidance = self._guidance(network, spec.guidance)
         if spec.null is not None:
             raise UserError("model.null: captions are dropped to the empty caption here; leave the key out", 2)
+        images = spec.image_prompts and Redux(Path(spec.image_prompts), network.config.joint_attention_dim)
         return Components(
             network if denoiser else nn.Module(),
             FluxText(place.components, filled(spec.t5_mask, "model.t5_mask")),
             (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
             filled(spec.mask, "model.mask"),
+            image_prompts=images or None,
             vae=vae,
             text_length=filled(spec.text_length, "model.text_length"),
             guidance=guidance if denoiser else None,
@@ -104,11 +107,13 @@ class Flux(FluxNetwork, PipelineFamily):
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small pipeline folder with random weights, with the blocks and the guidance of ``spec``. For rehearsals."""
-        from dedistill.models.flux.tiny import write_tiny_flux
+        from dedistill.models.flux.tiny import write_tiny_flux, write_tiny_redux
 
         shape = shape_of(named_path(spec), spec.revision)
         layers, single_layers = (shape.layers, shape.single_layers) if full_depth else (2, 4)
         write_tiny_flux(folder, guidance=shape.guidance, layers=layers, single_layers=single_layers)
+        if spec.image_prompts:
+            write_tiny_redux(folder / "image_prompts")
 
     def text_facts(self, components: Components) -> dict[str, Any]:
         return {"t5_mask": _text(components).t5_mask}

@@ -1,6 +1,6 @@
 """What every network of FLUX's shape shares: tokens, positions, masks, and a noise level told exactly."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,10 @@ from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddin
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
-from dedistill.models.conditioning import Conditioning
+from dedistill.models.conditioning import Conditioning, Tokens
 from dedistill.models.family import Components, Output, States, check_sigma, float_dtype
 from dedistill.models.flux import naming
+from dedistill.models.image_prompts import WEIGHTS
 
 MASKS = ("bool", "none", "libreflux")
 MASKING_BACKENDS = {
@@ -48,20 +49,24 @@ def flux_velocity(
     check_sigma(sigma)
     channels, height, width = noisy.shape[1:]
     patch, dtype = patch_of(network, channels), float_dtype(network.time_text_embed)
-    rows, columns, words = height // patch, width // patch, text.tokens.mask.shape[1]
+    embeds = torch.cat([s.embeds for s in text.sequences], 1)
+    rows, columns = height // patch, width // patch
+    weights = _weights(text.sequences[1:], text.vectors.get(WEIGHTS))
     with (
         exact_timestep(network.time_text_embed, sigma, guidance),
-        known_positions(network.pos_embed, rows, columns, words, noisy.device),
+        known_positions(network.pos_embed, rows, columns, embeds.shape[1], noisy.device),
     ):
         out = denoiser(
             hidden_states=patchify(noisy, patch).to(dtype),
-            encoder_hidden_states=text.tokens.embeds.to(dtype),  # cached text keeps its encoders' dtype
+            encoder_hidden_states=embeds.to(dtype),  # cached text keeps its encoders' dtype
             pooled_projections=text.vectors["pooled"].to(dtype),
             timestep=sigma.float(),
             guidance=guidance,
             img_ids=torch.empty(0, 3, device=noisy.device),  # positions are known
             txt_ids=torch.empty(0, 3, device=noisy.device),
-            joint_attention_kwargs=attention_mask(text.tokens.mask, rows * columns, mask, dtype, noisy.device),
+            joint_attention_kwargs=attention_mask(
+                text.sequences[0].mask, rows * columns, mask, dtype, noisy.device, weights=weights
+            ),
             return_dict=False,
         )[0]
     return unpatchify(out, patch, channels, height, width)
@@ -127,25 +132,40 @@ def attention_mask(
     kind: str = "bool",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor] | None:
-    """Key mask [B, 1, 1, T + I] on ``device``, text first; None when it would change nothing, which keeps the fast kernels.
+    """Key mask [B, 1, 1, T + P + I] on ``device``, text first; None when it would change nothing, which keeps the fast kernels.
 
     "bool" hides padding. A float mask would be added to the scores instead of hiding anything, so it leaves this function
-    only where that is asked for: "libreflux" gives 1 to real tokens and 0 to padding, in ``dtype``.
+    only where that is asked for: "libreflux" gives 1 to real tokens and 0 to padding, in ``dtype``; and weights [B, P] of the
+    tokens of image prompts add their logarithms, where some are neither 1 nor 0, which hides.
     Raises UserError when the attention backend in use would ignore the mask.
     """
+    seen, bias = text_mask.float(), float(kind == "libreflux")
+    scores = [seen.log() if kind == "bool" else bias * seen, seen.new_full((len(seen), image_tokens), bias)]
+    if weights is not None:
+        scores.insert(1, weights.log() + bias)
+    mask = torch.cat(scores, 1)
     # one bias on all scores alike cancels in the softmax
-    if kind == "none" or bool(text_mask.all()):
+    if bool((mask == mask[:, -1:]).all()):
         return None
     backend = _AttentionBackendRegistry.get_active_backend()[0]
     if backend not in MASKING_BACKENDS:
         raise UserError(
-            f"attention backend '{backend.value}' cannot hide the padding of text of mixed lengths; "
-            "use 'native' (DIFFUSERS_ATTN_BACKEND=native), or batches of one length"
+            f"attention backend '{backend.value}' cannot hide the padding of text of mixed lengths, nor weigh images of "
+            "prompts; use 'native' (DIFFUSERS_ATTN_BACKEND=native), or batches of one length"
         )
-    image = torch.ones(len(text_mask), image_tokens, dtype=torch.bool, device=text_mask.device)
-    mask = torch.cat([text_mask, image], 1)[:, None, None, :].to(device, non_blocking=True)
-    return {"attention_mask": mask if kind == "bool" else mask.to(dtype)}
+    hides = bool(((mask == 0) | mask.isinf()).all())
+    mask = mask[:, None, None, :]
+    return {"attention_mask": ((mask == 0) if hides else mask.to(dtype)).to(device, non_blocking=True)}
+
+
+def _weights(images: Sequence[Tokens], given: Tensor | None) -> Tensor | None:
+    """Of every token of image prompts [B, P]; 0 where a row has no such image. None without images."""
+    if not images:
+        return None
+    own = [image.mask.float() for image in images]
+    return torch.cat(own if given is None else [m * given[:, i, None].to(m.device) for i, m in enumerate(own)], 1)
 
 
 def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
@@ -178,6 +198,8 @@ class FluxNetwork:
     ) -> Tensor:
         """``guidance`` None: the value of training."""
         network: FluxTransformer2DModel = components.denoiser
+        if components.image_prompts:
+            text = components.image_prompts.tokens(text)
         value = components.guidance if guidance is None else guidance
         if value is not None and type(network.time_text_embed) is not CombinedTimestepGuidanceTextProjEmbeddings:
             raise UserError("this network has no guidance embedding, or bypasses it; leave the distilled guidance out")
@@ -196,7 +218,7 @@ class FluxNetwork:
     def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
         """Joint-attention blocks are called by name and return (text, image)."""
         encoder_states, hidden_states = output
-        mask = text.tokens.mask[:, : encoder_states.shape[1]]
+        mask = text.sequences[0].mask[:, : encoder_states.shape[1]]
         return {
             "image": (kwargs["hidden_states"], hidden_states, None),
             "text": (kwargs["encoder_hidden_states"], encoder_states, mask),

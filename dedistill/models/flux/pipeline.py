@@ -1,6 +1,7 @@
 """A pipeline for those who use the result in diffusers: both branches of the guidance with their own text and mask."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from dedistill.models.blocks import without_blocks
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.flux.encoders import encode
 from dedistill.models.flux.network import MASKING_BACKENDS, MASKS, BypassedGuidance, FluxNetwork, flux_velocity
+from dedistill.models.flux.redux import Redux
+from dedistill.models.image_prompts import WEIGHTS, ImagePrompt, parted
 from dedistill.models.pretrained import check_folder
 from dedistill.models.prompts import blocks_of
 from dedistill.models.swap import LEAST, Swap, move_rest, spread
@@ -56,6 +59,7 @@ class MaskedFluxPipeline(FluxPipeline):
     """
 
     _swapping_on: torch.device | None = None
+    _redux: Redux | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "MaskedFluxPipeline":
@@ -74,6 +78,9 @@ class MaskedFluxPipeline(FluxPipeline):
         prompt: str | list[str],
         negative_prompt: str | list[str] = "",
         *,
+        image: Image | list[Image] | None = None,
+        image_weight: float | list[float] = 1.0,
+        image_scale: float | list[float] = 1.0,
         true_cfg_scale: float = 1.0,
         skip_cfg_steps: int = 0,
         guider: str = "cfg",
@@ -93,6 +100,9 @@ class MaskedFluxPipeline(FluxPipeline):
     ) -> ImagePipelineOutput | tuple[object]:
         """Draw images; prompts of a list may differ in length.
 
+        image: one or several that every prompt is told beside its words, after ``load_redux``; a prompt may also name its own
+        (docs/flux.md). image_weight: how much their tokens count for in attention, from 0, none, to 1; image_scale: a factor of
+        the tokens, for results that were made with one. Several get one number for each, or one for all.
         negative_prompt: what guidance leads away from, one for all or one for each. true_cfg_scale: guidance between the
         two; 1 runs the prompt alone, and so do the first ``skip_cfg_steps`` steps. guider: how the two make one velocity, as
         in "apg:eta=0" (docs/sampling.md); all but "auto", since a pipeline does not know its base. guidance_scale: the
@@ -111,10 +121,11 @@ class MaskedFluxPipeline(FluxPipeline):
         self.check_inputs(prompt, None, height, width)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         negative = negative_prompt if true_cfg_scale != 1 else None
-        texts = self._branches(prompts, negative, num_images_per_prompt, use)
+        own = _image_prompts(image, image_weight, image_scale)
+        texts = self._branches(prompts, negative, num_images_per_prompt, use, own)
 
         device, channels = self._execution_device, self.transformer.config.in_channels // 4
-        dtype, count = texts[CONDITIONAL].tokens.embeds.dtype, len(texts[CONDITIONAL])
+        dtype, count = texts[CONDITIONAL].sequences[0].embeds.dtype, len(texts[CONDITIONAL])
         packed, _ = self.prepare_latents(count, channels, height, width, dtype, device, generator, latents)
         noisy = self._unpack_latents(packed, height, width, self.vae_scale_factor)
         timesteps = self._timesteps(num_inference_steps, sigmas, packed.shape[1])
@@ -139,6 +150,11 @@ class MaskedFluxPipeline(FluxPipeline):
         images = self._images(noisy, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def load_redux(self, folder: str | Path) -> None:
+        """Let prompts be images, by FLUX.1-Redux-dev in ``folder``. Its licence, for non-commercial use, goes for what it helps
+        to make. Raises UserError for a folder of another kind, or for another transformer."""
+        self._redux = Redux(Path(folder), self.transformer.config.joint_attention_dim)
 
     def enable_block_swap(self, blocks: int, device: torch.device | str = "cuda") -> None:
         """Draw on ``device`` with a transformer that is larger: ``blocks`` of its blocks, at least 3, wait in the memory of the
@@ -184,10 +200,11 @@ class MaskedFluxPipeline(FluxPipeline):
         return float(trained) if trained.replace(".", "", 1).isdigit() else GUIDANCE
 
     def _branches(
-        self, prompts: list[str], negative: str | list[str] | None, copies: int, use: TextUse
+        self, prompts: list[str], negative: str | list[str] | None, copies: int, use: TextUse, images: list[ImagePrompt]
     ) -> dict[Branch, Conditioning]:
-        """Both branches of guidance, each with the text of its own; only the first without a negative prompt."""
-        texts = {CONDITIONAL: self._encode(prompts, copies, use)}
+        """Both branches of guidance, each with the text of its own, and ``images`` in the first; only that without a negative
+        prompt."""
+        texts = {CONDITIONAL: self._encode(prompts, copies, use, images)}
         if negative is not None:
             negatives = [negative] * len(prompts) if isinstance(negative, str) else negative
             if len(negatives) != len(prompts):
@@ -196,21 +213,30 @@ class MaskedFluxPipeline(FluxPipeline):
         self._check_backends([*texts.values()], use.mask)
         return texts
 
-    def _encode(self, prompts: list[str], copies: int, use: TextUse) -> Conditioning:
-        """Every prompt ``copies`` times in a row, padded to ``use.text_length`` tokens."""
+    def _encode(self, prompts: list[str], copies: int, use: TextUse, images: Sequence[ImagePrompt] = ()) -> Conditioning:
+        """Every prompt ``copies`` times in a row, padded to ``use.text_length`` tokens, with ``images`` and those it names."""
+        prompts, named = map(list, zip(*map(parted, prompts)))
         for prompt, ids in zip(prompts, self.tokenizer_2(prompts).input_ids):
             if len(ids) > use.text_length:
                 logger.warning(f"only {use.text_length} of {len(ids)} tokens are used of the prompt '{prompt[:60]}...'")
         encoders = self.tokenizer, self.tokenizer_2, self.text_encoder, self.text_encoder_2
         text = encode(*encoders, prompts, use.text_length, t5_mask=use.t5_mask, device=self._execution_device)
+        if images or any(named):
+            text = self._told(text, [[*images, *own] for own in named])
         dtype = self.transformer.dtype
         text = text.each(lambda t: t.to(dtype) if t.is_floating_point() else t)
         text = text.index_select(torch.arange(len(prompts)).repeat_interleave(copies))
         return text.trimmed() if use.mask == "bool" else text
 
+    def _told(self, text: Conditioning, images: list[list[ImagePrompt]]) -> Conditioning:
+        if self._redux is None:
+            raise UserError("images in prompts need FLUX.1-Redux-dev: call pipe.load_redux(folder) first", exit_code=2)
+        return self._redux.tokens(self._redux.told(text, images, self._execution_device).to(self._execution_device))
+
     def _check_backends(self, texts: list[Conditioning], mask: str) -> None:
         """Refuse a backend set for single layers; the one set for the whole process is checked where masks are made."""
-        if mask == "none" or all(bool(text.tokens.mask.all()) for text in texts):
+        hides = [s for text in texts for s in text.sequences[mask == "none" :] if not s.mask.all()]
+        if not hides and not any(WEIGHTS in text.vectors for text in texts):
             return
         for name, processor in self.transformer.attn_processors.items():
             backend = getattr(processor, "_attention_backend", None)
@@ -235,6 +261,18 @@ class MaskedFluxPipeline(FluxPipeline):
         latents = (latents / config.scaling_factor + config.shift_factor).to(self.vae.dtype)
         decoded = self.vae.decode(latents, return_dict=False)[0]
         return self.image_processor.postprocess(decoded, output_type=output_type)
+
+
+def _image_prompts(
+    image: Image | list[Image] | None, weight: float | list[float], scale: float | list[float]
+) -> list[ImagePrompt]:
+    images = [] if image is None else image if isinstance(image, list) else [image]
+    numbers = [value if isinstance(value, list) else [value] * len(images) for value in (weight, scale)]
+    if wrong := next((row for row in numbers if len(row) != len(images)), None):
+        raise UserError(f"{len(wrong)} numbers for {len(images)} images: give one, or one for each", exit_code=2)
+    if any(not 0 <= value < math.inf for row in numbers for value in row):
+        raise UserError("image_weight and image_scale: at least 0 is needed", exit_code=2)
+    return [ImagePrompt(*of_one) for of_one in zip(images, *numbers)]
 
 
 def _guider(name: str, cfg: float, skip: int) -> Guider:

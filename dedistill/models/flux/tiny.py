@@ -1,9 +1,12 @@
 """A complete FLUX pipeline folder with very small random weights: the real classes and file layout, built offline."""
 
+import json
 from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from dedistill.models.tiny_parts import TEXT_DIM, tiny_clip, tiny_clip_tokenizer, tiny_t5, tiny_t5_tokenizer, tiny_vae
 
@@ -28,6 +31,24 @@ def write_tiny_flux(folder: Path, *, seed: int = 0, guidance: bool = False, laye
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance),
         )
     pipe.save_pretrained(folder)
+
+
+def write_tiny_redux(folder: Path, *, seed: int = 0, text_dim: int = TEXT_DIM) -> None:
+    """What FLUX.1-Redux-dev adds to a pipeline, very small: 2 x 2 patches of 14 pixels, 24 features each."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        tower = SiglipVisionModel(SiglipVisionConfig(image_size=28, patch_size=14, vision_use_head=False, **sizes)).eval()
+        embedder = ReduxImageEncoder(redux_dim=24, txt_in_features=text_dim)
+    tower.save_pretrained(folder / "image_encoder")
+    embedder.save_pretrained(folder / "image_embedder")
+    (folder / "feature_extractor").mkdir(parents=True, exist_ok=True)
+    kind = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 28, "width": 28}, "resample": 3}
+    kind |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True, "do_rescale": True, "do_normalize": True}
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(kind))
+    classes = {"image_encoder": ("transformers", "SiglipVisionModel"), "image_embedder": ("flux", "ReduxImageEncoder")}
+    classes |= {"feature_extractor": ("transformers", "SiglipImageProcessor")}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPriorReduxPipeline"} | classes))
 
 
 def _transformer(guidance: bool, layers: int, single_layers: int) -> FluxTransformer2DModel:
