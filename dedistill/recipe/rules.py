@@ -120,6 +120,8 @@ def _data_rules(r: Recipe) -> list[Clash]:
             if getattr(r.data, key) not in (None, []):
                 message = f"has no effect with source = '{r.data.source}'; it belongs to 'pictures'"
                 found.append(_idle(f"data.{key}", message, source))
+    if r.data.image_dropout is not None and r.model.image_prompts is None:
+        found.append(_idle("data.image_dropout", "has no effect without model.image_prompts", "model.image_prompts"))
     if r.data.fold and not (r.data.fold[0] <= r.data.fold[1] >= 2):
         message = f"[k, K] is the k-th of K parts, K at least 2 and k from 1 to K, got {r.data.fold}"
         found.append(_clash("data.fold", message))

@@ -42,7 +42,7 @@ def family(request):
 def spec(folder: Path, **changes) -> SimpleNamespace:
     """A recipe's [model] table."""
     plain = {"path": str(folder), "new": None, "revision": None, "components": None, "guidance": None, "text_length": 12}
-    return SimpleNamespace(**(plain | {"mask": "bool", "t5_mask": True, "null": None} | changes))
+    return SimpleNamespace(**(plain | {"mask": "bool", "t5_mask": True, "null": None, "image_prompts": None} | changes))
 
 
 def tiny_pixel_flux(seed: int, folder: Path):

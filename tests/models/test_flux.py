@@ -33,6 +33,7 @@ def spec(path, **changes) -> SimpleNamespace:
         "mask": "bool",
         "t5_mask": True,
         "null": None,
+        "image_prompts": None,
         "guidance": 1.0 if shape_of(str(path)).guidance else None,
         "text_length": 512,
     }

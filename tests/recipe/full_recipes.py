@@ -162,7 +162,7 @@ split = "validation"
     flags=re.DOTALL,
 )
 for old, new in (
-    ('path = "w"\n', 'path = "w/w"\nrevision = "0a1b"\ncomponents = "c/c"\nt5_mask = false\nguidance = 1.0\n'),
+    ('path = "w"\n', 'path = "w/w"\nrevision = "0a1b"\ncomponents = "c/c"\nimage_prompts = "r/r"\nt5_mask = false\nguidance = 1.0\n'),
     ('"reflow"', '"flow"'),
     (
         "[sample]\nsteps = 4\n",

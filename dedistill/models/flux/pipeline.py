@@ -129,27 +129,27 @@ class MaskedFluxPipeline(FluxPipeline):
         packed, _ = self.prepare_latents(count, channels, height, width, dtype, device, generator, latents)
         noisy = self._unpack_latents(packed, height, width, self.vae_scale_factor)
         timesteps = self._timesteps(num_inference_steps, sigmas, packed.shape[1])
-        guidance_scale = self._distilled(guidance_scale)
-        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
-
-        def velocity(branch: Branch, t: Tensor) -> Tensor:
-            text = texts[Branch(prompt=branch.prompt)]
-            sigma = (t.float() / 1000).expand(len(noisy))
-            guidance = torch.full_like(sigma, guidance_scale) if self.transformer.config.guidance_embeds else None
-            denoiser, family = self.transformer, FluxNetwork()
-            with without_blocks(family.blocks(denoiser), branch.without, family.unchanged):
-                return flux_velocity(denoiser, denoiser, noisy, sigma, text, mask=use.mask, guidance=guidance)
+        self._guidance_scale, self._num_timesteps, self._interrupt = self._distilled(guidance_scale), len(timesteps), False
 
         grid, memory = np.array([*(timesteps / 1000).tolist(), 0.0]), dict[int, Tensor]()
         with self.progress_bar(total=len(timesteps)) as progress:
             for i, t in enumerate(timesteps):
-                outputs = {branch: velocity(branch, t) for branch in guided.branches(grid, i)}
+                outputs = {
+                    branch: self._velocity(branch, noisy, t, texts[Branch(prompt=branch.prompt)], use.mask)
+                    for branch in guided.branches(grid, i)
+                }
                 out = guided.combine(outputs, Evaluation(noisy, float(grid[i]), grid, i, memory))
                 noisy = self.scheduler.step(out, t, noisy, return_dict=False)[0]
                 progress.update()
         images = self._images(noisy, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _velocity(self, branch: Branch, noisy: Tensor, t: Tensor, text: Conditioning, mask: str) -> Tensor:
+        sigma, denoiser, family = (t.float() / 1000).expand(len(noisy)), self.transformer, FluxNetwork()
+        fed = torch.full_like(sigma, self._guidance_scale) if denoiser.config.guidance_embeds else None
+        with without_blocks(family.blocks(denoiser), branch.without, family.unchanged):
+            return flux_velocity(denoiser, denoiser, noisy, sigma, text, mask=mask, guidance=fed)
 
     def load_redux(self, folder: str | Path) -> None:
         """Let prompts be images, by FLUX.1-Redux-dev in ``folder``. Its licence, for non-commercial use, goes for what it helps
