@@ -117,11 +117,11 @@ class Model:
         """
         words, images = zip(*map(parted, captions)) if captions else ((), ())
         if words and all(c in self.text_cache for c in words):
-            text = collate([self.text_cache[c] for c in words])
+            text = collate([self.text_cache[c] for c in words]).to(self.device)
         else:
-            text = self.family.encode_text(self.components, list(words), length or self.text_length)
+            text = self.family.encode_text(self.components, list(words), length or self.text_length).to(self.device)
         text = text.trimmed() if self.components.mask == "bool" else text
-        return (self._told(text, images) if any(images) else text).to(self.device)
+        return self._told(text, images).to(self.device) if any(images) else text
 
     def _told(self, text: Conditioning, images: Sequence[Sequence[ImagePrompt]]) -> Conditioning:
         if (encoder := self.components.image_prompts) is None:

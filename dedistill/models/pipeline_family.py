@@ -78,8 +78,9 @@ class PipelineFamily:
 
     def cache_inputs(self, components: Components, length: int) -> dict[str, dict[str, Any]]:
         text = {"text_length": length, "padding": components.mask != "bool"} | self.text_facts(components)
+        images = {"image_prompts": components.image_prompts.encoder.files()} if components.image_prompts else {}
         return {
-            "latents": {"family": self.spec.name, "vae": _vae(components).files()},
+            "latents": {"family": self.spec.name, "vae": _vae(components).files(), **images},
             "text": {"family": self.spec.name, "encoders": cast(PromptEncoders, components.text).files()} | text,
         }
 

@@ -146,6 +146,7 @@ split_lines = "never"
 limit = 100
 held_out = 0.05
 caption_dropout = 0.1
+image_dropout = 0.3
 
 [[data.sets]]
 path = "photos"
@@ -162,7 +163,10 @@ split = "validation"
     flags=re.DOTALL,
 )
 for old, new in (
-    ('path = "w"\n', 'path = "w/w"\nrevision = "0a1b"\ncomponents = "c/c"\nimage_prompts = "r/r"\nt5_mask = false\nguidance = 1.0\n'),
+    (
+        'path = "w"\n',
+        'path = "w/w"\nrevision = "0a1b"\ncomponents = "c/c"\nimage_prompts = "r/r"\nt5_mask = false\nguidance = 1.0\n',
+    ),
     ('"reflow"', '"flow"'),
     (
         "[sample]\nsteps = 4\n",

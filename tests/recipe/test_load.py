@@ -152,7 +152,7 @@ def test_no_contradiction_is_made_up_for_a_key_that_was_not_understood(errors_of
     text = SMALL.replace("path = ", "zzz = ")
     assert errors_of(text) == [
         "x.toml:6: model.zzz: unknown key, known here: family, path, revision, components, "
-        "mask, t5_mask, null, guidance, text_length, new"
+        "image_prompts, mask, t5_mask, null, guidance, text_length, new"
     ]
 
 

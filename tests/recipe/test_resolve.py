@@ -18,7 +18,9 @@ MEANS_SOMETHING = {
     **dict.fromkeys(
         ["model.path", "model.new", "adapter.targets.pattern", "adapter.targets.preset"], "the other of two is set"
     ),
-    **dict.fromkeys(["model.revision", "model.components", "model.image_prompts", "data.path", "data.cache"], "nothing is named"),
+    **dict.fromkeys(
+        ["model.revision", "model.components", "model.image_prompts", "data.path", "data.cache"], "nothing is named"
+    ),
     **dict.fromkeys(["data.sets.name", "data.sets.captions"], "what is found there"),
     "data.sets.file_column": "the column file_name",
     "data.sets.split": "train, where there are several",
