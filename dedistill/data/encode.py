@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dedistill.data.cache import Store, sole_writer
 from dedistill.data.digits import idx_files, load_digits, load_mnist
-from dedistill.data.encoded import EncodedImages, latent_key, read_text, text_key
+from dedistill.data.encoded import FEATURES, EncodedImages, latent_key, read_text, text_key
 from dedistill.data.images.buckets import Crop, apply_crop
 from dedistill.data.images.index import READERS, Index, Sample
 from dedistill.data.pairs import FACTS, PairSource
@@ -159,12 +160,17 @@ def prepare(
             _encode_images(images_left, usable.index, latents, family, components, say)
             if components.vae:
                 components.vae.unload()
+            if components.image_prompts:
+                components.image_prompts.encoder.unload()
             world.wait()
         latents, texts = open_stores(recipe, family, components, cache)
     text_cache = dict(zip(prompts, read_text(texts, prompts, components.text.widths)))
     weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, components)
     widths = components.text.widths
-    source = EncodedImages(usable.split, weights, latents, texts, latent_shape=latent_shape, text_widths=widths)
+    features = components.image_prompts.encoder.shape if components.image_prompts else None
+    source = EncodedImages(
+        usable.split, weights, latents, texts, latent_shape=latent_shape, text_widths=widths, features=features
+    )
     facts = {
         "images": len(images),
         "crops": sum(len(p.crops) for p in images),
@@ -310,10 +316,12 @@ def _encode_images(
             heartbeat.beat("decoding images")
             for image, crops in zip(chunk, pool.map(pixels, chunk)):
                 heartbeat.beat("encoding images", patient=True)
-                entries |= {
-                    latent_key(image.sample, crop): {"latent": _latent(image.sample, crop, array, family, components)}
-                    for crop, array in zip(image.crops, crops)
-                }
+                for crop, array in zip(image.crops, crops):
+                    entry = {"latent": _latent(image.sample, crop, array, family, components)}
+                    if components.image_prompts:
+                        made = components.image_prompts.encoder([Image.fromarray(array)], components.device)
+                        entry[FEATURES] = made[0].to("cpu", torch.bfloat16)
+                    entries[latent_key(image.sample, crop)] = entry
                 heartbeat.beat("decoding images")
             store.write(entries)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.data.cache import Store
+from dedistill.data.cache import Shapes, Store
 from dedistill.data.images.buckets import Crop, Sized
 from dedistill.data.images.index import Sample
 from dedistill.data.order import choose, draw_samples, sample_indices
@@ -17,6 +17,9 @@ from dedistill.data.source import Batch
 from dedistill.data.split import CroppedImage, Split
 from dedistill.errors import UserError
 from dedistill.models.conditioning import Conditioning, Widths, collate, one_caption, stored_shapes
+
+FEATURES = "features"
+"""Part of a latent's entry: what an encoder of image prompts makes of the crop."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class EncodedImages:
     """A source whose samples are latents and text from stores. ``weights``: one per set of the recipe, in its order.
 
     latent_shape: what the latents of a crop of so many pixels (height, width) must be; text_widths: those
-    of the text encoders. Raises UserError for a set of which nothing is left to train on.
+    of the text encoders; features: the shape of what samples are told of their own images, None where they are not. Raises
+    UserError for a set of which nothing is left to train on.
     """
 
     name = "pictures"  # as data.source says it
@@ -68,6 +72,7 @@ class EncodedImages:
         *,
         latent_shape: Callable[[int, int], tuple[int, ...]],
         text_widths: Widths,
+        features: tuple[int, int] | None = None,
     ):
         self._split, self._held = images, images.held
         self._sets = [[p for p in images.train if p.sample.source == i] for i in range(len(weights))]
@@ -80,6 +85,7 @@ class EncodedImages:
                     f"{len(self._held)} of these are held out for validation. Add images, or lower data.held_out"
                 )
         self._latents, self._texts, self._latent_shape, self._text_widths = latents, texts, cache(latent_shape), text_widths
+        self._features: Shapes = {FEATURES: features} if features else {}
         self._slots = lru_cache(maxsize=4)(self._slots_of)
 
     @property
@@ -118,14 +124,16 @@ class EncodedImages:
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         slots = [self._slots(seed, step, batch, held_out)[p] for p in positions]
-        latents = []
+        entries = []
         for slot in slots:
-            shape = self._latent_shape(slot.crop.height, slot.crop.width)
-            latents.append(self._latents.read(latent_key(slot.image.sample, slot.crop), {"latent": shape})["latent"])
+            shapes: Shapes = {"latent": self._latent_shape(slot.crop.height, slot.crop.width), **self._features}
+            entries.append(self._latents.read(latent_key(slot.image.sample, slot.crop), shapes))
         captions, names = [s.caption for s in slots], [s.name for s in slots]
+        latents = torch.stack([entry["latent"] for entry in entries]).float()
+        features = torch.stack([entry[FEATURES] for entry in entries]) if self._features else None
         ids = [self._split.unit(s.image) for s in slots] if held_out else []  # in training nothing is counted by image
         framing = torch.stack([framing_of(s.image.sample, s.crop) for s in slots])
-        return Batch(torch.stack(latents).float(), captions, names, image_ids=ids, framing=framing)
+        return Batch(latents, captions, names, image_ids=ids, framing=framing, features=features)
 
     def text(self, captions: list[str]) -> Conditioning:
         return collate(read_text(self._texts, captions, self._text_widths))

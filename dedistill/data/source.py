@@ -21,7 +21,8 @@ class Batch:
 
     image_ids: what tells the images apart that the samples are of; empty where names do. framing [B, 6]: what was done to each
     image, as of Conditioning, where it is known. noise and trajectory
-    [B, K, C, H, W] come with stored pairs only; trajectory_sigmas [K] falls from 1 to 0.
+    [B, K, C, H, W] come with stored pairs only; trajectory_sigmas [K] falls from 1 to 0. features [B, T, D]: what an encoder of
+    image prompts makes of the samples' own images, where they are to be told them.
     """
 
     latents: Tensor
@@ -32,6 +33,7 @@ class Batch:
     trajectory_sigmas: np.ndarray | None = None
     image_ids: list[str] = field(default_factory=list)
     framing: Tensor | None = None
+    features: Tensor | None = None
 
 
 def needed(part: T | None) -> T:

@@ -99,10 +99,13 @@ def _one_shorter(mask: Tensor) -> Tensor:
 
 
 def blank_text(components: Components, dtype: torch.dtype, length: int) -> Conditioning:
-    """One caption of ``length`` real tokens in every sequence that has no length of its own."""
+    """One caption of ``length`` real tokens in every sequence without a length of its own, and an image if it may have one."""
     widths = components.text.widths
     sizes = zip_longest(widths.sequences, (length if own is None else own for own in widths.lengths), fillvalue=length)
-    sequences = (Tokens(torch.zeros(1, n, width, dtype=dtype), torch.ones(1, n, dtype=torch.bool)) for width, n in sizes)
+    sequences = [Tokens(torch.zeros(1, n, width, dtype=dtype), torch.ones(1, n, dtype=torch.bool)) for width, n in sizes]
+    if components.image_prompts:
+        images = torch.zeros(1, *components.image_prompts.encoder.shape, dtype=dtype)
+        sequences.append(Tokens(images, torch.ones(images.shape[:2], dtype=torch.bool)))
     return Conditioning(tuple(sequences), {name: torch.zeros(1, n, dtype=dtype) for name, n in widths.vectors.items()})
 
 

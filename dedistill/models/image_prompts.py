@@ -9,7 +9,7 @@ normalizes what it takes in, so it is a poor knob: it is for results that were m
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -88,13 +88,13 @@ class ImagePrompts(ABC):
         for name, values in ((WEIGHTS, [[i.weight for i in r] for r in rows]), (SCALES, [[i.scale for i in r] for r in rows])):
             if any(value != 1 for row in values for value in row):
                 vectors[name] = torch.tensor([row + [1.0] * (count - len(row)) for row in values])
-        return Conditioning(tuple(sequences), vectors)
+        return replace(text, sequences=tuple(sequences), vectors=vectors)
 
 
 def told_own(text: Conditioning, features: Tensor, told: Tensor) -> Conditioning:
     """``text`` with one image for each of its rows where ``told`` [B] is True. features: [B, T, D]."""
     own = Tokens(features, told[:, None].expand(features.shape[:2]))
-    return Conditioning((*text.sequences, own), text.vectors)
+    return replace(text, sequences=(*text.sequences, own))
 
 
 def parted(prompt: str) -> tuple[str, tuple[ImagePrompt, ...]]:

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import ClassVar, TypedDict
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dedistill.data.source import Batch, Source
@@ -21,6 +22,7 @@ from dedistill.flow import keyed, timesteps
 from dedistill.flow.path import flow_loss
 from dedistill.flow.schedule import Schedule
 from dedistill.models.conditioning import Conditioning
+from dedistill.models.image_prompts import told_own
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
 from dedistill.recipe.schema import shift_in_numbers
@@ -90,7 +92,7 @@ class Objective(ABC):
         that was trained by diffusion."""
         t = recipe.timesteps
         self.seed, self.batch, self.source = recipe.run.seed, recipe.train.batch, source
-        self.dropout = recipe.data.caption_dropout
+        self.dropout, self.image_dropout = recipe.data.caption_dropout, recipe.data.image_dropout or 0.0
         given = {k: getattr(t, k) for k in ("alpha", "beta", "mean", "std", "scale")}
         self.shift_of = cache(lambda shape: shift_in_numbers(t.shift, lambda: shift_of(shape)))
         self.sampling: Sigmas = {
@@ -140,7 +142,8 @@ class Objective(ABC):
             noise=lambda shape: keyed.noise(self.seed, "noise", step, positions, shape),
         )
         dropped = keyed.uniforms(self.seed, "caption-dropout", step, self.batch)[positions] < self.dropout
-        return self._asked(self.source.draw(self.seed, step, positions, self.batch), draws, dropped)
+        told = keyed.uniforms(self.seed, "image-dropout", step, self.batch)[positions] >= self.image_dropout
+        return self._asked(self.source.draw(self.seed, step, positions, self.batch), draws, dropped, told & ~dropped)
 
     def validation_batches(self, count: int, size: int, world: World | None = None) -> list[NoisyBatch]:
         """``count`` held-out samples, at most ``size`` in each batch, in all the same whatever the size.
@@ -162,17 +165,21 @@ class Objective(ABC):
             noise=lambda shape: keyed.noise(self.seed, "validation/noise", 0, positions, shape),
         )
         batch = self.source.draw(self.seed, 0, positions, count, held_out=True)
-        return self._asked(batch, draws, dropped=np.zeros(len(positions), bool))
+        whole = np.full(len(positions), self.image_dropout < 1)
+        return self._asked(batch, draws, dropped=np.zeros(len(positions), bool), told=whole)
 
-    def _asked(self, batch: Batch, draws: Draws, dropped: np.ndarray) -> NoisyBatch:
-        """dropped: [B], whose captions are not told."""
+    def _asked(self, batch: Batch, draws: Draws, dropped: np.ndarray, told: np.ndarray) -> NoisyBatch:
+        """dropped, told: [B], whose captions are not told, and whose own images are, where the source has them."""
         if missing := [field for field in self.needs if getattr(batch, field) is None]:
             needed = f"the {' and '.join(missing)} of every sample"
             raise UserError(f"train.objective: '{self.name}' needs {needed}, which '{self.source.name}' does not have")
         captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped)]
         ids = batch.image_ids or batch.names
         text = self.source.text(captions)
-        text = None if text is None else replace(text, framing=batch.framing)
+        if text:
+            text = replace(text, framing=batch.framing)
+            if batch.features is not None and told.any():
+                text = told_own(text, batch.features, torch.from_numpy(told))
         return NoisyBatch(*self.sample(batch, draws), captions, batch.names, ids, text)
 
 

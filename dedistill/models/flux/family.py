@@ -51,13 +51,12 @@ class Flux(FluxNetwork, PipelineFamily):
         guidance = self._guidance(network, spec.guidance)
         if spec.null is not None:
             raise UserError("model.null: captions are dropped to the empty caption here; leave the key out", 2)
-        images = spec.image_prompts and Redux(Path(spec.image_prompts), network.config.joint_attention_dim)
         return Components(
             network if denoiser else nn.Module(),
             FluxText(place.components, filled(spec.t5_mask, "model.t5_mask")),
             (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
             filled(spec.mask, "model.mask"),
-            image_prompts=images or None,
+            image_prompts=_redux(spec, network),
             vae=vae,
             text_length=filled(spec.text_length, "model.text_length"),
             guidance=guidance if denoiser else None,
@@ -96,6 +95,7 @@ class Flux(FluxNetwork, PipelineFamily):
             Unseen(Widths((size.joint_attention_dim,), {"pooled": size.pooled_projection_dim})),
             (vae.channels, 1024 // vae.scale, 1024 // vae.scale),
             filled(spec.mask, "model.mask"),
+            image_prompts=_redux(spec, denoiser),
             vae=vae,
             guidance=self._guidance(denoiser, spec.guidance),
         )
@@ -120,6 +120,10 @@ class Flux(FluxNetwork, PipelineFamily):
 
     def encode_text(self, components: Components, captions: list[str], length: int) -> Conditioning:
         return _text(components)(captions, length, components.device)
+
+
+def _redux(spec: Model, denoiser: FluxTransformer2DModel) -> Redux | None:
+    return Redux(Path(spec.image_prompts), denoiser.config.joint_attention_dim) if spec.image_prompts else None
 
 
 def _denoiser(components: Components) -> FluxTransformer2DModel:

@@ -1,6 +1,7 @@
 """FLUX.1-Redux: tokens that SigLIP's features of an image become, beside the text's."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Tokens
+from dedistill.models.flux import SPEC
 from dedistill.models.image_prompts import SCALES, ImagePrompts
 from dedistill.models.pretrained import check_folder, load_whole, reading
+from dedistill.models.registry import get_it
 
 KEY = "model.image_prompts"
+HUB_ID = "black-forest-labs/FLUX.1-Redux-dev"
 PARTS = ("image_encoder", "feature_extractor", "image_embedder")
 BATCH = 8
 
@@ -24,6 +28,8 @@ class Siglip:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        if not folder.is_dir():
+            raise UserError(f"{KEY}: {folder}: no such folder{get_it(SPEC, str(folder), HUB_ID)}", 2)
         if missing := [part for part in PARTS if not (folder / part).is_dir()]:
             raise UserError(f"{KEY}: '{folder}' has no folder '{missing[0]}'; it must be that of FLUX.1-Redux-dev", 2)
         config = read_object(folder / "image_encoder" / "config.json", KEY)
@@ -84,4 +90,4 @@ class Redux(ImagePrompts):
             embedder = self.embedder.to(image.embeds.device)
             embeds = embedder(image.embeds.float()).image_embeds
             sequences.append(Tokens(embeds if scales is None else embeds * scales[:, i, None, None], image.mask))
-        return Conditioning(tuple(sequences), text.vectors)
+        return replace(text, sequences=tuple(sequences))
