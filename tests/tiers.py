@@ -33,6 +33,7 @@ LONG = [
     "models/test_compiled",
     "models/test_flux_docs",
     "models/test_flux_pipeline",
+    "models/test_redux",
     "models/test_torchtitan",
     "models/test_whole_encoders",
     "models/test_whole_way",

@@ -1,7 +1,7 @@
 """Model families by name, the package's own and those of others. A family's code is imported when it is searched for."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -170,8 +170,15 @@ def published(spec: ModelSpec, source: str, config: Mapping[str, Any]) -> Publis
     return spec.base_of(spec.published, source, config)
 
 
-def licence_for(base: Published | None, wanted: str | None) -> Licence:
-    """The licence a derivative of ``base`` is under. Raises UserError where ``wanted`` gives away what is not ours to give."""
+def licence_for(
+    base: Published | None, wanted: str | None, spec: ModelSpec | None = None, recipes: Iterable[Mapping[str, Any]] = ()
+) -> Licence:
+    """The licence a derivative of ``base`` is under, trained by ``recipes`` of the family ``spec``: a binding one of either.
+
+    Raises UserError where ``wanted`` gives away what is not ours to give.
+    """
+    if spec and spec.image_prompts and any(recipe.get("model", {}).get("image_prompts") for recipe in recipes):
+        base = base if base and base.licence.binding else spec.image_prompts
     if base is None:
         return Licence(wanted) if wanted else UNKNOWN
     own = base.licence

@@ -74,6 +74,8 @@ class ModelSpec:
     """The published model behind a path or hub id and a denoiser's config. Raises UserError where these contradict."""
     full_config: Callable[[str, bool], dict[str, Any]] | None = None
     """config.json at full size of a hub id, or of the usual model; True: with a distilled guidance embedding."""
+    image_prompts: Published | None = None
+    """What encodes images of prompts (model.image_prompts); what is trained with it is under its licence as well."""
     distilled_guidance: Callable[[Config], bool] = lambda config: False
     """Whether a denoiser of that config has an embedding for distilled guidance."""
     shift: Callable[[Model], float | None] = lambda model: None

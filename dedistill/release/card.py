@@ -12,7 +12,7 @@ from dedistill.io.atomic import replace_file
 from dedistill.models.registry import is_hub_id, licence_for, published
 from dedistill.models.spec import ModelSpec
 from dedistill.recipe.embedded import read_recipe
-from dedistill.release.headers import guidance_fact, source_name, source_of
+from dedistill.release.headers import guidance_fact, recipes_of, source_name, source_of
 
 _OWN = "dedistill.release"
 _TAGS = ["text-to-image", "de-distilled", "classifier-free-guidance"]
@@ -43,8 +43,8 @@ def write_card(
     if claimed and recorded and claimed != recorded:
         raise UserError(f"--base {base}: this model goes back to {recorded.id}", exit_code=2)
     known, name = recorded or claimed, base or (recorded.id if recorded else None)
-    terms = licence_for(known, licence)
     merges = facts.get("merges", [])
+    terms = licence_for(known, licence, spec, recipes_of(facts))
     data = ModelCardData(
         license=terms.id,
         license_name=terms.name or None,
@@ -64,15 +64,15 @@ def write_card(
         "guidance": guidance,
     }
     fields |= {"masked": facts.get("mask") == "bool", "call": _call(guidance), "facts": facts}
-    recipes = [read_recipe(m["recipe"]) for m in merges]
     trained = [{"step": t["step"], "training": _training(read_recipe(t["recipe"]))} for t in facts.get("trained", [])]
     body = _template(_OWN, "templates/card.md.j2").render(
         **fields,
         use=_template(*(spec.card.split(":") if spec.card else (_OWN, "templates/use.md.j2"))).render(**fields).strip(),
         licence=terms,
+        licensor="the base model" if known and known.licence == terms else spec.image_prompts and spec.image_prompts.id,
         trained=trained,
         # earlier versions wrote what was lost instead
-        merges=[{"kept": 1 - m.get("lost", 0.0)} | m | {"training": _training(r)} for m, r in zip(merges, recipes)],
+        merges=[{"kept": 1 - m.get("lost", 0.0)} | m | {"training": _training(read_recipe(m["recipe"]))} for m in merges],
     )
     replace_file(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")).encode())
 

@@ -19,6 +19,7 @@ from dedistill.adapters.delta import rank, scale
 from dedistill.adapters.formats import Layers, factor_shapes, is_lora
 from dedistill.adapters.targets import Shape
 from dedistill.errors import UserError
+from dedistill.models.image_prompts import parted
 from dedistill.models.registry import licence_for, public_name, published
 from dedistill.models.spec import ModelSpec
 from dedistill.recipe.embedded import read_recipe
@@ -85,9 +86,11 @@ def public_recipe(text: str) -> str:
         for key in ("path", "name"):
             row.pop(key, None)
     model = public.get("model", {})
-    for key in ("path", "components"):
+    for key in ("path", "components", "image_prompts"):
         if key in model:
-            model[key] = public_name(model[key], model.get("revision"))
+            model[key] = public_name(model[key], None if key == "image_prompts" else model.get("revision"))
+    if "prompts" in public.get("preview", {}):
+        public["preview"]["prompts"] = [parted(prompt)[0] for prompt in public["preview"]["prompts"]]
     return text if public == recipe else table_to_toml(public)
 
 
@@ -106,7 +109,7 @@ def model_header(title: str, config: dict[str, Any], facts: dict[str, Any], spec
             title,
             config,
             spec,
-            read_recipe(last_recipe(public)),
+            recipes_of(public),
             source=source_of(facts),
             name=source_name(facts),
             prediction=facts.get("prediction"),
@@ -142,7 +145,7 @@ def adapter_header(
     own = {
         "format": "pt",
         **_modelspec(
-            title, config, spec, recipe, source=source, name=name, kind="/lora", prediction=header.get("dedistill.prediction")
+            title, config, spec, [recipe], source=source, name=name, kind="/lora", prediction=header.get("dedistill.prediction")
         ),
         "ss_base_model_version": _architecture(source, config, spec),
         "ss_network_module": names.KOHYA_MODULE if names and format == "kohya" else "lycoris.kohya",
@@ -238,8 +241,16 @@ def guidance_fact(distilled: bool, facts: dict[str, Any]) -> str:
 
 def last_recipe(facts: dict[str, Any]) -> str:
     """The recipe, as TOML, of the last training that made the weights; empty when they do not say."""
-    trainings = [*facts.get("trained", []), *facts.get("merges", [])]
-    return trainings[-1]["recipe"] if trainings else ""
+    return next((step["recipe"] for step in reversed(_trainings(facts))), "")
+
+
+def recipes_of(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of all trainings that made the weights."""
+    return [read_recipe(step["recipe"]) for step in _trainings(facts)]
+
+
+def _trainings(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*facts.get("trained", []), *facts.get("merges", [])]
 
 
 def source_of(facts: dict[str, Any]) -> str:
@@ -251,18 +262,18 @@ def _modelspec(
     title: str,
     config: dict[str, Any],
     spec: ModelSpec,
-    recipe: dict[str, Any],
+    recipes: list[dict[str, Any]],
     *,
     source: str,
     name: str,
     kind: str = "",
     prediction: str | None = None,
 ) -> dict[str, str]:
-    """source: hub id or path of what the weights go back to; name: how a release calls it; prediction: of these very weights,
-    where that is known."""
-    base = published(spec, source, config)
+    """recipes: of all trainings; source: hub id or path of what the weights go back to; name: how a release calls it; prediction:
+    of these very weights, where that is known."""
+    base, recipe = published(spec, source, config), recipes[-1] if recipes else {}
     side = max(recipe.get("data", {}).get("resolutions") or [spec.resolution])
-    licence = licence_for(base, None)
+    licence = licence_for(base, None, spec, recipes)
     found = {
         "sai_model_spec": _SPEC,
         "architecture": _architecture(source, config, spec) + kind,

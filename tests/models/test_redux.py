@@ -10,11 +10,22 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from image_files import write_image
 from PIL import Image
 
+from dedistill.adapters.files import read_tensors
+from dedistill.cli.main import main
+from dedistill.data.encode import open_data
 from dedistill.errors import UserError
+from dedistill.evaluation.sweep import read_index
+from dedistill.models.conditioning import Conditioning
 from dedistill.models.flux.pipeline import MaskedFluxPipeline
 from dedistill.models.flux.redux import Redux
 from dedistill.models.flux.tiny import TEXT_DIM, write_tiny_redux
 from dedistill.models.image_prompts import ImagePrompt, parted
+from dedistill.models.model import build_model
+from dedistill.objectives.base import objective_for
+from dedistill.recipe import load_recipe
+from dedistill.release.export import export_adapter, export_model
+from dedistill.release.merge import merge_adapter
+from dedistill.runs.model import last_weights
 
 SIZE = {"height": 32, "width": 48, "num_inference_steps": 2, "output_type": "latent", "max_sequence_length": 24}
 PROMPT = "a red cat"
@@ -168,3 +179,96 @@ def test_what_is_refused(pipe, tiny_flux, folder, images, tmp_path):
     write_tiny_redux(tmp_path, text_dim=48)
     with pytest.raises(UserError, match="takes 48 text features; this one takes 32"):
         bare.load_redux(tmp_path)
+
+
+# --- in recipes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe_file(image_recipe, folder) -> Path:
+    """Of a tiny FLUX that is told images, with a preview by an image."""
+    text = image_recipe.read_text().replace("text_length = 64\n", f'text_length = 64\nimage_prompts = "{folder}"\n')
+    image_recipe.write_text(
+        f'{text}[snapshot]\nevery = 2\n[preview]\nevery = 2\nprompts = ["a cat <image:{folder}/0.png weight=0.5>"]\n'
+    )
+    return image_recipe
+
+
+def conditioning(recipe_file, dropout: float, step: int = 0):
+    recipe = load_recipe(recipe_file, [f"data.image_dropout={dropout}", "data.caption_dropout=0.5"])
+    source = open_data(recipe, "cpu", lambda line: None).source
+    objective = objective_for(recipe, source, lambda shape: 1.0)
+    return [objective.noisy_batch(step, part) for part in objective.micro_batches(step, 4)]
+
+
+def test_training_tells_samples_their_own_images(recipe_file, folder, photos):
+    """Features of the cache, bf16; rows of dropped captions and dropped images have none, whatever stands there."""
+    told = without = 0
+    for step in range(4):
+        for batch in conditioning(recipe_file, 0.5, step):
+            there = batch.text.sequences[1].mask if len(batch.text.sequences) > 1 else torch.zeros(len(batch.names), 1) > 0
+            assert bool((there == there[:, :1]).all())
+            told += int(there[:, 0].sum())
+            without += int((~there[:, 0]).sum())
+            assert not any(mark and caption == "" for mark, caption in zip(there[:, 0].tolist(), batch.captions))
+    assert told > 1 and without > 4
+    assert all(len(batch.text.sequences) == 1 for batch in conditioning(recipe_file, 1.0))
+    model = build_model(load_recipe(recipe_file))
+    batch = next(b for step in range(4) for b in conditioning(recipe_file, 0.0, step) if len(b.text.sequences) > 1)
+    assert batch.text.sequences[1].embeds.dtype == torch.bfloat16
+    sigma = torch.full((len(batch.names),), 0.5)
+    whole = model.velocity(batch.noisy, sigma, batch.text)
+    for i, there in enumerate(batch.text.sequences[1].mask[:, 0].tolist()):
+        row = batch.text.index_select(slice(i, i + 1)).trimmed()
+        row = row if there else Conditioning(row.sequences[:1], row.vectors)
+        assert near(model.velocity(batch.noisy[i : i + 1], sigma[:1], row), whole[i : i + 1])
+
+
+def test_a_run_with_image_prompts(recipe_file, folder, tmp_path, monkeypatch):
+    """Trains, previews and sweeps by images; what comes of it is under Redux's licence, whatever the base's, and names no
+    place of the user's. Other encoders than the cache was made with are refused."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(recipe_file)]) == 0
+    assert list((tmp_path / "run/previews").glob("*.png"))
+    Path("prompts.txt").write_text(f"a cat <image:{folder}/1.png>\na cat\n")
+    assert main(["sweep", str(recipe_file), "--candidates", "last", "--cfg", "1", "--prompts", "prompts.txt"]) == 0
+    one, other = (Path(row["file"]) for row in read_index(tmp_path / "run/sweep/index.json"))
+    assert (tmp_path / "run/sweep" / one).read_bytes() != (tmp_path / "run/sweep" / other).read_bytes()
+    weights = last_weights(tmp_path / "run")
+    merge_adapter(load_recipe(recipe_file), weights, tmp_path / "merged")
+    export_model(tmp_path / "merged", tmp_path / "out", "diffusers")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "license_name: flux-1-dev-non-commercial-license" in card and "as black-forest-labs/FLUX.1-Redux-dev." in card
+    assert str(folder) not in card + (tmp_path / "out/dedistill.json").read_text()
+    with pytest.raises(UserError, match="cannot be released as 'mit'"):
+        export_model(tmp_path / "merged", tmp_path / "mit", "diffusers", licence="mit")
+    export_adapter(weights, tmp_path / "lora.safetensors", "lycoris", tmp_path / "merged")
+    _, header = read_tensors(tmp_path / "lora.safetensors")
+    assert header["modelspec.license"] == "flux-1-dev-non-commercial-license" and str(folder) not in str(header)
+    write_tiny_redux(tmp_path / "redux", seed=1)
+    with pytest.raises(UserError, match="made with other inputs"):
+        open_data(load_recipe(recipe_file, [f"model.image_prompts={tmp_path}/redux"]), "cpu", lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.image_prompts=nowhere", "no such folder; get it with: hf download black-forest-labs/FLUX.1-Redux-dev"),
+        ("model.image_prompts=.", "it must be that of FLUX.1-Redux-dev"),
+    ],
+)
+def test_a_recipe_without_the_encoder(recipe_file, tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(recipe_file), "--set", change]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_told_images(image_recipe, teacher_recipe, folder):
+    with pytest.raises(UserError, match=r"set model\.image_prompts"):
+        build_model(load_recipe(image_recipe)).encode(["a cat <image:x.jpg>"])
+    with pytest.raises(UserError, match="pixel_flux cannot be told images"):
+        build_model(load_recipe(teacher_recipe, [f"model.image_prompts={folder}"]))
+
+
+def test_rehearsal(recipe_file):
+    assert main(["rehearse", str(recipe_file)]) == 0

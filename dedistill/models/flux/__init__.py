@@ -12,6 +12,7 @@ SPEC = ModelSpec(
     defaults_before=published.defaults_before,
     published=published.PUBLISHED,
     base_of=published.base_of,
+    image_prompts=published.REDUX,
     full_config=published.full_config,
     shift=published.own_shift,
     distilled_guidance=published.has_guidance,

@@ -48,6 +48,7 @@ PUBLISHED = (
     Published("ostris/OpenFLUX.1", APACHE, SCHNELL_LIKE, _sizes(19, 38, False)),
     Published("jimmycarter/LibreFLUX", APACHE, SCHNELL_LIKE, _sizes(19, 38, False)),
 )
+REDUX = next(p for p in PUBLISHED if p.id.endswith("Redux-dev"))
 _DEV = next(p for p in PUBLISHED if p.id.endswith("FLUX.1-dev"))
 
 

@@ -13,12 +13,12 @@ from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Tokens
 from dedistill.models.flux import SPEC
+from dedistill.models.flux.published import REDUX
 from dedistill.models.image_prompts import SCALES, ImagePrompts
 from dedistill.models.pretrained import check_folder, load_whole, reading
 from dedistill.models.registry import get_it
 
 KEY = "model.image_prompts"
-HUB_ID = "black-forest-labs/FLUX.1-Redux-dev"
 PARTS = ("image_encoder", "feature_extractor", "image_embedder")
 BATCH = 8
 
@@ -29,7 +29,7 @@ class Siglip:
     def __init__(self, folder: Path):
         self.folder = folder
         if not folder.is_dir():
-            raise UserError(f"{KEY}: {folder}: no such folder{get_it(SPEC, str(folder), HUB_ID)}", 2)
+            raise UserError(f"{KEY}: {folder}: no such folder{get_it(SPEC, str(folder), REDUX.id)}", 2)
         if missing := [part for part in PARTS if not (folder / part).is_dir()]:
             raise UserError(f"{KEY}: '{folder}' has no folder '{missing[0]}'; it must be that of FLUX.1-Redux-dev", 2)
         config = read_object(folder / "image_encoder" / "config.json", KEY)
