@@ -72,7 +72,7 @@ def source_name(facts: dict[str, Any]) -> str:
 
 
 def public_recipe(text: str) -> str:
-    """A recipe's TOML without run.out and places and names of data, its model named and not located.
+    """A recipe's TOML without run.out, places and names of data and images in prompts, its model named and not located.
 
     That is still what the card, a merge and the formats read. To train by it, say where things are. Unchanged where there
     is nothing to hide.
@@ -91,6 +91,8 @@ def public_recipe(text: str) -> str:
             model[key] = public_name(model[key], None if key == "image_prompts" else model.get("revision"))
     if "prompts" in public.get("preview", {}):
         public["preview"]["prompts"] = [parted(prompt)[0] for prompt in public["preview"]["prompts"]]
+    if "negative" in public.get("sample", {}):
+        public["sample"]["negative"] = parted(public["sample"]["negative"])[0]
     return text if public == recipe else table_to_toml(public)
 
 

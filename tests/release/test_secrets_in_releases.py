@@ -332,19 +332,22 @@ def texts(model: type[Table], path: tuple[str, ...] = ()) -> set[str]:
 def test_every_text_of_a_recipe_is_known_to_be_a_place_or_not():
     """A new key for a folder has to be hidden in released recipes, or this list says that it is none."""
     hidden = {"run.out", "model.path", "model.components", "data.path", "data.cache", "data.sets.path", "data.sets.name"}
+    hidden |= {"model.image_prompts", "preview.prompts", "sample.negative"}  # of prompts the images that they name
     harmless = {"run.name", "model.family", "model.revision", "adapter.targets.pattern", "adapter.targets.preset"}
     harmless |= {
         "base.exclude",
         "data.sets.captions",
         "data.sets.file_column",
         "data.sets.split",
-        "sample.negative",
         "sample.guider",
-        "preview.prompts",
     }
     assert texts(Recipe) == hidden | harmless
-    places = '[run]\nout = "/p/q"\n[model]\npath = "/p/m"\ncomponents = "/p/c"\n[data]\npath = "/p/q"\ncache = "/p/q"\n'
-    told = public_recipe(places + '[[data.sets]]\nname = "p"\npath = "/p/q"\nweight = 2.0\n')
+    places = '[run]\nout = "/p/q"\n[model]\npath = "/p/m"\ncomponents = "/p/c"\nimage_prompts = "/p/i"\n[data]\npath = "/p/q"\ncache = "/p/q"\n'
+    told = public_recipe(
+        places + '[[data.sets]]\nname = "p"\npath = "/p/q"\nweight = 2.0\n'
+        '[sample]\nnegative = "n <image:/p/n>"\n[preview]\nprompts = ["a <image:/p/x weight=0.5> b"]\n'
+    )
+    assert '["a b"]' in told and '"n"' in told and 'image_prompts = "i"' in told
     assert "/p" not in told and '"p"' not in told and "weight = 2.0" in told and 'components = "c"' in told
 
 
