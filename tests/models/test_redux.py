@@ -78,7 +78,7 @@ def test_the_published_embedder(folder):
 
 @pytest.mark.parametrize("scale", [1.0, 0.2])
 def test_tokens_are_those_of_diffusers(pipe, folder, images, scale):
-    """The image part of what FluxPriorReduxPipeline makes; the pictures are those of FluxPipeline on text and image."""
+    """The image part of what FluxPriorReduxPipeline makes; the images are those of FluxPipeline on text and image."""
     encoders = {name: part for name, part in pipe.components.items() if name.startswith(("text", "token"))}
     prior = FluxPriorReduxPipeline.from_pretrained(folder, image_embedder=pipe._redux.embedder, **encoders)
     theirs = prior(images[0], PROMPT).prompt_embeds[:, 512:]
@@ -97,7 +97,7 @@ def test_tokens_are_those_of_diffusers(pipe, folder, images, scale):
 
 @pytest.mark.parametrize("mask", ["bool", "none", "libreflux"])
 def test_a_weight_is_exact_at_its_ends(pipe, images, mask):
-    """0 is no image and 1 is as it is, to the bit; between, the picture is between, and n of 1 / n count as one."""
+    """0 is no image and 1 is as it is, to the bit; between, the image is between, and n of 1 / n count as one."""
     plain, whole = draw(pipe, mask=mask), draw(pipe, image=images[0], mask=mask)
     assert torch.equal(draw(pipe, image=images[0], image_weight=0.0, mask=mask), plain)
     assert torch.equal(draw(pipe, image=images[0], image_weight=1.0, mask=mask), whole)
