@@ -165,7 +165,8 @@ split = "validation"
 for old, new in (
     (
         'path = "w"\n',
-        'path = "w/w"\nrevision = "0a1b"\ncomponents = "c/c"\nimage_prompts = "r/r"\nt5_mask = false\nnull = "empty"\nguidance = 1.0\n',
+        'path = "w/w"\nrevision = "0a1b"\ncomponents = "c/c"\nimage_prompts = "r/r"\n'
+        't5_mask = false\nnull = "empty"\nguidance = 1.0\n',
     ),
     ('"reflow"', '"flow"'),
     (
