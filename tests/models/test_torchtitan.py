@@ -67,7 +67,7 @@ def test_a_step_is_torchtitans(theirs):
     their_loss.backward()
 
     text = Conditioning.of(embeds, torch.ones(2, TOKENS, dtype=torch.bool), pooled=pooled)
-    own = flux_velocity(ours, ours.time_text_embed, noisy, sigma, text, patch=2, mask="bool")
+    own = flux_velocity(ours, ours, noisy, sigma, text, mask="bool")
     loss = flow_loss(own, target).mean()
     loss.backward()
 
