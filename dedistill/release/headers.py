@@ -271,8 +271,8 @@ def _modelspec(
     kind: str = "",
     prediction: str | None = None,
 ) -> dict[str, str]:
-    """recipes: of all trainings; source: hub id or path of what the weights go back to; name: how a release calls it; prediction:
-    of these very weights, where that is known."""
+    """recipes: of all trainings; source: hub id or path of what the weights go back to; name: how a release calls it;
+    prediction: of these very weights, where that is known."""
     base, recipe = published(spec, source, config), recipes[-1] if recipes else {}
     side = max(recipe.get("data", {}).get("resolutions") or [spec.resolution])
     licence = licence_for(base, None, spec, recipes)

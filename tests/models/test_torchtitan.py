@@ -13,6 +13,7 @@ from dedistill.flow.path import velocity as straight
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.flux import loading, naming
 from dedistill.models.flux.network import flux_velocity, patchify
+from dedistill.models.original_names import from_original
 
 torchtitan = pytest.importorskip("torchtitan.models.flux", exc_type=ImportError)
 SIZES = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 12}
@@ -48,7 +49,7 @@ def test_a_step_is_torchtitans(theirs):
 
     empty = loading.empty_network(SIZES, "torchtitan")
     shapes = {name: tuple(p.shape) for name, p in empty.named_parameters()}
-    ours = loading.build(SIZES, naming.from_bfl(original(theirs.state_dict()), shapes, "torchtitan"), "torchtitan")
+    ours = loading.build(SIZES, from_original(naming, original(theirs.state_dict()), shapes, "torchtitan"), "torchtitan")
     data, noise = (torch.randn(2, *LATENTS, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
     embeds, pooled = (torch.randn(2, *shape, generator=torch.Generator().manual_seed(3)) for shape in ((TOKENS, 4096), (768,)))
     sigma = torch.tensor([0.3, 0.9])
@@ -73,7 +74,7 @@ def test_a_step_is_torchtitans(theirs):
 
     torch.testing.assert_close(patchify(own, 2), found, rtol=0, atol=2e-5)
     torch.testing.assert_close(loss, their_loss, rtol=1e-6, atol=0)
-    gradients = naming.from_bfl(original({name: p.grad for name, p in theirs.named_parameters()}), shapes, "torchtitan")
+    gradients = from_original(naming, original({name: p.grad for name, p in theirs.named_parameters()}), shapes, "torchtitan")
     for name, parameter in ours.named_parameters():
         difference = float((parameter.grad - gradients[name]).norm() / gradients[name].norm())
         assert difference < 1e-4, (name, difference)
