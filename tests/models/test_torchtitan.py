@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch.nn import functional as F
 
 from dedistill.flow.path import flow_loss, interpolate
@@ -13,6 +14,7 @@ from dedistill.flow.path import velocity as straight
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.flux import loading, naming
 from dedistill.models.flux.network import flux_velocity, patchify
+from dedistill.models.network_files import build
 from dedistill.models.original_names import from_original
 
 torchtitan = pytest.importorskip("torchtitan.models.flux", exc_type=ImportError)
@@ -49,7 +51,9 @@ def test_a_step_is_torchtitans(theirs):
 
     empty = loading.empty_network(SIZES, "torchtitan")
     shapes = {name: tuple(p.shape) for name, p in empty.named_parameters()}
-    ours = loading.build(SIZES, from_original(naming, original(theirs.state_dict()), shapes, "torchtitan"), "torchtitan")
+    ours = build(
+        FluxTransformer2DModel, SIZES, from_original(naming, original(theirs.state_dict()), shapes, "torchtitan"), "torchtitan"
+    )
     data, noise = (torch.randn(2, *LATENTS, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
     embeds, pooled = (torch.randn(2, *shape, generator=torch.Generator().manual_seed(3)) for shape in ((TOKENS, 4096), (768,)))
     sigma = torch.tensor([0.3, 0.9])
