@@ -160,8 +160,6 @@ def prepare(
             _encode_images(images_left, usable.index, latents, family, components, say)
             if components.vae:
                 components.vae.unload()
-            if components.image_prompts:
-                components.image_prompts.encoder.unload()
             world.wait()
         latents, texts = open_stores(recipe, family, components, cache)
     text_cache = dict(zip(prompts, read_text(texts, prompts, components.text.widths)))
@@ -324,6 +322,8 @@ def _encode_images(
                     entries[latent_key(image.sample, crop)] = entry
                 heartbeat.beat("decoding images")
             store.write(entries)
+    if components.image_prompts:
+        components.image_prompts.encoder.unload()
 
 
 def _latent(sample: Sample, crop: Crop, pixels: np.ndarray, family: Family, components: Components) -> Tensor:
