@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dedistill.forecast.cards import CARDS, GIB, room_on
+from dedistill.forecast.cards import CARDS, FITS, GIB, fit, room_on
+from dedistill.forecast.choose import Choices
 from dedistill.forecast.depth import Case, estimate
-from dedistill.forecast.forecast import case_of, outlook, swapped_to_fit
+from dedistill.forecast.forecast import case_of, swapped_to_fit
 from dedistill.forecast.meter import BASE, OPTIMIZER, TRAINED
 from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, prepared
 from dedistill.models.registry import get_family
@@ -40,11 +41,13 @@ SETTINGS = {
     "LoRA, int8, checkpointing, batch of 4, mask": {
         "adapter": LORA, "quant": "int8", "checkpointing": True, "batch": 4, "mask": "bool",
     },
+    "whole network, bf16": {"adapter": None},
+    "whole network, bf16, checkpointing, batch of 4": {"adapter": None, "checkpointing": True, "batch": 4},
 }  # fmt: skip
 
 
 def recipe_for(
-    width: int, adapter: dict, quant: str = "none", checkpointing: bool = False, batch: int = 1, mask: str = "none"
+    width: int, adapter: dict | None, quant: str = "none", checkpointing: bool = False, batch: int = 1, mask: str = "none"
 ) -> Recipe:
     heads = width // 64
     sizes = {"layers": 2, "single_layers": 3, "heads": heads, "head_dim": 64, "rope_axes": [16, 24, 24]}
@@ -57,7 +60,8 @@ def recipe_for(
             "adapter": adapter,
             "data": {"source": "digits"},
             "train": {
-                "steps": 10, "batch": batch, "lr": 1e-4, "optimizer": "adamw_bf16", "precision": "bf16", "max_grad_norm": 1.0,
+                "steps": 10, "batch": batch, "lr": 1e-4, "precision": "bf16", "max_grad_norm": 1.0,
+                "optimizer": "adamw_bf16" if adapter else "adamw",
                 "gradient_checkpointing": checkpointing,
             },
         }
@@ -82,7 +86,7 @@ def compared(name: str, width: int, *, whole: bool = False) -> Row:
     family = get_family(recipe.model.family)
     case = Case(recipe, family, (16, 32, 32), 48, card=False)
     peak = max((p for (phase, _), p in estimate(case, whole=whole).peaks.items() if phase in STEP), key=lambda p: p.bytes)
-    resident = sum(peak.by_category[c] for c in RESIDENT)
+    resident = sum(peak.by_category.get(c, 0) for c in RESIDENT)
     return Row(name, resident, peak.bytes - resident, measured(case))
 
 
@@ -127,50 +131,50 @@ def table(rows: list[Row]) -> str:
 RESULTS = Path(__file__).parent / "results" / "forecast.json"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 MARKS = "<!-- forecast: python -m benchmarks.forecast --recipes -->", "<!-- end of forecast -->"
-RECIPES = (
-    "flux_schnell",
-    "flux_schnell_24gb",
-    "flux_dev",
-    "flex1_alpha",
-    "flux_lora",
-    "sd35_medium",
-    "sd35_large",
-    "sd35_turbo_dedistill",
-)
-SHOWN = ("RTX 4080", "RTX 4090", "L40S", "H100")
+RECIPES = {
+    "flux_schnell_12gb": 12, "flux_schnell_16gb": 16, "flux_schnell_24gb": 24, "flux_schnell": 48, "flux_schnell_80gb": 80,
+    "flux_dev": 48, "flex1_alpha": 24, "flux_lora": 24, "sd35_medium": 12, "sd35_large": 24, "sd35_turbo_dedistill": 24,
+}  # fmt: skip
+"""Shipped ones -> GB of the card that each is made for."""
+SHOWN = ("RTX 4070", "RTX 4080", "RTX 4090", "L40S", "H100")
 
 
 def recipe_row(name: str) -> dict:
-    """Of a shipped recipe: its peak, and on each card whether it fits, with how many blocks on the CPU, and the least time."""
+    """Of a shipped recipe: its peak on the card that it is made for, and on each whether it fits, with how many blocks on the
+    CPU and computed again, and the least time."""
     recipe = load_recipe(f"dedistill:{name}")
     family = get_family(recipe.model.family)
-    found = outlook(case_of(recipe, family, family.full_size(recipe.model)))
+    choices = Choices(case_of(recipe, family, family.full_size(recipe.model)))
     cards = {}
     for card in (c for c in CARDS if c.name in SHOWN):
-        fitted = swapped_to_fit(found, room_on(card.gb))
-        swap = fitted.setting.swap if fitted else None
+        found = choices(room_on(card.gb))
+        fitted = swapped_to_fit(found, room_on(card.gb)) or (found if fit(found.peak, room_on(card.gb)) == FITS else None)
         cards[card.name] = {
             "gb": card.gb,
-            "swap": swap,
-            "sample_s": float(f"{card.seconds(found.step) / recipe.train.batch:.3g}"),
+            "swap": fitted.setting.swap if fitted else None,
+            "checkpointing": found.setting.checkpointing,
+            "sample_s": float(f"{card.seconds((fitted or found).step) / recipe.train.batch:.3g}"),
         }
-    return {"recipe": name, "peak_gib": round(found.peak / GIB, 2), "cards": cards}
+    return {"recipe": name, "peak_gib": round(choices(room_on(RECIPES[name])).peak / GIB, 2), "cards": cards}
 
 
 def recipe_table(rows: list[dict]) -> str:
     """As docs/performance.md shows it."""
     heads = [f"{name}, {card['gb']} GB" for name, card in rows[0]["cards"].items()]
-    lines = [f"| recipe | peak, GiB | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+    lines = [f"| recipe | made for | peak there | {' | '.join(heads)} |", "|---|---|---|" + "---|" * len(heads)]
     for row in rows:
         cells = [_cell(card) for card in row["cards"].values()]
-        lines.append(f"| `dedistill:{row['recipe']}` | {row['peak_gib']:.1f} | {' | '.join(cells)} |")
+        made_for = f"{RECIPES[row['recipe']]} GB | {row['peak_gib']:.1f} GiB"
+        lines.append(f"| `dedistill:{row['recipe']}` | {made_for} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _cell(card: dict) -> str:
     if card["swap"] is None:
         return "no"
-    how = f"`base.swap = {card['swap']}`" if card["swap"] else "as it is"
+    again = card["checkpointing"]
+    parts = [f"`base.swap = {card['swap']}`" if card["swap"] else "", "" if again is True else f"{int(again)} recomputed"]
+    how = ", ".join(filter(None, parts)) or "as it is"
     return f"{how}, {card['sample_s']:g} s"
 
 

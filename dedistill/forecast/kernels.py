@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from dedistill.adapters import layers
 from dedistill.kernels import Saved
@@ -28,6 +29,8 @@ _in_pieces = F.scaled_dot_product_attention
 
 def attention_of_cards(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
     """Flash, or with a mask the memory-efficient kernel; products and a softmax where heads have no dimension of their own."""
+    if has_torch_function((query, key, value)):  # autocast's
+        return handle_torch_function(attention_of_cards, (query, key, value), query, key, value, attn_mask)
     if query.dim() != 4:
         return _in_pieces(query, key, value, attn_mask)
     if attn_mask is None:
@@ -37,6 +40,8 @@ def attention_of_cards(query: Tensor, key: Tensor, value: Tensor, attn_mask: Ten
 
 
 def attention_of_cpus(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
+    if has_torch_function((query, key, value)):
+        return handle_torch_function(attention_of_cpus, (query, key, value), query, key, value, attn_mask)
     if query.dim() != 4:
         return _in_pieces(query, key, value, attn_mask)
     bias = None if attn_mask is None else _bias(attn_mask, query)
@@ -89,7 +94,12 @@ class _RmsNorm(torch.autograd.Function):
         return _rms_norm_backward(grad, *ctx.saved_tensors)
 
 
+_torch_rms_norm = torch.rms_norm
+
+
 def rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    if weight is not None and weight.dtype != x.dtype:  # as under autocast
+        return _torch_rms_norm(x, shape, weight, eps)
     return _RmsNorm.apply(x, x.new_empty(shape) if weight is None else weight)
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dedistill.data.source import Batch, OneSize
 from dedistill.distributed.world import World
+from dedistill.forecast.autocast import Autocast
 from dedistill.forecast.kernels import card_kernels, cpu_kernels
 from dedistill.forecast.meter import AVERAGES, BASE, GRADIENTS, OPTIMIZER, TRAINED, Meter
 from dedistill.models.conditioning import Conditioning, Tokens
@@ -51,16 +52,19 @@ class Answers(TorchDispatchMode):
 
 
 @contextmanager
-def shapes_alone(*, card: bool) -> Iterator[None]:
-    """Work on "meta" as on a card, or on the CPU: numbers are made up, and lists of tensors go at once."""
+def shapes_alone(*, card: bool) -> Iterator[Autocast]:
+    """Work on "meta" as on a card, or on the CPU: numbers are made up, and lists of tensors go at once. Gives what
+    autocast is then."""
     foreach = "torch.utils._foreach_utils._get_foreach_kernels_supported_devices"
     fused = [f"torch.optim.{place}._get_fused_kernels_supported_devices" for place in ("adam", "optimizer")]
+    autocast = Autocast(card=card)
     with ExitStack() as stack:
+        stack.enter_context(patch("torch.autocast", autocast.on))
         for name in [foreach, *fused]:
             stack.enter_context(patch(name, lambda: ["cuda", "cpu", "meta"], create=True))
         stack.enter_context(card_kernels() if card else cpu_kernels())
         stack.enter_context(Answers())
-        yield
+        yield autocast
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
@@ -112,10 +116,8 @@ def blank_text(components: Components, dtype: torch.dtype, length: int) -> Condi
 def on_paper(recipe: Recipe) -> Recipe:
     """``recipe`` with one micro-batch a step, and without what needs files or images."""
     t = recipe.train
-    # for a whole network bf16 is autocast's, which does not know "meta"
-    precision = t.precision if recipe.adapter else "fp32"
     tables = {
-        "train": {"precision": precision, "steps": 10**9, "warmup": 0, "batch": make_plan(recipe).micro_batch},
+        "train": {"steps": 10**9, "warmup": 0, "batch": make_plan(recipe).micro_batch},
         "timesteps": {"shift": 1.0},
         "sample": {"shift": 1.0, "guider": "cfg"},  # which may name blocks that the shorter networks measured do not have
         "data": {"caption_dropout": 0.0},

@@ -1,18 +1,21 @@
 """The table of recipes and cards in docs/performance.md."""
 
 import json
+import re
 
 import pytest
 
 from benchmarks.forecast import MARKS, PAGE, RECIPES, RESULTS, recipe_row, recipe_table
+from dedistill.cli.recipes import said_of
 from dedistill.forecast.cards import CARDS, FITS, NO, TIGHT, fit, room_on
 from dedistill.forecast.meter import Work
+from dedistill.recipe.shipped import shipped_recipes
 
 ROWS = {row["recipe"]: row for row in json.loads(RESULTS.read_text())}
 
 
 def test_the_page_shows_what_was_forecast():
-    assert tuple(ROWS) == RECIPES
+    assert tuple(ROWS) == tuple(RECIPES)
     assert PAGE.read_text().split(MARKS[0])[1].split(MARKS[1])[0].strip() == recipe_table(list(ROWS.values()))
 
 
@@ -22,6 +25,19 @@ def test_the_page_shows_what_was_forecast():
 def test_the_forecast_is_current(name):
     """If not: python -m benchmarks.forecast --recipes."""
     assert recipe_row(name) == ROWS[name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_the_card_that_it_is_made_for(name):
+    """By the forecast; and what its first lines say of memory is that."""
+    row, needs = ROWS[name], said_of(shipped_recipes()[name])[1]
+    assert fit(row["peak_gib"] * 2**30, room_on(RECIPES[name])) == FITS
+    assert needs["Memory"].startswith(f"{row['peak_gib']:.1f} GiB at the peak")
+    assert re.search(rf"\b{RECIPES[name]} GB card", needs["Hardware"])
+
+
+def test_there_is_a_recipe_for_every_usual_card():
+    assert {12, 16, 24, 48, 80} <= set(RECIPES.values())
 
 
 def test_what_fits_a_card():
