@@ -3,6 +3,7 @@
 python -m benchmarks.forecast                # small networks, a minute
 python -m benchmarks.forecast --width 512    # larger ones
 python -m benchmarks.forecast --recipes      # which shipped recipes fit which cards: results/forecast.json, docs/performance.md
+python -m benchmarks.forecast --counts       # kernels and bytes of a step, before and after: results/counts.json, the same page
 
 "Above" is what a step takes beside weights and optimizer, which are there before it. On a CPU the same code is forecast with
 the CPU's kernels and allocator; of a card's nothing is seen here.
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import counts
 from dedistill.forecast.cards import CARDS, FITS, GIB, fit, room_on
 from dedistill.forecast.choose import Choices
 from dedistill.forecast.depth import Case, estimate
@@ -189,10 +191,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=256, help="of the network, a multiple of 64")
     parser.add_argument("--recipes", action="store_true", help="write the table of recipes and cards")
+    parser.add_argument("--counts", action="store_true", help="write the table of kernels and bytes, before and after")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.recipes:
         write_recipes()
+        return 0
+    if args.counts:
+        counts.write(PAGE)
         return 0
     print(table([compared(name, args.width) for name in SETTINGS]) + "\nin MiB")
     return 0

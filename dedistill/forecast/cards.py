@@ -22,23 +22,27 @@ class Card:
     """Of dense int8 matrix products."""
     gb_s: float
     """Of its memory."""
+    link_gb_s: float
+    """Of PCIe with 16 lanes, in one direction."""
     source: str
 
     def seconds(self, work: Work) -> float:
-        """No step with ``work`` takes less: matrix products at the full rate, and all else at that of the memory."""
-        return work.flops / (self.tflops * 1e12) + work.integer / (self.tops * 1e12) + work.moved / (self.gb_s * 1e9)
+        """No step with ``work`` takes less: matrix products at the full rate, all else at that of the memory, and copies from
+        the CPU's meanwhile."""
+        computed = work.flops / (self.tflops * 1e12) + work.integer / (self.tops * 1e12) + work.moved / (self.gb_s * 1e9)
+        return max(computed, work.copied / (self.link_gb_s * 1e9))
 
 
 CARDS = (
-    Card("RTX 4070", 12, 58.3, 233, 504, "NVIDIA, Ada GPU architecture"),
-    Card("RTX 4080", 16, 97.5, 390, 717, "NVIDIA, Ada GPU architecture"),
-    Card("RTX 3090", 24, 71.0, 284, 936, "NVIDIA, Ampere GA102 GPU architecture"),
-    Card("RTX 4090", 24, 165.2, 661, 1008, "NVIDIA, Ada GPU architecture"),
-    Card("RTX 5090", 32, 209.5, 838, 1792, "NVIDIA, RTX Blackwell GPU architecture"),
-    Card("L40S", 48, 362.0, 733, 864, "NVIDIA, L40S datasheet"),
-    Card("A100 80GB", 80, 312.0, 624, 2039, "NVIDIA, A100 datasheet (SXM)"),
-    Card("H100", 80, 989.0, 1979, 3350, "NVIDIA, H100 datasheet (SXM, without sparsity)"),
-    Card("H200", 141, 989.0, 1979, 4800, "NVIDIA, H200 datasheet (SXM, without sparsity)"),
+    Card("RTX 4070", 12, 58.3, 233, 504, 31.5, "NVIDIA, Ada GPU architecture"),
+    Card("RTX 4080", 16, 97.5, 390, 717, 31.5, "NVIDIA, Ada GPU architecture"),
+    Card("RTX 3090", 24, 71.0, 284, 936, 31.5, "NVIDIA, Ampere GA102 GPU architecture"),
+    Card("RTX 4090", 24, 165.2, 661, 1008, 31.5, "NVIDIA, Ada GPU architecture"),
+    Card("RTX 5090", 32, 209.5, 838, 1792, 63, "NVIDIA, RTX Blackwell GPU architecture"),
+    Card("L40S", 48, 362.0, 733, 864, 31.5, "NVIDIA, L40S datasheet"),
+    Card("A100 80GB", 80, 312.0, 624, 2039, 31.5, "NVIDIA, A100 datasheet (SXM)"),
+    Card("H100", 80, 989.0, 1979, 3350, 63, "NVIDIA, H100 datasheet (SXM, without sparsity)"),
+    Card("H200", 141, 989.0, 1979, 4800, 63, "NVIDIA, H200 datasheet (SXM, without sparsity)"),
 )
 FITS, TIGHT, NO = "fits", "tight", "no"
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from dedistill.adapters.attach import adaptable
 from dedistill.adapters.targets import resolve_targets
 from dedistill.forecast.meter import BASE, Meter, Peak, Work, reserved
-from dedistill.forecast.paper import FORWARD, prepared, run, shapes_alone
+from dedistill.forecast.paper import BACKWARD, FORWARD, prepared, run, shapes_alone
 from dedistill.models.family import Family
 from dedistill.models.quantize import excluded, linear_names
 from dedistill.models.swap import saved
@@ -68,7 +68,9 @@ class Estimate:
             where: Peak(p.bytes - less, p.by_category | {BASE: p.by_category.get(BASE, 0) - less})
             for where, p in self.peaks.items()
         }
-        return replace(self, peaks=peaks, reserved=max(0, self.reserved - less))
+        come = Work(copied=max(0, less))  # in either direction all but the two that are there when it begins
+        work = {phase: w + come if phase in (FORWARD, BACKWARD) else w for phase, w in self.work.items()}
+        return replace(self, peaks=peaks, reserved=max(0, self.reserved - less), work=work)
 
 
 def _line(times: int, start: int, more: int, less: int) -> int:

@@ -45,6 +45,8 @@ class Work:
     flops: int = 0
     integer: int = 0
     """Operations of int8 products."""
+    copied: int = 0
+    """Bytes that come from the memory of the CPU."""
 
     @property
     def operations(self) -> int:

@@ -5,7 +5,7 @@ from tiny_recipes import adapter_table
 
 from benchmarks.forecast import SETTINGS, compared, recipe_for
 from dedistill.forecast.depth import Case, Estimate, estimate
-from dedistill.forecast.meter import Event, Peak, reserved
+from dedistill.forecast.meter import Event, Peak, Work, reserved
 from dedistill.models.registry import get_family
 
 MIB = 1 << 20
@@ -47,6 +47,10 @@ def test_blocks_that_wait_on_the_cpu_take_two_rooms():
     here = Estimate(peaks, {}, blocks=[90, 90, 40, 40, 40, 40])
     away = here.swapped(4).peaks["backward", ""]
     assert away.bytes == 1000 - (90 + 3 * 40) + 2 * 90 and away.by_category["base"] == 600 - (90 + 3 * 40) + 2 * 90
+    passes = (
+        Estimate({}, {"forward": Work(kernels=3), "backward": Work(), "optimizer": Work()}, blocks=[50] * 6).swapped(5).work
+    )
+    assert [(w.kernels, w.copied) for w in passes.values()] == [(3, 150), (0, 150), (0, 0)]
 
 
 def test_what_the_allocator_takes():

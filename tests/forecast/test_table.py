@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from benchmarks import counts
 from benchmarks.forecast import MARKS, PAGE, RECIPES, RESULTS, recipe_row, recipe_table
 from dedistill.cli.recipes import said_of
 from dedistill.forecast.cards import CARDS, FITS, NO, TIGHT, fit, room_on
@@ -40,6 +41,20 @@ def test_there_is_a_recipe_for_every_usual_card():
     assert {12, 16, 24, 48, 80} <= set(RECIPES.values())
 
 
+def test_kernels_and_bytes_of_a_step_before_and_after():
+    """At least 40 % fewer bytes and half of the kernels; each of the four changes has its part in both."""
+    before, *alone, now = counts.read()
+    assert PAGE.read_text().split(counts.MARKS[0])[1].split(counts.MARKS[1])[0].strip() == counts.table(counts.read())
+    assert now.kernels <= 0.5 * before.kernels and now.gigabytes <= 0.6 * before.gigabytes
+    assert all(now.kernels < row.kernels < before.kernels and now.gigabytes < row.gigabytes < before.gigabytes for row in alone)
+
+
+@pytest.mark.long
+def test_the_counts_are_current():
+    """If not: python -m benchmarks.forecast --counts."""
+    assert counts.counted("as it is", []) == counts.read()[-1]
+
+
 def test_what_fits_a_card():
     """24 GB with 8 % in reserve and a context of .6 GiB: 21.2 GiB fit, 22.9 fit just so."""
     gib = 2**30
@@ -51,4 +66,5 @@ def test_the_least_time_of_a_step():
     card = next(card for card in CARDS if card.name == "RTX 4090")
     work = Work(kernels=3, bytes=5 * 10**9, moved=10**9, flops=10**12, integer=10**12)
     assert card.seconds(work) == pytest.approx(1 / 165.2 + 1 / 661 + 1 / 1008)
+    assert card.seconds(Work(flops=10**12, copied=10**9)) == pytest.approx(1 / 31.5)  # copied meanwhile
     assert all(card.tops > card.tflops > 50 and card.source for card in CARDS)
