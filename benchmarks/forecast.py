@@ -43,14 +43,16 @@ SETTINGS = {
     "LoRA, int8, checkpointing, batch of 4, mask": {
         "adapter": LORA, "quant": "int8", "checkpointing": True, "batch": 4, "mask": "bool",
     },
+    "LoRA, checkpointing, batch of 4, offloaded": {"adapter": LORA, "checkpointing": True, "batch": 4, "offload": True},
     "whole network, bf16": {"adapter": None},
     "whole network, bf16, checkpointing, batch of 4": {"adapter": None, "checkpointing": True, "batch": 4},
 }  # fmt: skip
 
 
 def recipe_for(
-    width: int, adapter: dict | None, quant: str = "none", checkpointing: bool = False, batch: int = 1, mask: str = "none"
-) -> Recipe:
+    width: int, adapter: dict | None, quant: str = "none", checkpointing: bool = False, batch: int = 1, mask: str = "none",
+    offload: bool = False,
+) -> Recipe:  # fmt: skip
     heads = width // 64
     sizes = {"layers": 2, "single_layers": 3, "heads": heads, "head_dim": 64, "rope_axes": [16, 24, 24]}
     new = {"channels": 16, "height": 32, "width": 32, "patch": 2, "text_dim": width, "pooled_dim": 64, **sizes}
@@ -64,7 +66,7 @@ def recipe_for(
             "train": {
                 "steps": 10, "batch": batch, "lr": 1e-4, "precision": "bf16", "max_grad_norm": 1.0,
                 "optimizer": "adamw_bf16" if adapter else "adamw",
-                "gradient_checkpointing": checkpointing,
+                "gradient_checkpointing": checkpointing, "offload_activations": offload,
             },
         }
     )  # fmt: skip
@@ -135,7 +137,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 MARKS = "<!-- forecast: python -m benchmarks.forecast --recipes -->", "<!-- end of forecast -->"
 RECIPES = {
     "flux_schnell_12gb": 12, "flux_schnell_16gb": 16, "flux_schnell_24gb": 24, "flux_schnell": 48, "flux_schnell_80gb": 80,
-    "flux_dev": 48, "flex1_alpha": 24, "flux_lora": 24, "sd35_medium": 12, "sd35_large": 24, "sd35_turbo_dedistill": 24,
+    "flux_dev": 48, "flex1_alpha": 24, "flux_lora": 24, "sd35_medium": 12, "sd35_large": 16, "sd35_turbo_dedistill": 16,
 }  # fmt: skip
 """Shipped ones -> GB of the card that each is made for."""
 SHOWN = ("RTX 4070", "RTX 4080", "RTX 4090", "L40S", "H100")

@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from dedistill.adapters import layers
 from dedistill.kernels import Saved
-from dedistill.models import int8_products
+from dedistill.models import int8_products, offload
 from dedistill.training.optim import KahanAdamW
 
 aten = torch.ops.aten
@@ -197,6 +197,29 @@ def kahan_step(optimizer: KahanAdamW, closure: object = None, param: object = No
         _kahan([tensor for tensors in lists for tensor in tensors])
 
 
+# --- what waits in the memory of the CPU -----------------------------------------------------------------------------
+
+
+class Elsewhere:
+    """``offload.Away`` on a card: nothing of it is there."""
+
+    def __init__(self, tensor: Tensor):
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+
+    def back(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+class Here:
+    """The same on a CPU: a copy, from which another is made."""
+
+    def __init__(self, tensor: Tensor):
+        self.kept = tensor.clone()
+
+    def back(self) -> Tensor:
+        return self.kept.clone()
+
+
 @contextmanager
 def card_kernels() -> Iterator[None]:
     """While it is open, what runs takes a card's kernels."""
@@ -207,11 +230,12 @@ def card_kernels() -> Iterator[None]:
         patch.object(int8_products, "quantize_tokens", quantize_tokens),
         patch.object(int8_products, "scaled_product", scaled_product),
         patch.object(KahanAdamW, "step", kahan_step),
+        patch.object(offload, "Away", Elsewhere),
     ):
         yield
 
 
 @contextmanager
 def cpu_kernels() -> Iterator[None]:
-    with patch.object(F, "scaled_dot_product_attention", attention_of_cpus):
+    with patch.object(F, "scaled_dot_product_attention", attention_of_cpus), patch.object(offload, "Away", Here):
         yield

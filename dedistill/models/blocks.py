@@ -1,7 +1,7 @@
 """What a recipe has done with a network's blocks: computed again in backward, compiled, kept in the memory of the CPU."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dedistill.errors import UserError, amount
 from dedistill.flow.guidance import SkipLayers, guider_of
 from dedistill.models.family import Denoiser, Output
+from dedistill.models.offload import inputs_away
 from dedistill.models.swap import move_rest, spread, without_room
 from dedistill.recipe import Recipe
 
@@ -53,19 +54,20 @@ def _spread(blocks: Sequence[nn.Module], count: int) -> list[nn.Module]:
     return [blocks[i] for i in spread(count, len(blocks))]
 
 
-def checkpoint_blocks(denoiser: nn.Module, blocks: Sequence[nn.Module], wanted: int | bool) -> int:
+def checkpoint_blocks(denoiser: nn.Module, blocks: Sequence[nn.Module], wanted: int | bool, *, away: bool = False) -> int:
     """Have so many of ``blocks``, or all, keep their inputs alone and be computed again in backward; returns how many.
 
     The first ones, since what the last ones keep is gone before the first are computed again. With all of them, whatever else
-    the network can compute again.
+    the network can compute again. away: what they keep waits in the memory of the CPU.
     """
     chosen = set(blocks if wanted is True else blocks[:wanted])
 
     def call(block: nn.Module, *args: Any) -> object:
         if wanted is not True and block not in chosen:
             return block(*args)
-        # what is frozen draws nothing at random
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=block.training)
+        with inputs_away(args) if away else nullcontext():
+            # what is frozen draws nothing at random
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=block.training)
 
     if chosen:
         cast(Denoiser, denoiser).enable_gradient_checkpointing(call)

@@ -298,9 +298,11 @@ def assemble(
     model.grid_shift = shift_in_numbers(recipe.sample.shift, lambda: model.shift(components.sample_shape))
     model.chunk = recipe.train.micro_batch or CHUNK
     facts |= {"text_length": length, "mask": components.mask, "guidance": components.guidance}
-    again = recipe.train.gradient_checkpointing
-    # a training has it settled; without gradients it means nothing
-    facts["gradient_checkpointing"] = checkpoint_blocks(components.denoiser, blocks, False if again == "auto" else again)
+    # a training has "auto" settled; without gradients it means nothing
+    again, away = recipe.train.gradient_checkpointing, recipe.train.offload_activations
+    again = False if again == "auto" else again
+    facts["gradient_checkpointing"] = checkpoint_blocks(components.denoiser, blocks, again, away=away)
+    facts |= {"offload_activations": True} if away else {}
     facts["trained_parameters"] = sum(p.numel() for p in model.trainable().values())
     facts["storage_bytes"] = storage_bytes(components.denoiser)
     return model

@@ -166,6 +166,9 @@ def _training_rules(r: Recipe) -> list[Clash]:
     if t.exact and t.compile != "none":
         message = "cannot keep what exact = true promises: which graph computes a batch depends on those seen before"
         found.append(_clash("train.compile", message, "train.exact"))
+    if t.offload_activations and not t.gradient_checkpointing:
+        message = "has no effect without recomputation: set train.gradient_checkpointing"
+        found.append(_idle("train.offload_activations", message, "train.gradient_checkpointing"))
     if t.warmup >= t.steps:
         message = f"{t.warmup} leaves no step of the {t.steps} at the full rate"
         found.append(_clash("train.warmup", message, "train.steps"))

@@ -206,6 +206,9 @@ class Train(Table):
         description="Recompute blocks in backward: less memory, more time. A number: only so many, the first ones. auto: as "
         "few as the card at hand allows.",
     )
+    offload_activations: bool = Field(
+        False, description="What recomputed blocks keep, their inputs, waits in the memory of the CPU: less memory, more time."
+    )
 
     compile: Literal["none", "blocks"] = Field(
         "none",

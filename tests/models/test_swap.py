@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from dedistill.adapters.attach import Adapter, adaptable
 from dedistill.adapters.targets import resolve_targets
 from dedistill.flow.path import flow_loss
+from dedistill.models import offload
 from dedistill.models import swap as swap_module
 from dedistill.models.blocks import checkpoint_blocks
 from dedistill.models.example.family import Example
@@ -213,6 +214,39 @@ def test_gradients_are_the_same_however_many_blocks_are_computed_again(name, kin
     for count in (1, 4, True):
         for ours, wanted in zip(steps(model(name, kind, checkpointed=count)), truth, strict=True):
             assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"), [("pixel_flux", "lora", True), ("pixel_flux", "lokr", 4), ("example", "lora", True)]
+)
+def test_gradients_are_the_same_where_inputs_wait_on_the_cpu(name, kind, count, monkeypatch):
+    """All that blocks keep is put away, but what does not need gradients, and each is brought back once."""
+    kept = []
+
+    class Away(offload.Away):
+        def __init__(self, tensor):
+            kept.append(tensor.shape)
+            super().__init__(tensor)
+
+        def back(self):
+            kept.remove(self.kept.shape)
+            return super().back()
+
+    monkeypatch.setattr(offload, "LEAST", 1)
+    monkeypatch.setattr(offload, "Away", Away)
+    truth, built = steps(model(name, kind, checkpointed=count)), model(name, kind, checkpointed=False)
+    denoiser = built.components.denoiser
+    checkpoint_blocks(denoiser, built.family.blocks(denoiser), count, away=True)
+    out = velocity(built, 0)
+    out.sum().backward()
+    assert not kept
+    for parameter in built.trainable().values():
+        parameter.grad = None
+    velocity(built, 0)
+    assert len(kept) >= 3  # the first block's input needs no gradient
+    kept.clear()
+    for ours, wanted in zip(steps(built), truth, strict=True):
+        assert torch.equal(ours, wanted)
 
 
 @pytest.mark.parametrize(("count", "again"), [(False, 0), (2, 2), (6, 6), (True, 7)])

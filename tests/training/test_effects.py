@@ -110,6 +110,7 @@ CASES = [
     ("train.precision", "bf16", "adapter", []),
     ("train.exact", "true", "adapter", []),
     ("train.gradient_checkpointing", "true", "adapter", []),
+    ("train.offload_activations", "true", "adapter", ["train.gradient_checkpointing=true"]),
     ("validate.every", "2", "adapter", []),
     ("validate.samples", "8", "adapter", []),
     ("meters.every", "2", "adapter", ["meters.every=3"]),
@@ -124,7 +125,10 @@ CASES = [
     ("log.wandb", "true", "adapter", ["run.name=w"]),
 ]
 # what the key changes cannot be seen in numbers or files: the same arithmetic in other pieces
-PLAN_ONLY = {"base.swap": "effects", "train.gradient_checkpointing": "effects", "train.micro_batch": "plan"}
+PLAN_ONLY = {
+    **dict.fromkeys(("base.swap", "train.gradient_checkpointing", "train.offload_activations"), "effects"),
+    "train.micro_batch": "plan",
+}
 # what the key changes is a name
 SAID = {"run.name", "data.sets.0.name"}
 ELSEWHERE = {
