@@ -17,6 +17,7 @@ def write_inversion_page(folder: Path) -> Path:
     shots = {(cell["prompt"], cell["eta"]): _shot(folder, cell) for cell in cells}
     first = next(iter(shots.values()))
     size = first.width, first.height
+    columns = round((len(etas) + 2) * max(1.0, first.width / first.height) ** 0.5)  # all in one row, also of wide images
     names = {prompt: "given back" if prompt is None else prompt for prompt in prompts}
     curves = {names[p]: [(cell["eta"], cell["psnr"]) for cell in cells if cell["prompt"] == p] for p in prompts}
     html = render(
@@ -26,8 +27,8 @@ def write_inversion_page(folder: Path) -> Path:
         source=[_shot(folder, {"file": found[key], "prompt": None, "eta": None}, key) for key in ("source", "decoded")],
         etas=etas,
         rows=[{"name": names[p], "source": p is None, "shots": [shots[p, eta] for eta in etas]} for p in prompts],
-        width=display_width(size, len(etas) + 2),
-        small=display_width(size, len(etas) + 2, PHONE_SIDE),
+        width=display_width(size, columns),
+        small=display_width(size, columns, PHONE_SIDE),
         tiny=min(size) < TINY,
         plot=figure(
             curves,
