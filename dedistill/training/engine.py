@@ -97,7 +97,8 @@ class Engine:
         done so before. Raises UserError when what was asked for is not what came of it."""
         self.model, self.trainable = model, model.trainable()
         parameters = list(self.trainable.values())
-        for parameter in parameters:
+        self.coarse = [p for p in parameters if p.dtype.itemsize < 4]
+        for parameter in self.coarse:
             parameter.grad_dtype = torch.float32  # bf16 would round the small ones of many micro-batches away
         self.optimizer = make_optimizer(self.recipe, parameters)
         self.exact = ExactGradients(parameters, self.world, self.recipe.train.batch) if self.recipe.train.exact else None
@@ -132,15 +133,14 @@ class Engine:
         """One step of the optimizer. The gradients are gone afterwards."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        coarse = [p for p in self.trainable.values() if p.dtype != torch.float32]
-        for parameter in coarse:  # one by one: no device has room for all of them twice
+        for parameter in self.coarse:  # one by one: no device has room for all of them twice
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None, "finish has left one everywhere"
             parameter.grad_dtype = parameter.dtype
             parameter.grad = gradient.to(parameter.dtype)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for parameter in coarse:
+        for parameter in self.coarse:
             parameter.grad_dtype = torch.float32
 
     def discard(self) -> None:
