@@ -99,6 +99,7 @@ def measured(case: Case) -> int:
     components = case.family.load(case.recipe.model, seed=0)
     trainer = prepared(case.recipe, case.family, components, case.image, case.length, "cpu")
     trainer.train_step(0, iter(samples_of(trainer)))  # makes the optimizer's state
+    vars(components.denoiser.pos_embed)["kept"].clear()  # positions are made anew, for they are forecast, too
     samples = iter(samples_of(trainer))  # made before: on a card they are not in its memory
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.train_step(0, samples)
