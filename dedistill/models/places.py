@@ -9,7 +9,7 @@ from dedistill.errors import UserError
 from dedistill.io.json_files import parse_object, read_object
 from dedistill.io.weights import open_weights
 from dedistill.models.pipeline_files import scheduler_file
-from dedistill.models.registry import checked_facts, get_it, looks_local
+from dedistill.models.registry import checked_facts, families, get_it, get_spec, looks_local
 from dedistill.models.spec import ModelSpec
 from dedistill.recipe.model_tables import Model
 
@@ -51,8 +51,19 @@ def locate(spec: ModelSpec, path: str, revision: str | None, components: str | N
     denoiser = here if here.is_file() else here / spec.folder
     if not denoiser.exists():
         raise UserError(f"model.path: '{here}' has no folder '{spec.folder}': not a model of {spec.name} in diffusers' layout")
+    _check_class(spec, denoiser / "config.json")
     scheduler = scheduler_file(here, around)
     return Place(denoiser, around, read_object(scheduler, "model.path") if scheduler.exists() else {}, scheduler, facts)
+
+
+def _check_class(spec: ModelSpec, config: Path) -> None:
+    """Raises UserError for a denoiser of another family's class."""
+    kind = read_object(config, "model.path").get("_class_name") if config.exists() else None
+    if not kind or kind in spec.networks:
+        return
+    other = next((name for name in families() if kind in get_spec(name).networks), "")
+    hint = f"; set model.family = '{other}'" if other else ""
+    raise UserError(f"model.path: '{config.parent}' holds a {kind}, which is no network of {spec.name}{hint}", 2)
 
 
 def _facts(here: Path) -> dict[str, Any]:
