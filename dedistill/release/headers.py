@@ -211,7 +211,7 @@ def _factor(factors: Mapping[str, Tensor], window: Shape) -> int:
     """The ``factor`` from which LyCORIS makes such factors. window: of a convolution. Raises UserError where none does."""
     w1, (rows, columns) = factor_shapes(factors)
     w2 = (rows, columns // math.prod(window))
-    for factor in (-1, *range(1, max(w1) + 1)):
+    for factor in (-1, *sorted({*w1, *w2})):  # LyCORIS puts the smaller of the two it finds first
         if all(factorization(a * b, factor) == (a, b) for a, b in zip(w1, w2)):
             return factor
     raise UserError(f"no LyCORIS factor gives Kronecker factors {w1} and {w2}: write this LoKr as 'transformer'")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lycoris import LycorisNetwork
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.lokr import LokrModule
 from tiny_recipes import adapter_table
@@ -17,6 +18,7 @@ from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.io.safetensors import TensorFile
 from dedistill.posthoc.deltas import outer, refactored
+from dedistill.release.headers import lycoris_config
 
 FORMS = {
     "lokr": ("lokr", {"factor": 4}),
@@ -201,6 +203,25 @@ def test_averages_of_changes(adapted):
         new, misfit = next(refactored(both, weights[None] * 0 + torch.tensor([[0.0, 1.0]]).numpy()))
         assert all(tensor.shape == factors[factor].shape for factor, tensor in new.items()) and misfit.error < 1e-3
         torch.testing.assert_close(weight_change(new), weight_change(second[name]), rtol=1e-3, atol=1e-4)
+
+
+def test_lycoris_builds_the_same_layers_from_our_config(adapted):
+    """As SimpleTuner does from lycoris_config.json; preset and all."""
+    _, adapter, _ = adapted
+    shapes = adaptable(Net())
+    config = lycoris_config(by_layer(adapter.tensors(), shapes, "file"), shapes)
+    before = {name: value for name, value in vars(LycorisNetwork).items() if name.isupper()}
+    try:
+        LycorisNetwork.apply_preset(config["apply_preset"])
+        theirs = LycorisNetwork(
+            Net(), config["multiplier"], config["linear_dim"], alpha=config["linear_alpha"], network_module=config["algo"]
+        )
+    finally:  # presets are attributes of the class
+        for name, value in before.items():
+            setattr(LycorisNetwork, name, value)
+    theirs.apply_to()
+    found = {n: tuple(t.shape) for n, t in theirs.state_dict().items()}
+    assert found == {n: tuple(t.shape) for n, t in adapter.tensors().items()}
 
 
 def test_a_lokr_goes_into_a_network_by_peft(adapted, tmp_path):
