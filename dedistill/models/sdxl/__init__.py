@@ -49,7 +49,9 @@ SPEC = ModelSpec(
     defaults=_defaults,
     published=(
         Published("stabilityai/stable-diffusion-xl-base-1.0", OPENRAIL, "stable-diffusion-xl-v1-base"),
-        Published("stabilityai/sdxl-turbo", TURBO, "stable-diffusion-xl-turbo"),
+        Published(
+            "stabilityai/sdxl-turbo", TURBO, "stable-diffusion-xl-turbo", parent="stabilityai/stable-diffusion-xl-base-1.0"
+        ),
     ),
     full_config=full_config,
     names="dedistill.models.sdxl.naming:NAMES",
