@@ -143,15 +143,15 @@ _DENSITY_KEYS = {"beta": {"alpha", "beta"}, "logit_normal": {"mean", "std"}, "mo
 
 
 def _timestep_rules(r: Recipe) -> list[Clash]:
+    if (origin := OBJECTIVES[r.train.objective].own_sigmas) and r.timesteps != Timesteps():
+        message = f"has no effect with objective = '{r.train.objective}': sigma comes from {origin}"
+        return [_idle("timesteps", message, "train.objective")]
     found = []
     for density, keys in _DENSITY_KEYS.items():
         for key in sorted(keys):
             if getattr(r.timesteps, key) is not None and r.timesteps.density != density:
                 message = f"has no effect with density = '{r.timesteps.density}'; needs '{density}'"
                 found.append(_idle(f"timesteps.{key}", message, "timesteps.density"))
-    if (origin := OBJECTIVES[r.train.objective].own_sigmas) and r.timesteps != Timesteps():
-        message = f"has no effect with objective = '{r.train.objective}': sigma comes from {origin}"
-        found.append(_idle("timesteps", message, "train.objective"))
     return found
 
 
