@@ -177,6 +177,6 @@ for old, new in (
 ):
     IMAGES = IMAGES.replace(old, new)
 
-FOLDS = IMAGES.replace("held_out = 0.05\n", "fold = [2, 5]\n").replace("t5_mask = false\n", 'null = "zeros"\n')
+FOLDS = IMAGES.replace("held_out = 0.05\n", "fold = [2, 5]\n")
 FOLDS = re.sub(r"\[timesteps\].*?\n\n", '[timesteps]\ndensity = "uniform"\n\n', FOLDS, flags=re.DOTALL)
 FOLDS = FOLDS.replace('objective = "flow"\n', 'objective = "diffusion"\nmin_snr = 5.0\n')
