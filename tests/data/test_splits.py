@@ -1,6 +1,8 @@
 """Sets that are divided as the Hugging Face hub divides them: one split is a set, and what is left out is told."""
 
+import os
 import tarfile
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -135,3 +137,17 @@ def test_a_recipe_names_the_split(tmp_path, image_recipe, capsys):
     assert "2 images" in capsys.readouterr().out
     assert main(["scan", str(tmp_path / "set/data/test-00000-of-00001.parquet"), "--split", "test"]) == 2
     assert "data.sets.split chooses among splits of a folder" in capsys.readouterr().err
+
+
+def test_folders_within_folders_have_an_end(tmp_path, monkeypatch):
+    """As deep as a path can be written; Python's own stack is not."""
+    write_images(tmp_path / "set", 2)
+    monkeypatch.chdir(tmp_path / "set")
+    for _ in range(1200):
+        os.mkdir("a")
+        os.chdir("a")
+    index = build_index([ImageSet(str(tmp_path / "set"))])
+    assert len(index.samples) == 2 and ["not looked into" in reason for _, reason in index.quarantined] == [True]
+    while Path.cwd() != tmp_path / "set":  # pytest could not remove them
+        os.chdir("..")
+        os.rmdir("a")

@@ -17,7 +17,7 @@ KINDS: dict[str, dict[str, str]] = {
     "model folders and files that are not whole, not finite, of other kinds, or lie about themselves": {
         "models/test_flux_files.py": "",
         "models/test_facts_of_folders.py": "",
-        "models/test_whole_encoders.py": "whole|refused|stale|shards|tokenizer|vocabulary|zeros|finite",
+        "models/test_whole_encoders.py": "whole|refused|stale|shards|tokenizer|vocabulary|zeros|download|look|factors|shifts",
         "io/test_weights.py": "",
         "io/test_json_files.py": "",
         "release/test_export.py": "damaged|finite|contradicts",
@@ -43,11 +43,13 @@ KINDS: dict[str, dict[str, str]] = {
     },
     "tables and captions": {
         "faults/test_bad_samples.py": "row|csv",
-        "data/test_tables.py": "wrong|refused|unreadable|bounds|lead_out|other_form|nulls",
+        "data/test_tables.py": "wrong|refused|unreadable|bounds|lead_out|other_form|nulls|many_columns",
+        "data/test_splits.py": "left_out|chosen",
         "data/test_caption_files.py": "refused|nulls",
     },
     "links, circles and names in a data set; terminals, pages and secrets": {
         "data/test_image_index.py": "circles|many_links|elsewhere|bad_files|names_of_sources",
+        "data/test_splits.py": "have_an_end",
         "test_messages.py": "terminal",
         "report/test_pages.py": "hostile|broken|outside",
         "faults/test_secrets.py": "",

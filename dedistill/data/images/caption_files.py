@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -97,6 +98,14 @@ MAX_TABLE_BYTES = 1 << 30
 Row = dict[str, object]
 
 
+SHOWN = 20
+
+
+def some(names: Sequence[str]) -> str:
+    """Names for a message, of many the first."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+
+
 class BadRow(str):
     """Why a row cannot be used. ``named``: the fields that it has for all that."""
 
@@ -146,7 +155,7 @@ def _caption_columns(source: ImageSet, path: Path, rows: list[Row]) -> list[str]
     if not columns:
         raise UserError(f"{where} cannot be read: no line of it is a row in UTF-8")
     if source.file_column not in columns:
-        listed = f"{where} has no column {source.file_column!r} that names the image (columns: {', '.join(columns)})"
+        listed = f"{where} has no column {source.file_column!r} that names the image (columns: {some(columns)})"
         raise UserError(listed + _other_form(path, columns))
     return choose_columns(source, where, columns, rows)
 
@@ -154,14 +163,15 @@ def _caption_columns(source: ImageSet, path: Path, rows: list[Row]) -> list[str]
 def choose_columns(source: ImageSet, where: str, columns: list[str], rows: Sequence[Row]) -> list[str]:
     """Those of ``columns`` that hold captions. where: how messages begin. Raises UserError where that is undecided."""
     if missing := [field for field in source.fields if field not in columns]:
-        raise UserError(f"{where} has no column {', '.join(map(repr, missing))} (columns: {', '.join(columns)})")
+        raise UserError(f"{where} has no column {', '.join(map(repr, missing))} (columns: {some(columns)})")
     if source.fields:
         return list(source.fields)
-    texts = [c for c in columns if c != source.file_column and any(isinstance(row.get(c), str | list) for row in rows)]
+    textual = {c for row in rows for c, value in row.items() if isinstance(value, str | list)} - {source.file_column}
+    texts = [c for c in columns if c in textual]
     usual = [c for c in texts if CAPTION_COLUMN.fullmatch(c)]
     if len(usual or texts) > 1 and not usual:
         raise UserError(
-            f"{where} has several columns of text ({', '.join(texts)}); name those with captions: "
+            f"{where} has several columns of text ({some(texts)}); name those with captions: "
             "captions in [[data.sets]], or --fields of dedistill scan"
         )
     return usual or texts
@@ -201,7 +211,7 @@ def _csv(path: Path) -> list[tuple[str, Row | str]]:
         reader = csv.reader(f, skipinitialspace=True)
         names = [name.strip() for name in next(reader, [])]
         named = [name for name in names if name]
-        if twice := [name for name in named if named.count(name) > 1]:
+        if twice := [name for name, times in Counter(named).items() if times > 1]:
             raise ValueError(f"two columns are called {twice[0]!r}")
         wrong = f"expected {amount(len(names), 'field')}"
         rows: list[tuple[str, Row | str]] = []

@@ -13,7 +13,7 @@ from typing import BinaryIO, Literal, cast
 from dedistill.data.images import caption_files, decode
 from dedistill.data.images.caption_files import read_table
 from dedistill.data.images.rows import image_column, is_table, rows_of
-from dedistill.data.images.splits import is_folder, other_splits
+from dedistill.data.images.splits import DEEPEST, is_folder, other_splits
 from dedistill.data.images.types import Found, ImageSet, Place
 from dedistill.errors import UserError, amount
 from dedistill.io.hashing import Stamp
@@ -96,6 +96,9 @@ def _of_files(
     others: files and folders that are left out, and why.
     tables: a folder below that has a table of its own, as each split has in Hugging Face's layout, is listed by it.
     """
+    if folder.count("/") > DEEPEST:
+        yield Found(folder.rstrip("/")[-100:], problem=f"a folder below more than {DEEPEST} others is not looked into")
+        return
     status = os.stat(root / folder)
     if (identity := (status.st_dev, status.st_ino)) in seen:
         return

@@ -10,6 +10,8 @@ from dedistill.data.images.rows import is_table
 from dedistill.data.images.types import ImageSet
 from dedistill.errors import UserError
 
+DEEPEST = 100
+"""Folders within folders that are looked into."""
 TRAIN, ALL = "train", "all"
 KEY = "data.sets.split (--split of dedistill scan)"
 _CALLED = {
@@ -52,6 +54,8 @@ def other_splits(source: ImageSet) -> dict[str, str]:
 
 def _divided(root: Path, folder: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, str]]:
     """(name below root, split) of what tells one; below a folder that does nothing is looked at."""
+    if folder.count("/") > DEEPEST:
+        return
     status = os.stat(root / folder)
     if (identity := (status.st_dev, status.st_ino)) in seen:
         return
