@@ -45,6 +45,18 @@ def start_ranks(size: int, work: Callable[..., int | None], *arguments: object, 
     return ranks
 
 
+def forked(work: Callable[..., object], *arguments: object) -> object:
+    """What ``work(*arguments)`` returns in a process of its own, which may change what is one per process."""
+    read, write = _fork.Pipe(duplex=False)
+    process = _fork.Process(target=lambda: write.send(work(*arguments)))
+    process.start()
+    write.close()
+    try:
+        return read.recv()  # EOFError where it fails; its traceback is on stderr
+    finally:
+        process.join()
+
+
 def run_launched(config: str, work: Callable[[list[str]], int], given: list[str], *, said: Path) -> int:
     """Exit code of ``accelerate launch`` with a file of launch/ and two processes of ``work(given)``: what it reads, checks
     and says to them is its own, but they are those of :func:`start_ranks`."""

@@ -166,10 +166,10 @@ def test_files_that_are_called_long_are_there():
     assert not [name for name in LONG if not (ROOT / "tests" / f"{name}.py").exists()]
 
 
-def test_recipe_stays_light():
-    """A recipe is read without torch, numpy or diffusers."""
-    heavy = "[m for m in ('torch', 'numpy', 'diffusers') if m in sys.modules]"
-    code = f"import sys, dedistill.recipe, dedistill.recipe.resolve; print({heavy})"
+def test_light_packages_stay_light():
+    """The package itself, recipes, and the door to sampling."""
+    heavy = "[m for m in ('torch', 'numpy', 'diffusers', 'transformers', 'accelerate', 'peft') if m in sys.modules]"
+    code = f"import sys, dedistill, dedistill.sampling, dedistill.recipe, dedistill.recipe.resolve; print({heavy})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

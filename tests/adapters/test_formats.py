@@ -257,12 +257,7 @@ def test_a_lokr_is_not_written_as_a_lora(write):
         write(adapted("lokr", ["x_embedder"]).layers)
 
 
-def test_import_stays_light():
-    import subprocess
-    import sys
-
-    code = "import sys, dedistill; print([m for m in ('torch', 'diffusers', 'peft', 'numpy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+def test_a_name_that_the_package_has_not():
     with pytest.raises(AttributeError, match="no_such"):
         _ = dedistill.no_such
 

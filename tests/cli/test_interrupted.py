@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from ranks import start_ranks
+from test_launch import wait_for
 
 from dedistill.cli import launch
 from dedistill.cli import main as cli
 from dedistill.cli.command import guarded
 from dedistill.errors import RUN_AGAIN, UserError
+from dedistill.runs.checkpoint import damage, list_checkpoints
 
 ROOT = Path(__file__).parents[2]
 AGAIN = "python -m dedistill train "
@@ -42,27 +45,42 @@ def interrupted(words: list[str], when: str, cwd: Path) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-@pytest.mark.parametrize("when", ["", "results   ", "step 300/"])
-def test_training(adapter_recipe, tmp_path, when):
-    """While libraries are imported, before the first step, and in training; each says how to go on."""
-    settings = ["--set", "train.steps=100000", "--set", "validate.every=300", "--set", "snapshot.every=0"]
-    lines = interrupted(["train", str(adapter_recipe), *settings], when, tmp_path)
+def test_training_while_libraries_are_imported(adapter_recipe, tmp_path):
+    lines = interrupted(["train", str(adapter_recipe)], "", tmp_path)
     assert lines[-2].startswith("stopped") and lines[-2].endswith("continue with:")
     assert lines[-1].strip().startswith(AGAIN + str(adapter_recipe)), lines
+
+
+@pytest.mark.parametrize("when", ["results   ", "step 40/"])
+def test_training(adapter_recipe, tmp_path, when):
+    """Before the first step, and in training; each says how to go on."""
+    words = [str(adapter_recipe), "--set", "train.steps=100000", "--set", "validate.every=20", "--set", "snapshot.every=0"]
+    (process,) = start_ranks(1, cli.main, ["train", *words], said=tmp_path / "printed")
+    printed = tmp_path / "printed" / "0"
+    wait_for(lambda: printed.exists() and when in printed.read_text())
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    *_, said, again = printed.read_text().rstrip().splitlines()
+    assert process.exitcode == RUN_AGAIN and "Traceback" not in printed.read_text()
+    assert said.startswith("stopped") and said.endswith("continue with:") and shlex.quote(str(adapter_recipe)) in again
 
 
 CPU_2 = ["--config_file", str(ROOT / "launch/cpu_2.yaml")]
 
 
-@pytest.mark.parametrize(("options", "said"), [(CPU_2, "on 2 x cpu"), (["--cpu", "--num_processes", "1"], "on cpu")])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(CPU_2, "on 2 x cpu"), pytest.param(["--cpu", "--num_processes", "1"], "on cpu", marks=pytest.mark.slow)],
+)
 def test_under_a_launcher(adapter_recipe, tmp_path, options, said):
-    """Nothing of the launcher's comes after the line that says how to go on, which is the command itself."""
+    """Nothing of the launcher's comes after the line that says how to go on, which is the command itself; a whole checkpoint is
+    there."""
     words = ["launch", *options, str(adapter_recipe), "--set", "train.steps=100000", "--set", "validate.every=20"]
     lines = interrupted(words, "step 40/", tmp_path)
     assert any(line.endswith(said) for line in lines)
-    assert (
-        lines[-2].startswith("stopped and saved at step ") and lines[-1].strip() == f"python -m dedistill {shlex.join(words)}"
-    )
+    assert lines[-1].strip() == f"python -m dedistill {shlex.join(words)}"
+    *_, saved = list_checkpoints(tmp_path / "dedistill/checkpoints")
+    assert damage(saved) == "" and lines[-2].startswith(f"stopped and saved at step {int(saved.name[5:])}")
 
 
 def test_a_launcher_keeps_the_exit_code(adapter_recipe, tmp_path):
@@ -81,9 +99,11 @@ def test_processes_that_could_say_nothing(code, said):
     assert launch._code(75) == 75
 
 
-def test_other_commands(tmp_path, adapter_recipe):
-    lines = interrupted(["sweep", "dedistill:digits/teacher", "--data", str(adapter_recipe)], "", tmp_path)
-    assert lines[-1] == "stopped; what was complete is kept"
+@pytest.mark.parametrize("name", ["sweep", "evaluate", "measure"])
+def test_other_commands(adapter_recipe, monkeypatch, capsys, name):
+    monkeypatch.setattr("dedistill.evaluation.prompts.ask", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert cli.main([name, str(adapter_recipe)]) == RUN_AGAIN
+    assert capsys.readouterr().err == "stopped; what was complete is kept\n"
 
 
 @pytest.mark.parametrize("wrapped", [ImportError, RuntimeError])

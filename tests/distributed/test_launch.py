@@ -51,14 +51,15 @@ def alive(group: int) -> bool:
     return any(int(fields[2]) == group and fields[0] != "Z" for fields in stats)
 
 
+@pytest.mark.slow  # the command of several, which starts accelerate's: cli/test_interrupted.py
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("config", "number", "whole_group"),
     [
-        pytest.param("cpu.yaml", signal.SIGINT, True, marks=pytest.mark.slow),
-        pytest.param("cpu.yaml", signal.SIGTERM, False, marks=pytest.mark.slow),
+        ("cpu.yaml", signal.SIGINT, True),
+        ("cpu.yaml", signal.SIGTERM, False),
         ("cpu_2.yaml", signal.SIGINT, True),
-        pytest.param("cpu_2.yaml", signal.SIGTERM, False, marks=pytest.mark.slow),
+        ("cpu_2.yaml", signal.SIGTERM, False),
     ],
 )
 def test_a_signal_to_the_launcher_saves_and_ends_everything(adapter_recipe, tmp_path, config, number, whole_group):

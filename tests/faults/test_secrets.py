@@ -1,8 +1,6 @@
 """What a run writes holds no secret of its environment, and no name leads out of its directory."""
 
-import os
 import subprocess
-import sys
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bad_shards import add, encoded
+from ranks import run_ranks
 from runs import arguments
 from safetensors.torch import save
 
@@ -20,6 +19,7 @@ from dedistill.errors import UserError
 from dedistill.evaluation.candidates import candidates_of
 from dedistill.recipe import load_recipe
 from dedistill.recipe.load import RecipeError
+from dedistill.train import main
 
 MARKS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
@@ -52,14 +52,14 @@ def test_no_secret_of_the_environment_is_written(adapter_recipe, tmp_path, monke
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_MODE", "offline")
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "dedistill.train", *arguments(adapter_recipe, out, "log.wandb=true", "checkpoint.every=1")]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    said = subprocess.run(command, env=environment, capture_output=True, text=True)  # W&B is one per process
-    assert said.returncode == 0, said.stderr
+    words = arguments(adapter_recipe, out, "log.wandb=true", "checkpoint.every=1")
+    codes = run_ranks(1, main, words, said=tmp_path / "printed")  # W&B is one per process
+    printed = (tmp_path / "printed" / "0").read_text()
+    assert codes == [0], printed
     assert list((out / "wandb").rglob("*.wandb")), "or W&B was not there at all"
     marks = [*MARKS.values(), "gitMARKmarkMARK"]
     assert found_in(out, marks) == []
-    assert not [mark for mark in marks if mark in said.stdout + said.stderr]
+    assert not [mark for mark in marks if mark in printed]
     (out / "planted").write_text(f"x {MARKS['HF_TOKEN']} y")
     assert len(found_in(out, marks)) == 1, "the search itself"
 

@@ -268,16 +268,6 @@ def test_the_check_of_shipped_recipes_can_fail(tmp_path):
         check_shipped(path, schema)
 
 
-# --- the package ---
-
-
-def test_nothing_heavy_is_imported():
-    heavy = ("torch", "numpy", "diffusers", "transformers", "accelerate")
-    code = f"import sys, dedistill.recipe; print([m for m in {heavy} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[]"
-
-
 def mutate(text: str, rng: random.Random) -> str:
     """Text with one to three random changes of letters, lines, keys or values."""
     values = ["0", "-1", "1.5", "true", "'x'", "[]", "{}", "nan", "[[1]]", "{a = 1}", "1979-05-27", "9" * 400, "''", "[{}]"]

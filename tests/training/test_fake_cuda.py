@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from image_files import write_images
+from ranks import forked
 from tiny_recipes import ADAPTER, IMAGES
 
+from dedistill.distributed.launcher import choose_kernels
 from dedistill.models.flux.tiny import write_tiny_flux
 
 STEPS = Path(__file__).parents[1] / "fake_cuda" / "steps.py"
@@ -112,29 +115,28 @@ def test_flux_of_full_size(tmp_path):
     assert run["waits"]["step"] == {"training/trainer.py: _gradients": 1}
 
 
-FOUND = (
-    "import os; from dedistill.distributed.launcher import choose_kernels; choose_kernels(exact={exact}); import torch; print("
-)
-FOUND += "os.environ.get('PYTORCH_CUDA_ALLOC_CONF'), torch.backends.cuda.cudnn_sdp_enabled(), "
-FOUND += "torch.are_deterministic_algorithms_enabled(), os.environ.get('CUBLAS_WORKSPACE_CONFIG'))"
-CARD = "import torch; torch.cuda.is_available = lambda: True; "
+def settled(card: bool, exact: bool, own: dict[str, str]) -> list[object]:
+    """What :func:`choose_kernels` leaves behind where only ``own`` of its variables are set."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
+        os.environ.pop(name, None)
+    os.environ.update(own)
+    torch.cuda.is_available = lambda: card
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    choose_kernels(exact=exact)
+    memory, workspace = os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    return [memory, torch.backends.cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled(), workspace]
 
 
 @pytest.mark.parametrize(
     ("card", "exact", "own", "wanted"),
     [
-        (CARD, True, {}, "expandable_segments:True False True :4096:8"),
-        (CARD, False, {}, "expandable_segments:True False False None"),
-        ("", True, {}, "expandable_segments:True False False None"),
-        ("", False, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64 False False None"),
-        ("", False, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "None False False None"),
+        (True, True, {}, ["expandable_segments:True", False, True, ":4096:8"]),
+        (True, False, {}, ["expandable_segments:True", False, False, None]),
+        (False, True, {}, ["expandable_segments:True", False, False, None]),
+        (False, False, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, ["max_split_size_mb:64", False, False, None]),
+        (False, False, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, [None, False, False, None]),
     ],
 )
 def test_what_is_settled_before_a_card_is_used(card, exact, own, wanted):
     """Deterministic kernels where a card is and bits are promised; torch's memory as the user says, if they say it."""
-    mine = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
-    env = {name: value for name, value in os.environ.items() if name not in mine} | own
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", card + FOUND.format(exact=exact)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root)
-    assert done.stdout.strip() == wanted, done.stderr[-2000:]
+    assert forked(settled, card, exact, own) == wanted
