@@ -11,7 +11,8 @@ from dedistill.models.flux import naming
 from dedistill.models.quantize import linear_names
 
 D = WIDTH
-SHAPES = {n: tuple(flux(guidance=True).get_submodule(n).weight.shape) for n in linear_names(flux(guidance=True))}
+NETWORK = flux(guidance=True)
+SHAPES = {n: tuple(NETWORK.get_submodule(n).weight.shape) for n in linear_names(NETWORK)}
 ATTN = "transformer_blocks.1.attn"
 SINGLE = "single_transformer_blocks.2"
 FUSED = {
