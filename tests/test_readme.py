@@ -12,7 +12,7 @@ import pytest
 from dedistill.cli.main import COMMANDS
 from dedistill.cli.main import main as command_line
 from dedistill.recipe import load_recipe
-from dedistill.recipe.shipped import shipped_recipes
+from dedistill.recipe.shipped import CHAIN, FOLDER, shipped_recipes
 from dedistill.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,8 @@ def test_recipe_headers_say_how_to_run_them(name):
 def test_named_recipes_come_with_the_package():
     named = re.findall(r"dedistill:([\w/]*)(?:\{([\w,]+)\})?(\w*)", TEXT)
     names = {a + part + b for a, parts, b in named for part in parts.split(",")}
-    assert names - {"NAME"} <= set(shipped_recipes()) and len(names) > 10
+    chains = {file.parent.name for file in FOLDER.rglob(CHAIN)}
+    assert names - {"NAME"} <= {*shipped_recipes(), *chains} and len(names) > 10
 
 
 def test_the_readme_is_short():
