@@ -91,6 +91,7 @@ max_grad_norm = 1
 spike = 30.0
 precision = "bf16"
 gradient_checkpointing = true
+offload_activations = true
 compile = "blocks"
 
 [validate]

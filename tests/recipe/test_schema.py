@@ -17,11 +17,12 @@ from dedistill.recipe import Recipe, RecipeError, load_recipe, to_toml
 from dedistill.recipe.fields import Table
 from dedistill.recipe.load import json_schema
 from dedistill.recipe.rules import contradictions
+from dedistill.recipe.shipped import CHAIN
 from dedistill.recipe.toml import fields_of, table_in
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "dedistill" / "recipes" / "schema.json"
-SHIPPED = sorted((ROOT / "dedistill" / "recipes").rglob("*.toml"))
+SHIPPED = sorted(f for f in (ROOT / "dedistill" / "recipes").rglob("*.toml") if f.name != CHAIN)
 FULL = {"new": NEW, "trained": TRAINED, "mode": MODE, "images": IMAGES, "folds": FOLDS}
 
 
