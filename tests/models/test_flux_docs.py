@@ -47,9 +47,11 @@ def test_snippets_run(code, tmp_path, monkeypatch):
     assert (tmp_path / "cat.png").exists() == ("cat.png" in code)
 
 
-@pytest.mark.parametrize("text", blocks("toml"), ids=["schnell", "libreflux"])
+@pytest.mark.parametrize("text", blocks("toml"), ids=["schnell", "libreflux", "redux"])
 def test_recipes_load(text):
-    assert Model(**tomllib.loads(text)["model"]).family == "flux"
+    """A part of a recipe stands beside the first one's tables."""
+    whole = tomllib.loads(blocks("toml")[0])["model"] | tomllib.loads(text)["model"]
+    assert Model(**whole).family == "flux"
 
 
 def test_models_are_the_published_ones():
