@@ -31,6 +31,9 @@ Whole = Annotated[int, BeforeValidator(_integral)]
 Count = Annotated[Whole, Field(ge=0)]
 Positive = Annotated[Whole, Field(ge=1)]
 Bounded = Annotated[Whole, Field(ge=1, le=1_000_000)]  # what takes memory or time in proportion
+Few = Annotated[Whole, Field(ge=1, le=1000)]
+Steps = Annotated[Whole, Field(ge=1, le=1_000_000_000)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Place = Annotated[str, StringConstraints(min_length=1), AfterValidator(_path)]
 """A path, or a hub id; ``~`` is the home folder."""

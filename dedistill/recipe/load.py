@@ -160,6 +160,8 @@ def _table(data: dict[str, Any], name: str) -> dict[str, Any]:
 WINDOWS = "; a path of Windows is written with / in place of \\, or in single quotes"
 MAX_BYTES = 1 << 20
 MAX_KEYS = 5000
+_DEEP = re.compile(r"^[^#=\n]*(?:\.[^#=.\n]*){32}[\]=]", re.MULTILINE)
+"""A key or table of more than 32 parts: a reader of TOML takes time and memory by the square of them."""
 
 
 def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], dict[str, Said]]:
@@ -170,6 +172,8 @@ def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], 
         if path.is_file() and (size := path.stat().st_size) > MAX_BYTES:
             raise ValueError(f"{size:,} bytes, more than a recipe has ({MAX_BYTES:,})")
         text = path.read_bytes().decode("utf-8-sig")
+        if deep := _DEEP.search(text):
+            raise ValueError(f"line {text.count(chr(10), 0, deep.start()) + 1}: a key of more than 32 parts")
     except UnicodeDecodeError as exc:
         raise RecipeError([f"{via}{file}: not a text file in UTF-8 (byte {exc.start})"]) from None
     except (OSError, ValueError) as exc:

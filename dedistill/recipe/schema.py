@@ -17,10 +17,13 @@ from dedistill.recipe.fields import (
     Bounded,
     Count,
     Default,
+    Few,
     Place,
     Positive,
     Said,
+    Seed,
     Share,
+    Steps,
     Table,
     Whole,
 )
@@ -38,7 +41,7 @@ class Run(Table):
         description="Name of the run, for logs, trackers and folders of images.",
     )
     out: Place = Field(description="Run directory: metrics, checkpoints, snapshots, images.")
-    seed: Count = Field(0, description="Seed of every random draw of the run.")
+    seed: Seed = Field(0, description="Seed of every random draw of the run.")
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue from the newest good checkpoint; never: refuse a directory that holds a run."
     )
@@ -62,7 +65,7 @@ class ImageSet(Table):
     )
 
 
-Resolution = Annotated[Whole, Field(ge=16, multiple_of=16)]
+Resolution = Annotated[Whole, Field(ge=16, le=65_536, multiple_of=16)]
 
 
 class Data(Table):
@@ -83,7 +86,7 @@ class Data(Table):
     crops: Annotated[list[Literal["aspect", "square", "random_aspect", "center"]] | None, Default(["aspect"], *_OF_IMAGES)] = (
         Field(None, min_length=1, description="pictures: how they are cut; several are used in turn.")
     )
-    crops_per_picture: Annotated[Positive | None, Default(1, *_OF_IMAGES)] = Field(
+    crops_per_picture: Annotated[Few | None, Default(1, *_OF_IMAGES)] = Field(
         None, description="pictures: crops of each, per resolution."
     )
     max_upscale: Annotated[Annotated[float, Field(ge=1)] | None, Default(1.0, *_OF_IMAGES)] = Field(
@@ -168,7 +171,7 @@ class Train(Table):
         None,
         description="diffusion: gamma of min-SNR weighting, usually 5. None: all levels count alike.",
     )
-    steps: Positive = Field(description="Optimizer steps in all.")
+    steps: Steps = Field(description="Optimizer steps in all.")
     batch: Bounded = Field(description="Global batch: samples per optimizer step, on any number of devices.")
     micro_batch: Positive | None = Field(
         None,
@@ -286,7 +289,7 @@ class Preview(Table):
     prompts: list[str] = Field(default_factory=list, description="Prompts of the previews.")
     cfgs: list[Annotated[float, Field(ge=0)]] = Field([1.0, 3.0], min_length=1, description="Guidance scales, side by side.")
     skip: Count = Field(0, description="First steps without guidance.")
-    seed: Count = Field(0, description="Seed of the noise, the same at every preview.")
+    seed: Seed = Field(0, description="Seed of the noise, the same at every preview.")
 
 
 def shift_in_numbers(shift: float | str | None, own: Callable[[], float]) -> float:

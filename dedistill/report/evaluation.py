@@ -55,6 +55,8 @@ def write_evaluation(out: Path, found: dict[str, Any], names: str) -> tuple[list
         answers=answers,
         rule=rule(found["selection"]),
         most=MOST_AVERAGES,
+        intervals=any(row["low"] is not None for row in found["losses"]),
+        other="the choice" if found["selection"]["chosen"] is not None else columns[-1],
         columns=columns,
         rows=rows,
         width=display_width(size, 4),
@@ -141,6 +143,8 @@ def _which(found: dict[str, Any]) -> str:
     best = min(losses, key=lambda row: row["value"])
     alike = [row["candidate"] for row in losses if row["may_be_best"]]
     by_loss = f"by held-out loss {best['candidate']} is best, {_equals(found, best['candidate'], alike)}"
+    if best["low"] is None:
+        by_loss = f"the held-out loss of {best['candidate']} is lowest, on too few images to say whether it is best"
     by_loss = by_loss if len(losses) > 1 else "it is the only candidate"
     if selection["chosen"] is None:
         return f"{by_loss[0].upper()}{by_loss[1:]}."

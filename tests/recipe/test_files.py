@@ -18,6 +18,8 @@ from dedistill.recipe import RecipeError, load_recipe
         (b"[a]\r\n[a]\r\n", "x.toml:2: not valid TOML: cannot declare ('a',) twice"),
         (b"a = '\xff'", "x.toml: not a text file in UTF-8 (byte 5)"),
         (b"a = " + b"[" * 5000 + b"]" * 5000, "x.toml: nested too deeply"),
+        (b"\n" + b".".join([b"a"] * 20_000) + b" = 1", "x.toml: line 2: a key of more than 32 parts"),
+        (b"x = 1\n[" + b" . ".join([b"b"] * 40) + b"]", "x.toml: line 2: a key of more than 32 parts"),
         (b"\nextend = 'base.toml'\n", "x.toml:2: extend: unknown key, did you mean 'extends'?"),
         (b"extends = 3\n", "x.toml:1: extends: expects a string, the path of another recipe, got the integer 3"),
         (b"extends = 'no.toml'\n", "x.toml:1: extends: no.toml: no such file"),
@@ -40,6 +42,12 @@ def test_no_file_at_all(tmp_path):
     assert caught.value.exit_code == 2
     with pytest.raises(RecipeError, match=r"a folder, not a recipe$"):
         load_recipe(tmp_path)
+
+
+def test_dots_that_are_no_key_are_as_many_as_they_like(tmp_path):
+    text = SMALL + "\n# " + "a." * 100 + "=\n[preview]\nevery = 1\nprompts = ['" + "so. " * 50 + "[x]=']\n"
+    (tmp_path / "x.toml").write_text(text)
+    assert load_recipe(tmp_path / "x.toml").preview.prompts == ["so. " * 50 + "[x]="]
 
 
 def test_byte_order_mark_and_windows_line_ends(load):
