@@ -76,7 +76,7 @@ def test_evaluate_on_twenty_images(image_recipe, tmp_path, capsys):
     kept = json.loads((tmp_path / "run/evaluation/evaluation.json").read_text())
     html = (tmp_path / "run/evaluation/index.html").read_text()
     assert len(kept["cautions"]) >= 2 and all(words in html for words in kept["cautions"])
-    assert "is lowest, on too few images" in html and "is best" not in html, "four images are no verdict"
+    assert "is lowest, on too few images" in html and "last is best" not in html, "four images are no verdict"
     assert "bootstraps" not in html and "of the choice" not in html, "nothing is said of what is not there"
     scores = json.loads((tmp_path / "run/evaluation/sweep/scores.json").read_text())
     assert scores["settings"]["prompts"] == "24, 21 of them different, 16 of these trained on"

@@ -85,7 +85,7 @@ def test_none_is_left_only_where_no_number_is_used(path):
 
 @pytest.mark.parametrize("path", [file for file in SHIPPED if "sd" not in file.stem], ids=lambda p: p.stem)
 def test_none_of_an_older_version_means_the_numbers_of_that_version(path, monkeypatch):
-    """Today they are the schema's; a changed default must part here, and the frozen numbers stay. Of families that were there."""
+    """Today they are the schema's; a changed default must part here, and the frozen numbers stay."""
     before, now = unresolved(path, monkeypatch), load_recipe(path)
     meant = as_it_was_meant(before.resolved(), now.model)
     for key in {key for key, _ in BEFORE}:
