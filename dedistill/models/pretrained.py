@@ -25,6 +25,17 @@ _VOCABULARY = (
     "Fetch the folder again with all its files: a vocabulary is tokenizer.json, or vocab.json and merges.txt, or spiece.model"
 )
 
+POINTER = 1024
+"""Bytes below which a file holds no weights."""
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Raises UserError for what was put in the place of weights, such as a Git LFS pointer. Asked first of all, since a cache
+    would take it for another model's; weights themselves are looked at only where something is to be encoded."""
+    for file in folder.glob("*.safetensors"):
+        if file.stat().st_size < POINTER:
+            open_weights(file, "model.path")
+
 
 def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", **options: Any) -> Net:
     """The network of class ``kind`` in ``folder``, every tensor of it from there; weights are read as safetensors only.

@@ -9,8 +9,14 @@ import torch
 from torch import nn
 
 from dedistill.errors import UserError
-from dedistill.io.weights import open_weights
-from dedistill.models.pretrained import by_headers, check_told_apart, check_vocabulary, load_tokenizer, load_whole
+from dedistill.models.pretrained import (
+    by_headers,
+    check_told_apart,
+    check_vocabulary,
+    load_tokenizer,
+    load_whole,
+    refuse_pointers,
+)
 from dedistill.models.swap import Swap, move_rest, without_room
 
 if TYPE_CHECKING:
@@ -75,8 +81,7 @@ class PromptEncoders:
                 needed = ", or ".join(" and ".join(files) for files in encoder.vocabularies)
                 place = folder / encoder.tokenizer
                 raise UserError(f"model.path: '{place}' has no vocabulary; it needs {needed}. Fetch it with all files")
-            for file in (folder / encoder.folder).glob("*.safetensors"):
-                open_weights(file, "model.path")
+            refuse_pointers(folder / encoder.folder)
 
     def files(self) -> list[Path]:
         """All that decides what a caption becomes."""

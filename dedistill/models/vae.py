@@ -10,9 +10,8 @@ from torch import Tensor
 
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
-from dedistill.io.weights import open_weights
 from dedistill.models.family import DECODING, Pass
-from dedistill.models.pretrained import load_whole
+from dedistill.models.pretrained import load_whole, refuse_pointers
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -53,8 +52,7 @@ class Vae:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or (key == "scaling_factor" and value <= 0):
                 raise UserError(f"model.path: the VAE's '{folder / 'config.json'}' has {key} = {value!r}: fetch it again")
-        for file in folder.glob("*.safetensors"):
-            open_weights(file, "model.path")
+        refuse_pointers(folder)
         self._loaded = None
         self.tiled = False
 

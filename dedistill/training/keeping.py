@@ -263,7 +263,12 @@ class Keeper:
             facts = self.state.saved() | now
             folder, step, keep = self.run.checkpoints, self.state.step, self.recipe.checkpoint.keep
             no_copy = ("trainable", "optimizer") if self.engine.gathers else ()
-            self.writer.start(groups, lambda copies: save_checkpoint(folder, step, copies, facts, keep=keep), no_copy=no_copy)
+
+            def save(copies: Groups) -> None:
+                self.run.require()  # it may have been moved since
+                save_checkpoint(folder, step, copies, facts, keep=keep)
+
+            self.writer.start(groups, save, no_copy=no_copy)
         if wait:
             self.writer.wait()
             self.world.wait()

@@ -57,7 +57,7 @@ PLACES = [
 def test_a_model_that_is_not_there(home, capsys, base, path, says):
     (home / "here").mkdir()  # the first part of a path that exists makes it a place
     (home / "my.toml").write_text(CHILD.format(base=base, path=path))
-    for words in (["train", "my.toml"], ["plan", "my.toml"]):
+    for words in (["train", "my.toml"], ["plan", "my.toml", "--no-forecast"]):
         first = errors_of(capsys, *words)[0]
         assert first.startswith(f"my.toml:4: model.path: {path}: no such {says}"), first
     assert sorted(p.name for p in home.iterdir()) == ["here", "my.toml"]

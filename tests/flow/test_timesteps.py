@@ -241,7 +241,7 @@ def objective(batch: int, seed: int = 0) -> Objective:
     recipe = SimpleNamespace(
         run=SimpleNamespace(seed=seed),
         train=SimpleNamespace(objective="flow", batch=batch),
-        data=SimpleNamespace(caption_dropout=0.1),
+        data=SimpleNamespace(caption_dropout=0.1, image_dropout=None),
         timesteps=Timesteps(density="beta", **BETA),
     )
     return objective_for(recipe, load_digits(0.0), lambda shape: 1.0)

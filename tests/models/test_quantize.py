@@ -3,6 +3,7 @@
 import copy
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar, get_args
@@ -140,7 +141,9 @@ def test_velocity_of_the_quantized_network(flux):
     for quant in MODES:
         denoiser = copy.deepcopy(components.denoiser)
         prepare_base(denoiser, quant, [], "cpu")
-        results[quant] = family.velocity(SimpleNamespace(denoiser=denoiser, mask="bool"), denoiser, noisy, sigma, text).detach()
+        results[quant] = family.velocity(
+            replace(components, denoiser=denoiser, mask="bool"), denoiser, noisy, sigma, text
+        ).detach()
     torch.testing.assert_close(results["int8"], results["int8-quanto"], rtol=0, atol=1e-5)
     error = (results["int8"] - results["none"]).norm() / results["none"].norm()
     assert 1e-4 < error < 0.01
@@ -274,9 +277,10 @@ def test_state_dict_round_trip(flux):
     other.denoiser.load_state_dict(load(raw), strict=True)
     noisy, sigma = keyed.noise(0, "noise", 0, range(2), components.sample_shape), torch.tensor([0.3, 0.9])
     text = family.encode_text(components, ["3 seven", "one"], 12)
+    untrained = family.tiny(0)
     velocities = [family.velocity(p, p.denoiser, noisy, sigma, text) for p in (components, other)]
     assert torch.equal(*velocities)
-    assert not torch.equal(velocities[0], family.velocity(components, family.tiny(0).denoiser, noisy, sigma, text))
+    assert not torch.equal(velocities[0], family.velocity(untrained, untrained.denoiser, noisy, sigma, text))
 
 
 def test_layer_with_one_output():

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from dedistill.models.flux import naming
 from dedistill.models.model import build_model
 from dedistill.models.quantize import linear_names
 from dedistill.recipe import load_recipe
+from dedistill.recipe.model_tables import Model
 from dedistill.release.folder import Denoiser
 from dedistill.release.merge import RoundingStats, merge_adapter, round_stochastic
 
@@ -54,7 +54,7 @@ FORMS = {"lokr": "factor = 4", "lokr-rank": "factor = 4\nrank = 2", "lora": "ran
 def write_base(family: str, folder, dtype=torch.float32):
     from dedistill.models.registry import get_family
 
-    get_family(family).write_tiny(SimpleNamespace(path="tiny", revision=None), folder, None, full_depth=False)
+    get_family(family).write_tiny(Model(family=family, path="tiny"), folder, None, full_depth=False)
     for file in (folder / "transformer").glob("*.safetensors"):
         save_file({n: t.to(dtype) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
     return folder

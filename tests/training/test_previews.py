@@ -50,9 +50,9 @@ def test_where_memory_runs_out_images_are_decoded_in_tiles(image_recipe, tmp_pat
     """Near those decoded whole, at every later preview too; said once; training is the same."""
     from diffusers.models.autoencoders.vae import Decoder
 
-    from dedistill.models.flux import encoders
+    from dedistill.models import vae
 
-    monkeypatch.setattr(encoders, "TILE", 32)
+    monkeypatch.setattr(vae, "TILE", 32)
     large = ["sample.width=96", "sample.height=96"]
 
     def full(module, args):
