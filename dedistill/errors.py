@@ -11,12 +11,13 @@ RUN_AGAIN = 75
 
 
 def printable(text: str) -> str:
-    """``text`` for a terminal: what names, captions and files of others could control it with is spelt out."""
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    """``text`` for a terminal: what names, captions and files of others could control it with, or turn its order round, is
+    spelt out."""
+    return _CONTROLS.sub(lambda found: f"\\x{n:02x}" if (n := ord(found[0])) < 0x100 else f"\\u{n:04x}", text)
 
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""All but tabs and line feeds."""
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""All but tabs and line feeds; marks of direction, too, and Unicode's own ends of lines."""
 
 
 def say(line: str) -> None:

@@ -45,7 +45,6 @@ def save_checkpoint(
     final = folder / step_name(step)
     if final.exists() and not damage(final):
         return final
-    folder.mkdir(exist_ok=True)  # not what it lies in: a run that was moved away meanwhile is not begun anew
     with whole_folder(final) as temporary:
         files = {}
         for name, group in tensors.items():

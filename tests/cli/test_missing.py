@@ -80,7 +80,7 @@ def test_all_that_is_missing_is_told_at_once(home, capsys):
     (home / "my.toml").write_text(CHILD.format(base="flux_schnell", path="models/FLUX.1-schnell"))
     settings = ["--set", "model.components=./parts", "--set", "data.sets=[{path='data/a'}, {path='data/b.parquet'}]"]
     starts = ("my.toml:4: model.path", "--set: model.components", "--set: data.sets.0.path", "--set: data.sets.1.path")
-    for words in (["train"], ["prepare"], ["prepare", "--check"], ["plan"]):
+    for words in (["train"], ["prepare"], ["prepare", "--check"], ["plan", "--no-forecast"]):
         found = errors_of(capsys, *words, "my.toml", *settings)
         assert len(found) == 4 and all(line.startswith(start) for line, start in zip(found, starts)), found
         assert found[3].endswith("data/b.parquet: no such file")

@@ -147,6 +147,10 @@ ELSEWHERE = {
     "run.stuck_after": "test_stuck.py: when a stuck process ends",
     "train.spike": "test_quarantine.py: steps above it are not applied",
     "sample.steps": "test below: steps of a sweep",
+    "model.image_prompts": "test_redux.py: prompts of such a model take images",
+    "data.image_dropout": "test_redux.py: rows of images that are not told",
+    "model.null": "test_unets.py: guidance leads away from zeros, as in diffusers' pipeline",
+    "train.min_snr": "test_unets.py: the weights of diffusers' scripts",
 }
 
 
