@@ -8,6 +8,20 @@ from dedistill.adapters.spellings import LayerNames, swap_halves
 from dedistill.errors import UserError, amount
 
 
+def rows_of(
+    linear: str, shapes: Mapping[str, tuple[int, ...]], original_parts: Callable[[str], tuple[str, tuple[str, ...]]]
+) -> tuple[str, slice]:
+    """Where the original files keep the weight of ``linear``: the module's name and the rows of its weight; of one whose halves
+    are swapped there, all rows.
+
+    shapes: name -> (out, in) of every linear. original_parts: the original module that holds a linear, and all linears that it
+    holds, in the order of its rows.
+    """
+    original, parts = original_parts(linear)
+    start = sum(shapes[part][0] for part in parts[: parts.index(linear)])
+    return original, slice(start, start + shapes[linear][0])
+
+
 def fused_plan(names: Iterable[str], original: Callable[[str], tuple[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
     """As LayerNames.original_plan. original: the original tensor that holds one of ``names``, and all that it holds.
 

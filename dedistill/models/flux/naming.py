@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dedistill.adapters.spellings import swap_halves
 from dedistill.errors import UserError
-from dedistill.models.original_names import fused_plan
+from dedistill.models.original_names import fused_plan, rows_of
 
 # --- FLUX's two sets of names ----------------------------------------------------------------------------------------
 
@@ -97,18 +97,13 @@ def original_parts(module: str) -> tuple[str, tuple[str, ...]]:
 
 
 def original_name(linear: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, slice]:
-    """Where BFL keeps the weight of diffusers' ``linear``: the module's name and the rows of its weight.
-
-    shapes: name -> (out, in) of every linear. Rows of ``norm_out.linear`` are all rows, halves swapped.
-    """
-    bfl, parts = original_parts(linear)
-    start = sum(shapes[part][0] for part in parts[: parts.index(linear)])
-    return bfl, slice(start, start + shapes[linear][0])
+    """As LayerNames.original_name."""
+    return rows_of(linear, shapes, original_parts)
 
 
-def kohya_name(bfl: str) -> str:
-    """A BFL module as kohya's sd-scripts and ComfyUI spell it in LoRA files."""
-    return "lora_unet_" + bfl.replace(".", "_")
+def kohya_name(original: str) -> str:
+    """An original module as kohya's sd-scripts and ComfyUI spell it in LoRA files."""
+    return "lora_unet_" + original.replace(".", "_")
 
 
 def other_names(bfl: str) -> dict[str, int]:

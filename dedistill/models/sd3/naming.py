@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dedistill.adapters.spellings import swap_halves
 from dedistill.errors import UserError
-from dedistill.models.original_names import fused_plan
+from dedistill.models.original_names import fused_plan, rows_of
 
 KOHYA_MODULE = "networks.lora_sd3"
 """What sd-scripts calls the code that reads its LoRA files of this network."""
@@ -77,13 +77,8 @@ def original_parts(module: str) -> tuple[str, tuple[str, ...]]:
 
 
 def original_name(linear: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, slice]:
-    """Where the original files keep the weight of diffusers' ``linear``: the module's name and the rows of its weight.
-
-    shapes: name -> (out, in) of every linear. Rows of swapped modulations are all rows.
-    """
-    original, parts = original_parts(linear)
-    start = sum(shapes[part][0] for part in parts[: parts.index(linear)])
-    return original, slice(start, start + shapes[linear][0])
+    """As LayerNames.original_name."""
+    return rows_of(linear, shapes, original_parts)
 
 
 def kohya_name(original: str) -> str:
