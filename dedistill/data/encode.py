@@ -169,16 +169,20 @@ def prepare(
     source = EncodedImages(
         usable.split, weights, latents, texts, latent_shape=latent_shape, text_widths=widths, features=features
     )
-    facts = {
-        "images": len(images),
-        "crops": sum(len(p.crops) for p in images),
-        "buckets": len({(crop.height, crop.width) for p in images for crop in p.crops}),
-        "captions": len(captions),
+    facts = _facts(usable, len(captions)) | {"cache_bytes": latents.bytes() + texts.bytes()}
+    return Prepared(source, text_cache, facts, source.digest)
+
+
+def _facts(usable: Usable, captions: int) -> dict[str, int]:
+    crops = [(crop.height, crop.width) for image in usable.images for crop in image.crops]
+    return {
+        "images": len(usable.images),
+        "crops": len(crops),
+        "buckets": len(set(crops)),
+        "captions": captions,
         "held_out_images": len(usable.split.held),
         "quarantined": len(usable.index.quarantined),
-        "cache_bytes": latents.bytes() + texts.bytes(),
     }
-    return Prepared(source, text_cache, facts, source.digest)
 
 
 def _check_sizes(recipe: Recipe, family: Family, components: Components, sizes: set[tuple[int, int]]) -> None:
