@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dedistill.flow.path import expand, seen_anywhere
 
-Prediction = Literal["velocity", "epsilon", "v", "x0"]
-"""noise - data; the noise; a noise - b data of the variance-preserving sample (arXiv 2202.00512); the data."""
+Prediction = Literal["velocity", "negative_velocity", "epsilon", "v", "x0"]
+"""noise - data; data - noise; the noise; a noise - b data of the variance-preserving sample (arXiv 2202.00512); the data."""
 
 
 def variance_preserving(noisy: Tensor, sigma: Tensor) -> Tensor:
@@ -24,21 +24,22 @@ def variance_preserving(noisy: Tensor, sigma: Tensor) -> Tensor:
 def to_velocity(
     kind: Prediction, predicted: Tensor, noisy: Tensor, sigma: Tensor, highest: float = 1.0, seen: Tensor | None = None
 ) -> Tensor:
-    """noise - data, float32, of what a network predicts for ``noisy`` [B, ...] at ``sigma`` [B].
+    """noise - data, at least float32, of what a network predicts for ``noisy`` [B, ...] at ``sigma`` [B].
 
     highest: the largest sigma that the network knows, less than 1 where it predicts noise. Above it the network must have
     been asked at ``highest``: the data that it then sees in the sample give the direction, which stays finite at sigma = 1.
     seen: what it was shown as a sample of ``highest`` there, on this path; ``noisy`` itself by default.
     """
-    predicted, noisy = predicted.float(), noisy.float()
-    asked = noisy if seen is None else seen.float()
+    predicted, noisy = _precise(predicted), _precise(noisy)
+    asked = noisy if seen is None else _precise(seen)
     return _KINDS[kind](predicted, noisy, expand(sigma, noisy), expand(sigma.clamp(max=highest), noisy), asked)
 
 
 def diffusion_velocity(
     kind: Prediction, network: Callable[[Tensor], Tensor], noisy: Tensor, sigma: Tensor, highest: float
 ) -> Tensor:
-    """noise - data, float32, of a ``network`` that takes variance-preserving samples [B, ...] and knows sigma to ``highest``.
+    """noise - data, at least float32, of a ``network`` that takes variance-preserving samples [B, ...] and knows sigma to
+    ``highest``.
 
     It must tell itself sigma, or ``highest`` above that. There its sample keeps variance 1 (it is noisy / r(sigma)), and the
     data that it sees in it give the direction.
@@ -51,7 +52,9 @@ def diffusion_velocity(
 def own_weight(kind: Prediction, sigma: Tensor) -> Tensor:
     """By what |velocity error|^2 at ``sigma`` [B] is to be multiplied to be the |error|^2 of what the network predicts."""
     t = sigma
-    return {"velocity": torch.ones_like(t), "epsilon": (1 - t) ** 2, "v": (1 - t) ** 2 + t**2, "x0": t**2}[kind]
+    one = torch.ones_like(t)
+    weights = {"velocity": one, "negative_velocity": one, "epsilon": (1 - t) ** 2, "v": (1 - t) ** 2 + t**2, "x0": t**2}
+    return weights[kind]
 
 
 def min_snr_weight(kind: Prediction, sigma: Tensor, most: float) -> Tensor:
@@ -59,6 +62,10 @@ def min_snr_weight(kind: Prediction, sigma: Tensor, most: float) -> Tensor:
     that of its data by the signal-to-noise ratio a^2 / b^2, and by ``most`` where that is larger."""
     ratio = ((1 - sigma) / sigma.clamp(min=1e-12)) ** 2
     return ratio.clamp(max=most) / (ratio + 1 if kind == "v" else ratio)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _of_velocity(v: Tensor, noisy: Tensor, t: Tensor, known: Tensor, seen: Tensor) -> Tensor:
@@ -92,6 +99,7 @@ def _norm(sigma: Tensor, like: Tensor) -> Tensor:
 
 _KINDS: dict[Prediction, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "velocity": _of_velocity,
+    "negative_velocity": lambda v, *others: -v,
     "epsilon": _of_noise,
     "v": _of_v,
     "x0": _of_data,

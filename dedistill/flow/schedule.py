@@ -60,6 +60,12 @@ class Schedule:
         return np.array(self.sigmas)[np.minimum((np.asarray(p) * count).astype(int), count - 1)]
 
 
+def is_flow(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a scheduler_config.json of diffusers is for networks that predict velocity."""
+    kind = str(scheduler.get("_class_name", ""))
+    return scheduler.get("prediction_type") == "flow_prediction" or kind.startswith("FlowMatch")
+
+
 def schedule_of(scheduler: Mapping[str, Any]) -> Schedule:
     """As a scheduler_config.json of diffusers says it, whatever solver it is for. Raises ValueError for one that is not known,
     or that ends in noise alone, where a network that predicts it says nothing."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
+from dedistill.flow.parameterization import Prediction
 from dedistill.flow.path import seen_anywhere
 from dedistill.flow.schedule import Schedule
 from dedistill.models.conditioning import Conditioning, Widths
@@ -46,11 +47,18 @@ class Components:
     notes: list[str] = field(default_factory=list)
     """What a user should know before training on it."""
     schedule: Schedule | None = None
-    """Of a denoiser that was trained by diffusion: what it predicts, and which noise levels it knows. None: a flow model."""
+    """Of a denoiser that is read as one trained by diffusion: what it predicts, at which noise levels. None: a flow model."""
+    prediction: Prediction | None = None
+    """What the denoiser's output is read as; None for a family whose networks all predict velocity."""
     sample_shift: float | str | None = None
     """sample.shift of the recipe: a number goes into what is saved as well."""
     device: torch.device | str = "cpu"
     """Where encoders run when they are used."""
+
+    @property
+    def read_as(self) -> dict[str, Any]:
+        """What whoever uses the denoiser's weights, or trains on what they made, must know of its output."""
+        return self.schedule.facts if self.schedule else {"prediction": self.prediction} if self.prediction else {}
 
 
 class TextEncoders(Protocol):

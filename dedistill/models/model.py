@@ -260,9 +260,8 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
 def check_objective(recipe: Recipe, components: Components) -> None:
     """Raises UserError for an objective that is not for such a model."""
     if OBJECTIVES[recipe.train.objective].diffusion and components.schedule is None:
-        message = (
-            f"'{recipe.train.objective}' is for models that were trained by diffusion; {recipe.model.family} is a flow model"
-        )
+        what = f"is read as {components.prediction} (model.prediction)" if components.prediction else "is a flow model"
+        message = f"'{recipe.train.objective}' is for models that were trained by diffusion; {recipe.model.family} {what}"
         raise UserError(f"{recipe.where('train.objective')}: {message}", 2)
 
 
@@ -276,6 +275,9 @@ def assemble(
     if recipe.model.image_prompts and components.image_prompts is None:
         where = recipe.where("model.image_prompts")
         raise UserError(f"{where}: {family.spec.name} cannot be told images; leave it out", 2)
+    if recipe.model.prediction != "auto" and components.prediction is None:
+        where = recipe.where("model.prediction")
+        raise UserError(f"{where}: all networks of {family.spec.name} predict velocity; leave it out", 2)
     blocks = family.blocks(components.denoiser)
     targets = adapted_layers(recipe, family, components.denoiser)
     if recipe.sample.height and recipe.sample.width:

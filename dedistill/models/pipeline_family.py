@@ -9,6 +9,7 @@ from torch import Tensor
 from dedistill.errors import UserError
 from dedistill.flow.timesteps import dynamic_shift
 from dedistill.io.atomic import replace_json
+from dedistill.io.json_files import read_object
 from dedistill.models.family import MADE, Components, Denoiser
 from dedistill.models.pipeline_files import SCHEDULER, copy_files, pipeline_files
 from dedistill.models.places import Place
@@ -33,10 +34,6 @@ class PipelineFamily:
         """How captions are read, for dedistill.json and for the cache of text."""
         raise NotImplementedError
 
-    def network_facts(self, components: Components) -> dict[str, Any]:
-        """What the denoiser predicts, for dedistill.json."""
-        return components.schedule.facts if components.schedule else {}
-
     def save(self, components: Components, folder: Path) -> None:
         """The denoiser in its folder; encoders, VAE and scheduler stay where they are and are pointed to."""
         cast(Any, components.denoiser).save_pretrained(folder / self.spec.folder)
@@ -44,12 +41,12 @@ class PipelineFamily:
 
     def save_rest(self, components: Components, folder: Path) -> None:
         made = {key: components.facts[key] for key in MADE if key in components.facts}
-        facts = made | {"family": self.spec.name, "guidance": self.guidance_fact(components)} | self.network_facts(components)
+        facts = made | {"family": self.spec.name, "guidance": self.guidance_fact(components)} | components.read_as
         facts |= {"mask": components.mask} | self.text_facts(components) | {"text_length": components.text_length}
         facts["components"] = str(_place(components).components.resolve())
         facts["shift"] = components.sample_shift or "auto"
         copy_files(pipeline_files(_place(components).components, self.spec.folder, SAVED)[0], folder)
-        _save_scheduler(components, folder)
+        self._save_scheduler(components, folder)
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def guidance_fact(self, components: Components) -> str:
@@ -120,10 +117,29 @@ class PipelineFamily:
     def _shift_in(scheduler: dict[str, Any], tokens: int) -> float:
         s = scheduler
         if not s.get("use_dynamic_shifting", False):
-            return float(s.get("shift", 1.0))
+            return float(s.get("shift", s.get("flow_shift", 1.0)))
         low, high = float(s.get("base_shift", 0.5)), float(s.get("max_shift", 1.15))
         few, many = int(s.get("base_image_seq_len", 256)), int(s.get("max_image_seq_len", 4096))
         return dynamic_shift(tokens, low, high, few, many)
+
+    def flow_scheduler(self, components: Components) -> dict[str, Any]:
+        """scheduler_config.json of a flow model, at the shift that the recipe's images are made with where that is a number."""
+        shift = components.sample_shift
+        found = _place(components).scheduler
+        if isinstance(shift, (int, float)):
+            found = found | {"shift": shift, "use_dynamic_shifting": False}
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler"} | found if found else found
+
+    def _save_scheduler(self, components: Components, folder: Path) -> None:
+        """The base's own where nothing of it changes."""
+        place = _place(components)
+        config = place.scheduler if components.schedule else self.flow_scheduler(components)
+        if config == place.scheduler and place.scheduler_file == place.components / SCHEDULER:
+            return  # copied already
+        (folder / SCHEDULER).parent.mkdir(exist_ok=True)
+        replace_json(folder / SCHEDULER, config)
+        if (index := folder / "model_index.json").exists():  # by which pipelines choose the class
+            replace_json(index, read_object(index) | {"scheduler": ["diffusers", config["_class_name"]]})
 
 
 # what the family's ``load`` has put there
@@ -135,15 +151,3 @@ def _vae(components: Components) -> Vae:
 
 def _place(components: Components) -> Place:
     return cast(Place, components.source)
-
-
-def _save_scheduler(components: Components, folder: Path) -> None:
-    """The model's own scheduler, of a flow model at the shift that the recipe's images are made with where that is a number."""
-    place, shift = _place(components), components.sample_shift
-    config = place.scheduler if components.schedule else {"_class_name": "FlowMatchEulerDiscreteScheduler"} | place.scheduler
-    if isinstance(shift, (int, float)) and components.schedule is None:
-        config |= {"shift": shift, "use_dynamic_shifting": False}
-    elif place.scheduler_file == place.components / SCHEDULER:
-        return  # copied already
-    (folder / SCHEDULER).parent.mkdir(exist_ok=True)
-    replace_json(folder / SCHEDULER, config)

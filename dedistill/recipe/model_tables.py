@@ -56,6 +56,12 @@ class Model(Table):
         description="What captions are dropped to, and what guidance leads away from: empty: the encoded empty caption; zeros, "
         "as SDXL was trained. None for families that know the empty caption alone.",
     )
+    prediction: Literal["auto", "epsilon", "v", "velocity", "negative_velocity"] = Field(
+        "auto",
+        description="What a U-Net's output is read as: epsilon, v: through the exact bridge to the straight path; velocity: "
+        "noise - data, fed the sample and 1000 sigma as they are (RF-SDXL); negative_velocity: data - noise (InstaFlow). "
+        "auto: as its files say.",
+    )
     guidance: Annotated[Annotated[float, Field(ge=0)] | Literal["bypass"] | None, Default(BY_FAMILY)] = Field(
         None,
         description="Value fed to a distilled guidance embedding in training. bypass: train without it (Flex.1-alpha). "

@@ -24,6 +24,7 @@ OBJECTIVES = {
     "flow": Traits("flow matching", caption_dropout=0.1),
     "distill": Traits("distillation", pairs=True, own_sigmas="the stored points", points=True),
     "reflow": Traits("reflow", pairs=True),
+    "rectified_diffusion": Traits("rectified diffusion", pairs=True, own_sigmas="the model's own schedule", diffusion=True),
     "diffusion": Traits("its own diffusion", own_sigmas="the model's own schedule", caption_dropout=0.1, diffusion=True),
 }
 """By the names that recipes use."""

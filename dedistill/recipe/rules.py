@@ -178,7 +178,8 @@ def _training_rules(r: Recipe) -> list[Clash]:
     if t.lr_floor is not None and t.schedule == "constant":
         found.append(_idle("train.lr_floor", "has no effect with schedule = 'constant'", "train.schedule"))
     if t.min_snr is not None and not OBJECTIVES[t.objective].diffusion:
-        found.append(_idle("train.min_snr", "has no effect but with objective = 'diffusion'", "train.objective"))
+        message = "has no effect but with a model's own loss: objective = 'diffusion' or 'rectified_diffusion'"
+        found.append(_idle("train.min_snr", message, "train.objective"))
     if OBJECTIVES[t.objective].pairs != (r.data.source == "pairs"):
         message = f"'{t.objective}' does not go with data.source = '{r.data.source}'"
         found.append(_clash("train.objective", message, "data.source"))

@@ -164,8 +164,9 @@ class Train(Table):
     objective: ObjectiveName = Field(
         "flow",
         description="flow: flow matching on data; distill: velocity between stored points of a teacher's trajectories; "
-        "reflow: flow matching on the stored noise and its image; diffusion: the own loss of a model that "
-        "was trained so, at the noise levels of its own schedule.",
+        "reflow: flow matching on the stored noise and its image; rectified_diffusion: the same by the model's "
+        "own loss and noise levels; diffusion: the own loss of a model that was trained so, at the noise levels of its own "
+        "schedule.",
     )
     min_snr: Annotated[float, Field(gt=0)] | None = Field(
         None,

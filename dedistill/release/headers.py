@@ -284,7 +284,7 @@ def _modelspec(
         "resolution": f"{side}x{side}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "license": licence.name or licence.id,
-        "prediction_type": prediction or spec.prediction,
+        "prediction_type": "flow" if prediction == "velocity" else prediction or spec.prediction,
         "merged_from": base.id if base else name,
     }
     return {f"modelspec.{key}": value for key, value in found.items() if value}

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -10,7 +11,6 @@ from safetensors import SafetensorError
 from dedistill.data.encode import cached_text
 from dedistill.distributed.launcher import require_gpu
 from dedistill.errors import UserError
-from dedistill.flow.schedule import Schedule
 from dedistill.io.atomic import step_of, whole_folder, write_synced
 from dedistill.models.model import Model, build_model, expected_parameters
 from dedistill.recipe import Recipe, to_toml
@@ -44,8 +44,8 @@ def exported_step(folder: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def snapshot_header(recipe: Recipe, step: int, schedule: Schedule | None) -> dict[str, str]:
-    """What a sampler must know to use the weights; safetensors headers hold strings only. schedule: of the base."""
+def snapshot_header(recipe: Recipe, step: int, read_as: dict[str, Any]) -> dict[str, str]:
+    """What a sampler must know to use the weights; safetensors headers hold strings only. read_as: of the base's components."""
     return {
         "format": "pt",
         "dedistill.step": str(step),
@@ -54,7 +54,7 @@ def snapshot_header(recipe: Recipe, step: int, schedule: Schedule | None) -> dic
         "dedistill.masked_attention": filled(recipe.model.mask, "model.mask"),
         "dedistill.sigma_density": recipe.timesteps.density,
         "dedistill.recipe": to_toml(recipe),
-        **({f"dedistill.{key}": str(value) for key, value in schedule.facts.items()} if schedule else {}),
+        **({f"dedistill.{key}": str(value) for key, value in read_as.items()}),
     }
 
 

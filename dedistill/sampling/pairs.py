@@ -63,7 +63,7 @@ def make_pairs(
         "sigmas": sigmas[stored].tolist(),
         "picture": list(model.components.sample_shape),
         "source": source.name,
-        **(model.components.schedule.facts if model.components.schedule else {}),
+        **model.components.read_as,
     }
     claim(out, "pairs", "--out")
     shards = _finished_shards(out, facts)

@@ -278,7 +278,7 @@ class Keeper:
         weights, step = self._good(self.engine.weights()), self.state.step
         if self.world.main:
             self.run.require()
-            header = snapshot_header(self.recipe, step, self.engine.model.components.schedule)
+            header = snapshot_header(self.recipe, step, self.engine.model.components.read_as)
             write_snapshot(self.run.snapshots, step, weights, header)
             self.averages.write(self.run.snapshots, step, weights, header)
 

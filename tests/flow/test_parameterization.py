@@ -12,7 +12,13 @@ SIGMA = torch.tensor([0.05, 0.3, 0.5, 0.7, 0.9, 0.93])
 NOISY = interpolate(DATA, NOISE, SIGMA)
 T = SIGMA[:, None, None]
 R = ((1 - T) ** 2 + T**2).sqrt()
-TRUE = {"velocity": NOISE - DATA, "epsilon": NOISE, "x0": DATA, "v": ((1 - T) * NOISE - T * DATA) / R}
+TRUE = {
+    "velocity": NOISE - DATA,
+    "negative_velocity": DATA - NOISE,
+    "epsilon": NOISE,
+    "x0": DATA,
+    "v": ((1 - T) * NOISE - T * DATA) / R,
+}
 
 
 @pytest.mark.parametrize("kind", TRUE)

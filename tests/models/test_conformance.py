@@ -60,7 +60,7 @@ def tiny_example(seed: int, folder: Path):
     return Example().tiny(seed)
 
 
-UNET = {"mask": "none", "text_length": 77, "null": "empty"}
+UNET = {"mask": "none", "text_length": 77, "null": "empty", "prediction": "auto"}
 
 
 def tiny_unet(name: str, seed: int, folder: Path):

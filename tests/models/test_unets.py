@@ -1,5 +1,6 @@
 """Families whose denoiser is a U-Net trained by diffusion: sizes, names, noise levels, diffusers' own pipelines."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import compute_snr
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_recipes import adapter_table
 from torch import nn
@@ -27,6 +29,7 @@ from dedistill.errors import UserError
 from dedistill.flow.parameterization import own_weight, variance_preserving
 from dedistill.flow.path import flow_loss, interpolate
 from dedistill.flow.schedule import schedule_of
+from dedistill.flow.solvers import solve
 from dedistill.models.blocks import checkpoint_blocks
 from dedistill.models.model import Model
 from dedistill.models.registry import families, get_family, get_spec
@@ -34,6 +37,7 @@ from dedistill.models.unet.family import UNetFamily
 from dedistill.models.unet.tiny import write_tiny_unet
 from dedistill.objectives.base import Objective, objective_for
 from dedistill.recipe.resolve import recipe_of
+from dedistill.release.export import export_model
 
 FAMILIES = [name for name in families() if issubclass(type(get_family(name)), UNetFamily)]
 NULL = {"sd15": "empty", "sdxl": "zeros"}
@@ -44,7 +48,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 def spec(folder: Path, **changes) -> SimpleNamespace:
     plain = {"path": str(folder), "new": None, "revision": None, "components": None, "guidance": None, "text_length": 77}
-    return SimpleNamespace(**(plain | {"mask": "none", "t5_mask": True, "null": "empty"} | changes))
+    return SimpleNamespace(**(plain | {"mask": "none", "t5_mask": True, "null": "empty", "prediction": "auto"} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -384,6 +388,64 @@ def test_a_saved_model_is_a_pipeline_of_diffusers(name, folders, tmp_path):
     scheduler = DDIMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler").config
     assert scheduler.prediction_type == "v_prediction" and "use_dynamic_shifting" not in scheduler
     assert family.load(spec(tmp_path / "out"), seed=0).schedule == components.schedule
+
+
+@pytest.mark.parametrize(("name", "prediction"), [("sdxl", "velocity"), ("sd15", "negative_velocity")])
+def test_a_flow_network_is_known_by_its_files(name, prediction, folders, tmp_path):
+    """Read as a velocity where the recipe says so; saved, loaded as the file says, in a folder and in single files of both
+    namings, with the same weights bit for bit; and headers say what it is."""
+    family, components = loaded(folders, name, prediction=prediction)
+    assert components.schedule is None and components.prediction == prediction
+    components.sample_shift = 2.5
+    family.save(components, tmp_path / "out")
+    facts = json.loads((tmp_path / "out/dedistill.json").read_text())
+    assert facts["prediction"] == prediction and "sigma_range" not in facts
+    noisy, sigma = noise(1, 2, 4, 8, 8), torch.tensor([0.3, 1.0])
+    text = family.encode_text(components, ["a red cat", ""], 77)
+    own, state = family.velocity(components, components.denoiser, noisy, sigma, text), components.denoiser.state_dict()
+    places = [tmp_path / "out"]
+    for format in ("single", "bfl"):
+        places.append(export_model(tmp_path / "out", tmp_path / format, format) / f"{format}.safetensors")
+        with safe_open(places[-1], "pt") as file:
+            said = file.metadata()
+        assert said["dedistill.prediction"] == prediction
+        assert said["modelspec.prediction_type"] == {"velocity": "flow"}.get(prediction, prediction)
+    for place in places:
+        again = family.load(spec(place, components=str(folders[name])), seed=0)
+        assert again.prediction == prediction and again.schedule is None
+        stored = again.denoiser.state_dict()
+        assert all(torch.equal(stored[n], state[n]) for n in state)
+        assert torch.equal(family.velocity(again, again.denoiser, noisy, sigma, text), own)
+    if prediction == "velocity":
+        assert family.shift(family.load(spec(tmp_path / "out"), seed=0), 4) == 2.5
+        with pytest.raises(UserError, match=r"model\.prediction: 'epsilon' needs the noise levels"):
+            family.load(spec(tmp_path / "out", prediction="epsilon"), seed=0)
+    noted = family.load(spec(places[0], prediction="velocity"), seed=0).notes
+    assert any("model.prediction = 'velocity' here" in note for note in noted) == (prediction != "velocity")
+
+
+def test_a_folder_of_diffusers_for_flow_is_read_as_one(folders, tmp_path):
+    """By its scheduler, without any file of ours; and its pipeline samples as we do, solver and all, but for times that it
+    rounds to whole numbers."""
+    family, components = loaded(folders, "sd15", prediction="velocity")
+    components.sample_shift = 2.0
+    family.save(components, tmp_path / "saved")
+    export_model(tmp_path / "saved", tmp_path / "flow", "diffusers")
+    (tmp_path / "flow/dedistill.json").unlink()
+    components = family.load(spec(tmp_path / "flow"), seed=0)
+    assert (components.prediction, components.schedule, family.shift(components, 4)) == ("velocity", None, 2.0)
+    pipe, start = DiffusionPipeline.from_pretrained(tmp_path / "flow"), noise(3, 2, 4, 8, 8)
+    pipe.set_progress_bar_config(disable=True)
+    said = {"guidance_scale": 1.0, "num_inference_steps": 4, "height": 64, "width": 64}
+    theirs = pipe(["a red cat", "the sun"], latents=start, output_type="latent", **said).images
+    text = family.encode_text(components, ["a red cat", "the sun"], 77)
+
+    def velocity(noisy: torch.Tensor, sigma: float, i: int) -> torch.Tensor:
+        return family.velocity(components, components.denoiser, noisy, torch.full((2,), sigma), text)
+
+    with torch.no_grad():
+        *_, ours = solve("dpmpp_2m", velocity, start, pipe.scheduler.sigmas.double().numpy())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-3 * float(theirs.abs().max()))
 
 
 @every_family

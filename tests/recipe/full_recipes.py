@@ -167,7 +167,7 @@ for old, new in (
     (
         'path = "w"\n',
         'path = "w/w"\nrevision = "0a1b"\ncomponents = "c/c"\nimage_prompts = "r/r"\n'
-        't5_mask = false\nnull = "empty"\nguidance = 1.0\n',
+        't5_mask = false\nnull = "empty"\nprediction = "v"\nguidance = 1.0\n',
     ),
     ('"reflow"', '"flow"'),
     (

@@ -1,6 +1,7 @@
 """A UNet2DConditionModel as a family: told its noise level by its own schedule, read as a velocity, adapted, saved."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -9,8 +10,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
-from dedistill.flow.parameterization import diffusion_velocity
-from dedistill.flow.schedule import Schedule, schedule_of
+from dedistill.flow.parameterization import Prediction, diffusion_velocity, to_velocity
+from dedistill.flow.schedule import PREDICTIONS, Schedule, is_flow, schedule_of
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.family import Components, Output, Pass, States, Unseen, check_sigma, float_dtype
@@ -28,6 +29,11 @@ from dedistill.recipe.model_tables import Model
 
 CHANNELS = 4
 """Of the latents of all published ones."""
+FLOW: tuple[Prediction, ...] = ("velocity", "negative_velocity")
+FLOW_SCHEDULER = {
+    **{"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True},
+    **{"num_train_timesteps": 1000},
+}
 
 
 class UNetFamily(PipelineFamily):
@@ -60,6 +66,7 @@ class UNetFamily(PipelineFamily):
                 f"model.path: the denoiser reads tokens of width {network.config.cross_attention_dim}, and the text encoders "
                 f"in '{place.components}' make {text.widths.sequences[0]}: they belong to another model"
             )
+        prediction = _prediction(spec, place)
         return Components(
             network if denoiser else nn.Module(),
             text,
@@ -67,10 +74,11 @@ class UNetFamily(PipelineFamily):
             "none",
             vae=vae,
             text_length=CLIP_TOKENS,
-            schedule=_schedule(place),
+            schedule=None if prediction in FLOW else _schedule(place, prediction),
+            prediction=prediction,
             source=place,
             facts={"base": {"path": spec.path, "revision": spec.revision}} | place.facts,
-            notes=[*self._other_null(spec, place.facts), *self.cannot_be_saved(place.components)],
+            notes=[*self.other_use(spec, place.facts), *self.cannot_be_saved(place.components)],
         )
 
     def _check(self, spec: Model) -> None:
@@ -116,10 +124,13 @@ class UNetFamily(PipelineFamily):
         assert self.spec.full_config, "every family of U-Nets has one"
         return self.spec.full_config(source, False)
 
-    def _other_null(self, spec: Model, facts: Mapping[str, Any]) -> list[str]:
-        if facts.get("null", spec.null) == spec.null:
-            return []
-        return [f"model.null = {spec.null!r} here; '{spec.path}' was trained with {facts['null']!r}"]
+    def other_use(self, model: Model, facts: dict[str, Any]) -> list[str]:
+        own = {"null": model.null} | ({} if model.prediction == "auto" else {"prediction": model.prediction})
+        return [
+            f"model.{key} = {value!r} here; '{model.path}' was trained with {facts[key]!r}"
+            for key, value in own.items()
+            if facts.get(key, value) != value
+        ]
 
     def full_size(self, spec: Model) -> Components:
         path = named_path(spec)
@@ -132,14 +143,17 @@ class UNetFamily(PipelineFamily):
         # of the text encoders' widths the second's vector alone is not in the config: what is added to it is
         times = 6 * (size.addition_time_embed_dim or 0)
         vectors = {"pooled": size.projection_class_embeddings_input_dim - times} if self.encoders > 1 else {}
-        side = self.spec.resolution // vae.scale
+        side, prediction = self.spec.resolution // vae.scale, spec.prediction
+        schedule = schedule_of(self.published_scheduler)
+        prediction = schedule.prediction if prediction == "auto" else prediction
         return Components(
             network,
             Unseen(Widths((size.cross_attention_dim,), vectors)),
             (vae.channels, side, side),
             "none",
             vae=vae,
-            schedule=schedule_of(self.published_scheduler),
+            schedule=None if prediction in FLOW else replace(schedule, prediction=prediction),
+            prediction=prediction,
         )
 
     published_scheduler: ClassVar[Mapping[str, Any]] = {
@@ -178,24 +192,37 @@ class UNetFamily(PipelineFamily):
         if guidance is not None:
             raise UserError(f"{self.spec.name} has no guidance embedding; leave guidance out")
         check_sigma(sigma)
-        schedule, dtype = _own_schedule(components), float_dtype(components.denoiser)
+        schedule, dtype = components.schedule, float_dtype(components.denoiser)
+        step = schedule.steps(sigma) if schedule else 1000 * sigma
         added = self.added(text, noisy, cast(Vae, components.vae).scale)
 
         def predicted(sample: Tensor) -> Tensor:
             out: Tensor = denoiser(
                 sample.to(dtype),
-                schedule.steps(sigma),
+                step,
                 encoder_hidden_states=text.tokens.embeds.to(dtype),  # cached text keeps its encoders' dtype
                 added_cond_kwargs=added,
                 return_dict=False,
             )[0]
             return out.to(noisy.dtype)
 
+        if schedule is None:
+            return to_velocity(components.prediction or "velocity", predicted(noisy), noisy, sigma)
         return diffusion_velocity(schedule.prediction, predicted, noisy, sigma, schedule.range[1])
 
     def shift(self, components: Components, tokens: int) -> float:
-        """Its schedule has none: the one that puts half of a sampler's steps where half of the schedule's are."""
-        return _own_schedule(components).shift
+        """The schedule of diffusion has none: the one that puts half of a sampler's steps where half of the schedule's are."""
+        return components.schedule.shift if components.schedule else super().shift(components, tokens)
+
+    def flow_scheduler(self, components: Components) -> dict[str, Any]:
+        """Pipelines of Stable Diffusion cannot be sampled by a flow model's usual scheduler, but by this. None of diffusers'
+        takes data - noise: then the base's stays."""
+        scheduler = cast(Place, components.source).scheduler
+        if components.prediction == "negative_velocity":
+            return scheduler
+        shift = components.sample_shift
+        kept = {} if isinstance(shift, (int, float)) else {"flow_shift": self.shift(components, 1)}
+        return FLOW_SCHEDULER | ({"flow_shift": float(shift)} if isinstance(shift, (int, float)) else kept)
 
     # --- layers ----------------------------------------------------------------------------------------------------------
 
@@ -228,21 +255,34 @@ class UNetFamily(PipelineFamily):
         }
 
 
-def _schedule(place: Place) -> Schedule:
+def _prediction(spec: Model, place: Place) -> Prediction:
+    """What the network's output is read as: as the recipe says, else as its files do."""
+    own = place.facts.get("prediction") or ("velocity" if is_flow(place.scheduler) else "auto")
+    found = own if spec.prediction == "auto" else spec.prediction
+    if found == "auto":
+        return _schedule(place).prediction
+    if found not in (*FLOW, *PREDICTIONS.values()):
+        raise UserError(f"model.path: '{spec.path}' says that it predicts {found!r}, which is not known; fetch it again")
+    return cast(Prediction, found)
+
+
+def _schedule(place: Place, prediction: Prediction | None = None) -> Schedule:
+    """prediction: another than the scheduler's file says."""
     if not place.scheduler:
         raise UserError(
             f"model.path: '{place.scheduler_file}' is missing, which says at what noise levels the model was trained"
         )
+    if is_flow(place.scheduler):
+        raise UserError(
+            f"model.prediction: {prediction!r} needs the noise levels that the network was trained at, and "
+            f"'{place.scheduler_file}', of a flow model, says none"
+        )
     try:
-        return schedule_of(place.scheduler)
+        found = schedule_of(place.scheduler)
+        return replace(found, prediction=prediction or found.prediction)
     except (TypeError, ValueError) as e:
         raise UserError(f"model.path: '{place.scheduler_file}': {e}") from e
 
 
 def _text(components: Components) -> ClipText:
     return cast(ClipText, components.text)
-
-
-def _own_schedule(components: Components) -> Schedule:
-    assert components.schedule, "``load`` and ``full_size`` put it there"
-    return components.schedule
