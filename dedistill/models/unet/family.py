@@ -143,9 +143,8 @@ class UNetFamily(PipelineFamily):
         # of the text encoders' widths the second's vector alone is not in the config: what is added to it is
         times = 6 * (size.addition_time_embed_dim or 0)
         vectors = {"pooled": size.projection_class_embeddings_input_dim - times} if self.encoders > 1 else {}
-        side, prediction = self.spec.resolution // vae.scale, spec.prediction
-        schedule = schedule_of(self.published_scheduler)
-        prediction = schedule.prediction if prediction == "auto" else prediction
+        side, schedule = self.spec.resolution // vae.scale, schedule_of(self.published_scheduler)
+        prediction: Prediction = schedule.prediction if spec.prediction == "auto" else spec.prediction
         return Components(
             network,
             Unseen(Widths((size.cross_attention_dim,), vectors)),
