@@ -22,7 +22,6 @@ from dedistill.models.model import build_model
 from dedistill.recipe import load_recipe
 from dedistill.recipe.resolve import make_plan
 from dedistill.runs.directory import RunDirectory
-from dedistill.runs.metrics import Trackers
 from dedistill.runs.requests import StopRequests
 from dedistill.training.engine import Engine
 from dedistill.training.trainer import Trainer
@@ -57,7 +56,7 @@ def trainer(folder: Path, *settings: str) -> Trainer:
 
 def step_of(made: Trainer) -> Callable[[], dict]:
     """A function that trains one step."""
-    rows = made.fit(StopRequests().__enter__(), Trackers(None, "", {}, made.run.path, wanted=False))
+    rows = made.fit(StopRequests().__enter__(), None)
     return lambda: next(rows)
 
 

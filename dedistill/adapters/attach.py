@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from lycoris.modules.base import LycorisBaseModule
@@ -21,13 +20,11 @@ def file_name(module_name: str) -> str:
 class Adapter(nn.Module):
     """The trained part: one LyCORIS module per target, in bypass mode, named as in files.
 
-    Calling it calls the network it was attached to, which is not registered: nothing of the frozen base is
-    broadcast, saved or optimized with it.
+    The network that it is attached to is no part of it: nothing of the frozen base is broadcast, saved or optimized with it.
     """
 
     def __init__(self, denoiser: nn.Module, kind: str, targets: list[Resolved]):
         super().__init__()
-        self._denoiser = [denoiser]
         self.by_target: dict[str, LycorisBaseModule] = {}
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         """Of each target's parameters. An engine may cut the parameters themselves."""
@@ -37,9 +34,6 @@ class Adapter(nn.Module):
             self.add_module(file_name(target.name), module)
             self.by_target[target.name] = module
             self.shapes[target.name] = {name: tuple(p.shape) for name, p in module.named_parameters()}
-
-    def forward(self, *args: Any, **kwargs: Any) -> object:
-        return self._denoiser[0](*args, **kwargs)
 
     @contextmanager
     def at_strength(self, strength: float) -> Iterator[None]:

@@ -73,7 +73,7 @@ class LokrConv(LokrModule):
 
 def add_mixed(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
     """base [..., p, q] + first [p, a] times groups [..., a, q]."""
-    if base.dtype == torch.bfloat16 and kernels.usable(base, "kronecker"):
+    if base.dtype == torch.bfloat16 and (base.device, "kronecker") in kernels.proven:
         from dedistill.kernels import kronecker
 
         if max(first.shape) <= kronecker.LARGEST:

@@ -154,7 +154,9 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         if world.main:
             notes += [*_chosen(model), *_expect(trainer, settled)]
             _announce(trainer, data.facts, notes)
-        trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path, recipe.log.wandb and world.main)
+        trackers = None
+        if recipe.log.wandb and world.main:
+            trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path)
         rows = trainer.fit(stop, trackers)
         with world.translate_dist_errors():
             for _ in progress(rows, trainer.state.step, plan, trainer.pace) if world.main else rows:
@@ -162,7 +164,8 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
                     _compare(trainer)
             trainer.check_applied()
             exported = trainer.keeper.export() if trainer.state.step == plan.steps else None
-        trackers.close()
+        if trackers:
+            trackers.close()
         if world.main:
             _conclude(trainer, plan, again, exported)
         world.shutdown()

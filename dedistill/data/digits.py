@@ -30,10 +30,6 @@ TEMPLATES = {
 }
 
 
-def uniforms_needed(digits: int) -> int:
-    return 1 + 3 * digits
-
-
 def caption(digits: np.ndarray, u: np.ndarray, noise: float) -> str:
     """A caption of ``digits`` from uniforms u [1 + 3 n].
 
@@ -65,6 +61,7 @@ class DigitSource(OneSize):
         order = np.random.RandomState(0).permutation(len(labels))  # the split never depends on a recipe
         cut = len(labels) - held_out
         self.name, self.per_image, self.caption_noise = name, per_image, caption_noise
+        self._uniforms = 1 + 3 * per_image  # that a caption takes
         self.train = (images[order[:cut]], labels[order[:cut]])
         self.held_out = (images[order[cut:]], labels[order[cut:]])
         self.image = (1, images.shape[1], images.shape[2] * per_image)
@@ -74,7 +71,7 @@ class DigitSource(OneSize):
         purpose = "held-out" if held_out else "train"
         picks = self._picks(seed, step, positions, batch, purpose, len(labels))
         pixels = np.concatenate([images[picks[:, k]] for k in range(self.per_image)], axis=2)[:, None]
-        u = keyed.uniforms(seed, f"{purpose}/caption", step, (batch, uniforms_needed(self.per_image)))
+        u = keyed.uniforms(seed, f"{purpose}/caption", step, (batch, self._uniforms))
         texts = [caption(labels[pick], u[p], self.caption_noise) for pick, p in zip(picks, positions)]
         return Batch(torch.from_numpy(pixels), texts, self._names(purpose, picks))
 
@@ -93,7 +90,7 @@ class DigitSource(OneSize):
 
     def prompts(self, seed: int, count: int) -> list[str]:
         rng = keyed.generator(seed, "prompts")
-        rows = rng.random((count, self.per_image + uniforms_needed(self.per_image)))
+        rows = rng.random((count, self.per_image + self._uniforms))
         digits = (10 * rows[:, : self.per_image]).astype(int)
         return [caption(d, u[self.per_image :], 0.0) for d, u in zip(digits, rows)]
 

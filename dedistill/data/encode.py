@@ -29,7 +29,7 @@ from dedistill.errors import UserError, amount, enough_memory
 from dedistill.flow import keyed
 from dedistill.io.hashing import fingerprint
 from dedistill.io.ownership import refuse_foreign
-from dedistill.models.conditioning import Conditioning
+from dedistill.models.conditioning import Conditioning, stored_shapes
 from dedistill.models.family import Components, Family
 from dedistill.models.image_prompts import parted
 from dedistill.models.model import adapted_layers, check_objective
@@ -162,7 +162,7 @@ def prepare(
                 components.vae.unload()
             world.wait()
         latents, texts = open_stores(recipe, family, components, cache)
-    text_cache = dict(zip(prompts, read_text(texts, prompts, components.text.widths)))
+    text_cache = dict(zip(prompts, read_text(texts, prompts, stored_shapes(components.text.widths))))
     weights, latent_shape = [s.weight for s in recipe.data.sets], partial(family.latent_shape, components)
     widths = components.text.widths
     features = components.image_prompts.encoder.shape if components.image_prompts else None
@@ -252,7 +252,7 @@ def cached_text(recipe: Recipe, family: Family, components: Components) -> dict[
     refuse_foreign(cache, "cache", "data.cache")
     texts = Store(cache / "text", _inputs(recipe, family, components, cache)["text"])
     there = [c for c in _prompts(recipe) if text_key(c) in texts]
-    return dict(zip(there, read_text(texts, there, components.text.widths)))
+    return dict(zip(there, read_text(texts, there, stored_shapes(components.text.widths))))
 
 
 def _inputs(recipe: Recipe, family: Family, components: Components, cache: Path) -> dict[str, dict[str, object]]:

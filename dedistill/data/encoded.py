@@ -46,9 +46,8 @@ def text_key(caption: str) -> str:
     return hashlib.sha256(caption.encode()).hexdigest()[:32]
 
 
-def read_text(texts: Store, captions: list[str], widths: Widths) -> list[Conditioning]:
-    """Captions of the cache, each as long as it was stored. widths: of its encoders. Raises as ``Store.read``."""
-    shapes = stored_shapes(widths)
+def read_text(texts: Store, captions: list[str], shapes: Shapes) -> list[Conditioning]:
+    """Captions of the cache, each as long as it was stored. shapes: as ``stored_shapes`` says. Raises as ``Store.read``."""
     return [one_caption(texts.read(text_key(caption), shapes)) for caption in captions]
 
 
@@ -84,7 +83,8 @@ class EncodedImages:
                     f"data.sets.{i}: no image of this set is left to train on: {usable} of all sets are usable, "
                     f"{len(self._held)} of these are held out for validation. Add images, or lower data.held_out"
                 )
-        self._latents, self._texts, self._latent_shape, self._text_widths = latents, texts, cache(latent_shape), text_widths
+        self._latents, self._texts, self._latent_shape = latents, texts, cache(latent_shape)
+        self._text_shapes = stored_shapes(text_widths)
         self._features: Shapes = {FEATURES: features} if features else {}
         self._slots = lru_cache(maxsize=4)(self._slots_of)
 
@@ -136,7 +136,7 @@ class EncodedImages:
         return Batch(latents, captions, names, image_ids=ids, framing=framing, features=features)
 
     def text(self, captions: list[str]) -> Conditioning:
-        return collate(read_text(self._texts, captions, self._text_widths))
+        return collate(read_text(self._texts, captions, self._text_shapes))
 
     def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
         slots = self._slots(seed, step, batch, held_out)

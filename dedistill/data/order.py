@@ -15,7 +15,7 @@ from dedistill.flow import keyed
 
 @lru_cache(maxsize=8)
 def _epoch(seed: int, purpose: str, epoch: int, count: int) -> np.ndarray:
-    return keyed.permutation(seed, purpose, epoch, count)
+    return keyed.generator(seed, purpose, epoch).permutation(count)
 
 
 def sample_indices(seed: int, purpose: str, places: np.ndarray, count: int) -> np.ndarray:
@@ -102,7 +102,7 @@ def _chunk(seed: int, purpose: str, chunk: int) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def _shuffle(seed: int, block: int) -> np.ndarray:
-    return keyed.permutation(seed, "mix-order", block, BLOCK)
+    return keyed.generator(seed, "mix-order", block).permutation(BLOCK)
 
 
 def _sources(seed: int, places: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,8 +34,3 @@ def uniforms(seed: int, purpose: str, step: int, shape: int | tuple[int, ...]) -
     """Uniform draws of a whole step, float64, strictly inside (0, 1). Slice it by position."""
     # random() may return exactly 0, where some inverse CDFs are infinite
     return generator(seed, purpose, step).random(shape).clip(2.0**-54, 1 - 2.0**-53)
-
-
-def permutation(seed: int, purpose: str, place: int, count: int) -> np.ndarray:
-    """A permutation of 0 ... count-1."""
-    return generator(seed, purpose, place).permutation(count)

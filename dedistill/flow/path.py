@@ -6,6 +6,8 @@ arXiv 2403.03206, eq. 1 with t = sigma).
 
 from torch import Tensor
 
+DIFFERENT = "data {} and noise {} differ in shape"
+
 # --- the straight path between data and noise, and every conversion along it -----------------------------------------
 
 
@@ -16,21 +18,18 @@ def expand(sigma: Tensor, like: Tensor) -> Tensor:
     return sigma.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _same_shape(data: Tensor, noise: Tensor) -> None:
-    if data.shape != noise.shape:
-        raise ValueError(f"data {tuple(data.shape)} and noise {tuple(noise.shape)} differ in shape")
-
-
 def interpolate(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """The noisy sample (1 - sigma) data + sigma noise, [B, ...]."""
-    _same_shape(data, noise)
+    if data.shape != noise.shape:
+        raise ValueError(DIFFERENT.format(tuple(data.shape), tuple(noise.shape)))
     s = expand(sigma, data)
     return (1 - s) * data + s * noise
 
 
 def velocity(data: Tensor, noise: Tensor) -> Tensor:
     """d noisy / d sigma along the straight path: noise - data."""
-    _same_shape(data, noise)
+    if data.shape != noise.shape:
+        raise ValueError(DIFFERENT.format(tuple(data.shape), tuple(noise.shape)))
     return noise - data
 
 

@@ -14,10 +14,6 @@ from dedistill.flow import keyed
 MODE_SCALE_MAX = 2 / (math.pi - 2)  # beyond it the map is no longer monotone (arXiv 2403.03206, sec. 3.1)
 
 
-def uniform(p: np.ndarray) -> np.ndarray:
-    return np.asarray(p, dtype=np.float64)
-
-
 def logit_normal(p: np.ndarray, mean: float, std: float) -> np.ndarray:
     """logit(sigma) ~ N(mean, std^2): sigmoid(mean + std Phi^-1(p)) (arXiv 2403.03206, eq. 19)."""
     return special.expit(mean + std * special.ndtri(p))
@@ -42,7 +38,7 @@ def cosmap(p: np.ndarray) -> np.ndarray:
 
 
 DENSITIES: dict[str, Callable[..., np.ndarray]] = {
-    "uniform": uniform,
+    "uniform": np.asarray,
     "logit_normal": logit_normal,
     "beta": beta,
     "mode": mode,
@@ -75,17 +71,9 @@ def probabilities(seed: int, purpose: str, step: int, batch: int, stratify: bool
     u = keyed.uniforms(seed, purpose, step, batch)
     if not stratify:
         return u
-    return (keyed.permutation(seed, f"{purpose}/strata", step, batch) + u) / batch
-
-
-def draw(
-    seed: int, step: int, batch: int, *, density: str, params: dict[str, float], shift: float = 1.0, stratify: bool = True
-) -> np.ndarray:
-    """sigma [batch] of a whole step, float64: strata over the global batch, then the density, then the shift."""
-    p = probabilities(seed, "sigma", step, batch, stratify)
-    return shift_sigma(DENSITIES[density](p, **params), shift)
+    return (keyed.generator(seed, f"{purpose}/strata", step).permutation(batch) + u) / batch
 
 
 def midpoints(seed: int, count: int) -> np.ndarray:
     """One sigma in the middle of each of ``count`` equal intervals, in a fixed keyed order: for validation."""
-    return (keyed.permutation(seed, "validation/strata", 0, count) + 0.5) / count
+    return (keyed.generator(seed, "validation/strata", 0).permutation(count) + 0.5) / count

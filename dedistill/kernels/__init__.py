@@ -27,7 +27,8 @@ class Saved(Protocol):
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
-_proven: set[tuple[torch.device, str]] = set()
+proven: set[tuple[torch.device, str]] = set()
+"""Where which of ``KERNELS`` may be used: all of them after :func:`prove`, but for those that failed."""
 
 
 def prove(device: torch.device | str) -> None:
@@ -44,12 +45,7 @@ def prove(device: torch.device | str) -> None:
                 f"note: the kernel '{kernel}' {problem} on {place}; torch's are used instead, which are slower", file=sys.stderr
             )
         else:
-            _proven.add((place, kernel))
-
-
-def usable(tensor: Tensor, kernel: str) -> bool:
-    """Whether ``kernel``, one of ``KERNELS``, was proven where ``tensor`` is."""
-    return (tensor.device, kernel) in _proven
+            proven.add((place, kernel))
 
 
 def _problem(device: torch.device, kernel: str) -> str:

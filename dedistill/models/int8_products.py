@@ -37,7 +37,7 @@ class Int8Products(torch.autograd.Function):
 def quantize_tokens(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """int8 codes [m, n] and float32 scale [m, 1] of x [m, n] times factor [n]; the largest number of a row becomes 127.
     Where one is not finite, neither is the row's scale."""
-    if kernels.usable(x, "products"):
+    if (x.device, "products") in kernels.proven:
         from dedistill.kernels.products import WIDEST, quantized
 
         if x.shape[1] <= WIDEST:
@@ -51,7 +51,7 @@ def scaled_product(
     a: Tensor, b: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """a [m, k] times b [k, n], int8, times rows [m, 1] and columns [n], plus bias [n]: in float32, then in ``dtype``."""
-    if kernels.usable(a, "products"):
+    if (a.device, "products") in kernels.proven:
         from dedistill.kernels.products import scaled
 
         return scaled(a, b, rows, columns, bias, dtype)

@@ -51,12 +51,16 @@ compute in the base's dtype, without autocast. 3: gradients of bf16 adapters are
 
 @dataclass
 class Model:
-    """What is trained and what is called are one module, ``root``: the adapter, or the whole network without one."""
+    """``root`` is what is trained: the adapter, or the whole network without one; ``called``, with an adapter inside."""
 
     family: Family
     components: Components
     root: nn.Module
     text_length: int
+    called: nn.Module | None = None
+    """What stands around the network in every pass; None: nothing does."""
+    device: torch.device = field(init=False)
+    """Where passes begin; blocks of a base may be elsewhere. Who moves ``root`` says so here."""
     bf16: bool = False
     negative: str = ""
     """Prompt of the unconditional branch when images are made."""
@@ -76,6 +80,9 @@ class Model:
     """Those of its weights that a guider has asked for, by step."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What was really done: quantized layers, matched layers, sizes of the start. Recorded in the run directory."""
+
+    def __post_init__(self) -> None:
+        self.device = next(self.root.parameters()).device
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters under the names that files use."""
@@ -141,7 +148,8 @@ class Model:
         # float32 for every LayerNorm there, and for what follows it
         whole = self.bf16 and self.adapter is None
         with torch.autocast(self.device.type, torch.bfloat16) if whole else nullcontext():
-            return self.family.velocity(self.components, self.root, noisy, sigma, text, guidance).float()
+            called = self.called or self.components.denoiser
+            return self.family.velocity(self.components, called, noisy, sigma, text, guidance).float()
 
     @contextmanager
     def as_asked(self, branch: Branch) -> Iterator[None]:
@@ -190,10 +198,6 @@ class Model:
     def shift(self, shape: tuple[int, ...]) -> float:
         """Resolution-dependent shift of sigma for samples of ``shape``."""
         return self.family.shift(self.components, self.family.tokens(self.components, shape))
-
-    @property
-    def device(self) -> torch.device:
-        return next((self.adapter or self.components.denoiser).parameters()).device  # a base's first block may be elsewhere
 
 
 def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
@@ -293,6 +297,7 @@ def assemble(
     else:
         model = _adapt(recipe, recipe.adapter, family, components, targets, facts, device, length, started=started)
     model.root.to(device)
+    model.device = next(model.root.parameters()).device
     model.snapshots = Path(recipe.run.out) / "snapshots"
     model.negative, model.guidance = recipe.sample.negative, recipe.sample.guidance
     model.bf16 = recipe.train.precision == "bf16"

@@ -66,7 +66,7 @@ class Draws:
 
 
 class Sigmas(TypedDict):
-    """How sigmas are drawn, as :func:`timesteps.draw` takes it."""
+    """How sigmas are drawn."""
 
     density: str
     params: dict[str, float]
@@ -110,35 +110,35 @@ class Objective(ABC):
         noisy, sigma, target = (t.to(model.device, non_blocking=True) for t in (batch.noisy, batch.sigma, batch.target))
         return flow_loss(model.velocity(noisy, sigma, batch.conditioning(model)), target)
 
-    def micro_batches(self, step: int, size: int) -> list[np.ndarray]:
-        """All positions of a step in parts of at most ``size`` that share a shape."""
-        return _cut(self.source.groups(self.seed, step, np.arange(self.batch), self.batch), size)
-
     def share(self, step: int, size: int, world: World) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """(those of the step's micro-batches that are this process's, those that only pad its count to the others').
+        """Positions of a step in micro-batches, at most ``size`` of one shape: (those that are this process's, those that
+        only pad its count to the others').
 
         Over all processes the first are all, and none twice. The second are empty unless all must run equally many
         passes; then they are the least work of the step, as often as it takes.
         """
-        parts = self.micro_batches(step, size)
+        parts = _cut(self.source.groups(self.seed, step, np.arange(self.batch), self.batch), size)
+        if world.size == 1:
+            return parts, []
         work = [self.source.work(self.seed, step, part, self.batch) for part in parts]
         dealt = partition_by_cost(work, world.size)
         own = [parts[i] for i in dealt[world.rank]]
         missing = max(map(len, dealt)) - len(own) if world.requires_equal_forwards else 0
         return own, [parts[work.index(min(work))]] * missing
 
-    def sigmas(self, step: int, shape: tuple[int, ...]) -> np.ndarray:
-        """sigma [B], float64, of a whole step for samples of ``shape``."""
-        return timesteps.draw(self.seed, step, self.batch, shift=self.shift_of(shape), **self.sampling)
+    def sigmas(self, p: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """sigma [B], float64, of p [B] in (0, 1) for samples of ``shape``: the recipe's density, then its shift."""
+        sigma = timesteps.DENSITIES[self.sampling["density"]](p, **self.sampling["params"])
+        return timesteps.shift_sigma(sigma, self.shift_of(shape))
 
     def noisy_batch(self, step: int, positions: np.ndarray) -> NoisyBatch:
         """What is trained on at ``positions`` of ``step``. Raises UserError for a source without what it needs."""
-        stratify = self.sampling["stratify"]
         # drawn for the whole step and then indexed: what a sample gets does not depend on how the step is cut into
         # micro-batches or over processes
+        p = timesteps.probabilities(self.seed, "sigma", step, self.batch, self.sampling["stratify"])
         draws = Draws(
-            p=timesteps.probabilities(self.seed, "sigma", step, self.batch, stratify)[positions],
-            sigma=lambda shape: self.sigmas(step, shape)[positions],
+            p=p[positions],
+            sigma=lambda shape: self.sigmas(p, shape)[positions],
             noise=lambda shape: keyed.noise(self.seed, "noise", step, positions, shape),
         )
         dropped = keyed.uniforms(self.seed, "caption-dropout", step, self.batch)[positions] < self.dropout
@@ -176,7 +176,7 @@ class Objective(ABC):
         captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped)]
         ids = batch.image_ids or batch.names
         text = self.source.text(captions)
-        if text:
+        if text is not None:
             text = replace(text, framing=batch.framing)
             if batch.features is not None and told.any():
                 text = told_own(text, batch.features, torch.from_numpy(told))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dedistill.data.source import Source
 from dedistill.errors import UserError
-from dedistill.flow import timesteps
 from dedistill.flow.parameterization import min_snr_weight, own_weight
 from dedistill.flow.schedule import Schedule
 from dedistill.models.model import Model
@@ -36,8 +35,8 @@ class Diffusion(Flow):
             weight = weight * min_snr_weight(schedule.prediction, sigma, self.min_snr)
         return super().loss(model, batch) * weight
 
-    def sigmas(self, step: int, shape: tuple[int, ...]) -> np.ndarray:
-        return _needed(self.schedule).at(timesteps.probabilities(self.seed, "sigma", step, self.batch, stratify=True))
+    def sigmas(self, p: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return _needed(self.schedule).at(p)
 
 
 def _needed(schedule: Schedule | None) -> Schedule:

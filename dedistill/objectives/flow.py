@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.data.source import Batch
+from dedistill.data.source import Batch, needed
 from dedistill.flow.path import interpolate, velocity
 from dedistill.objectives.base import Draws, Objective
 
@@ -12,11 +12,9 @@ from dedistill.objectives.base import Draws, Objective
 class Flow(Objective):
     name = "flow"
 
-    def noise(self, batch: Batch, draws: Draws) -> Tensor:
-        """The noise [B, C, H, W] that each sample is mixed with."""
-        return draws.noise(tuple(batch.latents.shape[1:]))
-
     def sample(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        noise, sigma = self.noise(batch, draws), draws.sigma(tuple(batch.latents.shape[1:]))
-        s = torch.from_numpy(sigma.astype(np.float32))
+        shape = tuple(batch.latents.shape[1:])
+        # an objective that needs a sample's own noise mixes it with that; another one would teach it nothing
+        noise = needed(batch.noise) if "noise" in self.needs else draws.noise(shape)
+        s = torch.from_numpy(draws.sigma(shape).astype(np.float32))
         return interpolate(batch.latents, noise, s), s, velocity(batch.latents, noise)

@@ -162,12 +162,9 @@ class Trackers:
     Offline without a key. Rows wait in a queue; those that find it full are left out, and counted.
     """
 
-    def __init__(self, accelerator: Tracking, name: str, config: dict[str, object], folder: Path, wanted: bool):
+    def __init__(self, accelerator: Tracking, name: str, config: dict[str, object], folder: Path):
         self.rows: Queue[tuple[Row, int] | None] = Queue(WAITING)
         self.left_out, self.failed = 0, False
-        self.thread: Thread | None = None
-        if not wanted:
-            return
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         os.environ.setdefault("WANDB_SILENT", "true")
         settings = {"wandb": {"name": name, "mode": mode, "dir": str(folder)}}
@@ -179,7 +176,7 @@ class Trackers:
 
     def log(self, row: Row, step: int) -> None:
         """Never waits."""
-        if not self.thread or not self.thread.is_alive():
+        if not self.thread.is_alive():
             return
         try:
             self.rows.put_nowait((row, step))
@@ -188,8 +185,6 @@ class Trackers:
 
     def close(self) -> None:
         """Wait for what is under way, but not for long."""
-        if not self.thread:
-            return
         with suppress(Full):
             self.rows.put(None, timeout=LAST_WORDS)
         self.thread.join(LAST_WORDS)

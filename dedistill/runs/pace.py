@@ -24,6 +24,8 @@ from dedistill.recipe.resolve import Plan
 
 RECENT = 20
 """Steps whose median is the present speed."""
+LATELY = 50
+"""Steps by which the time that is left is estimated, validation and saving included."""
 CLOSE = 0.1
 """A share of the forecast by which a peak may differ."""
 GIB = 1 << 30
@@ -56,6 +58,7 @@ class Pace:
         """Operations per second that matrix products reach on this card, measured."""
         self._steps: deque[tuple[float, float]] = deque(maxlen=RECENT)
         self._work = 0.0
+        self._ends: deque[float] = deque(maxlen=LATELY)
 
     def saw(self, shape: tuple[int, ...], length: int | None) -> None:
         """A micro-batch of samples of ``shape`` [B, C, H, W] is part of the step. length: of their captions."""
@@ -70,7 +73,8 @@ class Pace:
         self._work, start = 0.0, time.monotonic()
         yield
         self.done += 1
-        self._steps.append((time.monotonic() - start, self._work))
+        self._ends.append(time.monotonic())
+        self._steps.append((self._ends[-1] - start, self._work))
 
     @property
     def seconds(self) -> float:
@@ -115,6 +119,12 @@ class Pace:
             f"{self.expected:.1f} that were forecast: what else dedistill plan says of memory is off as far"
         )
 
+    def left(self, steps: int) -> str:
+        """How long ``steps`` more take at the pace of the last ones; empty where there are none, or no pace yet."""
+        if steps <= 0 or len(self._ends) < 2:
+            return ""
+        return f"{duration(steps * (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1))} left"
+
     def __str__(self) -> str:
         if not self.seconds:
             return ""
@@ -145,8 +155,6 @@ def matmul_rate(device: torch.device, side: int = 8192, rounds: int = 10) -> flo
 
 EVERY = 15.0
 """Seconds between plain lines; as long without a step, what is going on is named."""
-LATELY = 50
-"""Steps by which the time that is left is estimated, validation and saving included."""
 USUAL = ("training", "waiting for data")
 
 
@@ -156,14 +164,17 @@ def progress(rows: Iterable[dict[str, Any]], start: int, plan: Plan, pace: Pace)
 
 
 def _plain(rows: Iterable[dict[str, Any]], plan: Plan, pace: Pace) -> Iterator[dict[str, Any]]:
-    left, said = _Left(plan), 0.0
+    said = 0.0
     with _Phases() as phases:
         for row in rows:
-            left.step(row["step"])
             special = row["step"] == plan.steps or "val_loss" in row or not row["applied"]
             if not said or special or time.monotonic() - said >= EVERY:
                 said = phases.said = time.monotonic()
-                print(", ".join(filter(None, [_line(row, plan), str(pace), str(left)])), file=sys.stderr, flush=True)
+                print(
+                    ", ".join(filter(None, [_line(row, plan), str(pace), pace.left(plan.steps - row["step"])])),
+                    file=sys.stderr,
+                    flush=True,
+                )
             yield row
 
 
@@ -171,30 +182,12 @@ def _live(rows: Iterable[dict[str, Any]], start: int, plan: Plan, pace: Pace) ->
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), _PhaseColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=plan.steps, completed=start, text="")
-        held_out, left = "", _Left(plan)
+        held_out = ""
         for row in rows:
-            left.step(row["step"])
             held_out = f" held-out {row['val_loss']:.4f}" if "val_loss" in row else held_out
-            text = ", ".join(filter(None, [_numbers(row) + held_out, str(pace), str(left)]))
+            text = ", ".join(filter(None, [_numbers(row) + held_out, str(pace), pace.left(plan.steps - row["step"])]))
             bar.update(task, completed=row["step"], text=text)
             yield row
-
-
-class _Left:
-    """How long the rest of a run takes at the pace of its last steps."""
-
-    def __init__(self, plan: Plan):
-        self.plan = plan
-        self.times: deque[tuple[int, float]] = deque(maxlen=LATELY)
-
-    def step(self, step: int) -> None:
-        self.times.append((step, time.monotonic()))
-
-    def __str__(self) -> str:
-        if len(self.times) < 2 or (to_go := self.plan.steps - self.times[-1][0]) <= 0:
-            return ""
-        (first, then), (last, now) = self.times[0], self.times[-1]
-        return f"{duration(to_go * (now - then) / max(1, last - first))} left"
 
 
 def duration(seconds: float) -> str:

@@ -63,8 +63,8 @@ class Engine:
     """How a run's work is spread over its processes. This one: every process holds everything (one alone, or DDP).
 
     Gradients are summed over the processes, and each steps by itself. Other engines replace what they do otherwise. First
-    ``check``, then ``place``, then steps: ``backward`` for each micro-batch, ``finish``, ``norm``, then ``apply`` or
-    ``discard``. All methods after ``check`` must be called by all processes.
+    ``check``, then ``place``, then steps: ``backward`` for each micro-batch, ``finish``, then ``apply`` or ``discard``. All
+    methods after ``check`` must be called by all processes.
     """
 
     name = "ddp"
@@ -112,20 +112,16 @@ class Engine:
         elif self.exact:
             self.exact.add()
 
-    def finish(self) -> None:
-        """Sum the gradient of the step over its micro-batches and processes."""
+    def finish(self) -> Tensor:
+        """Sum the gradient of the step over its micro-batches and processes, and clip it as the recipe says. Returns its norm
+        before that: float32, the same on every process. Its device is not waited for."""
         if self.exact:
-            return self.exact.finish()
-        gradients = []
-        for parameter in self.trainable.values():
-            if parameter.grad is None:  # this rank had nothing to do
-                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-            gradients.append(parameter.grad)
-        self.world.all_reduce_(gradients)
-
-    def norm(self) -> Tensor:
-        """The norm of the finished gradient, which is clipped as the recipe says: float32, the same on every process. Its
-        device is not waited for."""
+            self.exact.finish()
+        else:
+            for parameter in self.trainable.values():
+                if parameter.grad is None:  # this rank had nothing to do
+                    parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+            self.world.all_reduce_([p.grad for p in self.trainable.values() if p.grad is not None])
         limit = self.recipe.train.max_grad_norm or math.inf  # with infinity it is only measured
         return torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit, foreach=True).float()
 

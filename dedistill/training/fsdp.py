@@ -55,7 +55,7 @@ def shard_base(model: Model, world: World, device: torch.device | str) -> None:
         tensors = amount(len(whole), "tensor of the base is", "tensors of the base are")
         raise UserError(f"FSDP2 was asked for, and {tensors} whole, e.g. {whole[0]}")
     model.root.to(device)
-    model.components.device = device
+    model.device = model.components.device = device
     model.facts["storage_bytes_here"] = local_bytes(denoiser)
 
 

@@ -36,7 +36,7 @@ class KahanAdamW(optimi.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None, param: Tensor | None = None) -> Tensor | None:
-        if all(kernels.usable(p, "kahan") for group in self.param_groups for p in group["params"]):
+        if all((p.device, "kahan") in kernels.proven for group in self.param_groups for p in group["params"]):
             self._step_at_once()
             return None
         for group in self.param_groups if self.decay else ():

@@ -108,7 +108,7 @@ class Trainer:
 
     # --- from step to step -------------------------------------------------------------------------------------------
 
-    def fit(self, stop: StopRequests, trackers: Trackers) -> Iterator[Row]:
+    def fit(self, stop: StopRequests, trackers: Trackers | None) -> Iterator[Row]:
         """Train to the last step, yielding one row per step; returns early, saved, when a stop is asked for.
 
         Every process yields the same rows.
@@ -228,16 +228,16 @@ class Trainer:
         asked = self.world.gather(self.stop.poll())
         self.stopping = max(request["stop"] for request in asked)
         self.requests = {key: any(request[key] for request in asked) for key in ("save", "sample")}
-        self.engine.finish()
+        norm = self.engine.finish()
         # the only time that a GPU is waited for
-        *numbers, grad_norm = torch.cat([*losses, self.engine.norm()[None]]).tolist()
+        *numbers, grad_norm = torch.cat([*losses, norm[None]]).tolist()
         own = list(zip(positions, numbers, sigmas, strict=True))
         _, every_loss, every_sigma = zip(*sorted(slot for slots in self.world.gather(own) for slot in slots))
         return torch.tensor(every_loss), torch.tensor(every_sigma), grad_norm
 
     # --- between two steps -------------------------------------------------------------------------------------------
 
-    def _conclude(self, row: Row, record: MetricsLogger | None, trackers: Trackers) -> Row:
+    def _conclude(self, row: Row, record: MetricsLogger | None, trackers: Trackers | None) -> Row:
         """What belongs to the end of a step: validation, files, logs. Returns the whole row."""
         recipe, state = self.recipe, self.state
         state.unfinished = None
@@ -268,7 +268,8 @@ class Trainer:
                 if record:
                     record.write(row, {"data_wait_s": round(self.data_wait_s, 4), **self.pace.facts()})
                     self.data_wait_s = 0.0
-                    trackers.log(row, state.step)
+                    if trackers:
+                        trackers.log(row, state.step)
         if saving or self.stopping:
             if record:
                 record.sync()

@@ -64,7 +64,8 @@ class Zero(Engine):
         self.engine, *_ = self.deepspeed.initialize(model=root, optimizer=optimizer, config=config)
         self.zero = self.engine.optimizer
         self.optimizer = self.zero.optimizer
-        model.root, model.components.device = self.engine, self.engine.device
+        model.root = model.called = self.engine
+        model.device = model.components.device = self.engine.device
         self._check_stage(root)
         model.facts["storage_bytes_here"] = local_bytes(model.components.denoiser)
 
@@ -91,18 +92,16 @@ class Zero(Engine):
     def backward(self, loss: Tensor, *, counts: bool) -> None:
         self.engine.backward(loss * (self.world.size if counts else 0), scale_wrt_gas=False)
 
-    def finish(self) -> None:
+    def finish(self) -> Tensor:
+        """DeepSpeed clips in its step, by the same norm."""
         self.zero.finalize_gradient_accumulation_boundary()
+        square = torch.stack(torch._foreach_norm(self._gradients())).square().sum()
+        self.world.all_reduce_([square])
+        return square.sqrt().float()
 
     def _gradients(self) -> list[Tensor]:
         """This process's parts of the finished gradient."""
         return [part for group in self.zero.averaged_gradients.values() for part in group]
-
-    def norm(self) -> Tensor:
-        """DeepSpeed clips in its step, by the same norm."""
-        square = torch.stack(torch._foreach_norm(self._gradients())).square().sum()
-        self.world.all_reduce_([square])
-        return square.sqrt().float()
 
     def apply(self, lr: float) -> None:
         for group in self.zero.param_groups:

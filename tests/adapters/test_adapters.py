@@ -59,11 +59,11 @@ def fill(adapter: Adapter, size: float, seed: int = 0) -> None:
         p.copy_(torch.from_numpy(keyed.generator(seed, name).standard_normal(tuple(p.shape), dtype="float32")) * size)
 
 
-def velocity(components, root: nn.Module) -> torch.Tensor:
+def velocity(components) -> torch.Tensor:
     """The velocity [2, 1, 8, 16] of a fixed question."""
     text = FAMILY.encode_text(components, ["two then three", "a handwritten seven then a 4"], 12)
     noisy = keyed.noise(0, "question", 0, range(2), components.sample_shape)
-    return FAMILY.velocity(components, root, noisy, torch.tensor([0.3, 0.8]), text)
+    return FAMILY.velocity(components, components.denoiser, noisy, torch.tensor([0.3, 0.8]), text)
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -89,16 +89,16 @@ def test_every_layer_answers_as_dense_weight_plus_delta(form, quant):
 def test_forward_merge_and_reload_agree(form, tmp_path):
     """What training sees, what merging writes and what a file gives back are one delta."""
     own, plain = build(form), FAMILY.tiny(0)
-    adapted = velocity(own.components, own.adapter).detach()
-    assert relative(velocity(plain, plain.denoiser).detach(), adapted) > 1e-3
+    adapted = velocity(own.components).detach()
+    assert relative(velocity(plain).detach(), adapted) > 1e-3
     merge(plain.denoiser, own.adapter.by_target)
-    assert relative(velocity(plain, plain.denoiser).detach(), adapted) < 1e-6
+    assert relative(velocity(plain).detach(), adapted) < 1e-6
     save_file(own.adapter.tensors(), tmp_path / "a.safetensors", metadata={"format": "pt", "who": "a"})
     tensors, header = read_tensors(tmp_path / "a.safetensors")
     other = build(form, size=0.4)
-    assert not torch.equal(velocity(other.components, other.adapter), adapted)
+    assert not torch.equal(velocity(other.components), adapted)
     other.adapter.load_tensors(tensors, "a.safetensors")
-    assert torch.equal(velocity(other.components, other.adapter), adapted)
+    assert torch.equal(velocity(other.components), adapted)
     assert header["who"] == "a"
 
 
@@ -182,18 +182,18 @@ def test_two_adapters_in_one_process_are_independent(monkeypatch):
     first, second = FAMILY.tiny(0), FAMILY.tiny(0)
     a = attach(first, {"kind": "lokr", "targets": [{"preset": "attention", "factor": 4}]})
     fill(a, 0.2)
-    before = velocity(first, a)
+    before = velocity(first)
     monkeypatch.setattr(LycorisNetwork, "NAME_ALGO_MAP", {"*": {"algo": "loha", "factor": 2}})
     monkeypatch.setattr(LycorisNetwork, "TARGET_EXCLUDE_NAME", ["*"])
     b = attach(second, {"kind": "lokr", "targets": [{"preset": "mlp", "factor": 8}]})
     fill(b, 0.2)
-    assert torch.equal(velocity(first, a), before)
-    assert not torch.equal(velocity(second, b), before)
+    assert torch.equal(velocity(first), before)
+    assert not torch.equal(velocity(second), before)
     assert {m.lokr_w1.shape for m in a.by_target.values()} == {(4, 4)}
     assert {m.lokr_w1.shape for m in b.by_target.values()} == {(8, 4), (4, 8)}  # 32 = 4 * 8: the smaller part comes first
     assert not a.by_target.keys() & b.by_target.keys()
     b.detach_from_base()
-    assert torch.equal(velocity(first, a), before)
+    assert torch.equal(velocity(first), before)
 
 
 @every_quant
@@ -202,11 +202,11 @@ def test_detaching_gives_the_base_back_bit_for_bit(form, quant):
     """The frozen network answers as if nothing had ever sat on it."""
     plain = FAMILY.tiny(0)
     prepare_base(plain.denoiser, quant, [], "cpu")
-    base = velocity(plain, plain.denoiser)
+    base = velocity(plain)
     own = build(form, quant)
-    assert not torch.equal(velocity(own.components, own.adapter), base)
+    assert not torch.equal(velocity(own.components), base)
     own.adapter.detach_from_base()
-    assert torch.equal(velocity(own.components, own.denoiser), base)
+    assert torch.equal(velocity(own.components), base)
     assert own.denoiser.state_dict().keys() == plain.denoiser.state_dict().keys()
 
 
@@ -217,13 +217,13 @@ def test_gradient_reaches_every_factor_and_nothing_else(form, quant):
     own = build(form, quant, size=0)
     params = own.adapter.trainable()
     optimizer = torch.optim.SGD(params.values(), lr=0.1)
-    velocity(own.components, own.adapter).square().mean().backward()
+    velocity(own.components).square().mean().backward()
     silent = {n for n, p in params.items() if not p.grad.any()}
     first = {"lokr": ("lokr_w1",), "lokr-rank": ("lokr_w1", "lokr_w2_a"), "lora": ("lora_down.weight",)}[form]
     assert silent == {n for n in params if n.endswith(first)}
     optimizer.step()
     optimizer.zero_grad()
-    velocity(own.components, own.adapter).square().mean().backward()
+    velocity(own.components).square().mean().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in params.values())
     assert not any(p.requires_grad or p.grad is not None for p in own.denoiser.parameters())
     assert not {id(p) for p in own.adapter.parameters()} & {id(p) for p in own.denoiser.parameters()}
@@ -237,11 +237,11 @@ def test_tensors_are_private_copies(form):
     kept = {n: t.clone() for n, t in saved.items()}
     fill(own.adapter, 0.3, seed=1)
     assert all(torch.equal(saved[n], kept[n]) for n in kept)
-    now = velocity(own.components, own.adapter)
+    now = velocity(own.components)
     for tensor in own.adapter.tensors().values():
         assert tensor.is_contiguous() and not tensor.requires_grad
         tensor.fill_(9.0)
-    assert torch.equal(velocity(own.components, own.adapter), now)
+    assert torch.equal(velocity(own.components), now)
 
 
 @every_form
@@ -291,11 +291,11 @@ def test_lycoris_itself_reads_our_files(form, tmp_path):
         for module in network.loras:
             module.bypass_mode = True
         network.apply_to()
-        found, wanted = velocity(plain, plain.denoiser), velocity(own.components, own.adapter)
+        found, wanted = velocity(plain), velocity(own.components)
         assert len(network.loras) == len(own.adapter.by_target)
         assert relative(found, wanted) < 1e-6
         network.restore()
-        assert relative(velocity(plain, plain.denoiser), wanted) > 1e-3
+        assert relative(velocity(plain), wanted) > 1e-3
     assert load_file(tmp_path / "a.safetensors").keys() == own.adapter.tensors().keys()
 
 

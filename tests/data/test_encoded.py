@@ -16,7 +16,7 @@ from dedistill.data.images.index import Sample
 from dedistill.data.images.types import NOWHERE
 from dedistill.data.split import CroppedImage, split
 from dedistill.errors import UserError
-from dedistill.models.conditioning import Widths
+from dedistill.models.conditioning import Widths, stored_shapes
 
 BATCH = 24
 CROPS = (Crop(64, 4, 4, (0.0, 0.0, 8.0, 8.0)), Crop(64, 4, 6, (0.0, 1.0, 12.0, 9.0)), Crop(64, 6, 4, (1.0, 0.0, 9.0, 12.0)))
@@ -194,7 +194,7 @@ def test_keys_are_of_content(stores):
     assert len(keys) == len(a.crops) + len(b.crops)
     assert latent_key(replace(a.sample, name="moved/else"), a.crops[0]) == latent_key(a.sample, a.crops[0])
     assert "np." not in f"{a.crops[0].box}" and text_key("a") != text_key("b")
-    (text,) = read_text(stores[1], [a.sample.captions[0]], Widths((3,), {"pooled": 2}))
+    (text,) = read_text(stores[1], [a.sample.captions[0]], stored_shapes(Widths((3,), {"pooled": 2})))
     assert len(text) == 1
 
 

@@ -21,11 +21,12 @@ from dedistill.data.images.buckets import apply_crop
 from dedistill.data.images.decode import decode
 from dedistill.data.images.index import build_index
 from dedistill.data.usable import image_sets, look
+from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.io.atomic import checksummed, read_checksummed
 from dedistill.io.hashing import Stamp
-from dedistill.models.conditioning import Widths
+from dedistill.models.conditioning import Widths, stored_shapes
 from dedistill.models.flux.family import Flux
 from dedistill.models.model import build_model
 from dedistill.objectives.base import objective_for
@@ -104,7 +105,8 @@ def test_what_is_cached_is_what_encoding_gives(image_recipe):
             other = components.vae.encode(pixels, -noise, "cpu")[0]
             assert (other - stored.float()).abs().max() > 1e-2, "a sample, not the mode"
         for caption in image.sample.captions:
-            live, (cached,) = components.text([caption], 64).trimmed(), read_text(texts, [caption], components.text.widths)
+            (cached,) = read_text(texts, [caption], stored_shapes(components.text.widths))
+            live = components.text([caption], 64).trimmed()
             assert torch.equal(cached.tokens.mask, live.tokens.mask)
             torch.testing.assert_close(cached.tensors(), live.tensors(), rtol=0, atol=1e-6)
     assert crops == len(latents) > 3 * len(images)
@@ -126,9 +128,9 @@ def test_cached_text_takes_a_fraction_of_padded_text(image_recipe, tmp_path, tin
     encode(image_recipe, *settings)
     texts = stores(image_recipe, *settings)[1]
     captions = [file.read_text() for file in folder.glob("*.txt")]
-    lengths = {text.tokens.embeds.shape[1] for text in read_text(texts, captions, WIDTHS)}
+    lengths = {text.tokens.embeds.shape[1] for text in read_text(texts, captions, stored_shapes(WIDTHS))}
     assert lengths == {80}
-    (one,) = read_text(texts, captions[:1], WIDTHS)
+    (one,) = read_text(texts, captions[:1], stored_shapes(WIDTHS))
     padded = 512 * one.tokens.embeds.shape[2] * one.tokens.embeds.element_size() + 512 + one.vectors["pooled"].nbytes
     assert texts.bytes() / (len(captions) * padded) < 0.2
 
@@ -312,7 +314,7 @@ def test_dropout_and_sampler_use_the_cached_empty_prompt(image_recipe):
     empty = model.encode([""])
     assert same({name: tensor[0] for name, tensor in empty.tensors().items()}, cached)
     objective = objective_for(recipe, data.source, model.shift)
-    positions = objective.micro_batches(0, 4)[0]
+    positions = objective.share(0, 4, World())[0][0]
     objective.dropout = 1.0
     dropped = objective.noisy_batch(0, positions)
     for row in range(len(positions)):

@@ -163,7 +163,7 @@ def logging(recipe: Path, folder: Path) -> Row:
     slowest, affected, faults = 0.0, 0, ("refuses", "dies", "hangs at the start", "hangs", "hangs at the end")
     metrics.LAST_WORDS = 1.0
     for fault in faults:
-        trackers = Trackers(test_outside.Service(fault), "run", {}, folder, True)
+        trackers = Trackers(test_outside.Service(fault), "run", {}, folder)
         for step in range(1, 2001):
             start = time.thread_time()
             trackers.log({"loss": 1.0}, step)

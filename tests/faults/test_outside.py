@@ -76,7 +76,7 @@ def test_no_call_of_the_logging_waits(monkeypatch, capsys, tmp_path, fault, logg
     service, slowest = Service(fault), 0.0
     gc.collect()
     gc.freeze()  # what other tests have left would be walked through in the middle of a row
-    trackers = Trackers(service, "run", {}, tmp_path, True)
+    trackers = Trackers(service, "run", {}, tmp_path)
     start = time.monotonic()
     for step in range(1, 2001):
         before = time.thread_time()

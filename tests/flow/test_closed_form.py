@@ -255,7 +255,7 @@ def test_strata_lower_the_variance_of_the_loss_and_not_its_mean():
     table = np.array([ONE.floor(s) for s in np.linspace(0, 1, 2001)])
 
     def steps(stratify: bool) -> np.ndarray:
-        sigma = np.stack([timesteps.draw(0, i, 16, density="uniform", params={}, stratify=stratify) for i in range(400)])
+        sigma = np.stack([timesteps.probabilities(0, "sigma", i, 16, stratify) for i in range(400)])
         return np.interp(sigma, np.linspace(0, 1, 2001), table).mean(1)
 
     plain, strata = steps(False), steps(True)

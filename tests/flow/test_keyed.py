@@ -17,7 +17,7 @@ def test_same_name_same_bytes():
     first = keyed.noise(3, "noise", 7, range(5), SHAPE)
     assert torch.equal(keyed.noise(3, "noise", 7, range(5), SHAPE), first)
     assert np.array_equal(keyed.uniforms(3, "u", 7, (4, 2)), keyed.uniforms(3, "u", 7, (4, 2)))
-    assert np.array_equal(keyed.permutation(3, "p", 7, 50), keyed.permutation(3, "p", 7, 50))
+    assert np.array_equal(keyed.generator(3, "p", 7).permutation(50), keyed.generator(3, "p", 7).permutation(50))
 
 
 NAMES = [(0, "noise", 1, 2), (1, "noise", 1, 2), (0, "other", 1, 2), (0, "noise", 2, 2), (0, "noise", 1, 3), (0, "noise", 2, 1)]
@@ -41,7 +41,7 @@ def test_global_generators_are_left_alone():
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     keyed.noise(0, "noise", 0, range(4), SHAPE)
     keyed.uniforms(0, "u", 0, 4)
-    keyed.permutation(0, "p", 0, 4)
+    keyed.generator(0, "p", 0).permutation(4)
     after = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
     assert torch.equal(before[0], after[0]) and np.array_equal(before[1], after[1]) and before[2] == after[2]
 
@@ -87,7 +87,7 @@ def test_uniforms_stay_inside_at_the_ends_of_the_generator(monkeypatch, raw):
 
 
 def test_permutations_are_permutations_and_differ():
-    rows = np.stack([keyed.permutation(0, "p", i, 20) for i in range(500)])
+    rows = np.stack([keyed.generator(0, "p", i).permutation(20) for i in range(500)])
     assert np.array_equal(np.sort(rows, 1), np.tile(np.arange(20), (500, 1)))
     assert len(np.unique(rows, axis=0)) == 500
     counts = np.stack([np.bincount(column, minlength=20) for column in rows.T])
@@ -107,5 +107,5 @@ def test_golden_numbers():
     normal = keyed.noise(0, "noise", 3, [5], (4,))
     torch.testing.assert_close(normal, torch.tensor([GOLDEN["normal"]]), rtol=0, atol=1e-6)
     np.testing.assert_allclose(keyed.uniforms(1, "sigma", 2, 3), GOLDEN["uniform"], rtol=0, atol=1e-15)
-    assert keyed.permutation(2, "sigma/strata", 9, 8).tolist() == GOLDEN["permutation"]
+    assert keyed.generator(2, "sigma/strata", 9).permutation(8).tolist() == GOLDEN["permutation"]
     assert keyed.generator(0, "prompts").integers(10, size=6).tolist() == GOLDEN["integers"]

@@ -17,6 +17,11 @@ from dedistill.recipe.schema import Timesteps
 P = np.arange(1, 20_000) / 20_000
 
 
+def draw(seed, step, batch, *, density, params, shift=1.0, stratify=True):
+    """sigma [batch] of a step, as objectives put it together."""
+    return ts.shift_sigma(ts.DENSITIES[density](ts.probabilities(seed, "sigma", step, batch, stratify), **params), shift)
+
+
 def logit_normal_cdf(sigma, mean=0.0, std=1.0):
     """logit(sigma) ~ N(mean, std^2)."""
     return stats.norm.cdf((logit(sigma) - mean) / std)
@@ -56,7 +61,7 @@ def test_draws_follow_the_closed_form(density, params, cdf):
     """KS below .01 with independent draws, below 1e-3 (really 1 / N) with strata, at 1e5 draws."""
     distance = {}
     for stratify in (True, False):
-        sigma = ts.draw(0, 0, 100_000, density=density, params=params, stratify=stratify)
+        sigma = draw(0, 0, 100_000, density=density, params=params, stratify=stratify)
         distance[stratify] = stats.kstest(sigma, cdf).statistic
     assert distance[False] < 0.01 and distance[True] < 2e-5
 
@@ -144,7 +149,7 @@ def test_shift_moves_the_logit(shift):
     moved = ts.shift_sigma(P, shift)
     np.testing.assert_allclose(logit(moved), logit(P) + math.log(shift), rtol=0, atol=1e-11)
     np.testing.assert_allclose(ts.shift_sigma(moved, 1 / shift), P, rtol=0, atol=1e-14)
-    drawn = ts.draw(0, 0, 10_001, density="uniform", params={}, shift=shift)
+    drawn = draw(0, 0, 10_001, density="uniform", params={}, shift=shift)
     assert np.median(drawn) == pytest.approx(shift / (1 + shift), abs=1e-4)
     assert ts.shift_sigma(np.array([0.0, 1.0]), shift).tolist() == [0.0, pytest.approx(1, abs=1e-15)]
 
@@ -157,8 +162,8 @@ def test_median_numbers_of_the_shift():
 
 def test_shift_is_applied_once():
     """Twice would be the square of it."""
-    once = ts.draw(0, 0, 64, density="uniform", params={}, shift=3.0)
-    plain = ts.draw(0, 0, 64, density="uniform", params={}, shift=1.0)
+    once = draw(0, 0, 64, density="uniform", params={}, shift=3.0)
+    plain = draw(0, 0, 64, density="uniform", params={}, shift=1.0)
     np.testing.assert_allclose(logit(once) - logit(plain), math.log(3), rtol=0, atol=1e-10)
 
 
@@ -180,7 +185,7 @@ def test_exactly_one_draw_per_stratum(batch):
 def test_strata_survive_density_and_shift(density, params, cdf):
     """Any quantile function, then the shift, still one sigma in each of N equally likely bands."""
     for step in range(5):
-        sigma = ts.draw(0, step, 56, density=density, params=params, shift=3.0)
+        sigma = draw(0, step, 56, density=density, params=params, shift=3.0)
         assert sorted(np.floor(cdf(ts.shift_sigma(sigma, 1 / 3)) * 56)) == list(range(56))
 
 
@@ -232,7 +237,7 @@ def test_strata_lower_the_variance_of_a_batch_mean(batch, factor, g):
     variance = {}
     for stratify in (True, False):
         options = {"density": "beta", "params": BETA, "stratify": stratify}
-        variance[stratify] = np.var([g(ts.draw(0, step, batch, **options)).mean() for step in range(1500)])
+        variance[stratify] = np.var([g(draw(0, step, batch, **options)).mean() for step in range(1500)])
     assert variance[False] / variance[True] > factor
 
 
@@ -251,7 +256,7 @@ def objective(batch: int, seed: int = 0) -> Objective:
 def test_micro_batches_and_ranks_share_one_vector(cuts):
     """Strata belong to the optimizer step; how its slots are shared out, evenly or not, changes no sigma."""
     step, batch = 3, 24
-    whole = ts.draw(0, step, batch, density="beta", params=BETA).astype(np.float32)
+    whole = draw(0, step, batch, density="beta", params=BETA).astype(np.float32)
     questions = objective(batch)
     tasks = [questions.noisy_batch(step, positions) for positions in np.split(np.arange(batch), cuts)]
     assert np.array_equal(np.concatenate([t.sigma.numpy() for t in tasks]), whole)

@@ -82,4 +82,4 @@ def test_a_kernel_that_is_wrong_or_cannot_be_made_is_not_used(monkeypatch):
 def test_nothing_is_tried_without_a_gpu(monkeypatch):
     monkeypatch.setattr(kernels, "import_module", None)
     kernels.prove("cpu")
-    assert not kernels.usable(torch.zeros(1), "int8")
+    assert (torch.device("cpu"), "int8") not in kernels.proven

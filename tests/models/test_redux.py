@@ -13,6 +13,7 @@ from PIL import Image
 from dedistill.adapters.files import read_tensors
 from dedistill.cli.main import main
 from dedistill.data.encode import open_data
+from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.evaluation.sweep import read_index
 from dedistill.models.conditioning import Conditioning
@@ -198,7 +199,7 @@ def conditioning(recipe_file, dropout: float, step: int = 0):
     recipe = load_recipe(recipe_file, [f"data.image_dropout={dropout}", "data.caption_dropout=0.5"])
     source = open_data(recipe, "cpu", lambda line: None).source
     objective = objective_for(recipe, source, lambda shape: 1.0)
-    return [objective.noisy_batch(step, part) for part in objective.micro_batches(step, 4)]
+    return [objective.noisy_batch(step, part) for part in objective.share(step, 4, World())[0]]
 
 
 def test_training_tells_samples_their_own_images(recipe_file, folder, photos):

@@ -11,7 +11,7 @@ from dedistill.train import main
 from dedistill.training.trainer import Trainer
 
 PACKAGE = Path(dedistill.__file__).parent
-FILES, FUNCTIONS = 25, 106
+FILES, FUNCTIONS = 24, 89
 FLUX = """
 [base]
 quant = "int8"

@@ -51,7 +51,7 @@ def flux_velocity(
     patch, dtype = patch_of(network, channels), float_dtype(network.time_text_embed)
     embeds = torch.cat([s.embeds for s in text.sequences], 1)
     rows, columns = height // patch, width // patch
-    weights = _weights(text.sequences[1:], text.vectors.get(WEIGHTS))
+    weights = _weights(text.sequences[1:], text.vectors.get(WEIGHTS)) if text.sequences[1:] else None
     with (
         exact_timestep(network.time_text_embed, sigma, guidance),
         known_positions(network.pos_embed, rows, columns, embeds.shape[1], noisy.device),
@@ -160,10 +160,8 @@ def attention_mask(
     return {"attention_mask": ((mask == 0) if hides else mask.to(dtype)).to(device, non_blocking=True)}
 
 
-def _weights(images: Sequence[Tokens], given: Tensor | None) -> Tensor | None:
-    """Of every token of image prompts [B, P]; 0 where a row has no such image. None without images."""
-    if not images:
-        return None
+def _weights(images: Sequence[Tokens], given: Tensor | None) -> Tensor:
+    """Of every token of image prompts [B, P]; 0 where a row has no such image."""
     own = [image.mask.float() for image in images]
     return torch.cat(own if given is None else [m * given[:, i, None].to(m.device) for i, m in enumerate(own)], 1)
 
