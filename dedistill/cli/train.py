@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from dedistill.data.source import Source
     from dedistill.models.model import Model
+    from dedistill.runs.directory import RunDirectory
+    from dedistill.runs.metrics import Trackers, Tracking
     from dedistill.runs.requests import StopRequests
     from dedistill.training.engine import Engine
     from dedistill.training.trainer import Trainer
@@ -119,7 +121,6 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     from dedistill.models.model import expected_parameters
     from dedistill.models.quantize import sample_sha256
     from dedistill.runs.directory import RunDirectory, flat, input_files
-    from dedistill.runs.metrics import Trackers
     from dedistill.runs.pace import progress
     from dedistill.runs.requests import BY_FILE
     from dedistill.training.engine import Engine
@@ -154,9 +155,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         if world.main:
             notes += [*_chosen(model), *_expect(trainer, settled)]
             _announce(trainer, data.facts, notes)
-        trackers = None
-        if recipe.log.wandb and world.main:
-            trackers = Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path)
+        trackers = _trackers(accelerator, recipe, run) if world.main else None
         rows = trainer.fit(stop, trackers)
         with world.translate_dist_errors():
             for _ in progress(rows, trainer.state.step, plan, trainer.pace) if world.main else rows:
@@ -171,6 +170,12 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         world.shutdown()
     finished = trainer.state.step == plan.steps and not trainer.state.unfinished
     return 0 if finished or trainer.stopping == BY_FILE else RUN_AGAIN
+
+
+def _trackers(accelerator: "Tracking", recipe: Recipe, run: "RunDirectory") -> "Trackers | None":
+    from dedistill.runs.metrics import Trackers
+
+    return Trackers(accelerator, recipe.run.name, recipe.resolved(), run.path) if recipe.log.wandb else None
 
 
 def _built(recipe: Recipe, engine: "Engine", device: "torch.device") -> "tuple[Recipe, Model]":
