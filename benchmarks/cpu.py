@@ -73,10 +73,9 @@ def steps() -> dict[str, dict]:
 
 def around() -> dict[str, float]:
     """Milliseconds per step of what is neither the network nor the optimizer, in a run on the digits."""
-    from dedistill.distributed.heartbeat import Pulse
+    from dedistill.distributed.outside import Pulse, StopRequests
     from dedistill.distributed.world import World
     from dedistill.runs.metrics import MetricsLogger
-    from dedistill.runs.requests import StopRequests
     from dedistill.train import main
     from dedistill.training.guards import Guard, ParameterChangeCheck
 

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from benchmarks.interleave import ratio, report
-from dedistill.flow import keyed, timesteps
+from dedistill.flow import keyed
+from dedistill.flow.path import DENSITIES, probabilities
 
 
 def sigmas(batch: int) -> np.ndarray:
-    return timesteps.DENSITIES["beta"](timesteps.probabilities(0, "sigma", 1, batch, stratify=True), alpha=2.0, beta=2.0)
+    return DENSITIES["beta"](probabilities(0, "sigma", 1, batch, stratify=True), alpha=2.0, beta=2.0)
 
 
 def main() -> None:

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 
 from benchmarks.interleave import RESULTS, ratio
 from dedistill.data.encode import open_data
+from dedistill.distributed.outside import StopRequests
 from dedistill.distributed.world import World
 from dedistill.io.atomic import make_folder
 from dedistill.models.model import build_model
 from dedistill.recipe import load_recipe
 from dedistill.recipe.resolve import make_plan
 from dedistill.runs.directory import RunDirectory
-from dedistill.runs.requests import StopRequests
 from dedistill.training.engine import Engine
 from dedistill.training.trainer import Trainer
 

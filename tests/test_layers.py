@@ -57,7 +57,7 @@ def imports(text: str) -> set[str]:
         ("from dedistill.training.trainer import Trainer", {"training"}),
         ("from dedistill import training", {"training"}),
         ("def f():\n    from dedistill import flow, report as r", {"flow", "report"}),
-        ("import dedistill.data.order as o, os", {"data"}),
+        ("import dedistill.data.source as o, os", {"data"}),
         ("import dedistill", {"train"}),
         ("from dedistill import *", {"train"}),
         ("from dedistill import __version__", set()),

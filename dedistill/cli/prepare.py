@@ -37,7 +37,7 @@ def check(recipe: Recipe) -> int:
 
 def encode(recipe: Recipe) -> int:
     """Encode what the cache lacks, shared among the processes of a launcher."""
-    from dedistill.runs.requests import StopRequests
+    from dedistill.distributed.outside import StopRequests
     from dedistill.training.watchdog import Watchdog
 
     require_inputs(recipe)

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     import torch
 
     from dedistill.data.source import Source
+    from dedistill.distributed.outside import StopRequests
     from dedistill.models.model import Model
     from dedistill.runs.directory import RunDirectory
     from dedistill.runs.metrics import Trackers, Tracking
-    from dedistill.runs.requests import StopRequests
     from dedistill.training.engine import Engine
     from dedistill.training.trainer import Trainer
 
@@ -91,7 +91,7 @@ def _rehearse(recipe: Recipe) -> int:
 def train(recipe: Recipe, argv: list[str]) -> int:
     """Train ``recipe`` to its end or to a stop request; returns the exit code."""
     from dedistill.distributed.launcher import ranks, resume_command
-    from dedistill.runs.requests import StopRequests
+    from dedistill.distributed.outside import StopRequests
     from dedistill.training.watchdog import Watchdog
 
     if ranks() == 1:  # of several the first refuses once they are connected: the others end with it
@@ -117,12 +117,12 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     import torch
 
     from dedistill.data.encode import check_images, open_data
+    from dedistill.distributed.outside import BY_FILE
     from dedistill.models.blocks import compile_blocks
     from dedistill.models.model import expected_parameters
     from dedistill.models.quantize import sample_sha256
     from dedistill.runs.directory import RunDirectory, flat, input_files
     from dedistill.runs.pace import progress
-    from dedistill.runs.requests import BY_FILE
     from dedistill.training.engine import Engine
     from dedistill.training.fsdp import Fsdp2
     from dedistill.training.trainer import Trainer

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dedistill.distributed.heartbeat import heartbeat
+from dedistill.distributed.outside import heartbeat
 from dedistill.errors import UserError
 from dedistill.io.atomic import TEMPORARY, UNFINISHED, make_folder, refused, replace_file, replace_json
 from dedistill.io.hashing import file_sha256

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dedistill.data.order import sample_indices
 from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError, amount
 from dedistill.flow import keyed
+from dedistill.flow.keyed import sample_indices
 
 # --- captions of handwritten digits ----------------------------------------------------------------------------------
 

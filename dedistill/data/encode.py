@@ -23,7 +23,7 @@ from dedistill.data.pairs import FACTS, PairSource
 from dedistill.data.source import Source
 from dedistill.data.split import CroppedImage
 from dedistill.data.usable import Say, Usable, hints, look
-from dedistill.distributed.heartbeat import heartbeat
+from dedistill.distributed.outside import heartbeat
 from dedistill.distributed.world import World
 from dedistill.errors import UserError, amount, enough_memory
 from dedistill.flow import keyed

@@ -12,10 +12,10 @@ from torch import Tensor
 from dedistill.data.cache import Shapes, Store
 from dedistill.data.images.buckets import Crop, Sized
 from dedistill.data.images.index import Sample
-from dedistill.data.order import choose, draw_samples, sample_indices
 from dedistill.data.source import Batch
 from dedistill.data.split import CroppedImage, Split
 from dedistill.errors import UserError
+from dedistill.flow.keyed import choose, draw_samples, sample_indices
 from dedistill.models.conditioning import Conditioning, Widths, collate, one_caption, stored_shapes
 
 FEATURES = "features"

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dedistill.data.order import sample_indices
 from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError, amount
 from dedistill.flow import keyed
+from dedistill.flow.keyed import sample_indices
 from dedistill.io.atomic import allow_open_files, read_checksummed
 from dedistill.io.hashing import file_sha256
 

@@ -16,10 +16,10 @@ from dedistill.data.images.index import NO_CAPTION, Index, Sample, build_index, 
 from dedistill.data.images.likeness import Likeness
 from dedistill.data.images.listing import images_of
 from dedistill.data.images.rows import is_table
+from dedistill.data.images.scan import caption_warnings
 from dedistill.data.images.types import Found, ImageSet
-from dedistill.data.order import caption_warnings
 from dedistill.data.split import CroppedImage, Split, split
-from dedistill.distributed.heartbeat import heartbeat
+from dedistill.distributed.outside import heartbeat
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import make_folder, replace_file, replace_json
 from dedistill.io.json_files import read_object

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dedistill.distributed.heartbeat import heartbeat
+from dedistill.distributed.outside import heartbeat
 from dedistill.errors import RUN_AGAIN, UserError
 
 PATIENCE = timedelta(hours=1)

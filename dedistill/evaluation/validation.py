@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dedistill.data.split import LEAST_UNITS
-from dedistill.distributed.heartbeat import heartbeat
+from dedistill.distributed.outside import heartbeat
 from dedistill.distributed.world import World
 from dedistill.evaluation.meters import RatioEstimate, path_numbers
 from dedistill.flow.guidance import CONDITIONAL

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from dedistill.flow.timesteps import shift_sigma
+from dedistill.flow.path import shift_sigma
 
 Velocity = Callable[[Tensor, float, int], Tensor]
 """(noisy [B, ...], sigma, index of the step) -> velocity [B, ...]"""

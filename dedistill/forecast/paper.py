@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dedistill.data.source import Batch, OneSize
+from dedistill.distributed.outside import StopRequests
 from dedistill.distributed.world import World
 from dedistill.forecast.autocast import Autocast
 from dedistill.forecast.kernels import card_kernels, cpu_kernels
@@ -26,7 +27,6 @@ from dedistill.models.model import assemble
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import make_plan
 from dedistill.runs.directory import RunDirectory
-from dedistill.runs.requests import StopRequests
 from dedistill.training.engine import Engine
 from dedistill.training.trainer import Trainer
 

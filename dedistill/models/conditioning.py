@@ -65,7 +65,9 @@ class Conditioning:
         """Embeddings and vectors on ``device``. Masks come to the CPU: lengths are read off them without waiting for it."""
         # waiting is for copies back alone: what they bring is read at once
         moved = lambda t: t.to(device, non_blocking=torch.device(device).type != "cpu")  # noqa: E731
-        return replace(self.each(moved), sequences=tuple(Tokens(moved(s.embeds), s.mask.cpu()) for s in self.sequences))
+        sequences = tuple(Tokens(moved(s.embeds), s.mask.cpu()) for s in self.sequences)
+        framing = None if self.framing is None else moved(self.framing)
+        return Conditioning(sequences, {name: moved(vector) for name, vector in self.vectors.items()}, framing)
 
     def index_select(self, index: Tensor | slice) -> "Conditioning":
         """Those rows."""
@@ -90,10 +92,9 @@ class Conditioning:
 def one_caption(tensors: Mapping[str, Tensor]) -> Conditioning:
     """A batch of the one caption that a cache holds as ``tensors``, by the names of ``Conditioning.tensors``."""
     rest = {name: tensor[None] for name, tensor in tensors.items()}
-    sequences: list[Tokens] = []
-    while (name := f"embeds{_ending(len(sequences))}") in rest:
-        sequences.append(Tokens(rest.pop(name), rest.pop(name.replace("embeds", "mask"))))
-    return Conditioning(tuple(sequences), rest)
+    embeds = sorted(name for name in rest if name.partition(".")[0] == "embeds")
+    sequences = tuple(Tokens(rest.pop(name), rest.pop(name.replace("embeds", "mask"))) for name in embeds)
+    return Conditioning(sequences, rest)
 
 
 def stored_shapes(widths: Widths) -> dict[str, tuple[int | str, ...]]:

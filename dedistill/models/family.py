@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.flow.parameterization import Prediction
-from dedistill.flow.path import seen_anywhere
 from dedistill.flow.schedule import Schedule
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.image_prompts import ImagePrompts
@@ -221,14 +220,3 @@ class Family(Protocol):
 
     def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
         """The hidden states that one of ``blocks`` was called with and returned. text: what the network was told."""
-
-
-def float_dtype(module: nn.Module) -> torch.dtype:
-    """What ``module`` computes in: the dtype of its first parameter that is not made of codes."""
-    return next(p.dtype for p in module.parameters() if p.is_floating_point())
-
-
-def check_sigma(sigma: Tensor) -> None:
-    """Raises ValueError for noise levels that no network should be told. A GPU is not waited for to look at the numbers."""
-    if sigma.dtype not in (torch.float32, torch.float64) or seen_anywhere(~((sigma >= 0) & (sigma <= 1))):
-        raise ValueError("sigma must be float32 in [0, 1]; a family multiplies by 1000 itself where its network wants that")

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.flow.timesteps import dynamic_shift
+from dedistill.flow.path import dynamic_shift
 from dedistill.io.atomic import replace_json
 from dedistill.io.json_files import read_object
 from dedistill.models.family import MADE, Components, Denoiser

@@ -265,6 +265,11 @@ def _stored(denoiser: nn.Module) -> dict[str, Tensor]:
     return parts
 
 
+def float_dtype(module: nn.Module) -> torch.dtype:
+    """What ``module`` computes in: the dtype of its first parameter that is not made of codes."""
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
 def cast_float(denoiser: nn.Module, dtype: torch.dtype) -> None:
     """Store the frozen floating-point weights in ``dtype``. Before quantization, so that scales follow."""
     for parameter in denoiser.parameters():

@@ -18,8 +18,8 @@ from torch import Tensor
 from dedistill.data.source import Batch, Source
 from dedistill.distributed.world import World, partition_by_cost
 from dedistill.errors import UserError
-from dedistill.flow import keyed, timesteps
-from dedistill.flow.path import flow_loss
+from dedistill.flow import keyed
+from dedistill.flow.path import DENSITIES, flow_loss, midpoints, probabilities, shift_sigma
 from dedistill.flow.schedule import Schedule
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.image_prompts import told_own
@@ -128,14 +128,14 @@ class Objective(ABC):
 
     def sigmas(self, p: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """sigma [B], float64, of p [B] in (0, 1) for samples of ``shape``: the recipe's density, then its shift."""
-        sigma = timesteps.DENSITIES[self.sampling["density"]](p, **self.sampling["params"])
-        return timesteps.shift_sigma(sigma, self.shift_of(shape))
+        sigma = DENSITIES[self.sampling["density"]](p, **self.sampling["params"])
+        return shift_sigma(sigma, self.shift_of(shape))
 
     def noisy_batch(self, step: int, positions: np.ndarray) -> NoisyBatch:
         """What is trained on at ``positions`` of ``step``. Raises UserError for a source without what it needs."""
         # drawn for the whole step and then indexed: what a sample gets does not depend on how the step is cut into
         # micro-batches or over processes
-        p = timesteps.probabilities(self.seed, "sigma", step, self.batch, self.sampling["stratify"])
+        p = probabilities(self.seed, "sigma", step, self.batch, self.sampling["stratify"])
         draws = Draws(
             p=p[positions],
             sigma=lambda shape: self.sigmas(p, shape)[positions],
@@ -157,7 +157,7 @@ class Objective(ABC):
         return [self._validation_batch(parts[i], count) for i in partition_by_cost(work, world.size)[world.rank]]
 
     def _validation_batch(self, positions: np.ndarray, count: int) -> NoisyBatch:
-        p = timesteps.midpoints(self.seed, count)[positions]
+        p = midpoints(self.seed, count)[positions]
         draws = Draws(
             p=p,
             # not by the training density: losses of two recipes are compared at the same sigmas

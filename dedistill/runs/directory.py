@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
+from dedistill.distributed.outside import FILES, is_request
 from dedistill.errors import UserError, amount
 from dedistill.io import ownership
 from dedistill.io.atomic import checksummed, read_checksummed, replace_file
@@ -14,7 +15,6 @@ from dedistill.recipe.resolve import as_it_was_meant
 from dedistill.runs.checkpoint import sweep_temporaries
 from dedistill.runs.inputs import Files, Fingerprint, changed_files, fingerprint, input_files
 from dedistill.runs.model import MARK
-from dedistill.runs.requests import FILES, is_request
 
 FREE_TO_CHANGE = (
     *("run.name", "run.out", "run.resume", "run.stuck_after", "checkpoint.", "snapshot.every", "validate.", "meters.", "log."),

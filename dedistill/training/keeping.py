@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dedistill.adapters.attach import compare_tensors
 from dedistill.data.images.types import ImageSet
-from dedistill.distributed.heartbeat import heartbeat
+from dedistill.distributed.outside import heartbeat
 from dedistill.errors import UserError, amount
 from dedistill.io.safetensors import tensors_checksum
 from dedistill.models.model import ARITHMETIC

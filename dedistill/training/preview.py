@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dedistill.distributed.heartbeat import heartbeat
+from dedistill.distributed.outside import heartbeat
 from dedistill.distributed.world import World
 from dedistill.errors import UserError, is_out_of_memory
 from dedistill.evaluation.sweep import save_png

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dedistill.data.source import QuarantineSource, Source
-from dedistill.distributed.heartbeat import heartbeat
+from dedistill.distributed.outside import BY_SIGNAL, StopRequests, heartbeat
 from dedistill.distributed.world import ceil_div
 from dedistill.errors import amount, enough_memory
 from dedistill.evaluation.validation import Meters, Validator
@@ -27,7 +27,6 @@ from dedistill.recipe.resolve import Plan, filled
 from dedistill.runs.directory import RunDirectory
 from dedistill.runs.metrics import MetricsLogger, Row, Trackers
 from dedistill.runs.pace import Pace
-from dedistill.runs.requests import BY_SIGNAL, StopRequests
 from dedistill.sampling.sampler import Sampling
 from dedistill.training.engine import Engine, learning_rate
 from dedistill.training.guards import EVERY, BadSteps, Guard, ParameterChangeCheck, Rollback

@@ -10,7 +10,7 @@ from mmap import mmap
 from pathlib import Path
 from types import FrameType
 
-from dedistill.distributed.heartbeat import LAYOUT, heartbeat
+from dedistill.distributed.outside import LAYOUT, heartbeat
 from dedistill.errors import RUN_AGAIN
 from dedistill.training import watchdog_process
 

@@ -12,7 +12,7 @@ import struct
 import sys
 import time
 
-LAYOUT = struct.Struct("<qq?40s")  # as dedistill.distributed.heartbeat has it
+LAYOUT = struct.Struct("<qq?40s")  # as dedistill.distributed.outside has it
 GRACE = 5.0
 """Seconds that a process has to write its stacks and end by itself; then it is made to write them, and killed."""
 

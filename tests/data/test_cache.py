@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dedistill.data.cache import Store, sole_writer
-from dedistill.distributed.heartbeat import heartbeat
+from dedistill.distributed.outside import heartbeat
 from dedistill.errors import UserError
 
 INPUTS = {"family": "any", "length": 8}

@@ -10,8 +10,8 @@ from sklearn import datasets
 
 from dedistill.data import digits as captions
 from dedistill.data.digits import load_digits, load_mnist
-from dedistill.data.order import sample_indices
 from dedistill.errors import UserError
+from dedistill.flow.keyed import sample_indices
 
 
 @pytest.fixture(scope="module")

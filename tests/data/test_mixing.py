@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dedistill.data.order import BLOCK, caption_warnings, choose, draw_samples, sample_indices
-from dedistill.errors import UserError
+from dedistill.data.images.scan import caption_warnings
 from dedistill.flow import keyed
+from dedistill.flow.keyed import BLOCK, choose, draw_samples, sample_indices
 
 MIXES = [([50, 70], [1, 1]), ([1000, 7, 300], [5, 4, 1]), ([10], [3.0]), ([40, 40, 40, 40], [0.7, 0.2, 0.099, 0.001])]
 
@@ -83,15 +83,15 @@ def test_choices_are_uniform():
     ("counts", "weights", "message"),
     [
         ([], [], "0 weights for 0 sources"),
-        ([1, 2], [1], "1 weight for 2 sources"),
+        ([1, 2], [1], "1 weights for 2 sources"),
         ([1, 2], [1, 0], "source 1 has weight 0"),
         ([1, 2], [-1, 1], "source 0 has weight -1"),
         ([1, 2], [1, float("nan")], "source 1 has weight nan"),
-        ([1, 0], [1, 1], "source 1 has no usable sample"),
+        ([1, 0], [1, 1], "source 1 has no sample"),
     ],
 )
 def test_wrong_mixes(counts, weights, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         draw_samples(0, np.arange(4), counts, weights)
 
 

@@ -18,10 +18,10 @@ import yaml
 from accelerate.commands.config import load_config_from_file
 
 from dedistill.distributed.launcher import REFUSED, promised, resume_command
+from dedistill.distributed.outside import BY_SIGNAL, ECHO, REPEAT, StopRequests
 from dedistill.errors import RUN_AGAIN
 from dedistill.recipe import load_recipe
 from dedistill.runs.checkpoint import damage, list_checkpoints
-from dedistill.runs.requests import BY_SIGNAL, ECHO, REPEAT, StopRequests
 from dedistill.train import main
 
 ROOT = Path(__file__).parents[2]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dedistill.data.encode import open_data
 from dedistill.distributed.launcher import start
+from dedistill.distributed.outside import StopRequests
 from dedistill.distributed.world import World, partition_by_cost
 from dedistill.errors import UserError
 from dedistill.models.model import build_model
@@ -22,7 +23,6 @@ from dedistill.recipe import load_recipe
 from dedistill.recipe.resolve import make_plan
 from dedistill.runs.checkpoint import damage, list_checkpoints
 from dedistill.runs.directory import RunDirectory
-from dedistill.runs.requests import StopRequests
 from dedistill.train import main
 from dedistill.training.engine import LIMIT, RESOLUTION, Engine, ExactGradients
 from dedistill.training.trainer import Trainer

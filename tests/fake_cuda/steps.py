@@ -35,7 +35,7 @@ from dedistill.objectives.base import Objective
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.resolve import make_plan
 from dedistill.runs.directory import RunDirectory
-from dedistill.runs.requests import StopRequests
+from dedistill.distributed.outside import StopRequests
 from dedistill.training.engine import Engine
 from dedistill.training.guards import ParameterChangeCheck
 from dedistill.training.keeping import Keeper

@@ -8,9 +8,8 @@ import torch
 from closed_form import Mixture, straightness
 from scipy import integrate, stats
 
-from dedistill.flow import timesteps
 from dedistill.flow.guidance import UNCONDITIONAL, ClassifierFree
-from dedistill.flow.path import flow_loss, interpolate, velocity
+from dedistill.flow.path import flow_loss, interpolate, probabilities, velocity
 from dedistill.flow.solvers import sigma_grid, solve
 
 LINE = Mixture.of([0.3, 0.5, 0.2], [[-1.5], [0.4], [2.0]], [[0.3], [0.5], [0.2]], [0, 1, 1])
@@ -255,7 +254,7 @@ def test_strata_lower_the_variance_of_the_loss_and_not_its_mean():
     table = np.array([ONE.floor(s) for s in np.linspace(0, 1, 2001)])
 
     def steps(stratify: bool) -> np.ndarray:
-        sigma = np.stack([timesteps.probabilities(0, "sigma", i, 16, stratify) for i in range(400)])
+        sigma = np.stack([probabilities(0, "sigma", i, 16, stratify) for i in range(400)])
         return np.interp(sigma, np.linspace(0, 1, 2001), table).mean(1)
 
     plain, strata = steps(False), steps(True)

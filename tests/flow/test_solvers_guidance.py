@@ -10,9 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from samplings import at
 
 from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, ClassifierFree, Evaluation
-from dedistill.flow.path import flow_loss
+from dedistill.flow.path import dynamic_shift, flow_loss
 from dedistill.flow.solvers import sigma_grid, solve
-from dedistill.flow.timesteps import dynamic_shift
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.sampling.sampler import sample, start_noise

@@ -10,7 +10,7 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from dedistill.data.digits import load_digits
-from dedistill.flow import timesteps as ts
+from dedistill.flow import path as ts
 from dedistill.objectives.base import Objective, objective_for
 from dedistill.recipe.schema import Timesteps
 

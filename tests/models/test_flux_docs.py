@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from dedistill.flow.timesteps import dynamic_shift
+from dedistill.flow.path import dynamic_shift
 from dedistill.models.flux.network import MASKS
 from dedistill.models.flux.published import PUBLISHED, shape_of
 from dedistill.models.flux.tiny import write_tiny_flux

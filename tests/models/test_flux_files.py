@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dedistill.errors import UserError
-from dedistill.flow.timesteps import dynamic_shift
+from dedistill.flow.path import dynamic_shift
 from dedistill.models.flux import SPEC
 from dedistill.models.flux.family import Flux
 from dedistill.models.flux.naming import to_bfl

@@ -14,8 +14,8 @@ from dedistill.adapters.compatibility import check_adapter
 from dedistill.adapters.formats import ADAPTER_FORMATS, as_kohya, by_layer
 from dedistill.flow.solvers import SOLVERS
 from dedistill.models import blocks
-from dedistill.models.family import float_dtype
 from dedistill.models.model import Model, assemble
+from dedistill.models.quantize import float_dtype
 from dedistill.models.registry import get_family
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import recipe_of

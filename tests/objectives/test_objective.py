@@ -12,8 +12,7 @@ from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
 from dedistill.evaluation.validation import Validator, standard_error
 from dedistill.flow import keyed
-from dedistill.flow.path import flow_loss
-from dedistill.flow.timesteps import dynamic_shift
+from dedistill.flow.path import dynamic_shift, flow_loss
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import build_model
 from dedistill.models.pixel_flux.family import PixelFlux

@@ -16,8 +16,8 @@ from dedistill.data.encode import open_data
 from dedistill.errors import UserError
 from dedistill.evaluation.candidates import candidates_of
 from dedistill.flow.guidance import guider_of
+from dedistill.flow.path import dynamic_shift
 from dedistill.flow.solvers import sigma_grid
-from dedistill.flow.timesteps import dynamic_shift
 from dedistill.models.flux.pipeline import MaskedFluxPipeline
 from dedistill.models.flux.tiny import write_tiny_flux
 from dedistill.models.model import build_model

@@ -7,7 +7,7 @@ import torch
 from tiny_recipes import TEACHER
 
 from dedistill.cli import train
-from dedistill.distributed.heartbeat import heartbeat
+from dedistill.distributed.outside import heartbeat
 from dedistill.recipe.resolve import Plan
 from dedistill.report.console import data_line
 from dedistill.runs import pace as live

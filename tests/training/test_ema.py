@@ -9,10 +9,10 @@ from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dedistill.distributed.outside import BY_SIGNAL
 from dedistill.errors import RUN_AGAIN, UserError
 from dedistill.posthoc.profiles import exponent
 from dedistill.runs.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
-from dedistill.runs.requests import BY_SIGNAL
 from dedistill.train import main
 from dedistill.training.keeping import Averages
 from dedistill.training.trainer import Trainer

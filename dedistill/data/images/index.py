@@ -22,7 +22,7 @@ from dedistill.data.images.likeness import likeness
 from dedistill.data.images.listing import images_of
 from dedistill.data.images.rows import is_table, read_row
 from dedistill.data.images.types import NOWHERE, Found, ImageSet, Place
-from dedistill.distributed.heartbeat import heartbeat
+from dedistill.distributed.outside import heartbeat
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import WholeFile, make_folder
 

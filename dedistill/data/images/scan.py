@@ -1,9 +1,9 @@
 """What is in a data set: counts, sizes, buckets, caption lengths, what cannot be used, and what comes twice."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,10 +11,11 @@ from dedistill.data.images.buckets import buckets_for, crops_of
 from dedistill.data.images.duplicates import near_duplicates
 from dedistill.data.images.index import Index, Sample
 from dedistill.data.images.likeness import Likeness
-from dedistill.data.order import caption_warnings
 from dedistill.errors import UserError, amount
 
 SIDES = (256, 384, 512, 768, 1024, 1536, 2048, 4096)
+SHORT_WORDS = 20
+"""A caption of at most so many words counts as short."""
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 
 
@@ -137,3 +138,23 @@ def _buckets(
                 counts[crop.height, crop.width] += 1
         filled[resolution] = [[h, w, count] for (h, w), count in sorted(counts.items()) if count]
     return filled, small
+
+
+class Captioned(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def captions(self) -> tuple[str, ...]: ...
+
+
+def caption_warnings(samples: Iterable[Captioned]) -> list[tuple[str, str]]:
+    """Images with several captions among which no short one, or no long one, is: (name, what is missing)."""
+    warnings = []
+    for sample in samples:
+        words = [len(caption.split()) for caption in sample.captions]
+        if len(words) >= 2 and min(words) > SHORT_WORDS:
+            warnings.append((sample.name, f"no caption of at most {SHORT_WORDS} words"))
+        elif len(words) >= 2 and max(words) <= SHORT_WORDS:
+            warnings.append((sample.name, f"no caption of more than {SHORT_WORDS} words"))
+    return warnings

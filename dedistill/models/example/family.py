@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from dedistill.errors import UserError
 from dedistill.flow.parameterization import to_velocity
+from dedistill.flow.path import check_sigma
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.example import SPEC
-from dedistill.models.family import MADE, Components, Output, Pass, States, check_sigma, float_dtype
+from dedistill.models.family import MADE, Components, Output, Pass, States
 from dedistill.models.pretrained import load_whole
+from dedistill.models.quantize import float_dtype
 from dedistill.models.words import WordEncoder
 from dedistill.recipe.model_tables import Model
 

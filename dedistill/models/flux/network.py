@@ -11,10 +11,12 @@ from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddin
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
+from dedistill.flow.path import check_sigma
 from dedistill.models.conditioning import Conditioning, Tokens
-from dedistill.models.family import Components, Output, States, check_sigma, float_dtype
+from dedistill.models.family import Components, Output, States
 from dedistill.models.flux import naming
 from dedistill.models.image_prompts import WEIGHTS
+from dedistill.models.quantize import float_dtype
 
 MASKS = ("bool", "none", "libreflux")
 MASKING_BACKENDS = {

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dedistill.errors import UserError
 from dedistill.flow.guidance import CONDITIONAL, UNCONDITIONAL, Autoguidance, Branch, Evaluation, Guider, guider_of
-from dedistill.flow.timesteps import dynamic_shift
+from dedistill.flow.path import dynamic_shift
 from dedistill.io.json_files import read_object
 from dedistill.models.blocks import without_blocks
 from dedistill.models.conditioning import Conditioning

@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.flow.timesteps import dynamic_shift
+from dedistill.flow.path import dynamic_shift
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import MADE, Components, Pass

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from dedistill.errors import UserError
+from dedistill.flow.path import check_sigma
 from dedistill.models.conditioning import Conditioning, Widths
-from dedistill.models.family import Components, Output, Pass, States, Unseen, check_sigma, float_dtype
+from dedistill.models.family import Components, Output, Pass, States, Unseen
 from dedistill.models.pipeline_family import PipelineFamily
 from dedistill.models.places import Place, locate, named_path
 from dedistill.models.pretrained import without_weights
 from dedistill.models.prompts import CLIP_TOKENS
+from dedistill.models.quantize import float_dtype
 from dedistill.models.sd3 import SPEC, loading, naming
 from dedistill.models.sd3.encoders import Sd3Text
 from dedistill.models.sd3.published import config_of

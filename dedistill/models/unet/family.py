@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.flow.parameterization import Prediction, diffusion_velocity, to_velocity
+from dedistill.flow.path import check_sigma
 from dedistill.flow.schedule import PREDICTIONS, Schedule, is_flow, schedule_of
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
-from dedistill.models.family import Components, Output, Pass, States, Unseen, check_sigma, float_dtype
+from dedistill.models.family import Components, Output, Pass, States, Unseen
 from dedistill.models.network_files import PREFIX, build, read_network, stored_config
 from dedistill.models.original_names import from_original
 from dedistill.models.pipeline_family import PipelineFamily
 from dedistill.models.places import Place, locate, named_path
 from dedistill.models.pretrained import check_finite, without_weights
 from dedistill.models.prompts import CLIP_TOKENS
+from dedistill.models.quantize import float_dtype
 from dedistill.models.registry import imported
 from dedistill.models.unet.encoders import ClipText, Null
 from dedistill.models.unet.naming import LdmNames
