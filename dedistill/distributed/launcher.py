@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dedistill.distributed.outside import launched
 from dedistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,11 +98,6 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCH
 def ranks() -> int:
     """How many processes the environment says the run has."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launched() -> bool:
-    """True under ``accelerate launch`` and ``torchrun``, which say so to their children in the environment."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 MEMORY = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"

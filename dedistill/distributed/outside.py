@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TypedDict
 
-from dedistill.distributed.launcher import launched
 from dedistill.errors import RUN_AGAIN
 
 # --- signs of life ---------------------------------------------------------------------------------------------------
@@ -83,6 +82,11 @@ class Asked(TypedDict):
 def is_request(path: Path) -> bool:
     """Whether there is an empty file of the user's at ``path``, which must have the name of a request."""
     return path.is_file() and not path.is_symlink() and not path.stat().st_size
+
+
+def launched() -> bool:
+    """True under ``accelerate launch`` and ``torchrun``, which say so to their children in the environment."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 class StopRequests:

@@ -76,16 +76,12 @@ class Pace:
         self._ends.append(time.monotonic())
         self._steps.append((self._ends[-1] - start, self._work))
 
-    @property
-    def seconds(self) -> float:
-        """Of a step, lately; 0 before the first."""
-        return median(s for s, _ in self._steps) if self._steps else 0.0
-
-    @property
-    def tflop_s(self) -> float | None:
-        """Useful operations per second lately, 1e12 of them; None where that is not known."""
-        seconds, work = (sum(column) for column in zip(*self._steps)) if self._steps else (0.0, 0.0)
-        return work / seconds / 1e12 if work and seconds else None
+    def speed(self) -> tuple[float, float]:
+        """Lately: (seconds of a step, useful operations per second, 1e12 of them); 0 where that is not known."""
+        if not self._steps:
+            return 0.0, 0.0
+        seconds, work = zip(*self._steps)
+        return median(seconds), sum(work) / sum(seconds) / 1e12 if sum(seconds) else 0.0
 
     def memory(self) -> Memory | None:
         """None on a CPU."""
@@ -97,12 +93,13 @@ class Pace:
     def facts(self) -> dict[str, float]:
         """For timings.jsonl."""
         found: dict[str, float] = {}
-        if self.seconds:
-            found |= {"step_s": round(self.seconds, 4), "samples_s": round(self.batch / self.seconds, 2)}
-        if self.tflop_s:
-            found["useful_tflop_s"] = round(self.tflop_s, 1)
-        if self.tflop_s and self.rate:
-            found["share_of_rate"] = round(1e12 * self.tflop_s / self.rate, 4)
+        seconds, tflop_s = self.speed()
+        if seconds:
+            found |= {"step_s": round(seconds, 4), "samples_s": round(self.batch / seconds, 2)}
+        if tflop_s:
+            found["useful_tflop_s"] = round(tflop_s, 1)
+        if tflop_s and self.rate:
+            found["share_of_rate"] = round(1e12 * tflop_s / self.rate, 4)
         if memory := self.memory():
             found |= {"memory_gib": round(memory.now, 2), "memory_peak_gib": round(memory.peak, 2)}
         if self.expected:
@@ -126,12 +123,13 @@ class Pace:
         return f"{duration(steps * (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1))} left"
 
     def __str__(self) -> str:
-        if not self.seconds:
+        seconds, tflop_s = self.speed()
+        if not seconds:
             return ""
-        parts = [f"{self.seconds:.3g} s/step", f"{self.batch / self.seconds:.3g} samples/s"]
-        if rate := self.tflop_s:
-            share = f" ({1e12 * rate / self.rate:.0%} of this card's {self.rate / 1e12:.0f})" if self.rate else ""
-            parts.append(f"{rate:.3g} useful TFLOP/s{share}")
+        parts = [f"{seconds:.3g} s/step", f"{self.batch / seconds:.3g} samples/s"]
+        if tflop_s:
+            share = f" ({1e12 * tflop_s / self.rate:.0%} of this card's {self.rate / 1e12:.0f})" if self.rate else ""
+            parts.append(f"{tflop_s:.3g} useful TFLOP/s{share}")
         if memory := self.memory():
             parts.append(f"{memory.now:.1f} GiB, at most {memory.peak:.1f} of {memory.total:.0f}")
         return ", ".join(parts)

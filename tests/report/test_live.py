@@ -83,7 +83,7 @@ def test_useful_work_is_told_only_where_it_is_known():
     with pace.step():
         pace.saw((2, 3, 4, 4), 5)
     pace._steps[0] = (2.0, pace._steps[0][1])
-    assert pace.tflop_s == 3.0 and "3 useful TFLOP/s" in str(pace) and "%" not in str(pace)
+    assert pace.speed() == (2.0, 3.0) and "3 useful TFLOP/s" in str(pace) and "%" not in str(pace)
     pace.rate = 6e12
     assert "3 useful TFLOP/s (50% of this card's 6)" in str(pace)
     assert pace.facts()["share_of_rate"] == 0.5
