@@ -6,6 +6,7 @@ Each caller has the same in plain torch beside it, which runs everywhere else an
 """
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Protocol
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 KERNELS = ("int8", "kahan", "kronecker", "products")
-"""Modules of this folder. Each has ``distance(device)``: how far it is from torch, relative to the result."""
+"""Modules of this folder in Triton. Each, as attention.py, has ``distance(device)``: how far it is from torch, relative to the
+result."""
 FAR = 1e-2
 """bf16 rounds by 4e-3."""
 
@@ -31,15 +33,15 @@ proven: set[tuple[torch.device, str]] = set()
 """Where which of ``KERNELS`` may be used: all of them after :func:`prove`, but for those that failed."""
 
 
-def prove(device: torch.device | str) -> None:
+def prove(device: torch.device | str, names: Sequence[str] = KERNELS) -> None:
     """Try each kernel on a GPU, against what torch gives there; those that fail are not used, and a note says so.
 
     Before the first forward pass: within one, the trial would be taken for a part of it.
     """
     place = torch.empty(0, device=device).device
-    if place.type != "cuda" or find_spec("triton") is None:
+    if place.type != "cuda" or (names is KERNELS and find_spec("triton") is None):
         return
-    for kernel in KERNELS:
+    for kernel in names:
         if problem := _problem(place, kernel):
             print(
                 f"note: the kernel '{kernel}' {problem} on {place}; torch's are used instead, which are slower", file=sys.stderr

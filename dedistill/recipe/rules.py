@@ -166,6 +166,9 @@ def _training_rules(r: Recipe) -> list[Clash]:
     if t.exact and t.compile != "none":
         message = "cannot keep what exact = true promises: which graph computes a batch depends on those seen before"
         found.append(_clash("train.compile", message, "train.exact"))
+    if t.exact and t.attention != "torch":
+        message = "cannot keep what exact = true promises: cuDNN sums gradients in another order each time"
+        found.append(_clash("train.attention", message, "train.exact"))
     if t.offload_activations and not t.gradient_checkpointing:
         message = "has no effect without recomputation: set train.gradient_checkpointing"
         found.append(_idle("train.offload_activations", message, "train.gradient_checkpointing"))

@@ -218,6 +218,11 @@ class Train(Table):
         "none",
         description="blocks: torch compiles each block: fewer kernels on a GPU, for minutes at the start and more memory.",
     )
+    attention: Literal["torch", "cudnn"] = Field(
+        "torch",
+        description="cudnn: on a GPU, attention without a mask by cuDNN, where a trial at the start finds it right: faster for "
+        "large images. torch: as torch chooses, without it.",
+    )
 
 
 class Validate(Table):

@@ -19,7 +19,7 @@ from dedistill.runs.model import MARK
 FREE_TO_CHANGE = (
     *("run.name", "run.out", "run.resume", "run.stuck_after", "checkpoint.", "snapshot.every", "validate.", "meters.", "log."),
     *("sample.", "preview.", "data.cache", "train.micro_batch", "train.gradient_checkpointing", "train.offload_activations"),
-    *("train.compile", "base.swap"),
+    *("train.compile", "train.attention", "base.swap"),
 )
 """Keys and tables that alter what is written, or how much memory a step takes, but not what is trained (to rounding);
 a continued run may change them."""

@@ -93,6 +93,7 @@ precision = "bf16"
 gradient_checkpointing = true
 offload_activations = true
 compile = "blocks"
+attention = "cudnn"
 
 [validate]
 every = 10
@@ -131,7 +132,7 @@ TRAINED = re.sub(r"\[model\.new\].*?\n\n", 'path = "w"\n\n', NEW, flags=re.DOTAL
     'density = "beta"\nalpha = 2.0\nbeta = 2\n', 'density = "logit_normal"\nmean = 0.5\nstd = 1.0\n'
 )
 MODE = NEW.replace('density = "beta"\nalpha = 2.0\nbeta = 2\n', 'density = "mode"\nscale = -0.5\n')
-MODE = MODE.replace("micro_batch = 4\n", "exact = true\n").replace('compile = "blocks"\n', "")
+MODE = MODE.replace("micro_batch = 4\n", "exact = true\n").replace('compile = "blocks"\nattention = "cudnn"\n', "")
 IMAGES = re.sub(
     r"\[data\].*?\n\n",
     """\

@@ -134,6 +134,7 @@ SAID = {"run.name", "data.sets.0.name"}
 ELSEWHERE = {
     "data.fold": "test_folds.py: every image is held out once, in runs of their own",
     "train.compile": "test_compiled.py: blocks are compiled, and plan.json says how many",
+    "train.attention": "test_attention.py: cuDNN's where it is proven, and plan.json says whose it is",
     "data.sets.0.file_column": "test_prepare.py: a recipe names the columns of a table",
     "data.sets.0.split": "test_splits.py: a set that is divided gives one of its splits",
     "run.resume": "test_bad_input.py: never refuses a used directory",
