@@ -74,8 +74,8 @@ def test_one_shard_by_its_path(shards):
 def test_an_unchanged_shard_is_not_opened(shards, tmp_path, monkeypatch):
     file = tmp_path / "index.jsonl"
     opened = []
-    real, read = listing._of_shard, module.read_bytes
-    monkeypatch.setattr(listing, "_of_shard", lambda root, shard: opened.append(shard.file) or real(root, shard))
+    real, read = listing.samples_of, module.read_bytes
+    monkeypatch.setattr(listing, "samples_of", lambda root, shard: opened.append(shard.file) or real(root, shard))
     monkeypatch.setattr(module, "read_bytes", lambda source, place: opened.append(place.file) or read(source, place))
     first = build_index([ImageSet(str(shards))], file=file)
     opened.clear()
@@ -120,7 +120,7 @@ def test_odd_members(tmp_path):
             "xxxxxxxx.jpg": ("a long name",),
         }
         reasons = {name.partition("::")[2]: reason for name, reason in index.quarantined}
-        assert reasons.keys() == {"dir.x/a", "two", "text", "bad.jpg"}
+        assert reasons.keys() == {"dir.x/a", "two", "text", "bad.jpg", "link"}
         assert reasons["two"].startswith("2 images") and reasons["text"].startswith("no image")
 
 

@@ -3,19 +3,19 @@
 import errno
 import os
 import stat
-import tarfile
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Literal
 
 from dedistill.data.images import caption_files, decode
 from dedistill.data.images.caption_files import read_table
 from dedistill.data.images.rows import image_column, is_table, rows_of
+from dedistill.data.images.shards import samples_of
 from dedistill.data.images.splits import DEEPEST, is_folder, other_splits
 from dedistill.data.images.types import Found, ImageSet, Place
-from dedistill.errors import UserError, amount
+from dedistill.errors import UserError
 from dedistill.io.hashing import Stamp
 
 TABLES = ("jsonl", "csv", "parquet")
@@ -197,83 +197,17 @@ def _of_shards(root: Path, shards: list[str], known: Known) -> Iterator[Found]:
     for shard in shards:
         try:
             place = whole(shard, os.stat(root / shard))
+            yield from known(place) or samples_of(root, place)
         except OSError as e:
-            yield Found(shard, problem=f"cannot be read: {e.strerror}")
-            continue
-        yield from known(place) or _of_shard(root, place)
-
-
-def _of_shard(root: Path, shard: Place) -> Iterator[Found]:
-    """Samples of one shard: members with the same name up to the first dot of the last part (webdataset's rule)."""
-    samples: dict[str, list[tuple[str, Place]]] = {}
-    problem = ""
-    try:
-        with tarfile.open(root / shard.file, "r:", tarinfo=_Member) as tar:  # "r:" is plain tar only; nothing is extracted
-            for member in tar:
-                if not member.isfile() or member.issparse():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                key, _, extension = base.partition(".")
-                place = shard._replace(offset=member.offset_data, size=member.size)
-                if member.size < 0:
-                    raise tarfile.ReadError(f"a member of {member.size:,} bytes at offset {member.offset:,}")
-                if key and place.offset + place.size <= shard.size:
-                    samples.setdefault(f"{folder}/{key}" if folder else key, []).append((extension.lower(), place))
-            # tarfile takes a header that it cannot read, or that is zeroed, for the end: the rest would be lost without a word
-            if not _only_zeros_from(cast(BinaryIO, tar.fileobj), tar.offset):
-                raise tarfile.ReadError(f"no end mark at offset {tar.offset:,}")
-    except OSError as e:
-        yield Found(shard.file, problem=f"cannot be read: {e.strerror or e}")
-        return
-    except (tarfile.TarError, ValueError) as e:
-        problem = f"damaged, or not a plain tar file; {amount(len(samples), 'sample stands', 'samples stand')} before that: {e}"
-    problem = problem or ("" if samples else "it holds no files")
-    for key, members in samples.items():
-        yield _of_members(f"{shard.file}::{key}", members, shard)
-    if problem:
-        yield Found(shard.file, shard._replace(size=0), problem=problem)
-
-
-class _Member(tarfile.TarInfo):
-    """Refuses extended headers of a length that no file's name and attributes have: to read them may take hours."""
-
-    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:  # the hook that tarfile keeps for subclasses
-        if self.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE) and self.size > MAX_EXTENDED:
-            raise tarfile.HeaderError(f"an extended header of {self.size:,} bytes; the limit is {MAX_EXTENDED:,}")
-        return super()._proc_member(tar)  # type: ignore[misc]
-
-
-MAX_EXTENDED = 1 << 14
-
-
-def _only_zeros_from(file: BinaryIO, offset: int) -> bool:
-    """Whether a file goes on to its end in zeros, a block of them at least."""
-    file.seek(offset)
-    found = False
-    while block := file.read(1 << 20):
-        if block.count(0) != len(block):
-            return False
-        found = found or len(block) >= tarfile.BLOCKSIZE
-    return found
-
-
-def _of_members(name: str, members: list[tuple[str, Place]], shard: Place) -> Found:
-    images = [(extension, place) for extension, place in members if extension in decode.EXTENSIONS]
-    if len(images) != 1:
-        names = ", ".join(extension for extension, _ in members)
-        problem = f"{len(images) or 'no'} images among its members ({names}); expected one"
-        return Found(name, shard._replace(size=0), problem=problem)
-    order = caption_files.EXTENSIONS
-    texts = sorted((m for m in members if m[0] in order), key=lambda m: order.index(m[0]))
-    return Found(f"{name}.{images[0][0]}", images[0][1], tuple(texts))
+            yield Found(shard, problem=f"cannot be read: {e.strerror or e}")
 
 
 def _of_images_in(source: ImageSet, file: str) -> Iterator[Found] | None:
     """The images that a table holds itself; None for one that holds none, or names files."""
     path = source.root / file
     try:
-        if is_table(file) and image_column(path, source.file_column):
-            return rows_of(source, path, whole(file, os.stat(path)))
+        if is_table(file) and (place := whole(file, os.stat(path))) and image_column(path, source.file_column):
+            return rows_of(source, path, place)
     except (OSError, ValueError) as e:
         return iter([Found(file, problem=f"cannot be read: {getattr(e, 'strerror', None) or e}")])
     return None
