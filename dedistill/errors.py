@@ -16,8 +16,8 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda found: f"\\x{n:02x}" if (n := ord(found[0])) < 0x100 else f"\\u{n:04x}", text)
 
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""All but tabs and line feeds; marks of direction, too, and Unicode's own ends of lines."""
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""All but tabs and line feeds; marks of direction, too, Unicode's own ends of lines, and bytes of names that are no UTF-8."""
 
 
 def say(line: str) -> None:

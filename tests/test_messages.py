@@ -39,7 +39,7 @@ def test_templates_say_amounts_alike(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sign", ["\x1b]0;mine\x07", "\x1b[2J", "\r", "\x9b31m", "\x7f", "\x08", "\u202egnp.", "\u2067", "\u2028"]
+    "sign", ["\x1b]0;mine\x07", "\x1b[2J", "\r", "\x9b31m", "\x7f", "\x08", "\u202egnp.", "\u2067", "\u2028", "\udcff"]
 )
 def test_nothing_that_controls_a_terminal_reaches_it(capsys, sign):
     def fail():

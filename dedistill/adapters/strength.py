@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,10 +29,14 @@ def with_alphas(
         return found
     if config.get("use_dora"):
         raise UserError(f"'{source}' is a DoRA, says its header; that is not supported: known are LoKr and LoRA")
+    alphas = _setting(config, "lora_alpha" if "lora_alpha" in config else "alpha", "alpha_pattern", source)
+    ranks = _setting(config, "r", "rank_pattern", source)
     for name, factors in found.items():
         if "diff" in factors:
             continue
-        alpha, inner = _alpha_and_rank(config, name, source)
+        alpha, inner = alphas.of(name), ranks.of(name)
+        if not inner > 0:
+            raise UserError(f"'{source}': '{name}' has rank {inner:g} by its header ({PEFT_CONFIG})")
         if "lora_up.weight" in factors:
             if inner != (own := rank(factors)):
                 raise UserError(f"'{source}': '{name}' has rank {own}, and rank {inner:g} by its header ({PEFT_CONFIG})")
@@ -52,25 +57,31 @@ def _config(header: Mapping[str, str], source: str, folder: str) -> dict[str, An
     return own or {key: value for key, value in whole.items() if "." not in key}
 
 
-def _alpha_and_rank(config: Mapping[str, Any], name: str, source: str) -> tuple[float, float]:
-    """PEFT's alpha and rank of layer ``name``: those of the first pattern that ends its name, else those of all."""
-    both = (("lora_alpha" if "lora_alpha" in config else "alpha", "alpha_pattern", 8), ("r", "rank_pattern", 8))
-    values = []
-    for key, patterns, default in both:
-        value = config.get(key, default)
-        special = config.get(patterns) or {}
-        try:
-            value = next((v for pattern, v in special.items() if _ends(pattern, name)), value)
-            values.append(float(value))
-        except (AttributeError, TypeError, ValueError, ArithmeticError, re.error) as e:
-            raise UserError(f"'{source}': {key} or {patterns} in its header ({PEFT_CONFIG}) cannot be read: {e}") from e
-    if values[1] <= 0:
-        raise UserError(f"'{source}': '{name}' has rank {values[1]:g} by its header ({PEFT_CONFIG})")
-    return values[0], values[1]
+@dataclass(frozen=True)
+class _Setting:
+    """A number of PEFT's config, and those of layers that it names by patterns: the first that ends a name counts."""
+
+    value: float
+    special: list[tuple[re.Pattern[str], float]]
+
+    def of(self, name: str) -> float:
+        return next((value for pattern, value in self.special if pattern.match(name)), self.value)
 
 
-def _ends(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+def _setting(config: Mapping[str, Any], key: str, patterns: str, source: str) -> _Setting:
+    try:
+        special = dict(config.get(patterns) or {})
+        if len(special) > MOST_PATTERNS or any(_SLOW.search(pattern) for pattern in special):
+            raise ValueError(f"more than {MOST_PATTERNS:,} patterns, or one that may take for ever to match")
+        found = [(re.compile(rf"(.*\.)?({pattern})$"), float(value)) for pattern, value in special.items()]
+        return _Setting(float(config.get(key, 8)), found)
+    except (AttributeError, TypeError, ValueError, ArithmeticError, RecursionError, re.error) as e:
+        raise UserError(f"'{source}': {key} or {patterns} in its header ({PEFT_CONFIG}) cannot be read: {e}") from e
+
+
+MOST_PATTERNS = 10_000
+_SLOW = re.compile(r"\)[*+{]|([*+{].*){5}|\\\d", re.DOTALL)
+"""A group that is repeated, more than four repetitions, or what an earlier group matched once more."""
 
 
 def _give(factors: dict[str, Tensor], alpha: float, name: str, source: str) -> None:

@@ -94,10 +94,18 @@ def copy_files(files: Files, out: Path) -> None:
 
 def public_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json without the places on this machine that libraries write into it (``_name_or_path``)."""
-    return {key: value for key, value in config.items() if not (isinstance(value, str) and _is_local(key, value))}
+    return {key: _public(value) for key, value in config.items() if not _is_local(key, value)}
 
 
-def _is_local(key: str, value: str) -> bool:
+def _public(value: object) -> object:
+    if isinstance(value, list):
+        return [_public(v) for v in value if not _is_local("", v)]
+    return public_config(value) if isinstance(value, dict) else value
+
+
+def _is_local(key: str, value: object) -> bool:
+    if not isinstance(value, str):
+        return False
     absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith("~")
     return absolute or (key.endswith("name_or_path") and not is_hub_id(value))
 

@@ -69,6 +69,10 @@ LOKR = {"transformer.proj_out.lokr_w1": torch.ones(3, 3), "transformer.proj_out.
         (TENSORS, '{"transformer.lora_alpha": 2, "transformer.r": 8}', "'proj_out' has rank 2, and rank 8 by its header"),
         (TENSORS, '{"transformer.r": 2, "transformer.use_dora": true}', "is a DoRA"),
         (TENSORS | {"transformer.proj_out.alpha": torch.tensor(2.0)}, '{"lora_alpha": 4, "r": 2}', "2 by its tensor and 4"),
+        (TENSORS, '{"r": 2, "rank_pattern": {"((p|q)+)+x": 2}}', "rank_pattern in its header .* may take for ever"),
+        (TENSORS, '{"r": 2, "alpha_pattern": {".*.*.*.*.*x": 2}}', "alpha_pattern in its header .* may take for ever"),
+        (TENSORS, json.dumps({"r": 2, "alpha_pattern": {f"x{i}": 2 for i in range(10_001)}}), "more than 10,000 patterns"),
+        (TENSORS, '{"r": 2, "rank_pattern": {"(": 2}}', "rank_pattern in its header .* cannot be read"),
         (LOKR, '{"transformer.alpha": 16, "transformer.r": 4}', "scales the LoKr of 'proj_out' by 16 / 4"),
     ],
 )

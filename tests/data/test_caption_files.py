@@ -27,6 +27,8 @@ def read(content: str | bytes, kind: str = "txt", fields: tuple[str, ...] = (), 
         ("\n\n", None, ()),
         ("", False, ()),
         ("\ufeffcafé", None, ("café",)),
+        ("a cat\n\ufeffa dog\n\u200b\n", True, ("a cat", "a dog")),
+        (" \u200b\ufeff ", None, ()),
     ],
 )
 def test_text(kind, text, split_lines, expected):

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from dedistill.data.images import index as module
 from dedistill.data.images import listing
 from dedistill.data.images.index import Index, build_index
+from dedistill.data.images.shards import members
 from dedistill.data.images.types import ImageSet
 from dedistill.errors import UserError
 
@@ -203,3 +205,72 @@ def test_long_names_are_still_read(shards):
         add(tar, "é" * 1500 + ".jpg", image(70))
         add(tar, "é" * 1500 + ".txt", b"a long name")
     assert ("a long name",) in [s.captions for s in build_index([ImageSet(str(shards))]).samples]
+
+
+def extended(kind: bytes, text: bytes = b"", size: int | None = None) -> bytes:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, len(text) if size is None else size
+    return info.tobuf(tarfile.USTAR_FORMAT) + text.ljust(-(-len(text) // 512) * 512, b"\0")
+
+
+SPARSE = bytearray(tarfile.TarInfo("s.png").tobuf(tarfile.USTAR_FORMAT))
+SPARSE[156:157], SPARSE[482] = b"S", 1
+SPARSE[148:156] = b" " * 8
+SPARSE[148:156] = b"%06o\0 " % sum(SPARSE)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        extended(tarfile.XGLTYPE, b"20 comment=aaaaaaaa\n"),
+        extended(tarfile.XHDTYPE, b"14 path=b.png\n"),
+        extended(tarfile.GNUTYPE_LONGNAME, b"z" * 400),
+        extended(tarfile.GNUTYPE_LONGLINK, b"z" * 400),
+        extended(tarfile.DIRTYPE),
+        tarfile.TarInfo("q.png").tobuf(),
+        b"\1" * 512,
+    ],
+)
+def test_endless_chains_without_content_cost_their_shard_alone(shards, part):
+    head = bytes(SPARSE) if part[0] == 1 else b""
+    (shards / "00002.tar").write_bytes(head + part * 30_000 + bytes(1024))
+    start = time.process_time()
+    index = build_index([ImageSet(str(shards))])
+    assert time.process_time() - start < 2
+    assert len(index.samples) == 8 and all("00002.tar" in name for name, _ in index.quarantined)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_of_tarfile(tmp_path, format):
+    path, rng = tmp_path / "x.tar", np.random.default_rng(format)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name in ("a.png", "é ü/b.txt", "d" * 60 + "/" + "e" * 70 + ".jpg", *(("f" * 300 + ".json",) if format else ())):
+            add(tar, name, rng.bytes(int(rng.integers(0, 2000))))
+        for kind, name in ((tarfile.DIRTYPE, "folder"), (tarfile.SYMTYPE, "link.png"), (tarfile.LNKTYPE, "hard.png")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.png" if kind != tarfile.DIRTYPE else ""
+            tar.addfile(info)
+        add(tar, "last.png", rng.bytes(513))
+    with tarfile.open(path) as tar:
+        theirs = [
+            (m.name, m.offset_data, 0 if m.islnk() else m.size, m.isreg() and not m.islnk()) for m in tar if not m.isdir()
+        ]
+    with open(path, "rb") as file:
+        ours = [(m.name, m.offset, m.size, not m.problem) for m in members(file, path.stat().st_size)]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("of", ["a.png", "a.txt"])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE])
+def test_what_is_no_file_in_a_shard_is_told(shards, of, kind):
+    with tarfile.open(shards / "00002.tar", "w") as tar:
+        for name in ("a.png", "a.txt"):
+            if name == of:
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = kind, "/etc/passwd"
+                tar.addfile(info)
+            else:
+                add(tar, name, image(1, "PNG") if name == "a.png" else b"a caption")
+    index = build_index([ImageSet(str(shards))])
+    assert len(index.samples) == 8
+    assert [name for name, _ in index.quarantined] == ["laion/00002.tar::a"] and f"its .{of[2:]} is" in index.quarantined[0][1]

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import time
 import unicodedata
 
@@ -140,7 +141,7 @@ def test_absolute_paths_inside_the_folder_are_fine(folder):
         ([{"image": "a.png", "caption": "x"}], {}, r"no column 'file_name' that names the image \(columns: image, caption\)"),
         ([{"file_name": "a.png", "licence": "x", "author": "y"}], {}, r"several columns of text \(licence, author\)"),
         ([{"file_name": "a.png", "caption": "x"}], {"fields": ("blip",)}, r"no column 'blip'"),
-        ([{"file_name": "a.png", "width": 3}], {}, "no caption"),
+        ([{"file_name": "a.png", "width": 3}], {}, r"no column with captions \(columns: file_name"),
     ],
 )
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -213,6 +214,67 @@ def test_tables_have_bounds(folder, monkeypatch):
     monkeypatch.setattr(caption_files, "MAX_ROWS", 50)
     monkeypatch.setattr(caption_files, "MAX_TABLE_BYTES", 3000)  # the file itself is shorter, its texts are longer
     with pytest.raises(UserError, match="split it into several sets"):
+        build_index([ImageSet(str(folder))])
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [(pa.binary(), b"x"), (pa.list_(pa.list_(pa.string())), [["x"]]), (pa.struct([("en", pa.string())]), {"en": "x"})],
+)
+@pytest.mark.parametrize("column", ["file_name", "text"])
+def test_columns_that_hold_no_text_are_named(folder, kind, cell, column):
+    cells = {"file_name": pa.array(["a.png"]), "text": pa.array(["x"])} | {column: pa.array([cell], kind)}
+    pq.write_table(pa.table(cells), folder / "metadata.parquet")
+    with pytest.raises(UserError, match=rf"metadata\.parquet.* no column .*no text: {column} of (binary|list|struct)"):
+        build_index([ImageSet(str(folder))])
+
+
+@pytest.mark.parametrize(
+    ("rows", "good", "line"),
+    [
+        ('a.png,"he said\nsub/b.png,two\n', [], 2),
+        ('a.png,"he said\nsub/b.png,"two"\n', [], 2),
+        ('a.png,"one"\nsub/b.png,"a "sign" there"\n', ["one"], 3),
+        (
+            'a.png,"she said ""hi""\r\nand left"\r\nsub/b.png,no "quotes" here\r\n',
+            ['she said "hi"\r\nand left', 'no "quotes" here'],
+            0,
+        ),
+    ],
+)
+def test_a_quote_that_is_not_closed_swallows_no_rows(folder, rows, good, line):
+    (folder / "metadata.csv").write_text("file_name,caption\n" + rows, newline="")
+    if good:
+        index = build_index([ImageSet(str(folder))])
+        assert [caption for s in index.samples for caption in s.captions] == good
+        assert bool(line) == any(f"metadata.csv line {line}" in name and "quotes" in why for name, why in index.quarantined)
+    else:
+        with pytest.raises(UserError, match=f"metadata.csv' cannot be read: line {line}: its quotes do not match"):
+            build_index([ImageSet(str(folder))])
+
+
+@pytest.mark.parametrize("name", ["METADATA.CSV", "Metadata.csv"])
+def test_the_list_of_a_folder_in_other_letters(folder, name):
+    (folder / name).write_text("file_name,caption\na.png,one\nsub/b.png,two\n")
+    assert [s.captions for s in build_index([ImageSet(str(folder))]).samples] == [("one",), ("two",)]
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "train.tsv", "meta.jsonl"])
+def test_tables_that_are_not_read_are_told(folder, name):
+    (folder / name).write_text("file_name,caption\na.png,one\n")
+    with pytest.raises(UserError, match=f"no caption.* 1 table is not read: {name} .*metadata.csv"):
+        build_index([ImageSet(str(folder))])
+    for image in ("a", "sub/b"):
+        (folder / f"{image}.txt").write_text(image)
+    said: list[str] = []
+    build_index([ImageSet(str(folder))], say=said.append)
+    assert f"not read: {name}" in said[-1]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet", "data.parquet"])
+def test_a_pipe_in_the_place_of_a_table_is_not_waited_for(folder, name):
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=f"{name}.*not a regular file|no caption"):
         build_index([ImageSet(str(folder))])
 
 

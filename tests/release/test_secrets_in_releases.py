@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_recipes import IMAGES
 
+from dedistill.models.pipeline_files import public_config
 from dedistill.models.registry import public_name
 from dedistill.recipe.fields import Table
 from dedistill.recipe.schema import Recipe
@@ -354,3 +355,14 @@ def test_a_recipe_in_a_header_that_is_none_is_said(home, tmp_path, capsys):
     save_file({"x.alpha": torch.ones(())}, tmp_path / "a.safetensors", metadata={"dedistill.recipe": "=="})
     assert export(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "peft") == 1
     assert "a.safetensors' cannot be read: Invalid statement" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "public"),
+    [
+        ({"text_config": {"_name_or_path": "/home/me/clip", "width": 8}}, {"text_config": {"width": 8}}),
+        ({"parts": [{"file": "~/x"}, {"file": "a/b"}], "a": ["C:\\me", 1]}, {"parts": [{}, {"file": "a/b"}], "a": [1]}),
+    ],
+)
+def test_places_deep_in_a_config_are_left_out(config, public):
+    assert public_config(config) == public

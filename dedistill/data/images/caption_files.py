@@ -26,6 +26,10 @@ LINE_END = re.compile(r"\r\n|[\n\r]")
 """What ends a line of a text file. Unicode has more, which word processors and models that write captions put inside one."""
 
 
+INVISIBLE = "\ufeff\u200b\u2060"
+"""Marks of files that were joined, and spaces of no width: no text."""
+
+
 class BadCaption(Exception):
     """A caption file that cannot be used. The message is the reason, without the name of the file."""
 
@@ -76,7 +80,7 @@ def as_captions(value: object, field: str) -> list[str]:
 
 def cleaned(captions: list[str]) -> tuple[str, ...]:
     """Captions without surrounding blanks, without empty ones and repetitions. Raises ``BadCaption`` for what is no text."""
-    captions = [caption.strip() for caption in captions]
+    captions = [caption.strip().strip(INVISIBLE).strip() for caption in captions]
     if (longest := max(map(len, captions), default=0)) > MAX_BYTES:
         raise BadCaption(f"{longest:,} characters; the limit is {MAX_BYTES:,}")
     if any("\0" in caption for caption in captions):
@@ -126,12 +130,17 @@ def read_table(source: ImageSet, path: Path) -> list[tuple[str, tuple[str, ...],
     the only other column of text. Raises ``UserError`` for an unreadable list or an undecided choice of columns.
     """
     try:
+        if not path.is_file():  # a pipe, whose end may never come
+            raise ValueError("not a regular file")
         if (size := path.stat().st_size) > MAX_TABLE_BYTES:
             raise ValueError(f"{size:,} bytes; the limit is {MAX_TABLE_BYTES:,}: split it into several sets")
         rows = READERS[path.suffix.lower()](path)
     except (OSError, ValueError, csv.Error) as e:  # pyarrow's errors are ValueErrors, a wrong encoding is one too
         raise UserError(f"data: source '{source.title}': '{path}' cannot be read: {e}") from e
     good = [row for _, row in rows if isinstance(row, dict)]
+    if not good:
+        first = next((f"{where}: {row}" for where, row in rows if isinstance(row, str)), "it has no rows")
+        raise UserError(f"data: source '{source.title}': '{path}' cannot be read: {first}")
     kept = _caption_columns(source, path, good)
     joined: dict[str, tuple[list[str], str]] = {}
     about: dict[str, str] = {}
@@ -151,19 +160,17 @@ def read_table(source: ImageSet, path: Path) -> list[tuple[str, tuple[str, ...],
 
 def _caption_columns(source: ImageSet, path: Path, rows: list[Row]) -> list[str]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    where = f"data: source '{source.title}': '{path}'"
-    if not columns:
-        raise UserError(f"{where} cannot be read: no line of it is a row in UTF-8")
     if source.file_column not in columns:
-        listed = f"{where} has no column {source.file_column!r} that names the image (columns: {some(columns)})"
-        raise UserError(listed + _other_form(path, columns))
-    return choose_columns(source, where, columns, rows)
+        listed = f"data: source '{source.title}': '{path}' has no column {source.file_column!r} that names the image"
+        raise UserError(f"{listed} ({_all_columns(path, columns)})" + _other_form(path, columns))
+    return choose_columns(source, path, columns, rows)
 
 
-def choose_columns(source: ImageSet, where: str, columns: list[str], rows: Sequence[Row]) -> list[str]:
-    """Those of ``columns`` that hold captions. where: how messages begin. Raises UserError where that is undecided."""
+def choose_columns(source: ImageSet, path: Path, columns: list[str], rows: Sequence[Row]) -> list[str]:
+    """Those of ``columns`` that hold captions. path: of the table. Raises UserError where there is none, or several might."""
+    where = f"data: source '{source.title}': '{path}'"
     if missing := [field for field in source.fields if field not in columns]:
-        raise UserError(f"{where} has no column {', '.join(map(repr, missing))} (columns: {some(columns)})")
+        raise UserError(f"{where} has no column {', '.join(map(repr, missing))} ({_all_columns(path, columns)})")
     if source.fields:
         return list(source.fields)
     textual = {c for row in rows for c, value in row.items() if isinstance(value, str | list)} - {source.file_column}
@@ -174,7 +181,23 @@ def choose_columns(source: ImageSet, where: str, columns: list[str], rows: Seque
             f"{where} has several columns of text ({some(texts)}); name those with captions: "
             "captions in [[data.sets]], or --fields of dedistill scan"
         )
+    if not texts and source.missing_captions == "error":
+        raise UserError(
+            f"{where} has no column with captions ({_all_columns(path, columns)}); without captions, set "
+            'data.missing_captions to "empty"'
+        )
     return usual or texts
+
+
+def _all_columns(path: Path, columns: list[str]) -> str:
+    """For a message, those of a parquet table that are not text among them."""
+    other = []
+    if path.suffix.lower() == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        other = [f"{field.name} of {str(field.type)[:60]}" for field in pq.read_schema(path) if not _is_text(field.type, pa)]
+    return f"columns: {some(columns)}" + (f"; no text: {some(other)}" if other else "")
 
 
 def _other_form(path: Path, columns: list[str]) -> str:
@@ -208,18 +231,27 @@ def _csv(path: Path) -> list[tuple[str, Row | str]]:
     """Rows without the columns that have no name: pandas' index stands in the first, spreadsheets add empty ones at the end."""
     csv.field_size_limit(1 << 30)  # beyond its own limit it would give up the whole table
     with open(path, encoding="utf-8-sig", errors=BAD_BYTES, newline="") as f:
-        reader = csv.reader(f, skipinitialspace=True)
+        reader = csv.reader(f, skipinitialspace=True, strict=True)
         names = [name.strip() for name in next(reader, [])]
         named = [name for name in names if name]
         if twice := [name for name, times in Counter(named).items() if times > 1]:
             raise ValueError(f"two columns are called {twice[0]!r}")
         wrong = f"expected {amount(len(names), 'field')}"
         rows: list[tuple[str, Row | str]] = []
-        for row in filter(None, reader):
+        while True:
+            start = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return rows
+            except csv.Error as e:  # else the field would go on to the next quote, over the rows between
+                rows.append((f"line {start}", f"its quotes do not match ({e}): inside a quoted field a quote is written twice"))
+                continue
+            if not row:
+                continue
             found = {name: value for name, value in zip(names, row) if name}
             whole: Row = dict(found)
             rows.append((f"line {reader.line_num}", whole if len(row) == len(names) else BadRow(wrong, found)))
-        return rows
 
 
 def parquet_rows(path: Path) -> list[tuple[str, Row]]:

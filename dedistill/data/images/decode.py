@@ -1,7 +1,9 @@
 """From the bytes of an image file to upright 8-bit RGB. Sizes are checked before anything is decoded."""
 
 import io
+from contextlib import nullcontext
 from functools import lru_cache
+from threading import Lock
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -11,6 +13,9 @@ from dedistill.errors import is_out_of_memory
 
 MAX_PIXELS = 80_000_000
 """Below Pillow's own warning (89 million). Pillow itself refuses more than 178,956,970, whatever the limit here says."""
+LARGE = 40_000_000
+"""Pixels from which on one image is decoded at a time, whatever the number of threads: each takes up to 16 bytes per pixel."""
+_ONE_LARGE = Lock()
 MAX_BYTES = 100 << 20
 MAX_SCANS = 64
 """Of a JPEG. Progressive ones have about ten, and as many for each further image in the same file."""
@@ -36,8 +41,9 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BY
     """
     image = _open(data, max_pixels, max_bytes)
     try:
-        image.load()
-        return _rgb(_upright(image))
+        with _ONE_LARGE if image.width * image.height > LARGE else nullcontext():
+            image.load()
+            return _rgb(_upright(image))
     except BadImage:
         raise
     except Exception as e:  # decoders raise any kind of error over damaged bytes
@@ -107,11 +113,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         grey = image.mode in ("L", "1")
         return _in_srgb(image.convert("L" if grey else "RGB"), profile).convert("RGB")
-    image = image.convert("RGBA")
-    alpha = image.getchannel("A")
-    coloured = _in_srgb(image.convert("RGB"), profile).convert("RGBA")
-    coloured.putalpha(alpha)
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), coloured).convert("RGB")
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(_in_srgb(image.convert("RGB"), profile), mask=image.getchannel("A"))
+    return white
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -19,7 +19,7 @@ from dedistill.data.images.caption_files import BadCaption
 from dedistill.data.images.duplicates import MOST_CROPPED
 from dedistill.data.images.likeness import VERSION as LIKENESS
 from dedistill.data.images.likeness import likeness
-from dedistill.data.images.listing import images_of
+from dedistill.data.images.listing import images_of, not_read
 from dedistill.data.images.rows import is_table, read_row
 from dedistill.data.images.types import NOWHERE, Found, ImageSet, Place
 from dedistill.distributed.outside import heartbeat
@@ -382,6 +382,7 @@ def _judge(index: Index, say: Callable[[str], None]) -> None:
             f"{', '.join(index.without_caption[:3])}{' ...' if count > 3 else ''}. "
             "Put a .txt, .caption or .json file of the same name beside each, or set "
             'data.missing_captions to "quarantine" (leave them out) or "empty" (train on an empty caption)'
+            + "".join(map(not_read, index.sources))
         )
     for number, source in enumerate(index.sources):
         usable = [sample for sample in index.samples if sample.source == number]
@@ -389,8 +390,9 @@ def _judge(index: Index, say: Callable[[str], None]) -> None:
         examples = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
         if not usable:
             held = f"{len(bad):,} cannot be used: {examples}" if bad else "it holds none by name"
-            raise UserError(f"data: source '{source.title}': no usable image in '{source.path}' ({held})")
+            raise UserError(f"data: source '{source.title}': no usable image in '{source.path}' ({held}){not_read(source)}")
         say(
             f"data: source '{source.title}': {amount(len(usable), 'image')}"
             + (f"; left out {len(bad):,}: {examples}" if bad else "")
+            + not_read(source)
         )

@@ -15,10 +15,13 @@ from dedistill.data.images.rows import image_column, is_table, rows_of
 from dedistill.data.images.shards import samples_of
 from dedistill.data.images.splits import DEEPEST, is_folder, other_splits
 from dedistill.data.images.types import Found, ImageSet, Place
-from dedistill.errors import UserError
+from dedistill.errors import UserError, amount
 from dedistill.io.hashing import Stamp
 
 TABLES = ("jsonl", "csv", "parquet")
+METADATA = frozenset(f"metadata.{kind}" for kind in TABLES)
+"""The list that describes its folder."""
+OTHER_TABLES = ("tsv", "xlsx", "arrow")
 
 
 Known = Callable[[Place], list[Found] | None]
@@ -70,11 +73,26 @@ def _of_folder(source: ImageSet, path: Path, known: Known) -> Iterator[Found]:
             yield Found(found.name, problem=found.problem or f"{reason}")
 
 
+def not_read(source: ImageSet) -> str:
+    """For a message, tables in the folder of a source that are not read, but for those about a shard of the same name."""
+    if not Path(source.path).is_dir():
+        return ""
+    names = sorted(os.listdir(source.path))
+    shards = {_stem(name) for name in names if _extension(name) == "tar"}
+    some = [name for name in names if _extension(name) in (*TABLES, *OTHER_TABLES) and _stem(name) not in shards]
+    some = [name for name in some if name.lower() not in METADATA and not _of_images_in(source, name)]
+    if not some:
+        return ""
+    named = ", ".join(some[:3]) + (" ..." if len(some) > 3 else "")
+    way_out = "a list of images is called metadata.csv, .jsonl or .parquet, or is itself the path of the set"
+    return f"; {amount(len(some), 'table is', 'tables are')} not read: {named} ({way_out})"
+
+
 def _table_in(source: ImageSet, folder: Path, names: Collection[str]) -> str | None:
     """The name of the table that describes ``folder``, if there is one."""
-    tables = [name for name in (f"metadata.{kind}" for kind in TABLES) if name in names]
+    tables = sorted(name for name in names if name.lower() in METADATA)
     if len(tables) > 1:
-        raise UserError(f"data: source '{source.title}': '{folder}' holds {' and '.join(sorted(tables))}; give the path of one")
+        raise UserError(f"data: source '{source.title}': '{folder}' holds {' and '.join(tables)}; give the path of one")
     return tables[0] if tables else None
 
 

@@ -42,7 +42,9 @@ def _holds_bytes(kind: "pyarrow.DataType") -> bool:
     t = pa.types
     if t.is_struct(kind):
         return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
-    return t.is_binary(kind) or t.is_large_binary(kind) or t.is_binary_view(kind)
+    if t.is_dictionary(kind):
+        kind = kind.value_type
+    return t.is_binary(kind) or t.is_large_binary(kind) or t.is_binary_view(kind) or t.is_fixed_size_binary(kind)
 
 
 def rows_of(source: ImageSet, path: Path, table: Place) -> Iterator[Found]:
@@ -56,7 +58,7 @@ def rows_of(source: ImageSet, path: Path, table: Place) -> Iterator[Found]:
     except (OSError, ValueError) as e:
         raise UserError(f"{where} cannot be read: {e}") from e
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    kept = choose_columns(source, where, columns, rows)
+    kept = choose_columns(source, path, columns, rows)
     for number, row in enumerate(rows):
         name, place = f"{table.file}::{number}", table._replace(offset=number, size=UNKNOWN_SIZE)
         try:
