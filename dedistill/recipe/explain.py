@@ -1,5 +1,6 @@
 """What pydantic found, in plain words: one line for each key."""
 
+import math
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -38,6 +39,8 @@ def explain(errors: list[ErrorDetails], key: str) -> str:
     hint = f"; did you mean '{near[0]}'?" if near else ""
     if answer := answer_to_value(key, value):
         hint = f"; {answer}"
+    if isinstance(value, str) and {error["type"] for error in errors} & {"int_type", "float_type"} and _is_number(value):
+        hint = "; write it without quotes"
     for error in errors:
         if error["type"] != "literal_error" and error["type"] not in _KINDS:
             return f"{any_of([_limit(error), *quoted])}, got {_bare(value)}{hint}"
@@ -49,6 +52,13 @@ def explain(errors: list[ErrorDetails], key: str) -> str:
     if isinstance(value, list) and kinds == ["a table"]:
         hint = f"; a single table is written [{key}]"
     return f"expects {any_of(kinds + quoted)}, got {shown(value)}{hint}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _limit(error: ErrorDetails) -> str:

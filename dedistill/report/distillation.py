@@ -46,7 +46,8 @@ def few_words(found: dict[str, Any]) -> str:
         return ""
     return (
         f"Measured on {' and '.join(few)}: with fewer than {LEAST_UNITS} no interval is given and nothing is called higher or "
-        "lower, since other images could say otherwise. Hold out more (data.held_out), or give more prompts (--prompts)."
+        "lower, since other images could say otherwise. Hold out more (data.held_out), each image once "
+        "(a run for each data.fold, then dedistill measure --folds), or give more prompts (--prompts)."
     )
 
 

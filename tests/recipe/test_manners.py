@@ -55,6 +55,19 @@ def test_others_are_none(errors_of, text):
     assert line.startswith("--set: train.warmup: expects an integer, got the number")
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "said"),
+    [
+        ("warmup", '"1e4"', "expects an integer, got the string '1e4'; write it without quotes"),
+        ("lr", '" 3e-5"', "expects a number, got the string ' 3e-5'; write it without quotes"),
+        ("lr", '"fast"', "expects a number, got the string 'fast'"),
+    ],
+)
+def test_numbers_in_quotes(errors_of, key, text, said):
+    (line,) = errors_of(f"{SMALL}{key} = {text}\n" if key not in SMALL else SMALL, f"train.{key}={text}")
+    assert line.endswith(said)
+
+
 @pytest.mark.parametrize("path", [r"C:\Users\x\run", r"D:\data\photos", r"C:\new\table", r"E:\temp"])
 def test_paths_of_windows(errors_of, load, path):
     """In double quotes a backslash begins an escape: an unknown one is no TOML, and a known one another path."""
