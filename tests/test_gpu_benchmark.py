@@ -50,7 +50,7 @@ def counted(components, call, *, backward: bool) -> int:
 
 
 def test_forward_is_exactly_what_torch_counts():
-    """PERFORMANCE 2.1: linears and attention of every kind of block."""
+    """Linears and attention of every kind of block."""
     from benchmarks.flops import Tokens, forward_flops
 
     components = network()
@@ -61,7 +61,7 @@ def test_forward_is_exactly_what_torch_counts():
 
 @pytest.mark.parametrize("quant", ["none", "int8"])
 def test_training_step_on_a_frozen_base_is_2_l_and_3_a(quant):
-    """PERFORMANCE 2.3: exact, but for the linears of sigma, whose inputs want no gradient."""
+    """Exact, but for the linears of sigma, whose inputs want no gradient."""
     from benchmarks.flops import Tokens, model_flops
 
     components = network()
@@ -83,7 +83,7 @@ FORMS = [
 
 @pytest.mark.parametrize(("kind", "target"), FORMS)
 def test_an_adapter_adds_its_factors_three_times(kind, target):
-    """PERFORMANCE 3.1."""
+    """Forward, gradient of the input, gradient of its own."""
     from benchmarks.flops import Tokens, adapter_flops
 
     components = network()
@@ -99,7 +99,7 @@ def test_an_adapter_adds_its_factors_three_times(kind, target):
 
 @pytest.mark.parametrize(("pixels", "linears", "attention", "model"), [(512, 14.3, 0.85, 31.1), (1024, 53.9, 12.2, 144.5)])
 def test_full_size_is_the_known_table(pixels, linears, attention, model):
-    """PERFORMANCE 2.1: TFLOP of FLUX.1 at 512 and 1024 px with 80 text tokens."""
+    """TFLOP of FLUX.1 at 512 and 1024 px with 80 text tokens."""
     from benchmarks.flops import Tokens, forward_flops, model_flops
     from benchmarks.gpu import FULL, blank
 

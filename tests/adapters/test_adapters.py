@@ -104,7 +104,7 @@ def test_forward_merge_and_reload_agree(form, tmp_path):
 
 @every_form
 def test_merge_into_bf16_rounds_once(form):
-    """Trap 7: the sum is formed in float32 and rounded once to the weight's dtype."""
+    """The sum is formed in float32 and rounded once to the weight's dtype."""
     own = build(form, dtype=torch.bfloat16)
     before = {n: own.denoiser.get_submodule(n).weight.float().clone() for n in own.adapter.by_target}
     merge(own.denoiser, own.adapter.by_target)
@@ -116,14 +116,14 @@ def test_merge_into_bf16_rounds_once(form):
 
 @pytest.mark.parametrize("quant", ["int8", "int8-quanto"])
 def test_merge_into_a_quantized_base_is_refused(quant):
-    """Trap 6: elsewhere this silently merges nothing."""
+    """Elsewhere this silently merges nothing."""
     own = build("lokr", quant)
     with pytest.raises(ValueError, match=r"transformer_blocks\.0.*unquantized base"):
         merge(own.denoiser, own.adapter.by_target)
 
 
 def test_refused_merge_changes_nothing():
-    """Trap 6: in a base with excluded layers, a refusal in the middle must not leave half a merge behind."""
+    """In a base with excluded layers, a refusal in the middle must not leave half a merge behind."""
     components = FAMILY.tiny(0)
     prepare_base(components.denoiser, "int8", ["transformer_blocks.*.norm1.linear"], "cpu")
     adapter = attach(components, FORMS["lokr"])
@@ -137,7 +137,7 @@ def test_refused_merge_changes_nothing():
 
 @every_form
 def test_bypass_keeps_a_small_delta_in_bf16(form):
-    """Trap 5: of a delta 1e-3 of the weight, the bypass branch keeps 99 %; the rebuilt weight loses most of it."""
+    """Of a delta 1e-3 of the weight, the bypass branch keeps 99 %; the rebuilt weight loses most of it."""
     own = build(form, dtype=torch.bfloat16)
     for name, module in own.adapter.by_target.items():
         linear = own.denoiser.get_submodule(name)

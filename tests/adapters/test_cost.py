@@ -29,7 +29,7 @@ def test_frozen_base_has_no_weight_gradient():
 
 @pytest.mark.parametrize("factor", [4, 8, 16])
 def test_lokr_costs_its_factored_form(factor):
-    """PERFORMANCE 3.1: 2 + 3/f for the large factor and 3 f / width for the small one; LyCORIS' default mode costs 5."""
+    """2 + 3/f for the large factor and 3 f / width for the small one; LyCORIS' default mode costs 5."""
     wanted = 2 + 3 / factor + 3 * factor / WIDTH
     assert operations(factor) == pytest.approx(wanted, rel=0.03)
 

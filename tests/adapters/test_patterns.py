@@ -34,7 +34,7 @@ def starting(*prefixes: str) -> list[str]:
     ],
 )
 def test_exactly_these_names(pattern, expected):
-    """Trap 16: neither a prefix nor a suffix of a dotted part is enough."""
+    """Neither a prefix nor a suffix of a dotted part is enough."""
     assert sorted(matching(pattern, NAMES)) == sorted(expected)
 
 
@@ -65,7 +65,7 @@ def test_exactly_these_names(pattern, expected):
     ],
 )
 def test_one_name(pattern, name, taken):
-    """Trap 16: `*` never crosses a dot, `**` only stands for whole parts, nothing else is special."""
+    """`*` never crosses a dot, `**` only stands for whole parts, nothing else is special."""
     assert matching(pattern, [name]) == [name] * taken
 
 

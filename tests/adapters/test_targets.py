@@ -43,13 +43,13 @@ def names(*targets: dict) -> list[str]:
     ],
 )
 def test_patterns_take_what_they_say_and_no_prefixes(pattern, wanted):
-    """Trap 16: block 1 is neither block 10 nor 18, and no single-stream block."""
+    """Block 1 is neither block 10 nor 18, and no single-stream block."""
     assert names({"pattern": pattern}) == [f"transformer_blocks.1.{w}" for w in wanted]
 
 
 @pytest.mark.parametrize("pattern", ["transformer_blocks.1", "transformer_blocks", "*.to_q", "ransformer_blocks.1.attn.to_q"])
 def test_a_part_of_a_name_is_not_the_name(pattern):
-    """Trap 16: neither a prefix nor a suffix is enough."""
+    """Neither a prefix nor a suffix is enough."""
     with pytest.raises(UserError, match="matches no linear"):
         resolve({"pattern": pattern})
 

@@ -146,7 +146,7 @@ def test_launchers_that_start_one_process_for_two_are_found_out(adapter_recipe, 
     file.write_text((ROOT / "launch/cpu_2.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU").replace("false", "true"))
     options = [str(file) if o == "MULTI_CPU" else o for o in options]
     command = ["accelerate", "launch", "--quiet", *options, "-m", "dedistill.train", str(adapter_recipe)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     assert done.returncode and "the launcher was to start 2 processes, but this one is of 1" in done.stderr
 
 
@@ -179,7 +179,7 @@ def test_torchrun_sh_starts_two_processes(adapter_recipe, tmp_path, engine):
     command = ["bash", str(ROOT / "launch/torchrun.sh"), str(adapter_recipe), "--set", "train.steps=2"]
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if engine == "fsdp2" else {}
     environment = ENVIRONMENT | asked | {"PORT": "0", "PER_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     effects = json.loads((tmp_path / "dedistill/plan.json").read_text())["effects"]
     assert (effects["processes"], effects["engine"]) == (2, engine)

@@ -255,7 +255,7 @@ def test_sigma_that_is_not_a_number_raises(family, components, noisy):
 
 
 def test_bf16_arithmetic_keeps_sigma(family, components, noisy):
-    """Trap 11: .5 and .5009 are one number in bf16; as timesteps 500 and 500.9 the network must tell them apart."""
+    """.5 and .5009 are one number in bf16; as timesteps 500 and 500.9 the network must tell them apart."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         here, there = (velocity(family, components, noisy, sigma=torch.full((3,), s)) for s in (0.5, 0.5009))
     assert not torch.equal(here, there)
@@ -431,7 +431,7 @@ def test_weights_depend_on_the_seed_alone(family, tmp_path):
 
 
 def test_presets_match_something(family, components):
-    """Trap 17: a pattern without a match is a mistake; modulation, attention and mlp share the blocks out among them."""
+    """A pattern without a match is a mistake; modulation, attention and mlp share the blocks out among them."""
     found = {}
     for preset, patterns in family.presets(components.denoiser).items():
         matches = [matching(pattern, adaptable(components.denoiser)) for pattern in patterns]

@@ -265,7 +265,7 @@ def test_shift_is_the_schedulers(schnell, dev):
 
 
 def test_sigma_reaches_the_embedding_exactly(schnell):
-    """Trap 11: in bf16, diffusers tells the network 1000 sigma up to 4 away; here it is exact."""
+    """In bf16, diffusers tells the network 1000 sigma up to 4 away; here it is exact."""
     components = load(schnell)
     denoiser = components.denoiser.to(torch.bfloat16)
     heard = []

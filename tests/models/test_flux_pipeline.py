@@ -171,7 +171,7 @@ def test_guidance_of_two_kinds(pipe, folders):
 
 
 def test_bf16_is_told_the_exact_noise_level(folders):
-    """Trap 11: in bf16 the time embedding still gets 1000 sigma, and 1000 times the guidance, in float32."""
+    """In bf16 the time embedding still gets 1000 sigma, and 1000 times the guidance, in float32."""
     own = MaskedFluxPipeline.from_pretrained(folders["dev"], local_files_only=True, torch_dtype=torch.bfloat16)
     seen = []
     own.transformer.time_text_embed.time_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

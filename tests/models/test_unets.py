@@ -169,7 +169,7 @@ def test_adapters_are_loaded_by_diffusers_pipeline(name, format, folders, tmp_pa
 
 
 def test_schedule_has_the_published_levels():
-    """Of Stable Diffusion: FAMILIES' numbers, from betas between .00085 and .012."""
+    """Of Stable Diffusion, from betas between .00085 and .012."""
     schedule = schedule_of(get_family(FAMILIES[0]).published_scheduler)
     assert schedule.range == pytest.approx((0.028341, 0.935958), abs=1e-6) and len(schedule.sigmas) == 1000
     steps = schedule.steps(torch.tensor([0.0, 0.25, 0.5, 0.75, 0.9, 1.0]))

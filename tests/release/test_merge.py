@@ -178,7 +178,7 @@ def test_stochastic_rounding_is_right_on_average_and_keyed():
 
 
 def test_merge_into_bf16_is_deterministic_and_leaves_the_rest_alone(tmp_path):
-    """Trap 7: the base's other tensors keep their bytes; two merges give the same file; another seed gives another."""
+    """The base's other tensors keep their bytes; two merges give the same file; another seed gives another."""
     base = write_base("flux", tmp_path / "base", torch.bfloat16)
     recipe = recipe_for(tmp_path / "a", base, "flux")
     model = trained(recipe, tmp_path / "a.safetensors", size=0.02)

@@ -97,7 +97,7 @@ def enlarge(page, nth: int = 0) -> str:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_it_opens_and_fits(open_page, name):
-    """UX: no network, no error, nothing wider than the screen; every image has an alternative, every plot a name."""
+    """No network, no error, nothing wider than the screen; every image has an alternative, every plot a name."""
     page = open_page(name)
     for viewport in (DESK, PHONE):
         page.set_viewport_size(viewport)
@@ -148,7 +148,7 @@ def test_text_is_legible(open_page, name):
 
 @pytest.mark.parametrize("name", WITH_IMAGES)
 def test_click_and_arrows(open_page, name):
-    """UX: a click enlarges the image itself, arrows walk, Escape closes, and the focus is where it was seen last."""
+    """A click enlarges the image itself, arrows walk, Escape closes, and the focus is where it was seen last."""
     page = open_page(name)
     first = enlarge(page)
     assert viewer_shows(page) == first
@@ -171,7 +171,7 @@ def test_click_and_arrows(open_page, name):
 
 @pytest.mark.parametrize("name", WITH_IMAGES)
 def test_two_images_in_one_place(open_page, name):
-    """UX: A is pinned by key, the viewer closed, another image opened; B flips between both without moving anything."""
+    """A is pinned by key, the viewer closed, another image opened; B flips between both without moving anything."""
     page = open_page(name)
     a = enlarge(page)
     assert page.get_by_role("button", name="Flip to A").is_disabled()

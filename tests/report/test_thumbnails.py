@@ -31,7 +31,7 @@ def photographs(count: int) -> list[Image.Image]:
 
 
 def test_200_images_of_512_pixels_are_under_5_mb(tmp_path, monkeypatch):
-    """UX: page and small copies together, every one of the 200 counted, as if no two were alike; the large ones stay."""
+    """Page and small copies together, every one of the 200 counted, as if no two were alike; the large ones stay."""
     monkeypatch.setattr(sweep_gallery, "SHEET_SIDE", 32)  # sheets are not part of the page
     photos = photographs(25)
     for i, photo in enumerate(photos):

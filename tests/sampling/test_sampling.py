@@ -491,7 +491,7 @@ def test_two_candidates_of_one_name_are_refused(tmp_path):
 
 @pytest.mark.parametrize("prompt", ["a 7", "ein rotes Haus, Größe 3", "赤い太陽 \U0001f305", "two\nlines", ""])
 def test_a_png_tells_how_it_was_made(tmp_path, prompt):
-    """UX: the parameters are in the image's own text chunks, whatever the script of the prompt."""
+    """The parameters are in the image's own text chunks, whatever the script of the prompt."""
     save_png(torch.zeros(3, 4, 4), tmp_path / "a.png", {"prompt": prompt, "seed": 3, "cfg": 2.5})
     with Image.open(tmp_path / "a.png") as image:
         assert image.text == {"prompt": prompt, "seed": "3", "cfg": "2.5"}

@@ -382,7 +382,7 @@ def _spoilt(given: list[str]) -> int:
 
 @pytest.mark.parametrize("stage", [2, slow(3)])
 def test_a_run_goes_back_in_process(adapter_recipe, tmp_path, stage):
-    """Promise 8: with the checkpoint's weights and moments in DeepSpeed's parts, as one process does."""
+    """With the checkpoint's weights and moments in DeepSpeed's parts, as one process does."""
     settings = ("validate.every=99", "validate.samples=2", "snapshot.every=0", "checkpoint.every=2", "train.steps=6")
     said = tmp_path / "said"
     assert run_ranks(1, _spoilt, arguments(adapter_recipe, tmp_path / "alone", *settings), said=said) == [0]
