@@ -94,8 +94,8 @@ SETTINGS = {"sd15": UNET, "sdxl": UNET, "sd3": SD3}
 
 
 @pytest.fixture
-def components(family, tmp_path):
-    return TINY[family.spec.name](0, tmp_path / "model")
+def components(family, tiny_model):
+    return tiny_model(family.spec.name)
 
 
 @pytest.fixture

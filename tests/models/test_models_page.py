@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_conformance import CAPTIONS, LENGTH, TINY, UNMASKED
+from test_conformance import CAPTIONS, LENGTH, UNMASKED
 from tiny_recipes import IMAGES
 
 from dedistill.adapters.attach import adaptable
@@ -39,10 +39,14 @@ def list_of(cell: str) -> list[str]:
     return [part.strip() for part in cell.split(",")]
 
 
-def built(name: str, folder: Path, kind: str | None = "lora", **tables) -> Model:
-    """A tiny model of the family, ready to be trained."""
-    components = TINY[name](0, folder)
-    text = IMAGES.format(out=folder, base=folder, images=folder, cache=folder)
+@pytest.fixture
+def built(tiny_model):
+    """Makes a tiny model of a family, ready to be trained."""
+    return lambda name, kind="lora", **tables: assembled(tiny_model(name), name, kind, **tables)
+
+
+def assembled(components, name: str, kind: str | None, **tables) -> Model:
+    text = IMAGES.format(out="a", base="a", images="a", cache="a")
     recipe = tomllib.loads(text)
     recipe["model"] |= {"family": name, "text_length": LENGTH}
     recipe["adapter"] = {
@@ -69,38 +73,41 @@ def test_flux_and_sd3_have_rows():
 
 
 @every_row
-def test_what_is_trained(name, tmp_path):
+def test_what_is_trained(name, built):
     kinds = {"LoRA": "lora", "LoKr": "lokr", "whole": None}
     assert list_of(ROWS[name]["trained"]) == list(kinds)
     for kind in kinds.values():
-        model = built(name, tmp_path / str(kind), kind)
+        model = built(name, kind)
         step(model)
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.trainable().values()), kind
 
 
 @every_row
-def test_the_base(name, tmp_path):
+def test_the_base(name, built):
     bases = {
         "int8": {"quant": "int8"},
         "int8 products": {"quant": "int8", "matmul": "int8"},
         "swap": {"swap": 3},
     }
     assert list_of(ROWS[name]["base"]) == [*bases, "compile"]
-    for i, base in enumerate(bases.values()):
-        model = built(name, tmp_path / str(i), base=base, train={"gradient_checkpointing": True})
+    for base in bases.values():
+        model = built(name, base=base, train={"gradient_checkpointing": True})
         step(model)
         assert model.facts["quantized"] if "quant" in base else model.facts["swap"]
         assert all(p.grad is not None for p in model.trainable().values())
 
 
-@every_row
-def test_compiled_blocks_give_the_same_bits(name, tmp_path, monkeypatch):
-    """As graphs that are taken down whole; to make C++ of one takes a minute."""
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name", [n if n in ("sd15", "sd3") else pytest.param(n, marks=pytest.mark.slow) for n in ROWS]
+)  # FLUX's blocks also in test_compiled.py, sdxl's are those of sd15
+def test_compiled_blocks_give_the_same_bits(name, built, monkeypatch):
+    """As graphs that are taken down whole; to make C++ of one takes a minute. Computed again: test_compiled.py."""
     monkeypatch.setattr(blocks, "COMPILER", "eager")
     torch._dynamo.reset()
     answers = []
     for compiled in (False, True):
-        model = built(name, tmp_path / str(compiled), train={"gradient_checkpointing": True})
+        model = built(name)
         if compiled:
             assert blocks.compile_blocks(model.family.blocks(model.components.denoiser))
         step(model)
@@ -118,9 +125,9 @@ def test_padding_and_guidance(name, tmp_path):
 
 
 @every_row
-def test_solvers(name, tmp_path):
+def test_solvers(name, built):
     assert list_of(ROWS[name]["solvers"]) == list(SOLVERS)
-    model = built(name, tmp_path / "model")
+    model = built(name)
     model.components.text_length = LENGTH
     noise = start_noise(0, 1, (model.components.sample_shape[0], 8, 8))
     images = [sample(model, CAPTIONS[:1], noise, Sampling(solver=solver, steps=3)) for solver in SOLVERS]
@@ -129,10 +136,10 @@ def test_solvers(name, tmp_path):
 
 
 @every_row
-def test_exports_and_adapters(name, tmp_path):
+def test_exports_and_adapters(name, built):
     family = get_family(name)
     assert tuple(list_of(ROWS[name]["exports of models"])) == formats_of(family.spec)
-    model, naming = built(name, tmp_path / "model"), names_of(family.spec)
+    model, naming = built(name), names_of(family.spec)
     model.adapter.detach_from_base()
     denoiser = model.components.denoiser
     shapes = adaptable(denoiser)
