@@ -5,6 +5,7 @@ import io
 import random
 import time
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from dedistill.data.usable import hints, look, near_words
 from dedistill.recipe import load_recipe
 
 
+@cache
 def scene(seed: int, aside: float = 0.0, side: int = 360) -> Image.Image:
     """A textured ground with shaded things before it; from ``aside``, near ones are shifted by more pixels than far ones."""
     rng = np.random.default_rng(seed)
@@ -39,6 +41,11 @@ def scene(seed: int, aside: float = 0.0, side: int = 360) -> Image.Image:
         shade = 0.7 + 0.3 * np.sin(wave[0] * (x - aside * depth) + wave[1] * y)
         out[inside] = (colour * shade[..., None])[inside]
     return Image.fromarray(out.clip(0, 255).astype(np.uint8))
+
+
+@cache
+def likeness_of_scene(seed: int) -> Likeness:
+    return likeness(scene(seed))
 
 
 def compressed(image: Image.Image, kind: str = "JPEG", quality: int = 40) -> Image.Image:
@@ -62,9 +69,9 @@ CHANGED = {
 
 @pytest.mark.parametrize("how", CHANGED)
 def test_what_was_done_to_an_image_does_not_hide_it(how):
-    """Each of six scenes is found beside its copy, and with nothing else."""
-    everything = [likeness(scene(seed)) for seed in range(6)] + [likeness(CHANGED[how](scene(seed))) for seed in range(6)]
-    assert near_duplicates(everything) == [[seed, seed + 6] for seed in range(6)]
+    """Each of five scenes is found beside its copy, and with nothing else."""
+    everything = [likeness_of_scene(seed) for seed in range(5)] + [likeness(CHANGED[how](scene(seed))) for seed in range(5)]
+    assert near_duplicates(everything) == [[seed, seed + 5] for seed in range(5)]
 
 
 def test_stereo_twins_are_found():

@@ -97,19 +97,22 @@ def test_the_base(name, built):
         assert all(p.grad is not None for p in model.trainable().values())
 
 
+ELSEWHERE = {"flux": "test_compiled.py", "sdxl": "blocks of the kind of sd15"}
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "name", [n if n in ("sd15", "sd3") else pytest.param(n, marks=pytest.mark.slow) for n in ROWS]
-)  # FLUX's blocks also in test_compiled.py, sdxl's are those of sd15
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ELSEWHERE else n for n in ROWS])
 def test_compiled_blocks_give_the_same_bits(name, built, monkeypatch):
-    """As graphs that are taken down whole; to make C++ of one takes a minute. Computed again: test_compiled.py."""
+    """As graphs that are taken down whole; to make C++ of one takes a minute. All of a
+    network, computed again: test_compiled.py."""
     monkeypatch.setattr(blocks, "COMPILER", "eager")
     torch._dynamo.reset()
     answers = []
     for compiled in (False, True):
         model = built(name)
         if compiled:
-            assert blocks.compile_blocks(model.family.blocks(model.components.denoiser))
+            made = model.family.blocks(model.components.denoiser)
+            assert blocks.compile_blocks([made[0], made[-1]]) == 2
         step(model)
         answers.append([p.grad for p in model.trainable().values()])
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 
 import pytest
 import torch
@@ -93,9 +93,16 @@ def steps(built: Model) -> list[torch.Tensor]:
     return found + [p.grad for p in built.trainable().values()]
 
 
-@pytest.mark.parametrize("quant", ["int8", "none"])
-@pytest.mark.parametrize("kind", ["lora", "lokr"])
-@pytest.mark.parametrize(("name", "count"), [("pixel_flux", 4), ("pixel_flux", 7), ("example", 5)])
+@pytest.mark.parametrize(
+    ("name", "count", "kind", "quant"),
+    [
+        ("pixel_flux", 4, "lora", "int8"),
+        ("pixel_flux", 4, "lokr", "none"),
+        ("pixel_flux", 7, "lokr", "int8"),
+        ("example", 5, "lora", "none"),
+        ("example", 5, "lokr", "int8"),
+    ],
+)
 def test_every_bit_is_that_of_a_network_that_lies_there_whole(name, count, kind, quant):
     plain, swapped = model(name, kind, quant), model(name, kind, quant)
     lazy = swap(swapped, count)
@@ -208,7 +215,7 @@ def test_blocks_are_spread_evenly(count, among):
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-@pytest.mark.parametrize(("name", "kind"), product(FAMILIES, ["lora", "lokr"]))
+@pytest.mark.parametrize(("name", "kind"), [("pixel_flux", "lokr"), ("example", "lora")])
 def test_gradients_are_the_same_however_many_blocks_are_computed_again(name, kind):
     truth = steps(model(name, kind, checkpointed=False))
     for count in (1, 4, True):
