@@ -35,9 +35,11 @@ class ClosedForm:
 
     def velocity(self, components, denoiser, noisy, sigma, text, guidance=None):
         x, s, out = noisy.flatten(1).double(), sigma.double(), torch.zeros(noisy.flatten(1).shape, dtype=torch.float64)
-        for label in text.vectors["pooled"][:, 0].unique().tolist():
-            rows = text.vectors["pooled"][:, 0] == label
-            out[rows] = self._velocity(x[rows], s[rows], int(label), float(denoiser.weight))
+        fed = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float64).expand(len(x))
+        labels = text.vectors["pooled"][:, 0]
+        for label, scale in {*zip(labels.tolist(), fed.tolist())}:
+            rows = (labels == label) & (fed == scale)
+            out[rows] = self._velocity(x[rows], s[rows], int(label), scale * float(denoiser.weight.detach()))
         return out.reshape(noisy.shape)
 
     def _velocity(self, x, s, label, baked):

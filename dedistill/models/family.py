@@ -114,6 +114,10 @@ Output = Tensor | tuple[Tensor, ...]
 """What a block of a network returns."""
 
 
+Guidance = float | Tensor | None
+"""What a distilled guidance embedding is fed."""
+
+
 class Denoiser(Protocol):
     """What is asked of ``Components.denoiser`` beside being a module; diffusers' models have it."""
 
@@ -195,11 +199,12 @@ class Family(Protocol):
         noisy: Tensor,
         sigma: Tensor,
         text: Conditioning,
-        guidance: float | None = None,
+        guidance: Guidance = None,
     ) -> Tensor:
         """noise - data as ``denoiser`` (the denoiser, or a module that wraps it) predicts it; noisy [B, C, H, W], sigma [B].
 
-        guidance: value for a distilled guidance embedding, None for the one of training. A frozen base runs without autocast:
+        guidance: value for a distilled guidance embedding, or one for each sample [B]; None for the one of training. A frozen
+        base runs without autocast:
         what goes into the network is to have its dtype (``float_dtype``); what comes out and goes through formulas, noisy's.
         """
 

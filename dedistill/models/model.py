@@ -3,7 +3,8 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dedistill.io.hashing import file_sha256
 from dedistill.io.weights import count_numbers
 from dedistill.models.blocks import check_blocks, checkpoint_blocks, may_wait, must_wait, without_blocks
 from dedistill.models.conditioning import Conditioning, collate
-from dedistill.models.family import Components, Family
+from dedistill.models.family import Components, Family, Guidance
 from dedistill.models.image_prompts import ImagePrompt, parted
 from dedistill.models.pipeline_files import model_files
 from dedistill.models.quantize import (
@@ -76,6 +77,8 @@ class Model:
     """Captions that are encoded already, each as long as it is real; they never reach an encoder."""
     snapshots: Path = Path()
     """Where the run's snapshots are."""
+    frozen: nn.Module | None = None
+    """The network as it was before training, where all of it is trained and the objective asks for it."""
     earlier: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """Those of its weights that a guider has asked for, by step."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -142,7 +145,7 @@ class Model:
             self.text_cache |= {c: text.index_select(slice(i, i + 1)) for i, c in enumerate(new)}
         self.components.text.unload()
 
-    def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: float | None = None) -> Tensor:
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: Guidance = None) -> Tensor:
         """noise - data as the model predicts it, float32; the same arithmetic in training, validation and sampling."""
         # a frozen base is stored in the dtype it computes in. autocast would choose per operation, and not the same on a GPU:
         # float32 for every LayerNorm there, and for what follows it
@@ -169,6 +172,21 @@ class Model:
                 blocks = self.family.blocks(self.components.denoiser)
                 changed.enter_context(without_blocks(blocks, branch.without, self.family.unchanged))
             yield
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """The network as it was before training: the teacher of some objectives."""
+        if self.adapter is not None:
+            with self.adapter.at_strength(0):
+                yield
+            return
+        assert self.frozen is not None, "``assemble`` keeps it for the objectives that ask for it"
+        own, components = self.root, self.components
+        self.root, self.components = self.frozen, replace(components, denoiser=self.frozen)
+        try:
+            yield
+        finally:
+            self.root, self.components = own, components
 
     @contextmanager
     def _at_step(self, step: int) -> Iterator[None]:
@@ -263,7 +281,11 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
 
 def check_objective(recipe: Recipe, components: Components) -> None:
     """Raises UserError for an objective that is not for such a model."""
-    if OBJECTIVES[recipe.train.objective].diffusion and components.schedule is None:
+    traits = OBJECTIVES[recipe.train.objective]
+    if traits.fed and components.guidance is None:
+        message = f"'{recipe.train.objective}' feeds the network a scale of guidance, and this one has no embedding for it"
+        raise UserError(f"{recipe.where('train.objective')}: {message}", 2)
+    if traits.diffusion and components.schedule is None:
         what = f"is read as {components.prediction} (model.prediction)" if components.prediction else "is a flow model"
         message = f"'{recipe.train.objective}' is for models that were trained by diffusion; {recipe.model.family} {what}"
         raise UserError(f"{recipe.where('train.objective')}: {message}", 2)
@@ -293,7 +315,9 @@ def assemble(
     }
     if recipe.adapter is None:
         cast_float(components.denoiser, torch.float32)
+        frozen = deepcopy(components.denoiser).requires_grad_(False) if OBJECTIVES[recipe.train.objective].teacher else None
         model = Model(family, components, components.denoiser.to(device), length, facts=facts)
+        model.frozen = frozen and frozen.to(device)
     else:
         model = _adapt(recipe, recipe.adapter, family, components, targets, facts, device, length, started=started)
     model.root.to(device)

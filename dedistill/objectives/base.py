@@ -42,10 +42,12 @@ class NoisyBatch:
     """What tells the images apart that the samples are of."""
     text: Conditioning | None = None
     """The captions, where they are encoded already."""
+    scales: Tensor | None = None
+    """[B], of guidance, where the network is fed one in training."""
 
     def pinned(self) -> "NoisyBatch":
         """In memory from which a GPU copies by itself, while it works on what came before."""
-        tensors = {name: getattr(self, name).pin_memory() for name in ("noisy", "sigma", "target")}
+        tensors = {name: t.pin_memory() for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, text=self.text and self.text.each(Tensor.pin_memory), **tensors)
 
     def conditioning(self, model: Model) -> Conditioning:
@@ -63,6 +65,8 @@ class Draws:
     """Shape of a sample -> sigma [B], float64: ``p`` by the recipe's density and shift. For validation ``p`` itself."""
     noise: Callable[[tuple[int, ...]], Tensor]
     """Shape of a sample -> standard normal noise [B, ...]."""
+    more: Callable[[], np.ndarray]
+    """[B] in (0, 1), independent, for what an objective draws beside."""
 
 
 class Sigmas(TypedDict):
@@ -110,6 +114,10 @@ class Objective(ABC):
         noisy, sigma, target = (t.to(model.device, non_blocking=True) for t in (batch.noisy, batch.sigma, batch.target))
         return flow_loss(model.velocity(noisy, sigma, batch.conditioning(model)), target)
 
+    def scales(self, draws: Draws) -> Tensor | None:
+        """Of guidance [B] that the network is fed, of objectives that feed it others than its own in training."""
+        return None
+
     def share(self, step: int, size: int, world: World) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Positions of a step in micro-batches, at most ``size`` of one shape: (those that are this process's, those that
         only pad its count to the others').
@@ -140,6 +148,7 @@ class Objective(ABC):
             p=p[positions],
             sigma=lambda shape: self.sigmas(p, shape)[positions],
             noise=lambda shape: keyed.noise(self.seed, "noise", step, positions, shape),
+            more=lambda: keyed.uniforms(self.seed, "more", step, self.batch)[positions],
         )
         dropped = keyed.uniforms(self.seed, "caption-dropout", step, self.batch)[positions] < self.dropout
         told = keyed.uniforms(self.seed, "image-dropout", step, self.batch)[positions] >= self.image_dropout
@@ -163,6 +172,7 @@ class Objective(ABC):
             # not by the training density: losses of two recipes are compared at the same sigmas
             sigma=lambda shape: p,
             noise=lambda shape: keyed.noise(self.seed, "validation/noise", 0, positions, shape),
+            more=lambda: keyed.uniforms(self.seed, "validation/more", 0, count)[positions],
         )
         batch = self.source.draw(self.seed, 0, positions, count, held_out=True)
         whole = np.full(len(positions), self.image_dropout < 1)
@@ -180,7 +190,7 @@ class Objective(ABC):
             text = replace(text, framing=batch.framing)
             if batch.features is not None and told.any():
                 text = told_own(text, batch.features, torch.from_numpy(told))
-        return NoisyBatch(*self.sample(batch, draws), captions, batch.names, ids, text)
+        return NoisyBatch(*self.sample(batch, draws), captions, batch.names, ids, text, self.scales(draws))
 
 
 def objective_for(

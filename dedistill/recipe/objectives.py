@@ -16,6 +16,10 @@ class Traits:
     """It knows paths at a few points only."""
     diffusion: bool = False
     """It is for models that were trained by diffusion."""
+    teacher: bool = False
+    """The network before training is asked as well: the base beneath an adapter, or a copy."""
+    fed: bool = False
+    """The network is fed scales of guidance, and so must have an embedding for them."""
     caption_dropout: float = 0.0
     """Default of data.caption_dropout."""
 
@@ -24,6 +28,13 @@ OBJECTIVES = {
     "flow": Traits("flow matching", caption_dropout=0.1),
     "distill": Traits("distillation", pairs=True, own_sigmas="the stored points", points=True),
     "reflow": Traits("reflow", pairs=True),
+    "grid": Traits("distillation at the sampler's levels", pairs=True, own_sigmas="the sampler's own levels", points=True),
+    "features": Traits(
+        "regression to the end point by features", pairs=True, own_sigmas="pure noise alone", points=True, teacher=True
+    ),
+    "halve": Traits("progressive halving", own_sigmas="the sampler's own levels", points=True, teacher=True),
+    "guidance": Traits("guidance distillation", teacher=True, fed=True),
+    "endpoint": Traits("regression to the end point", pairs=True, own_sigmas="pure noise alone", points=True),
     "rectified_diffusion": Traits("rectified diffusion", pairs=True, own_sigmas="the model's own schedule", diffusion=True),
     "diffusion": Traits("its own diffusion", own_sigmas="the model's own schedule", caption_dropout=0.1, diffusion=True),
 }

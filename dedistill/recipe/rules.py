@@ -183,6 +183,13 @@ def _training_rules(r: Recipe) -> list[Clash]:
     if t.min_snr is not None and not OBJECTIVES[t.objective].diffusion:
         message = "has no effect but with a model's own loss: objective = 'diffusion' or 'rectified_diffusion'"
         found.append(_idle("train.min_snr", message, "train.objective"))
+    if t.scales is not None and not OBJECTIVES[t.objective].fed:
+        found.append(_idle("train.scales", "has no effect but with objective = 'guidance'", "train.objective"))
+    if t.scales is not None and t.scales[0] > t.scales[1]:
+        found.append(_clash("train.scales", f"the lowest comes first, got {t.scales}"))
+    if t.objective == "features" and r.adapter is not None and t.gradient_checkpointing:
+        message = "does not go with objective = 'features': blocks of the base would be computed again with the adapter"
+        found.append(_clash("train.gradient_checkpointing", message, "train.objective"))
     if OBJECTIVES[t.objective].pairs != (r.data.source == "pairs"):
         message = f"'{t.objective}' does not go with data.source = '{r.data.source}'"
         found.append(_clash("train.objective", message, "data.source"))

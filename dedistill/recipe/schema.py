@@ -165,9 +165,15 @@ class Train(Table):
         "flow",
         description="flow: flow matching on data; distill: velocity between stored points of a teacher's trajectories; "
         "reflow: flow matching on the stored noise and its image; rectified_diffusion: the same by the model's "
-        "own loss and noise levels; diffusion: the own loss of a model that was trained so, at the noise levels of its own "
-        "schedule.",
+        "own loss and noise levels; endpoint: one step from the stored noise to its image; features: the same, "
+        "images also compared by the base's own features; grid: reflow at the levels of sample.steps alone; halve: one step "
+        "for two of the base's; guidance: the base's guided velocity, of a network that is fed the scale; diffusion: the own "
+        "loss of a model that was trained so, at the noise levels of its own schedule.",
     )
+    scales: Annotated[
+        Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)] | None,
+        Default([1.0, 7.5], "train.objective", ("guidance",)),
+    ] = Field(None, description="guidance: the lowest and the highest scale that is drawn, all alike.")
     min_snr: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="diffusion: gamma of min-SNR weighting, usually 5. None: all levels count alike.",

@@ -14,7 +14,7 @@ from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.flow.parameterization import diffusion_velocity, own_weight
-from dedistill.flow.path import flow_loss
+from dedistill.flow.path import flow_loss, midpoints
 from dedistill.flow.schedule import schedule_of
 from dedistill.flow.solvers import sigma_grid, solve
 from dedistill.models.conditioning import Conditioning

@@ -182,3 +182,4 @@ for old, new in (
 FOLDS = IMAGES.replace("held_out = 0.05\n", "fold = [2, 5]\n")
 FOLDS = re.sub(r"\[timesteps\].*?\n\n", '[timesteps]\ndensity = "uniform"\n\n', FOLDS, flags=re.DOTALL)
 FOLDS = FOLDS.replace('objective = "flow"\n', 'objective = "diffusion"\nmin_snr = 5.0\n')
+IMAGES = IMAGES.replace('objective = "flow"\n', 'objective = "guidance"\nscales = [1.0, 4.0]\n')

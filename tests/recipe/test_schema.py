@@ -121,6 +121,18 @@ CONTRADICTIONS = [
         "train.betas: second beta 0.999 > 0.99 never lets a bf16 second moment fall; use 0.99",
     ),
     (["train.objective=reflow"], "train.objective: 'reflow' does not go with data.source = 'digits'"),
+    (["train.scales=[1.0, 2.0]"], "train.scales: has no effect but with objective = 'guidance'"),
+    (["train.objective=guidance", "train.scales=[3.0, 2.0]"], "train.scales: the lowest comes first, got [3.0, 2.0]"),
+    (
+        [
+            LORA % ("", ""),
+            "train.objective=features",
+            "data={source = 'pairs', path = 'p'}",
+            "train.gradient_checkpointing=true",
+        ],
+        "train.gradient_checkpointing: does not go with objective = 'features': blocks of the base would be computed again "
+        "with the adapter",
+    ),
     (["base.quant=int8"], "base.quant: a quantized base is frozen: add an [adapter] table or set quant = 'none'"),
     (["base.exclude=['*']"], "base.exclude: has no effect with quant = 'none'"),
     (["validate.samples=8"], "validate.samples: has no effect while validate.every is 0"),

@@ -151,6 +151,7 @@ ELSEWHERE = {
     "model.image_prompts": "test_redux.py: prompts of such a model take images",
     "data.image_dropout": "test_redux.py: rows of images that are not told",
     "model.null": "test_unets.py: guidance leads away from zeros, as in diffusers' pipeline",
+    "train.scales": "test_teachers.py: what the student is fed",
     "model.prediction": "test_starts.py: the same output is another velocity",
     "train.min_snr": "test_unets.py: the weights of diffusers' scripts",
 }

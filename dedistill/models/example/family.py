@@ -16,7 +16,7 @@ from dedistill.flow.path import check_sigma
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.example import SPEC
-from dedistill.models.family import MADE, Components, Output, Pass, States
+from dedistill.models.family import MADE, Components, Guidance, Output, Pass, States
 from dedistill.models.pretrained import load_whole
 from dedistill.models.quantize import float_dtype
 from dedistill.models.words import WordEncoder
@@ -180,7 +180,7 @@ class Example:
         noisy: Tensor,
         sigma: Tensor,
         text: Conditioning,
-        guidance: float | None = None,
+        guidance: Guidance = None,
     ) -> Tensor:
         if guidance is not None:
             raise UserError(f"{SPEC.name} has no guidance embedding; leave guidance out")

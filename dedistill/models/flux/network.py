@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dedistill.errors import UserError
 from dedistill.flow.path import check_sigma
 from dedistill.models.conditioning import Conditioning, Tokens
-from dedistill.models.family import Components, Output, States
+from dedistill.models.family import Components, Guidance, Output, States
 from dedistill.models.flux import naming
 from dedistill.models.image_prompts import WEIGHTS
 from dedistill.models.quantize import float_dtype
@@ -194,7 +194,7 @@ class FluxNetwork:
         noisy: Tensor,
         sigma: Tensor,
         text: Conditioning,
-        guidance: float | None = None,
+        guidance: Guidance = None,
     ) -> Tensor:
         """``guidance`` None: the value of training."""
         network: FluxTransformer2DModel = components.denoiser
@@ -203,7 +203,7 @@ class FluxNetwork:
         value = components.guidance if guidance is None else guidance
         if value is not None and type(network.time_text_embed) is not CombinedTimestepGuidanceTextProjEmbeddings:
             raise UserError("this network has no guidance embedding, or bypasses it; leave the distilled guidance out")
-        fed = None if value is None else torch.full((len(noisy),), value, device=noisy.device)
+        fed = None if value is None else torch.as_tensor(value, dtype=torch.float32, device=noisy.device).expand(len(noisy))
         if type(network.time_text_embed) is BypassedGuidance:
             fed = torch.zeros(len(noisy), device=noisy.device)  # diffusers wants a number; it is not looked at
         return flux_velocity(denoiser, network, noisy, sigma, text, mask=components.mask, guidance=fed)

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from dedistill.errors import UserError
 from dedistill.flow.path import check_sigma
 from dedistill.models.conditioning import Conditioning, Widths
-from dedistill.models.family import Components, Output, Pass, States, Unseen
+from dedistill.models.family import Components, Guidance, Output, Pass, States, Unseen
 from dedistill.models.pipeline_family import PipelineFamily
 from dedistill.models.places import Place, locate, named_path
 from dedistill.models.pretrained import without_weights
@@ -140,7 +140,7 @@ class Sd3(PipelineFamily):
         noisy: Tensor,
         sigma: Tensor,
         text: Conditioning,
-        guidance: float | None = None,
+        guidance: Guidance = None,
     ) -> Tensor:
         if guidance is not None:
             raise UserError("this network has no guidance embedding; leave the distilled guidance out")

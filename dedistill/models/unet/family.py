@@ -15,7 +15,7 @@ from dedistill.flow.path import check_sigma
 from dedistill.flow.schedule import PREDICTIONS, Schedule, is_flow, schedule_of
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
-from dedistill.models.family import Components, Output, Pass, States, Unseen
+from dedistill.models.family import Components, Guidance, Output, Pass, States, Unseen
 from dedistill.models.network_files import PREFIX, build, read_network, stored_config
 from dedistill.models.original_names import from_original
 from dedistill.models.pipeline_family import PipelineFamily
@@ -188,7 +188,7 @@ class UNetFamily(PipelineFamily):
         noisy: Tensor,
         sigma: Tensor,
         text: Conditioning,
-        guidance: float | None = None,
+        guidance: Guidance = None,
     ) -> Tensor:
         if guidance is not None:
             raise UserError(f"{self.spec.name} has no guidance embedding; leave guidance out")

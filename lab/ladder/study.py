@@ -1,0 +1,150 @@
+"""Reflow of a small diffusion model of digits from three starts, and its distillation to one step: docs/reflow.md's numbers.
+
+python -m lab.ladder                         # 3 seeds, about 4 minutes of one core each: lab/results/ladder.json, the figure
+python -m lab.ladder --start runs/ladder/start        # only the random network that dedistill chain lab/ladder begins with
+
+Stop it when you like; run again, it goes on.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dedistill.cli.train import train
+from dedistill.data.digits import load_digits
+from dedistill.data.pairs import PairSource
+from dedistill.evaluation.judges import DigitJudge
+from dedistill.evaluation.meters import path_numbers
+from dedistill.flow.path import flow_loss
+from dedistill.flow.solvers import sigma_grid
+from dedistill.io.atomic import replace_json
+from dedistill.models.model import Model, build_model
+from dedistill.objectives.base import objective_for
+from dedistill.recipe import Recipe, load_recipe
+from dedistill.runs.model import open_finished
+from dedistill.sampling.pairs import make_pairs, teacher_hash
+from dedistill.sampling.sampler import Sampling, start_noise, trajectories
+from lab.ladder.start import write_start
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results" / "ladder.json"
+STARTS = {"bridge": (), "naive": ("model.prediction=velocity",), "rectified": ("train.objective=rectified_diffusion",)}
+PAIRS, PROMPTS, MANY = 1024, 256, 32
+FEW = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """All stages of one seed, each in its own folder."""
+
+    folder: Path
+    seed: int
+
+    def recipe(self, name: str, out: str, *sets: str) -> Recipe:
+        places = (f"run.seed={self.seed}", f"run.out={self.folder / out}")
+        return load_recipe(HERE / f"{name}.toml", [*places, *sets])
+
+    def train(self, recipe: Recipe) -> Recipe:
+        with (self.folder / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
+            if train(recipe, []):
+                raise KeyboardInterrupt
+        return recipe
+
+    def pairs(self, recipe: Recipe, name: str, sampling: Sampling) -> Path:
+        out, model = self.folder / name, open_finished(recipe)
+        same = {"teacher": teacher_hash(model), "count": PAIRS, "seed": self.seed, "shard_size": PAIRS}
+        make_pairs(model, load_digits(0.0), out, sampling=sampling, points=1, **same)
+        return out
+
+    def run(self) -> dict[str, dict[str, float]]:
+        """Scores of every model by name."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (start := self.folder / "start").exists():
+            write_start(start, self.seed)
+        base = self.train(self.recipe("base", "base", f"model.path={start}"))
+        own = self.pairs(base, "pairs", Sampling(solver="heun", steps=12))
+        places = f"model.path={self.folder / 'base' / 'model'}", f"data.path={own}"
+        runs = {name: self.recipe("reflow", name, *places, *sets) for name, sets in STARTS.items()}
+        scores = {name: {"first_loss": first_loss(recipe)} for name, recipe in runs.items()}
+        found = {"base": open_finished(base)} | {name: open_finished(self.train(recipe)) for name, recipe in runs.items()}
+        new = self.pairs(runs["bridge"], "pairs2", Sampling(solver="heun", steps=8))
+        places = f"model.path={self.folder / 'bridge' / 'model'}", f"data.path={new}"
+        found["onestep"] = open_finished(self.train(self.recipe("onestep", "onestep", *places)))
+        ends: dict[str, np.ndarray] = {}
+        for name, model in found.items():
+            scores[name] = scores.get(name, {}) | score(model, ends, name)
+        return scores
+
+
+@torch.no_grad()
+def first_loss(recipe: Recipe) -> float:
+    """Of the velocity on held-out pairs before the first step, over that of predicting nothing; sigmas even."""
+    model, pairs = build_model(recipe), PairSource(Path(recipe.data.path or ""))
+    plain = recipe.model_copy(update={"train": recipe.train.model_copy(update={"objective": "reflow"})})
+    (batch,) = objective_for(plain, pairs, model.shift).validation_batches(256, 256)
+    v = model.velocity(batch.noisy, batch.sigma, batch.conditioning(model))
+    return float(flow_loss(v, batch.target).mean() / batch.target.square().mean())
+
+
+def score(model: Model, ends: dict[str, np.ndarray], name: str) -> dict[str, float]:
+    """Of images of one noise: straightness, squared errors of few steps as shares of the path's length, Frechet distances.
+
+    ends: those of many steps of the models before, by name; this one's are added. The one-step student is held to the ends of
+    the model that it learned from.
+    """
+    source = load_digits(0.0)
+    judge, prompts = DigitJudge(source), source.prompts(0, PROMPTS)
+    noise = start_noise(0, PROMPTS, model.components.sample_shape)
+
+    def states(steps: int) -> list[torch.Tensor]:
+        chunks = list(trajectories(model, prompts, noise, Sampling(steps=steps)))
+        return [torch.cat(parts) for parts in zip(*chunks)]
+
+    path = states(MANY)
+    chord, curvature, _, end = path_numbers(path, sigma_grid(MANY, model.grid_shift))
+    ends[name] = end
+    target = ends["bridge"] if name == "onestep" else end
+    found = {
+        "straightness": float((curvature @ -np.diff(sigma_grid(MANY, model.grid_shift))).sum() / chord.sum()),
+        f"frechet_{MANY}": judge.numbers(path[-1])["frechet"],
+    }
+    length = float(((noise.flatten(1).double().numpy() - target) ** 2).mean())
+    for steps in FEW:
+        made = states(steps)[-1]
+        found[f"frechet_{steps}"] = judge.numbers(made)["frechet"]
+        found[f"error_{steps}"] = float(((made.flatten(1).double().numpy() - target) ** 2).mean()) / length
+        found[f"from_base_{steps}"] = float(((made.flatten(1).double().numpy() - ends["base"]) ** 2).mean()) / length
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m lab.ladder", description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="how many ladders; default 3")
+    parser.add_argument("--start", type=Path, help="only write the random network of seed 0 there")
+    parser.add_argument("--report", action="store_true", help="train nothing, draw the committed figures again")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.start:
+        write_start(args.start, 0)
+        return 0
+    if not args.report:
+        found = []
+        for seed in range(args.seeds):
+            file, began = Path("runs/ladder") / f"seed{seed}" / "scores.json", time.process_time()
+            if not file.exists():
+                scores = Ladder(file.parent, seed).run()
+                replace_json(file, {"scores": scores, "cpu_seconds": round(time.process_time() - began)})
+            found.append(json.loads(file.read_text()))
+            print(f"seed {seed}: {json.dumps(found[-1], indent=1)}", file=sys.stderr, flush=True)
+        replace_json(RESULTS, {"seeds": [one["scores"] for one in found], "cpu_seconds": sum(o["cpu_seconds"] for o in found)})
+    from lab.ladder.report import write_report
+
+    print(f"done: {', '.join(map(str, write_report(json.loads(RESULTS.read_text()))))}", file=sys.stderr)
+    return 0
