@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from typing import ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class NoisyBatch:
 
     def pinned(self) -> "NoisyBatch":
         """In memory from which a GPU copies by itself, while it works on what came before."""
-        tensors = {name: t.pin_memory() for name, t in vars(self).items() if isinstance(t, Tensor)}
+        tensors: dict[str, Any] = {name: t.pin_memory() for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, text=self.text and self.text.each(Tensor.pin_memory), **tensors)
 
     def conditioning(self, model: Model) -> Conditioning:

@@ -3,17 +3,18 @@
 |x0 that one Euler step reaches - image|^2 is the error of the velocity at sigma = 1: reflow asked nowhere else.
 """
 
-import torch
+from dataclasses import replace
+
+import numpy as np
 from torch import Tensor
 
-from dedistill.data.source import Batch, needed
-from dedistill.flow.path import velocity
-from dedistill.objectives.base import Draws, Objective
+from dedistill.data.source import Batch
+from dedistill.objectives.base import Draws
+from dedistill.objectives.flow import Flow
 
 
-class Endpoint(Objective):
+class Endpoint(Flow):
     name, needs = "endpoint", ("noise",)
 
     def sample(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        noise = needed(batch.noise)
-        return noise, torch.ones(len(noise)), velocity(batch.latents, noise)
+        return super().sample(batch, replace(draws, sigma=lambda shape: np.ones(len(draws.p))))

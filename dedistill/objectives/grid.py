@@ -4,14 +4,13 @@ sample.steps = 1 is the regression to the end point (``objectives/endpoint.py``)
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from dedistill.data.source import Batch, Source, needed
-from dedistill.flow.path import interpolate, velocity
+from dedistill.data.source import Batch, Source
 from dedistill.flow.schedule import Schedule
 from dedistill.flow.solvers import sigma_grid
 from dedistill.objectives.base import Draws
@@ -33,14 +32,9 @@ class OnGrid(Flow):
         )
 
     def sample(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        grid = self.grid(tuple(batch.latents.shape[1:]), self.steps)
         places = np.minimum((draws.p * self.steps).astype(int), self.steps - 1)
-        noise, s = self.noise(batch, draws), torch.from_numpy(grid[places].astype(np.float32))
-        return interpolate(batch.latents, noise, s), s, velocity(batch.latents, noise)
+        return super().sample(batch, replace(draws, sigma=lambda shape: self.grid(shape, self.steps)[places]))
 
 
 class Grid(OnGrid):
     name, needs = "grid", ("noise",)
-
-    def noise(self, batch: Batch, draws: Draws) -> Tensor:
-        return needed(batch.noise)

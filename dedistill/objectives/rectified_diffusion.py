@@ -1,9 +1,5 @@
 """Rectified Diffusion (arXiv 2410.07303): the model's own loss, at its own noise levels, on stored pairs of noise and image."""
 
-from torch import Tensor
-
-from dedistill.data.source import Batch, needed
-from dedistill.objectives.base import Draws
 from dedistill.objectives.diffusion import Diffusion
 
 
@@ -11,6 +7,3 @@ class RectifiedDiffusion(Diffusion):
     """What reflow (``objectives/reflow.py``) is to flow matching. The network stays what it was: no bridge above its levels."""
 
     name, needs = "rectified_diffusion", ("noise",)
-
-    def noise(self, batch: Batch, draws: Draws) -> Tensor:
-        return needed(batch.noise)

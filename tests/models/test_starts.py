@@ -101,7 +101,7 @@ def test_what_each_start_is_worth():
     count = 1000
     noise = keyed.noise(0, "pairs", 0, range(count), (1, 1, 8)).double()
     data = ends(read_as("epsilon"), noise, 32)
-    sigma = torch.from_numpy((keyed.generator(0, "sigma", 0).permutation(count) + 0.5) / count)
+    sigma = torch.from_numpy(midpoints(0, count))
     noisy = data + sigma.reshape(-1, 1, 1, 1) * (noise - data)
     losses = {}
     for prediction in ("epsilon", "velocity", "negative_velocity"):
