@@ -8,7 +8,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -204,12 +203,12 @@ def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: fl
         facts["auto"] = auto
         where = "where there is room for all; --card N shows what N GB allow" if card is None else f"on a card of {card:g} GB"
         say(f"{'auto':12} {', '.join(f'{key} = {_toml(value)}' for key, value in auto.items())} {where}")
-    case = replace(choices.case, recipe=settled(recipe, swap=setting.swap, checkpointing=setting.checkpointing))
-    own = f.outlook(case, whole=True)
+    case, here = choices.case, settled(recipe, swap=setting.swap, checkpointing=setting.checkpointing)
+    own = choices.of(here, whole=True)
     memory = f.memory_facts(own, f.beside(recipe, family), previews=bool(recipe.preview.every))
     facts["memory"], facts["cards"] = memory, f.card_facts(lambda card: choices(room_on(card.gb), tries=0))
     say(_memory_lines(memory))
-    found = list(f.others(case, all_of_them=card is not None))
+    found = list(choices.others(here, all_of_them=card is not None))
     facts["step"] = f.step_facts(own, min(o.step.operations for o in [own, *found]))
     facts["other_settings"] = f.other_facts(found)
     say(_step_line(facts["step"], case.image, case.length))

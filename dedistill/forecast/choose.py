@@ -1,13 +1,11 @@
 """What "auto" becomes in a recipe: as few blocks computed again, and then as few waiting in the memory of the CPU, as fit."""
 
 import math
-from dataclasses import replace
 from typing import cast
 
 from dedistill.distributed.world import World
 from dedistill.forecast.cards import FITS, GIB, SPLIT, fit
-from dedistill.forecast.depth import Case
-from dedistill.forecast.forecast import Outlook, Setting, case_of, outlook, setting_of, swapped, swapped_to_fit
+from dedistill.forecast.forecast import Outlook, Outlooks, Setting, case_of, setting_of, swapped, swapped_to_fit
 from dedistill.models.registry import get_family
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import settled
@@ -30,12 +28,8 @@ def became(recipe: Recipe, setting: Setting) -> dict[str, int]:
     return {key: values[key] for key in left_to_choose(recipe)}
 
 
-class Choices:
-    """What comes of a recipe on one card or another. Each network is measured once, which takes seconds."""
-
-    def __init__(self, case: Case):
-        self.case = case
-        self._found: dict[str, Outlook] = {}
+class Choices(Outlooks):
+    """What comes of the case's recipe on one card or another."""
 
     def __call__(self, room: float, tries: int = TRIES) -> Outlook:
         """With the least work that fits where torch may take ``room`` bytes; with the least memory where nothing does.
@@ -68,11 +62,7 @@ class Choices:
 
     def _at(self, checkpointing: bool | int) -> Outlook:
         """With no more blocks waiting on the CPU than the recipe says itself."""
-        key = str(checkpointing)  # True is not 1 here
-        if key not in self._found:
-            recipe = settled(self.case.recipe, checkpointing=checkpointing)
-            self._found[key] = outlook(replace(self.case, recipe=recipe))
-        return self._found[key]
+        return self.of(settled(self.case.recipe, checkpointing=checkpointing))
 
 
 def settle(recipe: Recipe, free: int | None, world: World, *, in_parts: bool = False) -> tuple[Recipe, dict[str, float]]:

@@ -4,9 +4,11 @@ A peak is the largest of many moments, and another moment may win in a deeper ne
 where a stack begins, and where it ends; in between memory changes evenly, and is never larger than at both ends.
 """
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -92,19 +94,49 @@ class Case:
 
 
 def estimate(case: Case, *, whole: bool = False) -> Estimate:
-    """whole: run the network at its full depth, which takes longer and comes to the same."""
-    outline = _outline(case)
-    lengths = [len(stack) for stack in outline.stacks]
-    kept = lengths if whole else [min(n, SHALLOW) for n in lengths]
-    start = found = _measured(case, outline, kept)
-    for i, (length, least) in enumerate(zip(lengths, kept)):
-        if length > least:
-            deeper = _measured(case, outline, [n + (i == j) for j, n in enumerate(kept)])
-            found = found.plus(deeper, start, length - least)
+    """whole: run the network at its full depth in any case, which comes to the same, with what the allocator holds."""
+    with _new_objects_alone():
+        outline = _outline(case)
+        kept, growths = ([len(stack) for stack in outline.stacks], []) if whole else _cheapest(outline)
+        start = found = _measured(case, outline, kept)
+        for deeper, times in growths:
+            found = found.plus(_measured(case, outline, deeper), start, times)
     sizes = [size for size, stack in zip(start.blocks, outline.stacks) for _ in stack]
-    return replace(found, blocks=sizes, reserved=start.reserved if whole else 0).swapped(
+    return replace(found, blocks=sizes, reserved=0 if growths else start.reserved).swapped(
         chosen(case.recipe.base.swap, "base.swap")
     )
+
+
+@contextmanager
+def _new_objects_alone() -> Iterator[None]:
+    """Have Python look through what is made meanwhile for what is left over, and not through all of torch again and again."""
+    gc.freeze()
+    try:
+        yield
+        gc.collect()  # a network and its hooks name each other
+    finally:
+        gc.unfreeze()
+
+
+def _cheapest(outline: "_Outline") -> tuple[list[int], list[tuple[list[int], int]]]:
+    """Blocks of each stack to run, and what to run besides: deeper networks, and how many times what they add comes.
+
+    Stacks are left out beyond ``SHALLOW`` blocks where that is less work, counted in modules, than to run them as they are."""
+    lengths = [len(stack) for stack in outline.stacks]
+    ways = [_growths(lengths, limit) for limit in sorted({SHALLOW, *lengths})]
+
+    def modules(depths: list[int]) -> int:
+        return outline.around + sum(n * size for n, size in zip(depths, outline.sizes))
+
+    return min(ways, key=lambda way: sum(modules(depths) for depths in (way[0], *(deeper for deeper, _ in way[1]))))
+
+
+def _growths(lengths: list[int], limit: int) -> tuple[list[int], list[tuple[list[int], int]]]:
+    """With stacks of up to ``limit`` blocks whole. Those that have the same number to go grow together."""
+    kept = [n if n <= limit else SHALLOW for n in lengths]
+    left = [n - k for n, k in zip(lengths, kept)]
+    steps = sorted({0, *left})
+    return kept, [([k + (n > less) for k, n in zip(kept, left)], more - less) for less, more in pairwise(steps)]
 
 
 @dataclass(frozen=True)
@@ -119,6 +151,10 @@ class _Outline:
     """Adapted layer -> its own line of a recipe."""
     dense: list[str]
     """Linears that are not quantized."""
+    sizes: list[int]
+    """Modules of a block of each stack."""
+    around: int
+    """Modules around the blocks."""
 
 
 def _outline(case: Case) -> _Outline:
@@ -144,7 +180,10 @@ def _outline(case: Case) -> _Outline:
 
     same = [list(alike) for _, alike in groupby(blocks, key=kind)]
     recomputed = [id(alike[0]) in again for alike in same]
-    return _Outline([[names[id(block)] for block in alike] for alike in same], recomputed, targets, sorted(dense))
+    stacks = [[names[id(block)] for block in alike] for alike in same]
+    sizes = [len(list(alike[0].modules())) for alike in same]
+    around = len(names) - sum(size * len(alike) for size, alike in zip(sizes, same))
+    return _Outline(stacks, recomputed, targets, sorted(dense), sizes, around)
 
 
 def _measured(case: Case, outline: _Outline, depths: list[int]) -> Estimate:

@@ -11,7 +11,7 @@ from dedistill.data.images.buckets import buckets_for
 from dedistill.forecast.cards import CARDS, CONTEXT, FITS, GIB, NO, Card, fit, room_on
 from dedistill.forecast.depth import GRANULE, Case, Estimate, estimate
 from dedistill.forecast.meter import BASE, Meter, Work
-from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, shapes_alone
+from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, on_paper, shapes_alone
 from dedistill.models.family import CAPTIONS, DECODING, Components, Family
 from dedistill.models.prompts import blocks_of
 from dedistill.models.swap import fewest, saved
@@ -78,34 +78,46 @@ def setting_of(recipe: Recipe) -> Setting:
     return Setting(base.quant, again, make_plan(recipe).micro_batch, swap, base.matmul)
 
 
-def outlook(case: Case, *, whole: bool = False) -> Outlook:
-    """Of the recipe as it is. whole: with what the allocator would hold."""
-    return Outlook(setting_of(case.recipe), estimate(case, whole=whole), make_plan(case.recipe).micro_steps)
+class Outlooks:
+    """What comes of a recipe in one setting or another. Each step is measured once, which takes seconds."""
 
+    def __init__(self, case: Case):
+        self.case = case
+        self._found: dict[str, Estimate] = {}
 
-def others(case: Case, *, all_of_them: bool) -> Iterator[Outlook]:
-    """With other settings, of which a step is the same step. Those that differ in one key, or ``all_of_them``."""
-    recipe, own = case.recipe, setting_of(case.recipe)
-    own = replace(own, quant={"int8-quanto": "int8"}.get(own.quant, own.quant), swap=0)
-    sizes = {n for n in MICRO_BATCHES if recipe.train.batch % n == 0} if not recipe.train.exact else set()
-    bases = (("int8", "float"), ("int8", "int8"), ("none", "float")) if recipe.adapter else (("none", "float"),)
-    for (quant, matmul), again, micro in product(bases, (True, False), sorted(sizes | {own.micro_batch})):
-        setting = Setting(quant, again, micro, matmul=matmul)
-        unlike = [(quant, matmul) != (own.quant, own.matmul), again != own.checkpointing, micro != own.micro_batch]
-        if all_of_them or sum(unlike) < 2:
-            yield outlook(replace(case, recipe=changed(recipe, setting)))
+    def of(self, recipe: Recipe, *, whole: bool = False) -> Outlook:
+        """recipe: the case's own, or one of other settings. whole: with what the allocator would hold."""
+        here = recipe.model_copy(update={"base": recipe.base.model_copy(update={"swap": 0})})
+        key = on_paper(here).model_dump_json()
+        if key not in self._found or whole and not self._found[key].reserved:
+            self._found[key] = estimate(replace(self.case, recipe=here), whole=whole)
+        setting = setting_of(recipe)
+        return Outlook(setting, self._found[key].swapped(setting.swap), make_plan(recipe).micro_steps)
+
+    def others(self, recipe: Recipe, *, all_of_them: bool) -> Iterator[Outlook]:
+        """With other settings, of which a step is the same step, and ``recipe``'s own among them, where no block waits. Those
+        that differ in one key, or ``all_of_them``."""
+        own = setting_of(recipe)
+        own = replace(own, quant={"int8-quanto": "int8"}.get(own.quant, own.quant), swap=0)
+        sizes = {n for n in MICRO_BATCHES if recipe.train.batch % n == 0} if not recipe.train.exact else set()
+        bases = (("int8", "float"), ("int8", "int8"), ("none", "float")) if recipe.adapter else (("none", "float"),)
+        for (quant, matmul), again, micro in product(bases, (True, False), sorted(sizes | {own.micro_batch})):
+            setting = Setting(quant, again, micro, matmul=matmul)
+            unlike = [(quant, matmul) != (own.quant, own.matmul), again != own.checkpointing, micro != own.micro_batch]
+            if all_of_them or sum(unlike) < 2:
+                yield self.of(changed(recipe, setting))
 
 
 def changed(recipe: Recipe, setting: Setting) -> Recipe:
-    """``recipe`` with ``setting``; what does not train is left out."""
+    """``recipe`` with ``setting``."""
     exclude = recipe.base.exclude if setting.quant != "none" else []
     base = recipe.base.model_copy(
         update={"quant": setting.quant, "swap": setting.swap, "exclude": exclude, "matmul": setting.matmul}
     )
-    micro = None if recipe.train.exact else setting.micro_batch
+    as_it_is = setting.micro_batch == make_plan(recipe).micro_batch
+    micro = recipe.train.micro_batch if as_it_is else setting.micro_batch
     train = recipe.train.model_copy(update={"gradient_checkpointing": setting.checkpointing, "micro_batch": micro})
-    validate = recipe.validate_.model_copy(update={"every": 0})
-    return recipe.model_copy(update={"base": base, "train": train, "validate_": validate})
+    return recipe.model_copy(update={"base": base, "train": train})
 
 
 def swapped(found: Outlook, count: int) -> Outlook:

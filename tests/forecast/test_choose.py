@@ -8,7 +8,7 @@ from dedistill.distributed.world import World
 from dedistill.forecast.cards import FITS, SPLIT, fit
 from dedistill.forecast.choose import LATER, Choices, settle
 from dedistill.forecast.depth import Case
-from dedistill.forecast.forecast import Outlook, outlook
+from dedistill.forecast.forecast import Outlook
 from dedistill.models.swap import saved
 from dedistill.recipe.resolve import settled
 
@@ -33,7 +33,7 @@ def found() -> Choices:
 def every(found) -> Outlook:
     """Of a recipe that says itself that all blocks are computed again."""
     recipe = settled(found.case.recipe, checkpointing=True)
-    return outlook(Case(recipe, found.case.family, found.case.image, found.case.length))
+    return found.of(recipe)
 
 
 @pytest.mark.long
@@ -45,7 +45,7 @@ def test_no_more_blocks_are_computed_again_than_must_be(found, every):
     assert none.setting.checkpointing is False and BLOCKS > count > 0
     assert fit(some.peak, room) == FITS and not some.setting.swap
     recipe = settled(found.case.recipe, checkpointing=count - 1)
-    fewer = outlook(Case(recipe, found.case.family, found.case.image, found.case.length))
+    fewer = found.of(recipe)
     assert fit(fewer.peak, room) != FITS
 
 

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.forecast import SETTINGS, recipe_for
 from dedistill.forecast.depth import estimate
 from dedistill.forecast.expected import expected
-from dedistill.forecast.forecast import case_of, changed, outlook, setting_of
+from dedistill.forecast.forecast import Outlooks, case_of, changed, setting_of
 from dedistill.forecast.sizes import sizes_of
 from dedistill.models.registry import get_family
 from dedistill.recipe.resolve import recipe_of
@@ -25,7 +25,7 @@ def forecast(**tables) -> tuple[str, int, dict[str, int]]:
     family = get_family(recipe.model.family)
     components = family.full_size(recipe.model)
     count = sizes_of(recipe, family, components.denoiser).trained
-    found = outlook(case_of(recipe, family, components))
+    found = Outlooks(case_of(recipe, family, components)).of(recipe)
     (phase, _), peak = found.estimate.highest
     return phase, count, peak.by_category
 
