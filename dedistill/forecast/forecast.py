@@ -89,7 +89,7 @@ class Outlooks:
         """recipe: the case's own, or one of other settings. whole: with what the allocator would hold."""
         here = recipe.model_copy(update={"base": recipe.base.model_copy(update={"swap": 0})})
         key = on_paper(here).model_dump_json()
-        if key not in self._found or whole and not self._found[key].reserved:
+        if key not in self._found or (whole and not self._found[key].reserved):
             self._found[key] = estimate(replace(self.case, recipe=here), whole=whole)
         setting = setting_of(recipe)
         return Outlook(setting, self._found[key].swapped(setting.swap), make_plan(recipe).micro_steps)

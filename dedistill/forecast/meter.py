@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
@@ -105,7 +104,7 @@ class Meter(TorchDispatchMode):
         self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         out = func(*args, **(kwargs or {}))
-        made, given = self._tensors(out), self._tensors((args, kwargs))
+        made, given = self._tensors(out), self._tensors(args) + (self._tensors([*kwargs.values()]) if kwargs else [])
         if made or given:
             self._count_kernel(func, args, kwargs or {}, out, given, made)
             codes = func is _SCALED and any(t.dtype == torch.int8 for t in given)
@@ -118,7 +117,10 @@ class Meter(TorchDispatchMode):
         return out
 
     def _tensors(self, tree: object) -> list[Tensor]:
-        return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.device.type == self.device]
+        """In it, or in tuples and lists within it."""
+        if isinstance(tree, Tensor):
+            return [tree] if tree.device.type == self.device else []
+        return [t for part in tree for t in self._tensors(part)] if isinstance(tree, tuple | list) else []
 
     def _count_kernel(
         self,

@@ -5,6 +5,7 @@ Where torch chooses kernels by device, it is told which ones a card, or the CPU,
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from itertools import zip_longest
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +21,7 @@ from dedistill.distributed.outside import StopRequests
 from dedistill.distributed.world import World
 from dedistill.forecast.autocast import Autocast
 from dedistill.forecast.kernels import card_kernels, cpu_kernels
-from dedistill.forecast.meter import AVERAGES, BASE, GRADIENTS, OPTIMIZER, TRAINED, Meter
+from dedistill.forecast.meter import AVERAGES, BASE, FREE, GRADIENTS, OPTIMIZER, TRAINED, Meter
 from dedistill.models.conditioning import Conditioning, Tokens
 from dedistill.models.family import Components, Family
 from dedistill.models.model import assemble
@@ -37,7 +38,12 @@ FORWARD, BACKWARD, NORM, UPDATE, VALIDATION = "forward", "backward", "gradient n
 
 
 class Answers(TorchDispatchMode):
-    """Answers what only numbers could: any number read is 1, any condition True."""
+    """Answers what only numbers could: any number read is 1, any condition True. What an operation makes of tensors like those
+    of an earlier one is not worked out again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[object, tuple[type, list[Any]]] = {}
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -48,7 +54,37 @@ class Answers(TorchDispatchMode):
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         if read and func is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        return func(*args, **kwargs)
+        return self._like_before(func, args, kwargs) if _makes_anew(func) else func(*args, **kwargs)
+
+    def _like_before(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        key = (func, _described(args), _described(tuple(kwargs.items())))
+        if key in self._made:
+            kind, forms = self._made[key]
+            results = [
+                form if form is None else torch.empty_strided(form[0], form[1], dtype=form[2], device="meta") for form in forms
+            ]
+            return results[0] if kind is Tensor else kind(results)
+        out = func(*args, **kwargs)
+        results = list(out) if isinstance(out, tuple | list) else [out]
+        if all(r is None or (isinstance(r, Tensor) and r.is_meta) for r in results):
+            self._made[key] = Tensor if isinstance(out, Tensor) else type(out), [_described(r) for r in results]
+        return out
+
+
+def _described(value: object) -> Any:  # noqa: ANN401  (nested as deeply as arguments are)
+    """All of it that the shapes of results can depend on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, tuple | list):
+        return tuple(map(_described, value))
+    return (type(value), value) if isinstance(value, bool | int | float) else value
+
+
+@cache
+def _makes_anew(func: OpOverload) -> bool:
+    """Whether its results are tensors of their own."""
+    schema = func._schema
+    return func.overloadpacket.__name__ not in FREE and not any(x.alias_info for x in [*schema.arguments, *schema.returns])
 
 
 @contextmanager
