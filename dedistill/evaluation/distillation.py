@@ -28,7 +28,7 @@ from dedistill.sampling.sampler import Sampling, start_noise
 # --- results of candidates, kept on disk --------------------------------------------------------------------------
 
 
-VERSION = 3
+VERSION = 4
 """Results of another version of the meters are not used."""
 
 
@@ -123,6 +123,13 @@ METERS = [
         "steps",
     ),
     Meter("curvature", "curvature along the path", "What straightness adds up, step by step; 1 is noise.", "sigma"),
+    Meter(
+        "one_step",
+        "one-step error along the path",
+        "Squared distance between the end of a path and where a single Euler step from a state of it leads, as a share of the "
+        "path's squared length; 1 is noise, and there it is what a one-step image misses.",
+        "sigma",
+    ),
     Meter("saturated", "saturated", "Share of pixels burnt beyond the range of the data.", "CFG scale"),
     Meter("contrast", "contrast", "Standard deviation of the pixels.", "CFG scale"),
     Meter("blur", "blur", "Share of steps between pixels that blurring again leaves.", "CFG scale"),
@@ -169,7 +176,7 @@ class EvalSettings:
         """Where each meter with an axis is read."""
         bins = [(b + 0.5) / BINS for b in range(BINS)]
         places: dict[str, list[float]] = {"few_steps": list(self.few), "loss_by_sigma": bins, "guidance_by_sigma": bins}
-        places["curvature"] = sigma_grid(self.steps, model.grid_shift)[:-1].tolist()
+        places["curvature"] = places["one_step"] = sigma_grid(self.steps, model.grid_shift)[:-1].tolist()
         return places | {key: list(self.cfgs) for key in RESPONSES}
 
 

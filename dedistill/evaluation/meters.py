@@ -125,11 +125,12 @@ def path_meters(
 
     straightness: int |chord - velocity|^2 dsigma over |chord|^2, with chord = noise - end (arXiv 2209.03003, S over its
     scale), 0 for straight paths, with the mean velocity of each step; curvature: the same per step. turning_angle: degrees
-    by which the velocity turns from noise to data. few_steps: |end - end in few steps|^2 over |chord|^2.
+    by which the velocity turns from noise to data. few_steps: |end - end in few steps|^2 over |chord|^2. one_step: the same of
+    a single Euler step from each state of the path, where its velocity points, to the end.
     """
     sigmas = sigma_grid(how.steps, model.grid_shift)
-    paths = [path_numbers(states, sigmas) for states in trajectories(model, prompts, noise, how)]
-    chord, curvature, angle, ends = (np.concatenate(part) for part in zip(*paths))
+    made = [(*path_numbers(s, sigmas), one_step_errors(s, sigmas)) for s in trajectories(model, prompts, noise, how)]
+    chord, curvature, angle, ends, errors = (np.concatenate(part) for part in zip(*made))
     gaps = []
     for n in few:
         short = torch.cat([s[-1] for s in trajectories(model, prompts, noise, replace(how, steps=n))])
@@ -138,6 +139,7 @@ def path_meters(
     pairs = {
         "straightness": ((curvature * -np.diff(sigmas)).sum(1, keepdims=True), one),
         "curvature": (curvature, np.repeat(one, how.steps, 1)),
+        "one_step": (errors, np.repeat(one, how.steps, 1)),
         "turning_angle": (angle[:, None], np.ones_like(one)),
         "few_steps": (np.stack(gaps, 1), np.repeat(one, len(few), 1)),
     }
@@ -152,6 +154,14 @@ def path_numbers(states: list[Tensor], sigmas: np.ndarray) -> tuple[np.ndarray, 
     angle = 180 * angular_distance(velocity[:, :-1], velocity[:, 1:]).sum(1)
     curvature = (chord - velocity).square().mean(2)
     return chord.square().mean(2)[:, 0].numpy(), curvature.numpy(), angle.numpy(), z[:, -1].numpy()
+
+
+def one_step_errors(states: list[Tensor], sigmas: np.ndarray) -> np.ndarray:
+    """|state - sigma velocity - end|^2 per element of each state of a path but the last, [B, S], by the mean velocity of each
+    step: what a single Euler step from there misses the path's own end by."""
+    z, s = torch.stack(states, 1).flatten(2).double(), torch.from_numpy(sigmas)[:, None]
+    reached = z[:, :-1] - s[:-1] * z.diff(dim=1) / s.diff(dim=0)
+    return (reached - z[:, -1:]).square().mean(2).numpy()
 
 
 def guidance_meters(
