@@ -35,7 +35,12 @@ from lab.ladder.start import write_start
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "ladder.json"
-STARTS = {"bridge": (), "naive": ("model.prediction=velocity",), "rectified": ("train.objective=rectified_diffusion",)}
+STARTS = {
+    "bridge": (),
+    "naive": ("model.prediction=velocity",),
+    "instaflow": ("model.prediction=negative_velocity",),
+    "rectified": ("train.objective=rectified_diffusion",),
+}
 PAIRS, PROMPTS, MANY = 1024, 256, 32
 FEW = (1, 2, 4, 8)
 
