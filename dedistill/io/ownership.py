@@ -52,11 +52,15 @@ KINDS = {
 
 
 def refuse_foreign(folder: Path, kind: str, key: str, kept: Iterable[Path] = ()) -> None:
-    """Raises UserError unless ``folder`` is new, empty, or of ``kind`` and ours; changes nothing.
+    """Raises UserError unless ``folder`` can be made, is empty, or of ``kind`` and ours; changes nothing.
 
     key: what names the folder, a recipe's key with its place or an option. kept: files that may be there although they are
     the user's, since nobody will write over them. Hidden files, and folders inside that are ours, count as nothing.
     """
+    there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
+    if os.path.lexists(there) and not os.path.isdir(there):
+        what = "a file" if there.is_file() else "no folder"
+        raise UserError(f"{key}: '{there}' is {what}, and a folder is needed there; choose another place, or move it away")
     found = kind_of(folder)
     if found == kind or (found is None and _known_without(folder, kind)):
         return

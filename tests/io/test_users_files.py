@@ -195,6 +195,20 @@ def test_a_cache_is_made_in_no_folder_of_images(image_recipe, tmp_path, refused)
     assert refused(lambda: main([str(image_recipe), "--cache-only"]), tmp_path / "cache", "data.cache")
 
 
+@pytest.mark.parametrize("below", ["", "deep/er"])
+def test_where_a_file_is_no_folder_is_made(below, teacher_recipe, image_recipe, photos, tmp_path, refused):
+    """The key is named, and the file that stands in the way."""
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    commands = {
+        "run.out": lambda: main([str(teacher_recipe), "--set", f"run.out={file / below}"]),
+        "data.cache": lambda: main([str(image_recipe), "--cache-only", "--set", f"data.cache={file / below}"]),
+        "--out": lambda: tool("scan_data", photos, "--out", file / below),
+    }
+    for key, command in commands.items():
+        assert refused(command, tmp_path, f"{key}: '{file}' is a file")
+
+
 # --- single files
 
 
