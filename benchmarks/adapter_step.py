@@ -23,8 +23,8 @@ def network() -> nn.Sequential:
 def ours(quant: str, factor: int):
     denoiser = network()
     prepare_base(denoiser, quant, [], "cpu")
-    adapter = Adapter(denoiser, "lokr", [Resolved("0", (WIDTH, WIDTH), factor, None, "0")]).to(torch.bfloat16)
-    return step(adapter)
+    Adapter(denoiser, "lokr", [Resolved("0", (WIDTH, WIDTH), factor, None, "0")]).to(torch.bfloat16)
+    return step(denoiser)
 
 
 def rebuild(factor: int):

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from lycoris.functional import factorization
 from torch import nn
 
-from dedistill.adapters.attach import adaptable
-from dedistill.adapters.targets import Resolved
+from dedistill.adapters.targets import Resolved, adaptable
 
 TEXT_LINEARS = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "context_embedder"}
 

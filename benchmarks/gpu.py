@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.flops import Tokens, adapter_flops, model_flops
-from dedistill.adapters.attach import Adapter, adaptable
-from dedistill.adapters.delta import check_started, initialise
-from dedistill.adapters.targets import resolve_targets
+from dedistill.adapters.attach import Adapter, check_started, initialise
+from dedistill.adapters.targets import adaptable, resolve_targets
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.evaluation.sweep import save_png
 from dedistill.flow.path import flow_loss, interpolate, velocity

@@ -19,9 +19,9 @@ from benchmarks.before import swapped
 from benchmarks.gpu import Clock, attempt, device_name, matmul_flops, timed
 from benchmarks.gpu_attention import attention, deterministic, layouts
 from dedistill import kernels
-from dedistill.adapters.attach import Adapter, adaptable
+from dedistill.adapters.attach import Adapter
 from dedistill.adapters.layers import add_mixed
-from dedistill.adapters.targets import Resolved
+from dedistill.adapters.targets import Resolved, adaptable
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.flow.path import flow_loss, interpolate, velocity
 from dedistill.models import blocks as blocks_of
@@ -218,11 +218,11 @@ def optimizer(device: str, width: int, clock: Clock) -> dict:
         for a, b in zip(*(o.param_groups[0]["params"] for o in (by_tensor, at_once))):
             a.grad = draw(a.shape)
             b.grad = a.grad.clone()
-        with swapped(kernels, "usable", lambda tensor, kernel: False):
+        with swapped(kernels, "proven", set()):
             by_tensor.step()
         at_once.step()
         unlike.append({key: _unlike(by_tensor, at_once, key) for key in ("weight", "exp_avg", "exp_avg_sq", "kahan_comp")})
-    with swapped(kernels, "usable", lambda tensor, kernel: False):
+    with swapped(kernels, "proven", set()):
         slow = timed(by_tensor.step, clock)
     numbers = sum(p.numel() for p in start)
     return {"numbers": numbers, "unlike": unlike, "by_tensor_s": slow, "at_once_s": timed(at_once.step, clock)}

@@ -14,8 +14,8 @@ from tiny_recipes import adapter_table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dedistill.adapters.attach import Adapter, adaptable
-from dedistill.adapters.targets import count_parameters, resolve_targets
+from dedistill.adapters.attach import Adapter
+from dedistill.adapters.targets import adaptable, count_parameters, resolve_targets
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import Int8Linear, linear_names, prepare_base
@@ -92,8 +92,8 @@ def test_an_adapter_adds_its_factors_three_times(kind, target):
     table = adapter_table(kind, target)
     presets = PixelFlux().presets(components.denoiser)
     targets = resolve_targets(table, adaptable(components.denoiser), presets)
-    adapter = Adapter(components.denoiser, kind, targets)
-    added = counted(components, adapter, backward=True) - before
+    Adapter(components.denoiser, kind, targets)
+    added = counted(components, components.denoiser, backward=True) - before
     assert added == BATCH * adapter_flops(targets, kind, Tokens(IMAGE, TEXT))
 
 

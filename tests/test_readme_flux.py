@@ -117,8 +117,7 @@ def judge(home: Path, capsys) -> None:
 
 def test_table_of_recipes():
     """The sizes it gives are those that a rehearsal counts."""
-    from dedistill.adapters.attach import adaptable
-    from dedistill.adapters.targets import count_parameters, resolve_targets
+    from dedistill.adapters.targets import adaptable, count_parameters, resolve_targets
     from dedistill.models.registry import get_family
     from dedistill.recipe import load_recipe
     from dedistill.recipe.shipped import shipped_recipes

@@ -1,20 +1,20 @@
-"""Put adapters on a frozen network, and take their tensors out and in by name."""
+"""Put adapters on a frozen network, start them, and take their tensors out and in by name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from lycoris.modules.base import LycorisBaseModule
+from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
 
+from dedistill.adapters.delta import weight_change
 from dedistill.adapters.layers import LokrConv, LokrLayer, LoraConv, LoraLayer
-from dedistill.adapters.targets import Resolved, Shape
-from dedistill.errors import UserError
-
-
-def file_name(module_name: str) -> str:
-    """``a.b.c`` as LyCORIS, SimpleTuner and ComfyUI spell it in files: ``lycoris_a_b_c``."""
-    return "lycoris_" + module_name.replace(".", "_")
+from dedistill.adapters.spellings import file_name
+from dedistill.adapters.targets import Resolved
+from dedistill.errors import UserError, amount
+from dedistill.flow import keyed
 
 
 class Adapter(nn.Module):
@@ -115,13 +115,99 @@ def _build(kind: str, target: Resolved, layer: nn.Module) -> LycorisBaseModule:
     return lokr(name, layer, 1.0, rank, rank, factor=target.factor, full_matrix=full, bypass_mode=True)
 
 
-def adaptable(denoiser: nn.Module) -> dict[str, Shape]:
-    """name -> shape of its dense weight, of every layer that can have an adapter, in the network's order: linears, quantized
-    or not, and convolutions whose channels all see each other."""
-    found: dict[str, Shape] = {}
-    for name, layer in denoiser.named_modules():
-        if isinstance(layer, nn.Linear):
-            found[name] = (layer.out_features, layer.in_features)
-        elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
-            found[name] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+# --- how an adapter starts, and the check that it really started so --------------------------------------------------
+
+
+TOLERANCE = 0.01
+"""Relative error allowed between the size an initialisation asked for and the size found afterwards."""
+
+
+def delta(module: LycorisBaseModule) -> Tensor:
+    """The change of weight, as of :func:`weight_change`, of one LyCORIS LoKr or LoRA module."""
+    return weight_change({**dict(module.named_parameters()), "alpha": module.alpha})
+
+
+@torch.no_grad()
+def initialise(
+    module: LycorisBaseModule, name: str, weight: Callable[[], Tensor], *, init: str, scale: float | None, seed: int
+) -> None:
+    """Set the factors of one LyCORIS module, a function of (seed, name) alone.
+
+    default: LyCORIS' own start, delta 0. ones: w1 = 1 and delta 0. perturbed_normal: w1 = 1 and the second factor
+    normal with ``scale`` times the mean and deviation of the layer's dense ``weight()`` (jimmycarter's LibreFLUX).
+    A decomposed factor, and LoRA, get normal factors whose product has that deviation and mean 0.
+    """
+    rng = keyed.generator(seed, f"adapter-init/{name}")
+    lokr = isinstance(module, LokrModule)
+    # the two factors of whatever is decomposed; the right one stays 0 unless perturbed
+    pair = None if lokr and module.use_w2 else _factors(module)
+    if init == "default":
+        for first in ([module.lokr_w1] if lokr else []) + ([pair[0 if lokr else 1]] if pair else []):
+            bound = first[0].numel() ** -0.5  # kaiming_uniform(a = sqrt 5)
+            first.copy_(torch.from_numpy(rng.uniform(-bound, bound, tuple(first.shape)).astype("float32")))
+        return
+    if lokr:
+        module.lokr_w1.fill_(1.0)
+    if init == "perturbed_normal" and pair is None:
+        dense, draw = weight(), _normal(rng, module.lokr_w2)
+        draw = (draw - draw.mean()) / draw.std(correction=0) * _deviation(dense) + float(dense.mean())
+        module.lokr_w2.copy_(draw * (scale or 0.0))
+    elif pair and init == "perturbed_normal" and (deviation := _deviation(weight())) > 0:
+        left, right = pair
+        a, b = _normal(rng, left), _normal(rng, right)
+        size = (scale or 0.0) * deviation / (_deviation(a.flatten(1) @ b.flatten(1)) * module.scale)
+        left.copy_(a * size**0.5)
+        right.copy_(b * size**0.5)
+    elif pair:  # ones, or a layer of equal weights, which have no deviation to take a share of
+        left, _ = pair
+        left.copy_(_normal(rng, left) * left.shape[1] ** -0.5)
+
+
+def _factors(module: LycorisBaseModule) -> tuple[Tensor, Tensor]:
+    if isinstance(module, LokrModule):
+        return module.lokr_w2_a, module.lokr_w2_b
+    return module.lora_up.weight, module.lora_down.weight
+
+
+def _deviation(values: Tensor) -> float:
+    """Taken where the values lie: full-size weights need not leave the GPU."""
+    return float(values.std(correction=0))
+
+
+def _normal(rng: np.random.Generator, like: Tensor) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(tuple(like.shape), dtype="float32"))
+
+
+@torch.no_grad()
+def check_started(
+    modules: Mapping[str, LycorisBaseModule], weight: Callable[[str], Tensor], *, init: str, scale: float | None
+) -> dict[str, float]:
+    """Deviation of each layer's delta relative to its weight's; raises UserError where it is not what was asked for.
+
+    A trainer that drops its initialisation silently can train for weeks before anyone sees it (LibreFLUX did).
+    """
+    wanted = (scale or 0.0) if init == "perturbed_normal" else 0.0
+    sizes = {name: (_deviation(delta(m)), _deviation(weight(name))) for name, m in modules.items()}
+    found = {name: d / w if w else d for name, (d, w) in sizes.items()}
+    # "not within" also catches NaN
+    wrong = [n for n, (d, w) in sizes.items() if not abs(d - wanted * w) <= (TOLERANCE + _rounding(modules[n])) * wanted * w]
+    wrong += [n for n, m in modules.items() if init != "default" and isinstance(m, LokrModule) and (m.lokr_w1 != 1).any()]
+    if wrong:
+        raise UserError(
+            f"adapter.init: '{init}' did not take effect in {len(set(wrong))} of {amount(len(modules), 'layer')}, "
+            f"e.g. {wrong[0]}: "
+            f"deviation of the delta is {found[wrong[0]]:.3g} of the weight's, {wanted:.3g} was asked for"
+        )
+    # a factor's gradient is the product of the others: with two of them 0, none ever moves
+    if dead := [n for n, m in modules.items() if sum(not p.any() for p in m.parameters()) > 1]:
+        raise UserError(
+            f"adapter.init: '{init}' left two factors of {len(dead)} of {amount(len(modules), 'layer')} at zero, "
+            f"e.g. {dead[0]}: "
+            "nothing there would ever train"
+        )
     return found
+
+
+def _rounding(module: LycorisBaseModule) -> float:
+    """Relative rounding of one stored number: bf16 factors carry 8 bits."""
+    return 0.0 if next(module.parameters()).dtype == torch.float32 else 2.0**-8

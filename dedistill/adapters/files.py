@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoKrConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dedistill.adapters.attach import adaptable
 from dedistill.adapters.delta import scale
 from dedistill.adapters.formats import by_layer, check_shapes, is_lora
 from dedistill.adapters.spellings import FOLDERS
-from dedistill.adapters.targets import Shape
+from dedistill.adapters.targets import Shape, adaptable
 from dedistill.errors import UserError
 from dedistill.io.safetensors import CHECKSUM, is_finite, verify_checksum
 from dedistill.io.weights import open_weights
@@ -58,6 +56,8 @@ def load_lokr(pipe: "DiffusionPipeline | nn.Module", file: str | Path, name: str
     file: safetensors in the ``lycoris_`` format, or with names that begin with the denoiser's folder. Raises UserError
     when any of its tensors has no place in the network, or the name is taken; then nothing has been loaded.
     """
+    from peft import LoKrConfig, inject_adapter_in_model
+
     # set_adapters and the like come from mixins of diffusers, which no stub of a module has
     folder = next((folder for folder in FOLDERS if hasattr(pipe, folder)), None)
     denoiser: Any = getattr(pipe, folder) if folder else pipe

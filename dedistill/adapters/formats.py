@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dedistill.adapters.attach import file_name
 from dedistill.adapters.delta import rank, scale
 from dedistill.adapters.spellings import (
     DENSE,
@@ -25,6 +24,7 @@ from dedistill.adapters.spellings import (
     UP,
     LayerNames,
     Place,
+    file_name,
     is_of_encoder,
     other_kind,
     places,

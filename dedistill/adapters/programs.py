@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from peft.tuners.lokr.layer import factorization
 from torch import Tensor
 
-from dedistill.adapters.attach import file_name
 from dedistill.adapters.formats import by_layer, factor_shapes, is_lora
-from dedistill.adapters.spellings import LOKR, LORA, PEFT, LayerNames, split_key
+from dedistill.adapters.spellings import LOKR, LORA, PEFT, LayerNames, file_name, split_key
 from dedistill.adapters.targets import Shape
 from dedistill.errors import UserError, amount
 
@@ -182,6 +180,8 @@ def _candidates(sizes: Sizes) -> list[int]:
 
 def _made_by(factor: int, sizes: Sizes) -> bool:
     """Whether PEFT, and ai-toolkit by the same rule, make factors of all these sizes of one setting."""
+    from peft.tuners.lokr.layer import factorization  # here: it loads transformers
+
     return all(factorization(a * b, factor) == (a, b) for w1, w2 in sizes for a, b in zip(w1, w2))
 
 

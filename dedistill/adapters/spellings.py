@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dedistill.adapters.attach import file_name
 from dedistill.adapters.targets import Shape
 
 
@@ -159,3 +158,8 @@ def _place(original: str, parts: tuple[str, ...], shapes: Mapping[str, Shape], n
         return Place(parts[0], parts)
     slices = [naming.original_name(part, shapes)[1] for part in parts]
     return Place(original, parts, tuple(((s.start, s.stop),) for s in slices))
+
+
+def file_name(module_name: str) -> str:
+    """``a.b.c`` as LyCORIS, SimpleTuner and ComfyUI spell it in files: ``lycoris_a_b_c``."""
+    return "lycoris_" + module_name.replace(".", "_")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from lycoris.functional import factorization
+from torch import nn
 
 from dedistill.errors import UserError
 
@@ -115,6 +115,8 @@ def count_parameters(resolved: list[Resolved], kind: str) -> int:
 
 
 def _parameters(target: Resolved, kind: str) -> int:
+    from lycoris.functional import factorization  # here: it loads diffusers, which looking at names does not need
+
     out, in_, *kernel = target.shape
     window = math.prod(kernel)
     if kind == "lora":
@@ -127,6 +129,8 @@ def _parameters(target: Resolved, kind: str) -> int:
 
 def _form(kind: str, target: Target, shape: Shape, where: str, name: str) -> tuple[int | None, int | None]:
     """(factor, rank) of one layer."""
+    from lycoris.functional import factorization
+
     rank = target.rank if isinstance(target.rank, int) else None  # or in full
     if kind == "lora":
         rows, columns = shape[0], math.prod(shape[1:])
@@ -155,3 +159,15 @@ def _names(target: Target, names: list[str], presets: Mapping[str, list[str]], w
             exit_code=2,
         )
     return [name for name in names if name in found]
+
+
+def adaptable(denoiser: nn.Module) -> dict[str, Shape]:
+    """name -> shape of its dense weight, of every layer that can have an adapter, in the network's order: linears, quantized
+    or not, and convolutions whose channels all see each other."""
+    found: dict[str, Shape] = {}
+    for name, layer in denoiser.named_modules():
+        if isinstance(layer, nn.Linear):
+            found[name] = (layer.out_features, layer.in_features)
+        elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
+            found[name] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+    return found

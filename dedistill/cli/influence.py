@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dedistill.adapters.attach import adaptable
+    from dedistill.adapters.targets import adaptable
     from dedistill.data.encode import open_data
     from dedistill.evaluation.influence import measure, share_out
     from dedistill.evaluation.prompts import read_prompts, say_repeated

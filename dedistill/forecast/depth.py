@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dedistill.adapters.attach import adaptable
-from dedistill.adapters.targets import resolve_targets
+from dedistill.adapters.targets import adaptable, resolve_targets
 from dedistill.forecast.meter import BASE, Meter, Peak, Work, reserved
 from dedistill.forecast.paper import BACKWARD, FORWARD, prepared, run, shapes_alone
 from dedistill.models.family import Family

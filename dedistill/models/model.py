@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dedistill.adapters.attach import Adapter, adaptable, compare_tensors, detached
-from dedistill.adapters.delta import check_started, initialise
+from dedistill.adapters.attach import Adapter, check_started, compare_tensors, detached, initialise
 from dedistill.adapters.files import read_tensors
-from dedistill.adapters.targets import Resolved, resolve_targets
+from dedistill.adapters.targets import Resolved, adaptable, resolve_targets
 from dedistill.errors import UserError
 from dedistill.flow.guidance import Branch
 from dedistill.io.atomic import step_name

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lycoris.functional import factorization
 from torch import Tensor
 
 from dedistill.adapters.delta import rank, scale
@@ -209,6 +208,8 @@ def lycoris_config(layers: Layers, shapes: Mapping[str, Shape]) -> dict[str, Any
 
 def _factor(factors: Mapping[str, Tensor], window: Shape) -> int:
     """The ``factor`` from which LyCORIS makes such factors. window: of a convolution. Raises UserError where none does."""
+    from lycoris.functional import factorization
+
     w1, (rows, columns) = factor_shapes(factors)
     w2 = (rows, columns // math.prod(window))
     for factor in (-1, *sorted({*w1, *w2})):  # LyCORIS puts the smaller of the two it finds first

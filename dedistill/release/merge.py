@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dedistill.adapters.attach import adaptable
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.formats import Layers, by_layer, check_shapes
+from dedistill.adapters.targets import adaptable
 from dedistill.errors import UserError
 from dedistill.io.atomic import replace_json
 from dedistill.io.hashing import file_sha256

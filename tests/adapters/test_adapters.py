@@ -10,10 +10,10 @@ from tiny_recipes import adapter_table
 from torch import nn
 from torch.nn import functional as F
 
-from dedistill.adapters.attach import Adapter, adaptable, file_name
-from dedistill.adapters.delta import delta, initialise, merge
+from dedistill.adapters.attach import Adapter, delta, initialise
 from dedistill.adapters.files import read_tensors
-from dedistill.adapters.targets import Resolved, resolve_targets
+from dedistill.adapters.spellings import file_name
+from dedistill.adapters.targets import Resolved, adaptable, resolve_targets
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.pixel_flux.family import PixelFlux
@@ -86,12 +86,14 @@ def test_every_layer_answers_as_dense_weight_plus_delta(form, quant):
 
 
 @every_form
-def test_forward_merge_and_reload_agree(form, tmp_path):
-    """What training sees, what merging writes and what a file gives back are one delta."""
+def test_forward_delta_and_reload_agree(form, tmp_path):
+    """What training sees, the change of weight and what a file gives back are one."""
     own, plain = build(form), FAMILY.tiny(0)
     adapted = velocity(own.components).detach()
     assert relative(velocity(plain).detach(), adapted) > 1e-3
-    merge(plain.denoiser, own.adapter.by_target)
+    with torch.no_grad():
+        for name, module in own.adapter.by_target.items():
+            plain.denoiser.get_submodule(name).weight += delta(module)
     assert relative(velocity(plain).detach(), adapted) < 1e-6
     save_file(own.adapter.tensors(), tmp_path / "a.safetensors", metadata={"format": "pt", "who": "a"})
     tensors, header = read_tensors(tmp_path / "a.safetensors")
@@ -100,39 +102,6 @@ def test_forward_merge_and_reload_agree(form, tmp_path):
     other.adapter.load_tensors(tensors, "a.safetensors")
     assert torch.equal(velocity(other.components), adapted)
     assert header["who"] == "a"
-
-
-@every_form
-def test_merge_into_bf16_rounds_once(form):
-    """The sum is formed in float32 and rounded once to the weight's dtype."""
-    own = build(form, dtype=torch.bfloat16)
-    before = {n: own.denoiser.get_submodule(n).weight.float().clone() for n in own.adapter.by_target}
-    merge(own.denoiser, own.adapter.by_target)
-    for name, module in own.adapter.by_target.items():
-        weight = own.denoiser.get_submodule(name).weight
-        assert weight.dtype == torch.bfloat16
-        assert torch.equal(weight, (before[name] + delta(module)).bfloat16())
-
-
-@pytest.mark.parametrize("quant", ["int8", "int8-quanto"])
-def test_merge_into_a_quantized_base_is_refused(quant):
-    """Elsewhere this silently merges nothing."""
-    own = build("lokr", quant)
-    with pytest.raises(ValueError, match=r"transformer_blocks\.0.*unquantized base"):
-        merge(own.denoiser, own.adapter.by_target)
-
-
-def test_refused_merge_changes_nothing():
-    """In a base with excluded layers, a refusal in the middle must not leave half a merge behind."""
-    components = FAMILY.tiny(0)
-    prepare_base(components.denoiser, "int8", ["transformer_blocks.*.norm1.linear"], "cpu")
-    adapter = attach(components, FORMS["lokr"])
-    fill(adapter, 0.2)
-    first = components.denoiser.transformer_blocks[0].norm1.linear.weight
-    before = first.clone()
-    with pytest.raises(ValueError):
-        merge(components.denoiser, adapter.by_target)
-    assert torch.equal(first, before)
 
 
 @every_form

@@ -16,10 +16,11 @@ def operations(factor: int | None) -> float:
     """FLOPs of forward and backward to input and adapter, in units of one base matmul."""
     denoiser = nn.Sequential(nn.Linear(WIDTH, WIDTH))
     prepare_base(denoiser, "int8", [], "cpu")
-    call = Adapter(denoiser, "lokr", [Resolved("0", (WIDTH, WIDTH), factor, None, "0")]) if factor else denoiser
+    if factor:
+        Adapter(denoiser, "lokr", [Resolved("0", (WIDTH, WIDTH), factor, None, "0")])
     x = torch.randn(TOKENS, WIDTH, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        call(x).sum().backward()
+        denoiser(x).sum().backward()
     return counter.get_total_flops() / (2 * TOKENS * WIDTH * WIDTH)
 
 

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dedistill
-from dedistill.adapters.attach import Adapter, adaptable
+from dedistill.adapters.attach import Adapter
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.formats import as_kohya, as_lycoris, as_peft, as_transformer, by_layer
-from dedistill.adapters.targets import Resolved
+from dedistill.adapters.targets import Resolved, adaptable
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.flux import naming

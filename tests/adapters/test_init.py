@@ -8,9 +8,8 @@ import pytest
 import torch
 from tiny_recipes import adapter_table
 
-from dedistill.adapters.attach import Adapter, adaptable
-from dedistill.adapters.delta import check_started, delta, initialise
-from dedistill.adapters.targets import Resolved, resolve_targets
+from dedistill.adapters.attach import Adapter, check_started, delta, initialise
+from dedistill.adapters.targets import Resolved, adaptable, resolve_targets
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.model import build_model

@@ -3,8 +3,7 @@
 import pytest
 from tiny_recipes import adapter_table
 
-from dedistill.adapters.attach import adaptable
-from dedistill.adapters.targets import Resolved, resolve_targets
+from dedistill.adapters.targets import Resolved, adaptable, resolve_targets
 from dedistill.errors import UserError
 from dedistill.models.pixel_flux.family import PixelFlux
 

@@ -9,8 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from dedistill.adapters.attach import adaptable
-from dedistill.adapters.targets import count_parameters, resolve_targets
+from dedistill.adapters.targets import adaptable, count_parameters, resolve_targets
 from dedistill.errors import UserError
 from dedistill.evaluation.influence import FACTORS, Influence, Meter, angular_distance, measure, recipe_fragment, share_out
 from dedistill.flow import keyed

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dedistill.adapters.attach import adaptable
-from dedistill.adapters.targets import matching
+from dedistill.adapters.targets import adaptable, matching
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.flow.guidance import CONDITIONAL

@@ -5,8 +5,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from tiny_recipes import adapter_table
 
-from dedistill.adapters.attach import Adapter, adaptable
-from dedistill.adapters.targets import count_parameters, resolve_targets
+from dedistill.adapters.attach import Adapter
+from dedistill.adapters.targets import adaptable, count_parameters, resolve_targets
 from dedistill.models.flux.naming import presets
 from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import linear_names

@@ -9,9 +9,9 @@ import torch
 from test_conformance import CAPTIONS, LENGTH, UNMASKED
 from tiny_recipes import IMAGES
 
-from dedistill.adapters.attach import adaptable
 from dedistill.adapters.compatibility import check_adapter
 from dedistill.adapters.formats import ADAPTER_FORMATS, as_kohya, by_layer
+from dedistill.adapters.targets import adaptable
 from dedistill.flow.solvers import SOLVERS
 from dedistill.models import blocks
 from dedistill.models.model import Model, assemble

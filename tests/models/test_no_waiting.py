@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_recipes import adapter_table
 
-from dedistill.adapters.attach import Adapter, adaptable
-from dedistill.adapters.targets import resolve_targets
+from dedistill.adapters.attach import Adapter
+from dedistill.adapters.targets import adaptable, resolve_targets
 from dedistill.flow.path import flow_loss
 from dedistill.models.example.family import Example
 from dedistill.models.model import Model

@@ -9,11 +9,11 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from safetensors.torch import save_file
 
-from dedistill.adapters.attach import Adapter, adaptable
+from dedistill.adapters.attach import Adapter
 from dedistill.adapters.compatibility import check_adapter
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.formats import ADAPTER_FORMATS, as_kohya, by_layer, is_lora
-from dedistill.adapters.targets import Resolved
+from dedistill.adapters.targets import Resolved, adaptable
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.flow.guidance import guider_of

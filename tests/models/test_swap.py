@@ -9,8 +9,8 @@ import torch
 from tiny_recipes import adapter_table
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from dedistill.adapters.attach import Adapter, adaptable
-from dedistill.adapters.targets import resolve_targets
+from dedistill.adapters.attach import Adapter
+from dedistill.adapters.targets import adaptable, resolve_targets
 from dedistill.flow.path import flow_loss
 from dedistill.models import offload
 from dedistill.models import swap as swap_module

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from tiny_recipes import adapter_table
 from torch import nn
 
-from dedistill.adapters.attach import Adapter, adaptable
+from dedistill.adapters.attach import Adapter
 from dedistill.adapters.compatibility import check_adapter
 from dedistill.adapters.files import load_lokr
 from dedistill.adapters.formats import as_kohya, as_peft, as_transformer, by_layer
-from dedistill.adapters.targets import matching, resolve_targets
+from dedistill.adapters.targets import adaptable, matching, resolve_targets
 from dedistill.data.source import Batch, OneSize
 from dedistill.errors import UserError
 from dedistill.flow.parameterization import own_weight, variance_preserving

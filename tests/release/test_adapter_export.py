@@ -11,10 +11,10 @@ from lycoris import LycorisNetwork
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dedistill.adapters.attach import Adapter, adaptable
+from dedistill.adapters.attach import Adapter
 from dedistill.adapters.compatibility import check_adapter
 from dedistill.adapters.formats import by_layer
-from dedistill.adapters.targets import Resolved
+from dedistill.adapters.targets import Resolved, adaptable
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.flux import naming

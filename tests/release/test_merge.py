@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dedistill.adapters.attach import adaptable
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.formats import as_kohya, as_transformer, by_layer
+from dedistill.adapters.targets import adaptable
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.flux import naming
