@@ -12,7 +12,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -128,6 +129,12 @@ def both(setup: Setup) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def recorded_floats(setup: Setup) -> Iterator[None]:
+    with dense(setup), graphed(setup):
+        yield
+
+
 def swap(setup: Setup, count: int) -> int:
     """base.swap = ``count``, for good; returns the bytes that wait on the CPU."""
     blocks = setup.model.family.blocks(setup.model.components.denoiser)
@@ -205,20 +212,74 @@ def placed(sizes: Sizes, device: str) -> Setup:
     return setup
 
 
+@dataclass
+class Ladder:
+    """One network, what is done with it by stages, and where it is written down."""
+
+    setup: Setup
+    sizes: Sizes
+    peak: float
+    clock: Clock
+    facts: dict
+    write: Callable[[], None]
+
+    def stages(self) -> dict[str, Callable[[], object]]:
+        small, large = self.sizes.pixels
+        one, batch, high = (small, 1, True), (small, 4, False), (large, 1, True)
+        products = [batch, high, one]
+        return {
+            "eager": lambda: self.cells("eager", one, (small, 1, False)),
+            "profile": lambda: self.profiled("eager", small),
+            "profile 1024": lambda: self.profiled("eager, 1024 px", large),
+            "recorded 512": lambda: self.switched(graphed, "recorded", one),
+            "recorded 512, nothing computed again": lambda: self.switched(graphed, "recorded", (small, 1, False)),
+            "int8 products": lambda: self.switched(int8_products, "int8 products", *products),
+            "changes": lambda: changes(self.setup, small, self.clock, self.facts, self.write),
+            "eager, batches": lambda: self.cells("eager", batch, high, (small, 4, True)),
+            "recorded 1024": lambda: self.switched(graphed, "recorded", high),
+            "recorded, bf16 base": lambda: self.switched(recorded_floats, "recorded, bf16 base", (small, 1, False)),
+            "half checkpointed": lambda: self.switched(
+                half_checkpointed, "half checkpointed", (small, 1, None), (small, 4, None)
+            ),
+            "compiled": lambda: self.switched(compiled, "compiled blocks", high, one, batch),
+            "compiled, int8 products": lambda: self.switched(both, "compiled blocks, int8 products", high, batch),
+            "profile compiled": lambda: self.profiled("compiled blocks", small, compiled),
+            "swap": self.waiting,
+        }
+
+    def cells(self, name: str, *sizes_of: tuple[int, int, bool | None]) -> None:
+        measured(self.setup, self.sizes, sizes_of, self.peak, self.clock, self.facts, self.write, note=name)
+
+    def switched(self, change: Callable, name: str, *sizes_of: tuple[int, int, bool | None]) -> None:
+        with change(self.setup):
+            self.cells(name, *sizes_of)
+
+    def profiled(self, name: str, pixels: int, change: Callable = nullcontext) -> None:
+        with change(self.setup):
+            checkpointing(self.setup, True)
+            self.facts["profiles"][name] = profile(self.setup, pixels, 1, self.clock)
+        print(name, json.dumps(self.facts["profiles"][name] | {"top": []}), flush=True)
+
+    def waiting(self) -> None:
+        """Last, since blocks do not come back."""
+        small, large = self.sizes.pixels
+        blocks = len(self.setup.model.family.blocks(self.setup.model.components.denoiser))
+        self.facts["swapped_bytes"] = swap(self.setup, max(3, blocks // SWAPPED))
+        self.cells(f"one block in {SWAPPED} waits on the CPU", (small, 1, True), (large, 1, True))
+
+
 def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[[], None], wanted: list[str] | None) -> None:
     """Every stage in turn, or those that are ``wanted``, the most wanted first; each is written down before the next."""
     peak = matmul_flops(sizes.matmul, device, clock)
-    facts["matmul_tflops"] = peak / 1e12
+    facts |= {"matmul_tflops": peak / 1e12, "cells": [], "changes": [], "profiles": {}, "spent": {}}
     setup = placed(sizes, device)
-    small, large = sizes.pixels
-    facts |= {"cells": [], "changes": [], "profiles": {}, "spent": {}}
-
-    def note(name: str, stage: Callable[[], object]) -> None:
+    stages = Ladder(setup, sizes, peak, clock, facts, write).stages()
+    for name in wanted or stages:
         if clock.over():
             return
         start = clock.now()
         try:
-            stage()
+            stages[name]()
         except Exception as e:
             # an experiment that fails is a finding, and must not cost the others
             facts["spent"][name + " failed"] = f"{type(e).__name__}: {str(e)[-600:]}"
@@ -226,60 +287,6 @@ def climb(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[
             setup.optimizer.zero_grad(set_to_none=True)
         facts["spent"][name] = clock.now() - start
         write()
-
-    def cells(name: str, *sizes_of: tuple[int, int, bool]) -> None:
-        measured(setup, sizes, sizes_of, peak, clock, facts, write, note=name)
-
-    def profiled(name: str, pixels: int = small) -> None:
-        checkpointing(setup, True)
-        facts["profiles"][name] = profile(setup, pixels, 1, clock)
-        print(name, json.dumps(facts["profiles"][name] | {"top": []}), flush=True)
-
-    def switched(change: Callable[[Setup], object], name: str, *sizes_of: tuple[int, int, bool | None]) -> None:
-        with change(setup):
-            cells(name, *sizes_of)
-
-    def switched_profile(change: Callable[[Setup], object], name: str) -> None:
-        with change(setup):
-            profiled(name)
-
-    def waiting() -> None:
-        """Last, since blocks do not come back."""
-        blocks = len(setup.model.family.blocks(setup.model.components.denoiser))
-        facts["swapped_bytes"] = swap(setup, max(3, blocks // SWAPPED))
-        cells(f"one block in {SWAPPED} waits on the CPU", (small, 1, True), (large, 1, True))
-
-    def recorded(cells_of: tuple[int, int, bool], how: str = "recorded") -> None:
-        with graphed(setup):
-            cells(how, cells_of)
-
-    def on_floats(cells_of: tuple[int, int, bool]) -> None:
-        with dense(setup):
-            recorded(cells_of, "recorded, bf16 base")
-
-    stages: dict[str, Callable[[], object]] = {
-        "eager": lambda: cells("eager", (small, 1, True), (small, 1, False)),
-        "profile": lambda: profiled("eager"),
-        "profile 1024": lambda: profiled("eager, 1024 px", large),
-        "recorded 512": lambda: recorded((small, 1, True)),
-        "recorded 512, nothing computed again": lambda: recorded((small, 1, False)),
-        "int8 products": lambda: switched(
-            int8_products, "int8 products", (small, 4, False), (large, 1, True), (small, 1, True)
-        ),
-        "changes": lambda: changes(setup, small, clock, facts, write),
-        "eager, batches": lambda: cells("eager", (small, 4, False), (large, 1, True), (small, 4, True)),
-        "recorded 1024": lambda: recorded((large, 1, True)),
-        "recorded, bf16 base": lambda: on_floats((small, 1, False)),
-        "half checkpointed": lambda: switched(half_checkpointed, "half checkpointed", (small, 1, None), (small, 4, None)),
-        "compiled": lambda: switched(compiled, "compiled blocks", (large, 1, True), (small, 1, True), (small, 4, False)),
-        "compiled, int8 products": lambda: switched(
-            both, "compiled blocks, int8 products", (large, 1, True), (small, 4, False)
-        ),
-        "profile compiled": lambda: switched_profile(compiled, "compiled blocks"),
-        "swap": waiting,
-    }
-    for name in wanted or stages:
-        note(name, stages[name])
 
 
 def changes(setup: Setup, pixels: int, clock: Clock, facts: dict, write: Callable[[], None]) -> None:

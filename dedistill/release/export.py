@@ -69,9 +69,9 @@ def export_adapter(
     if table:
         replace_file(config_file, table)
     say(f"{out.name}: {opened.size(layers) or UNKNOWN}")
-    if note := origin_note(header, str(opened.base or ""), opened.config, spec):
+    if note := origin_note(header, str(opened.place or ""), opened.config, spec):
         say(note)
-    _say_shifts(read_recipe(header.get("dedistill.recipe", "")), spec, opened.base, say)
+    _say_shifts(read_recipe(header.get("dedistill.recipe", "")), spec, opened.place, say)
     return out
 
 
@@ -85,8 +85,10 @@ class _Opened:
     config: dict[str, Any]
     spec: ModelSpec
     shapes: dict[str, Shape]
-    base: Path | None
+    place: Path | None
     """Folder of that network, where it is there."""
+    base: Denoiser | None
+    """Its weights, where they are there."""
 
     def layers(self) -> Layers:
         """Raises UserError for a file that does not fit the network whole."""
@@ -101,21 +103,23 @@ class _Opened:
 
     def size(self, layers: Layers) -> RelativeSize | None:
         """None where the weights of the base are not there, or are codes."""
-        try:
-            base = Denoiser(self.base) if self.base else None
-        except UserError:
+        if self.base is None or any(not dtype.is_floating_point for _, dtype in self.base.layout.values()):
             return None
-        if base is None or any(not dtype.is_floating_point for _, dtype in base.layout.values()):
-            return None
-        return relative_size(layers, base)
+        return relative_size(layers, self.base)
 
 
-def _open(file: Path, model: Path | None) -> _Opened:
+def _open(file: Path, model: Path | None, *, by_headers: bool = False) -> _Opened:
+    """by_headers: take the base's shapes as its files tell them, where they are there; it need not be a whole network then."""
     tensors, header = read_tensors(file)
     read_recipe(header.get("dedistill.recipe", ""), f"'{file}'")  # where it cannot be read, the file is named
-    base = model or _local_base(header)
+    place = model or _local_base(header)
     config = config_for(tensors, header, model)
-    return _Opened(file, tensors, header, config, _spec_for(config, header), adaptable(skeleton(config)), base)
+    try:
+        base = Denoiser(place, compare=not by_headers) if place else None
+    except UserError:  # it is not whole, or damaged: its config tells the shapes all the same
+        base = None
+    shapes = base.shapes() if base and by_headers else adaptable(skeleton(config))
+    return _Opened(file, tensors, header, config, _spec_for(config, header), shapes, place, base)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Checked:
 
 def check_file(file: Path, model: Path | None = None) -> Checked:
     """What each program makes of adapter ``file`` on the network in folder ``model``, as in :func:`export_adapter`."""
-    opened, layers, fault = _open(file, model), Layers(), ""
+    opened, layers, fault = _open(file, model, by_headers=True), Layers(), ""
     try:
         layers = opened.layers()
     except UserError as e:

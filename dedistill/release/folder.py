@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dedistill.adapters.spellings import FOLDERS, LayerNames
+from dedistill.adapters.targets import Shape
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import replace_json, whole_folder
 from dedistill.io.json_files import read_object
@@ -31,7 +32,8 @@ _DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 class Denoiser:
     """The denoiser of a model folder: its family, config, and the names, shapes and dtypes of its tensors, read on demand."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, compare: bool = True):
+        """compare: with the tensors that such a network has, for which diffusers is loaded; UserError where they differ."""
         self.folder = folder
         self.config = network_config(folder)
         self.spec = spec_of(self.config, read_facts(folder).get("family"))
@@ -47,6 +49,8 @@ class Denoiser:
                 if part.get_dtype() not in _DTYPE:
                     raise UserError(f"'{path}': tensor '{name}' is stored as {part.get_dtype()}, which is not supported")
                 self._files[name], self.layout[name] = file, (tuple(part.get_shape()), _DTYPE[part.get_dtype()])
+        if not compare:
+            return
         own = set(self.skeleton().state_dict())
         scales = {n for n in self.layout if n.endswith(".weight_scale") and n.removesuffix("_scale") in own}
         for names, what in ((own - self.layout.keys(), "misses"), (self.layout.keys() - own - scales, "does not know")):
@@ -63,6 +67,11 @@ class Denoiser:
     def items(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         for name in names if names is not None else self.layout:
             yield name, self[name]
+
+    def shapes(self) -> dict[str, Shape]:
+        """Of the weights of its linears and convolutions, by the layers' names, as the files tell them."""
+        weights = {name.removesuffix(".weight"): shape for name, (shape, _) in self.layout.items() if name.endswith(".weight")}
+        return {name: shape for name, shape in weights.items() if len(shape) > 1}
 
     def skeleton(self) -> nn.Module:
         """The network without weights (meta device), of the class that config.json names."""

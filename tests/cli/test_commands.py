@@ -67,6 +67,13 @@ def test_averages_and_pages_need_no_library_of_models(tmp_path, adapter_recipe):
     assert (run / "report/index.html").exists()
 
 
+def test_a_check_of_an_adapter_reads_headers(tmp_path, adapter_recipe):
+    """Of a base that is there: its shapes and numbers come from its files, without the class of its network."""
+    run = tmp_path / "dedistill"
+    assert main(["train", str(adapter_recipe), "--set", "train.steps=1", "--set", "snapshot.every=1"]) == 0
+    assert modules_after([["check", str(run / "snapshots/step-00000001.safetensors")]]) == "['torch']"
+
+
 def test_a_second_process_on_a_run_is_refused_before_torch_is_loaded(teacher_recipe, tmp_path):
     run = tmp_path / "teacher"
     run.mkdir()
