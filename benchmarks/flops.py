@@ -7,10 +7,9 @@ they show as lost utilization.
 
 from dataclasses import dataclass
 
-from lycoris.functional import factorization
 from torch import nn
 
-from dedistill.adapters.targets import Resolved, adaptable
+from dedistill.adapters.targets import Resolved, adaptable, factor_sides
 
 TEXT_LINEARS = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "context_embedder"}
 
@@ -56,6 +55,6 @@ def _weights_met(target: Resolved, kind: str) -> int:
     out, in_ = target.shape
     if kind == "lora":
         return target.rank * (out + in_)
-    (small_out, large_out), (small_in, large_in) = factorization(out, target.factor), factorization(in_, target.factor)
+    (small_out, large_out), (small_in, large_in) = factor_sides(out, target.factor), factor_sides(in_, target.factor)
     large = large_out * large_in if target.rank is None else target.rank * (large_out + large_in)
     return small_in * large + large_out * small_in * small_out

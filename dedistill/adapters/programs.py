@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dedistill.adapters.formats import by_layer, factor_shapes, is_lora
 from dedistill.adapters.spellings import LOKR, LORA, PEFT, LayerNames, file_name, split_key
-from dedistill.adapters.targets import Shape
+from dedistill.adapters.targets import Shape, factor_sides
 from dedistill.errors import UserError, amount
 
 Tensors = Mapping[str, Tensor]
@@ -178,11 +178,14 @@ def _candidates(sizes: Sizes) -> list[int]:
     return [*sorted({w1[0] for w1, _ in sizes} | {w1[1] for w1, _ in sizes}), -1]
 
 
+def peft_sides(size: int, factor: int) -> tuple[int, int]:
+    """As ``factor_sides``, but PEFT puts a factor that divides ``size`` first, however large it is."""
+    return (factor, size // factor) if factor > 0 and size % factor == 0 else factor_sides(size, factor)
+
+
 def _made_by(factor: int, sizes: Sizes) -> bool:
     """Whether PEFT, and ai-toolkit by the same rule, make factors of all these sizes of one setting."""
-    from peft.tuners.lokr.layer import factorization  # here: it loads transformers
-
-    return all(factorization(a * b, factor) == (a, b) for w1, w2 in sizes for a, b in zip(w1, w2))
+    return all(peft_sides(a * b, factor) == (a, b) for w1, w2 in sizes for a, b in zip(w1, w2))
 
 
 def _of_another_rank(layers: Mapping[str, Mapping[str, Tensor]], folder: str) -> list[str]:

@@ -115,22 +115,28 @@ def count_parameters(resolved: list[Resolved], kind: str) -> int:
 
 
 def _parameters(target: Resolved, kind: str) -> int:
-    from lycoris.functional import factorization  # here: it loads diffusers, which looking at names does not need
-
     out, in_, *kernel = target.shape
     window = math.prod(kernel)
     if kind == "lora":
         return (target.rank or 1) * (out + in_ * window)
-    (small_out, large_out), (small_in, large_in) = factorization(out, target.factor), factorization(in_, target.factor)
+    (small_out, large_out), (small_in, large_in) = (factor_sides(side, target.factor or -1) for side in (out, in_))
     columns = large_in * window
     large = large_out * columns if target.rank is None else target.rank * (large_out + columns)
     return small_out * small_in + large
 
 
+def factor_sides(size: int, factor: int) -> tuple[int, int]:
+    """What LoKr cuts a side of a weight into, the smaller number first, as LyCORIS does: ``factor`` times the rest, or
+    where it does not divide ``size``, the largest divisor below it; -1: what is nearest to a square."""
+    one = factor
+    if factor <= 0 or size % factor:
+        below = range(1, math.isqrt(size) + 1)
+        one = max((d for d in below if size % d == 0 and (factor < 0 or d <= factor)), default=1)
+    return min(one, size // one), max(one, size // one)
+
+
 def _form(kind: str, target: Target, shape: Shape, where: str, name: str) -> tuple[int | None, int | None]:
     """(factor, rank) of one layer."""
-    from lycoris.functional import factorization
-
     rank = target.rank if isinstance(target.rank, int) else None  # or in full
     if kind == "lora":
         rows, columns = shape[0], math.prod(shape[1:])
@@ -139,7 +145,7 @@ def _form(kind: str, target: Target, shape: Shape, where: str, name: str) -> tup
             raise UserError(f"{where}: {rank} is more than '{name}' has, {most}", 2)
         return None, rank
     factor = target.factor
-    large = max(factorization(size, factor)[1] for size in shape[:2])
+    large = max(factor_sides(size, factor or -1)[1] for size in shape[:2])
     # from half the larger side on a decomposition saves nothing, and LyCORIS makes the factor full; so say it is
     return factor, rank if rank and rank < large / 2 else None
 

@@ -118,6 +118,7 @@ def _open(file: Path, model: Path | None, *, by_headers: bool = False) -> _Opene
         base = Denoiser(place, compare=not by_headers) if place else None
     except UserError:  # it is not whole, or damaged: its config tells the shapes all the same
         base = None
+    base = base if base and base.layout else None
     shapes = base.shapes() if base and by_headers else adaptable(skeleton(config))
     return _Opened(file, tensors, header, config, _spec_for(config, header), shapes, place, base)
 

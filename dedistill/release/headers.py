@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dedistill.adapters.delta import rank, scale
 from dedistill.adapters.formats import Layers, factor_shapes, is_lora
-from dedistill.adapters.targets import Shape
+from dedistill.adapters.targets import Shape, factor_sides
 from dedistill.errors import UserError
 from dedistill.models.image_prompts import parted
 from dedistill.models.registry import licence_for, public_name, published
@@ -208,12 +208,10 @@ def lycoris_config(layers: Layers, shapes: Mapping[str, Shape]) -> dict[str, Any
 
 def _factor(factors: Mapping[str, Tensor], window: Shape) -> int:
     """The ``factor`` from which LyCORIS makes such factors. window: of a convolution. Raises UserError where none does."""
-    from lycoris.functional import factorization
-
     w1, (rows, columns) = factor_shapes(factors)
     w2 = (rows, columns // math.prod(window))
     for factor in (-1, *sorted({*w1, *w2})):  # LyCORIS puts the smaller of the two it finds first
-        if all(factorization(a * b, factor) == (a, b) for a, b in zip(w1, w2)):
+        if all(factor_sides(a * b, factor) == (a, b) for a, b in zip(w1, w2)):
             return factor
     raise UserError(f"no LyCORIS factor gives Kronecker factors {w1} and {w2}: write this LoKr as 'transformer'")
 

@@ -1,9 +1,14 @@
 """Which linears a list of targets names, in what form, and what is said when it makes no sense."""
 
+import itertools
+
 import pytest
+from lycoris.functional import factorization as of_lycoris
+from peft.tuners.lokr.layer import factorization as of_peft
 from tiny_recipes import adapter_table
 
-from dedistill.adapters.targets import Resolved, adaptable, resolve_targets
+from dedistill.adapters.programs import peft_sides
+from dedistill.adapters.targets import Resolved, adaptable, factor_sides, resolve_targets
 from dedistill.errors import UserError
 from dedistill.models.pixel_flux.family import PixelFlux
 
@@ -159,3 +164,10 @@ def test_a_lora_larger_than_its_layer_is_refused():
 def test_a_lokr_rank_that_saves_nothing_is_resolved_as_full(factor, rank, wanted):
     """LyCORIS makes the factor a full matrix there; the printed table must not say otherwise."""
     assert one_layer("lokr", factor, rank).rank == wanted
+
+
+def test_sides_are_those_of_lycoris_and_of_peft():
+    sizes = [*range(1, 200), 768, 1152, 1536, 3072, 12288, 18432, 21504]
+    for size, factor in itertools.product(sizes, (-1, 1, 2, 3, 4, 7, 8, 12, 16, 64, 256)):
+        assert factor_sides(size, factor) == of_lycoris(size, factor), (size, factor)
+        assert peft_sides(size, factor) == of_peft(size, factor), (size, factor)
