@@ -114,10 +114,6 @@ class Objective(ABC):
         noisy, sigma, target = (t.to(model.device, non_blocking=True) for t in (batch.noisy, batch.sigma, batch.target))
         return flow_loss(model.velocity(noisy, sigma, batch.conditioning(model)), target)
 
-    def scales(self, draws: Draws) -> Tensor | None:
-        """Of guidance [B] that the network is fed, of objectives that feed it others than its own in training."""
-        return None
-
     def share(self, step: int, size: int, world: World) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Positions of a step in micro-batches, at most ``size`` of one shape: (those that are this process's, those that
         only pad its count to the others').
@@ -152,7 +148,7 @@ class Objective(ABC):
         )
         dropped = keyed.uniforms(self.seed, "caption-dropout", step, self.batch)[positions] < self.dropout
         told = keyed.uniforms(self.seed, "image-dropout", step, self.batch)[positions] >= self.image_dropout
-        return self._asked(self.source.draw(self.seed, step, positions, self.batch), draws, dropped, told & ~dropped)
+        return self.asked(self.source.draw(self.seed, step, positions, self.batch), draws, dropped, told & ~dropped)
 
     def validation_batches(self, count: int, size: int, world: World | None = None) -> list[NoisyBatch]:
         """``count`` held-out samples, at most ``size`` in each batch, in all the same whatever the size.
@@ -176,9 +172,9 @@ class Objective(ABC):
         )
         batch = self.source.draw(self.seed, 0, positions, count, held_out=True)
         whole = np.full(len(positions), self.image_dropout < 1)
-        return self._asked(batch, draws, dropped=np.zeros(len(positions), bool), told=whole)
+        return self.asked(batch, draws, dropped=np.zeros(len(positions), bool), told=whole)
 
-    def _asked(self, batch: Batch, draws: Draws, dropped: np.ndarray, told: np.ndarray) -> NoisyBatch:
+    def asked(self, batch: Batch, draws: Draws, dropped: np.ndarray, told: np.ndarray) -> NoisyBatch:
         """dropped, told: [B], whose captions are not told, and whose own images are, where the source has them."""
         if missing := [field for field in self.needs if getattr(batch, field) is None]:
             needed = f"the {' and '.join(missing)} of every sample"
@@ -190,7 +186,7 @@ class Objective(ABC):
             text = replace(text, framing=batch.framing)
             if batch.features is not None and told.any():
                 text = told_own(text, batch.features, torch.from_numpy(told))
-        return NoisyBatch(*self.sample(batch, draws), captions, batch.names, ids, text, self.scales(draws))
+        return NoisyBatch(*self.sample(batch, draws), captions, batch.names, ids, text)
 
 
 def objective_for(

@@ -6,10 +6,11 @@ At scale 1 that is the base's own velocity, so where the base is exact the same 
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.data.source import Source, needed
+from dedistill.data.source import Batch, Source, needed
 from dedistill.flow.path import expand, flow_loss
 from dedistill.flow.schedule import Schedule
 from dedistill.models.model import Model
@@ -28,9 +29,10 @@ class Guidance(Flow):
         super().__init__(recipe, source, shift_of, schedule)
         self.range = recipe.train.scales
 
-    def scales(self, draws: Draws) -> Tensor:
+    def asked(self, batch: Batch, draws: Draws, dropped: np.ndarray, told: np.ndarray) -> NoisyBatch:
         low, high = filled(self.range, "train.scales")
-        return torch.from_numpy(low + (high - low) * draws.more()).float()
+        scales = torch.from_numpy(low + (high - low) * draws.more()).float()
+        return replace(super().asked(batch, draws, dropped, told), scales=scales)
 
     def loss(self, model: Model, batch: NoisyBatch) -> Tensor:
         noisy, sigma, text = batch.noisy.to(model.device), batch.sigma.to(model.device), batch.conditioning(model)
