@@ -228,7 +228,7 @@ def _name_phases(trainer: Trainer, meter: Meter) -> None:
     for place, name, phase in (
         (trainer.objective, "loss", FORWARD),
         (trainer.engine, "backward", BACKWARD),
-        (trainer.engine, "norm", NORM),
+        (trainer.engine, "finish", NORM),
         (trainer.engine, "apply", UPDATE),
         (trainer.keeper.averages, "update", UPDATE),
     ):
