@@ -156,11 +156,12 @@ def _network(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[st
 
 
 def _check_samples(recipe: Recipe, family: "Family", components: "Components") -> None:
-    """Raises UserError where the data's samples, or the images to be made, are not what the network takes."""
+    """Raises UserError where the data's samples, or what is asked of the network, are not what it takes."""
     from dedistill.data.encode import check_images, open_source
+    from dedistill.models.model import check_asked, sampled_shape
 
-    height, width = recipe.sample.height, recipe.sample.width
-    shape = family.latent_shape(components, height, width) if height and width else components.sample_shape
+    check_asked(recipe, family, components)
+    shape = sampled_shape(recipe, family, components)
     if recipe.data.source != "pictures" and (not recipe.data.path or Path(recipe.data.path).exists()):
         check_images(recipe, open_source(recipe.data).image, shape)
 

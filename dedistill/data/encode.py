@@ -32,7 +32,7 @@ from dedistill.io.ownership import refuse_foreign
 from dedistill.models.conditioning import Conditioning, stored_shapes
 from dedistill.models.family import Components, Family
 from dedistill.models.image_prompts import parted
-from dedistill.models.model import adapted_layers, check_objective
+from dedistill.models.model import adapted_layers, check_asked, sampled_shape
 from dedistill.models.registry import get_family, text_length
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import filled
@@ -106,14 +106,13 @@ def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     """What encodes. Raises UserError for model files, and for names of layers, that would end a start later."""
     family = get_family(recipe.model.family, recipe.where("model.family"))
     components = family.load(recipe.model, seed=recipe.run.seed, denoiser=False)
-    check_objective(recipe, components)
+    check_asked(recipe, family, components)
     if components.vae is None:
         raise UserError(f"{recipe.where('data.source')}: {family.spec.name} has no codec that encodes 'pictures'", 2)
     for shift in (recipe.timesteps.shift, recipe.sample.shift):  # or it says why not
         shift_in_numbers(shift, lambda: family.shift(components, family.tokens(components, components.sample_shape)))
     adapted_layers(recipe, family, family.full_size(recipe.model).denoiser)
-    if recipe.sample.height and recipe.sample.width:
-        family.latent_shape(components, recipe.sample.height, recipe.sample.width)
+    sampled_shape(recipe, family, components)
     return family, components
 
 

@@ -182,7 +182,7 @@ def recipe_of_model(folder: Path, overrides: Sequence[str]) -> Recipe:
     """A recipe that opens a model folder as it was trained, by what the folder says of itself."""
     facts, config = read_facts(folder), network_config(folder)
     model: dict[str, Any] = {"family": spec_of(config, facts.get("family")).name, "path": str(folder)}
-    model |= {key: facts[key] for key in ("mask", "t5_mask", "text_length") if key in facts}
+    model |= {key: facts[key] for key in ("mask", "t5_mask", "null", "text_length") if key in facts}
     if (guidance := facts.get("guidance", "none")) != "none":
         model["guidance"] = "bypass" if guidance == "bypassed" else float(guidance)
     tables = {

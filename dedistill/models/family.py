@@ -39,6 +39,8 @@ class Components:
     """Codec between pixels and what the denoiser sees; None where that is pixels."""
     guidance: float | None = None
     """What a distilled guidance embedding is fed in training; None without one."""
+    takes_guidance: bool = False
+    """Whether there is such an embedding, and it is not bypassed."""
     source: object = None
     """Where the files are and what they say beside weights; the family's own."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +60,11 @@ class Components:
     def read_as(self) -> dict[str, Any]:
         """What whoever uses the denoiser's weights, or trains on what they made, must know of its output."""
         return self.schedule.facts if self.schedule else {"prediction": self.prediction} if self.prediction else {}
+
+
+def prediction_facts(spec: ModelSpec, components: Components) -> dict[str, Any]:
+    """What every file says of a denoiser's output, also where all networks of the family predict one thing."""
+    return components.read_as or {"prediction": spec.prediction}
 
 
 class TextEncoders(Protocol):

@@ -34,7 +34,7 @@ from dedistill.models.quantize import (
     prepare_base,
     storage_bytes,
 )
-from dedistill.models.registry import get_family, public_name, text_length
+from dedistill.models.registry import check_adapter_family, get_family, public_name, text_length
 from dedistill.models.swap import Swap
 from dedistill.recipe import Recipe
 from dedistill.recipe.embedded import read_recipe
@@ -115,6 +115,7 @@ class Model:
     def load_file(self, path: Path, recipe: Recipe) -> None:
         """Copy the weights of a snapshot in, trained as ``recipe`` says."""
         tensors, header = read_tensors(path)
+        check_adapter_family(header, self.family.spec, str(path))
         check_origin(header, recipe, path)
         self.load_tensors(tensors, str(path))
 
@@ -278,16 +279,39 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:
     return assemble(recipe, family, family.load(recipe.model, seed=recipe.run.seed), device)
 
 
-def check_objective(recipe: Recipe, components: Components) -> None:
-    """Raises UserError for an objective that is not for such a model."""
-    traits = OBJECTIVES[recipe.train.objective]
-    if traits.fed and components.guidance is None:
-        message = f"'{recipe.train.objective}' feeds the network a scale of guidance, and this one has no embedding for it"
-        raise UserError(f"{recipe.where('train.objective')}: {message}", 2)
-    if traits.diffusion and components.schedule is None:
+def check_asked(recipe: Recipe, family: Family, components: Components) -> None:
+    """Raises UserError for what a recipe asks of a model that does not have it, before anything is encoded for it."""
+    key, message, traits = "", "", OBJECTIVES[recipe.train.objective]
+    if traits.fed and not components.takes_guidance:
+        key, message = "train.objective", f"'{recipe.train.objective}' feeds the network a scale of guidance"
+        message += ", and this one has no embedding for it"
+    elif traits.diffusion and components.schedule is None:
         what = f"is read as {components.prediction} (model.prediction)" if components.prediction else "is a flow model"
-        message = f"'{recipe.train.objective}' is for models that were trained by diffusion; {recipe.model.family} {what}"
-        raise UserError(f"{recipe.where('train.objective')}: {message}", 2)
+        key, message = "train.objective", f"'{recipe.train.objective}' is for models that were trained by diffusion"
+        message += f"; {family.spec.name} {what}"
+    elif recipe.model.prediction != "auto" and components.prediction is None:
+        key, message = "model.prediction", f"all networks of {family.spec.name} predict velocity; leave it out"
+    elif recipe.model.image_prompts and components.image_prompts is None:
+        key, message = "model.image_prompts", f"{family.spec.name} cannot be told images; leave it out"
+    elif recipe.sample.guidance is not None and not components.takes_guidance:
+        key, message = "sample.guidance", "this network has no guidance embedding, or bypasses it; leave the key out"
+    elif components.image_prompts is None:
+        asked = {"sample.negative": [recipe.sample.negative], "preview.prompts": recipe.preview.prompts}
+        key = next((key for key, prompts in asked.items() if any(parted(prompt)[1] for prompt in prompts)), "")
+        message = "names an image: set model.image_prompts, of a family that takes images, or leave it out" if key else ""
+    if message:
+        raise UserError(f"{recipe.where(key)}: {message}", 2)
+
+
+def sampled_shape(recipe: Recipe, family: Family, components: Components) -> tuple[int, int, int]:
+    """Of what the denoiser sees of an image as ``recipe`` samples it. Raises UserError for a size that it cannot have."""
+    height, width = recipe.sample.height, recipe.sample.width
+    if not (height and width):
+        return components.sample_shape
+    try:
+        return family.latent_shape(components, height, width)
+    except UserError as e:
+        raise UserError(f"{recipe.where('sample.height')}: {e}", e.exit_code) from e
 
 
 def assemble(
@@ -296,17 +320,10 @@ def assemble(
     """``build_model`` of components that are there already. started: False leaves adapters without their first numbers, for
     components that have none themselves."""
     components.device = device
-    check_objective(recipe, components)
-    if recipe.model.image_prompts and components.image_prompts is None:
-        where = recipe.where("model.image_prompts")
-        raise UserError(f"{where}: {family.spec.name} cannot be told images; leave it out", 2)
-    if recipe.model.prediction != "auto" and components.prediction is None:
-        where = recipe.where("model.prediction")
-        raise UserError(f"{where}: all networks of {family.spec.name} predict velocity; leave it out", 2)
+    check_asked(recipe, family, components)
     blocks = family.blocks(components.denoiser)
     targets = adapted_layers(recipe, family, components.denoiser)
-    if recipe.sample.height and recipe.sample.width:
-        components.sample_shape = family.latent_shape(components, recipe.sample.height, recipe.sample.width)
+    components.sample_shape = sampled_shape(recipe, family, components)
     length = text_length(family, filled(recipe.model.text_length, "model.text_length"), recipe.where("model.text_length"))
     facts: dict[str, Any] = {
         "network_parameters": sum(p.numel() for p in components.denoiser.parameters()),

@@ -10,7 +10,7 @@ from dedistill.errors import UserError
 from dedistill.flow.path import dynamic_shift
 from dedistill.io.atomic import replace_json
 from dedistill.io.json_files import read_object
-from dedistill.models.family import MADE, Components, Denoiser
+from dedistill.models.family import MADE, Components, Denoiser, prediction_facts
 from dedistill.models.pipeline_files import SCHEDULER, copy_files, pipeline_files
 from dedistill.models.places import Place
 from dedistill.models.prompts import PromptEncoders
@@ -41,7 +41,8 @@ class PipelineFamily:
 
     def save_rest(self, components: Components, folder: Path) -> None:
         made = {key: components.facts[key] for key in MADE if key in components.facts}
-        facts = made | {"family": self.spec.name, "guidance": self.guidance_fact(components)} | components.read_as
+        facts = made | {"family": self.spec.name, "guidance": self.guidance_fact(components)}
+        facts |= prediction_facts(self.spec, components)
         facts |= {"mask": components.mask} | self.text_facts(components) | {"text_length": components.text_length}
         facts["components"] = str(_place(components).components.resolve())
         facts["shift"] = components.sample_shift or "auto"

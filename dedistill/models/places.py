@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dedistill.adapters.spellings import FOLDERS
 from dedistill.errors import UserError
 from dedistill.io.json_files import parse_object, read_object
 from dedistill.io.weights import open_weights
@@ -39,6 +40,7 @@ def named_path(model: Model) -> str:
 def locate(spec: ModelSpec, path: str, revision: str | None, components: str | None) -> Place:
     """Find all parts of a model; downloads a hub id at its pinned revision. Raises UserError naming the missing part."""
     here = _local(spec, path, revision, "model.path")
+    check_folder(spec, here)
     facts = _facts(here)
     if quantized := facts.get("quantized"):
         raise UserError(f"model.path: '{here}' is an {quantized} export; train on the unquantized folder it was made from")
@@ -51,19 +53,23 @@ def locate(spec: ModelSpec, path: str, revision: str | None, components: str | N
     denoiser = here if here.is_file() else here / spec.folder
     if not denoiser.exists():
         raise UserError(f"model.path: '{here}' has no folder '{spec.folder}': not a model of {spec.name} in diffusers' layout")
-    _check_class(spec, denoiser / "config.json")
     scheduler = scheduler_file(here, around)
     return Place(denoiser, around, read_object(scheduler, "model.path") if scheduler.exists() else {}, scheduler, facts)
 
 
-def _check_class(spec: ModelSpec, config: Path) -> None:
-    """Raises UserError for a denoiser of another family's class."""
-    kind = read_object(config, "model.path").get("_class_name") if config.exists() else None
-    if not kind or kind in spec.networks:
+def check_folder(spec: ModelSpec, folder: Path) -> None:
+    """Raises UserError for a model folder of another family, by what it says of itself and its denoiser's config."""
+    if not folder.is_dir():
         return
-    other = next((name for name in families() if kind in get_spec(name).networks), "")
-    hint = f"; set model.family = '{other}'" if other else ""
-    raise UserError(f"model.path: '{config.parent}' holds a {kind}, which is no network of {spec.name}{hint}", 2)
+    config = next((file for name in FOLDERS if (file := folder / name / "config.json").exists()), None)
+    own = read_object(config, "model.path") if config else {}
+    told, kind = _facts(folder).get("family"), own.get("_class_name")
+    if told in (None, spec.name) and (not kind or (kind in spec.networks and spec.has(own))):
+        return
+    named = (name for name in families() if kind in get_spec(name).networks and get_spec(name).has(own))
+    other = told if told not in (None, spec.name) else next(named, "")
+    what = f"a {kind} of {other}, not of {spec.name}; set model.family = '{other}'"
+    raise UserError(f"model.path: '{folder}' holds {what if other else f'a {kind}, which is no network of {spec.name}'}", 2)
 
 
 def _facts(here: Path) -> dict[str, Any]:

@@ -115,6 +115,22 @@ def _is_step(row: object) -> bool:
     return isinstance(row.get("adapter", ""), str) and isinstance(row.get("adapter_header", {}), dict)
 
 
+def adapter_family(header: Mapping[str, str]) -> str | None:
+    """The family that an adapter file says it is of, by its name or that of its architecture; None where it does not say."""
+    if told := header.get("dedistill.family"):
+        return told
+    named, specs = header.get("modelspec.architecture", "").partition("/")[0], map(get_spec, families())
+    return next((s.name for s in specs if named in {s.architecture, *(p.architecture for p in s.published)}), None)
+
+
+def check_adapter_family(header: Mapping[str, str], spec: ModelSpec, source: str) -> None:
+    """Raises UserError for an adapter file ``source`` of another family than ``spec``."""
+    if (told := adapter_family(header)) not in (None, spec.name):
+        raise UserError(
+            f"'{source}' is an adapter of {told}, and the model is one of {spec.name}: it fits its own family alone", 2
+        )
+
+
 # --- bases as others know them ---------------------------------------------------------------------------------------
 
 

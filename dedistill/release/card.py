@@ -38,11 +38,15 @@ def write_card(
         raise UserError(
             f"--base {base}: not a hub id; a card names the published model, such as black-forest-labs/FLUX.1-schnell", 2
         )
-    recorded = published(spec, source_of(facts) or source, config)
+    origin = source_of(facts) or source
+    recorded = published(spec, origin, config)
     claimed = published(spec, base, config) if base else None
     if claimed and recorded and claimed != recorded:
-        raise UserError(f"--base {base}: this model goes back to {recorded.id}", exit_code=2)
-    known, name = recorded or claimed, base or (recorded.id if recorded else None)
+        # by its shape alone it may be any of that shape
+        alike = (claimed.sizes, claimed.licence) == (recorded.sizes, recorded.licence)
+        if published(spec, origin, {}) or not alike:
+            raise UserError(f"--base {base}: this model goes back to {recorded.id}", exit_code=2)
+    known, name = claimed or recorded, base or (recorded.id if recorded else None)
     merges = facts.get("merges", [])
     terms = licence_for(known, licence, spec, recipes_of(facts))
     data = ModelCardData(

@@ -18,7 +18,7 @@ from dedistill.io.atomic import as_json, replace_file, replace_json
 from dedistill.io.safetensors import Layout, TensorFile
 from dedistill.models.pipeline_files import Files, copy_files, is_pipeline, pipeline_files, public_config
 from dedistill.models.quantize import Int8Linear, excluded, linear_names, quantize_rows
-from dedistill.models.registry import families, get_spec, spec_of
+from dedistill.models.registry import adapter_family, check_adapter_family, families, get_spec, spec_of
 from dedistill.models.spec import ModelSpec
 from dedistill.recipe.embedded import read_recipe
 from dedistill.recipe.model_tables import Model
@@ -120,7 +120,7 @@ def _open(file: Path, model: Path | None, *, by_headers: bool = False) -> _Opene
         base = None
     base = base if base and base.layout else None
     shapes = base.shapes() if base and by_headers else adaptable(skeleton(config))
-    return _Opened(file, tensors, header, config, _spec_for(config, header), shapes, place, base)
+    return _Opened(file, tensors, header, config, _spec_for(config, header, str(file)), shapes, place, base)
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,17 @@ def check_file(file: Path, model: Path | None = None) -> Checked:
     return Checked(verdicts, len(layers), kind, fault, opened.size(layers) if layers else None)
 
 
-def _spec_for(config: dict[str, Any], header: dict[str, str]) -> ModelSpec:
-    """The family of an adapter: the one of the recipe in its header, if it has networks of that class."""
-    return spec_of(config, read_recipe(header.get("dedistill.recipe", "")).get("model", {}).get("family"))
+def _spec_for(config: dict[str, Any], header: dict[str, str], source: str) -> ModelSpec:
+    """The family of a network with that config: the one that the adapter ``source`` names, as several may share a class.
+
+    Raises UserError where the adapter is of another.
+    """
+    try:
+        spec = spec_of(config, adapter_family(header))
+    except UserError:
+        spec = spec_of(config)
+    check_adapter_family(header, spec, source)
+    return spec
 
 
 def _needed_names(spec: ModelSpec, format: str) -> LayerNames:

@@ -19,7 +19,7 @@ from dedistill.io.hashing import file_sha256
 from dedistill.io.safetensors import Digest
 from dedistill.models.family import Denoiser
 from dedistill.models.model import check_origin
-from dedistill.models.registry import get_family
+from dedistill.models.registry import check_adapter_family, get_family
 from dedistill.recipe import Recipe, to_toml
 from dedistill.release.folder import FACTS, SHARD_BYTES, names_of, new_folder, read_facts, write_weights
 from dedistill.release.headers import origin_note
@@ -71,9 +71,10 @@ def merge_adapter(
     if recipe.model.path is None:
         raise UserError(f"{recipe.where('model')}: a merge needs trained weights to go into: set model.path", 2)
     family = get_family(recipe.model.family, recipe.where("model.family"))
-    components = family.load(recipe.model, seed=recipe.run.seed)
     tensors, header = read_tensors(weights)
+    check_adapter_family(header, family.spec, str(weights))
     check_origin(header, recipe, weights)
+    components = family.load(recipe.model, seed=recipe.run.seed)
     shapes = adaptable(components.denoiser)
     spec, source = family.spec, str(weights)
     layers = by_layer(tensors, shapes, source, dense=True, folder=spec.folder, header=header, naming=names_of(spec))

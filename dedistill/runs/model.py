@@ -44,8 +44,9 @@ def exported_step(folder: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def snapshot_header(recipe: Recipe, step: int, read_as: dict[str, Any]) -> dict[str, str]:
-    """What a sampler must know to use the weights; safetensors headers hold strings only. read_as: of the base's components."""
+def snapshot_header(recipe: Recipe, step: int, predicts: dict[str, Any]) -> dict[str, str]:
+    """What a sampler must know to use the weights; safetensors headers hold strings only. predicts: as
+    ``prediction_facts`` says it."""
     return {
         "format": "pt",
         "dedistill.step": str(step),
@@ -54,7 +55,7 @@ def snapshot_header(recipe: Recipe, step: int, read_as: dict[str, Any]) -> dict[
         "dedistill.masked_attention": filled(recipe.model.mask, "model.mask"),
         "dedistill.sigma_density": recipe.timesteps.density,
         "dedistill.recipe": to_toml(recipe),
-        **({f"dedistill.{key}": str(value) for key, value in read_as.items()}),
+        **{f"dedistill.{key}": str(value) for key, value in predicts.items()},
     }
 
 

@@ -22,6 +22,7 @@ from dedistill.flow.solvers import sigma_grid
 from dedistill.io.atomic import WholeFile, checksummed, read_checksummed, replace_file
 from dedistill.io.hashing import file_sha256
 from dedistill.io.ownership import claim
+from dedistill.models.family import prediction_facts
 from dedistill.models.model import Model
 from dedistill.sampling.sampler import Sampling, trajectories
 
@@ -63,7 +64,7 @@ def make_pairs(
         "sigmas": sigmas[stored].tolist(),
         "picture": list(model.components.sample_shape),
         "source": source.name,
-        **model.components.read_as,
+        **prediction_facts(model.family.spec, model.components),
     }
     claim(out, "pairs", "--out")
     shards = _finished_shards(out, facts)

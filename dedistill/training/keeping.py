@@ -15,6 +15,7 @@ from dedistill.data.images.types import ImageSet
 from dedistill.distributed.outside import heartbeat
 from dedistill.errors import UserError, amount
 from dedistill.io.safetensors import tensors_checksum
+from dedistill.models.family import prediction_facts
 from dedistill.models.model import ARITHMETIC
 from dedistill.posthoc.profiles import exponent, profile_folder, share_of_new
 from dedistill.posthoc.snapshots import write_snapshot
@@ -278,7 +279,8 @@ class Keeper:
         weights, step = self._good(self.engine.weights()), self.state.step
         if self.world.main:
             self.run.require()
-            header = snapshot_header(self.recipe, step, self.engine.model.components.read_as)
+            model = self.engine.model
+            header = snapshot_header(self.recipe, step, prediction_facts(model.family.spec, model.components))
             write_snapshot(self.run.snapshots, step, weights, header)
             self.averages.write(self.run.snapshots, step, weights, header)
 

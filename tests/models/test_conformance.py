@@ -59,7 +59,7 @@ def tiny_example(seed: int, folder: Path):
     return Example().tiny(seed)
 
 
-UNET = {"mask": "none", "text_length": 77, "null": "empty", "prediction": "auto"}
+UNET = {"mask": "none", "text_length": 77, "null": "empty", "prediction": "auto", "t5_mask": False}
 
 
 def tiny_unet(name: str, seed: int, folder: Path):

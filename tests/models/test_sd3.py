@@ -254,14 +254,3 @@ def test_crops_that_have_no_places_are_refused_before_anything_is_encoded(tmp_pa
     with pytest.raises(UserError, match=rf"a\.toml:\d+: data\.resolutions: .*{told}"):
         open_data(load_recipe(recipe), "cpu", print)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
-
-
-@pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_a_folder_of_another_family_is_named(folder, tiny_flux, family):
-    place, kind, other = {
-        "sd3": (tiny_flux, "FluxTransformer2DModel", "flux"),
-        "flux": (folder, "SD3Transformer2DModel", "sd3"),
-    }[family]
-    table = model(place, family=family, mask="none" if family == "sd3" else "bool", t5_mask=family == "flux")
-    with pytest.raises(UserError, match=rf"holds a {kind}, which is no network of {family}; set model\.family = '{other}'"):
-        get_family(family).load(table, seed=0, denoiser=False)

@@ -19,7 +19,7 @@ from dedistill.flow.schedule import schedule_of
 from dedistill.flow.solvers import sigma_grid, solve
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Components
-from dedistill.models.model import Model, check_objective
+from dedistill.models.model import Model, check_asked
 from dedistill.models.registry import get_family
 from dedistill.objectives.base import objective_for
 from dedistill.recipe.resolve import recipe_of
@@ -161,4 +161,4 @@ def test_rectified_diffusion_is_reflow_in_the_models_own_loss(gamma):
 @pytest.mark.parametrize("objective", ["diffusion", "rectified_diffusion"])
 def test_a_network_read_as_velocity_has_no_loss_of_its_own(objective):
     with pytest.raises(UserError, match=rf"'{objective}' is for models .* sd15 is read as velocity \(model.prediction\)"):
-        check_objective(recipe(objective), read_as("velocity").components)
+        check_asked(recipe(objective), get_family("sd15"), read_as("velocity").components)

@@ -11,7 +11,7 @@ from test_objective import Pairs, recipe
 from dedistill.errors import UserError
 from dedistill.flow.path import flow_loss
 from dedistill.flow.solvers import sigma_grid
-from dedistill.models.model import Model, build_model, check_objective
+from dedistill.models.model import Model, build_model, check_asked
 from dedistill.objectives.base import objective_for
 from dedistill.recipe import Recipe
 from dedistill.recipe.objectives import OBJECTIVES
@@ -176,4 +176,4 @@ def test_a_network_that_cannot_be_fed_a_scale_is_refused(network):
     made, model = network
     made = made.model_copy(update={"train": made.train.model_copy(update={"objective": "guidance"})})
     with pytest.raises(UserError, match="'guidance' feeds the network a scale of guidance, and this one has no embedding"):
-        check_objective(made, model.components)
+        check_asked(made, model.family, model.components)

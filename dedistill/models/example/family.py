@@ -16,7 +16,8 @@ from dedistill.flow.path import check_sigma
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.example import SPEC
-from dedistill.models.family import MADE, Components, Guidance, Output, Pass, States
+from dedistill.models.family import MADE, Components, Guidance, Output, Pass, States, prediction_facts
+from dedistill.models.places import check_folder
 from dedistill.models.pretrained import load_whole
 from dedistill.models.quantize import float_dtype
 from dedistill.models.words import WordEncoder
@@ -115,19 +116,19 @@ class Example:
             if getattr(spec, key) != value:
                 raise UserError(f"model.{key}: has no effect on {SPEC.name}; leave it out", 2)
         folder = Path(spec.path or "")
+        check_folder(SPEC, folder)
         facts, config = (read_object(folder / f, "model.path") for f in ("dedistill.json", f"{SPEC.folder}/config.json"))
         try:
-            family, widths, channels = facts["family"], config["text_widths"], config["channels"]
+            widths, channels = config["text_widths"], config["channels"]
         except KeyError as e:
             raise UserError(f"model.path: no {SPEC.name} model in '{folder}': {e} is missing") from e
-        if family != SPEC.name:
-            raise UserError(f"model.path: '{folder}' holds a {family} model, not {SPEC.name}")
         network = load_whole(ExampleNet, folder / SPEC.folder, "model.path") if denoiser else nn.Module()
         made = {"base": {"path": str(folder), "revision": None}} | {key: facts[key] for key in MADE if key in facts}
         image = (channels, SPEC.resolution // SCALE, SPEC.resolution // SCALE)
         return Components(network, TwoTexts(widths), image, vae=MeanCodec(), facts=made)
 
     def full_size(self, spec: Model) -> Components:
+        check_folder(SPEC, Path(spec.path or ""))
         config = Path(spec.path or "") / SPEC.folder / "config.json"
         with torch.device("meta"):
             net = ExampleNet.from_config(read_object(config)) if config.exists() else ExampleNet(width=256, layers=8)
@@ -152,7 +153,11 @@ class Example:
 
     def save_rest(self, components: Components, folder: Path) -> None:
         made = {key: components.facts[key] for key in MADE if key in components.facts}
-        facts = made | {"family": SPEC.name, "mask": "bool", "shift": components.sample_shift or "auto"}
+        facts = (
+            made
+            | prediction_facts(SPEC, components)
+            | {"family": SPEC.name, "mask": "bool", "shift": components.sample_shift or "auto"}
+        )
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def cache_inputs(self, components: Components, length: int) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from dedistill.models.flux.network import BypassedGuidance, FluxNetwork
 from dedistill.models.flux.published import shape_of
 from dedistill.models.flux.redux import Redux
 from dedistill.models.pipeline_family import PipelineFamily
-from dedistill.models.places import locate, named_path
+from dedistill.models.places import check_folder, locate, named_path
 from dedistill.models.vae import PublishedVae, Vae
 from dedistill.recipe.model_tables import Model
 from dedistill.recipe.resolve import filled
@@ -60,6 +60,7 @@ class Flux(FluxNetwork, PipelineFamily):
             vae=vae,
             text_length=filled(spec.text_length, "model.text_length"),
             guidance=guidance if denoiser else None,
+            takes_guidance=guidance is not None,
             source=place,
             facts={"base": {"path": spec.path, "revision": spec.revision}} | place.facts,
             notes=[*self.other_use(spec, place.facts), *self.cannot_be_saved(place.components)],
@@ -80,6 +81,7 @@ class Flux(FluxNetwork, PipelineFamily):
 
     def full_size(self, spec: Model) -> Components:
         place = Path(named_path(spec))
+        check_folder(SPEC, place)
         with torch.device("meta"):
             if (config := place / "transformer" / "config.json").exists():
                 denoiser = loading.empty_network(read_object(config, "model.path"), str(config))
@@ -89,7 +91,7 @@ class Flux(FluxNetwork, PipelineFamily):
                 denoiser = FluxTransformer2DModel(**sizes, guidance_embeds=shape.guidance)
         around = Path(spec.components or place) / "vae"
         vae = Vae(around) if around.exists() else PublishedVae(denoiser.config.in_channels // PATCH**2)
-        size = denoiser.config
+        size, guidance = denoiser.config, self._guidance(denoiser, spec.guidance)
         return Components(
             denoiser,
             Unseen(Widths((size.joint_attention_dim,), {"pooled": size.pooled_projection_dim})),
@@ -97,7 +99,8 @@ class Flux(FluxNetwork, PipelineFamily):
             filled(spec.mask, "model.mask"),
             image_prompts=_redux(spec, denoiser),
             vae=vae,
-            guidance=self._guidance(denoiser, spec.guidance),
+            guidance=guidance,
+            takes_guidance=guidance is not None,
         )
 
     def passes(self, spec: Model, height: int, width: int, length: int) -> dict[str, Pass]:

@@ -12,9 +12,10 @@ from dedistill.errors import UserError
 from dedistill.flow.path import dynamic_shift
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning
-from dedistill.models.family import MADE, Components, Pass
+from dedistill.models.family import MADE, Components, Pass, prediction_facts
 from dedistill.models.flux.network import FluxNetwork, patch_of
 from dedistill.models.pixel_flux import SPEC
+from dedistill.models.places import check_folder
 from dedistill.models.pretrained import load_whole, without_weights
 from dedistill.models.words import WordEncoder
 from dedistill.recipe.model_tables import Architecture, Model
@@ -77,6 +78,7 @@ class PixelFlux(FluxNetwork):
             if spec.new is not None:
                 return self.build(spec.new, mask=mask)
             folder = Path(spec.path or "")
+            check_folder(self.spec, folder)
             # where there is none, an earlier stage will make it
             return self._from_folder(folder, mask, empty=True) if (folder / "transformer").exists() else self.tiny(0)
 
@@ -92,25 +94,28 @@ class PixelFlux(FluxNetwork):
 
     def save_rest(self, components: Components, folder: Path) -> None:
         made = {key: components.facts[key] for key in MADE if key in components.facts}
-        facts = made | {
-            "family": self.spec.name,
-            "picture": components.sample_shape,
-            "mask": components.mask,
-            "shift": components.sample_shift or "auto",
-            "text": _text(components).config(),
-        }
+        facts = (
+            made
+            | prediction_facts(self.spec, components)
+            | {
+                "family": self.spec.name,
+                "picture": components.sample_shape,
+                "mask": components.mask,
+                "shift": components.sample_shift or "auto",
+                "text": _text(components).config(),
+            }
+        )
         (folder / "dedistill.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     def _from_folder(self, folder: Path, mask: str, *, empty: bool = False) -> Components:
         """empty: the denoiser by its config alone, without numbers."""
+        check_folder(self.spec, folder)
         missing = f"model.path: no {self.spec.name} model in '{folder}' (train it first)"
         facts = read_object(folder / "dedistill.json", missing)
         try:
-            family, image, text = facts["family"], tuple(facts["picture"]), WordEncoder(**facts["text"])
+            image, text = tuple(facts["picture"]), WordEncoder(**facts["text"])
         except (ValueError, KeyError, TypeError, ArithmeticError) as e:
             raise UserError(f"{missing}: {e}") from e
-        if family != self.spec.name:
-            raise UserError(f"model.path: '{folder}' holds a {family} model, not {self.spec.name}")
         place = folder / "transformer"
         if empty:
             config = read_object(place / "config.json", "model.path")

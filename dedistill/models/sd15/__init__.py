@@ -30,7 +30,7 @@ def _has(config: Config) -> bool:
 
 
 def _defaults(model: Model) -> dict[str, Any]:
-    own = {"model.text_length": 77, "model.mask": "none", "model.null": "empty"}
+    own = {"model.text_length": 77, "model.mask": "none", "model.t5_mask": False, "model.null": "empty"}
     return own | {"sample.height": SIDE, "sample.width": SIDE}
 
 
@@ -50,4 +50,5 @@ SPEC = ModelSpec(
     ),
     full_config=full_config,
     names="dedistill.models.sd15.naming:NAMES",
+    card="dedistill.models.unet:card.md.j2",
 )

@@ -19,7 +19,7 @@ from dedistill.flow.path import check_sigma
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.family import Components, Guidance, Output, Pass, States, Unseen
 from dedistill.models.pipeline_family import PipelineFamily
-from dedistill.models.places import Place, locate, named_path
+from dedistill.models.places import Place, check_folder, locate, named_path
 from dedistill.models.pretrained import without_weights
 from dedistill.models.prompts import CLIP_TOKENS
 from dedistill.models.quantize import float_dtype
@@ -85,6 +85,7 @@ class Sd3(PipelineFamily):
     def full_size(self, spec: Model) -> Components:
         _check(spec)
         path = Path(named_path(spec))
+        check_folder(SPEC, path)
         if path.is_file():
             denoiser = loading.load_transformer(path, empty=True)
         else:

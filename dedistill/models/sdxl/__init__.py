@@ -33,7 +33,7 @@ def _has(config: Config) -> bool:
 
 def _defaults(model: Model) -> dict[str, Any]:
     side = 512 if "turbo" in (model.path or "").lower() else SIDE
-    own = {"model.text_length": 77, "model.mask": "none", "model.null": "zeros"}
+    own = {"model.text_length": 77, "model.mask": "none", "model.t5_mask": False, "model.null": "zeros"}
     return own | {"sample.height": side, "sample.width": side}
 
 
@@ -55,4 +55,5 @@ SPEC = ModelSpec(
     ),
     full_config=full_config,
     names="dedistill.models.sdxl.naming:NAMES",
+    card="dedistill.models.unet:card.md.j2",
 )

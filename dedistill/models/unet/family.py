@@ -19,7 +19,7 @@ from dedistill.models.family import Components, Guidance, Output, Pass, States, 
 from dedistill.models.network_files import PREFIX, build, read_network, stored_config
 from dedistill.models.original_names import from_original
 from dedistill.models.pipeline_family import PipelineFamily
-from dedistill.models.places import Place, locate, named_path
+from dedistill.models.places import Place, check_folder, locate, named_path
 from dedistill.models.pretrained import check_finite, without_weights
 from dedistill.models.prompts import CLIP_TOKENS
 from dedistill.models.quantize import float_dtype
@@ -85,8 +85,8 @@ class UNetFamily(PipelineFamily):
 
     def _check(self, spec: Model) -> None:
         """Refuse keys that would have no effect, or another than they say."""
-        for key, plain in (("guidance", None), ("new", None)):
-            if getattr(spec, key) != plain:
+        for key in ("guidance", "new", "t5_mask"):
+            if getattr(spec, key):
                 raise UserError(f"model.{key}: has no effect on {self.spec.name}; leave it out", 2)
         if spec.mask not in ("none", None):
             raise UserError(
@@ -135,7 +135,9 @@ class UNetFamily(PipelineFamily):
         ]
 
     def full_size(self, spec: Model) -> Components:
+        self._check(spec)
         path = named_path(spec)
+        check_folder(self.spec, Path(path))
         file = Path(path) / self.spec.folder / "config.json"
         config = read_object(file, "model.path") if file.exists() else self.published_config(path)
         network = without_weights(UNet2DConditionModel, config, f"model.path: '{path}'")
