@@ -1,7 +1,8 @@
-"""Train on several GPUs or machines: accelerate's launcher, without its tracebacks, and with the exit codes of train.
+"""Train, or make pairs, on several GPUs or machines: accelerate's launcher, without its tracebacks, with train's exit codes.
 
 dedistill launch --config_file launch/ddp.yaml --num_processes 8 my_recipe.toml
 dedistill launch --config_file launch/cpu_2.yaml my_recipe.toml --set train.steps=200      # two processes on a CPU
+dedistill launch --num_processes 8 pairs my_recipe.toml --out pairs
 """
 
 import logging
@@ -22,7 +23,7 @@ ELASTIC = ("agent.server", "multiprocessing")
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = command_parser("launch", __doc__)
-    help = "options of accelerate launch, the recipe, options of dedistill train"
+    help = "options of accelerate launch, pairs or nothing, the recipe, options of dedistill train or pairs"
     parser.add_argument("words", nargs="*", metavar="[--config_file FILE ...] RECIPE [...]", help=help)
     if not argv or argv[0] in ("-h", "--help"):
         parser.parse_args(argv or ["--help"])
@@ -38,8 +39,9 @@ def run(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = launch_command_parser().parse_args(argv)
-    args.training_script_args = [args.training_script, *args.training_script_args]
-    args.training_script, args.module = "dedistill.train", True
+    words = [args.training_script, *args.training_script_args]
+    args.training_script, args.module = "dedistill" if words[0] == "pairs" else "dedistill.train", True
+    args.training_script_args = words
     try:
         launch_command(args)
     except SignalException:  # by then all processes have saved and said how to go on

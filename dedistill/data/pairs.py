@@ -1,12 +1,17 @@
 """Stored pairs of noise and image with points of the trajectory between them: reading webdataset shards by offset.
 
-A folder of pairs holds ``pairs.json`` (how they were made, and each shard's SHA-256) and tar shards. A sample is
-``<key>.noise.npy``, ``<key>.trajectory.npy`` [K, C, H, W] (the last point is the image) and ``<key>.txt``.
+A folder of pairs holds ``pairs.json`` (how they were made, and its shards) and tar shards, each of which begins with its own
+account of that and with a table of its rows (webdataset's readers skip both). A sample is ``<index>.states.npy``
+[K + 1, C, H, W], the noise first and the image last, and ``<index>.txt``.
 """
 
 import io
+import json
 import mmap
 import tarfile
+import zlib
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +23,18 @@ from dedistill.errors import UserError, amount
 from dedistill.flow import keyed
 from dedistill.flow.keyed import sample_indices
 from dedistill.io.atomic import allow_open_files, read_checksummed
-from dedistill.io.hashing import file_sha256
 
 FACTS = "pairs.json"
+HEADER, ROWS = "__dedistill__/shard.json", "__dedistill__/rows.npy"
+"""The first two members of a shard. ROWS [pairs, 4], int64: index of the pair, where its states begin, bytes of its text, and
+the CRC-32 of both."""
+BLOCK = tarfile.BLOCKSIZE
 HELD_OUT = 16
 """One pair in this many is kept for validation."""
 
 
 class PairSource(OneSize):
-    """Pairs by index. Shards are checked against their hashes once, then read by offset without extraction."""
+    """Pairs by index. The account of every shard is checked at once, a pair's bytes whenever they are read."""
 
     name = "pairs"
 
@@ -34,21 +42,34 @@ class PairSource(OneSize):
         self.folder = folder
         self.facts = read_facts(folder)
         self.sigmas = np.array(self.facts["sigmas"])
-        self.image: tuple[int, int, int] = tuple(self.facts["picture"])
-        allow_open_files(len(self.facts["shards"]))  # each stays mapped
-        self._members = [m for shard in self.facts["shards"] for m in _index_shard(folder, shard)]
-        everything = np.arange(len(self._members))
-        self.train_ids = everything[everything % HELD_OUT != 0]
-        self.held_out_ids = everything[everything % HELD_OUT == 0]
+        self.image: tuple[int, int, int] = tuple(self.facts["image"])
+        listed = self.facts["shards"]
+        allow_open_files(len(listed))  # each stays mapped
+        self._shards = [_listed_shard(folder, entry, self.facts) for entry in listed]
+        self._ends = np.cumsum([len(shard.rows) for shard in self._shards])
+        everything = np.arange(self._ends[-1] if listed else 0)
+        held = everything % HELD_OUT == 0
+        self.train_ids, self.held_out_ids = everything[~held], everything[held]
         if len(self.train_ids) == 0:
             raise UserError(f"data.path: '{folder}' holds {amount(len(everything), 'pair')}; at least 2 are needed")
 
+    def __len__(self) -> int:
+        return len(self.train_ids) + len(self.held_out_ids)
+
+    def left_out(self) -> dict[str, str]:
+        """Pairs that were made and are not here, by index, and why."""
+        return {i: why for shard in self._shards for i, why in shard.header["quarantined"].items()}
+
+    def rounding(self) -> tuple[float, float]:
+        """What storing the states in their dtype changed: rms as a share of theirs, and at most."""
+        lost = [shard.header["rounding"] for shard in self._shards]
+        return float(np.sqrt(np.mean([x["rms"] ** 2 for x in lost]))), max(x["most"] for x in lost)
+
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         picks = self._picks(seed, step, positions, batch, held_out)
-        noise, trajectory, captions = zip(*(self._read(i) for i in picks))
-        trajectory = torch.from_numpy(np.stack(trajectory))
-        names = _names(picks)
-        return Batch(trajectory[:, -1], list(captions), names, torch.from_numpy(np.stack(noise)), trajectory, self.sigmas)
+        states, captions = zip(*map(self.read, picks))
+        trajectory = torch.from_numpy(np.stack(states))
+        return Batch(trajectory[:, -1], list(captions), _names(picks), trajectory[:, 0], trajectory, self.sigmas)
 
     def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
         return _names(self._picks(seed, step, positions, batch, held_out))
@@ -61,31 +82,39 @@ class PairSource(OneSize):
 
     def prompts(self, seed: int, count: int) -> list[str]:
         """Stored captions, drawn with repetition from all pairs: as many as are asked for, prompt i whatever their number."""
-        picks = keyed.generator(seed, "pairs/prompts").random(count) * len(self._members)
-        return [self._part(int(i), "txt").decode() for i in picks]
+        picks = keyed.generator(seed, "pairs/prompts").random(count) * len(self)
+        return [self.read(int(i))[1] for i in picks]
 
-    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+    def read(self, index: int) -> tuple[np.ndarray, str]:
+        """The states [K + 1, C, H, W], float32, and the caption of a pair. Raises UserError for one that is damaged."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._shards[number]
+        _, start, text_bytes, checksum = (int(n) for n in shard.rows[index - self._ends[number]])
+        end = start + shard.state_bytes
+        text = end + -shard.state_bytes % BLOCK + BLOCK
+        states, caption = shard.view[start:end], shard.view[text : text + text_bytes]
+        if zlib.crc32(caption, zlib.crc32(states)) != checksum:
+            raise UserError(_damaged(shard.path, f"pair {index} differs from what was written"))
         try:
-            noise, trajectory = (
-                np.load(io.BytesIO(self._part(index, ext)), allow_pickle=False).astype(np.float32)
-                for ext in ("noise.npy", "trajectory.npy")
-            )
-            if noise.shape != self.image or trajectory.shape != (len(self.sigmas), *self.image):
-                raise ValueError(f"arrays of {noise.shape} and {trajectory.shape}")
-            return noise, trajectory, self._part(index, "txt").decode()
-        except (ValueError, KeyError, TypeError, EOFError, OSError) as e:
+            found = np.load(io.BytesIO(states), allow_pickle=False).astype(np.float32)
+            if found.shape != (len(self.sigmas), *self.image):
+                raise ValueError(f"states of {found.shape}")
+            return found, caption.decode()
+        except (ValueError, TypeError, EOFError, OSError) as e:
             raise UserError(
                 f"data.path: pair {index} of '{self.folder}' cannot be read ({e}); it was not made by dedistill pairs"
             ) from e
 
-    def _part(self, index: int, ext: str) -> bytes:
-        shard, member = self._members[index]
-        start, size = member[ext]
-        return bytes(shard[start : start + size])
-
 
 def _names(picks: np.ndarray) -> list[str]:
     return [f"pairs/{i}" for i in picks]
+
+
+def _damaged(path: Path, how: str) -> str:
+    return f"data.path: shard '{path}' is damaged ({how}); delete it and run dedistill pairs again"
+
+
+# --- how pairs were made ---------------------------------------------------------------------------------------------
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -98,9 +127,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
     except ValueError as e:
         raise UserError(f"data.path: '{folder / FACTS}' {e}; delete it and run dedistill pairs again") from e
     if not facts.get("complete"):
-        raise UserError(
-            f"data.path: '{folder}' is unfinished ({amount(len(facts['shards']), 'shard')}); run dedistill pairs again"
-        )
+        there = sum(1 for _ in folder.glob("*.tar"))
+        raise UserError(f"data.path: '{folder}' is unfinished ({amount(there, 'shard')}); run dedistill pairs again")
     return facts
 
 
@@ -108,27 +136,71 @@ def _check_facts(facts: dict[str, Any]) -> None:
     """Raises ValueError, which does not name the file, unless ``facts`` could be ours; shards lie in the folder itself."""
     try:
         plain = all(Path(s["file"]).name == s["file"] and isinstance(s["sha256"], str) for s in facts["shards"])
-        numbers = np.array([*facts["sigmas"], *facts["picture"]])
-        if not plain or numbers.dtype.kind not in "if" or len(facts["picture"]) != 3 or len(facts["sigmas"]) < 2:
+        numbers = np.array([*facts["sigmas"], *facts["image"]])
+        if not plain or numbers.dtype.kind not in "if" or len(facts["image"]) != 3 or len(facts["sigmas"]) < 2:
             raise ValueError
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError("is not a list of pairs") from e
 
 
-def _index_shard(folder: Path, shard: dict[str, Any]) -> list[tuple[mmap.mmap, dict[str, tuple[int, int]]]]:
-    """Offset and size of every member of one shard, sample by sample."""
-    path = folder / shard["file"]
-    try:
-        found = file_sha256(path)
-    except OSError as e:
-        raise UserError(f"data.path: shard '{path}' cannot be read: {e}") from e
-    if found != shard["sha256"]:
-        raise UserError(f"data.path: shard '{path}' is damaged (its SHA-256 differs); delete it and run dedistill pairs again")
+def differing(found: dict[str, Any], facts: dict[str, Any]) -> str:
+    """What of ``facts`` is otherwise in ``found``, for a message; empty where nothing is."""
+    return "; ".join(f"{k}: {found.get(k)!r} there, {facts[k]!r} here" for k in facts if found.get(k) != facts[k])
+
+
+# --- one shard -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """header: ``facts``, how it was made, and what came of it. rows: ROWS. sha256: of both, and so of every pair.
+
+    All but the header stays in the file, which is mapped.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    rows: np.ndarray
+    sha256: str
+    state_bytes: int
+    view: mmap.mmap
+
+
+def open_shard(path: Path) -> Shard:
+    """Raises OSError, and ValueError, which does not name the file, for one that is cut or of another kind."""
     with open(path, "rb") as f:
         view = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    with tarfile.open(path, mode="r:") as tar:  # plain tar only: no decompression bombs, nothing is extracted
-        for member in tar:
-            key, _, ext = member.name.partition(".")
-            samples.setdefault(key, {})[ext] = (member.offset_data, member.size)
-    return [(view, samples[key]) for key in sorted(samples)]
+        try:
+            with tarfile.open(fileobj=f, mode="r:") as tar:  # plain tar only: no decompression bombs, nothing is extracted
+                header, rows = tar.next(), tar.next()
+        except tarfile.TarError as e:
+            raise ValueError(str(e)) from e
+    if header is None or rows is None or (header.name, rows.name) != (HEADER, ROWS):
+        raise ValueError("it has no table of pairs")
+    end = rows.offset_data + rows.size
+    try:
+        about = json.loads(view[header.offset_data : header.offset_data + header.size])
+        count, state_bytes = int(about["pairs"]), int(about["state_bytes"])
+        dict(about["facts"]), dict(about["quarantined"]), dict(about["rounding"])  # are tables
+        table = np.frombuffer(view, np.int64, count * 4, end - count * 32).reshape(count, 4)
+    except (ValueError, RecursionError, KeyError, TypeError) as e:
+        raise ValueError(f"its header is unreadable: {type(e).__name__}") from e
+    last = int(table[-1, 1]) + state_bytes + 2 * BLOCK + int(table[-1, 2]) if count else end
+    if last > len(view):
+        raise ValueError(f"it is cut: {len(view):,} bytes of more than {last:,}")
+    return Shard(path, about, table, sha256(view[header.offset_data : end]).hexdigest(), state_bytes, view)
+
+
+def _listed_shard(folder: Path, entry: dict[str, Any], facts: dict[str, Any]) -> Shard:
+    path = folder / entry["file"]
+    try:
+        shard = open_shard(path)
+    except OSError as e:
+        raise UserError(f"data.path: shard '{path}' cannot be read: {e}") from e
+    except ValueError as e:
+        raise UserError(_damaged(path, str(e))) from e
+    if other := differing({k: facts.get(k) for k in shard.header["facts"]}, shard.header["facts"]):
+        raise UserError(f"data.path: shard '{path}' was made differently from '{folder / FACTS}' ({other})")
+    if shard.sha256 != entry["sha256"]:
+        raise UserError(_damaged(path, "its table of pairs differs"))
+    return shard

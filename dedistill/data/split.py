@@ -38,6 +38,11 @@ class Split:
         """What images that are no evidence of their own have in common: near-duplicates are one."""
         return self.near.get(image.sample.sha256, image.sample.sha256)
 
+    def trained_captions(self) -> list[str]:
+        """Those of no held-out image, each once, in a keyed order."""
+        captions = sorted(captions_of(self.train) - captions_of(self.held))
+        return [captions[i] for i in keyed.generator(0, "prompts/train").permutation(len(captions))]
+
     def prompts(self, seed: int, count: int, own: Sequence[str] = ()) -> list[str]:
         """Different captions as far as there are: of held-out images first, then ``own`` prompts of the user's, then captions
         that are trained on; then these once more."""

@@ -1,12 +1,14 @@
 """What a command that compares models asks them: prompts of the data or of a file, chosen before anything heavy is loaded."""
 
+import csv
 from argparse import Namespace
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dedistill.data.images.caption_files import LINE_END
+from dedistill.data.images.caption_files import LINE_END, READERS, BadCaption, as_captions, choose_columns, cleaned
+from dedistill.data.images.types import ImageSet
 from dedistill.data.split import LEAST_UNITS, Split, captions_of
 from dedistill.data.usable import Usable, look
 from dedistill.errors import UserError, amount
@@ -84,9 +86,12 @@ def _number(value: str) -> int | None:
 
 
 def read_prompts(value: str, source: Callable[[], HasPrompts] | None) -> tuple[str, ...]:
-    """``value`` is a number of prompts to take from the data, which is opened for it, or a text file, a prompt per line."""
+    """``value`` is a number of prompts to take from the data, which is opened for it; or a text file, a prompt per line; or a
+    table (parquet, csv, jsonl) with a column of prompts or captions."""
     if source and (count := _number(value)):
         return tuple(source().prompts(0, count))
+    if Path(value).suffix.lower() in READERS:
+        return _prompts_of_table(Path(with_home(value)))
     try:
         text = Path(with_home(value)).read_bytes().decode("utf-8-sig")
         lines = [line.strip() for line in LINE_END.split(text)]
@@ -95,6 +100,31 @@ def read_prompts(value: str, source: Callable[[], HasPrompts] | None) -> tuple[s
     if not (prompts := tuple(line for line in lines if line)):
         raise UserError(f"--prompts: '{value}' holds no prompts", exit_code=2)
     return prompts
+
+
+def _prompts_of_table(path: Path) -> tuple[str, ...]:
+    """Those of its columns that hold captions, row by row."""
+    name = f"--prompts: '{path}'"
+    try:
+        rows = [row for _, row in READERS[path.suffix.lower()](path) if isinstance(row, dict)]
+        columns = choose_columns(ImageSet(str(path)), name, list(dict.fromkeys(key for row in rows for key in row)), rows)
+        texts = [c for row in rows for column in columns for c in cleaned(as_captions(row.get(column), column))]
+    except (OSError, ValueError, csv.Error, BadCaption) as e:
+        raise UserError(f"{name} cannot be read: {e}", exit_code=2) from e
+    if not texts:
+        raise UserError(f"{name} holds no prompts", exit_code=2)
+    return tuple(texts)
+
+
+@dataclass(frozen=True)
+class ListedPrompts:
+    """Those of a file, over and over."""
+
+    name: str
+    texts: tuple[str, ...]
+
+    def prompts(self, seed: int, count: int) -> list[str]:
+        return [self.texts[i % len(self.texts)] for i in range(count)]
 
 
 def distinct(prompts: Sequence[str], trained: Collection[str] = ()) -> int | str:

@@ -1,35 +1,49 @@
 """Pairs of noise and image from a teacher's own ODE, for distilling it or straightening it (arXiv 2209.03003).
 
-Kept with each set: CFG scale, solver, steps, negative prompt, teacher hash; with each pair: the exact noise, the
-caption, and chosen points of the trajectory. Shards are whole or absent, so an interrupted run continues.
+Kept with each shard: teacher hash, prediction and rule, CFG scale, solver, steps, negative prompt; with each pair: the exact
+noise, the caption, and chosen points of the trajectory. A shard is whole or absent, and a function of its number alone: any
+number of processes makes the same bytes, and an interrupted run continues.
 """
 
 import io
-from collections.abc import Callable
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import webdataset as wds
 from torch import Tensor
 
-from dedistill.data.pairs import FACTS
-from dedistill.data.source import Source
-from dedistill.errors import UserError
+from dedistill.data.pairs import BLOCK, FACTS, HEADER, ROWS, Shard, differing, open_shard
+from dedistill.distributed.world import World
+from dedistill.errors import UserError, amount
 from dedistill.flow import keyed
 from dedistill.flow.solvers import sigma_grid
 from dedistill.io.atomic import WholeFile, checksummed, read_checksummed, replace_file
-from dedistill.io.hashing import file_sha256
-from dedistill.io.ownership import claim
+from dedistill.io.ownership import claim, hold
 from dedistill.models.family import prediction_facts
 from dedistill.models.model import Model
 from dedistill.sampling.sampler import Sampling, trajectories
 
+SATURATED = 3.0
+"""A pair is left out whose image is so many times as strong (rms) as the median of its shard."""
+
+
+class HasPrompts(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def prompts(self, seed: int, count: int) -> list[str]: ...
+
 
 def make_pairs(
     model: Model,
-    source: Source,
+    source: HasPrompts,
     out: Path,
     *,
     teacher: str,
@@ -39,55 +53,80 @@ def make_pairs(
     seed: int,
     shard_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    world: World | None = None,
 ) -> dict[str, Any]:
-    """Write ``count`` pairs into ``out`` and return its facts (also ``pairs.json``).
+    """Write ``count`` pairs into ``out`` and return its facts (also ``pairs.json``). All processes of ``world`` must come here.
 
     points: windows between stored states, so points + 1 states, the noise first and the image last; must divide
-    ``sampling``'s steps. Raises UserError when ``out`` holds pairs made differently, or what is not ours.
+    ``sampling``'s steps. progress: pairs that are there about now, and all. Raises UserError when ``out`` holds pairs made
+    differently, or what is not ours, or while another works there.
     """
-    steps, how = sampling.steps, sampling.facts
-    if steps % points:
-        raise UserError(f"--points {points} does not divide --steps {steps}: only states of the solver are stored", exit_code=2)
-    sigmas = sigma_grid(steps, model.grid_shift)
-    stored = np.arange(0, steps + 1, steps // points)
-    facts = {
+    world = world or World()
+    if sampling.steps % points:
+        how = f"--points {points} does not divide --steps {sampling.steps}"
+        raise UserError(f"{how}: only states of the solver are stored", exit_code=2)
+    prompts = source.prompts(seed, count)
+    assert len(prompts) == count, f"source '{source.name}' gave {len(prompts)} prompts, {count} were asked for"
+    facts = _facts(model, prompts, teacher, sampling, points) | {
+        "seed": seed,
+        "count": count,
+        "shard_size": shard_size,
+        "source": source.name,
+    }
+    world.assert_equal_on_all_ranks(facts)
+    numbers = range(-(-count // shard_size))
+    if world.main:
+        claim(out, "pairs", "--out")
+    lock = hold(out, "--out") if world.main else None
+    try:
+        missing = world.broadcast_object(_missing(out, facts, numbers) if world.main else [])
+        if missing and world.main:
+            replace_file(out / FACTS, checksummed({**facts, "shards": [], "complete": False}))
+        done = count - shard_size * len(missing)
+        for number in missing[world.rank :: world.size]:
+            ids = range(number * shard_size, min(count, (number + 1) * shard_size))
+            _make_shard(model, out, number, ids, prompts[ids.start : ids.stop], sampling, facts)
+            done += shard_size * world.size
+            progress(max(0, min(done, count)), count)
+        world.wait()
+        if world.main:
+            shards = [_entry(open_shard(_place(out, n))) for n in numbers]
+            facts = {**facts, "shards": shards, "complete": True}
+            if missing or not _same(out, facts):
+                replace_file(out / FACTS, checksummed(facts))
+        return world.broadcast_object(facts)
+    finally:
+        if lock:
+            lock.close()
+
+
+def _facts(model: Model, prompts: Sequence[str], teacher: str, sampling: Sampling, points: int) -> dict[str, Any]:
+    """All that decides what a pair is, but its place."""
+    how, sigmas = sampling.facts, sigma_grid(sampling.steps, model.grid_shift)
+    return {
         "teacher": teacher,
         "cfg": how["cfg"],
         **{key: how[key] for key in ("skip", "method") if how.get(key)},
         "solver": sampling.solver,
-        "steps": steps,
+        "steps": sampling.steps,
         "shift": model.grid_shift,
         "negative_prompt": model.negative,
-        "seed": seed,
-        "count": count,
-        "shard_size": shard_size,
-        "sigmas": sigmas[stored].tolist(),
-        "picture": list(model.components.sample_shape),
-        "source": source.name,
+        "prompts": sha256("\0".join(prompts).encode()).hexdigest(),
+        "sigmas": sigmas[_stored(sampling.steps, points)].tolist(),
+        "image": list(model.components.sample_shape),
+        # what a codec made is known to 16 bits at most; pixels are the data themselves
+        "dtype": "float16" if model.components.vae else "float32",
         **prediction_facts(model.family.spec, model.components),
     }
-    claim(out, "pairs", "--out")
-    shards = _finished_shards(out, facts)
-    prompts = source.prompts(seed, count)
-    assert len(prompts) == count, f"source '{source.name}' gave {len(prompts)} prompts, {count} were asked for"
-    for number in range(len(shards), -(-count // shard_size)):
-        ids = range(number * shard_size, min(count, (number + 1) * shard_size))
-        noise = keyed.noise(seed, "pairs", 0, ids, model.components.sample_shape)
-        captions = prompts[ids.start : ids.stop]
-        states = [torch.stack([c[k] for k in stored], 1) for c in trajectories(model, captions, noise, sampling)]
-        shards.append(_write_shard(out, number, ids, captions, noise, torch.cat(states)))
-        replace_file(out / FACTS, checksummed({**facts, "shards": shards, "complete": False}))
-        progress(ids.stop, count)
-    facts = {**facts, "shards": shards, "complete": True}
-    replace_file(out / FACTS, checksummed(facts))
-    return facts
+
+
+def _stored(steps: int, points: int) -> np.ndarray:
+    return np.arange(0, steps + 1, steps // points)
 
 
 def teacher_hash(model: Model) -> str:
     """Hash of the network's weights and of the trained part, so that pairs name the model that made them."""
-    import hashlib
-
-    digest = hashlib.sha256()
+    digest = sha256()
     for tensors in (dict(model.components.denoiser.state_dict()), model.tensors(copy=False)):
         for name in sorted(tensors):
             digest.update(name.encode())
@@ -95,34 +134,126 @@ def teacher_hash(model: Model) -> str:
     return digest.hexdigest()
 
 
-def _finished_shards(out: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Shards of an earlier run with the same settings whose bytes still agree."""
+# --- which shards are there ------------------------------------------------------------------------------------------
+
+
+def _place(out: Path, number: int) -> Path:
+    return out / f"{number:05d}.tar"
+
+
+def _missing(out: Path, facts: dict[str, Any], numbers: range) -> list[int]:
+    """Shards that are not there, or not whole. Raises UserError for pairs that were made differently."""
+    way_out = "Delete it or choose another --out."
     try:
         before = read_checksummed(out / FACTS)
-    except (OSError, ValueError):  # nothing yet, or damaged: shards are made again, byte for byte the same
-        return []
-    if differing := [k for k in facts if before.get(k) != facts[k]]:
-        listed = "; ".join(f"{k}: {before.get(k)!r} there, {facts[k]!r} here" for k in differing)
-        raise UserError(f"'{out}' holds pairs made differently ({listed}). Delete it or choose another --out.")
-    good = []
-    for shard in before["shards"]:
-        path = out / shard["file"]
-        if not path.exists() or file_sha256(path) != shard["sha256"]:
-            break
-        good.append(shard)
-    return good
+    except (OSError, ValueError):  # nothing yet, or damaged: what was made tells how
+        before = facts
+    if listed := differing(before, facts):
+        raise UserError(f"'{out}' holds pairs made differently ({listed}). {way_out}")
+    missing = []
+    for number in numbers:
+        try:
+            header = open_shard(_place(out, number)).header
+        except (OSError, ValueError):
+            missing.append(number)
+            continue
+        if listed := differing(header["facts"], facts):
+            raise UserError(f"'{_place(out, number)}' holds pairs made differently ({listed}). {way_out}")
+    return missing
 
 
-def _write_shard(out: Path, number: int, ids: range, captions: list[str], noise: Tensor, states: Tensor) -> dict[str, Any]:
-    final = out / f"{number:05d}.tar"
+def _entry(shard: Shard) -> dict[str, Any]:
+    left_out = len(shard.header["quarantined"])
+    entry = {"file": shard.path.name, "pairs": len(shard.rows), "sha256": shard.sha256}
+    return entry | ({"quarantined": left_out} if left_out else {})
+
+
+def _same(out: Path, facts: dict[str, Any]) -> bool:
+    try:
+        return read_checksummed(out / FACTS) == facts
+    except (OSError, ValueError):
+        return False
+
+
+# --- one shard -------------------------------------------------------------------------------------------------------
+
+
+def _make_shard(
+    model: Model, out: Path, number: int, ids: range, captions: list[str], sampling: Sampling, facts: dict[str, Any]
+) -> None:
+    dtype = getattr(torch, facts["dtype"])
+    noise = keyed.noise(facts["seed"], "pairs", 0, ids, model.components.sample_shape).to(dtype).float()  # stored exactly
+    kept = _stored(sampling.steps, len(facts["sigmas"]) - 1)
+    states = torch.cat([torch.stack([c[k] for k in kept], 1) for c in trajectories(model, captions, noise, sampling)])
+    bad, middle = quarantine(states, dtype)
+    if 2 * len(bad) > len(ids):
+        raise UserError(
+            f"shard {number}: {amount(len(bad), 'pair')} of {len(ids)} cannot be used, e.g. pair {ids[min(bad)]}: "
+            f"{bad[min(bad)]}. The teacher is damaged, or --cfg {facts['cfg']:g} is more than it can follow"
+        )
+    good = [i for i in range(len(ids)) if i not in bad]
+    stored = states[good].to(dtype)
+    error = stored.float() - states[good]
+    account = {
+        "facts": facts,
+        "number": number,
+        "quarantined": {str(ids[i]): why for i, why in bad.items()},
+        "median_rms": middle,
+        "rounding": {"rms": _rms(error) / max(_rms(states[good]), 1e-30), "most": float(error.abs().max())},
+    }
+    write_shard(_place(out, number), account, [ids[i] for i in good], [captions[i] for i in good], stored)
+
+
+def quarantine(states: Tensor, dtype: torch.dtype) -> tuple[dict[int, str], float]:
+    """Rows of ``states`` [N, K + 1, C, H, W] that nothing should be trained on, and why; the median rms of the images."""
+    fits = (states.abs() <= torch.finfo(dtype).max).flatten(1).all(1)  # nothing is less than NaN
+    strength = states[:, -1].double().flatten(1).square().mean(1).sqrt()
+    middle = float(strength[fits].median()) if fits.any() else 0.0
+    bad = dict.fromkeys((~fits).nonzero().flatten().tolist(), "not finite")
+    strong = (fits & (strength > SATURATED * middle)).nonzero().flatten().tolist()
+    bad |= {i: f"saturated: its rms is {float(strength[i]):.3g}, the shard's median {middle:.3g}" for i in strong}
+    return bad, middle
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def write_shard(path: Path, account: dict[str, Any], ids: list[int], captions: list[str], states: Tensor) -> None:
+    """account: what the header is to say; it is told how many pairs there are, and how large."""
+    arrays, texts = [_npy(row.numpy()) for row in states], [caption.encode() for caption in captions]
+    sums = [zlib.crc32(text, zlib.crc32(array)) for array, text in zip(arrays, texts, strict=True)]
+    front, size = front_of(account, ids, len(arrays[0]), [len(text) for text in texts], sums)
     # fixed owner, mode and time: the same pairs give the same bytes
-    with WholeFile(final) as file, wds.TarWriter(file, mtime=0.0, user="dedistill", group="dedistill") as tar:
-        for i, caption, start, points in zip(ids, captions, noise, states, strict=True):
-            tar.write({"__key__": f"{i:08d}", "txt": caption, "noise.npy": _npy(start), "trajectory.npy": _npy(points)})
-    return {"file": final.name, "pairs": len(ids), "sha256": file_sha256(final)}
+    with WholeFile(path) as file, wds.TarWriter(file, mtime=0, user="dedistill", group="dedistill") as tar:
+        for name, data in front.items():
+            key, _, ext = name.partition(".")
+            tar.write({"__key__": key, ext: data})
+        for i, text, array in zip(ids, texts, arrays, strict=True):
+            tar.write({"__key__": f"{i:08d}", "states.npy": array, "txt": text})
+    if path.stat().st_size != size:
+        raise RuntimeError(f"'{path}' has {path.stat().st_size} bytes, {size} were laid out")
 
 
-def _npy(tensor: Tensor) -> bytes:
+def front_of(
+    account: dict[str, Any], ids: Sequence[int], state_bytes: int, text_bytes: Sequence[int], sums: Sequence[int]
+) -> tuple[dict[str, bytes], int]:
+    """The first two members of a shard, by name, and the bytes of the whole file."""
+    members = np.array([_padded(state_bytes) + _padded(size) for size in text_bytes], np.int64)
+    rows = np.stack([np.array(ids, np.int64), np.cumsum(members) - members, text_bytes, sums], 1)
+    about = json.dumps({**account, "pairs": len(ids), "state_bytes": state_bytes})
+    first = _padded(len(about)) + _padded(len(_npy(rows)))
+    rows[:, 1] += first + BLOCK
+    end = first + int(members.sum()) + 2 * BLOCK  # a tar file ends in two empty blocks, and in a whole record
+    return {HEADER: about.encode(), ROWS: _npy(rows)}, end + -end % tarfile.RECORDSIZE
+
+
+def _padded(size: int) -> int:
+    """Bytes of a member of a tar file, with its own header."""
+    return BLOCK + size + -size % BLOCK
+
+
+def _npy(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
-    np.save(stream, tensor.numpy(), allow_pickle=False)
+    np.save(stream, array, allow_pickle=False)
     return stream.getvalue()

@@ -120,7 +120,7 @@ def test_pairs(tmp_path):
     rng = random.Random(0)
     facts = {
         "sigmas": [1.0, 0.0],
-        "picture": [1, 8, 16],
+        "image": [1, 8, 16],
         "shards": [{"file": "a.tar", "pairs": 1, "sha256": "0"}],
         "complete": True,
     }
@@ -132,7 +132,7 @@ def test_pairs(tmp_path):
 
 def test_a_checksummed_file_with_other_contents_is_no_pairs(tmp_path):
     shard = {"file": "../a.tar", "sha256": "0"}
-    for table in ({}, {"shards": 1}, {"shards": []}, {"shards": [shard], "sigmas": [1, 0], "picture": [1, 8, 8]}):
+    for table in ({}, {"shards": 1}, {"shards": []}, {"shards": [shard], "sigmas": [1, 0], "image": [1, 8, 8]}):
         (tmp_path / "pairs.json").write_bytes(checksummed({"complete": True, **table}))
         with pytest.raises(UserError, match=r"pairs\.json' is not a list of pairs"):
             PairSource(tmp_path)
