@@ -3,6 +3,8 @@
 dedistill chain dedistill:digits                # the demo without its report
 dedistill chain my_chain --dry-run              # only say which commands it is made of
 dedistill chain my_chain --scale 0.01           # a hundredth of the steps and pairs
+dedistill chain my_chain --rehearse             # first: all of it on tiny random models, in minutes
+dedistill plan my_chain                         # what it will cost
 """
 
 import argparse
@@ -15,41 +17,63 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dedistill.cli.command import command_parser, guarded, place, positive_number
+from dedistill.cli.command import command_parser, guarded, path, place, positive_number
 from dedistill.errors import RUN_AGAIN, UserError
 from dedistill.io.atomic import replace_json
 from dedistill.io.ownership import claim, hold
 from dedistill.recipe.chain import Chain, load_chain
 
+SHARED = ("train", "pairs")
+"""Commands that several processes share."""
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("chain", __doc__)
     parser.add_argument("folder", type=place, help="folder with a chain.toml, or dedistill:NAME")
-    parser.add_argument("--scale", type=positive_number, default=1.0, help="times the numbers that the chain lets scale")
+    parser.add_argument("--scale", type=positive_number, help="times the numbers that the chain lets scale; default its own")
+    parser.add_argument("--launch", type=path, metavar="FILE", help="accelerate's file by which to train and make pairs")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
+    parser.add_argument("--rehearse", action="store_true", help="run all stages on tiny random models, in OUT-rehearsal")
     args = parser.parse_args(argv)
     return guarded(lambda: run(args), debug=args.debug)
 
 
 def run(args: argparse.Namespace) -> int:
     chain = load_chain(args.folder)
+    scale = args.scale or chain.scale
+    if args.rehearse:
+        from dedistill.cli.chain_rehearsal import small_chain
+
+        chain, scale = small_chain(chain), 1.0
+    commands = [launched(chain.words(stage, scale), args.launch) for stage in chain.stages]
     if args.dry_run:
-        commands = [shlex.join(["dedistill", *chain.words(stage, args.scale)]) for stage in chain.stages]
-        print("\n".join(command + " &" * stage.beside for command, stage in zip(commands, chain.stages)))
+        lines = [shlex.join(["dedistill", *words]) for words in commands]
+        print("\n".join(line + " &" * stage.beside for line, stage in zip(lines, chain.stages)))
         return 0
-    again = shlex.join(["dedistill", "chain", args.folder, *(["--scale", str(args.scale)] if args.scale != 1 else [])])
-    with running(chain, args.scale, again) as jobs:
+    own = {"--scale": args.scale, "--launch": args.launch}
+    said = [word for name, value in own.items() if value for word in (name, str(value))]
+    again = shlex.join(["dedistill", "chain", args.folder, *said, *["--rehearse"] * args.rehearse])
+    with running(chain, commands, again) as jobs:
         jobs.finish()
+    if args.rehearse:
+        print(f"rehearsed: {chain.out}/")
     return 0
 
 
+def launched(words: list[str], file: Path | None) -> list[str]:
+    """A command by the launcher that ``file`` is for, where several processes can share it."""
+    if file is None or words[0] not in SHARED:
+        return words
+    return ["launch", "--config_file", str(file), *words[words[0] == "train" :]]
+
+
 @contextmanager
-def running(chain: Chain, scale: float, again: str) -> Iterator["Jobs"]:
-    """``chain``'s stages have run, but those beside: ``Jobs.finish`` waits for them. again: the command that continues.
+def running(chain: Chain, commands: list[list[str]], again: str) -> Iterator["Jobs"]:
+    """``chain``'s stages have run as ``commands``, but those beside: ``Jobs.finish`` waits for them. again: the command that
+    continues.
 
     One process at a time may work on a chain's folder. An interrupt stops what runs, which saves first.
     """
-    commands = [chain.words(stage, scale) for stage in chain.stages]
     use_threads(chain.threads)
     claim(chain.out, "chain", "out")
     jobs = Jobs(again)

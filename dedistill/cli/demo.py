@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(name: str) -> int:
     """Tell a story into ``runs/NAME`` of the working directory; what is finished is reused."""
     chain = load_chain(f"{PREFIX}{name}")
-    with running(chain, 1.0, f"dedistill demo {name}") as jobs:
+    with running(chain, [chain.words(stage, chain.scale) for stage in chain.stages], f"dedistill demo {name}") as jobs:
         print("report", flush=True)
         failed = _report(name, chain.out / "report")
         jobs.finish()

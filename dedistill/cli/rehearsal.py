@@ -201,42 +201,50 @@ def _check_captions(recipe: Recipe) -> None:
 def _small(recipe: Recipe, family: Family, out: Path, limit: int | None) -> Recipe:
     """The same recipe on a tiny model, a few steps, small images."""
     model: dict[str, str | None] = {}
+    images = recipe.data.source == "pictures"
     if recipe.model.new is None:
-        image = None if recipe.data.source == "pictures" else open_source(recipe.data).image
-        # blocks that the recipe names one by one must be there
-        numbered = recipe.adapter is not None and any(re.search(r"\d", t.pattern or "") for t in recipe.adapter.targets)
-        family.write_tiny(recipe.model, out / "model", image, full_depth=numbered)
+        write_small_model(recipe, family, out / "model", None if images else open_source(recipe.data).image)
         model = {"path": str(out / "model"), "revision": None, "components": None}
         model["image_prompts"] = recipe.model.image_prompts and str(out / "model" / "image_prompts")
+    data = {"cache": str(out / "cache"), "limit": limit} if images else {}
+    return shrink(recipe, run=out / "run", model=model, data=data, small_images=images)
+
+
+def write_small_model(recipe: Recipe, family: Family, folder: Path, image: tuple[int, int, int] | None) -> None:
+    """A tiny random model of the classes of ``recipe``'s. image: the shape of samples where the data give it."""
+    # blocks that the recipe names one by one must be there
+    numbered = recipe.adapter is not None and any(re.search(r"\d", t.pattern or "") for t in recipe.adapter.targets)
+    family.write_tiny(recipe.model, folder, image, full_depth=numbered)
+
+
+def shrink(recipe: Recipe, *, run: Path, model: dict[str, Any], data: dict[str, Any], small_images: bool) -> Recipe:
+    """``recipe`` for a few steps, and small images where their size is free. run: its folder; model, data: keys of these."""
     every = {"every": STEPS // 2}
     some = recipe.train.gradient_checkpointing
     few = some if isinstance(some, bool) else True if some == "auto" else min(some, FEW_BLOCKS)
     train = {"steps": STEPS, "batch": 4, "micro_batch": 2, "warmup": min(recipe.train.warmup, 1), "gradient_checkpointing": few}
-    changes: dict[str, dict[str, Any]] = {
-        "run": {"out": str(out / "run"), "resume": "auto"},
-        "model": model,
-        "base": {"swap": FEW_BLOCKS if recipe.base.swap == "auto" else min(recipe.base.swap, FEW_BLOCKS)},
-        "train": train,
-        "validate_": every | {"samples": 4} if recipe.validate_.every else {},
-        "meters": every | {"samples": 2, "steps": 2} if recipe.meters.every else {},
-        "checkpoint": every,
-        "snapshot": {"every": 1},
-        "log": {"every": 1, "wandb": False},
-        "sample": {
-            "steps": 2,
-            "guider": _small_guider(recipe.sample.guider),
-            **({"height": SMALL, "width": SMALL} if recipe.data.source == "pictures" else {}),
-        },
-        "preview": every if recipe.preview.every else {},
-    }
     if recipe.data.source == "pictures":
         count = len(filled(recipe.data.resolutions, "data.resolutions"))
-        changes["data"] = {
-            "cache": str(out / "cache"),
-            "resolutions": [SMALL + 16 * i for i in range(count)],
-            "limit": limit,
-        }
-    return _copy(recipe, **changes)
+        data = data | {"resolutions": [SMALL + 16 * i for i in range(count)]}
+    return _copy(
+        recipe,
+        run={"out": str(run), "resume": "auto"},
+        model=model,
+        base={"swap": FEW_BLOCKS if recipe.base.swap == "auto" else min(recipe.base.swap, FEW_BLOCKS)},
+        data=data,
+        train=train,
+        validate_=every | {"samples": 4} if recipe.validate_.every else {},
+        meters=every | {"samples": 2, "steps": 2} if recipe.meters.every else {},
+        checkpoint=every,
+        snapshot={"every": 1},
+        log={"every": 1, "wandb": False},
+        sample={
+            "steps": 2,
+            "guider": _small_guider(recipe.sample.guider),
+            **({"height": SMALL, "width": SMALL} if small_images else {}),
+        },
+        preview=every if recipe.preview.every else {},
+    )
 
 
 def _small_guider(name: str) -> str:

@@ -25,7 +25,7 @@ class Stage(BaseModel):
 
     name: str = Field(pattern=SAFE)
     command: Tool
-    recipe: str = Field(default="", description="a file beside the chain's, without .toml, or dedistill:NAME")
+    recipe: str | list[str] = Field(default="", description="a file beside the chain's, without .toml, or dedistill:NAME")
     options: list[str] = Field(default=[], description="further words of the command")
     scaled: list[str] = Field(default=[], description="options, and keys of the recipe, whose numbers the scale multiplies")
     beside: bool = Field(default=False, description="go on with the next stage at once")
@@ -36,15 +36,18 @@ class _Stages(BaseModel):
 
     out: Place
     threads: Positive | None = None
+    scale: float = Field(default=1.0, gt=0, description="times the numbers that the stages let scale")
     stages: list[Stage] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
 class Chain:
-    """``out``: the folder that all of it is written into; ``threads``: of the CPU for each command; None: all cores."""
+    """``out``: the folder that all of it is written into; ``threads``: of the CPU for each command; None: all cores; ``scale``:
+    times the numbers that stages let scale."""
 
     out: Path
     threads: int | None
+    scale: float
     stages: list[Stage]
     folder: str
     """Where its recipes are: a folder, or dedistill:NAME."""
@@ -54,8 +57,8 @@ class Chain:
 
         Raises UserError for a name in ``scaled`` that stands for no whole number.
         """
-        recipe, options = self._recipe(stage), list(stage.options)
-        known = load_recipe(recipe).resolved() if recipe and stage.scaled else {}
+        recipes, options = self.recipes(stage), list(stage.options)
+        known = load_recipe(recipes[0]).resolved() if recipes and stage.scaled else {}
         settings: list[str] = []
         for name in stage.scaled:
             place = options.index(name) + 1 if name in options else 0
@@ -68,13 +71,13 @@ class Chain:
                 options[place] = now
             elif now != number:
                 settings += ["--set", f"{name}={now}"]
-        return [stage.command, *([recipe] if recipe else []), *options, *settings]
+        return [stage.command, *recipes, *options, *settings]
 
-    def _recipe(self, stage: Stage) -> str:
-        if not stage.recipe or stage.recipe.startswith(PREFIX):
-            return stage.recipe
-        own = f"{self.folder}/{stage.recipe}"
-        return own if own.startswith(PREFIX) else f"{own}.toml"
+    def recipes(self, stage: Stage) -> list[str]:
+        """The recipes that a stage names, as a command line does."""
+        names = [stage.recipe] if isinstance(stage.recipe, str) else stage.recipe
+        end = "" if self.folder.startswith(PREFIX) else ".toml"
+        return [name if name.startswith(PREFIX) else f"{self.folder}/{name}{end}" for name in names if name]
 
 
 def _found(tables: dict[str, Any], keys: list[str]) -> object:
@@ -83,13 +86,17 @@ def _found(tables: dict[str, Any], keys: list[str]) -> object:
     return tables.get(keys[-1])
 
 
+def chain_file(place: str) -> Path:
+    """What a chain of that name is read from, whether it is there or not."""
+    return (FOLDER / place.removeprefix(PREFIX) if place.startswith(PREFIX) else Path(place)) / CHAIN
+
+
 def load_chain(place: str) -> Chain:
     """Read FOLDER/chain.toml; ``place`` is a folder, or dedistill:NAME of one that comes with the package.
 
     Raises UserError with all that is wrong, by file and line.
     """
-    folder = FOLDER / place.removeprefix(PREFIX) if place.startswith(PREFIX) else Path(place)
-    file = folder / CHAIN
+    file = chain_file(place)
     if not file.is_file():
         known = ", ".join(f"{PREFIX}{f.parent.relative_to(FOLDER)}" for f in sorted(FOLDER.rglob(CHAIN)))
         raise UserError(f"'{place}' has no {CHAIN}; with dedistill come the chains {known}", 2)
@@ -106,7 +113,7 @@ def load_chain(place: str) -> Chain:
     names = [stage.name for stage in read.stages]
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise UserError(f"{file}: two stages are called {quote(twice)}", 2)
-    return Chain(Path(read.out), read.threads, read.stages, place.rstrip("/"))
+    return Chain(Path(read.out), read.threads, read.scale, read.stages, place.rstrip("/"))
 
 
 def _mistake(file: Path, where: tuple[str | int, ...], what: str, places: dict[str, int]) -> str:
