@@ -14,6 +14,7 @@ from dedistill.io.atomic import make_folder, replace_file
 from dedistill.models.registry import get_family
 from dedistill.recipe import Recipe, load_recipe, to_toml
 from dedistill.recipe.chain import Chain, Stage
+from dedistill.recipe.shipped import PREFIX
 
 COUNT = 20
 """Pairs, and prompts of a file that is not there yet."""
@@ -34,12 +35,20 @@ def small_chain(chain: Chain) -> Chain:
                 ownership.remove(place)
         make_folder(out / "recipes")
         moved = _Moved(chain.out, out)
-        names = _short(list(dict.fromkeys(name for stage in chain.stages for name in chain.recipes(stage))))
+        options = (
+            word for stage in chain.stages for word in stage.options if word.startswith(PREFIX) or word.endswith(".toml")
+        )
+        names = _short([*dict.fromkeys([*(name for stage in chain.stages for name in chain.recipes(stage)), *options])])
         for name, short in names.items():
             with contextlib.redirect_stdout(sys.stderr):  # of libraries
                 replace_file(out / "recipes" / f"{short}.toml", to_toml(_small(load_recipe(name), moved)).encode())
         stages = [_small_stage(chain, stage, names, moved) for stage in chain.stages]
     return Chain(out, chain.threads, 1.0, stages, str(out / "recipes"))
+
+
+def _recipes(chain: Chain, stage: Stage) -> list[str]:
+    """All that its command line names."""
+    return [*chain.recipes(stage), *(word for word in stage.options if word.startswith(PREFIX) or word.endswith(".toml"))]
 
 
 def _short(recipes: list[str]) -> dict[str, str]:

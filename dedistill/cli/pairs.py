@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
+    return guarded(lambda: run(args), debug=args.debug)
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = recipe_parser("pairs", __doc__, "recipe of the teacher; its finished run is used")
     parser.add_argument("--base", action="store_true", help="the teacher is the model that the recipe starts from")
     parser.add_argument("--out", type=path, required=True, help="folder of the shards")
@@ -30,8 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--points", type=positive, default=4, help="intervals between stored states; must divide --steps")
     parser.add_argument("--seed", type=whole, default=0, help="seed of noise and prompts")
     parser.add_argument("--shard-size", type=positive, default=256, help="pairs per shard; a killed process loses its last one")
-    args = parser.parse_args(argv)
-    return guarded(lambda: run(args), debug=args.debug)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:

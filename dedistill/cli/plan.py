@@ -2,6 +2,7 @@
 
 dedistill plan my_recipe.toml
 dedistill plan my_recipe.toml --card 24      # what lets it train on a card of 24 GB
+dedistill plan my_chain --scale 0.01         # pairs, visits and days of a chain's stages, on each card
 """
 
 import json
@@ -11,10 +12,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dedistill.cli.command import finite, recipe_parser, run_recipe
+from dedistill.cli.command import finite, guarded, positive_number, recipe_parser, run_recipe
 from dedistill.errors import UserError, amount
 from dedistill.models.registry import get_spec
 from dedistill.recipe import Recipe
+from dedistill.recipe.chain import chain_file
 from dedistill.recipe.resolve import filled, make_plan, settled, shifts
 from dedistill.runs.missing import missing_inputs
 
@@ -33,7 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--card", type=finite, metavar="GB", help="show which settings fit a card of so much memory")
     parser.add_argument("--no-forecast", action="store_true", help="leave out memory, work and cards, which take a minute")
     parser.add_argument("--json", action="store_true", help="the same as data, on stdout")
+    chain = "of a chain: "
+    parser.add_argument("--scale", type=positive_number, help=f"{chain}times the numbers that it lets scale; default its own")
+    parser.add_argument(
+        "--rate", type=positive_number, metavar="N", help=f"{chain}days at so many samples trained on per second"
+    )
     args = parser.parse_args(argv)
+    if chain_file(args.recipe).is_file():
+        from dedistill.cli.plan_chain import plan_chain
+
+        return guarded(lambda: plan_chain(args), debug=args.debug)
     return run_recipe(args, lambda recipe: plan(recipe, card=args.card, data=args.json, forecast=not args.no_forecast))
 
 

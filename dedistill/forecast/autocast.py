@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 LOWER = frozenset(
     [
@@ -45,15 +46,15 @@ class Autocast(TorchFunctionMode):
         finally:  # what is computed again is broken off by an exception once it is complete
             self.casts.clear()
 
-    def again(self, block: nn.Module) -> None:
-        """Have ``block`` called so, too, where checkpointing computes it again in a pass back, as torch does with its own."""
-        forward = block.forward
+    def checkpoint(self, block: nn.Module, *args: Any, **kwargs: Any) -> object:
+        """``torch.utils.checkpoint.checkpoint`` that has ``block`` computed again so, too, in a pass back, as torch does with
+        its own."""
 
-        def call(*args: Any, **kwargs: Any) -> object:
+        def call(*inputs: Any) -> object:
             with self.on() if self.used and torch._C._current_graph_task_id() != -1 else nullcontext():
-                return forward(*args, **kwargs)
+                return block(*inputs)
 
-        block.forward = call
+        return checkpoint(call, *args, **kwargs)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

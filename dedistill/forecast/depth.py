@@ -205,11 +205,9 @@ def _measured(case: Case, outline: _Outline, depths: list[int]) -> Estimate:
         tables["adapter"] = recipe.adapter.model_copy(update={"targets": targets})
     meter = Meter("meta", GRANULE if case.card else 1, converts=not case.card)
     _name_places(denoiser, cut, meter)
-    with shapes_alone(card=case.card) as autocast:
+    with shapes_alone(card=case.card):
         changed = recipe.model_copy(update=tables)
         trainer = prepared(changed, case.family, components, case.image, case.length, "meta")
-        for name in (name for names in cut for name in names):
-            autocast.again(denoiser.get_submodule(name))
         run(trainer, meter, adds=make_plan(recipe).micro_steps > 1)
     sizes = [sum(p.nbytes for p in denoiser.get_submodule(names[0]).parameters()) for names in cut]
     return Estimate(meter.peaks(FORWARD), dict(meter.work), reserved(meter.events) if case.card else 0, sizes)

@@ -96,6 +96,7 @@ def shapes_alone(*, card: bool) -> Iterator[Autocast]:
     autocast = Autocast(card=card)
     with ExitStack() as stack:
         stack.enter_context(patch("torch.autocast", autocast.on))
+        stack.enter_context(patch("dedistill.models.blocks.checkpoint", autocast.checkpoint))
         for name in [foreach, *fused]:
             stack.enter_context(patch(name, lambda: ["cuda", "cpu", "meta"], create=True))
         stack.enter_context(card_kernels() if card else cpu_kernels())
@@ -108,7 +109,7 @@ def shapes_alone(*, card: bool) -> Iterator[Autocast]:
 
 class Blank(OneSize):
     """Samples without content, of one shape, with captions of one length; in a batch of several the last is shorter, so
-    that padding has to be hidden where it would be."""
+    that padding has to be hidden where it would be. They have all that stored pairs have as well."""
 
     name = "blank"
 
@@ -117,7 +118,8 @@ class Blank(OneSize):
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         names = self.names(seed, step, positions, batch)
-        return Batch(torch.zeros(len(names), *self.image), [""] * len(names), names)
+        latents, ends = torch.zeros(len(names), *self.image), torch.zeros(len(names), 2, *self.image)
+        return Batch(latents, [""] * len(names), names, latents, ends, np.array([1.0, 0.0]))
 
     def text(self, captions: list[str]) -> Conditioning:
         text = self.caption.expand(len(captions))
