@@ -102,15 +102,20 @@ def read_prompts(value: str, source: Callable[[], HasPrompts] | None) -> tuple[s
     return prompts
 
 
+_TABLE = ImageSet("prompts", missing_captions="empty")
+
+
 def _prompts_of_table(path: Path) -> tuple[str, ...]:
     """Those of its columns that hold captions, row by row."""
     name = f"--prompts: '{path}'"
     try:
         rows = [row for _, row in READERS[path.suffix.lower()](path) if isinstance(row, dict)]
-        columns = choose_columns(ImageSet(str(path)), name, list(dict.fromkeys(key for row in rows for key in row)), rows)
+        columns = choose_columns(_TABLE, path, list(dict.fromkeys(key for row in rows for key in row)), rows)
         texts = [c for row in rows for column in columns for c in cleaned(as_captions(row.get(column), column))]
     except (OSError, ValueError, csv.Error, BadCaption) as e:
         raise UserError(f"{name} cannot be read: {e}", exit_code=2) from e
+    except UserError as e:
+        raise UserError(f"{name}: {e}", exit_code=2) from e
     if not texts:
         raise UserError(f"{name} holds no prompts", exit_code=2)
     return tuple(texts)
