@@ -100,7 +100,7 @@ def _choices(recipe: Recipe, known: dict[str, Choices]) -> Choices:
     """Of the network of ``recipe``, at its micro-batch. Raises UserError where its sizes are not known."""
     said = recipe.resolved()
     model = said["model"] | {"path": None, "revision": None}
-    train = said["train"] | dict.fromkeys(("steps", "batch", "lr", "warmup", "schedule", "objective"))
+    train = said["train"] | dict.fromkeys(("steps", "batch", "lr", "warmup", "schedule"))
     size = said["sample"]["height"], said["sample"]["width"], said["data"]["resolutions"]
     key = json.dumps([model, said["base"], said["adapter"], train, size, make_plan(recipe).micro_batch])
     if key not in known:

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from dedistill.cli.main import main
+from dedistill.cli.plan_chain import StageCost
+from dedistill.models.sd15 import full_config
+from dedistill.models.unet.tiny import write_tiny_unet
+from dedistill.recipe import load_recipe
 from dedistill.recipe.chain import load_chain
 from dedistill.recipe.shipped import FOLDER
 
@@ -26,7 +30,7 @@ scaled = ["train.steps", "train.warmup", "checkpoint.every", "validate.every"]
 name = "pairs"
 command = "pairs"
 recipe = "teacher"
-options = ["--out", "out/pairs", "--count", "80", "--steps", "4"]
+options = ["--out", "out/pairs", "--count", "1600", "--steps", "4", "--shard-size", "4"]
 scaled = ["--count", "train.steps", "train.warmup", "checkpoint.every", "validate.every"]
 """
 
@@ -51,18 +55,133 @@ def test_a_scale_multiplies_what_the_chain_says_and_leaves_the_rest(chain, capsy
     train, pairs = capsys.readouterr().out.splitlines()
     steps = json.loads(subprocess.check_output([sys.executable, "-c", STEPS], text=True))
     assert f"--set train.steps={round(steps * 0.05)}" in train and train.startswith("dedistill train mine/teacher.toml")
-    assert "--count 4 " in pairs and "--steps 4" in pairs
+    assert "--count 80 " in pairs and "--steps 4" in pairs
+    chain.write_text(f"scale = 0.05\n{chain.read_text()}")
+    assert main(["chain", "mine", "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines() == [train, pairs]
 
 
 STEPS = "from dedistill.recipe import load_recipe as r; print(r('dedistill:digits/teacher').train.steps)"
 
 
+def test_a_launcher_starts_what_several_processes_share(chain, capsys):
+    chain.write_text(chain.read_text() + '[[stages]]\nname = "look"\ncommand = "sweep"\nrecipe = ["teacher", "teacher"]\n')
+    assert main(["chain", "mine", "--dry-run", "--launch", "gpus.yaml"]) == 0
+    train, pairs, look = capsys.readouterr().out.splitlines()
+    assert train == "dedistill launch --config_file gpus.yaml mine/teacher.toml"
+    assert pairs.startswith("dedistill launch --config_file gpus.yaml pairs mine/teacher.toml --out out/pairs --count 1600 ")
+    assert look == "dedistill sweep mine/teacher.toml mine/teacher.toml"
+
+
+def test_a_rehearsal_is_the_same_chain_written_small(chain, capsys):
+    """Elsewhere as a whole; what one stage makes the next one uses."""
+    student = SHORT.format("student") + '[model]\npath = "out/teacher/model"\n[data]\npath = "out/pairs"\n'
+    (chain.parent / "student.toml").write_text(student)
+    stage = '[[stages]]\nname = "student"\ncommand = "train"\nrecipe = "student"\nscaled = ["train.steps"]\n'
+    look = '[[stages]]\nname = "look"\ncommand = "sweep"\nrecipe = ["student", "teacher"]\n'
+    look += 'options = ["--prompts", "own/prompts.txt"]\n'
+    chain.write_text(chain.read_text() + stage + look)
+    assert main(["chain", "mine", "--dry-run", "--rehearse"]) == 0
+    train, pairs, second, sweep = capsys.readouterr().out.splitlines()
+    recipes = "out-rehearsal/recipes"
+    assert train == f"dedistill train {recipes}/teacher.toml" and second == f"dedistill train {recipes}/student.toml"
+    assert pairs.split()[2:6] == [f"{recipes}/teacher.toml", "--out", "out-rehearsal/pairs", "--count"]
+    assert int(pairs.split()[6]) < 50 and "--shard-size 4" in pairs
+    assert sweep == f"dedistill sweep {recipes}/student.toml {recipes}/teacher.toml --prompts out-rehearsal/prompts.txt"
+    assert len(Path("out-rehearsal/prompts.txt").read_text().splitlines()) > 16 and not Path("out").exists()
+    teacher, student = (load_recipe(f"{recipes}/{name}.toml") for name in ("teacher", "student"))
+    assert teacher.train.steps < 10 and teacher.run.out == "out-rehearsal/teacher"
+    assert (student.model.path, student.data.path) == ("out-rehearsal/teacher/model", "out-rehearsal/pairs")
+    chain.write_text(chain.read_text().replace('out = "out"', 'out = "other"'))
+    assert main(["chain", "mine", "--rehearse"]) == 2
+    assert "mine/teacher.toml:3: run.out: 'out/teacher' is not in the chain's folder 'other'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_all_of_instaflow_s_way_is_rehearsed(tmp_path, monkeypatch):
+    """On a tiny network of Stable Diffusion 1.5, to numbers at 1, 2, 4 and 8 steps."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["chain", "dedistill:instaflow_sd15", "--rehearse"]) == 0
+    out = Path("runs/instaflow_sd15-rehearsal")
+    first, second = (json.loads((out / name / "pairs.json").read_text()) for name in ("pairs", "pairs2"))
+    assert (first["cfg"], second["cfg"]) == (6, 1.5) and first["teacher"] != second["teacher"]
+    (scores,) = out.glob("distill_features/evaluation/**/scores.json")
+    cells = json.loads(scores.read_text())["cells"]
+    assert {cell["steps"] for cell in cells} == {1, 2, 4, 8} and len({cell["candidate"] for cell in cells}) == 2
+
+
+def test_instaflow_s_figures_are_those_of_its_cards():
+    """Days of an A100 at 4.63 samples a second, as the model cards say them."""
+    chain = load_chain("dedistill:instaflow_sd15")
+    days, cards = [], [11.2, 64.0, 54.4]
+    for stage in chain.stages:
+        if stage.command == "train":
+            train = load_recipe(chain.recipes(stage)[0]).train
+            days.append(train.batch * train.steps / 4.63 / 86_400)
+    assert days[:3] == pytest.approx(cards, rel=0.02) and days[3] == pytest.approx(1024 * 18_000 / 4.63 / 86_400)
+
+
+PRICED = """
+out = "out"
+[[stages]]
+name = "first"
+command = "pairs"
+recipe = "reflow"
+options = ["--base", "--out", "out/pairs", "--count", "1000", "--cfg", "6", "--solver", "unipc", "--steps", "24"]
+scaled = ["--count"]
+[[stages]]
+name = "train"
+command = "train"
+recipe = "reflow"
+scaled = ["train.steps"]
+[[stages]]
+name = "plain"
+command = "pairs"
+recipe = "reflow"
+options = ["--out", "out/more", "--count", "1000", "--cfg", "1", "--solver", "heun", "--steps", "4"]
+"""
+REFLOW = """
+run = {name = "a", out = "out/a"}
+model = {family = "sd15", path = "models/sd15"}
+data = {source = "pairs", path = "out/pairs"}
+sample = {height = 64, width = 64}
+[train]
+objective = "reflow"
+steps = 100
+batch = 8
+micro_batch = 2
+lr = 1e-4
+precision = "bf16"
+gradient_checkpointing = true
+"""
+
+
+def test_a_plan_of_a_chain_counts_pairs_visits_and_days(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "chain.toml").write_text(PRICED)
+    (tmp_path / "mine" / "reflow.toml").write_text(REFLOW)
+    write_tiny_unet(tmp_path / "models" / "sd15", full_config("", False))
+    assert main(["plan", "mine", "--json", "--scale", "10"]) == 0
+    first, train, plain = json.loads(capsys.readouterr().out)["stages"]
+    assert (first["pairs"], first["nfe"], first["visits"]) == (10_000, 48, 0)
+    assert (train["pairs"], train["visits"]) == (0, 1000 * 8)
+    assert (plain["pairs"], plain["nfe"]) == (1000, 7)  # the last step of Heun's is Euler's
+    for card in ("A100 80GB", "RTX 4090"):
+        per_call = first["seconds"][card] / (10_000 * 48)
+        assert plain["seconds"][card] == pytest.approx(per_call * 1000 * 7)
+        assert 2 < train["seconds"][card] / 8000 / per_call < 6  # forward, again for what is recomputed, and backward
+        assert train["fits"][card] == "fits"
+    trained, made = StageCost("a", visits=2 * 86_400), StageCost("b", pairs=100, nfe=50, share=0.25)
+    assert trained.days_at(4) == 0.5 and made.days_at(2) == pytest.approx(100 * 50 * 0.25 / 2 / 86_400)
+
+
 @pytest.mark.long
-def test_a_stopped_chain_goes_on_and_only_one_works_in_a_folder(chain):
+@pytest.mark.parametrize("until", ["teacher/metrics.jsonl", pytest.param("pairs/00003.tar", marks=pytest.mark.slow)])
+def test_a_stopped_chain_goes_on_and_only_one_works_in_a_folder(chain, until):
     words = ("chain", "mine", "--scale", "0.04")
     first = dedistill(*words)
-    metrics = Path("out/teacher/metrics.jsonl")
-    while first.poll() is None and not metrics.exists():
+    while first.poll() is None and not Path("out", until).exists():
         time.sleep(0.05)
     second = dedistill(*words)
     assert second.wait() == 1 and "another process" in second.stderr.read()
@@ -72,7 +191,8 @@ def test_a_stopped_chain_goes_on_and_only_one_works_in_a_folder(chain):
     assert said.splitlines()[-1] == "error: stopped; continue with: dedistill chain mine --scale 0.04"
     again = dedistill(*words)
     assert again.wait() == 0, again.stderr.read()
-    assert json.loads(Path("out/pairs/pairs.json").read_text())["count"] == 3
+    made = json.loads(Path("out/pairs/pairs.json").read_text())
+    assert made["count"] == sum(shard["pairs"] for shard in made["shards"]) == 64 and made["complete"]
     assert len(json.loads(Path("out/chain.json").read_text())["stages"]) == 2
 
 
@@ -81,7 +201,7 @@ def test_a_stopped_chain_goes_on_and_only_one_works_in_a_folder(chain):
     [
         (('command = "train"', 'command = "rm"'), "chain.toml:5: stages.0.command"),
         (('scaled = ["--count", ', 'scaled = ["--counts", '), "'--counts'"),
-        (('"--count", "80"', '"--count", "many"'), "'--count'"),
+        (('"--count", "1600"', '"--count", "many"'), "'--count'"),
         (('"train.steps", "train.warmup", "checkpoint.every", "validate.every"]\n[[', '"train.stepz"]\n[['), "'train.stepz'"),
         (('name = "pairs"', 'name = "teacher"'), "two stages are called 'teacher'"),
         (('name = "pairs"', 'name = "pairs"\nrecipes = "x"'), "chain.toml:10: stages.1.recipes"),
