@@ -104,7 +104,7 @@ def test_the_facts_are_stored(made):
         facts["solver"] == "euler"
         and facts["negative_prompt"] == ""
         and facts["image"] == [1, 8, 16]
-        and facts["prediction"] == "velocity"
+        and facts["prediction"] == "flow"
     )
     assert facts["sigmas"] == pytest.approx([1, 2 / 3, 1 / 3, 0]) and facts["source"] == "digits"
     assert [(s["file"], s["pairs"]) for s in facts["shards"]] == list(zip(SHARDS, (16, 16, 8)))
