@@ -287,12 +287,12 @@ BF16 = ("train.precision=bf16", "train.optimizer=adamw_bf16")
 @pytest.mark.parametrize(
     ("which", "settings"),
     [
-        ("adapter", ["base.quant=none"]),
+        pytest.param("adapter", ["base.quant=none"], marks=pytest.mark.slow),
         ("adapter", ["base.quant=int8-quanto"]),
-        ("adapter", [LORA]),
+        pytest.param("adapter", [LORA], marks=pytest.mark.slow),
         ("adapter", [*BF16]),
         ("adapter", ["base.quant=none", LORA, *BF16]),
-        ("adapter", ["base.quant=int8-quanto", LORA]),
+        pytest.param("adapter", ["base.quant=int8-quanto", LORA], marks=pytest.mark.slow),
         ("teacher", []),
     ],
     ids=["none lokr", "quanto lokr", "int8 lora", "int8 lokr bf16", "none lora bf16", "quanto lora", "whole network"],

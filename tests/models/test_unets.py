@@ -130,8 +130,15 @@ def test_single_files_are_what_diffusers_makes_of_them(name, folders, tmp_path):
         family.load(spec(tmp_path / "less.safetensors", components=str(folders[name])), seed=0)
 
 
-@every_family
-@pytest.mark.parametrize("format", ["peft", "kohya", "lokr"])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("sd15", "peft"),
+        ("sdxl", "kohya"),
+        ("sdxl", "lokr"),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("sd15", "kohya"), ("sd15", "lokr"), ("sdxl", "peft"))),
+    ],
+)
 def test_adapters_are_loaded_by_diffusers_pipeline(name, format, folders, tmp_path):
     """Every kind of layer, with the same result: LoRA by its own loader in both spellings, LoKr by ours."""
     family, components = loaded(folders, name)

@@ -196,7 +196,6 @@ MEASURED = """
 import os, re
 from pathlib import Path
 import torch
-from dedistill.posthoc.deltas import write_dense
 from dedistill.posthoc.profiles import ALPHAS, chain_averages
 from dedistill.posthoc.snapshots import find_snapshots
 from dedistill.posthoc.snapshots import write_averages

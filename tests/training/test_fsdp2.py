@@ -78,7 +78,7 @@ BF16 = ["train.precision=bf16", "train.optimizer=adamw_bf16"]
 @pytest.mark.parametrize(
     ("settings", "size"),
     [
-        (["base.quant=none", LORA, *BF16], 2),
+        pytest.param(["base.quant=none", LORA, *BF16], 2, marks=pytest.mark.slow),
         (BF16, 3),
     ],
     ids=["none lora bf16", "int8 lokr bf16"],
@@ -105,7 +105,7 @@ def test_flux_with_buckets_masks_and_previews(image_recipe, tmp_path):
 # -- equally many passes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [2, 5, 20])
+@pytest.mark.parametrize("size", [5, 20])
 def test_all_run_equally_many_passes(image_recipe, tmp_path, size):
     """Also where slots are fewer than processes, and of several shapes; who trains on what is as without sharding."""
     recipe = load_recipe(image_recipe, ["train.batch=12", "data.resolutions=[32, 64]", "data.max_upscale=4"])
@@ -192,7 +192,7 @@ def _noted(arguments: list[str], notes: Path) -> int:
     return code
 
 
-@pytest.mark.parametrize(("quant", "size"), [("int8", 3), ("none", 2)])
+@pytest.mark.parametrize(("quant", "size"), [("int8", 3), pytest.param("none", 2, marks=pytest.mark.slow)])
 def test_each_process_holds_its_part_as_it_is_stored(adapter_recipe, tmp_path, quant, size):
     """1 / size of every tensor, int8 as int8; per pass each block travels twice, the last and what is around them once,
     and nothing else but gradients of the adapter, as without sharding."""
@@ -265,7 +265,7 @@ def _full(arguments: list[str], codec: bool) -> int:
     return main(arguments)
 
 
-@pytest.mark.parametrize("codec", [True, False])
+@pytest.mark.parametrize("codec", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_preview_without_memory_leaves_nobody_waiting(image_recipe, tmp_path, codec):
     settings = ["preview.every=1", "preview.prompts=['the red sun', 'a dog']", "train.steps=1"]
     given = arguments(image_recipe, tmp_path / "run", *settings)

@@ -121,7 +121,7 @@ def test_from_two_processes_to_one_to_three(adapter_recipe, tmp_path, stage):
             assert 0 < one["peak"] < one["whole"] / 4 if stage == 3 else one["peak"] == one["whole"]
 
 
-@pytest.mark.parametrize(("stage", "fault"), [(2, "gradient"), (3, "gradient"), (2, "norm"), slow(3, "norm")])
+@pytest.mark.parametrize(("stage", "fault"), [slow(2, "gradient"), (3, "gradient"), (2, "norm"), slow(3, "norm")])
 def test_a_step_that_is_not_finite_changes_nothing(adapter_recipe, tmp_path, stage, fault):
     """NaN in the gradient of one process, or a step that the guard refuses: weights, moments and counts keep every
     bit on all processes, and the next step goes on."""
@@ -185,7 +185,7 @@ FAULTS = {"gradient": _bad_gradient, "norm": _bad_norm}
 KINDS = [
     (2, "adapter", ["base.quant=int8-quanto", LORA]),
     slow(2, "adapter", ["base.quant=none", "train.gradient_checkpointing=true"]),
-    (2, "teacher", []),
+    slow(2, "teacher", []),
     slow(3, "adapter", ["base.quant=none", LORA, "train.gradient_checkpointing=true"]),
     (3, "adapter", ["train.gradient_checkpointing=true", "snapshot.every=1"]),
     (3, "teacher", []),
@@ -206,7 +206,7 @@ def test_every_kind_of_base_and_adapter(request, tmp_path, stage, which, setting
             assert furthest(load_file(a), load_file(b)) < TOLERANCE
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [slow(2), 3])
 def test_bf16_is_the_callers(adapter_recipe, tmp_path, stage):
     """DeepSpeed turns autocast off in its engine. Against DDP, where the micro-batches are the same: the first loss is equal to
     the bit. ZeRO-3 adds up gradients of activations in another order, which rounds bf16 in another way."""
@@ -332,7 +332,7 @@ def test_deepspeed_is_imported_only_when_asked_for(adapter_recipe):
     assert done.returncode == 0, done.stderr[-800:]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [slow(2), 3])
 def test_the_files_of_launch(adapter_recipe, tmp_path, stage):
     """What ``accelerate launch`` makes of them is that engine, on two processes, which says what it is."""
     given, said = arguments(adapter_recipe, tmp_path / "r", *BRIEF), tmp_path / "said"
