@@ -118,6 +118,7 @@ except Exception as e:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mode", "format", "spare"), [("RGBA", "PNG", 20), ("L", "JPEG", 20), ("RGB", "BMP", 20), ("RGB", "AVIF", 60)]
 )

@@ -57,6 +57,7 @@ def test_light_commands_stay_light(tmp_path):
     assert (tmp_path / "out/index.html").exists()
 
 
+@pytest.mark.long
 def test_averages_and_pages_need_no_library_of_models(tmp_path, adapter_recipe):
     """Averages are sums of tensors: torch, and nothing of diffusers or transformers. A page of curves needs neither."""
     run = tmp_path / "dedistill"
