@@ -390,7 +390,7 @@ def _poisoned(arguments: list[str]) -> int:
         steps.append(self)
         if len(steps) == 2 and self.world.rank == 1:
             next(iter(self.trainable.values())).grad.view(-1)[0] = math.nan
-        original(self)
+        return original(self)
 
     Engine.finish = finish
     return main(arguments)

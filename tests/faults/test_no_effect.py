@@ -51,9 +51,10 @@ def no_gradient(patch):
     real = Engine.finish
 
     def finish(self):
-        real(self)
+        norm = real(self)
         for parameter in self.trainable.values():
             parameter.grad.zero_()
+        return 0 * norm
 
     patch.setattr(Engine, "finish", finish)
 
