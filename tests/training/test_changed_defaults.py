@@ -1,17 +1,22 @@
 """A default that another version changes never changes a run that was started before it."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
 from test_run import run, same, weights
 
+from dedistill.errors import UserError
 from dedistill.models.pixel_flux import SPEC
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.fields import Default
 from dedistill.recipe.model_tables import Adapter
 from dedistill.recipe.schema import Data, Timesteps, Train, Validate
+from dedistill.runs.directory import FREE_TO_CHANGE, RunDirectory, flat
 from dedistill.train import main
 
 
@@ -113,3 +118,39 @@ def test_the_recipe_in_the_run_directory_is_the_one_that_was_used(teacher_recipe
     out = run(teacher_recipe, tmp_path / "a", "train.schedule=cosine")
     back = load_recipe(out / "recipe.toml")
     assert back.resolved() == json.loads((out / "recipe.json").read_text()) and back.train.lr_floor == 0.0
+
+
+ALWAYS_THERE = {
+    *(
+        "model.text_length",
+        "adapter.init_scale",
+        "data.resolutions",
+        "data.crops",
+        "data.crops_per_picture",
+        "data.max_upscale",
+    ),
+    *("data.missing_captions", "data.split_lines", "data.caption_dropout", "timesteps.alpha", "timesteps.beta", "sample.shift"),
+}
+"""Keys of the first versions, which left them out of recipe.json where they were not set. No later key may be among them."""
+
+
+@pytest.mark.parametrize("name", ["dedistill:flux_schnell_24gb", "dedistill:sdxl_lora", "dedistill:digits/dedistill"])
+def test_a_run_begun_before_a_key_existed_is_refused_by_it_or_trains_as_it_did(name, tmp_path):
+    recipe = load_recipe(name, [f"run.out={tmp_path / 'run'}"])
+    folder, now = RunDirectory(recipe), recipe.resolved()
+    folder.path.mkdir()
+    folder.metrics.write_text('{"step": 1}\n')
+    refused = []
+    for key, value in flat(now).items():
+        older = deepcopy(now)
+        *tables, last = key.split(".")
+        del reduce(getitem, tables, older)[last]
+        (folder.path / "recipe.json").write_text(json.dumps(older))
+        try:
+            folder.check()
+        except UserError as e:
+            assert f"  {key}: " in str(e)
+            refused.append(key)
+        else:
+            assert value is None or key in ALWAYS_THERE or key.startswith(FREE_TO_CHANGE) or key == "train.steps"
+    assert {"train.optimizer", "train.spike", "timesteps.stratify", "data.caption_noise", "model.prediction"} <= set(refused)
