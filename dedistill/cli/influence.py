@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", default="16", help="a number of prompts from the data, or a text file, one per line")
     parser.add_argument("--sigmas", type=positive, default=8, help="noise levels: Euler steps of the trajectories measured")
     parser.add_argument("--batch", type=positive, default=4, help="prompts at once")
-    parser.add_argument("--budget", type=count, default="600M", help="trained parameters, e.g. 600M or 3.2B")
+    parser.add_argument("--budget", type=count, help="trained parameters, e.g. 3.2B; default 600M, of a small network fewer")
     parser.add_argument("--out", type=path, help="output folder; default RUN/influence")
     args = parser.parse_args(argv)
     return guarded(lambda: run(args), debug=args.debug)
@@ -26,11 +26,11 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     from dedistill.adapters.targets import adaptable
     from dedistill.data.encode import open_data
-    from dedistill.evaluation.influence import measure, share_out
+    from dedistill.evaluation.influence import measure, share_out, usual_budget
     from dedistill.evaluation.prompts import read_prompts, say_repeated
     from dedistill.io.ownership import claim
     from dedistill.recipe import load_recipe
-    from dedistill.report.influence import write_influence
+    from dedistill.report.influence import all_alike, write_influence
     from dedistill.runs.model import open_base, sampling_device
 
     recipe = load_recipe(args.recipe, args.set)
@@ -40,7 +40,11 @@ def run(args: argparse.Namespace) -> int:
     say_repeated(prompts, say)
     model = open_base(recipe)
     found = measure(model, list(prompts), sigmas=args.sigmas, batch=args.batch)
-    factors, used = share_out(found.per_block(), adaptable(model.components.denoiser), args.budget)
-    page = write_influence(out, found, factors, used, args.budget, args.recipe)
+    shapes = adaptable(model.components.denoiser)
+    budget = args.budget or usual_budget(found.blocks, shapes)
+    factors, used = share_out(found.per_block(), shapes, budget)
+    if words := all_alike(factors):
+        say(words)
+    page = write_influence(out, found, factors, used, budget, args.recipe)
     print(f"done: {page}, and influence.toml beside it with {used:,} trained parameters", file=sys.stderr)
     return 0

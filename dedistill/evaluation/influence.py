@@ -5,7 +5,7 @@ blocks that can be left out; here it finds blocks worth more trained parameters.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from dedistill.sampling.sampler import start_noise
 
 
 FACTORS = (16, 8, 4, 2, 1)
+USUAL = 600_000_000
 
 
 def angular_distance(before: Tensor, after: Tensor) -> Tensor:
@@ -46,8 +47,7 @@ def share_out(influence: dict[str, float], shapes: Mapping[str, Shape], budget: 
     then the block with the most influence per trained number takes the next smaller factor that still fits, until none
     fits: sizes follow influence. Raises UserError when not even factor 16 everywhere fits.
     """
-    layers = {block: [(n, shapes[n]) for n in matching(_pattern(block), shapes)] for block in influence}
-    sizes = {block: [_size(rows, factor) for factor in FACTORS] for block, rows in layers.items()}
+    sizes = _sizes(influence, shapes)
     level = dict.fromkeys(influence, 0)
     used = sum(size[0] for size in sizes.values())
     if used > budget:
@@ -63,6 +63,18 @@ def share_out(influence: dict[str, float], shapes: Mapping[str, Shape], budget: 
         best = max(open_, key=lambda b: influence[b] / sizes[b][level[b]])
         used += cost(best)
         level[best] += 1
+
+
+def usual_budget(blocks: Iterable[str], shapes: Mapping[str, Shape]) -> int:
+    """600 million trained parameters; of a small network half of what the smallest factor takes on all blocks, since a budget
+    that is enough for all tells no block from another."""
+    return min(USUAL, sum(sizes[-1] for sizes in _sizes(blocks, shapes).values()) // 2)
+
+
+def _sizes(blocks: Iterable[str], shapes: Mapping[str, Shape]) -> dict[str, list[int]]:
+    """Trained parameters of each block at each of FACTORS."""
+    layers = {block: [(n, shapes[n]) for n in matching(_pattern(block), shapes)] for block in blocks}
+    return {block: [_size(rows, factor) for factor in FACTORS] for block, rows in layers.items()}
 
 
 def recipe_fragment(factors: dict[str, int], extends: str, note: str) -> str:

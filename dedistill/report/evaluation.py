@@ -110,6 +110,9 @@ def _distilled(found: dict[str, Any]) -> str:
         numbers = ", ".join(f"{label} {_meter(meters[name], key)}" for key, label in _SUMMARY)
         return f"{name} has {numbers}; there is nothing to compare it with."
     verdicts = {key: meters[name][key][0]["verdict"] for key, _ in _SUMMARY}
+    if verdicts["guidance"] is None:
+        values = [f"{label} {_value(meters[name], key)} against {_value(meters[reference], key)}" for key, label in _SUMMARY]
+        return f"Too few were measured to tell whether {name} is less distilled than {reference}: {'; '.join(values)}."
     seen = {"lower": "less distilled", "higher": "more distilled"}
     words = seen.get(verdicts["guidance"], "not measurably less distilled")
     compared = [
@@ -120,6 +123,10 @@ def _distilled(found: dict[str, Any]) -> str:
 
 
 _SUMMARY = (("guidance", "guidance gap"), ("loss", "held-out loss"))
+
+
+def _value(readings: dict[str, Any], key: str) -> str:
+    return f"{readings[key][0]['value']:.{decimals([readings[key][0]['value']])}f}"
 
 
 def _meter(readings: dict[str, Any], key: str) -> str:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dedistill.evaluation.influence import Influence, recipe_fragment
+from dedistill.evaluation.influence import FACTORS, Influence, recipe_fragment
 from dedistill.io.atomic import replace_file, replace_json
 from dedistill.recipe.shipped import PREFIX
 from dedistill.report.pages import figure, render
@@ -37,6 +37,16 @@ def write_influence(out: Path, found: Influence, factors: dict[str, int], used: 
     return page
 
 
+def all_alike(factors: dict[str, int]) -> str:
+    """What to say where the budget leaves nothing to share out; empty where it does."""
+    if set(factors.values()) != {FACTORS[-1]}:
+        return ""
+    return (
+        f"the budget allows factor {FACTORS[-1]} on every block, so that factors tell nothing of influence: give a smaller "
+        "--budget"
+    )
+
+
 def _values(numbers: dict[str, Any], found: Influence, recipe: str) -> dict[str, Any]:
     means = found.distance.mean(2)
     curves = {stream: [(i, float(means[i, s])) for i in range(len(means))] for s, stream in enumerate(found.streams)}
@@ -44,6 +54,7 @@ def _values(numbers: dict[str, Any], found: Influence, recipe: str) -> dict[str,
         "title": f"Layer influence: {Path(recipe).stem}",
         "numbers": numbers,
         "streams": found.streams,
+        "alike": all_alike({block["name"]: block["factor"] for block in numbers["blocks"]}),
         "most": float(found.distance.max()) or 1.0,
         "plot": figure(
             curves,

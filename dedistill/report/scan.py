@@ -54,7 +54,9 @@ def _charts(facts: dict[str, Any]) -> list[dict[str, Any]]:
         charts.append((f"Buckets at {resolution}", note, [(f"{w} x {h}", count) for h, w, count in rows]))
     drawn = []
     for title, note, bars in charts:
-        most = max((count for _, count in bars), default=1) or 1
+        filled = [i for i, (_, count) in enumerate(bars) if count]
+        bars = bars[min(filled) : max(filled) + 1] if filled else []
+        most = max((count for _, count in bars), default=1)
         drawn.append({"title": title, "note": note, "bars": [(label, count, count / most) for label, count in bars]})
     return drawn
 

@@ -11,14 +11,23 @@ from torch import nn
 
 from dedistill.adapters.targets import adaptable, count_parameters, resolve_targets
 from dedistill.errors import UserError
-from dedistill.evaluation.influence import FACTORS, Influence, Meter, angular_distance, measure, recipe_fragment, share_out
+from dedistill.evaluation.influence import (
+    FACTORS,
+    Influence,
+    Meter,
+    angular_distance,
+    measure,
+    recipe_fragment,
+    share_out,
+    usual_budget,
+)
 from dedistill.flow import keyed
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model, build_model
 from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.recipe import load_recipe
 from dedistill.recipe.model_tables import Adapter, Architecture
-from dedistill.report.influence import write_influence
+from dedistill.report.influence import all_alike, write_influence
 from dedistill.runs.model import open_base
 
 PROMPTS = ["3 seven", "one", "a very long caption of many words", "5"]
@@ -171,6 +180,16 @@ def test_factors_follow_influence_within_the_budget(budget):
 def test_enough_for_everything_is_factor_1_everywhere():
     factors, used = share_out(BLOCKS, SHAPES, 10**9)
     assert set(factors.values()) == {1} and used == 8 * (64 * 64 + 1)
+
+
+def test_the_usual_budget_leaves_something_to_share_out():
+    full = count(share_out(BLOCKS, SHAPES, 10**9)[0])
+    budget = usual_budget(BLOCKS, SHAPES)
+    factors, used = share_out(BLOCKS, SHAPES, budget)
+    assert full // 4 < used <= budget < full and len(set(factors.values())) > 1 and not all_alike(factors)
+    assert "smaller --budget" in all_alike(share_out(BLOCKS, SHAPES, full)[0])
+    wide = {name: (shape[0] * 1000, shape[1] * 1000) for name, shape in SHAPES.items()}
+    assert usual_budget(BLOCKS, wide) == 600_000_000
 
 
 def test_too_small_a_budget_says_what_the_least_is():
