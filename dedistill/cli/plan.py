@@ -126,7 +126,6 @@ def _inputs(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str
 
 def _network(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str], None]) -> None:
     """Layers and sizes of the network at full size, and its files as far as they are there."""
-    from dedistill.data.encode import check_encoders
     from dedistill.forecast.sizes import check_room, sizes_of
     from dedistill.models.registry import get_family, looks_local, published, text_length
 
@@ -141,7 +140,7 @@ def _network(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[st
     if components is None:
         return None
     if path and not missing and (looks_local(path) or not recipe.model.revision):  # what is on the hub is fetched by a start
-        _tried(recipe, refused, lambda: check_encoders(family.load(recipe.model, seed=0, denoiser=False)))
+        _tried(recipe, refused, lambda: _check_parts(recipe, family))
     _tried(recipe, refused, lambda: _check_samples(recipe, family, components))
     sizes = _tried(recipe, refused, lambda: sizes_of(recipe, family, components.denoiser))
     if sizes is None:
@@ -164,6 +163,15 @@ def _network(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[st
     checkpoints = f"{amount(sizes.checkpoints, 'checkpoint')} of {_on_disk(sizes.checkpoint)}"
     say(f"{'disk':12} {_on_disk(sizes.kept)}: {snapshots}{checkpoints}{merged}")
     return _cache(recipe, facts, family, components, say)
+
+
+def _check_parts(recipe: Recipe, family: "Family") -> None:
+    """Raises UserError for what is beside the denoiser: text encoders, VAE, and a scheduler where a shift is "auto"."""
+    from dedistill.data.encode import check_encoders, check_shifts
+
+    components = family.load(recipe.model, seed=0, denoiser=False)
+    check_encoders(components)
+    check_shifts(recipe, family, components)
 
 
 def _check_samples(recipe: Recipe, family: "Family", components: "Components") -> None:

@@ -109,11 +109,16 @@ def _encoders(recipe: Recipe) -> tuple[Family, Components]:
     check_asked(recipe, family, components)
     if components.vae is None:
         raise UserError(f"{recipe.where('data.source')}: {family.spec.name} has no codec that encodes 'pictures'", 2)
-    for shift in (recipe.timesteps.shift, recipe.sample.shift):  # or it says why not
-        shift_in_numbers(shift, lambda: family.shift(components, family.tokens(components, components.sample_shape)))
+    check_shifts(recipe, family, components)
     adapted_layers(recipe, family, family.full_size(recipe.model).denoiser)
     sampled_shape(recipe, family, components)
     return family, components
+
+
+def check_shifts(recipe: Recipe, family: Family, components: Components) -> None:
+    """Raises UserError where a shift is "auto" and the model's scheduler does not say it."""
+    for shift in (recipe.timesteps.shift, recipe.sample.shift):
+        shift_in_numbers(shift, lambda: family.shift(components, family.tokens(components, components.sample_shape)))
 
 
 def prepare(

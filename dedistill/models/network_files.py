@@ -60,6 +60,22 @@ def depth(tensors: Mapping[str, Tensor], stack: str, source: str) -> int:
     return len(numbers)
 
 
+def as_deep(config: dict[str, Any], tensors: Mapping[str, Tensor], stacks: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """A folder's ``config`` with the numbers of blocks in its files. stacks: key of the config -> name of the blocks.
+
+    Raises UserError where the config has another number: blocks at the end of a file may have been lost.
+    """
+    for key, stack in stacks.items():
+        found = depth(tensors, stack, str(folder))
+        if isinstance(said := config.get(key), int) and said != found:
+            raise UserError(
+                f"model.path: '{folder / 'config.json'}' has {key} = {said:,}, and the files hold {found:,} blocks '{stack}': "
+                "fetch the folder again"
+            )
+        config = config | {key: found}
+    return config
+
+
 def build(kind: type[Net], config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> Net:
     """A network of class ``kind`` whose parameters are ``tensors`` themselves: nothing is copied, nothing may be left over."""
     denoiser = without_weights(kind, config, f"model.path: '{source}'")

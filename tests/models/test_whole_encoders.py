@@ -119,6 +119,24 @@ def test_a_plan_and_a_rehearsal_look_as_a_start_does(model, image_recipe, capsys
         assert told in capsys.readouterr().err
 
 
+SCHEDULER = "scheduler/scheduler_config.json"
+CONTRADICTIONS = [
+    (SCHEDULER, {"shift": float("nan")}, "gives a shift of nan"),
+    (SCHEDULER, {"shift": [3]}, "does not describe a shift"),
+    ("transformer/config.json", {"num_layers": 5}, "has num_layers = 5, and the files hold 2 blocks 'transformer_blocks'"),
+    ("transformer/config.json", {"num_single_layers": 1}, "has num_single_layers = 1, and the files hold 4 blocks"),
+]
+
+
+@pytest.mark.parametrize(("file", "keys", "told"), CONTRADICTIONS)
+def test_a_plan_refuses_what_configs_contradict(model, image_recipe, capsys, file, keys, told):
+    path = model / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    settings = [f"model.path={model}", "timesteps.shift=auto"]
+    assert cli(["plan", str(image_recipe), "--no-forecast", *(word for s in settings for word in ("--set", s))]) == 2
+    assert f"{path}'" in (said := capsys.readouterr().err) and told in said
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 9\n"
 
 

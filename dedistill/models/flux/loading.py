@@ -9,7 +9,7 @@ from torch import Tensor
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
 from dedistill.models.flux import naming
-from dedistill.models.network_files import build, depth, read_network, stored_config
+from dedistill.models.network_files import as_deep, build, depth, read_network, stored_config
 from dedistill.models.original_names import from_original
 from dedistill.models.pretrained import check_finite, without_weights
 
@@ -17,7 +17,7 @@ from dedistill.models.pretrained import check_finite, without_weights
 def load_transformer(place: Path, components: Path, *, empty: bool = False) -> FluxTransformer2DModel:
     """The denoiser in its stored dtype, from diffusers' folder or from one file with diffusers' or BFL's names.
 
-    Its depth is what the files hold, whatever a config says. empty: on the meta device, by the files' headers alone.
+    Its depth is what the files hold. empty: on the meta device, by the files' headers alone.
     Raises UserError when a tensor is missing, unknown, of another shape, or not made of finite numbers.
     """
     tensors = read_network(place, empty=empty)
@@ -25,7 +25,7 @@ def load_transformer(place: Path, components: Path, *, empty: bool = False) -> F
         denoiser = _from_file(tensors, place, components)
     else:
         stacks = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
-        config = stored_config(place) | {key: depth(tensors, stack, str(place)) for key, stack in stacks.items()}
+        config = as_deep(stored_config(place), tensors, stacks, place)
         denoiser = build(FluxTransformer2DModel, config, tensors, str(place))
     if not empty:
         check_finite(tensors, f"model.path: '{place}'")

@@ -8,7 +8,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from dedistill.errors import UserError
-from dedistill.models.network_files import build, depth, read_network, stored_config
+from dedistill.models.network_files import as_deep, build, depth, read_network, stored_config
 from dedistill.models.original_names import from_original
 from dedistill.models.pretrained import check_finite, without_weights
 from dedistill.models.sd3 import naming
@@ -24,7 +24,7 @@ def load_transformer(place: Path, *, empty: bool = False) -> SD3Transformer2DMod
     if place.is_file():
         denoiser = _from_file(tensors, str(place))
     else:
-        config = stored_config(place) | {"num_layers": depth(tensors, "transformer_blocks", str(place))}
+        config = as_deep(stored_config(place), tensors, {"num_layers": "transformer_blocks"}, place)
         denoiser = build(SD3Transformer2DModel, config, tensors, str(place))
     if not empty:
         check_finite(tensors, f"model.path: '{place}'")
