@@ -123,8 +123,8 @@ SCHEDULER = "scheduler/scheduler_config.json"
 CONTRADICTIONS = [
     (SCHEDULER, {"shift": float("nan")}, "gives a shift of nan"),
     (SCHEDULER, {"shift": [3]}, "does not describe a shift"),
-    ("transformer/config.json", {"num_layers": 5}, "has num_layers = 5, and the files hold 2 blocks 'transformer_blocks'"),
-    ("transformer/config.json", {"num_single_layers": 1}, "has num_single_layers = 1, and the files hold 4 blocks"),
+    ("transformer/config.json", {"num_layers": 5}, "has num_layers = 5, and the files hold 1 block 'transformer_blocks'"),
+    ("transformer/config.json", {"num_single_layers": 7}, "has num_single_layers = 7, and the files hold"),
 ]
 
 
