@@ -42,6 +42,8 @@ STARTS = {
     "rectified": ("train.objective=rectified_diffusion",),
 }
 PAIRS, PROMPTS, MANY = 1024, 256, 32
+LONGER = 3, 6
+"""Times as many pairs, and steps, of one more reflow, which the first seed alone can afford."""
 FEW = (1, 2, 4, 8)
 
 
@@ -62,9 +64,9 @@ class Ladder:
                 raise KeyboardInterrupt
         return recipe
 
-    def pairs(self, recipe: Recipe, name: str, sampling: Sampling) -> Path:
+    def pairs(self, recipe: Recipe, name: str, sampling: Sampling, count: int = PAIRS) -> Path:
         out, model = self.folder / name, open_finished(recipe)
-        same = {"teacher": teacher_hash(model), "count": PAIRS, "seed": self.seed, "shard_size": PAIRS}
+        same = {"teacher": teacher_hash(model), "count": count, "seed": self.seed, "shard_size": PAIRS}
         make_pairs(model, load_digits(0.0), out, sampling=sampling, points=1, **same)
         return out
 
@@ -73,7 +75,7 @@ class Ladder:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (start := self.folder / "start").exists():
             write_start(start, self.seed)
-        base = self.train(self.recipe("base", "base", f"model.path={start}"))
+        base = self.train(self.base)
         own = self.pairs(base, "pairs", Sampling(solver="heun", steps=12))
         places = f"model.path={self.folder / 'base' / 'model'}", f"data.path={own}"
         runs = {name: self.recipe("reflow", name, *places, *sets) for name, sets in STARTS.items()}
@@ -86,6 +88,20 @@ class Ladder:
         for name, model in found.items():
             scores[name] = scores.get(name, {}) | score(model, ends, name)
         return scores
+
+    @property
+    def base(self) -> Recipe:
+        return self.recipe("base", "base", f"model.path={self.folder / 'start'}")
+
+    def longer(self) -> dict[str, float]:
+        """Scores of a longer reflow on more pairs, after ``run``."""
+        pairs = self.pairs(self.base, "pairs_longer", Sampling(solver="heun", steps=12), LONGER[0] * PAIRS)
+        places = f"model.path={self.folder / 'base' / 'model'}", f"data.path={pairs}"
+        steps = LONGER[1] * self.recipe("reflow", "longer", *places).train.steps
+        recipe = self.recipe("reflow", "longer", *places, f"train.steps={steps}", "train.lr=2e-3")
+        ends: dict[str, np.ndarray] = {}
+        score(open_finished(self.base), ends, "base")
+        return score(open_finished(self.train(recipe)), ends, "longer")
 
 
 @torch.no_grad()
@@ -148,7 +164,11 @@ def main() -> int:
                 replace_json(file, {"scores": scores, "cpu_seconds": round(time.process_time() - began)})
             found.append(json.loads(file.read_text()))
             print(f"seed {seed}: {json.dumps(found[-1], indent=1)}", file=sys.stderr, flush=True)
-        replace_json(RESULTS, {"seeds": [one["scores"] for one in found], "cpu_seconds": sum(o["cpu_seconds"] for o in found)})
+        file = Path("runs/ladder/longer.json")
+        if not file.exists():
+            replace_json(file, Ladder(Path("runs/ladder/seed0"), 0).longer())
+        seeds, seconds = [one["scores"] for one in found], sum(one["cpu_seconds"] for one in found)
+        replace_json(RESULTS, {"seeds": seeds, "longer": json.loads(file.read_text()), "cpu_seconds": seconds})
     from lab.ladder.report import write_report
 
     print(f"done: {', '.join(map(str, write_report(json.loads(RESULTS.read_text()))))}", file=sys.stderr)

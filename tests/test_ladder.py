@@ -1,0 +1,24 @@
+"""The ladder of reflow on digits: its page says what was measured, and what was found is found again."""
+
+import json
+
+import pytest
+
+from lab.ladder.report import CLAIMS, ROOT, figure, lines
+from lab.ladder.study import RESULTS, Ladder
+
+FOUND = json.loads(RESULTS.read_text())
+
+
+def test_the_page_shows_the_committed_numbers():
+    page = (ROOT / "docs" / "reflow.md").read_text()
+    assert "\n".join(lines(FOUND)) in page and "python -m lab.ladder" in page
+    assert (ROOT / "docs" / "images" / "ladder.svg").read_text() == figure(FOUND) + "\n"
+
+
+@pytest.mark.slow
+def test_what_was_found_is_found_again(tmp_path):
+    """A ladder of a seed that was never climbed keeps every promise that all committed seeds kept."""
+    scores = Ladder(tmp_path / "ladder", 17).run()
+    kept = [claim for claim in CLAIMS if all(map(claim.holds, FOUND["seeds"]))]
+    assert len(kept) > len(CLAIMS) / 2 and [c.text for c in kept if not c.holds(scores)] == []
