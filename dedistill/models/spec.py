@@ -32,6 +32,8 @@ class Published:
     sizes: Mapping[str, Any] = field(default_factory=dict)
     gated: bool = False
     """Whether the hub hands it only to those who are logged in and accepted its terms."""
+    prediction: str = ""
+    """What its output is read as (model.prediction), where its own files say something else."""
     parent: str = ""
     """Hub id of the published model that it was distilled from, where that is known: what a de-distilled one can be held to."""
 

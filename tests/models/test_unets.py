@@ -32,7 +32,7 @@ from dedistill.flow.schedule import schedule_of
 from dedistill.flow.solvers import solve
 from dedistill.models.blocks import checkpoint_blocks
 from dedistill.models.model import Model
-from dedistill.models.registry import families, get_family, get_spec
+from dedistill.models.registry import families, get_family, get_spec, licence_for, published
 from dedistill.models.unet.family import UNetFamily
 from dedistill.models.unet.tiny import write_tiny_unet
 from dedistill.objectives.base import Objective, objective_for
@@ -429,6 +429,16 @@ def test_a_flow_network_is_known_by_its_files(name, prediction, folders, tmp_pat
             family.load(spec(tmp_path / "out", prediction="epsilon"), seed=0)
     noted = family.load(spec(places[0], prediction="velocity"), seed=0).notes
     assert any("model.prediction = 'velocity' here" in note for note in noted) == (prediction != "velocity")
+
+
+def test_instaflows_published_weights_are_known_by_their_names(folders, tmp_path):
+    """Their schedulers say noise, and they predict data - noise; an explicit key, and what we wrote, come first."""
+    for name, prediction in (("instaflow_0_9B_from_sd_1_5", "negative_velocity"), ("sd-1-5-mine", "epsilon")):
+        (tmp_path / name).symlink_to(folders["sd15"])
+        family = get_family("sd15")
+        assert family.load(spec(tmp_path / name), seed=0).prediction == prediction
+        assert family.load(spec(tmp_path / name, prediction="velocity"), seed=0).prediction == "velocity"
+    assert licence_for(published(family.spec, "XCLiu/2_rectified_flow_from_sd_1_5", {}), None).id == "cc-by-nc-4.0"
 
 
 def test_a_folder_of_diffusers_for_flow_is_read_as_one(folders, tmp_path):

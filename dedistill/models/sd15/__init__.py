@@ -10,6 +10,7 @@ OPENRAIL = Licence(
     link="https://huggingface.co/spaces/CompVis/stable-diffusion-license",
     binding=True,
 )
+CC_BY_NC = Licence("cc-by-nc-4.0", binding=True)
 SIDE = 512
 
 
@@ -47,6 +48,10 @@ SPEC = ModelSpec(
     published=(
         Published("stable-diffusion-v1-5/stable-diffusion-v1-5", OPENRAIL, "stable-diffusion-v1"),
         Published("runwayml/stable-diffusion-v1-5", OPENRAIL, "stable-diffusion-v1"),
+        *(
+            Published(f"XCLiu/{name}_from_sd_1_5", CC_BY_NC, "stable-diffusion-v1", prediction="negative_velocity")
+            for name in ("2_rectified_flow", "instaflow_0_9B")
+        ),
     ),
     full_config=full_config,
     names="dedistill.models.sd15.naming:NAMES",

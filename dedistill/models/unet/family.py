@@ -23,7 +23,8 @@ from dedistill.models.places import Place, check_folder, locate, named_path
 from dedistill.models.pretrained import check_finite, without_weights
 from dedistill.models.prompts import CLIP_TOKENS
 from dedistill.models.quantize import float_dtype
-from dedistill.models.registry import imported
+from dedistill.models.registry import imported, published
+from dedistill.models.spec import ModelSpec
 from dedistill.models.unet.encoders import ClipText, Null
 from dedistill.models.unet.naming import LdmNames
 from dedistill.models.vae import PublishedVae, Vae
@@ -68,7 +69,7 @@ class UNetFamily(PipelineFamily):
                 f"model.path: the denoiser reads tokens of width {network.config.cross_attention_dim}, and the text encoders "
                 f"in '{place.components}' make {text.widths.sequences[0]}: they belong to another model"
             )
-        prediction = _prediction(spec, place)
+        prediction = _prediction(self.spec, spec, place)
         return Components(
             network if denoiser else nn.Module(),
             text,
@@ -258,9 +259,10 @@ class UNetFamily(PipelineFamily):
         }
 
 
-def _prediction(spec: Model, place: Place) -> Prediction:
-    """What the network's output is read as: as the recipe says, else as its files do."""
-    own = place.facts.get("prediction") or ("velocity" if is_flow(place.scheduler) else "auto")
+def _prediction(family: ModelSpec, spec: Model, place: Place) -> Prediction:
+    """What the output is read as: as the recipe says, else as our files do, as is known of the model, as its own files do."""
+    base = published(family, str(spec.path), {})
+    own = place.facts.get("prediction") or (base and base.prediction) or ("velocity" if is_flow(place.scheduler) else "auto")
     found = own if spec.prediction == "auto" else spec.prediction
     if found == "auto":
         return _schedule(place).prediction
