@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from dedistill.recipe import load_recipe
+from dedistill.recipe.chain import load_chain
 from lab.ladder.report import CLAIMS, ROOT, figure, lines
 from lab.ladder.study import RESULTS, Ladder
 
@@ -14,6 +16,15 @@ def test_the_page_shows_the_committed_numbers():
     page = (ROOT / "docs" / "reflow.md").read_text()
     assert "\n".join(lines(FOUND)) in page and "python -m lab.ladder" in page
     assert (ROOT / "docs" / "images" / "ladder.svg").read_text() == figure(FOUND) + "\n"
+
+
+def test_the_same_ladder_as_a_chain():
+    """Every stage's recipe is there, and each begins with what the one before leaves."""
+    chain = load_chain(str(ROOT / "lab" / "ladder"))
+    assert [stage.name for stage in chain.stages] == ["base", "pairs", "reflow", "pairs2", "onestep"]
+    trained = [load_recipe(ROOT / "lab" / "ladder" / f"{name}.toml") for name in ("base", "reflow", "onestep")]
+    assert [r.model.path for r in trained[1:]] == [f"{r.run.out}/model" for r in trained[:-1]]
+    assert [r.data.path in stage.options for r, stage in zip(trained[1:], chain.stages[1::2])] == [True, True]
 
 
 @pytest.mark.slow

@@ -23,9 +23,10 @@ MODELS = {
 }
 COLUMNS = {
     "first_loss": "loss at the first step",
+    "near_noise": "last loss near noise",
     "straightness": "straightness",
     "error_1": "one-step error",
-    **{f"frechet_{n}": f"Fréchet, {n}" for n in (1, 2, 4, 8, 32)},
+    **{f"frechet_{n}": f"Frechet, {n}" for n in (1, 2, 4, 8, 32)},
 }
 
 
@@ -49,7 +50,7 @@ CLAIMS = (
     Claim("reflow straightens paths 20 times", lambda s: s["base"]["straightness"] / s["bridge"]["straightness"], 20),
     Claim("one step errs 5 times less than the base's", lambda s: s["base"]["error_1"] / s["onestep"]["error_1"], 5),
     Claim(
-        "reflow lowers the Fréchet distance in one step", lambda s: s["bridge"]["frechet_1"] - s["base"]["frechet_1"], 0, False
+        "reflow lowers the Frechet distance in one step", lambda s: s["bridge"]["frechet_1"] - s["base"]["frechet_1"], 0, False
     ),
     Claim("and raises that in 32 steps", lambda s: s["bridge"]["frechet_32"] - s["base"]["frechet_32"], 0),
 )
@@ -83,7 +84,7 @@ def lines(found: dict) -> list[str]:
 
 
 def figure(found: dict) -> str:
-    """Fréchet distances over steps, means and intervals over seeds."""
+    """Frechet distances over steps, means and intervals over seeds."""
     series = {}
     for model, label in MODELS.items():
         points = []
@@ -96,7 +97,7 @@ def figure(found: dict) -> str:
                 points.append((math.log2(n), mean, max(low, 0.5 * float(np.min(values))), high))
         series[label] = points
     return line_plot(
-        series, title="Fréchet distance to real digits", xlabel="Euler steps, as powers of two", ylabel="distance", log_y=True
+        series, title="Frechet distance to real digits", xlabel="Euler steps, as powers of two", ylabel="distance", log_y=True
     )
 
 

@@ -1,7 +1,7 @@
 """Reflow of a small diffusion model of digits from three starts, and its distillation to one step: docs/reflow.md's numbers.
 
-python -m lab.ladder                         # 3 seeds, about 4 minutes of one core each: lab/results/ladder.json, the figure
-python -m lab.ladder --start runs/ladder/start        # only the random network that dedistill chain lab/ladder begins with
+python -m lab.ladder                         # 3 seeds, about 7 minutes of one core each: lab/results/ladder.json, the figure
+python -m lab.ladder --start models/ladder        # only the random network that dedistill chain lab/ladder begins with
 
 Stop it when you like; run again, it goes on.
 """
@@ -84,6 +84,8 @@ class Ladder:
         new = self.pairs(runs["bridge"], "pairs2", Sampling(solver="heun", steps=8))
         places = f"model.path={self.folder / 'bridge' / 'model'}", f"data.path={new}"
         found["onestep"] = open_finished(self.train(self.recipe("onestep", "onestep", *places)))
+        for name in ("bridge", "naive", "instaflow"):
+            scores[name]["near_noise"] = near_noise(self.folder / name)
         ends: dict[str, np.ndarray] = {}
         for name, model in found.items():
             scores[name] = scores.get(name, {}) | score(model, ends, name)
@@ -102,6 +104,12 @@ class Ladder:
         ends: dict[str, np.ndarray] = {}
         score(open_finished(self.base), ends, "base")
         return score(open_finished(self.train(recipe)), ends, "longer")
+
+
+def near_noise(run: Path) -> float:
+    """Mean training loss in the highest eighth of sigma, over the last 50 steps."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines()[-50:])
+    return float(np.mean([row["sigma_loss"][-1] for row in rows if row["sigma_loss"][-1] is not None]))
 
 
 @torch.no_grad()
