@@ -47,9 +47,10 @@ def options_of(command: str) -> set[str]:
 
 def test_commands_of_the_study_are_real_modules_and_flags():
     found = re.findall(r"python -m lab(?:\.(\w+))?([^\n#]*)", TEXT)
-    assert {name for name, _ in found} == {"", "artefacts", "story"}
+    assert {name for name, _ in found} == {"", "artefacts", "ladder", "story"}
     for name, flags in found:
-        source = (ROOT / "lab" / f"{name or 'study'}.py").read_text()
+        places = f"{name or 'study'}.py", f"{name}/study.py"
+        source = next(file for file in map((ROOT / "lab").joinpath, places) if file.is_file()).read_text()
         assert all(f'"{flag}"' in source for flag in re.findall(r"--[\w-]+", flags)), f"{name}{flags}"
 
 
