@@ -5,48 +5,73 @@ the model's own repository, where some layers are fused: then a name stands for 
 A path with underscores cannot be taken apart again, so reading needs the names of the network's linears.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dedistill.adapters.targets import Shape
+from dedistill.errors import UserError, amount
 
 
-class LayerNames(Protocol):
-    """The tables, a module, of what a network's layers are called in the files of the model's own repository."""
+class LayerNames(ABC):
+    """What a network's layers are called in the files of the model's own repository, where some may be fused."""
 
-    KOHYA_MODULE: str
+    KOHYA_MODULE: ClassVar[str]
     """What sd-scripts calls the code that reads its LoRA files of this network."""
-
-    KOHYA_LEAVES_OUT: str
+    KOHYA_LEAVES_OUT: ClassVar[str]
     """Pattern of the original names of layers that sd-scripts does not load; empty: it loads all."""
-    DIFFUSERS_CONVERTS: bool
+    DIFFUSERS_CONVERTS: ClassVar[bool]
     """Whether ``load_lora_weights`` of diffusers' pipeline takes LoRA in other names than PEFT's."""
 
+    @abstractmethod
     def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
-        """The original module that holds ``module``, and all modules that it holds, in the order of its rows."""
+        """The original module that holds ``module``, and all modules that it holds, in the order of its rows. Raises UserError
+        for a name that the network does not have."""
 
-    def original_name(self, linear: str, shapes: Mapping[str, Shape]) -> tuple[str, slice]:
-        """The original module that holds the weight of ``linear``, and which of its rows."""
+    def original_tensor(self, name: str) -> tuple[str, tuple[str, ...]]:
+        """As ``original_parts``, of a tensor."""
+        module, _, kind = name.rpartition(".")
+        original, parts = self.original_parts(module)
+        return f"{original}.{kind}", tuple(f"{part}.{kind}" for part in parts)
 
     def original_plan(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Original tensor -> the tensors it is joined from, for all tensors of a network."""
+        """Original tensor -> the tensors it is joined from, for all tensors of a network. Raises UserError for an unknown name
+        and for a fused tensor of which a part is missing."""
+        names = list(names)
+        plan = dict(map(self.original_tensor, names))
+        if missing := sorted({part for parts in plan.values() for part in parts} - set(names)):
+            tensors = amount(len(missing), "tensor is", "tensors are")
+            raise UserError(f"{tensors} missing beside those they are fused with, e.g. '{missing[0]}'")
+        return plan
 
-    def join(self, original: str, parts: list[Tensor], network: Collection[str]) -> Tensor:
-        """One original tensor of its parts, as ``original_plan`` lists them. network: names of all its tensors."""
-
-    def kohya_name(self, original: str) -> str:
-        """An original module as kohya's sd-scripts and ComfyUI spell it in LoRA files."""
-
-    def other_names(self, original: str) -> dict[str, int]:
-        """What else files call an original module -> how many of its parts, from the first, they mean by it."""
+    def original_name(self, linear: str, shapes: Mapping[str, Shape]) -> tuple[str, slice]:
+        """The original module that holds the weight of ``linear``, and which of its rows; of one whose halves are swapped
+        there, all rows."""
+        original, parts = self.original_parts(linear)
+        start = sum(shapes[part][0] for part in parts[: parts.index(linear)])
+        return original, slice(start, start + shapes[linear][0])
 
     def is_swapped(self, original: str, network: Collection[str]) -> bool:
         """Whether the halves of this original module's rows stand the other way round. network: names of its linears, or of
         its tensors."""
+        return False
+
+    def join(self, original: str, parts: list[Tensor], network: Collection[str]) -> Tensor:
+        """One original tensor of its parts, as ``original_plan`` lists them. network: names of all its tensors."""
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return swap_halves(tensor) if self.is_swapped(original.rpartition(".")[0], network) else tensor
+
+    def kohya_name(self, original: str) -> str:
+        """An original module as kohya's sd-scripts and ComfyUI spell it in LoRA files."""
+        return "lora_unet_" + original.replace(".", "_")
+
+    def other_names(self, original: str) -> dict[str, int]:
+        """What else files call an original module -> how many of its parts, from the first, they mean by it."""
+        return {}
 
 
 def swap_halves(rows: Tensor) -> Tensor:

@@ -1,39 +1,11 @@
-"""Between a network's own names and those of its published repository, where some tensors are fused."""
+"""From the tensors of a model's own repository, some of which are fused, to those of its network."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from dedistill.adapters.spellings import LayerNames, swap_halves
 from dedistill.errors import UserError, amount
-
-
-def rows_of(
-    linear: str, shapes: Mapping[str, tuple[int, ...]], original_parts: Callable[[str], tuple[str, tuple[str, ...]]]
-) -> tuple[str, slice]:
-    """Where the original files keep the weight of ``linear``: the module's name and the rows of its weight; of one whose halves
-    are swapped there, all rows.
-
-    shapes: name -> (out, in) of every linear. original_parts: the original module that holds a linear, and all linears that it
-    holds, in the order of its rows.
-    """
-    original, parts = original_parts(linear)
-    start = sum(shapes[part][0] for part in parts[: parts.index(linear)])
-    return original, slice(start, start + shapes[linear][0])
-
-
-def fused_plan(names: Iterable[str], original: Callable[[str], tuple[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
-    """As LayerNames.original_plan. original: the original tensor that holds one of ``names``, and all that it holds.
-
-    Raises UserError for a fused tensor of which a part is missing.
-    """
-    names = list(names)
-    plan = dict(map(original, names))
-    if missing := sorted({part for parts in plan.values() for part in parts} - set(names)):
-        raise UserError(
-            f"{amount(len(missing), 'tensor is', 'tensors are')} missing beside those they are fused with, e.g. '{missing[0]}'"
-        )
-    return plan
 
 
 def from_original(

@@ -16,7 +16,7 @@ from dedistill.adapters.formats import as_kohya, as_lycoris, as_peft, as_transfo
 from dedistill.adapters.targets import Resolved, adaptable
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.models.flux import naming
+from dedistill.models.flux.naming import NAMES as naming
 from dedistill.models.quantize import linear_names
 
 WIDTH = 32

@@ -24,7 +24,7 @@ from dedistill.adapters.compatibility import MERGED, Verdict, check_adapter
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.formats import as_kohya, as_lycoris, as_peft, as_transformer, by_layer
 from dedistill.adapters.targets import adaptable
-from dedistill.models.flux import naming
+from dedistill.models.flux.naming import NAMES as naming
 from dedistill.models.flux.published import full_config
 from dedistill.release.folder import skeleton
 

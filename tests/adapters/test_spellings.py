@@ -7,7 +7,7 @@ from test_formats import WIDTH, adapted, flux
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.formats import as_kohya, as_lycoris, as_peft, as_transformer, by_layer, check_shapes
 from dedistill.errors import UserError
-from dedistill.models.flux import naming
+from dedistill.models.flux.naming import NAMES as naming
 from dedistill.models.quantize import linear_names
 
 D = WIDTH

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
+from original_files import as_original
 from safetensors.torch import load_file, save_file
 
 from dedistill.adapters.targets import matching
@@ -14,7 +15,7 @@ from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.models.conditioning import collate
 from dedistill.models.flux.family import Flux
-from dedistill.models.flux.naming import to_bfl
+from dedistill.models.flux.naming import NAMES as naming
 from dedistill.models.flux.network import attention_mask, image_ids
 from dedistill.models.flux.published import shape_of
 from dedistill.models.flux.tiny import write_tiny_flux
@@ -191,7 +192,7 @@ def test_single_file_is_the_same_network(schnell, dev, tmp_path, spelling, guida
     components = load(folder)
     tensors = components.denoiser.state_dict()
     if spelling != "diffusers":
-        tensors = to_bfl(tensors)
+        tensors = as_original(naming, tensors)
     if spelling == "comfy":
         tensors = {f"model.diffusion_model.{name}": t for name, t in tensors.items()}
     file = tmp_path / "flux.safetensors"

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from original_files import as_original
 from safetensors.torch import load_file, save_file
 
 from dedistill.errors import UserError
 from dedistill.flow.path import dynamic_shift
 from dedistill.models.flux import SPEC
 from dedistill.models.flux.family import Flux
-from dedistill.models.flux.naming import to_bfl
+from dedistill.models.flux.naming import NAMES as naming
 from dedistill.models.flux.tiny import write_tiny_flux
 from dedistill.models.places import locate
 from dedistill.recipe.model_tables import Model
@@ -139,7 +140,7 @@ def test_encoders_that_are_not_finite_are_refused_by_their_tensor(folder, part):
     "rest", [["vae.decoder.x", "text_encoders.t5xxl.y"], ["first_stage_model.z", "cond_stage_model.logit_scale"]]
 )
 def test_of_a_whole_pipeline_in_one_file_the_denoiser_is_read(folder, tmp_path, rest):
-    bfl = to_bfl(load_file(folder / NAME))
+    bfl = as_original(naming, load_file(folder / NAME))
     whole = {f"model.diffusion_model.{k}": v.contiguous() for k, v in bfl.items()} | {name: torch.ones(2) for name in rest}
     save_file(whole, tmp_path / "all.safetensors")
     found = load(tmp_path / "all.safetensors", denoiser=True, components=str(folder)).denoiser.state_dict()

@@ -8,11 +8,12 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders import single_file_model
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from original_files import as_original
 from safetensors.torch import save_file
 from torch import nn
 
 from dedistill.errors import UserError
-from dedistill.models.flux import naming
+from dedistill.models.flux.naming import NAMES as naming
 from dedistill.models.registry import spec_of
 from dedistill.release.export import names_of
 
@@ -63,7 +64,7 @@ def narrowed(function: FunctionType, width: int) -> FunctionType:
 def test_every_tensor_of_the_full_network_has_its_place(guidance):
     """19 + 38 blocks; diffusers' own reader turns our names back into exactly the network's names and shapes."""
     state = full_size(guidance).state_dict()
-    bfl = naming.to_bfl(state)
+    bfl = as_original(naming, state)
     assert sum(t.numel() for t in bfl.values()) == sum(t.numel() for t in state.values())
     assert any("guidance_in" in name for name in bfl) == guidance
     assert bfl["single_blocks.37.linear1.weight"].shape == (21504, 3072)
@@ -79,7 +80,7 @@ def test_every_linear_of_the_full_network_has_a_name_in_every_table(guidance):
     assert len(shapes) == 494 + (10 if guidance else 8)
     places = {name: naming.original_name(name, shapes) for name in shapes}
     assert len({(bfl, rows.start) for bfl, rows in places.values()}) == len(shapes)
-    bfl_rows = {n: len(t) for n, t in naming.to_bfl(full_size(guidance).state_dict()).items()}
+    bfl_rows = {n: len(t) for n, t in as_original(naming, full_size(guidance).state_dict()).items()}
     for bfl in {bfl for bfl, _ in places.values()}:
         taken = sorted((rows.start, rows.stop) for name, rows in places.values() if name == bfl)
         assert taken[0][0] == 0 and taken[-1][1] == bfl_rows[f"{bfl}.weight"]
@@ -93,7 +94,7 @@ def test_every_linear_of_the_full_network_has_a_name_in_every_table(guidance):
 def test_same_network_through_from_single_file(guidance, tmp_path, monkeypatch):
     """Bit-equal tensors and answers through diffusers' loader, offline, given the folder of the config."""
     denoiser = small(guidance)
-    save_file({n: t.contiguous() for n, t in naming.to_bfl(denoiser.state_dict()).items()}, tmp_path / "bfl.safetensors")
+    save_file({n: t.contiguous() for n, t in as_original(naming, denoiser.state_dict()).items()}, tmp_path / "bfl.safetensors")
     denoiser.save_config(tmp_path / "config")
     reader = single_file_model.SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
     monkeypatch.setitem(reader, "checkpoint_mapping_fn", narrowed(reader["checkpoint_mapping_fn"], 32))
@@ -128,7 +129,7 @@ def answer(denoiser: FluxTransformer2DModel) -> torch.Tensor:
 def test_halves_of_the_last_modulation_change_places():
     """BFL has (shift, scale), diffusers (scale, shift)."""
     denoiser = small(False)
-    bfl = naming.to_bfl(denoiser.state_dict())["final_layer.adaLN_modulation.1.weight"]
+    bfl = as_original(naming, denoiser.state_dict())["final_layer.adaLN_modulation.1.weight"]
     own = denoiser.norm_out.linear.weight
     assert torch.equal(bfl[:32], own[32:]) and torch.equal(bfl[32:], own[:32])
 
@@ -136,10 +137,10 @@ def test_halves_of_the_last_modulation_change_places():
 def test_what_does_not_fit_is_refused_by_name():
     state = small(False).state_dict()
     with pytest.raises(UserError, match="no_such"):
-        naming.to_bfl({**state, "transformer_blocks.0.no_such.weight": torch.zeros(1)})
+        as_original(naming, {**state, "transformer_blocks.0.no_such.weight": torch.zeros(1)})
     del state["single_transformer_blocks.1.attn.to_k.bias"]
     with pytest.raises(UserError, match=r"single_transformer_blocks\.1\.attn\.to_k\.bias"):
-        naming.to_bfl(state)
+        as_original(naming, state)
     with pytest.raises(UserError, match=r"NoSuchTransformer.*FluxTransformer2DModel"):
         spec_of({"_class_name": "NoSuchTransformer"})
     with pytest.raises(UserError, match=r"'FluxTransformer2DModel'.* not one of example; known: ExampleNet$"):

@@ -21,7 +21,7 @@ from dedistill.models.blocks import checkpoint_blocks
 from dedistill.models.model import Model
 from dedistill.models.network_files import PREFIX
 from dedistill.models.registry import get_family
-from dedistill.models.sd3 import naming
+from dedistill.models.sd3.naming import NAMES as naming
 from dedistill.models.sd3.published import LARGE, MEDIUM, full_config
 from dedistill.models.sd3.tiny import write_tiny_sd3
 from dedistill.recipe.model_tables import Model as Table

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from dedistill.flow.path import flow_loss, interpolate
 from dedistill.flow.path import velocity as straight
 from dedistill.models.conditioning import Conditioning
-from dedistill.models.flux import loading, naming
+from dedistill.models.flux import loading
+from dedistill.models.flux.naming import NAMES as naming
 from dedistill.models.flux.network import flux_velocity, patchify
 from dedistill.models.network_files import build
 from dedistill.models.original_names import from_original

@@ -17,7 +17,7 @@ from dedistill.adapters.formats import by_layer
 from dedistill.adapters.targets import Resolved, adaptable
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.models.flux import naming
+from dedistill.models.flux.naming import NAMES as naming
 from dedistill.models.flux.published import full_config
 from dedistill.models.flux.tiny import write_tiny_flux
 from dedistill.release.export import check_file, config_for, export_adapter

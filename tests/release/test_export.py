@@ -9,12 +9,14 @@ import torch
 import yaml
 from by_file import tool
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from original_files import as_original
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dedistill.errors import UserError
 from dedistill.models.flux import SPEC as FLUX
 from dedistill.models.flux.loading import load_transformer
+from dedistill.models.flux.naming import NAMES as naming
 from dedistill.models.flux.published import DEV, PUBLISHED, base_of
 from dedistill.models.flux.tiny import write_tiny_flux
 from dedistill.models.quantize import Int8Linear, prepare_base
@@ -102,10 +104,8 @@ def test_single_file_has_every_tensor_and_says_what_it_is(base, tmp_path):
 
 def test_bfl_file_joins_what_bfl_fuses(base, tmp_path):
     """The streamed file equals the names and tensors of the map that diffusers' reader inverts."""
-    from dedistill.models.flux.naming import to_bfl
-
     export_model(base, tmp_path / "bfl", "bfl")
-    found, wanted = load_file(tmp_path / "bfl" / "bfl.safetensors"), to_bfl(dict(Denoiser(base).items()))
+    found, wanted = load_file(tmp_path / "bfl" / "bfl.safetensors"), as_original(naming, dict(Denoiser(base).items()))
     assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
 
 

@@ -19,7 +19,7 @@ from dedistill.adapters.formats import as_kohya, as_transformer, by_layer
 from dedistill.adapters.targets import adaptable
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.models.flux import naming
+from dedistill.models.flux.naming import NAMES as naming
 from dedistill.models.model import build_model
 from dedistill.models.quantize import linear_names
 from dedistill.recipe import load_recipe

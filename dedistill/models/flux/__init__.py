@@ -16,6 +16,6 @@ SPEC = ModelSpec(
     full_config=published.full_config,
     shift=published.own_shift,
     distilled_guidance=published.has_guidance,
-    names="dedistill.models.flux.naming",
+    names="dedistill.models.flux.naming:NAMES",
     card="dedistill.models.flux:card.md.j2",
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
-from dedistill.models.flux import naming
+from dedistill.models.flux.naming import NAMES
 from dedistill.models.network_files import as_deep, build, depth, read_network, stored_config
 from dedistill.models.original_names import from_original
 from dedistill.models.pretrained import check_finite, without_weights
@@ -37,7 +37,7 @@ def _from_file(tensors: dict[str, Tensor], file: Path, components: Path) -> Flux
     config = _config_of(tensors, _BFL_SIZES if bfl else _SIZES, str(file), components)
     if bfl:
         shapes = {n: tuple(p.shape) for n, p in empty_network(config, str(file)).named_parameters()}
-        tensors = from_original(naming, tensors, shapes, str(file))
+        tensors = from_original(NAMES, tensors, shapes, str(file))
     return build(FluxTransformer2DModel, config, tensors, str(file))
 
 

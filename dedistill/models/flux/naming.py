@@ -6,15 +6,13 @@ Sources: github.com/black-forest-labs/flux (src/flux/model.py), diffusers' singl
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dedistill.adapters.spellings import swap_halves
+from dedistill.adapters.spellings import LayerNames
 from dedistill.errors import UserError
-from dedistill.models.original_names import fused_plan, rows_of
 
 # --- FLUX's two sets of names ----------------------------------------------------------------------------------------
 
@@ -75,72 +73,42 @@ _OTHER: dict[str, dict[str, int]] = {
 }
 
 
-KOHYA_MODULE = "networks.lora_flux"
-"""What sd-scripts calls the code that reads its LoRA files of this network."""
-KOHYA_LEAVES_OUT = "final_layer"
-DIFFUSERS_CONVERTS = True
+class FluxNames(LayerNames):
+    KOHYA_MODULE = "networks.lora_flux"
+    KOHYA_LEAVES_OUT = "final_layer"
+    DIFFUSERS_CONVERTS = True
+
+    def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
+        """The BFL module that holds diffusers' ``module``, and all diffusers modules it holds, in the order of its rows.
+
+        Raises UserError for a name that FluxTransformer2DModel does not have.
+        """
+        block = re.fullmatch(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.(.+)", module)
+        stack, number, rest = block.groups() if block else ("", "", module)
+        if rest not in _BFL_OF[stack]:
+            raise UserError(f"'{module}' is not a layer of FLUX: it has no name in BFL's files")
+        bfl, parts = _BFL_OF[stack][rest]
+        if not block:
+            return bfl, parts
+        return f"{_TABLES[stack][0]}.{number}.{bfl}", tuple(f"{stack}.{number}.{part}" for part in parts)
+
+    def original_tensor(self, name: str) -> tuple[str, tuple[str, ...]]:
+        module, _, kind = name.rpartition(".")
+        bfl, parts = self.original_parts(module)
+        # BFL calls the weight of an RMSNorm its scale
+        return f"{bfl}.{'scale' if bfl.endswith('_norm') else kind}", tuple(f"{part}.{kind}" for part in parts)
+
+    def other_names(self, original: str) -> dict[str, int]:
+        """What else files call a BFL module -> how many of its parts, from the first, they mean by it."""
+        block = re.fullmatch(r"((?:double|single)_blocks\.\d+)\.(.+)", original)
+        return {f"{block[1]}.{name}": count for name, count in _OTHER.get(block[2], {}).items()} if block else {}
+
+    def is_swapped(self, original: str, network: Collection[str]) -> bool:
+        """Whether the halves of this original module's rows stand the other way round than in diffusers."""
+        return original == _SWAPPED
 
 
-def original_parts(module: str) -> tuple[str, tuple[str, ...]]:
-    """The BFL module that holds diffusers' ``module``, and all diffusers modules it holds, in the order of its rows.
-
-    Raises UserError for a name that FluxTransformer2DModel does not have.
-    """
-    block = re.fullmatch(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.(.+)", module)
-    stack, number, rest = block.groups() if block else ("", "", module)
-    if rest not in _BFL_OF[stack]:
-        raise UserError(f"'{module}' is not a layer of FLUX: it has no name in BFL's files")
-    bfl, parts = _BFL_OF[stack][rest]
-    if not block:
-        return bfl, parts
-    return f"{_TABLES[stack][0]}.{number}.{bfl}", tuple(f"{stack}.{number}.{part}" for part in parts)
-
-
-def original_name(linear: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, slice]:
-    """As LayerNames.original_name."""
-    return rows_of(linear, shapes, original_parts)
-
-
-def kohya_name(original: str) -> str:
-    """An original module as kohya's sd-scripts and ComfyUI spell it in LoRA files."""
-    return "lora_unet_" + original.replace(".", "_")
-
-
-def other_names(bfl: str) -> dict[str, int]:
-    """What else files call a BFL module -> how many of its parts, from the first, they mean by it."""
-    block = re.fullmatch(r"((?:double|single)_blocks\.\d+)\.(.+)", bfl)
-    return {f"{block[1]}.{name}": count for name, count in _OTHER.get(block[2], {}).items()} if block else {}
-
-
-def is_swapped(bfl: str, network: Collection[str]) -> bool:
-    """Whether the halves of this BFL module's rows stand the other way round than in diffusers."""
-    return bfl == _SWAPPED
-
-
-def original_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """BFL tensor -> the diffusers tensors it is joined from, for all tensors of a network.
-
-    Raises UserError for an unknown name and for a fused tensor of which a part is missing.
-    """
-    return fused_plan(names, _original_tensor)
-
-
-def _original_tensor(name: str) -> tuple[str, tuple[str, ...]]:
-    module, _, kind = name.rpartition(".")
-    bfl, parts = original_parts(module)
-    # BFL calls the weight of an RMSNorm its scale
-    return f"{bfl}.{'scale' if bfl.endswith('_norm') else kind}", tuple(f"{part}.{kind}" for part in parts)
-
-
-def join(bfl: str, parts: list[Tensor], network: Collection[str]) -> Tensor:
-    """One BFL tensor from its diffusers parts, as ``original_plan`` lists them."""
-    tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return swap_halves(tensor) if is_swapped(bfl.rpartition(".")[0], network) else tensor
-
-
-def to_bfl(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A whole state dict of FluxTransformer2DModel under BFL's names."""
-    return {bfl: join(bfl, [tensors[part] for part in parts], tensors) for bfl, parts in original_plan(tensors).items()}
+NAMES = FluxNames()
 
 
 # --- named sets of layers of any network with FLUX's blocks, whatever its depth --------------------------------------

@@ -11,5 +11,5 @@ SPEC = ModelSpec(
     resolution=32,
     defaults=lambda model: {"model.text_length": 12, "sample.shift": 1.0},
     defaults_before=lambda model: {"model.text_length": 12},
-    names="dedistill.models.flux.naming",
+    names="dedistill.models.flux.naming:NAMES",
 )

@@ -13,6 +13,6 @@ SPEC = ModelSpec(
     base_of=published.base_of,
     full_config=published.full_config,
     shift=published.own_shift,
-    names="dedistill.models.sd3.naming",
+    names="dedistill.models.sd3.naming:NAMES",
     card="dedistill.models.sd3:card.md.j2",
 )

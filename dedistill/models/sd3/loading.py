@@ -11,7 +11,7 @@ from dedistill.errors import UserError
 from dedistill.models.network_files import as_deep, build, depth, read_network, stored_config
 from dedistill.models.original_names import from_original
 from dedistill.models.pretrained import check_finite, without_weights
-from dedistill.models.sd3 import naming
+from dedistill.models.sd3.naming import NAMES
 
 
 def load_transformer(place: Path, *, empty: bool = False) -> SD3Transformer2DModel:
@@ -60,7 +60,7 @@ def _from_file(tensors: dict[str, Tensor], source: str) -> SD3Transformer2DModel
     if original:
         empty = without_weights(SD3Transformer2DModel, config, f"model.path: '{source}'")
         shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
-        tensors = from_original(naming, tensors, shapes, source)
+        tensors = from_original(NAMES, tensors, shapes, source)
     return build(SD3Transformer2DModel, config, tensors, source)
 
 

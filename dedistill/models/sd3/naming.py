@@ -6,20 +6,13 @@ change of names. Sources: github.com/Stability-AI/sd3.5 (mmditx.py), diffusers' 
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dedistill.adapters.spellings import swap_halves
+from dedistill.adapters.spellings import LayerNames
 from dedistill.errors import UserError
-from dedistill.models.original_names import fused_plan, rows_of
-
-KOHYA_MODULE = "networks.lora_sd3"
-"""What sd-scripts calls the code that reads its LoRA files of this network."""
-KOHYA_LEAVES_OUT = ""
-DIFFUSERS_CONVERTS = False
 
 # original module -> diffusers modules, in the order of its rows
 _TOP: dict[str, tuple[str, ...]] = {
@@ -61,67 +54,40 @@ _POSITIONS = {"pos_embed.pos_embed": "pos_embed"}
 """A tensor that is no parameter of a layer."""
 
 
-def original_parts(module: str) -> tuple[str, tuple[str, ...]]:
-    """The original module that holds diffusers' ``module``, and all diffusers modules it holds, in the order of its rows.
+class Sd3Names(LayerNames):
+    KOHYA_MODULE = "networks.lora_sd3"
+    KOHYA_LEAVES_OUT = ""
+    DIFFUSERS_CONVERTS = False
 
-    Raises UserError for a name that SD3Transformer2DModel does not have.
-    """
-    block = re.fullmatch(r"(transformer_blocks)\.(\d+)\.(.+)", module)
-    stack, number, rest = block.groups() if block else ("", "", module)
-    if rest not in _ORIGINAL_OF[stack]:
-        raise UserError(f"'{module}' is not a layer of SD3.5: it has no name in Stability AI's files")
-    original, parts = _ORIGINAL_OF[stack][rest]
-    if not block:
-        return original, parts
-    return f"joint_blocks.{number}.{original}", tuple(f"{stack}.{number}.{part}" for part in parts)
+    def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
+        """The original module that holds diffusers' ``module``, and all diffusers modules it holds, in the order of its rows.
 
+        Raises UserError for a name that SD3Transformer2DModel does not have.
+        """
+        block = re.fullmatch(r"(transformer_blocks)\.(\d+)\.(.+)", module)
+        stack, number, rest = block.groups() if block else ("", "", module)
+        if rest not in _ORIGINAL_OF[stack]:
+            raise UserError(f"'{module}' is not a layer of SD3.5: it has no name in Stability AI's files")
+        original, parts = _ORIGINAL_OF[stack][rest]
+        if not block:
+            return original, parts
+        return f"joint_blocks.{number}.{original}", tuple(f"{stack}.{number}.{part}" for part in parts)
 
-def original_name(linear: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, slice]:
-    """As LayerNames.original_name."""
-    return rows_of(linear, shapes, original_parts)
+    def original_tensor(self, name: str) -> tuple[str, tuple[str, ...]]:
+        return (_POSITIONS[name], (name,)) if name in _POSITIONS else super().original_tensor(name)
 
-
-def kohya_name(original: str) -> str:
-    """An original module as kohya's sd-scripts and ComfyUI spell it in LoRA files."""
-    return "lora_unet_" + original.replace(".", "_")
-
-
-def other_names(original: str) -> dict[str, int]:
-    """No other program has names of its own for parts of them."""
-    return {}
-
-
-def is_swapped(original: str, network: Collection[str]) -> bool:
-    """Whether the halves of this original module's rows stand the other way round than in diffusers."""
-    if original == "final_layer.adaLN_modulation.1":
-        return True
-    block = re.fullmatch(rf"joint_blocks\.(\d+)\.{re.escape(_CONTEXT_MODULATION)}", original)
-    if not block:
-        return False
-    after = f"transformer_blocks.{block[1]}.attn.to_add_out"  # of all blocks but the last
-    return after not in network and f"{after}.weight" not in network
+    def is_swapped(self, original: str, network: Collection[str]) -> bool:
+        """Whether the halves of this original module's rows stand the other way round than in diffusers."""
+        if original == "final_layer.adaLN_modulation.1":
+            return True
+        block = re.fullmatch(rf"joint_blocks\.(\d+)\.{re.escape(_CONTEXT_MODULATION)}", original)
+        if not block:
+            return False
+        after = f"transformer_blocks.{block[1]}.attn.to_add_out"  # of all blocks but the last
+        return after not in network and f"{after}.weight" not in network
 
 
-def original_plan(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Original tensor -> the diffusers tensors it is joined from, for all tensors of a network.
-
-    Raises UserError for an unknown name and for a fused tensor of which a part is missing.
-    """
-    return fused_plan(names, _original_tensor)
-
-
-def _original_tensor(name: str) -> tuple[str, tuple[str, ...]]:
-    if name in _POSITIONS:
-        return _POSITIONS[name], (name,)
-    module, _, kind = name.rpartition(".")
-    original, parts = original_parts(module)
-    return f"{original}.{kind}", tuple(f"{part}.{kind}" for part in parts)
-
-
-def join(original: str, parts: list[Tensor], network: Collection[str]) -> Tensor:
-    """One original tensor from its diffusers parts, as ``original_plan`` lists them."""
-    tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return swap_halves(tensor) if is_swapped(original.rpartition(".")[0], network) else tensor
+NAMES = Sd3Names()
 
 
 # --- named sets of layers --------------------------------------------------------------------------------------------

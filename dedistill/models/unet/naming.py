@@ -5,11 +5,9 @@ Nothing is fused: every original layer is one of diffusers', under another name.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from dedistill.adapters.spellings import LayerNames
 from dedistill.errors import UserError
 from dedistill.models.network_files import PREFIX
 
@@ -29,8 +27,8 @@ _RESNET = {
 
 
 @dataclass(frozen=True)
-class LdmNames:
-    """Tables (adapters.spellings.LayerNames) of a network with such blocks, whatever its widths and depths of transformers.
+class LdmNames(LayerNames):
+    """Of a network with such blocks, whatever its widths and depths of transformers.
 
     up_with_attention: of each of its up blocks, whether it has attention; kohya_original: whether kohya's programs go by the
     original names in files of adapters, or by diffusers'.
@@ -97,27 +95,12 @@ class LdmNames:
     def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
         return self.original(module), (module,)
 
-    def original_name(self, linear: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, slice]:
-        return self.original(linear), slice(0, shapes[linear][0])
-
-    def original_plan(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        plan: dict[str, tuple[str, ...]] = {}
-        for name in names:
-            module, _, kind = name.rpartition(".")
-            plan[f"{PREFIX}{self.original(module)}.{kind}"] = (name,)
-        return plan
-
-    def join(self, original: str, parts: list[Tensor], network: Collection[str]) -> Tensor:
-        return parts[0]
+    def original_tensor(self, name: str) -> tuple[str, tuple[str, ...]]:
+        original, parts = super().original_tensor(name)
+        return f"{PREFIX}{original}", parts
 
     def kohya_name(self, original: str) -> str:
         return "lora_unet_" + (original if self.kohya_original else self.diffusers(original)).replace(".", "_")
-
-    def other_names(self, original: str) -> dict[str, int]:
-        return {}
-
-    def is_swapped(self, original: str, network: Collection[str]) -> bool:
-        return False
 
 
 _TOP_BACK = {original: own for own, original in _TOP.items()}
