@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from dedistill.errors import UserError
+from dedistill.io.json_files import read_object
+from dedistill.models.family import CAPTIONS, Pass
 from dedistill.models.pretrained import (
     by_headers,
     check_told_apart,
@@ -38,10 +40,21 @@ class Encoder:
     """Its class in transformers."""
     vocabularies: tuple[tuple[str, ...], ...]
     """Sets of files by which its tokenizer knows its words; without any, transformers makes one that knows none."""
+    published: Mapping[str, Any]
+    """Its sizes in the published models, as their config.json says them."""
     padded: bool = False
     """Whether its table may be longer than its vocabulary."""
 
 
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_G = {
+    **{"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
+    **{"projection_dim": 1280, "hidden_act": "gelu"},
+}
+T5_XXL = {
+    **{"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128},
+    "feed_forward_proj": "gated-gelu",
+}
 CLIP_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 T5_FILES = (("tokenizer.json",), ("spiece.model",))
 Loaded = tuple["PreTrainedTokenizerBase", nn.Module]
@@ -140,3 +153,34 @@ class PromptEncoders:
         place = self.folder / self.encoders[name].tokenizer
         own = self._loaded[name][0] if self._loaded else load_tokenizer(AutoTokenizer, place, "model.path")
         return [len(ids) for ids in own(captions)["input_ids"]]
+
+
+def encoding_pass(
+    folder: Path, encoders: Mapping[str, Encoder], length: int, *, hidden: bool = False, masked: bool = False
+) -> dict[str, Pass]:
+    """The encoding of a chunk of captions at full size, as shapes alone, on the device that is the default now.
+
+    folder: the pipeline's, of whose encoders those that are there run; without any, the published ones. length: tokens that T5
+    is given; masked: and hides those that only pad. hidden: CLIPs tell all their hidden states.
+    """
+    import transformers
+
+    files = {name: folder / encoder.folder / "config.json" for name, encoder in encoders.items()}
+    there = {name for name, file in files.items() if file.exists()}
+    networks: dict[str, Any] = {}
+    for name in [name for name in encoders if name in there or not there]:
+        kind = getattr(transformers, encoders[name].kind)
+        sizes = read_object(files[name], "model.path") if there else encoders[name].published
+        networks[name] = kind(kind.config_class(**sizes)).to(torch.bfloat16).eval()
+
+    def captions() -> object:
+        found = []
+        for network in networks.values():
+            t5 = type(network).__name__.startswith("T5")
+            tokens = torch.ones(CHUNK, length if t5 else CLIP_TOKENS, dtype=torch.long)
+            options = {"attention_mask": tokens} if t5 and masked else {"output_hidden_states": hidden and not t5}
+            out = network(tokens, **options)
+            found.append(out.last_hidden_state if out.hidden_states is None else out.hidden_states[-2])
+        return found
+
+    return {CAPTIONS: Pass([*networks.values()], captions)}

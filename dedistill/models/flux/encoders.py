@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths, collate
-from dedistill.models.prompts import CHUNK, CLIP_FILES, CLIP_TOKENS, T5_FILES, Encoder, PromptEncoders
+from dedistill.models.prompts import CHUNK, CLIP_FILES, CLIP_L, CLIP_TOKENS, T5_FILES, T5_XXL, Encoder, PromptEncoders
 
 ENCODERS = {
-    "clip": Encoder("text_encoder", "tokenizer", "CLIPTextModel", CLIP_FILES),
-    "t5": Encoder("text_encoder_2", "tokenizer_2", "T5EncoderModel", T5_FILES, padded=True),
+    "clip": Encoder("text_encoder", "tokenizer", "CLIPTextModel", CLIP_FILES, CLIP_L),
+    "t5": Encoder("text_encoder_2", "tokenizer_2", "T5EncoderModel", T5_FILES, T5_XXL, padded=True),
 }
 
 

@@ -16,13 +16,14 @@ from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.family import Components, Pass, Unseen
 from dedistill.models.flux import SPEC, loading
-from dedistill.models.flux.encoders import FluxText
+from dedistill.models.flux.encoders import ENCODERS, FluxText
 from dedistill.models.flux.network import BypassedGuidance, FluxNetwork
 from dedistill.models.flux.published import shape_of
 from dedistill.models.flux.redux import Redux
 from dedistill.models.pipeline_family import PipelineFamily
 from dedistill.models.places import check_folder, locate, named_path
-from dedistill.models.vae import PublishedVae, Vae
+from dedistill.models.prompts import encoding_pass
+from dedistill.models.vae import PublishedVae, Vae, vae_passes
 from dedistill.recipe.model_tables import Model
 from dedistill.recipe.resolve import filled
 
@@ -104,9 +105,8 @@ class Flux(FluxNetwork, PipelineFamily):
         )
 
     def passes(self, spec: Model, height: int, width: int, length: int) -> dict[str, Pass]:
-        from dedistill.models.flux.passes import passes
-
-        return passes(Path(spec.components or named_path(spec)), height, width, length)
+        folder = Path(spec.components or named_path(spec))
+        return encoding_pass(folder, ENCODERS, length, masked=True) | vae_passes(folder / "vae", height, width, channels=16)
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small pipeline folder with random weights, with the blocks and the guidance of ``spec``. For rehearsals."""

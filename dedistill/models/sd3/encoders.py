@@ -9,13 +9,24 @@ from torch import Tensor
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Tokens, Widths, collate
-from dedistill.models.prompts import CHUNK, CLIP_FILES, CLIP_TOKENS, T5_FILES, Encoder, Loaded, PromptEncoders
+from dedistill.models.prompts import (
+    CHUNK,
+    CLIP_FILES,
+    CLIP_G,
+    CLIP_L,
+    CLIP_TOKENS,
+    T5_FILES,
+    T5_XXL,
+    Encoder,
+    Loaded,
+    PromptEncoders,
+)
 
 CLIPS = ("clip_l", "clip_g")
 ENCODERS = {
-    "clip_l": Encoder("text_encoder", "tokenizer", "CLIPTextModelWithProjection", CLIP_FILES),
-    "clip_g": Encoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", CLIP_FILES),
-    "t5": Encoder("text_encoder_3", "tokenizer_3", "T5EncoderModel", T5_FILES, padded=True),
+    "clip_l": Encoder("text_encoder", "tokenizer", "CLIPTextModelWithProjection", CLIP_FILES, CLIP_L),
+    "clip_g": Encoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", CLIP_FILES, CLIP_G),
+    "t5": Encoder("text_encoder_3", "tokenizer_3", "T5EncoderModel", T5_FILES, T5_XXL, padded=True),
 }
 
 

@@ -21,12 +21,12 @@ from dedistill.models.family import Components, Guidance, Output, Pass, States, 
 from dedistill.models.pipeline_family import PipelineFamily
 from dedistill.models.places import Place, check_folder, locate, named_path
 from dedistill.models.pretrained import without_weights
-from dedistill.models.prompts import CLIP_TOKENS
+from dedistill.models.prompts import CLIP_TOKENS, encoding_pass
 from dedistill.models.quantize import float_dtype
 from dedistill.models.sd3 import SPEC, loading, naming
-from dedistill.models.sd3.encoders import Sd3Text
+from dedistill.models.sd3.encoders import ENCODERS, Sd3Text
 from dedistill.models.sd3.published import config_of
-from dedistill.models.vae import PublishedVae, Vae
+from dedistill.models.vae import PublishedVae, Vae, vae_passes
 from dedistill.recipe.model_tables import Model
 from dedistill.recipe.resolve import filled
 
@@ -106,9 +106,8 @@ class Sd3(PipelineFamily):
         )
 
     def passes(self, spec: Model, height: int, width: int, length: int) -> dict[str, Pass]:
-        from dedistill.models.sd3.passes import passes
-
-        return passes(Path(spec.components or named_path(spec)), height, width, length)
+        folder = Path(spec.components or named_path(spec))
+        return encoding_pass(folder, ENCODERS, length, hidden=True) | vae_passes(folder / "vae", height, width, channels=16)
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         """A small pipeline folder with random weights, with the blocks of ``spec``. For rehearsals."""

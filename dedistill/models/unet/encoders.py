@@ -9,12 +9,12 @@ from torch import Tensor
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths, collate
-from dedistill.models.prompts import CHUNK, CLIP_FILES, Encoder, PromptEncoders
+from dedistill.models.prompts import CHUNK, CLIP_FILES, CLIP_G, CLIP_L, Encoder, PromptEncoders
 
 Null = Literal["empty", "zeros"]
 """What the empty caption is: what the encoders make of it, or zeros."""
-ONE = {"clip": Encoder("text_encoder", "tokenizer", "CLIPTextModel", CLIP_FILES)}
-TWO = ONE | {"clip_2": Encoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", CLIP_FILES)}
+ONE = {"clip": Encoder("text_encoder", "tokenizer", "CLIPTextModel", CLIP_FILES, CLIP_L)}
+TWO = ONE | {"clip_2": Encoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", CLIP_FILES, CLIP_G)}
 
 
 class ClipText(PromptEncoders):

@@ -21,13 +21,13 @@ from dedistill.models.original_names import from_original
 from dedistill.models.pipeline_family import PipelineFamily
 from dedistill.models.places import Place, check_folder, locate, named_path
 from dedistill.models.pretrained import check_finite, without_weights
-from dedistill.models.prompts import CLIP_TOKENS
+from dedistill.models.prompts import CLIP_TOKENS, encoding_pass
 from dedistill.models.quantize import float_dtype
 from dedistill.models.registry import imported, published
 from dedistill.models.spec import ModelSpec
-from dedistill.models.unet.encoders import ClipText, Null
+from dedistill.models.unet.encoders import ONE, TWO, ClipText, Null
 from dedistill.models.unet.naming import LdmNames
-from dedistill.models.vae import PublishedVae, Vae
+from dedistill.models.vae import PublishedVae, Vae, vae_passes
 from dedistill.recipe.model_tables import Model
 
 CHANNELS = 4
@@ -167,9 +167,10 @@ class UNetFamily(PipelineFamily):
     """As the scheduler_config.json of all published ones says it."""
 
     def passes(self, spec: Model, height: int, width: int, length: int) -> dict[str, Pass]:
-        from dedistill.models.unet.passes import passes
-
-        return passes(Path(spec.components or named_path(spec)), self.encoders, height, width)
+        folder = Path(spec.components or named_path(spec))
+        return encoding_pass(folder, ONE if self.encoders == 1 else TWO, length, hidden=True) | vae_passes(
+            folder / "vae", height, width, channels=4
+        )
 
     def write_tiny(self, spec: Model, folder: Path, image: tuple[int, int, int] | None, *, full_depth: bool) -> None:
         from dedistill.models.unet.tiny import write_tiny_unet
