@@ -167,18 +167,16 @@ def measure(model: Model, prompts: list[str], *, sigmas: int, batch: int, seed: 
     blocks = model.family.blocks(model.components.denoiser)
     grid, meter = sigma_grid(sigmas), Meter(model.family, blocks, sigmas)
     noise = start_noise(seed, len(prompts), model.components.sample_shape)
-    training = model.root.training
-    model.root.eval()
-    for start in range(0, len(prompts), batch):
-        text = model.encode(prompts[start : start + batch])
+    with model.evaluating():
+        for start in range(0, len(prompts), batch):
+            text = model.encode(prompts[start : start + batch])
 
-        def velocity(noisy: Tensor, sigma: float, index: int, text: Conditioning = text) -> Tensor:
-            with meter.watch(index, text):
-                return model.velocity(noisy, torch.full((len(noisy),), sigma, device=noisy.device), text)
+            def velocity(noisy: Tensor, sigma: float, index: int, text: Conditioning = text) -> Tensor:
+                with meter.watch(index, text):
+                    return model.velocity(noisy, torch.full((len(noisy),), sigma, device=noisy.device), text)
 
-        for _ in solve("euler", velocity, noise[start : start + batch].to(model.device), grid):
-            pass
-    model.root.train(training)
+            for _ in solve("euler", velocity, noise[start : start + batch].to(model.device), grid):
+                pass
     distance = meter.distance()
     if not distance.isfinite().all():
         block, _, sigma = (~distance.isfinite()).nonzero()[0].tolist()

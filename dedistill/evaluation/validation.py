@@ -29,12 +29,8 @@ def held_out_meters(model: Model, batches: list[NoisyBatch], bins: int) -> dict[
     loss: flow-matching loss of the captioned samples. guidance: |velocity with caption - without|^2 per element, by
     which one unit of CFG moves a velocity. A distilled guidance embedding is fed what it is fed in training.
     """
-    training = model.root.training
-    model.root.eval()
-    try:
+    with model.evaluating():
         numbers = np.concatenate([held_out_numbers(model, batch) for batch in batches])
-    finally:
-        model.root.train(training)
     order = numbers[:, 0].argsort()  # every model's samples in one order, however they were batched
     images = [image for batch in batches for image in batch.image_ids]
     images = [images[i] for i in order]
@@ -75,17 +71,15 @@ class Validator:
 
         None as soon as any process was ``interrupted``: a validation may take longer than a stop may.
         """
-        training = model.root.training
-        model.root.eval()
-        for batch in self.padding:
-            self.objective.loss(model, batch)
         own: list[tuple[float, float, str]] = []
-        for batch in self.batches:
-            if interrupted():
-                break
-            heartbeat.beat(f"validating {len(own)}/{sum(len(batch.noisy) for batch in self.batches)}")
-            own += zip(batch.sigma.tolist(), self.objective.loss(model, batch).tolist(), batch.image_ids)
-        model.root.train(training)
+        with model.evaluating():
+            for batch in self.padding:
+                self.objective.loss(model, batch)
+            for batch in self.batches:
+                if interrupted():
+                    break
+                heartbeat.beat(f"validating {len(own)}/{sum(len(batch.noisy) for batch in self.batches)}")
+                own += zip(batch.sigma.tolist(), self.objective.loss(model, batch).tolist(), batch.image_ids)
         heard = self.world.gather((own, interrupted()))
         if any(ended for _, ended in heard):
             return None
@@ -132,12 +126,10 @@ class Meters:
     @torch.no_grad()
     def __call__(self, model: Model) -> dict[str, float]:
         """{"guidance_gap", "straightness", "few_step_gap"} in evaluation mode, the same on every process."""
-        training = model.root.training
-        model.root.eval()
-        for batch in self.padding:
-            self._ask(model, batch)
-        own = [row for batch in self.batches for row in self._ask(model, batch)]
-        model.root.train(training)
+        with model.evaluating():
+            for batch in self.padding:
+                self._ask(model, batch)
+            own = [row for batch in self.batches for row in self._ask(model, batch)]
         rows = sorted(row for rows in self.world.gather(own) for row in rows)  # by sigma, of which each sample has its own
         _, gap, curvature, few, chord = np.array(rows).sum(0).tolist()
         return {"guidance_gap": gap / len(rows), "straightness": curvature / chord, "few_step_gap": few / chord}

@@ -155,6 +155,16 @@ class Model:
             return self.family.velocity(self.components, called, noisy, sigma, text, guidance).float()
 
     @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In evaluation mode for as long as this lasts, and then in the mode that it was in."""
+        training = self.root.training
+        self.root.eval()
+        try:
+            yield
+        finally:
+            self.root.train(training)
+
+    @contextmanager
     def as_asked(self, branch: Branch) -> Iterator[None]:
         """The network of a guider's ``branch``: its adapter weaker, with weights of another step, or without some of its
         blocks. Raises UserError where there is no such adapter, snapshot or block."""

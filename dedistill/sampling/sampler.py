@@ -63,16 +63,12 @@ def trajectories(
     model: Model, prompts: list[str], noise: Tensor, sampling: Sampling, *, length: int | None = None
 ) -> Iterator[list[Tensor]]:
     """Every state of the solver, chunk of prompts by chunk: lists of steps + 1 tensors [b, C, H, W] on the CPU."""
-    training = model.root.training
-    model.root.eval()
-    try:
+    with model.evaluating():  # which ends also when the caller stops reading early
         negative = model.encode([model.negative], length)
         for start in range(0, len(prompts), model.chunk):
             text = model.encode(prompts[start : start + model.chunk], length)
             texts = {CONDITIONAL: text, UNCONDITIONAL: negative.expand(len(text))}
             yield [s.float().cpu() for s in path(model, texts, noise[start : start + model.chunk], sampling)]
-    finally:  # also when the caller stops reading early
-        model.root.train(training)
 
 
 def path(model: Model, texts: Mapping[Branch, Conditioning], noise: Tensor, sampling: Sampling) -> Iterator[Tensor]:
