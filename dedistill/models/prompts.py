@@ -44,6 +44,8 @@ class Encoder:
     """Its sizes in the published models, as their config.json says them."""
     padded: bool = False
     """Whether its table may be longer than its vocabulary."""
+    tokens: int | None = CLIP_TOKENS
+    """Of every caption; None: as many as the recipe says."""
 
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -160,8 +162,8 @@ def encoding_pass(
 ) -> dict[str, Pass]:
     """The encoding of a chunk of captions at full size, as shapes alone, on the device that is the default now.
 
-    folder: the pipeline's, of whose encoders those that are there run; without any, the published ones. length: tokens that T5
-    is given; masked: and hides those that only pad. hidden: CLIPs tell all their hidden states.
+    folder: the pipeline's, of whose encoders those that are there run; without any, the published ones. length: tokens of
+    encoders without a number of their own; masked: and which of them only pad. hidden: the others tell all their hidden states.
     """
     import transformers
 
@@ -175,12 +177,13 @@ def encoding_pass(
 
     def captions() -> object:
         found = []
-        for network in networks.values():
-            t5 = type(network).__name__.startswith("T5")
-            tokens = torch.ones(CHUNK, length if t5 else CLIP_TOKENS, dtype=torch.long)
-            options = {"attention_mask": tokens} if t5 and masked else {"output_hidden_states": hidden and not t5}
+        for name, network in networks.items():
+            own = encoders[name].tokens
+            tokens = torch.ones(CHUNK, own or length, dtype=torch.long)
+            options = {"output_hidden_states": hidden} if own else {"attention_mask": tokens if masked else None}
             out = network(tokens, **options)
             found.append(out.last_hidden_state if out.hidden_states is None else out.hidden_states[-2])
+            del out  # with all the others, before the next one runs
         return found
 
     return {CAPTIONS: Pass([*networks.values()], captions)}

@@ -13,7 +13,7 @@ from dedistill.models.prompts import CHUNK, CLIP_FILES, CLIP_L, CLIP_TOKENS, T5_
 
 ENCODERS = {
     "clip": Encoder("text_encoder", "tokenizer", "CLIPTextModel", CLIP_FILES, CLIP_L),
-    "t5": Encoder("text_encoder_2", "tokenizer_2", "T5EncoderModel", T5_FILES, T5_XXL, padded=True),
+    "t5": Encoder("text_encoder_2", "tokenizer_2", "T5EncoderModel", T5_FILES, T5_XXL, padded=True, tokens=None),
 }
 
 

@@ -26,7 +26,7 @@ CLIPS = ("clip_l", "clip_g")
 ENCODERS = {
     "clip_l": Encoder("text_encoder", "tokenizer", "CLIPTextModelWithProjection", CLIP_FILES, CLIP_L),
     "clip_g": Encoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", CLIP_FILES, CLIP_G),
-    "t5": Encoder("text_encoder_3", "tokenizer_3", "T5EncoderModel", T5_FILES, T5_XXL, padded=True),
+    "t5": Encoder("text_encoder_3", "tokenizer_3", "T5EncoderModel", T5_FILES, T5_XXL, padded=True, tokens=None),
 }
 
 
