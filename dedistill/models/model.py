@@ -18,13 +18,12 @@ from dedistill.adapters.targets import Resolved, adaptable, resolve_targets
 from dedistill.errors import UserError
 from dedistill.flow.guidance import Branch
 from dedistill.io.atomic import step_name
-from dedistill.io.hashing import file_sha256
 from dedistill.io.weights import count_numbers
 from dedistill.models.blocks import check_blocks, checkpoint_blocks, may_wait, must_wait, without_blocks
 from dedistill.models.conditioning import Conditioning, collate
 from dedistill.models.family import Components, Family, Guidance
 from dedistill.models.image_prompts import ImagePrompt, parted
-from dedistill.models.pipeline_files import model_files
+from dedistill.models.places import check_origin
 from dedistill.models.quantize import (
     cast_float,
     dense_weight,
@@ -34,10 +33,9 @@ from dedistill.models.quantize import (
     prepare_base,
     storage_bytes,
 )
-from dedistill.models.registry import check_adapter_family, get_family, public_name, text_length
+from dedistill.models.registry import check_adapter_family, get_family, text_length
 from dedistill.models.swap import Swap
 from dedistill.recipe import Recipe
-from dedistill.recipe.embedded import read_recipe
 from dedistill.recipe.model_tables import Adapter as AdapterTable
 from dedistill.recipe.objectives import OBJECTIVES
 from dedistill.recipe.resolve import filled
@@ -191,12 +189,12 @@ class Model:
                 yield
             return
         assert self.frozen is not None, "``assemble`` keeps it for the objectives that ask for it"
-        own, components = self.root, self.components
-        self.root, self.components = self.frozen, replace(components, denoiser=self.frozen)
+        own = self.root, self.components, self.called
+        self.root, self.components, self.called = self.frozen, replace(self.components, denoiser=self.frozen), None
         try:
             yield
         finally:
-            self.root, self.components = own, components
+            self.root, self.components, self.called = own
 
     @contextmanager
     def _at_step(self, step: int) -> Iterator[None]:
@@ -228,33 +226,6 @@ class Model:
         return self.family.shift(self.components, self.family.tokens(self.components, shape))
 
 
-def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
-    """Refuse adapter weights that were trained on another base, or in another form, than ``recipe`` says.
-
-    header: that of the file at ``path``. A base that is no longer where it was may have been moved: then only names of
-    tensors are compared; a copy of it elsewhere is the same base. A released file tells no more of a local base than its
-    name, which has to be the same.
-    """
-    made = read_recipe(header.get("dedistill.recipe", ""), f"'{path}'")
-    if not made or recipe.adapter is None:
-        return
-    kind, table, here = made.get("adapter", {}).get("kind"), made.get("model", {}), recipe.model.path
-    base = table.get("path")
-    if kind != recipe.adapter.kind:
-        raise UserError(f"'{path}' is a {kind}, the recipe's adapter a {recipe.adapter.kind}: use the file's own recipe")
-    if base is None or here is None:
-        return
-    other = f"'{path}' was trained on '{base}', the recipe's model.path is '{here}': use the file's own recipe"
-    if "out" not in made.get("run", {}) and not table.get("revision"):  # a release, which names a local base but not its place
-        if base != public_name(here, recipe.model.revision):
-            raise UserError(f"{other}; if it is the same model under another name, give its folder the name '{base}'")
-        return
-    places = Path(base), Path(here)
-    moved = places[0].exists() != places[1].exists()
-    if not moved and places[0].resolve() != places[1].resolve() and not _same_bytes(*places):
-        raise UserError(other)
-
-
 def expected_parameters(recipe: Recipe) -> int:
     """Parameters of the network that ``build_model`` would load, by headers of its files, or by what is known of it where it is
     new or yet to be fetched."""
@@ -275,12 +246,6 @@ def adapted_layers(recipe: Recipe, family: Family, denoiser: nn.Module) -> list[
         return []
     excluded(recipe.base.exclude, linear_names(denoiser), recipe.where)
     return resolve_targets(recipe.adapter, adaptable(denoiser), family.presets(denoiser), recipe.where)
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    """Whether two models are there and copies of each other."""
-    files, others = model_files(one), model_files(other)
-    return files.keys() == others.keys() != set() and all(file_sha256(f) == file_sha256(others[n]) for n, f in files.items())
 
 
 def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> Model:

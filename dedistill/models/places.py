@@ -7,11 +7,14 @@ from typing import Any
 
 from dedistill.adapters.spellings import FOLDERS
 from dedistill.errors import UserError
+from dedistill.io.hashing import file_sha256
 from dedistill.io.json_files import parse_object, read_object
 from dedistill.io.weights import open_weights
-from dedistill.models.pipeline_files import scheduler_file
-from dedistill.models.registry import checked_facts, families, get_it, get_spec, looks_local
+from dedistill.models.pipeline_files import model_files, scheduler_file
+from dedistill.models.registry import checked_facts, families, get_it, get_spec, looks_local, public_name
 from dedistill.models.spec import ModelSpec
+from dedistill.recipe import Recipe
+from dedistill.recipe.embedded import read_recipe
 from dedistill.recipe.model_tables import Model
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -111,3 +114,36 @@ def _hub_files(folder: str) -> list[str]:
         *("*.json", "*/*.json", "*/*.txt", "*/*.model"),
         *(f"{folder}/*.safetensors", "text_encoder*/*.safetensors", "vae/*.safetensors"),
     ]
+
+
+def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
+    """Refuse adapter weights that were trained on another base, or in another form, than ``recipe`` says.
+
+    header: that of the file at ``path``. A base that is no longer where it was may have been moved: then only names of
+    tensors are compared; a copy of it elsewhere is the same base. A released file tells no more of a local base than its
+    name, which has to be the same.
+    """
+    made = read_recipe(header.get("dedistill.recipe", ""), f"'{path}'")
+    if not made or recipe.adapter is None:
+        return
+    kind, table, here = made.get("adapter", {}).get("kind"), made.get("model", {}), recipe.model.path
+    base = table.get("path")
+    if kind != recipe.adapter.kind:
+        raise UserError(f"'{path}' is a {kind}, the recipe's adapter a {recipe.adapter.kind}: use the file's own recipe")
+    if base is None or here is None:
+        return
+    other = f"'{path}' was trained on '{base}', the recipe's model.path is '{here}': use the file's own recipe"
+    if "out" not in made.get("run", {}) and not table.get("revision"):  # a release, which names a local base but not its place
+        if base != public_name(here, recipe.model.revision):
+            raise UserError(f"{other}; if it is the same model under another name, give its folder the name '{base}'")
+        return
+    places = Path(base), Path(here)
+    moved = places[0].exists() != places[1].exists()
+    if not moved and places[0].resolve() != places[1].resolve() and not _same_bytes(*places):
+        raise UserError(other)
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    """Whether two models are there and copies of each other."""
+    files, others = model_files(one), model_files(other)
+    return files.keys() == others.keys() != set() and all(file_sha256(f) == file_sha256(others[n]) for n, f in files.items())

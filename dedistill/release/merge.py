@@ -18,7 +18,7 @@ from dedistill.io.atomic import replace_json
 from dedistill.io.hashing import file_sha256
 from dedistill.io.safetensors import Digest
 from dedistill.models.family import Denoiser
-from dedistill.models.model import check_origin
+from dedistill.models.places import check_origin
 from dedistill.models.registry import check_adapter_family, get_family
 from dedistill.recipe import Recipe, to_toml
 from dedistill.release.folder import FACTS, SHARD_BYTES, names_of, new_folder, read_facts, write_weights
