@@ -69,8 +69,8 @@ def as_deep(config: dict[str, Any], tensors: Mapping[str, Tensor], stacks: Mappi
         found = depth(tensors, stack, str(folder))
         if isinstance(said := config.get(key), int) and said != found:
             raise UserError(
-                f"model.path: '{folder / 'config.json'}' has {key} = {said:,}, and the files hold {amount(found, 'block')} '{stack}': "
-                "fetch the folder again"
+                f"model.path: '{folder / 'config.json'}' has {key} = {said:,}, and the files hold "
+                f"{amount(found, 'block')} '{stack}': fetch the folder again"
             )
         config = config | {key: found}
     return config
