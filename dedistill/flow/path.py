@@ -48,12 +48,19 @@ def cosmap(p: np.ndarray) -> np.ndarray:
     return 1 - 1 / (np.tan(math.pi / 2 * np.asarray(p, dtype=np.float64)) + 1)
 
 
+def u_shaped(p: np.ndarray, alpha: float) -> np.ndarray:
+    """Density proportional to cosh(alpha (sigma - 1/2)): both ends are as likely, cosh(alpha / 2) times as much as the middle
+    (arXiv 2405.20320, sec. 4.2: alpha 4)."""
+    return 0.5 + np.arcsinh((2 * np.asarray(p, dtype=np.float64) - 1) * math.sinh(alpha / 2)) / alpha
+
+
 DENSITIES: dict[str, Callable[..., np.ndarray]] = {
     "uniform": np.asarray,
     "logit_normal": logit_normal,
     "beta": beta,
     "mode": mode,
     "cosmap": cosmap,
+    "u_shaped": u_shaped,
 }
 """p [batch] and the density's own parameters, by name -> sigma [batch]."""
 
@@ -150,6 +157,11 @@ def flow_loss(predicted: Tensor, target: Tensor) -> Tensor:
     if predicted.shape != target.shape:
         raise ValueError(f"prediction {tuple(predicted.shape)} and target {tuple(target.shape)} differ in shape")
     return (predicted.float() - target.float()).square().flatten(1).mean(1)
+
+
+def pseudo_huber(error: Tensor, c: float) -> Tensor:
+    """sqrt(error + c^2) - c of mean squared errors [B]: error / 2c far below c^2, the root of error far above."""
+    return error / ((error + c * c).sqrt() + c)  # no small difference of large numbers
 
 
 def seen_anywhere(condition: Tensor) -> bool:

@@ -19,7 +19,7 @@ from dedistill.data.source import Batch, Source
 from dedistill.distributed.world import World, partition_by_cost
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.flow.path import DENSITIES, flow_loss, midpoints, probabilities, shift_sigma
+from dedistill.flow.path import DENSITIES, flow_loss, midpoints, probabilities, pseudo_huber, shift_sigma
 from dedistill.flow.schedule import Schedule
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.image_prompts import told_own
@@ -96,6 +96,7 @@ class Objective(ABC):
         that was trained by diffusion."""
         t = recipe.timesteps
         self.seed, self.batch, self.source = recipe.run.seed, recipe.train.batch, source
+        self.huber = recipe.train.huber
         self.dropout, self.image_dropout = recipe.data.caption_dropout, recipe.data.image_dropout or 0.0
         given = {k: getattr(t, k) for k in ("alpha", "beta", "mean", "std", "scale")}
         self.shift_of = cache(lambda shape: shift_in_numbers(t.shift, lambda: shift_of(shape)))
@@ -112,7 +113,12 @@ class Objective(ABC):
     def loss(self, model: Model, batch: NoisyBatch) -> Tensor:
         """The loss of each sample [B], float32, on the model's device; the same in training and validation."""
         noisy, sigma, target = (t.to(model.device, non_blocking=True) for t in (batch.noisy, batch.sigma, batch.target))
-        return flow_loss(model.velocity(noisy, sigma, batch.conditioning(model)), target)
+        return self.distance(model.velocity(noisy, sigma, batch.conditioning(model)), target)
+
+    def distance(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Of velocities [B, C, H, W]: [B], as train.huber says."""
+        error = flow_loss(predicted, target)
+        return error if self.huber is None else pseudo_huber(error, self.huber)
 
     def share(self, step: int, size: int, world: World) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Positions of a step in micro-batches, at most ``size`` of one shape: (those that are this process's, those that

@@ -139,7 +139,13 @@ def _data_rules(r: Recipe) -> list[Clash]:
     return found
 
 
-_DENSITY_KEYS = {"beta": {"alpha", "beta"}, "logit_normal": {"mean", "std"}, "mode": {"scale"}}
+_KEYS_OF_DENSITIES = {
+    "alpha": ("beta", "u_shaped"),
+    "beta": ("beta",),
+    "mean": ("logit_normal",),
+    "scale": ("mode",),
+    "std": ("logit_normal",),
+}
 
 
 def _timestep_rules(r: Recipe) -> list[Clash]:
@@ -147,11 +153,10 @@ def _timestep_rules(r: Recipe) -> list[Clash]:
         message = f"has no effect with objective = '{r.train.objective}': sigma comes from {origin}"
         return [_idle("timesteps", message, "train.objective")]
     found = []
-    for density, keys in _DENSITY_KEYS.items():
-        for key in sorted(keys):
-            if getattr(r.timesteps, key) is not None and r.timesteps.density != density:
-                message = f"has no effect with density = '{r.timesteps.density}'; needs '{density}'"
-                found.append(_idle(f"timesteps.{key}", message, "timesteps.density"))
+    for key, densities in _KEYS_OF_DENSITIES.items():
+        if getattr(r.timesteps, key) is not None and r.timesteps.density not in densities:
+            message = f"has no effect with density = '{r.timesteps.density}'; needs {' or '.join(map(repr, densities))}"
+            found.append(_idle(f"timesteps.{key}", message, "timesteps.density"))
     return found
 
 

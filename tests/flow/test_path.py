@@ -110,3 +110,19 @@ def test_dtype_of_the_sample_is_kept():
     data, sigma = torch.ones(2, 3), torch.tensor([0.25, 0.5], dtype=torch.float64)
     assert path.interpolate(data, -data, sigma).dtype == torch.float32
     assert path.denoised(data, sigma, data).dtype == torch.float32
+
+
+@pytest.mark.parametrize("c", [5.4e-4, 0.1, 3.0])
+def test_pseudo_huber_is_a_square_near_and_a_root_far_off(c):
+    """And what a sample pulls by never exceeds that of the root."""
+    error = torch.logspace(-14, 8, 60, dtype=torch.float64).requires_grad_()
+    loss = path.pseudo_huber(error, c)
+    torch.testing.assert_close(loss, (error + c**2).sqrt() - c, rtol=1e-6, atol=1e-9)
+    near, far = error < 1e-6 * c**2, error > 1e8 * c**2
+    torch.testing.assert_close(loss[near], error[near] / (2 * c), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss[far], error[far].sqrt(), rtol=1e-3, atol=0)
+    (slope,) = torch.autograd.grad(loss.sum(), error)
+    root = error.detach().sqrt()
+    assert bool((slope * 2 * root <= 1).all()), "of the root mean square, one at most"
+    single = path.pseudo_huber(error.detach().float(), c)
+    torch.testing.assert_close(single.double(), loss.detach(), rtol=1e-5, atol=0)

@@ -46,6 +46,8 @@ CLOSED = [
     ("beta", {"alpha": 3.0, "beta": 2.0}, stats.beta(3, 2).cdf),
     ("beta", {"alpha": 0.7, "beta": 1.4}, stats.beta(0.7, 1.4).cdf),
     ("cosmap", {}, cosmap_cdf),
+    ("u_shaped", {"alpha": 4.0}, lambda s: 0.5 + np.sinh(4 * (s - 0.5)) / (2 * np.sinh(2))),
+    ("u_shaped", {"alpha": 0.5}, lambda s: 0.5 + np.sinh(0.5 * (s - 0.5)) / (2 * np.sinh(0.25))),
 ]
 ALL = [*[(name, params) for name, params, _ in CLOSED], *[("mode", {"scale": s}) for s in (-1.0, 0.0, 0.81, 1.29, 1.75)]]
 

@@ -62,7 +62,7 @@ def recipe(kind: str = "flow", batch: int = 16, seed: int = 0, **tables) -> Reci
             "run": {"name": "a", "out": "a", "seed": seed},
             "model": {"family": "pixel_flux", "new": {"height": 8, "width": 16, "patch": 4, **sizes}},
             "data": data | tables.pop("data", {}),
-            "train": {"objective": kind, "steps": 10, "batch": batch, "lr": 1e-3},
+            "train": {"objective": kind, "steps": 10, "batch": batch, "lr": 1e-3} | tables.pop("train", {}),
             **tables,
         }
     )
@@ -307,3 +307,16 @@ def test_standard_error_at_the_edges():
     assert standard_error(sigma, np.full(64, 2.0), names) == pytest.approx(0, abs=1e-12)
     losses = np.random.default_rng(0).random(64)
     assert standard_error(sigma, 10 * losses, names) == pytest.approx(10 * standard_error(sigma, losses, names))
+
+
+@every_kind
+def test_huber_is_laid_over_each_sample_s_error(kind, digits):
+    """And over that of validation, which is the same loss."""
+    source, c = digits if kind == "flow" else Pairs(), 0.3
+    model = build_model(recipe(kind))
+    plain, other = objective(kind, source), objective(kind, source, train={"huber": c})
+    batch = plain.noisy_batch(0, np.arange(8))
+    with torch.no_grad():
+        error, loss = plain.loss(model, batch), other.loss(model, batch)
+    torch.testing.assert_close(loss, (error + c**2).sqrt() - c, rtol=1e-4, atol=1e-6)
+    assert bool((loss != error).all())

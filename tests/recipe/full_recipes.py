@@ -77,6 +77,7 @@ stratify = false
 
 [train]
 objective = "reflow"
+huber = 0.01
 steps = 100
 batch = 8
 micro_batch = 4

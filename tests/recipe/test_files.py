@@ -183,7 +183,7 @@ def test_overrides_may_open_a_table_and_the_last_one_wins(load):
         ("adapter.targets.0={presets = 'x'}", "--set: adapter.targets.0.presets: unknown key, did you mean 'preset'?"),
         (
             "timesteps={density = 'mode', alpha = 1}",
-            "--set: timesteps.alpha: has no effect with density = 'mode'; needs 'beta'",
+            "--set: timesteps.alpha: has no effect with density = 'mode'; needs 'beta' or 'u_shaped'",
         ),
     ],
 )

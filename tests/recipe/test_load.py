@@ -25,12 +25,12 @@ ONE_LINE_ERRORS = [  # what is added to SMALL, the line of the mistake below it,
     (
         "[timesteps]\ndensity = 'logitnormal'",
         2,
-        "timesteps.density: 'logitnormal' is not one of 'uniform', 'logit_normal', 'beta', 'mode', 'cosmap'; "
+        "timesteps.density: 'logitnormal' is not one of 'uniform', 'logit_normal', 'beta', 'mode', 'cosmap', 'u_shaped'; "
         "did you mean 'logit_normal'?",
     ),
     ("precision = 16", 1, "train.precision: expects 'fp32' or 'bf16', got the integer 16"),
     ("precision = 'x'", 1, "train.precision: 'x' is not one of 'fp32', 'bf16'"),
-    ("warmup = '8'", 1, "train.warmup: expects an integer, got the string '8'"),
+    ("warmup = '8'", 1, "train.warmup: expects an integer, got the string '8'; write it without quotes"),
     ("warmup = 8.5", 1, "train.warmup: expects an integer, got the number 8.5"),
     ("warmup = inf", 1, "train.warmup: expects an integer, got the number inf"),
     ("warmup = -1.0", 1, "train.warmup: must be at least 0, got -1.0"),
@@ -101,8 +101,8 @@ ONE_LINE_ERRORS = [  # what is added to SMALL, the line of the mistake below it,
     (
         '"a.b\\n" = 1',
         1,
-        'train."a.b\\n": unknown key, known here: objective, min_snr, steps, batch, micro_batch, lr, schedule, warmup, '
-        "lr_floor, optimizer, betas, weight_decay, max_grad_norm, spike, precision, exact, gradient_checkpointing, "
+        'train."a.b\\n": unknown key, known here: objective, scales, min_snr, huber, steps, batch, micro_batch, lr, schedule, '
+        "warmup, lr_floor, optimizer, betas, weight_decay, max_grad_norm, spike, precision, exact, gradient_checkpointing, "
         "offload_activations, compile, attention",
     ),
     ("[log]\nwandb = 0", 2, "log.wandb: expects true or false, got the integer 0"),
@@ -133,10 +133,10 @@ rank = 0
         "x.toml: model.family: required, not set",
         "x.toml: data.source: required, not set",
         "x.toml:1: train.lr: required, not set",
-        "x.toml:2: train.batch: expects an integer, got the string '8'",
+        "x.toml:2: train.batch: expects an integer, got the string '8'; write it without quotes",
         "x.toml:3: train.stpes: unknown key, did you mean 'steps'?",
-        "x.toml:5: timesteps.density: 'logitnormal' is not one of 'uniform', 'logit_normal', 'beta', 'mode', 'cosmap'; "
-        "did you mean 'logit_normal'?",
+        "x.toml:5: timesteps.density: 'logitnormal' is not one of 'uniform', 'logit_normal', 'beta', 'mode', 'cosmap', "
+        "'u_shaped'; did you mean 'logit_normal'?",
         "x.toml:6: timesteps.shfit: unknown key, did you mean 'shift'?",
         "x.toml:6: timesteps.shift: expects a number or 'auto', got the string 'none'",
         "x.toml:7: run.name: required, not set",
@@ -159,7 +159,7 @@ def test_no_contradiction_is_made_up_for_a_key_that_was_not_understood(errors_of
     text = SMALL.replace("path = ", "zzz = ")
     assert errors_of(text) == [
         "x.toml:6: model.zzz: unknown key, known here: family, path, revision, components, "
-        "image_prompts, mask, t5_mask, null, guidance, text_length, new"
+        "image_prompts, mask, t5_mask, null, prediction, guidance, text_length, new"
     ]
 
 

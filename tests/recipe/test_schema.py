@@ -94,7 +94,7 @@ CONTRADICTIONS = [
         "model: set exactly one of path (trained weights) and new (sizes of a new network)",
     ),
     (["data.path=x"], "data.path: has no effect with source = 'digits', which ships with scikit-learn"),
-    (["timesteps.alpha=1"], "timesteps.alpha: has no effect with density = 'uniform'; needs 'beta'"),
+    (["timesteps.alpha=1"], "timesteps.alpha: has no effect with density = 'uniform'; needs 'beta' or 'u_shaped'"),
     (["timesteps.std=1", "timesteps.density=mode"], "timesteps.std: has no effect with density = 'mode'; needs 'logit_normal'"),
     (["timesteps.scale=1"], "timesteps.scale: has no effect with density = 'uniform'; needs 'mode'"),
     (["train.micro_batch=3"], "train.micro_batch: 3 does not divide batch = 8"),

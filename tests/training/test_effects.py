@@ -106,6 +106,7 @@ CASES = [
     ("train.optimizer", "adamw_bf16", "adapter", ["train.precision=bf16"]),
     ("train.betas", "[0.5, 0.9]", "adapter", []),
     ("train.weight_decay", "0.5", "adapter", []),
+    ("train.huber", "0.01", "adapter", []),
     ("train.max_grad_norm", "1e-6", "adapter", ["train.optimizer=adamw"]),
     ("train.precision", "bf16", "adapter", []),
     ("train.exact", "true", "adapter", []),
