@@ -50,7 +50,8 @@ def _row(folder: Path, source: PairSource, decode: Callable[[Tensor], Tensor], i
 
 
 def _facts(source: PairSource) -> dict[str, str]:
-    found = {key.replace("_", " "): str(source.facts[key]) for key in WORDS if source.facts.get(key) not in (None, "")}
+    known = {key: source.facts[key] for key in WORDS if source.facts.get(key) not in (None, "")}
+    found = {key.replace("_", " "): f"{x:.4g}" if isinstance(x, float) else str(x) for key, x in known.items()}
     rms, most = source.rounding()
     if most:
         found["lost by 16 bits"] = f"{rms:.2g} of the rms, at most {most:.2g}"
