@@ -31,6 +31,7 @@ from dedistill.models.family import Family
 from dedistill.models.registry import get_family, text_length
 from dedistill.posthoc.average import average_run
 from dedistill.recipe import Recipe
+from dedistill.recipe.model_tables import Target
 from dedistill.recipe.resolve import filled, resolve
 from dedistill.recipe.shipped import is_shipped
 from dedistill.release.export import export_adapter, export_model, formats_of
@@ -46,6 +47,8 @@ SMALL = 64
 """Side of the squares that the first resolution becomes; the others grow by 16 each."""
 SAMPLE_SIDES = (1600, 1200)
 """Width and height of sample images: enough for any crop at 1024."""
+RANK = 4
+"""Of adapters, at most: tiny layers are narrower than many a real rank."""
 FEW_BLOCKS = 2
 """Of those that wait on the CPU or are computed again."""
 PROMPTS = ("", "two words")
@@ -226,10 +229,12 @@ def shrink(recipe: Recipe, *, run: Path, model: dict[str, Any], data: dict[str, 
     if recipe.data.source == "pictures":
         count = len(filled(recipe.data.resolutions, "data.resolutions"))
         data = data | {"resolutions": [SMALL + 16 * i for i in range(count)]}
+    targets = [_small_target(target) for target in recipe.adapter.targets] if recipe.adapter else []
     return _copy(
         recipe,
         run={"out": str(run), "resume": "auto"},
         model=model,
+        **({"adapter": {"targets": targets}} if targets else {}),
         base={"swap": FEW_BLOCKS if recipe.base.swap == "auto" else min(recipe.base.swap, FEW_BLOCKS)},
         data=data,
         train=train,
@@ -245,6 +250,10 @@ def shrink(recipe: Recipe, *, run: Path, model: dict[str, Any], data: dict[str, 
         },
         preview=every if recipe.preview.every else {},
     )
+
+
+def _small_target(target: Target) -> Target:
+    return target.model_copy(update={"rank": min(target.rank, RANK)}) if isinstance(target.rank, int) else target
 
 
 def _small_guider(name: str) -> str:

@@ -8,11 +8,15 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from dedistill.cli.rehearsal import shrink, write_small_model
+from dedistill.models.model import adapted_layers
+from dedistill.models.registry import get_family
+from dedistill.recipe import load_recipe
 from dedistill.train import main
 
 ROOT = Path(__file__).parents[2]
 FLUX = [*sorted(p.stem for p in (ROOT / "dedistill" / "recipes").glob("fl*.toml")), "openflux"]
-SD3 = ["sd35_medium", "sd35_turbo_dedistill", "sd35_large"]
+OTHERS = sorted(p.stem for p in (ROOT / "dedistill" / "recipes").glob("sd*.toml"))
 DIGITS = ["digits/teacher", "digits/dedistill", "mnist/teacher", "mnist/dedistill", "mnist_flux"]
 
 
@@ -30,7 +34,7 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture
 def rehearse(tmp_path, images, capsys):
     def run(recipe: str, *settings: str) -> tuple[int, str]:
-        own = [f"data.sets=[{{path='{images}'}}]"] if recipe in FLUX + SD3 else []
+        own = [f"data.sets=[{{path='{images}'}}]"] if recipe in FLUX + OTHERS else []
         words = [w for s in (f"run.out='{tmp_path}/run'", *own, *settings) for w in ("--set", s)]
         code = main([str(ROOT / "dedistill" / "recipes" / f"{recipe}.toml"), "--rehearse", *words])
         return code, capsys.readouterr().err
@@ -86,8 +90,19 @@ def test_the_recipe_s_own_way_of_sampling(rehearse, tmp_path):
     assert sampled_by(tmp_path / "run-rehearsal") == {"Heun, autoguidance weak 0 step 1"}
 
 
+@pytest.mark.parametrize("recipe", [name for name in OTHERS if not name.endswith("tiny")])
+def test_adapters_of_recipes_fit_their_tiny_models(recipe, tmp_path):
+    """Whose layers are narrower than many a rank."""
+    made = load_recipe(ROOT / "dedistill" / "recipes" / f"{recipe}.toml")
+    family = get_family(made.model.family)
+    write_small_model(made, family, tmp_path, None)
+    small = shrink(made, run=tmp_path / "run", model={"path": str(tmp_path)}, data={}, small_images=True)
+    assert adapted_layers(small, family, family.full_size(small.model).denoiser)
+    assert len(small.adapter.targets) == len(made.adapter.targets)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [*FLUX, *SD3, *DIGITS])
+@pytest.mark.parametrize("recipe", [*FLUX, *OTHERS, *DIGITS])
 def test_every_recipe_passes_in_ninety_seconds(rehearse, recipe):
     start = time.monotonic()
     code, said = rehearse(recipe)

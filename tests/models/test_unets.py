@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -506,6 +507,16 @@ def test_checkpointing_changes_no_bit(name, folders):
 def test_settings_that_it_cannot_have_are_refused(name, changes, said, folders):
     with pytest.raises(UserError, match=said):
         get_family(name).load(spec(folders[name], **changes), seed=0)
+
+
+def test_the_refiner_is_refused(folders, tmp_path):
+    """By what its model_index.json says, whatever its networks' sizes are."""
+    shutil.copytree(folders["sdxl"], tmp_path / "refiner")
+    index = tmp_path / "refiner" / "model_index.json"
+    found = json.loads(index.read_text()) | {"requires_aesthetics_score": True, "text_encoder": [None, None]}
+    index.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"model\.path: .*refiner' is a refiner: it is told an aesthetic score"):
+        get_family("sdxl").load(spec(tmp_path / "refiner"), seed=0, denoiser=False)
 
 
 @every_family

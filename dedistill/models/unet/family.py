@@ -55,6 +55,13 @@ class UNetFamily(PipelineFamily):
         """``spec``: a diffusers folder, a hub id with its revision, or one file with diffusers' or the original names."""
         self._check(spec)
         place = locate(self.spec, named_path(spec), spec.revision, spec.components)
+        index = place.components / "model_index.json"
+        if index.exists() and read_object(index, "model.path").get("requires_aesthetics_score"):
+            raise UserError(
+                f"model.path: '{place.components}' is a refiner: it is told an aesthetic score in the place of a size, and "
+                "goes on from images of the base; it is not trained here. Take the base",
+                2,
+            )
         network = self._network(place, empty=not denoiser)
         vae = Vae(place.components / "vae")
         sides = network.config.in_channels, network.config.out_channels
