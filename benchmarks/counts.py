@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dedistill.adapters.layers import LokrLayer
 from dedistill.forecast import kernels
-from dedistill.forecast.depth import Case, estimate
+from dedistill.forecast.depth import estimate
+from dedistill.forecast.paper import Case
 from dedistill.models import quantize
 from dedistill.models.model import Model
 from dedistill.models.registry import get_family

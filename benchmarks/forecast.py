@@ -10,24 +10,27 @@ the CPU's kernels and allocator; of a card's nothing is seen here.
 """
 
 import argparse
+import gc
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import counts
+from dedistill.distributed.world import World
 from dedistill.forecast.cards import CARDS, FITS, GIB, fit, room_on
 from dedistill.forecast.choose import Choices
-from dedistill.forecast.depth import Case, estimate
+from dedistill.forecast.depth import estimate
 from dedistill.forecast.forecast import case_of, swapped_to_fit
 from dedistill.forecast.meter import BASE, OPTIMIZER, TRAINED
-from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, prepared
+from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, Case, prepared
 from dedistill.models.registry import get_family
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.resolve import recipe_of
+from dedistill.training.engine import Engine
 from dedistill.training.trainer import Trainer
 
 RESIDENT = (BASE, TRAINED, OPTIMIZER)
@@ -95,19 +98,46 @@ def compared(name: str, width: int, *, whole: bool = False) -> Row:
 
 
 def measured(case: Case) -> int:
-    """The most that the second step of a real run takes at once, as torch's profiler sees it."""
-    components = case.family.load(case.recipe.model, seed=0)
-    trainer = prepared(case.recipe, case.family, components, case.image, case.length, "cpu")
+    """The most that the second step of a real run takes at once beside what is there before it, as torch's profiler sees it."""
+    trainer = prepared(case, case.family.load(case.recipe.model, seed=0), "cpu")
     trainer.train_step(0, iter(samples_of(trainer)))  # makes the optimizer's state
-    vars(components.denoiser.pos_embed)["kept"].clear()  # positions are made anew, for they are forecast, too
+    forget_positions(trainer)
     samples = iter(samples_of(trainer))  # made before: on a card they are not in its memory
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.train_step(0, samples)
+    return highest(profiler)
+
+
+SECOND = "the second step"
+
+
+def measured_in_all(case: Case, world: World, engine: type[Engine]) -> int:
+    """The most that one process of ``world`` has in use in the second step, weights and optimizer included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer = prepared(case, case.family.load(case.recipe.model, seed=0), "cpu", world, engine)
+        trainer.train_step(0, iter(samples_of(trainer)))
+        forget_positions(trainer)
+        gc.collect()
+        samples = iter(samples_of(trainer))
+        with record_function(SECOND):
+            trainer.train_step(0, samples)
+    return highest(profiler, SECOND)
+
+
+def forget_positions(trainer: Trainer) -> None:
+    """They are kept from step to step, and made anew where a step is forecast."""
+    if positions := getattr(trainer.model.components.denoiser, "pos_embed", None):
+        vars(positions).get("kept", {}).clear()
+
+
+def highest(profiler: profile, since: str = "") -> int:
+    """Most bytes in use at once, of those taken while ``profiler`` looked. since: from the beginning of this part on."""
+    events = profiler.profiler.kineto_results.events()
+    begin = min((event.start_ns() for event in events if event.name() == since), default=0)
     live = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live)
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        most = max(most, live) if event.start_ns() >= begin else most
     return most
 
 
@@ -138,7 +168,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 MARKS = "<!-- forecast: python -m benchmarks.forecast --recipes -->", "<!-- end of forecast -->"
 RECIPES = {
     "flux_schnell_12gb": 12, "flux_schnell_16gb": 16, "flux_schnell_24gb": 24, "flux_schnell": 48, "flux_schnell_80gb": 80,
-    "flux_dev": 48, "flex1_alpha": 24, "flux_lora": 24, "sd35_medium": 12, "sd35_large": 16, "sd35_turbo_dedistill": 16,
+    "flux_dev": 48, "openflux": 48, "flex1_alpha": 24, "flux_lora": 24, "sd35_medium": 12, "sd35_large": 16,
+    "sd35_turbo_dedistill": 16, "sd15_lora": 8, "sdxl_lora": 16, "sdxl_turbo_dedistill": 16,
 }  # fmt: skip
 """Shipped ones -> GB of the card that each is made for."""
 SHOWN = ("RTX 4070", "RTX 4080", "RTX 4090", "L40S", "H100")

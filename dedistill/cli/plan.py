@@ -2,13 +2,16 @@
 
 dedistill plan my_recipe.toml
 dedistill plan my_recipe.toml --card 24      # what lets it train on a card of 24 GB
+dedistill plan my_recipe.toml --gpus 8       # what each of 8 GPUs needs, by the engine that spreads the work
 dedistill plan my_chain --scale 0.01         # pairs, visits and days of a chain's stages, on each card
 """
 
 import json
 import math
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +25,7 @@ from dedistill.runs.missing import missing_inputs
 
 if TYPE_CHECKING:
     from dedistill.forecast.forecast import Outlook
+    from dedistill.forecast.paper import Case
     from dedistill.models.family import Components, Family
 
 T = TypeVar("T")
@@ -33,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for what a start would refuse."""
     parser = recipe_parser("plan", __doc__)
     parser.add_argument("--card", type=finite, metavar="GB", help="show which settings fit a card of so much memory")
+    parser.add_argument("--gpus", type=_several, metavar="N", help="show what each of N processes needs, one on each GPU")
     parser.add_argument("--no-forecast", action="store_true", help="leave out memory, work and cards, which take a minute")
     parser.add_argument("--json", action="store_true", help="the same as data, on stdout")
     chain = "of a chain: "
@@ -45,10 +50,19 @@ def main(argv: list[str] | None = None) -> int:
         from dedistill.cli.plan_chain import plan_chain
 
         return guarded(lambda: plan_chain(args), debug=args.debug)
-    return run_recipe(args, lambda recipe: plan(recipe, card=args.card, data=args.json, forecast=not args.no_forecast))
+    how = {"card": args.card, "gpus": args.gpus, "data": args.json, "forecast": not args.no_forecast}
+    return run_recipe(args, lambda recipe: plan(recipe, **how))
 
 
-def plan(recipe: Recipe, *, card: float | None = None, data: bool = False, forecast: bool = True) -> int:
+def _several(value: str) -> int:
+    if not value.isdecimal() or int(value) < 2:
+        raise ArgumentTypeError(f"'{value}' is no number of GPUs from 2 on")
+    return int(value)
+
+
+def plan(
+    recipe: Recipe, *, card: float | None = None, gpus: int | None = None, data: bool = False, forecast: bool = True
+) -> int:
     """Say, or with ``data`` print as JSON, what ``recipe`` comes to. Returns the exit code."""
     facts: Facts = {}
     refused = missing_inputs(recipe)
@@ -58,7 +72,7 @@ def plan(recipe: Recipe, *, card: float | None = None, data: bool = False, forec
     before = len(refused)
     _network(recipe, facts, refused, say)
     if forecast and "network" in facts and len(refused) == before:
-        _forecast(recipe, facts, say, card)
+        _forecast(recipe, facts, say, card, gpus)
     facts["refused"] = refused
     if data:
         facts.pop("network", None)
@@ -211,7 +225,7 @@ def _on_disk(size: int) -> str:
 # --- the step, on paper ----------------------------------------------------------------------------------------------
 
 
-def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: float | None) -> None:
+def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: float | None, gpus: int | None) -> None:
     from dedistill.forecast import forecast as f
     from dedistill.forecast.cards import room_on
     from dedistill.forecast.choose import Choices, became
@@ -228,6 +242,8 @@ def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: fl
     memory = f.memory_facts(own, f.beside(recipe, family), previews=bool(recipe.preview.every))
     facts["memory"], facts["cards"] = memory, f.card_facts(lambda card: choices(room_on(card.gb), tries=0))
     say(_memory_lines(memory))
+    if gpus:
+        facts["each_of_gpus"] = _each_of_gpus(replace(case, recipe=here), gpus, say)
     found = list(choices.others(here, all_of_them=card is not None))
     facts["step"] = f.step_facts(own, min(o.step.operations for o in [own, *found]))
     facts["other_settings"] = f.other_facts(found)
@@ -239,6 +255,27 @@ def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: fl
     if not fitting:
         return say(f"{'card':12} nothing fits {card:g} GB: take fewer or smaller adapters, or smaller images")
     return say(_setting_lines(f"{'card':12} of {card:g} GB, what fits, and no step takes less:", fitting, card))
+
+
+def _each_of_gpus(case: "Case", gpus: int, say: Callable[[str], None]) -> list[Facts]:
+    """What one of ``gpus`` processes needs under each engine."""
+    from dedistill.forecast.forecast import peak_facts
+    from dedistill.forecast.spread import PARTS, held
+
+    say(f"{'gpus':12} on each of {gpus} (NCCL takes more beside it):")
+    found: list[Facts] = []
+    for engine in PARTS:
+        one = held(engine, case, gpus)
+        if one.estimate is None:
+            found.append({"engine": engine.name, "refused": one.refused})
+            say(f"{'':12} {engine.name:6} refused: {one.refused}")
+            continue
+        facts = peak_facts(one.estimate)
+        found.append({"engine": engine.name, **facts})
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in facts["by_category_gib"].items())
+        fits = next((f"fits {gb} GB" for gb, fit in facts["cards"].items() if fit == "fits"), "fits no card of the table")
+        say(f"{'':12} {engine.name:6} {_size(facts['peak_gib'])} at the peak ({facts['where']}), {fits}: {parts}")
+    return found
 
 
 def _toml(value: object) -> str:

@@ -228,31 +228,41 @@ COMPARED_AT = 3
 
 
 def _expect(trainer: "Trainer", settled: Recipe) -> list[str]:
-    """Have a run on one GPU held against its forecast; returns what a user should know. Never keeps it from training."""
-    pace = trainer.pace
-    if pace.device.type != "cuda" or trainer.world.size > 1:
+    """Have a run on GPUs held against its forecast; returns what a user should know. Never keeps it from training."""
+    pace, world, engine = trainer.pace, trainer.world, type(trainer.engine)
+    if pace.device.type != "cuda":
         return []
     from dedistill.forecast.expected import expected
+    from dedistill.forecast.spread import PARTS
     from dedistill.runs.pace import matmul_rate
 
+    if engine not in PARTS:
+        return []
     try:
-        found = expected(settled, trainer.model.family)
-        pace.expected, pace.useful, pace.rate = found.peak_gib, found.useful, matmul_rate(pace.device)
+        found = expected(settled, trainer.model.family, engine, world.size)
+        pace.expected = found.peak_gib
+        if world.size == 1:  # a process does not know what the others do
+            pace.useful, pace.rate = found.useful, matmul_rate(pace.device)
     except Exception as e:  # of whatever a family may not know on shapes alone
         return [f"memory and useful work are not forecast: {type(e).__name__}: {e}"]
     return []
 
 
 def _compare(trainer: "Trainer") -> None:
-    """Write the measured peak beside the forecast, and say where they differ."""
+    """Write the measured peak beside the forecast, and say where they differ; else, why it is not there."""
     from dedistill.io.atomic import replace_json
     from dedistill.io.json_files import read_object
 
-    file = trainer.run.path / "plan.json"
-    if (memory := trainer.pace.memory()) and trainer.pace.expected:
-        both = {"peak_gib": trainer.pace.expected, "measured_peak_gib": round(memory.peak, 3), "after_steps": COMPARED_AT}
-        replace_json(file, read_object(file) | {"forecast": both})
-    if note := trainer.pace.surprise():
+    file, pace = trainer.run.path / "plan.json", trainer.pace
+    found: dict[str, object]
+    if not (memory := pace.memory()):
+        found = {"not_measured": f"torch counts no memory on a {pace.device.type}"}
+    elif not pace.expected:
+        found = {"measured_peak_gib": round(memory.peak, 3), "not_forecast": f"of {trainer.engine.name}, or of this family"}
+    else:
+        found = {"peak_gib": pace.expected, "measured_peak_gib": round(memory.peak, 3)}
+    replace_json(file, read_object(file) | {"forecast": found | {"after_steps": COMPARED_AT}})
+    if note := pace.surprise():
         say(f"note: {note}")
 
 

@@ -16,11 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from dedistill.adapters.targets import adaptable, resolve_targets
 from dedistill.forecast.meter import BASE, Meter, Peak, Work, reserved
-from dedistill.forecast.paper import BACKWARD, FORWARD, prepared, run, shapes_alone
-from dedistill.models.family import Family
+from dedistill.forecast.paper import BACKWARD, FORWARD, Case, prepared, run, shapes_alone
 from dedistill.models.quantize import excluded, linear_names
 from dedistill.models.swap import saved
-from dedistill.recipe import Recipe
 from dedistill.recipe.model_tables import Target
 from dedistill.recipe.resolve import chosen, make_plan
 
@@ -76,20 +74,6 @@ class Estimate:
 
 def _line(times: int, start: int, more: int, less: int) -> int:
     return start + times * (more - less)
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is asked about: a recipe on samples of one shape."""
-
-    recipe: Recipe
-    family: Family
-    image: tuple[int, int, int]
-    """Of a sample, as the denoiser sees it."""
-    length: int
-    """Tokens of a caption."""
-    card: bool = True
-    """With a GPU's kernels and allocator, else the CPU's."""
 
 
 def estimate(case: Case, *, whole: bool = False) -> Estimate:
@@ -207,8 +191,8 @@ def _measured(case: Case, outline: _Outline, depths: list[int]) -> Estimate:
     _name_places(denoiser, cut, meter)
     with shapes_alone(card=case.card):
         changed = recipe.model_copy(update=tables)
-        trainer = prepared(changed, case.family, components, case.image, case.length, "meta")
-        run(trainer, meter, adds=make_plan(recipe).micro_steps > 1)
+        trainer = prepared(replace(case, recipe=changed), components, "meta")
+        run(trainer, meter, adds=make_plan(recipe).micro_steps > case.processes)
     sizes = [sum(p.nbytes for p in denoiser.get_submodule(names[0]).parameters()) for names in cut]
     return Estimate(meter.peaks(FORWARD), dict(meter.work), reserved(meter.events) if case.card else 0, sizes)
 

@@ -4,13 +4,15 @@ from dataclasses import dataclass, replace
 
 from dedistill.data.images.buckets import buckets_for
 from dedistill.forecast.cards import GIB
-from dedistill.forecast.depth import Case, estimate
+from dedistill.forecast.depth import estimate
 from dedistill.forecast.forecast import case_of, changed, setting_of
-from dedistill.forecast.paper import BACKWARD, FORWARD, VALIDATION
+from dedistill.forecast.paper import BACKWARD, FORWARD, VALIDATION, Case
+from dedistill.forecast.spread import held
 from dedistill.models.family import Components, Family
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import filled
 from dedistill.runs.pace import Useful
+from dedistill.training.engine import Engine
 
 SHORT = 8
 """A short caption is so much shorter than the longest; between them operations grow as good as evenly."""
@@ -23,12 +25,13 @@ class Expected:
     useful: Useful
 
 
-def expected(recipe: Recipe, family: Family) -> Expected:
-    """Of ``recipe`` on a GPU; takes seconds, and no GPU."""
+def expected(recipe: Recipe, family: Family, engine: type[Engine] = Engine, processes: int = 1) -> Expected:
+    """Of ``recipe`` on one of so many GPUs; takes seconds, and no GPU. engine: one whose memory is known (spread.PARTS)."""
     components = family.full_size(recipe.model)
     case = case_of(recipe, family, components)
-    peaks = estimate(case).peaks.items()
-    peak = max(found.bytes for (phase, _), found in peaks if phase != VALIDATION)
+    found = held(engine, case, processes).estimate
+    assert found, "what an engine refuses is refused before anything is loaded"
+    peak = max(peak.bytes for (phase, _), peak in found.peaks.items() if phase != VALIDATION)
     return Expected(round(peak / GIB, 3), useful_work(case, components))
 
 
@@ -37,7 +40,8 @@ def useful_work(case: Case, components: Components) -> Useful:
     family, recipe = case.family, case.recipe
     micro = setting_of(recipe).micro_batch
     setting = replace(setting_of(recipe), checkpointing=False, swap=0)
-    plain = changed(recipe, setting)
+    unvalidated = recipe.validate_.model_copy(update={"every": 0})
+    plain = changed(recipe, setting).model_copy(update={"validate_": unvalidated})
     images = {case.image}
     if recipe.data.source == "pictures":
         sides = (buckets_for([side])[0] for side in filled(recipe.data.resolutions, "data.resolutions"))

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
 
 from dedistill.data.images.buckets import buckets_for
 from dedistill.forecast.cards import CARDS, CONTEXT, FITS, GIB, NO, Card, fit, room_on
-from dedistill.forecast.depth import GRANULE, Case, Estimate, estimate
+from dedistill.forecast.depth import GRANULE, Estimate, estimate
 from dedistill.forecast.meter import BASE, Meter, Work
-from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, on_paper, shapes_alone
+from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, Case, on_paper, shapes_alone
 from dedistill.models.family import CAPTIONS, DECODING, Components, Family
 from dedistill.models.prompts import blocks_of
 from dedistill.models.swap import fewest, saved
@@ -187,18 +188,30 @@ def _saved_at_most(network: nn.Module) -> int:
 
 def memory_facts(found: Outlook, passes: dict[str, Beside], *, previews: bool) -> dict[str, object]:
     """In GiB, of a whole run: training, and what runs before it or beside."""
-    (phase, place), peak = found.estimate.highest
+    _, peak = found.estimate.highest
     resident = sum(n for c, n in peak.by_category.items() if c in ("base", "trained weights", "optimizer", "averages"))
     extra = {n: p.peak + (resident if n == DECODING else 0) for n, p in passes.items() if n != DECODING or previews}
     return {
-        "peak_gib": _gib(peak.bytes),
+        **_highest(found.estimate),
         "reserved_gib": _gib(found.estimate.reserved),
         "context_gib": _gib(CONTEXT),
-        "where": f"{phase}, {place}" if place else phase,
-        "by_category_gib": {name: _gib(n) for name, n in peak.by_category.items()},
         "other_gib": {name: _gib(n) for name, n in extra.items()},
         "at_least_gib": {name: _gib(p.least) for name, p in passes.items() if p.least < p.peak},
     }
+
+
+def _highest(found: Estimate) -> dict[str, object]:
+    (phase, place), peak = found.highest
+    return {
+        "peak_gib": _gib(peak.bytes),
+        "where": f"{phase}, {place}" if place else phase,
+        "by_category_gib": {name: _gib(n) for name, n in peak.by_category.items()},
+    }
+
+
+def peak_facts(found: Estimate) -> dict[str, Any]:
+    """Of a step, and whether it fits cards, by their GB."""
+    return {**_highest(found), "cards": {card.gb: fit(found.highest[1].bytes, room_on(card.gb)) for card in CARDS}}
 
 
 def step_facts(found: Outlook, useful: int) -> dict[str, object]:

@@ -16,8 +16,8 @@ aten = torch.ops.aten
 
 BASE, TRAINED, GRADIENTS = "base", "trained weights", "gradients"
 OPTIMIZER, AVERAGES, DEQUANTIZED = "optimizer", "averages", "dequantized weights"
-ACTIVATIONS, TEMPORARY = "activations", "temporary"
-CATEGORIES = (BASE, TRAINED, GRADIENTS, OPTIMIZER, AVERAGES, ACTIVATIONS, DEQUANTIZED, TEMPORARY)
+ACTIVATIONS, TEMPORARY, GATHERED = "activations", "temporary", "gathered blocks"
+CATEGORIES = (BASE, GATHERED, TRAINED, GRADIENTS, OPTIMIZER, AVERAGES, ACTIVATIONS, DEQUANTIZED, TEMPORARY)
 _SCALED = aten.mul.Tensor
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
 """Adds the gradient of the queries up in float32, in memory of its own."""

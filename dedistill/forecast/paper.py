@@ -5,9 +5,10 @@ Where torch chooses kernels by device, it is told which ones a card, or the CPU,
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import numpy as np
@@ -32,6 +33,7 @@ from dedistill.training.engine import Engine
 from dedistill.training.trainer import Trainer
 
 aten = torch.ops.aten
+T = TypeVar("T")
 FORWARD, BACKWARD, NORM, UPDATE, VALIDATION = "forward", "backward", "gradient norm", "optimizer", "validation"
 
 # --- what "meta" is told ---------------------------------------------------------------------------------------------
@@ -88,9 +90,8 @@ def _makes_anew(func: OpOverload) -> bool:
 
 
 @contextmanager
-def shapes_alone(*, card: bool) -> Iterator[Autocast]:
-    """Work on "meta" as on a card, or on the CPU: numbers are made up, and lists of tensors go at once. Gives what
-    autocast is then."""
+def shapes_alone(*, card: bool) -> Iterator[None]:
+    """Work on "meta" as on a card, or on the CPU: numbers are made up, and lists of tensors go at once."""
     foreach = "torch.utils._foreach_utils._get_foreach_kernels_supported_devices"
     fused = [f"torch.optim.{place}._get_fused_kernels_supported_devices" for place in ("adam", "optimizer")]
     autocast = Autocast(card=card)
@@ -99,12 +100,29 @@ def shapes_alone(*, card: bool) -> Iterator[Autocast]:
         stack.enter_context(patch("dedistill.models.blocks.checkpoint", autocast.checkpoint))
         for name in [foreach, *fused]:
             stack.enter_context(patch(name, lambda: ["cuda", "cpu", "meta"], create=True))
+        stack.enter_context(patch("torch.distributed.all_reduce", lambda tensor: None))
         stack.enter_context(card_kernels() if card else cpu_kernels())
         stack.enter_context(Answers())
-        yield autocast
+        yield
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked about: a recipe on samples of one shape."""
+
+    recipe: Recipe
+    family: Family
+    image: tuple[int, int, int]
+    """Of a sample, as the denoiser sees it."""
+    length: int
+    """Tokens of a caption."""
+    card: bool = True
+    """With a GPU's kernels and allocator, else the CPU's."""
+    processes: int = 1
+    """That share a step; asked about is one of them, which holds everything."""
 
 
 class Blank(OneSize):
@@ -151,11 +169,22 @@ def blank_text(components: Components, dtype: torch.dtype, length: int) -> Condi
     return Conditioning(tuple(sequences), {name: torch.zeros(1, n, dtype=dtype) for name, n in widths.vectors.items()})
 
 
-def on_paper(recipe: Recipe) -> Recipe:
-    """``recipe`` with one micro-batch a step, and without what needs files or images."""
+class Others(World):
+    """One of ``size`` processes, of which all say what it says."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def gather(self, value: T) -> list[T]:
+        return [value] * self.size
+
+
+def on_paper(recipe: Recipe, processes: int = 1) -> Recipe:
+    """``recipe`` with one micro-batch a step for each process, and without what needs files or images."""
     t = recipe.train
     tables = {
-        "train": {"steps": 10**9, "warmup": 0, "batch": make_plan(recipe).micro_batch},
+        "train": {"steps": 10**9, "warmup": 0, "batch": make_plan(recipe).micro_batch * processes},
         "timesteps": {"shift": 1.0},
         "sample": {"shift": 1.0, "guider": "cfg"},  # which may name blocks that the shorter networks measured do not have
         "data": {"caption_dropout": 0.0},
@@ -169,17 +198,18 @@ def on_paper(recipe: Recipe) -> Recipe:
 
 
 def prepared(
-    recipe: Recipe, family: Family, components: Components, image: tuple[int, int, int], length: int, device: str
+    case: Case, components: Components, device: str, world: World | None = None, engine: type[Engine] = Engine
 ) -> Trainer:
-    """What trains ``recipe`` on samples of the shape ``image`` with captions of ``length`` tokens, ready for its first step."""
-    recipe = on_paper(recipe)
-    model = assemble(recipe, family, components, device, started=device != "meta")
-    text = blank_text(components, torch.bfloat16, length)
+    """What one process of ``world`` trains the case's recipe with, on samples of its shape, ready for the first step."""
+    world = world or Others(case.processes)
+    recipe = on_paper(case.recipe, world.size)
+    model = assemble(recipe, case.family, components, device, started=device != "meta")
+    text = blank_text(components, torch.bfloat16, case.length)
     model.text_cache[""] = text
-    engine = Engine(recipe, World())
-    engine.place(model, device)
-    source = Blank(image, text)
-    trainer = Trainer(recipe, make_plan(recipe), model=model, source=source, run=RunDirectory(recipe), engine=engine)
+    spread = engine(recipe, world)
+    spread.place(model, device)
+    source = Blank(case.image, text)
+    trainer = Trainer(recipe, make_plan(recipe), model=model, source=source, run=RunDirectory(recipe), engine=spread)
     trainer.stop = StopRequests()
     model.root.train()
     return trainer

@@ -7,8 +7,8 @@ from benchmarks.forecast import SETTINGS
 from dedistill.distributed.world import World
 from dedistill.forecast.cards import FITS, SPLIT, fit
 from dedistill.forecast.choose import LATER, Choices, settle
-from dedistill.forecast.depth import Case
 from dedistill.forecast.forecast import Outlook
+from dedistill.forecast.paper import Case
 from dedistill.models.swap import saved
 from dedistill.recipe.resolve import settled
 

@@ -4,8 +4,9 @@ import pytest
 from tiny_recipes import adapter_table
 
 from benchmarks.forecast import SETTINGS, compared, recipe_for
-from dedistill.forecast.depth import Case, Estimate, estimate
+from dedistill.forecast.depth import Estimate, estimate
 from dedistill.forecast.meter import Event, Peak, Work, reserved
+from dedistill.forecast.paper import Case
 from dedistill.models.registry import get_family
 
 MIB = 1 << 20

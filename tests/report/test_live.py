@@ -119,6 +119,8 @@ def test_a_run_tells_its_speed_and_keeps_it(tmp_path, capsys):
     assert main([str(file)]) == 0
     said = capsys.readouterr().err
     assert "s/step" in said and "samples/s" in said and "TFLOP" not in said
+    why = json.loads((tmp_path / "teacher/plan.json").read_text())["forecast"]
+    assert why == {"not_measured": "torch counts no memory on a cpu", "after_steps": 3}
     timings = [json.loads(line) for line in (tmp_path / "teacher/timings.jsonl").read_text().splitlines()]
     assert all(row["step_s"] > 0 and row["samples_s"] == pytest.approx(8 / row["step_s"], rel=0.05) for row in timings)
     assert "step_s" not in (tmp_path / "teacher/metrics.jsonl").read_text()
