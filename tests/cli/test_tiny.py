@@ -12,7 +12,11 @@ FEW = ["train.steps=4", "train.warmup=0", "snapshot.every=2", "validate.samples=
 SETTINGS = [word for setting in FEW for word in ("--set", setting)]
 
 
-@pytest.mark.parametrize("family", families())
+SLOW = {"sd15"}
+"""Another family takes the same way: sdxl."""
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in families()])
 def test_a_whole_run_on_a_tiny_model(family, tmp_path, monkeypatch, capsys):
     """The recipe on stdout trains; averages, sweep and export follow as stderr says."""
     monkeypatch.chdir(tmp_path)

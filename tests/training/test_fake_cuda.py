@@ -30,8 +30,7 @@ LOOKS = [
 ]
 RUNS = {
     "lora, masked": [*LOOKS, "snapshot.every=1", "snapshot.ema=[0.05, 0.1]"],
-    "lokr, checkpointed, masked": [LOKR, CHECKPOINTED, "train.optimizer=adamw_bf16"],
-    "lokr, int8 products": [LOKR, "base.matmul=int8"],
+    "lokr, int8 products, checkpointed, masked": [LOKR, "base.matmul=int8", CHECKPOINTED, "train.optimizer=adamw_bf16"],
     "lokr, some checkpointed, plain base, alone": [LOKR, ONE, "train.gradient_checkpointing=2", "base.quant=none"],
 }
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the card without numbers is built by g++")
