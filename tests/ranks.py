@@ -38,10 +38,10 @@ def start_ranks(size: int, work: Callable[..., int | None], *arguments: object, 
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     ranks = [_fork.Process(target=_rank, args=(rank, size, port, said / str(rank), work, arguments)) for rank in range(size)]
-    gc.freeze()  # or the first collection in each process copies all that is imported
+    gc.collect()
+    gc.freeze()  # or the first collection in each process copies all that is there; for good, as conftest.py does it
     for process in ranks:
         process.start()
-    gc.unfreeze()
     return ranks
 
 

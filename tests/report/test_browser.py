@@ -42,7 +42,8 @@ def watched(browser, wrong: list[str], **options):
     context = browser.new_context(**{"viewport": DESK, **options})
     context.set_default_timeout(5000)
     context.on("request", lambda r: r.url.startswith(("file:", "data:")) or wrong.append(r.url))
-    context.on("requestfailed", lambda r: wrong.append(r.url))
+    # what is still being read when a test goes on to another page is broken off; a file that is not there is another failure
+    context.on("requestfailed", lambda r: "ERR_ABORTED" in (r.failure or "") or wrong.append(r.url))
     context.on("console", lambda m: m.type == "error" and wrong.append(m.text))
     context.on("weberror", lambda e: wrong.append(str(e.error)))
     return context.new_page()
