@@ -35,6 +35,7 @@ def pytest_collection_finish() -> None:
     searched for less often than after every 700 objects."""
     gc.collect()
     gc.freeze()
+    gc.unfreeze = lambda: None  # as a forecast calls it, which freezes what is there for a while
     gc.set_threshold(10_000, 10, 10)
 
 
