@@ -5,6 +5,7 @@ steps.py RECIPE '{"name of a run": ["table.key=value", ...], ...}'
 
 import device  # noqa: F401, I001 - before torch
 
+import gc
 import json
 import sys
 from collections import Counter, defaultdict
@@ -270,6 +271,7 @@ def benchmark() -> dict:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # no search for garbage need look through what was imported
     file, runs = sys.argv[1:]
     results = {name: run(load_recipe(Path(file), settings)) for name, settings in json.loads(runs).items()}
     print(json.dumps(results | {"benchmark": benchmark()}))
