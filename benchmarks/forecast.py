@@ -15,6 +15,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -88,10 +89,31 @@ class Row:
         return self.forecast / self.measured
 
 
+FAMILIES = {
+    "SDXL, LoRA": ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", 4, 77, {}),
+    "SD 3.5, LoRA, int8, checkpointing, batch of 4": (
+        "sd3", "stabilityai/stable-diffusion-3.5-medium", 16, 48, {"quant": "int8", "checkpointing": True, "batch": 4},
+    ),
+}  # fmt: skip
+"""Tiny networks of other families: what each is like, channels of its latents, tokens of captions, settings."""
+
+
 def compared(name: str, width: int, *, whole: bool = False) -> Row:
     recipe = recipe_for(width, **SETTINGS[name])
-    family = get_family(recipe.model.family)
-    case = Case(recipe, family, (16, 32, 32), 48, card=False)
+    return _row(name, Case(recipe, get_family(recipe.model.family), (16, 32, 32), 48, card=False), whole=whole)
+
+
+def compared_family(name: str, folder: Path) -> Row:
+    """folder: where the tiny model is written."""
+    kind, like, channels, length, settings = FAMILIES[name]
+    tables = recipe_for(64, LORA, **settings).resolved()
+    at = lambda path: recipe_of(tables | {"model": {"family": kind, "path": str(path), "text_length": length}})  # noqa: E731
+    family = get_family(kind)
+    family.write_tiny(at(like).model, folder, None, full_depth=False)
+    return _row(name, Case(at(folder), family, (channels, 32, 32), length, card=False), whole=True)
+
+
+def _row(name: str, case: Case, *, whole: bool) -> Row:
     peak = max((p for (phase, _), p in estimate(case, whole=whole).peaks.items() if phase in STEP), key=lambda p: p.bytes)
     resident = sum(peak.by_category.get(c, 0) for c in RESIDENT)
     return Row(name, resident, peak.bytes - resident, measured(case))
@@ -234,7 +256,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.counts:
         counts.write(PAGE)
         return 0
-    print(table([compared(name, args.width) for name in SETTINGS]) + "\nin MiB")
+    rows = [compared(name, args.width) for name in SETTINGS]
+    for name in FAMILIES:
+        with TemporaryDirectory() as folder:
+            rows.append(compared_family(name, Path(folder)))
+    print(table(rows) + "\nin MiB")
     return 0
 
 

@@ -21,6 +21,7 @@ CATEGORIES = (BASE, GATHERED, TRAINED, GRADIENTS, OPTIMIZER, AVERAGES, ACTIVATIO
 _SCALED = aten.mul.Tensor
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
 """Adds the gradient of the queries up in float32, in memory of its own."""
+_CPU_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 INT8_PRODUCTS = ("_int_mm", "scaled_product")
 FREE = frozenset(
     [
@@ -112,6 +113,8 @@ class Meter(TorchDispatchMode):
                 self.follow(tensor, DEQUANTIZED if codes else TEMPORARY)
             if codes and self.converts:
                 self.buffer(made[0].nbytes)
+            if func is _CPU_BACKWARD:
+                self.buffer(_scores_of_cpus(*args[1:3]))
             if func is _FLASH_BACKWARD:
                 self.buffer(4 * made[0].numel())
         return out
@@ -195,6 +198,13 @@ class Meter(TorchDispatchMode):
             if where not in found or total > found[where].bytes:
                 found[where] = Peak(total, {c: live[c] for c in CATEGORIES if live[c]})
         return found
+
+
+def _scores_of_cpus(query: Tensor, key: Tensor) -> int:
+    """Bytes of scores and of their gradients that torch's kernel for CPUs has at once in the pass back: a part of them."""
+    rows, columns = query.shape[-2], key.shape[-2]
+    rows = min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32)
+    return 2 * 4 * rows * min(columns, 512) * torch.get_num_threads()
 
 
 # --- what the caching allocator makes of it --------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 from tiny_recipes import adapter_table
 
-from benchmarks.forecast import SETTINGS, compared, recipe_for
+from benchmarks.forecast import FAMILIES, SETTINGS, compared, compared_family, recipe_for
 from dedistill.forecast.depth import Estimate, estimate
 from dedistill.forecast.meter import Event, Peak, Work, reserved
 from dedistill.forecast.paper import Case
@@ -16,6 +16,13 @@ MIB = 1 << 20
 def test_the_peak_of_a_step_is_what_the_profiler_measures(setting):
     """On the CPU, weights and optimizer left out of both: with them the difference would be smaller."""
     row = compared(setting, 128, whole=True)
+    assert row.forecast == pytest.approx(row.measured, rel=0.03)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n.startswith("SDXL") else [pytest.mark.long]) for n in FAMILIES])
+def test_the_peak_of_other_families_is_what_the_profiler_measures(name, tmp_path):
+    """U-Nets, whose convolutions have adapters, too, and SD3."""
+    row = compared_family(name, tmp_path)
     assert row.forecast == pytest.approx(row.measured, rel=0.03)
 
 

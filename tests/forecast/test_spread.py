@@ -43,7 +43,7 @@ def _measure(engine: type[Engine], asked: Case, out: Path, elements: int) -> Non
 @pytest.mark.parametrize(
     ("engine", "setting", "optimizer"),
     [
-        (Engine, "LoKr, int8", "adamw_bf16"),
+        pytest.param(Engine, "LoKr, int8", "adamw_bf16", marks=pytest.mark.long),
         (Fsdp2, "LoRA, checkpointing, int8", "adamw_bf16"),
         pytest.param(Fsdp2, "LoRA", "adamw_bf16", marks=pytest.mark.slow),
         pytest.param(Zero2, "LoKr, int8", "adamw", marks=pytest.mark.slow),
