@@ -36,7 +36,7 @@ seven four four 2 eight 9 8 4
 """
 """The prompts of the sheet that the author shows (swookey-thinky/mindiffusion, lesson_33)."""
 CFGS = (1.0, 3.0)
-SAMPLER_STEPS = 50
+SAMPLER_STEPS = 12
 ROOT = Path(__file__).parent.parent
 RESULTS, SHEET = ROOT / "lab" / "results" / "mnist_flux.json", ROOT / "docs" / "images" / "mnist_flux.png"
 

@@ -13,7 +13,7 @@ from dedistill.adapters.targets import adaptable, matching
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.flow.guidance import CONDITIONAL
-from dedistill.models.blocks import without_blocks
+from dedistill.models.blocks import checkpoint_blocks, without_blocks
 from dedistill.models.conditioning import Conditioning, Tokens, collate
 from dedistill.models.example.family import Example
 from dedistill.models.flux.network import attention_mask, patchify, unpatchify
@@ -272,6 +272,17 @@ def test_gradient_reaches_every_linear_of_the_blocks(family, components, noisy):
     for name in names:
         gradient = denoiser.get_submodule(name).weight.grad
         assert gradient is not None and gradient.abs().max() > 1e-8, name
+
+
+def test_checkpointing_changes_no_bit(family, components, noisy):
+    """Of captions of several lengths, and so with a mask where the family has one: the velocity and every gradient."""
+    denoiser, found = components.denoiser.train(), []
+    for again in (False, True):
+        assert bool(checkpoint_blocks(denoiser, family.blocks(denoiser), again)) == again
+        v = velocity(family, components, noisy)
+        found.append([v, *torch.autograd.grad(v.square().mean(), [*denoiser.parameters()], allow_unused=True)])
+    for plain, other in zip(*found, strict=True):
+        assert plain is other is None or torch.equal(plain, other)
 
 
 def test_masked_is_dropped(family, components, noisy):
