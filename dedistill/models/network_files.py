@@ -68,9 +68,10 @@ def as_deep(config: dict[str, Any], tensors: Mapping[str, Tensor], stacks: Mappi
     for key, stack in stacks.items():
         found = depth(tensors, stack, str(folder))
         if isinstance(said := config.get(key), int) and said != found:
+            held = amount(found, "block")
             raise UserError(
-                f"model.path: '{folder / 'config.json'}' has {key} = {said:,}, and the files hold "
-                f"{amount(found, 'block')} '{stack}': fetch the folder again"
+                f"model.path: '{folder / 'config.json'}' has {key} = {said:,}, and the files hold {held} '{stack}': "
+                "fetch the folder again"
             )
         config = config | {key: found}
     return config
