@@ -16,6 +16,9 @@ from dedistill.io.atomic import with_home
 from dedistill.recipe import Recipe, load_recipe
 
 
+MOST_PROMPTS = 100_000
+
+
 @dataclass(frozen=True)
 class Prompts:
     """trained: those of the texts that are captions which were trained on, and no held-out image has as well."""
@@ -81,7 +84,9 @@ def of_images(split: Split, count: int, own: Sequence[str], say: Callable[[str],
 
 
 def _number(value: str) -> int | None:
-    """How many prompts of the data ``--prompts`` asks for; None where it names a file."""
+    """How many prompts of the data ``--prompts`` asks for; None where it names a file. Raises UserError for too many."""
+    if value.isdecimal() and (len(value) > 9 or int(value) > MOST_PROMPTS):
+        raise UserError(f"--prompts: {value[:20]} are more than the {MOST_PROMPTS:,} that are asked at most", 2)
     return int(value) if value.isdecimal() and int(value) > 0 else None
 
 

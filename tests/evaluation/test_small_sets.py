@@ -56,6 +56,12 @@ def test_too_few_prompts_are_refused_before_anything_is_loaded(image_recipe, tmp
     assert "--prompts prompts.txt" in said and "preview.prompts" in said and seconds < 4, "about 1 s"
 
 
+@pytest.mark.parametrize("count", ["100001", "1" + "0" * 5000])
+def test_a_number_of_prompts_that_no_memory_holds_is_refused(count, capsys):
+    assert main(["evaluate", "dedistill:digits/dedistill", "--prompts", count]) == 2
+    assert "more than the 100,000 that are asked at most" in capsys.readouterr().err
+
+
 def test_few_digits_are_refused_as_early():
     rc, said, _ = command("evaluate", "dedistill:digits/dedistill", "--prompts", "4")
     assert rc == 2 and "4 different prompts are too few to choose by" in said
