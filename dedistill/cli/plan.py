@@ -112,10 +112,14 @@ def _inputs(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str
     _tried(recipe, refused, RunDirectory(recipe).check)
     if recipe.data.source != "pictures" or any("data.sets" in line for line in refused):
         return
+    from dedistill.data.split import check_trained
     from dedistill.data.usable import look
 
     usable = _tried(recipe, refused, lambda: look(recipe, lambda line: print(line, file=sys.stderr)))
     if usable is None:
+        return
+    _tried(recipe, refused, lambda: check_trained(usable.split, len(recipe.data.sets)))
+    if not usable.split.train:
         return
     crops = [crop for image in usable.images for crop in image.crops]
     captions = {caption for image in usable.images for caption in image.sample.captions}
@@ -127,7 +131,7 @@ def _inputs(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str
         "crops": len(crops),
         "buckets": len({(crop.height, crop.width) for crop in crops}),
         "captions": len(captions),
-        "epochs": round(recipe.train.steps * recipe.train.batch / trained, 2) if trained else None,
+        "epochs": round(recipe.train.steps * recipe.train.batch / trained, 2),
     }
     out = f", {facts['left_out']:,} left out" if facts["left_out"] else ""
     say(f"{'images':12} {facts['images']:,}, {facts['held_out']:,} of them held out{out}")

@@ -21,7 +21,7 @@ from dedistill.data.images.buckets import Crop, apply_crop
 from dedistill.data.images.index import READERS, Index, Sample
 from dedistill.data.pairs import FACTS, PairSource
 from dedistill.data.source import Source
-from dedistill.data.split import CroppedImage
+from dedistill.data.split import CroppedImage, check_trained
 from dedistill.data.usable import Say, Usable, hints, look
 from dedistill.distributed.outside import heartbeat
 from dedistill.distributed.world import World
@@ -143,6 +143,7 @@ def prepare(
         world.wait()
     assert usable, "each rank has looked in its turn"
     cache, images = usable.cache, usable.images
+    check_trained(usable.split, len(recipe.data.sets))
     _check_sizes(recipe, family, components, {(c.height, c.width) for image in images for c in image.crops})
     prompts = _prompts(recipe)
     captions = list(dict.fromkeys([*prompts, *(c for p in images for c in p.sample.captions)]))

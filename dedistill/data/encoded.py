@@ -13,8 +13,7 @@ from dedistill.data.cache import Shapes, Store
 from dedistill.data.images.buckets import Crop, Sized
 from dedistill.data.images.index import Sample
 from dedistill.data.source import Batch
-from dedistill.data.split import CroppedImage, Split
-from dedistill.errors import UserError
+from dedistill.data.split import CroppedImage, Split, check_trained
 from dedistill.flow.keyed import choose, draw_samples, sample_indices
 from dedistill.models.conditioning import Conditioning, Widths, collate, one_caption, stored_shapes
 
@@ -76,13 +75,7 @@ class EncodedImages:
         self._split, self._held = images, images.held
         self._sets = [[p for p in images.train if p.sample.source == i] for i in range(len(weights))]
         self._weights = list(weights)
-        for i, own in enumerate(self._sets):
-            if not own:
-                usable = len(images.train) + len(self._held)
-                raise UserError(
-                    f"data.sets.{i}: no image of this set is left to train on: {usable} of all sets are usable, "
-                    f"{len(self._held)} of these are held out for validation. Add images, or lower data.held_out"
-                )
+        check_trained(images, len(weights))
         self._latents, self._texts, self._latent_shape = latents, texts, cache(latent_shape)
         self._text_shapes = stored_shapes(text_widths)
         self._features: Shapes = {FEATURES: features} if features else {}

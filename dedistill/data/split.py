@@ -7,6 +7,7 @@ from typing import Literal
 
 from dedistill.data.images.buckets import Crop
 from dedistill.data.images.index import Sample
+from dedistill.errors import UserError
 from dedistill.flow import keyed
 
 LEAST_UNITS = 16
@@ -91,3 +92,16 @@ def _halves(images: Sequence[CroppedImage], held: set[str], group: dict[str, str
     for p in images:
         parts[whole.unit(p) in held].append(p)
     return Split(*parts, group)
+
+
+def check_trained(images: Split, sets: int) -> None:
+    """Raises UserError for one of ``sets`` of which nothing is left to train on: its share would go to the others."""
+    trained = {p.sample.source for p in images.train}
+    if empty := [i for i in range(sets) if i not in trained]:
+        held, usable = len(images.held), len(images.train) + len(images.held)
+        units = len({images.unit(p) for p in images.held})
+        alike = f" ({units:,} different: near-duplicates stay together)" if units < held else ""
+        raise UserError(
+            f"data.sets.{empty[0]}: no image of this set is left to train on: {usable:,} of all sets are usable, "
+            f"{held:,} of these are held out for validation{alike}. Add images, or lower data.held_out"
+        )

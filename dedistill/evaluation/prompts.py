@@ -15,7 +15,6 @@ from dedistill.errors import UserError, amount
 from dedistill.io.atomic import with_home
 from dedistill.recipe import Recipe, load_recipe
 
-
 MOST_PROMPTS = 100_000
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from image_files import write_images
+from image_files import write_image, write_images
 from safetensors.torch import load_file, save_file
 from tiny_recipes import ADAPTER, IMAGES
 from torch import Tensor
@@ -135,6 +135,22 @@ def test_a_plan_refuses_what_configs_contradict(model, image_recipe, capsys, fil
     settings = [f"model.path={model}", "timesteps.shift=auto"]
     assert cli(["plan", str(image_recipe), "--no-forecast", *(word for s in settings for word in ("--set", s))]) == 2
     assert f"{path}'" in (said := capsys.readouterr().err) and told in said
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_set_that_is_held_out_whole_is_refused_before_anything_is_encoded(model, tmp_path, image_recipe, capsys, count):
+    """Copies of one image are held out together."""
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    for i in range(count):
+        write_image(folder / f"{i}.png", 96 + 8 * i, 96 + 8 * i, 0)
+        (folder / f"{i}.txt").write_text(f"copy {i}")
+    changed = [f"data.sets.0.path={folder}", f"model.path={model}", f"data.cache={tmp_path / 'new'}", "data.held_out=auto"]
+    settings = [word for s in changed for word in ("--set", s)]
+    for command, code in ((["plan", "--no-forecast"], 2), (["train"], 1)):
+        assert cli([*command, str(image_recipe), *settings]) == code
+        assert "no image of this set is left to train on" in capsys.readouterr().err
+    assert not list((tmp_path / "new").rglob("*.safetensors"))
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 9\n"
