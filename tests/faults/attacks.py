@@ -17,7 +17,8 @@ KINDS: dict[str, dict[str, str]] = {
     "model folders and files that are not whole, not finite, of other kinds, or lie about themselves": {
         "models/test_flux_files.py": "",
         "models/test_facts_of_folders.py": "",
-        "models/test_whole_encoders.py": "whole|refused|stale|shards|tokenizer|vocabulary|zeros|download|look|factors|shifts",
+        "models/test_whole_encoders.py": "whole|refused|stale|shards|tokenizer|vocabulary|zeros|download|look|factors|shifts|"
+        "contradict|held_out_whole",
         "io/test_weights.py": "",
         "io/test_json_files.py": "",
         "release/test_export.py": "damaged|finite|contradicts",
@@ -39,11 +40,12 @@ KINDS: dict[str, dict[str, str]] = {
     },
     "tar shards": {
         "faults/test_bad_samples.py": "damaged_shard",
-        "data/test_shards.py": "odd|damaged|cut_short|foreign|less_than_nothing|headers",
+        "data/test_shards.py": "odd|damaged|cut_short|foreign|less_than_nothing|headers|endless|no_file",
     },
     "tables and captions": {
         "faults/test_bad_samples.py": "row|csv",
-        "data/test_tables.py": "wrong|refused|unreadable|bounds|lead_out|other_form|nulls|many_columns",
+        "data/test_tables.py": "wrong|refused|unreadable|bounds|lead_out|other_form|nulls|many_columns|"
+        "quote|pipe|no_text|not_read",
         "data/test_splits.py": "left_out|chosen",
         "data/test_caption_files.py": "refused|nulls",
     },

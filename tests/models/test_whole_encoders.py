@@ -143,7 +143,7 @@ def test_a_set_that_is_held_out_whole_is_refused_before_anything_is_encoded(mode
     folder = tmp_path / "copies"
     folder.mkdir()
     for i in range(count):
-        write_image(folder / f"{i}.png", 96 + 8 * i, 96 + 8 * i, 0)
+        write_image(folder / f"{i}.png", 96, 96, 0)
         (folder / f"{i}.txt").write_text(f"copy {i}")
     changed = [f"data.sets.0.path={folder}", f"model.path={model}", f"data.cache={tmp_path / 'new'}", "data.held_out=auto"]
     settings = [word for s in changed for word in ("--set", s)]
