@@ -59,7 +59,7 @@ def lycoris(setup: Setup) -> Iterator[None]:
 
 def dequantized_by_torch(setup: Setup) -> object:
     """Codes and scales multiplied by torch."""
-    return swapped(int8, "dequantized", lambda codes, scale: codes * scale)
+    return swapped(int8, "dequantized", lambda codes, scale, **_: codes * scale)
 
 
 def mixed_by_torch(setup: Setup) -> object:

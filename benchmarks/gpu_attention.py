@@ -88,3 +88,18 @@ def layouts(device: str, tokens: tuple[int, ...], clock: Clock) -> list[dict]:
             found = attempt(measured)
             rows.append({"tokens": count, "kernel": name, "gradient made contiguous": whole, "found": found})
     return rows
+
+
+def plans(device: str, tokens: int, clock: Clock) -> list[dict]:
+    """What another length costs the first time: cuDNN makes a plan for each."""
+    rows = []
+    for name, count in product(("flash", "cudnn"), (tokens + n for n in (1, 2, 17))):
+        drawn = [torch.randn(1, count, 24, 128, device=device, dtype=torch.bfloat16) for _ in range(4)]
+
+        def once(drawn: list[Tensor] = drawn, kernel: SDPBackend = KERNELS[name]) -> float:
+            start = clock.now()
+            one_pass(drawn, kernel, torch.bfloat16)
+            return 1e3 * (clock.now() - start)
+
+        rows.append({"tokens": count, "kernel": name, "first_ms": attempt(once), "again_ms": attempt(once)})
+    return rows

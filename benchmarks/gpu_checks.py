@@ -14,18 +14,21 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.before import swapped
 from benchmarks.gpu import Clock, attempt, device_name, matmul_flops, timed
-from benchmarks.gpu_attention import attention, deterministic, layouts
+from benchmarks.gpu_attention import attention, deterministic, layouts, plans
 from dedistill import kernels
 from dedistill.adapters.attach import Adapter
 from dedistill.adapters.layers import add_mixed
 from dedistill.adapters.targets import Resolved, adaptable
 from dedistill.distributed.launcher import choose_kernels
 from dedistill.flow.path import flow_loss, interpolate, velocity
+from dedistill.kernels import attention as cudnn
 from dedistill.models import blocks as blocks_of
-from dedistill.models import quantize
+from dedistill.models import offload, quantize
+from dedistill.models.compiled import compile_blocks
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.model import Model
 from dedistill.models.pixel_flux.family import PixelFlux
@@ -108,7 +111,7 @@ def agreement(device: str) -> list[dict]:
 
 
 def switches(device: str, names: tuple[str, ...], mixed: tuple[bool, ...]) -> list[dict]:
-    """Gradients with blocks that wait on the CPU, with products of int8 or with compiled blocks, against those without."""
+    """Gradients with a key that makes steps smaller or faster, against those without."""
     rows = []
     for ragged in mixed:
         drawn = batch(8, 64, 64, ragged=ragged)
@@ -120,13 +123,17 @@ def switches(device: str, names: tuple[str, ...], mixed: tuple[bool, ...]) -> li
             if name == "swap":
                 blocks_of.checkpoint_blocks(denoiser, blocks, True)
                 Swap(blocks, device)
+            elif name == "offloaded":
+                blocks_of.checkpoint_blocks(denoiser, blocks, True, away=True)
             elif name == "compiled":
-                blocks_of.compile_blocks(blocks)
-            else:
+                compile_blocks(FAMILY, blocks)
+            elif name == "int8 products":
                 quantize.multiply_codes(denoiser, device, "base.matmul")
-            found, again = gradients(built, drawn), gradients(built, drawn)
+            with swapped(F, "scaled_dot_product_attention", F.scaled_dot_product_attention), swapped(offload, "LEAST", 1):
+                proven = name != "cuDNN" or cudnn.use(device) == "cudnn"
+                found, again = gradients(built, drawn), gradients(built, drawn)
             others = [n for n in found if n != "loss"]
-            row = {"switch": name, "mixed_lengths": ragged, "loss": distance(found, plain, ["loss"])}
+            row = {"switch": name, "proven": proven, "mixed_lengths": ragged, "loss": distance(found, plain, ["loss"])}
             row |= {"gradient": distance(found, plain, others), "again": distance(again, found, others)}
             rows.append(row | {"bits_equal": all(torch.equal(found[n], plain[n]) for n in found)})
     return rows
@@ -276,11 +283,12 @@ def main() -> None:
     stages = {
         "rates": lambda: rates(device, 64 if small else 8192, clock),
         "agreement": lambda: agreement(device),
-        "switches": lambda: switches(device, ("swap", "int8 products"), (False, True)),
+        "switches": lambda: switches(device, ("swap", "offloaded", "cuDNN", "int8 products"), (False, True)),
         "repeats": lambda: repeats(device, NARROW if small else WIDE, 8 if small else 64),
         "decoder": lambda: decoder(device, 64 if small else 1024, clock),
         "attention": lambda: attention(device, (64,) if small else (1104, 4176), clock),
         "layouts": lambda: layouts(device, (64,) if small else (1104, 4176), clock),
+        "plans": lambda: plans(device, 64 if small else 1104, clock),
         "optimizer": lambda: optimizer(device, 16 if small else 768, clock),
         "kernels": lambda: own_kernels(device, 64 if small else 1104, 16 if small else 768, clock),
         "compiled": lambda: switches(device, ("compiled",), (False,)),  # takes the longest

@@ -19,12 +19,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.before import OFF, relink, swapped
 from benchmarks.gpu import FULL, TINY, Clock, Setup, Sizes, blank, cell, device_name, fill, line, matmul_flops, set_up
 from dedistill.distributed.launcher import choose_kernels
+from dedistill.kernels import attention
 from dedistill.models import blocks as blocks_of
+from dedistill.models import compiled as compiling
 from dedistill.models import quantize as int8
 from dedistill.models.swap import Swap, spread
 
@@ -115,12 +118,44 @@ def half_checkpointed(setup: Setup) -> Iterator[None]:
 @contextmanager
 def compiled(setup: Setup) -> Iterator[None]:
     """train.compile = "blocks"; without a GPU, graphs alone."""
-    blocks = setup.model.family.blocks(setup.model.components.denoiser)
-    with swapped(blocks_of, "COMPILER", "inductor" if setup.model.device.type == "cuda" else "eager"):
-        blocks_of.compile_blocks(blocks)
+    family = setup.model.family
+    blocks = family.blocks(setup.model.components.denoiser)
+    with swapped(compiling, "COMPILER", "inductor" if setup.model.device.type == "cuda" else "eager"):
+        compiling.compile_blocks(family, blocks)
         yield
     for block in blocks:
         del block.forward
+
+
+@contextmanager
+def compiled_apart(setup: Setup) -> Iterator[None]:
+    """The same without kernels that are made one."""
+    with swapped(compiling, "OPTIONS", compiling.OPTIONS | {"combo_kernels": False}), compiled(setup):
+        yield
+
+
+@contextmanager
+def cudnn(setup: Setup) -> Iterator[None]:
+    """train.attention = "cudnn"."""
+    with swapped(F, "scaled_dot_product_attention", F.scaled_dot_product_attention):
+        if attention.use(setup.model.device) != "cudnn" and setup.model.device.type == "cuda":
+            raise RuntimeError("cuDNN's attention was not proven; the note above says why")
+        yield
+
+
+@contextmanager
+def compiled_cudnn(setup: Setup) -> Iterator[None]:
+    with cudnn(setup), compiled(setup):
+        yield
+
+
+@contextmanager
+def offloaded(setup: Setup) -> Iterator[None]:
+    """train.offload_activations = true."""
+    denoiser = setup.model.components.denoiser
+    blocks_of.checkpoint_blocks(denoiser, setup.model.family.blocks(denoiser), True, away=True)
+    yield
+    checkpointing(setup, True)
 
 
 @contextmanager
@@ -243,6 +278,10 @@ class Ladder:
             ),
             "compiled": lambda: self.switched(compiled, "compiled blocks", high, one, batch),
             "compiled, int8 products": lambda: self.switched(both, "compiled blocks, int8 products", high, batch),
+            "compiled, kernels apart": lambda: self.switched(compiled_apart, "compiled blocks, kernels apart", one),
+            "compiled, cuDNN": lambda: self.switched(compiled_cudnn, "compiled blocks, cuDNN's attention", high, batch),
+            "cuDNN": lambda: self.switched(cudnn, "cuDNN's attention", high, batch, one),
+            "offloaded": lambda: self.switched(offloaded, "inputs of blocks on the CPU", (large, 1, None), (small, 4, None)),
             "profile compiled": lambda: self.profiled("compiled blocks", small, compiled),
             "swap": self.waiting,
         }

@@ -51,7 +51,8 @@ PEERS: list[tuple[str, str, Callable[[nn.Module, Setup], list[nn.Parameter]], Ca
 ]
 
 
-def compared(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[[], None]) -> None:
+def compared(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callable[[], None], wanted: str) -> None:
+    """wanted: a part of the labels of those that are to be compared."""
     components = blank(sizes)
     fill(components.denoiser, device)
     blocks_of.checkpoint_blocks(components.denoiser, FAMILY.blocks(components.denoiser), True)
@@ -59,6 +60,8 @@ def compared(sizes: Sizes, device: str, clock: Clock, facts: dict, write: Callab
     for adapter, label, attach, network in PEERS:
         if clock.over():
             break
+        if wanted not in label:
+            continue
         setup = set_up(components, sizes, adapter, device)
         try:
             clock.reset_memory()
@@ -97,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--against", default="", help="only those whose names hold this, as quanto")
     parser.add_argument("--seconds", type=float, default=90, help="what would start later is skipped")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -104,7 +108,7 @@ def main() -> None:
     facts = {"device": device_name(args.device), "torch": torch.__version__, "rows": []}
     began = time.perf_counter()
     write = lambda: args.out.write_text(json.dumps(facts, indent=1) + "\n")  # noqa: E731
-    compared(TINY if args.tiny else FULL, args.device, Clock(args.device, args.seconds), facts, write)
+    compared(TINY if args.tiny else FULL, args.device, Clock(args.device, args.seconds), facts, write, args.against)
     print(f"done in {time.perf_counter() - began:.0f} s: {args.out}")
 
 

@@ -17,6 +17,12 @@ WAYS = {
     "int8 products": '`base.matmul = "int8"`',
     "half checkpointed": "half of the blocks checkpointed",
     "one block in 3 waits on the CPU": "`base.swap = 19`",
+    "compiled blocks": '`train.compile = "blocks"`',
+    "compiled blocks, kernels apart": '`train.compile = "blocks"`, without combined kernels',
+    "compiled blocks, cuDNN's attention": '`train.compile = "blocks"`, `train.attention = "cudnn"`',
+    "compiled blocks, int8 products": '`train.compile = "blocks"`, `base.matmul = "int8"`',
+    "cuDNN's attention": '`train.attention = "cudnn"`',
+    "inputs of blocks on the CPU": "`train.offload_activations = true`",
     "recorded": "recorded as a CUDA graph (not built)",
     "recorded, bf16 base": "recorded, base in bf16 (not built)",
 }

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# What holds and what it costs on one GPU, in about 12 minutes: checks against the CPU first, then speeds, then whole runs.
+# What holds and what it costs on one GPU: checks against the CPU first, then speeds, then whole runs.
 #
 #   bash launch/gpu.sh wheels      beforehand, where there is internet: what a machine with torch may lack, into wheelhouse/
 #   bash launch/gpu.sh [OUT [STAGE ...]]   on the GPU machine, with or without internet; results in OUT (default gpu-results)
-#   bash launch/gpu.sh cpu [OUT]           the same in small, to see that it runs
+#   bash launch/gpu.sh cpu [OUT [STAGE ...]]   the same in small, to see that it runs
 #
+# Without STAGE: what no GPU has run yet, the most wanted first, in 8 minutes. "all" is the whole, in about 20:
+#   new (correct?) quick (cuDNN's attention, inputs on the CPU) compiled quanto  |  checks products ladder peers runs
 # Each stage writes a file; one that is there is not run again, so a machine that is taken away costs one stage.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,7 +30,9 @@ if [ "${1:-}" = cpu ]; then
 fi
 out=${1:-gpu-results}
 shift || true
-wanted=${*:-checks products ladder peers compiled runs}
+unmeasured="new quick compiled quanto"
+wanted=${*:-$unmeasured}
+[ "$wanted" = all ] && wanted="$unmeasured checks products ladder peers runs"
 mkdir -p "$out"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 wheels=wheelhouse/$version site=$PWD/wheelhouse/site-$version
@@ -55,17 +59,25 @@ stage() {  # stage NAME SECONDS MODULE ARGUMENTS...: unless its result is there;
 
 code=0
 if [ ${#small[@]} -gt 0 ]; then
+  stage new 600 benchmarks.gpu_checks "${small[@]}" --small --stages switches plans
+  stage quick 600 benchmarks.gpu_ladder "${small[@]}" --tiny --stages eager cuDNN offloaded
+  stage compiled 600 benchmarks.gpu_ladder "${small[@]}" --tiny --stages compiled "compiled, cuDNN" "compiled, kernels apart"
+  stage quanto 600 benchmarks.gpu_peers "${small[@]}" --tiny --against quanto
   stage checks 600 benchmarks.gpu_checks "${small[@]}" --small
   stage products 600 benchmarks.gpu_products "${small[@]}" --small
   stage ladder 600 benchmarks.gpu_ladder "${small[@]}" --tiny
   stage peers 600 benchmarks.gpu_peers "${small[@]}" --tiny
 else
+  stage new 70 benchmarks.gpu_checks --stages switches plans
+  stage quick 90 benchmarks.gpu_ladder --seconds 65 --stages eager cuDNN "eager, batches" offloaded
+  stage compiled 230 benchmarks.gpu_ladder --seconds 200 --stages compiled "profile compiled" "compiled, cuDNN" \
+    "compiled, kernels apart" "compiled, int8 products"
+  stage quanto 70 benchmarks.gpu_peers --seconds 45 --against quanto
   stage checks 90 benchmarks.gpu_checks --stages agreement kernels switches layouts decoder
   stage products 60 benchmarks.gpu_products --seconds 45
   stage ladder 220 benchmarks.gpu_ladder --seconds 190 --stages eager profile "recorded 512" \
     "recorded 512, nothing computed again" changes "int8 products" "eager, batches" "recorded 1024" "recorded, bf16 base" swap
   stage peers 110 benchmarks.gpu_peers --seconds 80
-  stage compiled 170 benchmarks.gpu_ladder --seconds 140 --stages compiled "compiled, int8 products" "profile compiled"
   stage runs 150 benchmarks.gpu_runs --work "$out/runs"
 fi
 exit "$code"

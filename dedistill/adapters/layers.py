@@ -77,5 +77,6 @@ def add_mixed(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
         from dedistill.kernels import kronecker
 
         if max(first.shape) <= kronecker.LARGEST:
-            return kronecker.AddMixed.apply(base, first, groups)
+            mixing = kronecker.FusedMixed if torch.compiler.is_compiling() else kronecker.AddMixed
+            return mixing.apply(base, first, groups)
     return base + torch.matmul(first.expand(*groups.shape[:-2], *first.shape), groups)

@@ -191,10 +191,10 @@ def _built(recipe: Recipe, engine: "Engine", device: "torch.device") -> "tuple[R
 def _hasten(recipe: Recipe, model: "Model", device: "torch.device") -> None:
     """What makes steps faster and changes numbers by rounding alone."""
     from dedistill.kernels import attention
-    from dedistill.models.blocks import compile_blocks
+    from dedistill.models.compiled import compile_blocks
 
     if recipe.train.compile == "blocks":
-        model.facts["compiled_blocks"] = compile_blocks(model.family.blocks(model.components.denoiser))
+        model.facts["compiled_blocks"] = compile_blocks(model.family, model.family.blocks(model.components.denoiser))
     if recipe.train.attention == "cudnn":
         model.facts["attention"] = attention.use(device)
 

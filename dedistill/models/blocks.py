@@ -1,13 +1,11 @@
-"""What a recipe has done with a network's blocks: computed again in backward, compiled, kept in the memory of the CPU."""
+"""What a recipe has done with a network's blocks: computed again in backward, left out, kept in the memory of the CPU."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dedistill.errors import UserError, amount
@@ -96,29 +94,3 @@ def without_blocks(
             del block.forward
             if forward is not None:
                 block.forward = forward
-
-
-COMPILER = "inductor"
-"""torch's own: makes Triton kernels on a GPU, C++ on a CPU."""
-GRAPHS = 64
-"""Of one kind of block at most: torch's own limit of 8 is below what there are sorts of batches."""
-
-
-def compile_blocks(blocks: Sequence[nn.Module]) -> int:
-    """Have torch compile what each of ``blocks`` computes, as a whole and for any size; returns how many.
-
-    What is done around a block, before it is called, stays as it is: hooks, checkpointing, copies of its weights. A graph
-    serves all blocks of a kind. There is one for each sort of batch: with a mask or without, of one sample or more, of texts
-    of one token or more, with gradients or without, and for the first block, whose input has none.
-    """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    for block in blocks:
-        compiled = torch.compile(block.forward, fullgraph=True, dynamic=True, backend=COMPILER)
-        block.forward = partial(_with_whole_inputs, compiled)
-    return len(blocks)
-
-
-def _with_whole_inputs(compiled: Callable[..., object], *args: Any, **kwargs: Any) -> object:
-    """Slices of what another block returned would be sorts of inputs of their own."""
-    whole = partial(tree_map_only, Tensor, Tensor.contiguous)
-    return compiled(*whole(args), **whole(kwargs))

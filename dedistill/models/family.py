@@ -224,6 +224,12 @@ class Family(Protocol):
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         """The unit of checkpointing, swapping and sharding, in the order in which a pass calls them."""
 
+    passed_on: tuple[str, ...]
+    """Names of the inputs of ``blocks`` that the block before has returned."""
+
+    def joins_text(self, block: nn.Module) -> bool:
+        """Whether one of ``blocks`` puts text before the image, and so takes what is joined as the image, with no text."""
+
     def presets(self, denoiser: nn.Module) -> dict[str, list[str]]:
         """Named sets of layers of ``denoiser`` as name patterns."""
 

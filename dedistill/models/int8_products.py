@@ -37,7 +37,8 @@ class Int8Products(torch.autograd.Function):
 def quantize_tokens(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """int8 codes [m, n] and float32 scale [m, 1] of x [m, n] times factor [n]; the largest number of a row becomes 127.
     Where one is not finite, neither is the row's scale."""
-    if (x.device, "products") in kernels.proven:
+    # compiled, it is a part of what comes before, and done once for all layers of the same input
+    if (x.device, "products") in kernels.proven and not torch.compiler.is_compiling():
         from dedistill.kernels.products import WIDEST, quantized
 
         if x.shape[1] <= WIDEST:

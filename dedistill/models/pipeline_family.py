@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.flow.path import dynamic_shift
@@ -29,6 +29,9 @@ class PipelineFamily:
     spec: ModelSpec
     patch: int
     """Side of the square of latents that makes one token, or that the network works on as one."""
+
+    def joins_text(self, block: nn.Module) -> bool:
+        return False
 
     def text_facts(self, components: Components) -> dict[str, Any]:
         """How captions are read, for dedistill.json and for the cache of text."""

@@ -30,13 +30,15 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
-def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes [out, in] times scale [out, 1], in the scale's dtype."""
-    if (codes.device, "int8") in kernels.proven:
+def dequantized(codes: Tensor, scale: Tensor, *, again: bool = False) -> Tensor:
+    """codes [out, in] times scale [out, 1], in the scale's dtype. again: in backward, which keeps nothing of forward's."""
+    if (codes.device, "int8") in kernels.proven and not torch.compiler.is_compiling():
         from dedistill.kernels.int8 import dequantize
 
         return dequantize(codes, scale)
-    return codes * scale  # one kernel that converts as it reads, with the bits of converting first
+    # one kernel that converts as it reads, with the bits of converting first; in another order, since a compiler would take
+    # equal terms of both passes for one, and keep it between them: twice what the base takes
+    return scale * codes if again else codes * scale
 
 
 class _Int8Matmul(torch.autograd.Function):
@@ -50,7 +52,7 @@ class _Int8Matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: kernels.Saved, grad: Tensor) -> tuple[Tensor, None, None, None]:
         codes, scale = ctx.saved_tensors
-        return grad @ dequantized(codes, scale.to(grad.dtype)), None, None, None
+        return grad @ dequantized(codes, scale.to(grad.dtype), again=True), None, None, None
 
 
 class Int8Linear(nn.Linear):

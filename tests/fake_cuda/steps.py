@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 from unittest.mock import patch
 
 import numpy as np
@@ -30,6 +31,7 @@ from benchmarks import gpu
 from dedistill.data.encode import open_data
 from dedistill.distributed.world import World
 from dedistill.evaluation.validation import Meters, Validator
+from dedistill.models import offload
 from dedistill.models.vae import Vae
 from dedistill.models.registry import get_family
 from dedistill.objectives.base import Objective
@@ -134,6 +136,34 @@ def card():
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 
 
+class FakeStream:
+    """Of a card: notes what was asked of it, and of others, in order."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, name: object):
+        self.name = name if isinstance(name, str) else "copies"
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def streams() -> Iterator[object]:
+    """Instead of torch's, which a CPU build does not have."""
+
+    @contextmanager
+    def on(stream: FakeStream) -> Iterator[None]:
+        FakeStream.log.append(f"on {stream.name}")
+        yield
+
+    computing = FakeStream("computing")
+    yield patch.object(torch.cuda, "Stream", FakeStream)
+    yield patch.object(torch.cuda, "stream", on)
+    yield patch.object(torch.cuda, "current_stream", lambda place: computing)
+    yield patch.object(FakeTensor, "record_stream", lambda tensor, stream: FakeStream.log.append(f"kept for {stream.name}"))
+    yield patch.object(offload, "LEAST", 1)  # of a small network, too
+
+
 def in_numbers(work: Callable) -> Callable:
     """``work`` as a thread of its own does it, to which the card is nothing."""
 
@@ -213,12 +243,19 @@ def run(recipe: Recipe) -> dict:
     """Train as it says, and note where everything was."""
     family, watch, kept, tensors = get_family(recipe.model.family), Watch(), defaultdict(set), Counter()
     asked.clear()
+    FakeStream.log.clear()
     data = open_data(recipe, "cpu", lambda line: None)
     components = None if recipe.model.new else family.load(recipe.model, seed=0)  # files are read in numbers
     with ExitStack() as stack:
         mode = stack.enter_context(card())
         components = components or family.load(recipe.model, seed=0)
-        patches = *phases(watch), *files(kept), fake_codec(mode), patch.object(family, "load", lambda *_, **__: components)
+        patches = (
+            *phases(watch),
+            *files(kept),
+            *streams(),
+            fake_codec(mode),
+            patch.object(family, "load", lambda *_, **__: components),
+        )
         for change in (*patches, patch.object(models, "get_family", lambda *_: family)):
             stack.enter_context(change)
         folder, stop = stack.enter_context(RunDirectory(recipe)), stack.enter_context(StopRequests())
@@ -247,6 +284,7 @@ def run(recipe: Recipe) -> dict:
     return size | {
         "steps": steps,
         "attention": dict(asked),
+        "streams": list(FakeStream.log),
         "waits": watch.waits,
         "copies": watch.copies,
         "tensors": tensors,

@@ -12,19 +12,20 @@ import triton.runtime.interpreter as interpreter
 import dedistill.kernels as kernels
 from dedistill.kernels import products
 from dedistill.kernels.int8 import dequantize
-from dedistill.kernels.kronecker import AddMixed
+from dedistill.kernels.kronecker import AddMixed, FusedMixed
 from dedistill.models import int8_products
 from dedistill.training.optim import KahanAdamW
 
 
+@pytest.mark.parametrize("mixing", [AddMixed, FusedMixed])
 @pytest.mark.parametrize(("p", "a", "q", "tokens"), [(4, 4, 768, 11), (2, 4, 300, 9), (3, 5, 513, 8), (16, 16, 8, 3)])
-def test_the_small_factor_is_the_matrix_product_there_and_back(p, a, q, tokens):
+def test_the_small_factor_is_the_matrix_product_there_and_back(mixing, p, a, q, tokens):
     generator = torch.Generator().manual_seed(p)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     inputs = [t.requires_grad_() for t in (draw(2, tokens, p, q), draw(p, a), draw(2, tokens, a, q))]
     above = draw(2, tokens, q, p).mT  # as gradients of a transposed view come
     base, first, groups = inputs
-    found = AddMixed.apply(*inputs)
+    found = mixing.apply(*inputs)
     wanted = base + first @ groups
     for ours, truth in zip(
         (found, *torch.autograd.grad(found, inputs, above)), (wanted, *torch.autograd.grad(wanted, inputs, above))

@@ -13,7 +13,7 @@ from dedistill.adapters.compatibility import check_adapter
 from dedistill.adapters.formats import ADAPTER_FORMATS, as_kohya, by_layer
 from dedistill.adapters.targets import adaptable
 from dedistill.flow.solvers import SOLVERS
-from dedistill.models import blocks
+from dedistill.models import compiled as compiling
 from dedistill.models.model import Model, assemble
 from dedistill.models.quantize import float_dtype
 from dedistill.models.registry import get_family
@@ -105,14 +105,14 @@ ELSEWHERE = {"flux": "test_compiled.py", "sdxl": "blocks of the kind of sd15"}
 def test_compiled_blocks_give_the_same_bits(name, built, monkeypatch):
     """As graphs that are taken down whole; to make C++ of one takes a minute. All of a
     network, computed again: test_compiled.py."""
-    monkeypatch.setattr(blocks, "COMPILER", "eager")
+    monkeypatch.setattr(compiling, "COMPILER", "eager")
     torch._dynamo.reset()
     answers = []
     for compiled in (False, True):
         model = built(name)
         if compiled:
             made = model.family.blocks(model.components.denoiser)
-            assert blocks.compile_blocks([made[0], made[-1]]) == 2
+            assert compiling.compile_blocks(model.family, [made[0], made[-1]]) == 2
         step(model)
         answers.append([p.grad for p in model.trainable().values()])
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))

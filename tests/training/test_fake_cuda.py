@@ -30,7 +30,9 @@ LOOKS = [
 ]
 RUNS = {
     "lora, masked": [*LOOKS, "snapshot.every=1", "snapshot.ema=[0.05, 0.1]"],
-    "lokr, int8 products, checkpointed, masked": [LOKR, "base.matmul=int8", CHECKPOINTED, "train.optimizer=adamw_bf16"],
+    "lokr, int8 products, checkpointed, offloaded, masked": [
+        *(LOKR, "base.matmul=int8", CHECKPOINTED, "train.offload_activations=true", "train.optimizer=adamw_bf16"),
+    ],
     "lokr, some checkpointed, plain base, alone": [LOKR, ONE, "train.gradient_checkpointing=2", "base.quant=none"],
 }
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the card without numbers is built by g++")
@@ -73,8 +75,21 @@ def test_everything_is_on_the_card(found, name):
 def test_a_step_waits_at_its_end_alone(found, name):
     """Once for all losses and the norm of the gradient, however many micro-batches; samples come while the card works."""
     run = found[name]
-    assert run["waits"]["step"] == {"training/trainer.py: _gradients": 1}
+    assert {place: n for place, n in run["waits"]["step"].items() if n} == {"training/trainer.py: _gradients": 1}
     assert set(run["copies"]["step"]) == {"not waited for"}
+
+
+def test_inputs_of_blocks_wait_on_the_cpu(found):
+    """Each is copied beside what computes, after what made it, and its memory is not given away before; what computes waits
+    before it comes back."""
+    log, away = (
+        found["lokr, int8 products, checkpointed, offloaded, masked"]["streams"],
+        ["copies waits for computing", "on copies", "kept for copies"],
+    )
+    back = "computing waits for copies"
+    assert (count := log.count(back)) and [x for x in log if x != back] == away * count
+    assert log[:3] == away and log[-1] == back
+    assert not found["lora, masked"]["streams"]
 
 
 def test_waits_of_all_else_are_known(found):

@@ -204,6 +204,11 @@ class Example:
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         return list(cast(ExampleNet, denoiser).blocks)
 
+    passed_on = ("x",)
+
+    def joins_text(self, block: nn.Module) -> bool:
+        return False
+
     def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
         return cast(Tensor, args[0])
 

@@ -8,6 +8,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
@@ -211,6 +212,11 @@ class FluxNetwork:
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         flux: FluxTransformer2DModel = denoiser
         return [*flux.transformer_blocks, *flux.single_transformer_blocks]
+
+    passed_on = "encoder_hidden_states", "hidden_states"
+
+    def joins_text(self, block: nn.Module) -> bool:
+        return isinstance(block, FluxSingleTransformerBlock)
 
     def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
         return kwargs["encoder_hidden_states"], kwargs["hidden_states"]

@@ -158,6 +158,8 @@ class Sd3(PipelineFamily):
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         return list(cast(SD3Transformer2DModel, denoiser).transformer_blocks)
 
+    passed_on = "encoder_hidden_states", "hidden_states"
+
     def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
         return kwargs["encoder_hidden_states"], kwargs["hidden_states"]
 

@@ -245,6 +245,8 @@ class UNetFamily(PipelineFamily):
         parts = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
         return [block for part in parts for block in part.modules() if isinstance(block, BasicTransformerBlock)]
 
+    passed_on = ("hidden_states",)
+
     def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
         return cast(Tensor, args[0])
 
