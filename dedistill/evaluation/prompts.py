@@ -74,7 +74,7 @@ def of_images(split: Split, count: int, own: Sequence[str], say: Callable[[str],
     parts = [
         (len(different & held), "of held-out images"),
         (len(different & set(own) - held), "of preview.prompts"),
-        (len(trained), "captions that were trained on: what they show says less of other prompts"),
+        (len(trained), "of captions that were trained on: what they show says less of other prompts"),
     ]
     said = f"prompts: {distinct(texts)}: " + ", ".join(f"{n:,} {what}" for n, what in parts if n)
     again = "; each comes several times, from other noise" if len(different) < count else ""
