@@ -40,13 +40,14 @@ def _measure(engine: type[Engine], asked: Case, out: Path, elements: int) -> Non
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "setting", "optimizer"),
     [
-        pytest.param(Engine, "LoKr, int8", "adamw_bf16", marks=pytest.mark.long),
+        (Engine, "LoKr, int8", "adamw_bf16"),
         (Fsdp2, "LoRA, checkpointing, int8", "adamw_bf16"),
-        pytest.param(Fsdp2, "LoRA", "adamw_bf16", marks=pytest.mark.slow),
-        pytest.param(Zero2, "LoKr, int8", "adamw", marks=pytest.mark.slow),
+        (Fsdp2, "LoRA", "adamw_bf16"),
+        (Zero2, "LoKr, int8", "adamw"),
     ],
 )
 def test_a_process_of_two_has_in_use_what_is_forecast(engine, setting, optimizer, tmp_path, monkeypatch):
