@@ -76,7 +76,7 @@ def test_evaluate_on_twenty_images(image_recipe, tmp_path, capsys):
     options = ["--candidates", "base", "last", "--samples", "16", "--cfg", "1", "2", "--steps", "1", "--prompts", "24"]
     assert main(["evaluate", str(image_recipe), *changed, *options]) == 0
     said = capsys.readouterr()
-    wanted = "prompts: 24, 21 of them different: 4 of held-out images, 1 of preview.prompts, 16 of captions that were trained on"
+    wanted = "24, 21 of them different: 4 of held-out images, 1 of preview.prompts, 16 of captions that were trained on"
     assert said.err.count(wanted) == 1
     assert "16 prompts are captions that were trained on" in said.out and "Measured on 4 held-out images" in said.out
     kept = json.loads((tmp_path / "run/evaluation/evaluation.json").read_text())
