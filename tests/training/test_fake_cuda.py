@@ -27,6 +27,8 @@ LOOKS = [
     "meters.steps=2",
     "preview.every=1",
     "preview.prompts=['the red sun']",
+    "preview.cfgs=[1.0]",
+    "sample.steps=1",
 ]
 RUNS = {
     "lora, masked": [*LOOKS, "snapshot.every=1", "snapshot.ema=[0.05, 0.1]"],
