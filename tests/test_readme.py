@@ -47,7 +47,7 @@ def options_of(command: str) -> set[str]:
 
 def test_commands_of_the_study_are_real_modules_and_flags():
     found = re.findall(r"python -m lab(?:\.(\w+))?([^\n#]*)", TEXT)
-    assert {name for name, _ in found} == {"", "artefacts", "ladder", "story"}
+    assert {name for name, _ in found} == {"", "artefacts", "ladder", "mnist_flux", "story"}
     for name, flags in found:
         places = f"{name or 'study'}.py", f"{name}/study.py"
         source = next(file for file in map((ROOT / "lab").joinpath, places) if file.is_file()).read_text()

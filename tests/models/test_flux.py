@@ -117,13 +117,16 @@ def test_loads_what_diffusers_loads(schnell):
 
 
 def test_depth_is_what_the_files_hold(copy):
-    """Blocks are counted; a config that promises more would leave random weights, here it is corrected."""
+    """Blocks are counted; a config that promises more would leave random weights, or the end of a file was lost."""
     file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = {k: v for k, v in load_file(file).items() if not k.startswith("single_transformer_blocks.1.")}
     save_file(tensors, file)
-    components = load(copy)
-    assert (len(components.denoiser.transformer_blocks), len(components.denoiser.single_transformer_blocks)) == (1, 1)
-    assert components.denoiser.config.num_single_layers == 1
+    with pytest.raises(UserError, match="has num_single_layers = 2, and the files hold 1 block"):
+        load(copy)
+    config = copy / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_single_layers": 1}))
+    denoiser = load(copy).denoiser
+    assert (len(denoiser.transformer_blocks), len(denoiser.single_transformer_blocks)) == (1, 1)
 
 
 def drop(name):
