@@ -25,7 +25,7 @@ class ClosedForm:
     straight: one step is enough, for mixtures of one component (what reflow of the exact pairs would give).
     """
 
-    spec = SimpleNamespace(name="closed_form", prediction="velocity")
+    spec = SimpleNamespace(name="closed_form", prediction="flow")
 
     def __init__(self, mixture: Mixture, straight: bool = False):
         self.mixture, self.straight = mixture, straight
