@@ -253,6 +253,7 @@ def _compare(trainer: "Trainer") -> None:
     from dedistill.io.atomic import replace_json
     from dedistill.io.json_files import read_object
 
+    trainer.run.require()
     file, pace = trainer.run.path / "plan.json", trainer.pace
     found: dict[str, object]
     if not (memory := pace.memory()):

@@ -152,11 +152,15 @@ def velocity_from_noise(noisy: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
 # --- the flow-matching loss, one number per sample -------------------------------------------------------------------
 
 
-def flow_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over each sample's elements, in float32: [B, ...] -> [B] (arXiv 2210.02747, eq. 9)."""
+def flow_loss(predicted: Tensor, target: Tensor, huber: float | None = None) -> Tensor:
+    """Mean squared error over each sample's elements, in float32: [B, ...] -> [B] (arXiv 2210.02747, eq. 9).
+
+    huber: c of :func:`pseudo_huber`, which is taken of it.
+    """
     if predicted.shape != target.shape:
         raise ValueError(f"prediction {tuple(predicted.shape)} and target {tuple(target.shape)} differ in shape")
-    return (predicted.float() - target.float()).square().flatten(1).mean(1)
+    error = (predicted.float() - target.float()).square().flatten(1).mean(1)
+    return error if huber is None else pseudo_huber(error, huber)
 
 
 def pseudo_huber(error: Tensor, c: float) -> Tensor:

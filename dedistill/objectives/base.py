@@ -19,7 +19,7 @@ from dedistill.data.source import Batch, Source
 from dedistill.distributed.world import World, partition_by_cost
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.flow.path import DENSITIES, flow_loss, midpoints, probabilities, pseudo_huber, shift_sigma
+from dedistill.flow.path import DENSITIES, flow_loss, midpoints, probabilities, shift_sigma
 from dedistill.flow.schedule import Schedule
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.image_prompts import told_own
@@ -113,12 +113,7 @@ class Objective(ABC):
     def loss(self, model: Model, batch: NoisyBatch) -> Tensor:
         """The loss of each sample [B], float32, on the model's device; the same in training and validation."""
         noisy, sigma, target = (t.to(model.device, non_blocking=True) for t in (batch.noisy, batch.sigma, batch.target))
-        return self.distance(model.velocity(noisy, sigma, batch.conditioning(model)), target)
-
-    def distance(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Of velocities [B, C, H, W]: [B], as train.huber says."""
-        error = flow_loss(predicted, target)
-        return error if self.huber is None else pseudo_huber(error, self.huber)
+        return flow_loss(model.velocity(noisy, sigma, batch.conditioning(model)), target, self.huber)
 
     def share(self, step: int, size: int, world: World) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Positions of a step in micro-batches, at most ``size`` of one shape: (those that are this process's, those that

@@ -34,7 +34,7 @@ class Features(Endpoint):
             with torch.no_grad():
                 real = features(model, noise - target, noise, text)
         size = real.square().flatten(1).mean(1).clamp(min=1e-12)
-        return self.distance(v, target) + flow_loss(made, real) / size
+        return flow_loss(v, target, self.huber) + flow_loss(made, real) / size
 
 
 def features(model: Model, images: Tensor, noise: Tensor, text: Conditioning) -> Tensor:

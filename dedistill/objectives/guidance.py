@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dedistill.data.source import Batch, Source, needed
-from dedistill.flow.path import expand
+from dedistill.flow.path import expand, flow_loss
 from dedistill.flow.schedule import Schedule
 from dedistill.models.model import Model
 from dedistill.objectives.base import Draws, NoisyBatch
@@ -41,4 +41,4 @@ class Guidance(Flow):
         with torch.no_grad(), model.as_base():
             without = model.velocity(noisy, sigma, negative)
             guided = without + expand(scales, noisy) * (model.velocity(noisy, sigma, text) - without)
-        return self.distance(model.velocity(noisy, sigma, text, scales), guided)
+        return flow_loss(model.velocity(noisy, sigma, text, scales), guided, self.huber)

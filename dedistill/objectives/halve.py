@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.flow.path import expand
+from dedistill.flow.path import expand, flow_loss
 from dedistill.models.model import Model
 from dedistill.objectives.base import NoisyBatch
 from dedistill.objectives.grid import OnGrid
@@ -25,4 +25,4 @@ class Halve(OnGrid):
             first = model.velocity(noisy, sigma, text)
             second = model.velocity(noisy + expand(middle - sigma, noisy) * first, middle, text)
         share = expand((sigma - middle) / (sigma - end), noisy)
-        return self.distance(model.velocity(noisy, sigma, text), share * first + (1 - share) * second)
+        return flow_loss(model.velocity(noisy, sigma, text), share * first + (1 - share) * second, self.huber)

@@ -106,7 +106,7 @@ def test_second_process_in_one_directory_is_refused(adapter_recipe, tmp_path, ca
 
 def test_unwritable_directory(adapter_recipe, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in fails(capsys, adapter_recipe, f"run.out={tmp_path / 'file' / 'run'}", code=1)
+    assert f"'{tmp_path / 'file'}' is a file" in fails(capsys, adapter_recipe, f"run.out={tmp_path / 'file' / 'run'}", code=1)
 
 
 def test_non_finite_steps_change_nothing_and_stop_the_run(adapter_recipe, tmp_path, capsys, monkeypatch):
