@@ -179,6 +179,8 @@ def test_a_plan_of_a_chain_counts_pairs_visits_and_days(tmp_path, monkeypatch, c
 @pytest.mark.long
 @pytest.mark.parametrize("until", ["teacher/metrics.jsonl", pytest.param("pairs/00003.tar", marks=pytest.mark.slow)])
 def test_a_stopped_chain_goes_on_and_only_one_works_in_a_folder(chain, until):
+    tiny = "[model.new]\nlayers = 1\nsingle_layers = 1\nheads = 2\n"
+    (chain.parent / "teacher.toml").write_text(SHORT.format("teacher") + tiny)
     words = ("chain", "mine", "--scale", "0.04")
     first = dedistill(*words)
     while first.poll() is None and not Path("out", until).exists():

@@ -225,7 +225,10 @@ def simulated(images: int, draws: int, rng: np.random.Generator) -> tuple[np.nda
     return losses, [str(i) for i in image], sigma, float(level.mean())
 
 
-@pytest.mark.parametrize(("images", "draws"), [(16, 16), (16, 512), (25, 64), (60, 512), (200, 512), (500, 512)])
+MANY = [pytest.param(images, 512, marks=pytest.mark.slow) for images in (200, 500)]
+
+
+@pytest.mark.parametrize(("images", "draws"), [(16, 16), (16, 512), (25, 64), (60, 512), *MANY])
 def test_intervals_cover_the_truth_as_often_as_they_say(images, draws):
     """95 +- 2 % of intervals hold the mean over all images that there could be, on few images drawn often and on many; if
     each draw were taken for an image, far fewer would."""

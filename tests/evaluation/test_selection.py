@@ -49,7 +49,11 @@ EQUAL, UNEQUAL = np.full(8, 0.9), np.linspace(0.6, 0.95, 8)
 
 
 @pytest.mark.parametrize("draw", [simulate, right_or_wrong])
-@pytest.mark.parametrize(("prompts", "means"), [(16, EQUAL), (64, EQUAL), (16, UNEQUAL)], ids=["16", "64", "unequal"])
+@pytest.mark.parametrize(
+    ("prompts", "means"),
+    [(16, EQUAL), pytest.param(64, EQUAL, marks=pytest.mark.slow), (16, UNEQUAL)],
+    ids=["16", "64", "unequal"],
+)
 def test_the_truly_best_is_missed_once_in_twenty(draw, prompts, means):
     """Hsu 1984: of 100 sweeps, .95 less three standard errors is .885; equal means are the worst case."""
     hits, bounds, _ = coverage(draw, prompts, means)

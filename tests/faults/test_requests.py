@@ -101,8 +101,7 @@ def test_a_stop_before_anything_was_trained_ends_at_once(recipe, uninterrupted, 
     assert differences(uninterrupted, train(recipe, tmp_path / "run", *SETTINGS, *PREVIEW)) == []
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("number", "size"), [(signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
 def test_signals_while_a_cache_is_encoded(image_recipe, tmp_path, monkeypatch, number, size):
     """What is encoded is kept, and not encoded again. A request to save has nothing to save and is no reason to end."""
     monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 2)
@@ -167,8 +166,7 @@ def _touching(given: list[str], name: str, out: Path) -> int:
         Engine.backward = real
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("name", ["stop", "save", "sample"])
+@pytest.mark.parametrize(("name", "size"), [("stop", 1), ("stop", 2), ("save", 1), ("sample", 1), ("sample", 2)])
 def test_files_in_the_run_directory(recipe, uninterrupted, tmp_path, name, size):
     """``until python -m dedistill.train RECIPE; do :; done`` is ended by ``touch RUN/stop``: its exit code is 0."""
     out, settings = tmp_path / "run", (*SETTINGS, *PREVIEW, "checkpoint.keep=9")
