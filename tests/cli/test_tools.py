@@ -69,6 +69,14 @@ def test_an_alpha_given_twice_is_made_once(story, monkeypatch, capsys):
     assert tool("posthoc_ema", "runs/digits/dedistill", "--alpha", "2") == 2
 
 
+def test_averages_made_again_are_the_same_bytes(story, monkeypatch):
+    monkeypatch.chdir(story)
+    for folder in ("once", "again", "again"):  # also over those that stand there
+        assert tool("posthoc_ema", "runs/digits/dedistill", "--alpha", "0.5", "0.9", "--out", folder) == 0
+    first, second = ({p.name: p.read_bytes() for p in Path(folder).iterdir()} for folder in ("once", "again"))
+    assert first == second and len(first) == 2
+
+
 def test_sweep_folder(story, monkeypatch):
     monkeypatch.chdir(story)
     chosen = [
