@@ -1,5 +1,6 @@
 """Distillation to few steps and to a fed scale, on mixtures whose velocities are known: what each asks, whose loss is none."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 
 import numpy as np
@@ -167,6 +168,23 @@ def test_the_base_is_what_training_began_with(network):
     with model.as_base():
         assert all(torch.equal(p, before[n]) for n, p in model.root.named_parameters())
     assert model.root is model.components.denoiser and model.root is not model.frozen
+
+
+def test_an_engine_that_wraps_the_network_is_not_its_own_teacher(network):
+    """What ZeRO calls in the network's place sees no pass of the base, and those of training again after it."""
+    made, model = network
+    batch = objective_for(made, Pairs(), model.shift).noisy_batch(0, np.arange(4))
+    passes: list[str] = []
+    at = ["trained"]
+    wrapped = torch.nn.ModuleDict({"network": model.components.denoiser})
+    wrapped.forward = lambda *args, **kwargs: (passes.append(at[0]), wrapped["network"](*args, **kwargs))[1]
+    model.called = wrapped
+    text = batch.conditioning(model)
+    with torch.no_grad():
+        for at[0] in ("before", "base", "after"):
+            with model.as_base() if at[0] == "base" else nullcontext():
+                model.velocity(batch.noisy, batch.sigma, text)
+    assert passes == ["before", "after"]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
