@@ -34,7 +34,7 @@ six four 0 4 one 8 eight five
 0 8 5 two four nine seven 1
 seven four four 2 eight 9 8 4
 """
-"""The prompts of the sheet that the author shows (swookey-thinky/mindiffusion, lesson_33)."""
+"""The prompts of the sheet that the author shows (swookey-thinky/xdiffusion, docs/image/flux.md)."""
 CFGS = (1.0, 3.0)
 SAMPLER_STEPS = 12
 ROOT = Path(__file__).parent.parent

@@ -5,6 +5,7 @@ the model's own repository, where some layers are fused: then a name stands for 
 A path with underscores cannot be taken apart again, so reading needs the names of the network's linears.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -72,6 +73,36 @@ class LayerNames(ABC):
     def other_names(self, original: str) -> dict[str, int]:
         """What else files call an original module -> how many of its parts, from the first, they mean by it."""
         return {}
+
+
+Tables = Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]]
+"""Stack of numbered blocks, "" for what stands in none -> the stack's original name, and original module of a block -> the
+modules that it holds, in the order of its rows."""
+
+
+class TableNames(LayerNames):
+    """Names of a network whose blocks are numbered, by tables."""
+
+    TABLES: ClassVar[Tables]
+    UNKNOWN: ClassVar[str]
+    """What to say of a module that stands in none."""
+    _found: ClassVar[dict[str, dict[str, tuple[str, tuple[str, ...]]]]]
+
+    def __init_subclass__(cls) -> None:
+        cls._found = {
+            stack: {part: (original, parts) for original, parts in table.items() for part in parts}
+            for stack, (_, table) in cls.TABLES.items()
+        }
+
+    def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
+        block = re.fullmatch(rf"({'|'.join(filter(None, self.TABLES))})\.(\d+)\.(.+)", module)
+        stack, number, rest = block.groups() if block else ("", "", module)
+        if rest not in self._found[stack]:
+            raise UserError(f"'{module}' is not a layer of {self.UNKNOWN}")
+        original, parts = self._found[stack][rest]
+        if not block:
+            return original, parts
+        return f"{self.TABLES[stack][0]}.{number}.{original}", tuple(f"{stack}.{number}.{part}" for part in parts)
 
 
 def swap_halves(rows: Tensor) -> Tensor:

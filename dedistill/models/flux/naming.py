@@ -11,8 +11,7 @@ from typing import cast
 
 from torch import nn
 
-from dedistill.adapters.spellings import LayerNames
-from dedistill.errors import UserError
+from dedistill.adapters.spellings import TableNames
 
 # --- FLUX's two sets of names ----------------------------------------------------------------------------------------
 
@@ -54,12 +53,9 @@ _SINGLE: dict[str, tuple[str, ...]] = {
     "norm.key_norm": ("attn.norm_k",),
 }
 _TABLES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
+    "": ("", _TOP),
     "transformer_blocks": ("double_blocks", _DOUBLE),
     "single_transformer_blocks": ("single_blocks", _SINGLE),
-}
-_BFL_OF = {
-    kind: {part: (bfl, parts) for bfl, parts in table.items() for part in parts}
-    for kind, table in (("", _TOP), *((stack, table) for stack, (_, table) in _TABLES.items()))
 }
 _SWAPPED = "final_layer.adaLN_modulation.1"
 # BFL module -> what else files call it, or its first parts: XLabs' attention processors, and ComfyUI's name for their rows
@@ -73,24 +69,12 @@ _OTHER: dict[str, dict[str, int]] = {
 }
 
 
-class FluxNames(LayerNames):
+class FluxNames(TableNames):
+    TABLES = _TABLES
+    UNKNOWN = "FLUX: it has no name in BFL's files"
     KOHYA_MODULE = "networks.lora_flux"
     KOHYA_LEAVES_OUT = "final_layer"
     DIFFUSERS_CONVERTS = True
-
-    def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
-        """The BFL module that holds diffusers' ``module``, and all diffusers modules it holds, in the order of its rows.
-
-        Raises UserError for a name that FluxTransformer2DModel does not have.
-        """
-        block = re.fullmatch(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.(.+)", module)
-        stack, number, rest = block.groups() if block else ("", "", module)
-        if rest not in _BFL_OF[stack]:
-            raise UserError(f"'{module}' is not a layer of FLUX: it has no name in BFL's files")
-        bfl, parts = _BFL_OF[stack][rest]
-        if not block:
-            return bfl, parts
-        return f"{_TABLES[stack][0]}.{number}.{bfl}", tuple(f"{stack}.{number}.{part}" for part in parts)
 
     def original_tensor(self, name: str) -> tuple[str, tuple[str, ...]]:
         module, _, kind = name.rpartition(".")

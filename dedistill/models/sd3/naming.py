@@ -7,12 +7,11 @@ change of names. Sources: github.com/Stability-AI/sd3.5 (mmditx.py), diffusers' 
 
 import re
 from collections.abc import Collection
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import nn
 
-from dedistill.adapters.spellings import LayerNames
-from dedistill.errors import UserError
+from dedistill.adapters.spellings import TableNames, Tables
 
 # original module -> diffusers modules, in the order of its rows
 _TOP: dict[str, tuple[str, ...]] = {
@@ -46,32 +45,16 @@ _BLOCK: dict[str, tuple[str, ...]] = {
     "context_block.mlp.fc1": ("ff_context.net.0.proj",),
     "context_block.mlp.fc2": ("ff_context.net.2",),
 }
-_ORIGINAL_OF = {
-    kind: {part: (original, parts) for original, parts in table.items() for part in parts}
-    for kind, table in (("", _TOP), ("transformer_blocks", _BLOCK))
-}
 _POSITIONS = {"pos_embed.pos_embed": "pos_embed"}
 """A tensor that is no parameter of a layer."""
 
 
-class Sd3Names(LayerNames):
+class Sd3Names(TableNames):
+    TABLES: ClassVar[Tables] = {"": ("", _TOP), "transformer_blocks": ("joint_blocks", _BLOCK)}
+    UNKNOWN = "SD3.5: it has no name in Stability AI's files"
     KOHYA_MODULE = "networks.lora_sd3"
     KOHYA_LEAVES_OUT = ""
     DIFFUSERS_CONVERTS = False
-
-    def original_parts(self, module: str) -> tuple[str, tuple[str, ...]]:
-        """The original module that holds diffusers' ``module``, and all diffusers modules it holds, in the order of its rows.
-
-        Raises UserError for a name that SD3Transformer2DModel does not have.
-        """
-        block = re.fullmatch(r"(transformer_blocks)\.(\d+)\.(.+)", module)
-        stack, number, rest = block.groups() if block else ("", "", module)
-        if rest not in _ORIGINAL_OF[stack]:
-            raise UserError(f"'{module}' is not a layer of SD3.5: it has no name in Stability AI's files")
-        original, parts = _ORIGINAL_OF[stack][rest]
-        if not block:
-            return original, parts
-        return f"joint_blocks.{number}.{original}", tuple(f"{stack}.{number}.{part}" for part in parts)
 
     def original_tensor(self, name: str) -> tuple[str, tuple[str, ...]]:
         return (_POSITIONS[name], (name,)) if name in _POSITIONS else super().original_tensor(name)
