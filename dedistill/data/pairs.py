@@ -10,6 +10,7 @@ import json
 import mmap
 import tarfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -89,12 +90,10 @@ class PairSource(OneSize):
         """The states [K + 1, C, H, W], float32, and the caption of a pair. Raises UserError for one that is damaged."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self._shards[number]
-        _, start, text_bytes, checksum = (int(n) for n in shard.rows[index - self._ends[number]])
-        end = start + shard.state_bytes
-        text = end + -shard.state_bytes % BLOCK + BLOCK
-        states, caption = shard.view[start:end], shard.view[text : text + text_bytes]
-        if zlib.crc32(caption, zlib.crc32(states)) != checksum:
-            raise UserError(_damaged(shard.path, f"pair {index} differs from what was written"))
+        try:
+            states, caption = shard.read(int(index - self._ends[number]))
+        except ValueError as e:
+            raise UserError(_damaged(shard.path, f"pair {index} {e}")) from e
         try:
             found = np.load(io.BytesIO(states), allow_pickle=False).astype(np.float32)
             if found.shape != (len(self.sigmas), *self.image):
@@ -111,7 +110,7 @@ def _names(picks: np.ndarray) -> list[str]:
 
 
 def _damaged(path: Path, how: str) -> str:
-    return f"data.path: shard '{path}' is damaged ({how}); delete it and run dedistill pairs again"
+    return f"data.path: shard '{path}' is damaged ({how}); run dedistill pairs again, which makes it anew"
 
 
 # --- how pairs were made ---------------------------------------------------------------------------------------------
@@ -151,6 +150,17 @@ def differing(found: dict[str, Any], facts: dict[str, Any]) -> str:
 # --- one shard -------------------------------------------------------------------------------------------------------
 
 
+def padded(size: int) -> int:
+    """Bytes of a member of a tar file, with its own header."""
+    return BLOCK + size + -size % BLOCK
+
+
+def archive(members: int) -> int:
+    """Bytes of a tar file of so many bytes of members: it ends in two empty blocks, and in a whole record."""
+    end = members + 2 * BLOCK
+    return end + -end % tarfile.RECORDSIZE
+
+
 @dataclass(frozen=True)
 class Shard:
     """header: ``facts``, how it was made, and what came of it. rows: ROWS. sha256: of both, and so of every pair.
@@ -164,6 +174,22 @@ class Shard:
     sha256: str
     state_bytes: int
     view: mmap.mmap
+
+    def read(self, row: int) -> tuple[bytes, bytes]:
+        """The states' file and the text of a pair. Raises ValueError where they differ from what was written."""
+        _, start, text_bytes, checksum = (int(n) for n in self.rows[row])
+        end = start + self.state_bytes
+        text = end + -self.state_bytes % BLOCK + BLOCK
+        states, caption = self.view[start:end], self.view[text : text + text_bytes]
+        if zlib.crc32(caption, zlib.crc32(states)) != checksum:
+            raise ValueError("differs from what was written")
+        return states, caption
+
+    def is_whole(self) -> bool:
+        """Reads every pair."""
+        with suppress(ValueError):
+            return all(self.read(row) for row in range(len(self.rows)))
+        return False
 
 
 def open_shard(path: Path) -> Shard:
@@ -185,9 +211,11 @@ def open_shard(path: Path) -> Shard:
         table = np.frombuffer(view, np.int64, count * 4, end - count * 32).reshape(count, 4)
     except (ValueError, RecursionError, KeyError, TypeError) as e:
         raise ValueError(f"its header is unreadable: {type(e).__name__}") from e
-    last = int(table[-1, 1]) + state_bytes + 2 * BLOCK + int(table[-1, 2]) if count else end
-    if last > len(view):
-        raise ValueError(f"it is cut: {len(view):,} bytes of more than {last:,}")
+    members = rows.offset_data + padded(rows.size)
+    if count:
+        members = int(table[-1, 1]) + padded(state_bytes) + padded(int(table[-1, 2]))
+    if len(view) != (size := archive(members - BLOCK)):
+        raise ValueError(f"it has {len(view):,} bytes instead of {size:,}")
     return Shard(path, about, table, sha256(view[header.offset_data : end]).hexdigest(), state_bytes, view)
 
 

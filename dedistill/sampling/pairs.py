@@ -7,7 +7,6 @@ number of processes makes the same bytes, and an interrupted run continues.
 
 import io
 import json
-import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -19,7 +18,7 @@ import torch
 import webdataset as wds
 from torch import Tensor
 
-from dedistill.data.pairs import BLOCK, FACTS, HEADER, ROWS, Shard, differing, open_shard
+from dedistill.data.pairs import BLOCK, FACTS, HEADER, ROWS, Shard, archive, differing, open_shard, padded
 from dedistill.distributed.world import World
 from dedistill.errors import UserError, amount
 from dedistill.flow import keyed
@@ -150,15 +149,20 @@ def _missing(out: Path, facts: dict[str, Any], numbers: range) -> list[int]:
         before = facts
     if listed := differing(before, facts):
         raise UserError(f"'{out}' holds pairs made differently ({listed}). {way_out}")
+    tables = {entry["file"]: entry["sha256"] for entry in before.get("shards", ())}
     missing = []
     for number in numbers:
+        place = _place(out, number)
         try:
-            header = open_shard(_place(out, number)).header
+            shard = open_shard(place)
+            whole = tables.get(place.name, shard.sha256) == shard.sha256 and shard.is_whole()
         except (OSError, ValueError):
             missing.append(number)
             continue
-        if listed := differing(header["facts"], facts):
-            raise UserError(f"'{_place(out, number)}' holds pairs made differently ({listed}). {way_out}")
+        if listed := differing(shard.header["facts"], facts):
+            raise UserError(f"'{place}' holds pairs made differently ({listed}). {way_out}")
+        if not whole:
+            missing.append(number)
     return missing
 
 
@@ -239,18 +243,12 @@ def front_of(
     account: dict[str, Any], ids: Sequence[int], state_bytes: int, text_bytes: Sequence[int], sums: Sequence[int]
 ) -> tuple[dict[str, bytes], int]:
     """The first two members of a shard, by name, and the bytes of the whole file."""
-    members = np.array([_padded(state_bytes) + _padded(size) for size in text_bytes], np.int64)
+    members = np.array([padded(state_bytes) + padded(size) for size in text_bytes], np.int64)
     rows = np.stack([np.array(ids, np.int64), np.cumsum(members) - members, text_bytes, sums], 1)
     about = json.dumps({**account, "pairs": len(ids), "state_bytes": state_bytes})
-    first = _padded(len(about)) + _padded(len(_npy(rows)))
+    first = padded(len(about)) + padded(len(_npy(rows)))
     rows[:, 1] += first + BLOCK
-    end = first + int(members.sum()) + 2 * BLOCK  # a tar file ends in two empty blocks, and in a whole record
-    return {HEADER: about.encode(), ROWS: _npy(rows)}, end + -end % tarfile.RECORDSIZE
-
-
-def _padded(size: int) -> int:
-    """Bytes of a member of a tar file, with its own header."""
-    return BLOCK + size + -size % BLOCK
+    return {HEADER: about.encode(), ROWS: _npy(rows)}, archive(first + int(members.sum()))
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -293,13 +293,13 @@ def test_pairs_are_made_from_the_captions_of_pairs(made, teacher, tmp_path):
     assert [again.read(i)[1] for i in range(60)] == source.prompts(SETTINGS["seed"], 60)
 
 
-@pytest.mark.parametrize("damage", ["table", "header", "cut", "gone", "empty"])
+@pytest.mark.parametrize("damage", ["table", "header", "cut", "end", "longer", "gone", "empty"])
 def test_a_damaged_shard_is_refused_by_name(damage, copy):
     """A flipped bit in what it says of its pairs, a cut file and a lost one are found when the set is opened."""
     file = copy / SHARDS[1]
     raw = bytearray(file.read_bytes())
     raw[{"table": file_offset(file, ROWS) + 200, "header": file_offset(file, HEADER) + 5}.get(damage, 0)] ^= 1
-    file.write_bytes({"cut": file.read_bytes()[:9000], "empty": b""}.get(damage, raw))
+    file.write_bytes({"cut": file.read_bytes()[:9000], "end": raw[:-600], "longer": raw + b" ", "empty": b""}.get(damage, raw))
     if damage == "gone":
         file.unlink()
     with pytest.raises(UserError, match=rf"data\.path: shard '.*{SHARDS[1]}'.*(damaged|cannot be read)"):
@@ -317,6 +317,17 @@ def test_a_damaged_pair_is_refused_by_name(ext, copy):
     with pytest.raises(UserError, match=rf"shard '.*{SHARDS[1]}' is damaged \(pair 20 differs"):
         source.read(20)
     assert source.read(19)[1] and source.read(21)[1]
+
+
+def test_damaged_shards_are_made_again(made, copy, teacher, digits):
+    """The same command finds a pair, a table of pairs and an end that are not what was written, and mends them."""
+    for name, place in zip(SHARDS[1:], ("00000021.states.npy", ROWS)):
+        raw = bytearray((copy / name).read_bytes())
+        raw[file_offset(copy / name, place) + 130] ^= 4
+        (copy / name).write_bytes(raw)
+    (copy / SHARDS[0]).write_bytes((copy / SHARDS[0]).read_bytes()[:-1])
+    assert make_pairs(teacher, digits, copy, **SETTINGS) == made.facts
+    assert shards(copy) == shards(made.folder)
 
 
 def test_a_shard_of_other_pairs_is_refused_by_name(made, copy, teacher, digits, tmp_path_factory):
