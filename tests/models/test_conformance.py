@@ -208,6 +208,18 @@ def test_velocity_equals_the_librarys_own_call(family, components, noisy):
         assert_same(velocity(family, components, noisy)[i : i + 1], direct)
 
 
+def test_no_module_is_called_outside_the_networks_own_pass(family, components, noisy):
+    """Nor for an image of a new size, which of several processes one may see alone: ZeRO-3 lets each wait for the others' calls."""
+    network, outside, inside = components.denoiser, [], []
+    for module in network.modules():
+        module.register_forward_pre_hook(lambda called, _: None if inside or called is network else outside.append(called))
+    network.register_forward_pre_hook(lambda *_: inside.append(True))
+    network.register_forward_hook(lambda *_: inside.clear())
+    for samples in (noisy, noisy.repeat(1, 1, 2, 1), noisy):
+        velocity(family, components, samples)
+    assert not outside
+
+
 def test_an_image_becomes_noise_and_comes_back(family, components):
     """Held fully it does, to rounding; halfway, from pure data to pure noise, every number is finite."""
     model = Model(family, components, components.denoiser, LENGTH)

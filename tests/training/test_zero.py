@@ -250,6 +250,15 @@ def test_images_while_training(image_recipe, tmp_path):
     assert len(list((out / "previews").rglob("p*.png"))) == 4 and rows(out)[0]["applied"]
 
 
+@pytest.mark.slow
+def test_one_process_alone_sees_an_image_of_a_new_size(image_recipe, tmp_path):
+    """Of several sizes, each of which comes to one process before the other; a step of theirs is that of one process."""
+    sizes = ("data.resolutions=[64, 96]", "train.micro_batch=1", "train.steps=3", "validate.every=0", "run.seed=1")
+    alone = train(1, image_recipe, tmp_path / "alone", *sizes)
+    both = zero(3, 2, image_recipe, tmp_path / "both", *sizes)
+    assert furthest(saved(alone), saved(both)) < TOLERANCE
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 

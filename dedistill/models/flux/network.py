@@ -97,12 +97,14 @@ KEPT = 64
 @contextmanager
 def known_positions(embedding: nn.Module, rows: int, columns: int, words: int, device: torch.device) -> Iterator[None]:
     """Let ``embedding`` compute the positions of an image of ``rows`` x ``columns`` tokens once: in float64, in a hundred small
-    kernels, which diffusers runs in every pass. All ``words`` of the text have the position (0, 0, 0), kept as the first."""
+    kernels, which diffusers runs in every pass. All ``words`` of the text have the position (0, 0, 0), kept as the first.
+
+    No hooks are called: those of ZeRO-3 compare which modules each process called, and not all have new sizes in one pass."""
     kept: dict[object, tuple[Tensor, Tensor]] = vars(embedding).setdefault("kept", {})
     if (key := (rows, columns, device)) not in kept:
         if len(kept) >= KEPT:
             del kept[next(iter(kept))]
-        kept[key] = embedding(torch.cat([torch.zeros(1, 3, device=device), image_ids(rows, columns, device)]))
+        kept[key] = embedding.forward(torch.cat([torch.zeros(1, 3, device=device), image_ids(rows, columns, device)]))
     whole = tuple(torch.cat([part[:1].expand(words, -1), part[1:]]) for part in kept[key])
     embedding.forward = lambda ids: whole
     try:
