@@ -13,9 +13,11 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from dedistill.cli.command import command_parser, guarded, path, place, positive_number
 from dedistill.errors import RUN_AGAIN, UserError
@@ -77,7 +79,7 @@ def running(chain: Chain, commands: list[list[str]], again: str) -> Iterator["Jo
     use_threads(chain.threads)
     claim(chain.out, "chain", "out")
     jobs = Jobs(again)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = _on_stops(signal.default_int_handler)
     lock = hold(chain.out, "out")
     try:
         replace_json(chain.out / "chain.json", {"stages": commands})
@@ -92,7 +94,24 @@ def running(chain: Chain, commands: list[list[str]], again: str) -> Iterator["Jo
     finally:
         jobs.end()
         lock.close()
-        signal.signal(signal.SIGTERM, before)
+        _restore(before)
+
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
+
+
+def _on_stops(handler: Handler) -> dict[int, Handler]:
+    """Let ``handler`` hear all requests to stop; what heard them before. SIGINT, too, where a shell that began this in the
+    background has it ignored: its jobs would not end, either. Not SIGHUP under nohup, which asks for that."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _restore(before: dict[int, Handler]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def use_threads(count: int | None) -> None:
@@ -138,11 +157,10 @@ class Jobs:
 
     def end(self) -> None:
         """Stop what still runs, and wait: training saves first. Further requests to stop change nothing."""
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        before = _on_stops(signal.SIG_IGN)
         for _, job, _ in self._started:
             if job.poll() is None:
                 job.terminate()
         for _, job, _ in self._started:
             job.wait()
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+        _restore(before)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from dedistill.cli.chain import running
 from dedistill.cli.main import main
 from dedistill.cli.plan_chain import StageCost
+from dedistill.errors import UserError
 from dedistill.models.sd15 import full_config
 from dedistill.models.unet.tiny import write_tiny_unet
 from dedistill.recipe import load_recipe
@@ -174,6 +176,20 @@ def test_a_plan_of_a_chain_counts_pairs_visits_and_days(tmp_path, monkeypatch, c
         assert train["fits"][card] == "fits"
     trained, made = StageCost("a", visits=2 * 86_400), StageCost("b", pairs=100, nfe=50, share=0.25)
     assert trained.days_at(4) == 0.5 and made.days_at(2) == pytest.approx(100 * 50 * 0.25 / 2 / 86_400)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=str)
+def test_requests_to_stop_are_heard_where_a_shell_has_sigint_ignored(chain, number):
+    """As for what a script begins in the background. Of nohup's SIGHUP nothing is heard."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with pytest.raises(UserError, match="stopped; continue with: again"), running(load_chain("mine"), [], "again"):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert signal.signal(signal.SIGINT, before) == signal.SIG_IGN
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with running(load_chain("mine"), [], "again"):
+        os.kill(os.getpid(), signal.SIGHUP)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.mark.long

@@ -204,16 +204,17 @@ def test_the_other_launch_files_parse():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_demo_stops_its_job_and_waits(tmp_path, number):
-    """The demo script itself, with the installation left out."""
+    """The demo script itself, with the installation left out, begun as a shell begins what goes to the background."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     setup = 'set -euo pipefail\ncd "$(dirname "${BASH_SOURCE[0]}")/.."\nexport OMP_NUM_THREADS=1\n'
     (tmp_path / "launch" / "setup.sh").write_text(setup)
     with open(tmp_path / "said", "w") as said:
         process = subprocess.Popen(
-            ["bash", "launch/demo.sh"], cwd=tmp_path, stderr=said, stdout=said, env=ENVIRONMENT, start_new_session=True
-        )
+            ["bash", "-c", "trap '' INT; exec bash launch/demo.sh"],
+            cwd=tmp_path, stderr=said, stdout=said, env=ENVIRONMENT, start_new_session=True,
+        )  # fmt: skip
     journal = tmp_path / "runs/digits/teacher/metrics.jsonl"
     wait_for(lambda: journal.exists() and journal.stat().st_size > 1000)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

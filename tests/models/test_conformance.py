@@ -209,7 +209,7 @@ def test_velocity_equals_the_librarys_own_call(family, components, noisy):
 
 
 def test_no_module_is_called_outside_the_networks_own_pass(family, components, noisy):
-    """Nor for an image of a new size, which of several processes one may see alone: ZeRO-3 lets each wait for the others' calls."""
+    """Nor for an image of a new size, which of several processes one may see alone: under ZeRO-3 each waits for the others."""
     network, outside, inside = components.denoiser, [], []
     for module in network.modules():
         module.register_forward_pre_hook(lambda called, _: None if inside or called is network else outside.append(called))
