@@ -4,7 +4,6 @@ An objective is a file of this folder, named as recipes name it, with a subclass
 of it stands in ``dedistill/recipe/objectives.py``.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.data.source import Batch, Source
+from dedistill.data.source import Batch, Source, needed
 from dedistill.distributed.world import World, partition_by_cost
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.flow.path import DENSITIES, flow_loss, midpoints, probabilities, shift_sigma
+from dedistill.flow.path import DENSITIES, flow_loss, interpolate, midpoints, probabilities, shift_sigma, velocity
 from dedistill.flow.schedule import Schedule
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.image_prompts import told_own
@@ -77,8 +76,12 @@ class Sigmas(TypedDict):
     stratify: bool
 
 
-class Objective(ABC):
-    """The noisy batches of every step of a run, each a pure function of (seed, step, position), and their loss."""
+class Objective:
+    """The noisy batches of every step of a run, each a pure function of (seed, step, position), and their loss.
+
+    This one is flow matching (arXiv 2210.02747): every sample is mixed with noise at a sigma of the recipe's density, and the
+    target is the velocity. Others replace what they do otherwise.
+    """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
@@ -106,9 +109,13 @@ class Objective(ABC):
             "stratify": t.stratify,
         }
 
-    @abstractmethod
     def sample(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """What the network is asked about ``batch``: noisy samples [B, C, H, W], their sigma [B], float32, and the target."""
+        shape = tuple(batch.latents.shape[1:])
+        # an objective that needs a sample's own noise mixes it with that; another one would teach it nothing
+        noise = needed(batch.noise) if "noise" in self.needs else draws.noise(shape)
+        sigma = torch.from_numpy(draws.sigma(shape).astype(np.float32))
+        return interpolate(batch.latents, noise, sigma), sigma, velocity(batch.latents, noise)
 
     def loss(self, model: Model, batch: NoisyBatch) -> Tensor:
         """The loss of each sample [B], float32, on the model's device; the same in training and validation."""
@@ -178,8 +185,8 @@ class Objective(ABC):
     def asked(self, batch: Batch, draws: Draws, dropped: np.ndarray, told: np.ndarray) -> NoisyBatch:
         """dropped, told: [B], whose captions are not told, and whose own images are, where the source has them."""
         if missing := [field for field in self.needs if getattr(batch, field) is None]:
-            needed = f"the {' and '.join(missing)} of every sample"
-            raise UserError(f"train.objective: '{self.name}' needs {needed}, which '{self.source.name}' does not have")
+            lacks = f"the {' and '.join(missing)} of every sample"
+            raise UserError(f"train.objective: '{self.name}' needs {lacks}, which '{self.source.name}' does not have")
         captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped)]
         ids = batch.image_ids or batch.names
         text = self.source.text(captions)

@@ -14,12 +14,11 @@ from dedistill.errors import UserError
 from dedistill.flow.parameterization import min_snr_weight, own_weight
 from dedistill.flow.schedule import Schedule
 from dedistill.models.model import Model
-from dedistill.objectives.base import NoisyBatch
-from dedistill.objectives.flow import Flow
+from dedistill.objectives.base import NoisyBatch, Objective
 from dedistill.recipe import Recipe
 
 
-class Diffusion(Flow):
+class Diffusion(Objective):
     name = "diffusion"
 
     def __init__(

@@ -9,11 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from dedistill.data.source import Batch
-from dedistill.objectives.base import Draws
-from dedistill.objectives.flow import Flow
+from dedistill.objectives.base import Draws, Objective
 
 
-class Endpoint(Flow):
+class Endpoint(Objective):
     name, needs = "endpoint", ("noise",)
 
     def sample(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,13 +13,12 @@ from torch import Tensor
 from dedistill.data.source import Batch, Source
 from dedistill.flow.schedule import Schedule
 from dedistill.flow.solvers import sigma_grid
-from dedistill.objectives.base import Draws
-from dedistill.objectives.flow import Flow
+from dedistill.objectives.base import Draws, Objective
 from dedistill.recipe import Recipe
 from dedistill.recipe.schema import shift_in_numbers
 
 
-class OnGrid(Flow):
+class OnGrid(Objective):
     """Each sample at one of the ``steps`` sigmas that images are made at (sample.steps, sample.shift), all alike."""
 
     def __init__(

@@ -14,13 +14,12 @@ from dedistill.data.source import Batch, Source, needed
 from dedistill.flow.path import expand, flow_loss
 from dedistill.flow.schedule import Schedule
 from dedistill.models.model import Model
-from dedistill.objectives.base import Draws, NoisyBatch
-from dedistill.objectives.flow import Flow
+from dedistill.objectives.base import Draws, NoisyBatch, Objective
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import filled
 
 
-class Guidance(Flow):
+class Guidance(Objective):
     name = "guidance"
 
     def __init__(

@@ -1,7 +1,7 @@
 """Reflow (arXiv 2209.03003): flow matching on stored pairs of noise and image, which straightens the paths between them."""
 
-from dedistill.objectives.flow import Flow
+from dedistill.objectives.base import Objective
 
 
-class Reflow(Flow):
+class Reflow(Objective):
     name, needs = "reflow", ("noise",)

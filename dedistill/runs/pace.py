@@ -4,7 +4,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from threading import Event, Thread
@@ -56,32 +55,25 @@ class Pace:
         """Steps of this start."""
         self.rate: float | None = None
         """Operations per second that matrix products reach on this card, measured."""
+        self.seconds = self.tflop_s = 0.0
+        """Of a step lately, and useful operations per second, 1e12 of them; 0 where that is not known."""
         self._steps: deque[tuple[float, float]] = deque(maxlen=RECENT)
-        self._work = 0.0
         self._ends: deque[float] = deque(maxlen=LATELY)
 
-    def saw(self, shape: tuple[int, ...], length: int | None) -> None:
-        """A micro-batch of samples of ``shape`` [B, C, H, W] is part of the step. length: of their captions."""
-        if self.useful and length is not None:
-            self._work += shape[0] * self.useful(shape[1:], length)
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """The block is one step."""
-        if not self.done and self.device.type == "cuda":  # what came before is no part of training
+    def start(self) -> None:
+        """Training begins: the memory that was needed before is no part of it."""
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._work, start = 0.0, time.monotonic()
-        yield
+
+    def took(self, seconds: float, passes: Iterable[tuple[tuple[int, ...], int | None]]) -> None:
+        """A step has ended. passes: the shape [B, C, H, W] of each micro-batch, and tokens of its captions where known."""
+        useful = self.useful
+        work = sum(shape[0] * useful(shape[1:], length) for shape, length in passes if length is not None) if useful else 0.0
         self.done += 1
         self._ends.append(time.monotonic())
-        self._steps.append((self._ends[-1] - start, self._work))
-
-    def speed(self) -> tuple[float, float]:
-        """Lately: (seconds of a step, useful operations per second, 1e12 of them); 0 where that is not known."""
-        if not self._steps:
-            return 0.0, 0.0
-        seconds, work = zip(*self._steps)
-        return median(seconds), sum(work) / sum(seconds) / 1e12 if sum(seconds) else 0.0
+        self._steps.append((seconds, work))
+        times, works = zip(*self._steps)
+        self.seconds, self.tflop_s = median(times), sum(works) / sum(times) / 1e12 if sum(times) else 0.0
 
     def memory(self) -> Memory | None:
         """None on a CPU."""
@@ -93,13 +85,12 @@ class Pace:
     def facts(self) -> dict[str, float]:
         """For timings.jsonl."""
         found: dict[str, float] = {}
-        seconds, tflop_s = self.speed()
-        if seconds:
-            found |= {"step_s": round(seconds, 4), "samples_s": round(self.batch / seconds, 2)}
-        if tflop_s:
-            found["useful_tflop_s"] = round(tflop_s, 1)
-        if tflop_s and self.rate:
-            found["share_of_rate"] = round(1e12 * tflop_s / self.rate, 4)
+        if self.seconds:
+            found |= {"step_s": round(self.seconds, 4), "samples_s": round(self.batch / self.seconds, 2)}
+        if self.tflop_s:
+            found["useful_tflop_s"] = round(self.tflop_s, 1)
+        if self.tflop_s and self.rate:
+            found["share_of_rate"] = round(1e12 * self.tflop_s / self.rate, 4)
         if memory := self.memory():
             found |= {"memory_gib": round(memory.now, 2), "memory_peak_gib": round(memory.peak, 2)}
         if self.expected:
@@ -123,13 +114,12 @@ class Pace:
         return f"{duration(steps * (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1))} left"
 
     def __str__(self) -> str:
-        seconds, tflop_s = self.speed()
-        if not seconds:
+        if not self.seconds:
             return ""
-        parts = [f"{seconds:.3g} s/step", f"{self.batch / seconds:.3g} samples/s"]
-        if tflop_s:
-            share = f" ({1e12 * tflop_s / self.rate:.0%} of this card's {self.rate / 1e12:.0f})" if self.rate else ""
-            parts.append(f"{tflop_s:.3g} useful TFLOP/s{share}")
+        parts = [f"{self.seconds:.3g} s/step", f"{self.batch / self.seconds:.3g} samples/s"]
+        if self.tflop_s:
+            share = f" ({1e12 * self.tflop_s / self.rate:.0%} of this card's {self.rate / 1e12:.0f})" if self.rate else ""
+            parts.append(f"{self.tflop_s:.3g} useful TFLOP/s{share}")
         if memory := self.memory():
             parts.append(f"{memory.now:.1f} GiB, at most {memory.peak:.1f} of {memory.total:.0f}")
         return ", ".join(parts)

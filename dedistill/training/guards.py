@@ -118,14 +118,14 @@ class Guard:
         the last step that patience is had with.
         """
         finite = math.isfinite(norm) and bool(losses.isfinite().all())
+        usual = [self.usual[place] for place in (sigmas * BINS).long().clamp(max=BINS - 1).tolist()]  # at each one's sigma
         # the median: a few large norms among those that were applied do not move it
         spike = self.factor and len(self.norms) >= WARM_UP and norm > self.factor * median(self.norms)
         if finite and not spike:
-            self._learn(losses, sigmas, norm)
+            self._learn(losses, usual, norm)
             return {}
         stand_out = [p for p, ok in enumerate(losses.isfinite().tolist()) if not ok]
         if finite:  # large, then: against what is usual at its sigma, since losses differ by far more between sigmas
-            usual = [self.usual[place] for place in _places(sigmas)]
             stand_out = [p for p, (x, (mean, seen)) in enumerate(zip(losses.tolist(), usual)) if seen and x > SUSPECT * mean]
         found: list[Suspect] = [
             {"sample": name, "sigma": float(sigmas[p]), "loss": str(float(losses[p]))}
@@ -142,11 +142,10 @@ class Guard:
             self._on_too_many_bad_steps(step, float(losses.mean()), norm, "a spike" if finite else "not finite", found)
         return {"spike" if finite else "not_finite": found}
 
-    def _learn(self, losses: Tensor, sigmas: Tensor, norm: float) -> None:
+    def _learn(self, losses: Tensor, usual: list[list[float]], norm: float) -> None:
         self.consecutive_bad, self.suspects = 0, {}
         self.norms = [*self.norms[1 - WINDOW :], norm]
-        for loss, place in zip(losses.tolist(), _places(sigmas)):
-            entry = self.usual[place]
+        for loss, entry in zip(losses.tolist(), usual):
             keep = min(MEMORY, entry[1] / (entry[1] + 1))  # a plain mean of the first 50, then a running one
             entry[:] = [keep * entry[0] + (1 - keep) * loss, entry[1] + 1]
 
@@ -178,11 +177,6 @@ class Guard:
             f"step {step + 1}: loss {loss}, gradient norm {norm}: {what}{often}{why}.{tried} "
             f"No such step was applied; the weights of step {step} are saved. Lower train.lr or set train.max_grad_norm."
         )
-
-
-def _places(sigmas: Tensor) -> list[int]:
-    """The bin of each of ``sigmas`` [B]."""
-    return (sigmas * BINS).long().clamp(max=BINS - 1).tolist()
 
 
 # --- whether training has an effect ----------------------------------------------------------------------------------

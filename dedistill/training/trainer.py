@@ -56,6 +56,8 @@ class Trainer:
         """How some process was asked to stop, as StopRequests.poll says it."""
         self.requests = {"save": False, "sample": False}
         self.pace = Pace(plan.batch, model.device)
+        self.passes: list[tuple[tuple[int, ...], int | None]] = []
+        """Of the last step: shape of the samples [B, C, H, W], and tokens of their captions where they are encoded already."""
         self.data_wait_s = 0.0
         """Seconds since the last line of timings.jsonl in which training stood still for data."""
         self.micro_batch = min(plan.micro_batch, ceil_div(plan.batch, self.world.size))
@@ -124,6 +126,7 @@ class Trainer:
             rows = amount(gone, "row is", "rows are")
             print(f"'{self.run.metrics}': {rows} missing or damaged of {state.rows:,}; training goes on", file=sys.stderr)
         self.model.root.train()
+        self.pace.start()
         self.stop, micro_batches = stop, ahead(self.micro_batches(state.step))
         try:
             if state.unfinished:
@@ -131,9 +134,9 @@ class Trainer:
                 yield self._conclude(state.unfinished, record, trackers)
             while state.step < self.plan.steps and not self.stopping:
                 self.keeper.writer.check()
+                start = time.monotonic()
                 try:
-                    with self.pace.step():
-                        row = self.train_step(state.step, micro_batches)
+                    row = self.train_step(state.step, micro_batches)
                 except Rollback as back:
                     micro_batches.close()
                     self._roll_back(back.step)
@@ -144,6 +147,7 @@ class Trainer:
                     if self.trained_now:  # the weights are good: bad steps were not applied
                         self.keeper.checkpoint(wait=True)
                     raise
+                self.pace.took(time.monotonic() - start, self.passes)
                 if state.step == 0:
                     row |= before
                 state.step, self.trained_now = state.step + 1, True
@@ -207,6 +211,7 @@ class Trainer:
         positions: list[int] = []
         losses: list[Tensor] = []
         sigmas: list[float] = []
+        self.passes = []
         heartbeat.step = self.state.step
         while True:
             start = time.monotonic()
@@ -217,7 +222,7 @@ class Trainer:
             if item is None:
                 break
             counted, noisy = item
-            self.pace.saw(tuple(noisy.noisy.shape), noisy.text.sequences[0].mask.shape[1] if noisy.text is not None else None)
+            self.passes.append((noisy.noisy.shape, noisy.text.sequences[0].mask.shape[1] if noisy.text is not None else None))
             loss = self.objective.loss(self.model, noisy)  # one number per sample
             self.engine.backward(loss.sum() / self.plan.batch, counts=len(counted) > 0)
             positions += counted.tolist()
@@ -316,21 +321,21 @@ TOGETHER = 4
 
 def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
     """``items``, ``TOGETHER`` of them made by a thread while those before are in use. Errors come in their item's place."""
+
+    def make() -> tuple[list[Item], Exception | None]:
+        made: list[Item] = []
+        try:
+            made.extend(islice(items, TOGETHER))  # keeps what came before an error
+        except Exception as e:
+            return made, e
+        return made, None
+
     with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
-        coming, error = pool.submit(_make, items), None
+        coming, error = pool.submit(make), None
         while error is None:
             made, error = coming.result()
             if not made and error is None:
                 return
-            coming = pool.submit(_make, items)
+            coming = pool.submit(make)
             yield from made
         raise error
-
-
-def _make(items: Iterator[Item]) -> tuple[list[Item], Exception | None]:
-    made: list[Item] = []
-    try:
-        made.extend(islice(items, TOGETHER))  # keeps what came before an error
-    except Exception as e:
-        return made, e
-    return made, None

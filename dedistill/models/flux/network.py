@@ -51,14 +51,12 @@ def flux_velocity(
     """
     check_sigma(sigma)
     channels, height, width = noisy.shape[1:]
-    patch, dtype = patch_of(network, channels), float_dtype(network.time_text_embed)
+    patch = round((network.config.in_channels / channels) ** 0.5)
+    dtype = float_dtype(network.time_text_embed)
     embeds = torch.cat([s.embeds for s in text.sequences], 1)
     rows, columns = height // patch, width // patch
     weights = _weights(text.sequences[1:], text.vectors.get(WEIGHTS)) if text.sequences[1:] else None
-    with (
-        exact_timestep(network.time_text_embed, sigma, guidance),
-        known_positions(network.pos_embed, rows, columns, embeds.shape[1], noisy.device),
-    ):
+    with told_exactly(network, sigma, guidance, rows, columns, embeds.shape[1]):
         out = denoiser(
             hidden_states=patchify(noisy, patch).to(dtype),
             encoder_hidden_states=embeds.to(dtype),  # cached text keeps its encoders' dtype
@@ -75,47 +73,38 @@ def flux_velocity(
     return unpatchify(out, patch, channels, height, width)
 
 
-@contextmanager
-def exact_timestep(embedding: nn.Module, sigma: Tensor, guidance: Tensor | None = None) -> Iterator[None]:
-    """Let the time embedding see 1000 sigma (and 1000 guidance) in float32.
-
-    diffusers casts both to the hidden states' dtype before multiplying by 1000: in bf16 the network would be told
-    a noise level up to 4 of 1000 away from the one it is shown.
-    """
-    exact = [1000 * sigma.float()] + ([] if guidance is None else [1000 * guidance.float()])
-    hook = embedding.register_forward_pre_hook(lambda _, args: (*exact, *args[len(exact) :]))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 KEPT = 64
 """Sizes of images whose positions are kept, 4 MB each at 1024 x 1024."""
 
 
 @contextmanager
-def known_positions(embedding: nn.Module, rows: int, columns: int, words: int, device: torch.device) -> Iterator[None]:
-    """Let ``embedding`` compute the positions of an image of ``rows`` x ``columns`` tokens once: in float64, in a hundred small
-    kernels, which diffusers runs in every pass. All ``words`` of the text have the position (0, 0, 0), kept as the first.
+def told_exactly(
+    network: FluxTransformer2DModel, sigma: Tensor, guidance: Tensor | None, rows: int, columns: int, words: int
+) -> Iterator[None]:
+    """Let ``network`` take as given what diffusers rounds, and what it works out anew, in every pass.
 
-    No hooks are called: those of ZeRO-3 compare which modules each process called, and not all have new sizes in one pass."""
+    The time embedding sees 1000 sigma (and 1000 guidance) in float32. diffusers casts both to the hidden states' dtype before
+    multiplying by 1000: in bf16 the network would be told a noise level up to 4 of 1000 away from the one it is shown.
+
+    The positions of an image of ``rows`` x ``columns`` tokens are computed once: in float64, in a hundred small kernels. All
+    ``words`` of the text have the position (0, 0, 0), kept as the first. No hooks are called: those of ZeRO-3 compare which
+    modules each process called, and not all have new sizes in one pass.
+    """
+    exact = [1000 * sigma.float()] + ([] if guidance is None else [1000 * guidance.float()])
+    hook = network.time_text_embed.register_forward_pre_hook(lambda _, args: (*exact, *args[len(exact) :]))
+    embedding, device = network.pos_embed, sigma.device
     kept: dict[object, tuple[Tensor, Tensor]] = vars(embedding).setdefault("kept", {})
-    if (key := (rows, columns, device)) not in kept:
-        if len(kept) >= KEPT:
-            del kept[next(iter(kept))]
-        kept[key] = embedding.forward(torch.cat([torch.zeros(1, 3, device=device), image_ids(rows, columns, device)]))
-    whole = tuple(torch.cat([part[:1].expand(words, -1), part[1:]]) for part in kept[key])
-    embedding.forward = lambda ids: whole
     try:
+        if (key := (rows, columns, device)) not in kept:
+            if len(kept) >= KEPT:
+                del kept[next(iter(kept))]
+            kept[key] = embedding.forward(torch.cat([torch.zeros(1, 3, device=device), image_ids(rows, columns, device)]))
+        whole = tuple(torch.cat([part[:1].expand(words, -1), part[1:]]) for part in kept[key])
+        embedding.forward = lambda ids: whole
         yield
     finally:
-        del embedding.forward
-
-
-def patch_of(network: FluxTransformer2DModel, channels: int) -> int:
-    """Side of a patch in samples of so many channels."""
-    return round((network.config.in_channels / channels) ** 0.5)
+        hook.remove()
+        vars(embedding).pop("forward", None)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

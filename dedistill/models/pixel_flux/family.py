@@ -1,6 +1,7 @@
 """FLUX in pixel space: diffusers' FluxTransformer2DModel on small images, with a frozen word-level text encoder."""
 
 import json
+import math
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +14,7 @@ from dedistill.flow.path import dynamic_shift
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import MADE, Components, Pass, prediction_facts
-from dedistill.models.flux.network import FluxNetwork, patch_of
+from dedistill.models.flux.network import FluxNetwork
 from dedistill.models.pixel_flux import SPEC
 from dedistill.models.places import check_folder
 from dedistill.models.pretrained import load_whole, without_weights
@@ -159,4 +160,4 @@ def _text(components: Components) -> WordEncoder:
 
 
 def _tokens(image: tuple[int, ...], denoiser: FluxTransformer2DModel) -> int:
-    return image[1] * image[2] // patch_of(denoiser, image[0]) ** 2
+    return math.prod(image) // denoiser.config.in_channels
