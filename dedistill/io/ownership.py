@@ -1,17 +1,19 @@
 """What is the user's and what is ours: nothing is removed or replaced that this program did not make.
 
-A folder to write in is new, or empty, or ours. Ours has a file ``.dedistill``, which is put there first of all; those of
-earlier versions hold what only this program writes. A name is no such sign: ``00000.tar``, ``index.html`` and ``RUN-rehearsal``
-are names that others use, too. Everything else is refused before a byte of it changes.
+A folder to write in is ours, or has nothing under a name that will be written there. Ours has a file ``.dedistill``, which is
+put there first of all; those of earlier versions hold what only this program writes. A name is no such sign: ``00000.tar``,
+``index.html`` and ``RUN-rehearsal`` are names that others use, too. Everything else is refused before a byte of it changes.
 """
 
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
@@ -25,34 +27,61 @@ _NOTE = "dedistill made this folder and writes in it.\n"
 
 @dataclass(frozen=True)
 class Kind:
-    """words: what such a folder is. sign: file that tells it without a mark, JSON with ``keys`` or text with ``text``."""
+    """words: what such a folder is. sign: file that tells it without a mark, JSON with ``keys`` or text with ``text``.
+
+    writes: patterns of the names in it that are written and removed; what has another name may be there, and stays.
+    """
 
     words: str
     sign: str
     keys: tuple[str, ...] = ()
     text: str = ""
+    writes: tuple[str, ...] = ("*",)
 
 
+_PAGE = ("index.html", "thumbs", "images", "sheets")
+_RUN = (
+    *("recipe.json", "recipe.toml", "recipe.resolved.toml", "plan.json", "inputs.json", "metrics.jsonl", "timings.jsonl"),
+    *("checkpoints", "snapshots", "previews", "model", "posthoc", "save", "sample", "stop", "stacks-rank-*.txt"),
+)
+_CACHE = ("index.jsonl", "duplicates.json", "hashes.json", "quarantine.txt", "latents", "text", "stacks-rank-*.txt")
 KINDS = {
-    "run": Kind("a run", "recipe.json", ("run", "model", "data", "train")),
+    "run": Kind("a run", "recipe.json", ("run", "model", "data", "train"), writes=_RUN),
     "rehearsal": Kind("a rehearsal", "rehearsal.log", text="== the plan can be reached\n"),
     "chain": Kind("a chain", "chain.json", ("stages",)),
-    "cache": Kind("a cache of encoded data", "index.jsonl", ("format", "complete", "limits", "sources")),
-    "pairs": Kind("a set of pairs", "pairs.json", ("teacher", "sigmas", "shards")),
-    "sweep": Kind("a sweep", "scores.json", ("title", "settings", "numbers", "cells")),
-    "evaluation": Kind("an evaluation", "evaluation.json", ("answers", "losses", "chosen")),
-    "distillation": Kind("a measurement of distillation", "distillation.json", ("reference", "meters", "candidates")),
-    "selection": Kind("a selection", "selection.json", ("numbers", "cells", "chosen")),
-    "influence": Kind("a measurement of influence", "influence.json", ("prompts", "sigmas", "budget", "blocks")),
-    "inversion": Kind("an inversion of an image", "inversion.json", ("source", "decoded", "cells")),
-    "scan": Kind("a scan of data", "scan.json", ("sources", "near_duplicates")),
-    "report": Kind("a report of a run", "index.html", text='<link rel="icon" href="data:,">\n<title>Run: '),
+    "cache": Kind("a cache of encoded data", "index.jsonl", ("format", "complete", "limits", "sources"), writes=_CACHE),
+    "pairs": Kind("a set of pairs", "pairs.json", ("teacher", "sigmas", "shards"), writes=("*.tar", "pairs.json", *_PAGE)),
+    "sweep": Kind(
+        "a sweep", "scores.json", ("title", "settings", "numbers", "cells"), writes=("index.json", "scores.json", *_PAGE)
+    ),
+    "evaluation": Kind("an evaluation", "evaluation.json", ("answers", "losses", "chosen"), writes=("evaluation.json", *_PAGE)),
+    "distillation": Kind(
+        "a measurement of distillation",
+        "distillation.json",
+        ("reference", "meters", "candidates"),
+        writes=("distillation.json", "answers", *_PAGE),
+    ),
+    "selection": Kind("a selection", "selection.json", ("numbers", "cells", "chosen"), writes=("selection.json", *_PAGE)),
+    "influence": Kind(
+        "a measurement of influence",
+        "influence.json",
+        ("prompts", "sigmas", "budget", "blocks"),
+        writes=("influence.json", "influence.toml", *_PAGE),
+    ),
+    "inversion": Kind(
+        "an inversion of an image",
+        "inversion.json",
+        ("source", "decoded", "cells"),
+        writes=("inversion.json", "*.safetensors", *_PAGE),
+    ),
+    "scan": Kind("a scan of data", "scan.json", ("sources", "near_duplicates"), writes=("scan.json", "index.jsonl", *_PAGE)),
+    "report": Kind("a report of a run", "index.html", text='<link rel="icon" href="data:,">\n<title>Run: ', writes=_PAGE),
     "story": Kind("a story's report", "summary.json", ("teacher", "dedistilled")),
 }
 
 
 def refuse_foreign(folder: Path, kind: str, key: str, kept: Iterable[Path] = ()) -> None:
-    """Raises UserError unless ``folder`` can be made, is empty, or of ``kind`` and ours; changes nothing.
+    """Raises UserError unless ``folder`` can be made, is of ``kind`` and ours, or has nothing in the way; changes nothing.
 
     key: what names the folder, a recipe's key with its place or an option. kept: files that may be there although they are
     the user's, since nobody will write over them. Hidden files, and folders inside that are ours, count as nothing.
@@ -67,10 +96,10 @@ def refuse_foreign(folder: Path, kind: str, key: str, kept: Iterable[Path] = ())
     if found is not None:
         raise UserError(f"{key}: '{folder}' is {KINDS[found].words}, not {KINDS[kind].words}; choose another folder")
     kept = tuple(kept)
-    if other := next(_foreign(folder, kept), None):
+    if other := next(_foreign(folder, kept, KINDS[kind].writes), None):
         raise UserError(
-            f"{key}: '{folder}' holds what dedistill did not make, e.g. '{other.relative_to(folder)}', and is left as it is. "
-            f"Choose another folder or an empty one. If an earlier version made it: echo {kind} > '{folder / MARK}'"
+            f"{key}: '{folder}' holds '{other.relative_to(folder)}', which dedistill did not make and might write over, and is "
+            f"left as it is. Choose another folder. If an earlier version made it: echo {kind} > '{folder / MARK}'"
         )
 
 
@@ -143,6 +172,17 @@ def kind_of(folder: Path) -> str | None:
     return found if found in KINDS else None
 
 
+def written_in(folder: Path) -> Callable[[str], bool]:
+    """Whether something of a name in ``folder`` is what this program writes there."""
+    kind = kind_of(folder)
+    return partial(_named, KINDS[kind].writes if kind else ())
+
+
+def _named(patterns: tuple[str, ...], name: str) -> bool:
+    """Patterns are in small letters, since some disks do not tell these from capitals."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
+
+
 def remove(path: Path) -> None:
     """Remove a file, a folder, or a link but not what it leads to; nothing when there is none."""
     if path.is_dir() and not path.is_symlink():
@@ -180,9 +220,11 @@ def _text(file: Path, lines: int | None = None) -> str:
         return ""
 
 
-def _foreign(folder: Path, kept: tuple[Path, ...]) -> Iterator[Path]:
-    """Files in ``folder`` that are neither hidden, nor among ``kept``, nor in folders of ours."""
+def _foreign(folder: Path, kept: tuple[Path, ...], names: tuple[str, ...] = ("*",)) -> Iterator[Path]:
+    """Files in ``folder`` that are neither hidden, nor among ``kept``, nor in folders of ours. names: patterns of theirs."""
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if entry.name != MARK and not _named(names, entry.name):
+            continue
         if entry.is_dir() and not entry.is_symlink():
             if not entry.name.startswith(".") and kind_of(entry) is None:
                 yield from _foreign(entry, kept)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from by_file import tool
 from PIL import Image
+from written import marked
 
 from dedistill.recipe import load_recipe
 from dedistill.report.story import MARGINS, story_checks
@@ -191,6 +192,11 @@ def test_distillation_is_measured(story, monkeypatch, capsys):
     with_data = ["--data", "small/dedistill.toml", "--out", "measured", *few]
     assert tool("measure_distillation", "small/student.toml", *with_data) == 0
     assert "digits-student" in json.loads((story / "measured/distillation.json").read_text())["candidates"]
+
+
+def test_what_is_written_has_the_names_that_ownership_looks_for(story):
+    """Else a file of the user's would be written over, in a folder that holds other things as well."""
+    assert marked(story) >= {"run", "pairs"}  # and whatever the tests before have made
 
 
 def test_distillation_of_another_family_is_measured(image_recipe, tmp_path):

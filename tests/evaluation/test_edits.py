@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from image_files import write_image
 from PIL import Image
+from written import marked
 
 from dedistill.cli.main import main
 
@@ -51,6 +52,7 @@ def test_the_same_command_makes_nothing_twice(photo, base_model, capsys):
     state.write_bytes(b"x")
     invert(photo, "--model", base_model, "--stop", "0.5", *FEW)
     assert state.stat().st_size > 100 and len(files(out)) == len(second) + 2
+    assert marked(out) == {"inversion"}
 
 
 def test_an_image_that_is_held_to_the_end_comes_back(photo, base_model):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from by_file import tool
 from tiny_recipes import TEACHER
+from written import marked
 
 from dedistill.io import ownership
 from dedistill.train import main
@@ -193,6 +194,42 @@ def test_a_sweep_is_made_again_and_removes_only_its_own_thumbnails(teacher, tmp_
 def test_a_cache_is_made_in_no_folder_of_images(image_recipe, tmp_path, refused):
     filled(tmp_path / "cache", "index.jsonl", "quarantine.txt", "day/photo.tmp-1")
     assert refused(lambda: main([str(image_recipe), "--cache-only"]), tmp_path / "cache", "data.cache")
+
+
+NOTES = ("notes.txt", "hub/blobs/0a", "Index", "scores.csv", "step-1.safetensors.bak", "my.report/index.html")
+
+
+def test_what_is_not_in_the_way_stays_beside_what_is_written(teacher, teacher_recipe, tmp_path):
+    """Notes, a hub's cache, tables of other names: nothing that is written has their names."""
+    run, out = tmp_path / "teacher", tmp_path / "out"
+    before = filled(run, *NOTES), filled(out, *NOTES, "holiday.jpg")
+    pairs = ("make_pairs", teacher, "--out", out, "--count", "4", "--steps", "4", "--points", "2")
+    for _ in range(2):
+        assert main([str(teacher_recipe)]) == 0 and tool(*pairs) == 0
+        assert all(contents(folder).items() >= old.items() for folder, old in zip((run, out), before))
+    assert marked(tmp_path, "holiday.jpg", *(name.split("/")[0] for name in NOTES)) == {"run", "pairs"}
+
+
+@pytest.mark.parametrize("name", ["Images/holiday.jpg", "SCORES.json", "thumbs"])
+def test_names_that_some_disks_take_for_ours_are_in_the_way(name, teacher, tmp_path, refused):
+    filled(tmp_path / "site", "notes.txt", name)
+    sweep = ("cfg_sweep", teacher, "--cfg", "1", "--steps", "2", "--prompts", "2", "--out", tmp_path / "site")
+    assert refused(lambda: tool(*sweep), tmp_path / "site", name)
+
+
+def test_a_cache_and_a_run_among_the_images_are_no_part_of_them(own, capsys):
+    """Nothing that is written there, previews above all, is taken for an image or a caption of the set."""
+    recipe, photos = own
+    before = contents(photos)
+    settings = {"data.cache": photos, "run.out": photos / "run", "preview.every": 1, "preview.prompts": "['a']"}
+    words = [str(recipe), *(w for k, v in settings.items() for w in ("--set", f"{k}={v}"))]
+    assert main(words) == 0
+    assert [*(photos / "run/previews").rglob("*.png")]
+    recipe.write_text(recipe.read_text().replace("steps = ", "steps = 1", 1))
+    capsys.readouterr()
+    assert main(words) == 0, "the same set"
+    assert "photos/run/previews/: dedistill made" in capsys.readouterr().err
+    assert contents(photos).items() >= before.items() and marked(photos, *before) == {"cache", "run"}
 
 
 @pytest.mark.parametrize("below", ["", "deep/er"])

@@ -17,6 +17,7 @@ from dedistill.data.images.splits import DEEPEST, is_folder, other_splits
 from dedistill.data.images.types import Found, ImageSet, Place
 from dedistill.errors import UserError, amount
 from dedistill.io.hashing import Stamp
+from dedistill.io.ownership import written_in
 
 TABLES = ("jsonl", "csv", "parquet")
 METADATA = frozenset(f"metadata.{kind}" for kind in TABLES)
@@ -122,6 +123,9 @@ def _of_files(
         return
     seen.add(identity)
     entries = sorted((e for e in os.scandir(root / folder) if not e.name.startswith(".")), key=lambda e: e.name)
+    ours = written_in(root / folder)
+    yield from (Found(f"{folder}{e.name}/", problem=MADE) for e in entries if ours(e.name) and _holds_images(e))
+    entries = [e for e in entries if not ours(e.name)]
     beside = _Captions(entries)
     table = _table_in(source, root / folder, {e.name for e in entries}) if tables and folder else None
     covered: set[str] = set()
@@ -156,6 +160,14 @@ def _of_files(
                 yield Found(name, whole(name, entry.stat()), sidecars)
             except OSError as e:
                 yield Found(name, problem=f"cannot be read: {e.strerror}")
+
+
+MADE = "dedistill made what is in it; to train on that, give it as a set of its own"
+
+
+def _holds_images(entry: os.DirEntry[str]) -> bool:
+    files = Path(entry.path).rglob("*") if is_folder(entry) else ()
+    return any(_extension(file.name) in decode.EXTENSIONS for file in files)
 
 
 class _Captions:
