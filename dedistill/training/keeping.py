@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import torch
@@ -184,6 +185,10 @@ def _title(images: Mapping[str, Any]) -> str:
     return ImageSet(images["path"], name=images["name"] or "").title
 
 
+_ENTRY = 100
+"""Bytes in a file's header for each of its tensors, about."""
+
+
 class Keeper:
     """Keeps a run on disk. Every process calls every method; rank 0 alone writes."""
 
@@ -218,7 +223,23 @@ class Keeper:
                     f"(arithmetic {made}, here {ARITHMETIC}): it goes on, and differs from that version by rounding"
                 )
         self._compare("weights", self.engine.replicated_params())
+        if self.world.main and self.state.step < self.recipe.train.steps:
+            self._require_room()
         return notes
+
+    def _require_room(self) -> None:
+        """Raises UserError where not even the next save will fit: else that is found out after all the steps up to it."""
+        weights, averages = self.engine.trainable, self.averages.state().get("ema", {})
+        one, means = (sum(t.nbytes + _ENTRY for t in tensors.values()) for tensors in (weights, averages))
+        snapshot = one + means if self.recipe.snapshot.every else 0
+        checkpoint = 3 * one + means  # with Adam's two moments
+        free = disk_usage(self.run.path).free
+        if snapshot + checkpoint > free:
+            what = "a checkpoint and a snapshot take" if snapshot else "a checkpoint takes"
+            raise UserError(
+                f"{self.recipe.where('run.out')}: {what} {(snapshot + checkpoint) / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are "
+                f"free for '{self.run.path}'. Make room, or choose another disk"
+            )
 
     def _read(self, checkpoint: Path) -> dict[str, Any]:
         """Load the tensors; the manifest."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +148,28 @@ def test_finished_run_is_left_as_it_is(adapter_recipe, tmp_path, capsys):
     run(adapter_recipe, out)
     assert "already finished" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize("settings", [[], ["snapshot.every=0"], ["snapshot.ema=[0.1, 0.2]"]])
+def test_without_room_for_the_next_save_no_step_is_made(adapter_recipe, tmp_path, monkeypatch, capsys, settings):
+    """Neither of a new run nor of one that goes on; what has room is what a save has written."""
+    out = tmp_path / "a"
+    words = [str(adapter_recipe), *(w for s in [f"run.out={out}", *settings] for w in ("--set", s))]
+    room = SimpleNamespace(free=0)
+    monkeypatch.setattr(keeping, "disk_usage", lambda path: room)
+    assert main(words) == 1 and not (out / "metrics.jsonl").exists()
+    room.free = 10**9
+    run(adapter_recipe, out, *settings)
+    before = {p: p.read_bytes() for p in out.rglob("step-*/*.safetensors")}
+    saved = [list_checkpoints(out / "checkpoints")[-1], *out.glob("snapshots/**/step-00000006.safetensors")]
+    whole = sum(p.stat().st_size for place in saved for p in [place, *place.glob("*")] if p.is_file())
+    words += ["--set", "train.steps=8"]
+    room.free = int(0.6 * whole)
+    capsys.readouterr()
+    assert main(words) == 1 and "run.out: " in (said := capsys.readouterr().err) and "Make room" in said
+    assert {p: p.read_bytes() for p in out.rglob("step-*/*.safetensors")} == before
+    room.free = whole
+    assert main(words) == 0
 
 
 def test_two_checkpoints_and_all_snapshots_are_kept(plain):
