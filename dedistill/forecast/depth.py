@@ -39,6 +39,8 @@ class Estimate:
     """Most bytes that the allocator would have taken for it; 0 where that was not followed, as in shallow networks."""
     blocks: list[int] = field(default_factory=list)
     """Bytes of the weights of each block, in order."""
+    in_hand: dict[str, int] = field(default_factory=dict)
+    """Place -> bytes of two blocks' weights: of the one that computes, and of the larger one of it and the one before it."""
 
     @property
     def highest(self) -> tuple[tuple[str, str], Peak]:
@@ -56,7 +58,7 @@ class Estimate:
             grown = {k: _line(times, *(p.by_category.get(k, 0) for p in (mine, more, less))) for k in kinds}
             peaks[where] = Peak(_line(times, mine.bytes, more.bytes, less.bytes), {k: n for k, n in grown.items() if n > 0})
         work = {phase: w + (other.work[phase] - minus.work[phase]) * times for phase, w in self.work.items()}
-        return Estimate(peaks, work, 0, self.blocks)
+        return replace(self, peaks=peaks, work=work, reserved=0)
 
     def swapped(self, count: int) -> "Estimate":
         """With ``count`` blocks in the memory of the CPU, of which two rooms of the largest one's size are kept for."""
@@ -194,13 +196,27 @@ def _measured(case: Case, outline: _Outline, depths: list[int]) -> Estimate:
         trainer = prepared(replace(case, recipe=changed), components, "meta")
         run(trainer, meter, adds=make_plan(recipe).micro_steps > case.processes)
     sizes = [sum(p.nbytes for p in denoiser.get_submodule(names[0]).parameters()) for names in cut]
-    return Estimate(meter.peaks(FORWARD), dict(meter.work), reserved(meter.events) if case.card else 0, sizes)
+    held = reserved(meter.events) if case.card else 0
+    return Estimate(meter.peaks(FORWARD), dict(meter.work), held, sizes, _in_hand(cut, sizes))
 
 
 def _remove(net: nn.Module, name: str) -> None:
     """From the list it is in; the others keep their names."""
     parent, _, own = name.rpartition(".")
     del net.get_submodule(parent)._modules[own]
+
+
+def _place(stack: int, at: int, depth: int) -> str:
+    return f"{'first' if at == 0 else 'last' if at == depth - 1 else 'inner'} block of stack {stack + 1}"
+
+
+def _in_hand(cut: list[list[str]], sizes: list[int]) -> dict[str, int]:
+    found = {}
+    for i, (stack, size) in enumerate(zip(cut, sizes)):
+        for at in range(len(stack)):
+            before = sizes[i - 1] if i and not at else size
+            found[_place(i, at, len(stack))] = size + max(size, before)
+    return found
 
 
 def _name_places(net: nn.Module, cut: list[list[str]], meter: Meter) -> None:
@@ -224,8 +240,7 @@ def _name_places(net: nn.Module, cut: list[list[str]], meter: Meter) -> None:
 
     for i, stack in enumerate(cut):
         for at, name in enumerate(stack):
-            where = "first" if at == 0 else "last" if at == len(stack) - 1 else "inner"
-            place = f"{where} block of stack {i + 1}"
+            place = _place(i, at, len(stack))
             block = net.get_submodule(name)
             block.register_forward_pre_hook(say(place))
             block.register_forward_hook(after(place))

@@ -41,14 +41,14 @@ def held(engine: type[Engine], case: Case, processes: int) -> Held:
     return Held(engine, PARTS[engine](found, processes, accumulates))
 
 
-Change = Callable[[str, Peak], dict[str, int]]
-"""Phase and its peak -> bytes of the categories that are not as where one process holds everything."""
+Change = Callable[[str, str, Peak], dict[str, int]]
+"""Phase, place and its peak -> bytes of the categories that are not as where one process holds everything."""
 
 
 def _each(found: Estimate, change: Change) -> Estimate:
     peaks = {}
     for (phase, place), peak in found.peaks.items():
-        kinds = peak.by_category | change(phase, peak)
+        kinds = peak.by_category | change(phase, place, peak)
         grown = sum(kinds.values()) - sum(peak.by_category.values())
         peaks[phase, place] = Peak(peak.bytes + grown, {kind: n for kind, n in kinds.items() if n})
     return replace(found, peaks=peaks)
@@ -60,14 +60,14 @@ def _whole_bases(found: Estimate, processes: int, accumulates: bool) -> Estimate
 
 def _base_in_parts(found: Estimate, processes: int, accumulates: bool) -> Estimate:
     """A part of every tensor of the base. While the network runs also what is around its blocks, the block that computes, and
-    the piece in which one travels: its own, which FSDP2 keeps until the next one is there, or the next one's."""
+    the piece in which one travels: its own, which FSDP2 keeps until the next one is there, or going back that of the one before."""
 
-    def change(phase: str, peak: Peak) -> dict[str, int]:
+    def change(phase: str, place: str, peak: Peak) -> dict[str, int]:
         base = peak.by_category.get(BASE, 0)
         runs = phase in (FORWARD, BACKWARD, VALIDATION)
         return {
             BASE: -(-base // processes),
-            GATHERED: base - sum(found.blocks) + 2 * max(found.blocks, default=0) if runs else 0,
+            GATHERED: base - sum(found.blocks) + found.in_hand.get(place, 0) if runs else 0,
         }
 
     return _each(found, change)
@@ -76,7 +76,7 @@ def _base_in_parts(found: Estimate, processes: int, accumulates: bool) -> Estima
 def _optimizer_in_parts(found: Estimate, processes: int, accumulates: bool) -> Estimate:
     """A part of the gradient, of the moments, and of the weights in float32 once more, which is what is stepped."""
 
-    def change(phase: str, peak: Peak) -> dict[str, int]:
+    def change(phase: str, place: str, peak: Peak) -> dict[str, int]:
         part = -(-peak.by_category[TRAINED] // processes)
         buffer = 4 * ELEMENTS if phase == BACKWARD else 0
         gradients = 2 * part if phase == UPDATE else part if phase != FORWARD or accumulates else 0
