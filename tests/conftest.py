@@ -4,15 +4,18 @@ import gc
 import os
 import resource
 import shutil
+import subprocess
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from forks import ForkedPython
 from image_files import write_images
 from tiers import LONG
 from tiny_recipes import ADAPTER, IMAGES, TEACHER
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from dedistill.io import hashing
 
@@ -103,6 +106,13 @@ def teacher_recipe(tmp_path) -> Path:
     file = tmp_path / "teacher.toml"
     file.write_text(TEACHER.format(out=tmp_path, steps=4))
     return file
+
+
+@pytest.fixture
+def forked_commands(monkeypatch):
+    """``subprocess.Popen`` of ``python -m dedistill`` forks this process instead (forks.py)."""
+    monkeypatch.setattr(subprocess, "Popen", ForkedPython)
+    monkeypatch.setattr(subprocess_handler, "Popen", ForkedPython)  # torchrun's
 
 
 @pytest.fixture

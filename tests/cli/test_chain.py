@@ -192,9 +192,8 @@ def test_requests_to_stop_are_heard_where_a_shell_has_sigint_ignored(chain, numb
     signal.signal(signal.SIGHUP, hangup)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("until", ["teacher/metrics.jsonl", pytest.param("pairs/00003.tar", marks=pytest.mark.slow)])
-def test_a_stopped_chain_goes_on_and_only_one_works_in_a_folder(chain, until):
+@pytest.mark.parametrize("until", [pytest.param("teacher/metrics.jsonl", marks=pytest.mark.slow), "pairs/00003.tar"])
+def test_a_stopped_chain_goes_on_and_only_one_works_in_a_folder(chain, until, forked_commands):
     tiny = "[model.new]\nlayers = 1\nsingle_layers = 1\nheads = 2\n"
     (chain.parent / "teacher.toml").write_text(SHORT.format("teacher") + tiny)
     words = ("chain", "mine", "--scale", "0.04")

@@ -68,22 +68,34 @@ def test_training(adapter_recipe, tmp_path, when):
 CPU_2 = ["--config_file", str(ROOT / "launch/cpu_2.yaml")]
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [(CPU_2, "on 2 x cpu"), pytest.param(["--cpu", "--num_processes", "1"], "on cpu", marks=pytest.mark.slow)],
-)
-def test_under_a_launcher(adapter_recipe, tmp_path, options, said):
-    """Nothing of the launcher's comes after the line that says how to go on, which is the command itself; a whole checkpoint is
-    there."""
-    words = ["launch", *options, str(adapter_recipe), "--set", "train.steps=100000", "--set", "validate.every=20"]
-    lines = interrupted(words, "step 40/", tmp_path)
+def under_a_launcher(words: list[str], run: Path) -> list[str]:
+    """Lines of ``dedistill launch``, interrupted. With accelerate's and torch's own launchers, of which nothing comes after the
+    line that says how to go on; a whole checkpoint is there."""
+    lines = interrupted(words, "step 40/", run.parent)
+    *_, saved = list_checkpoints(run / "checkpoints")
+    assert damage(saved) == "" and lines[-2].startswith(f"stopped and saved at step {int(saved.name[5:])}")
+    return lines
+
+
+LONG = ["--set", "train.steps=100000", "--set", "validate.every=20"]
+
+
+def test_under_a_launcher(adapter_recipe, tmp_path, forked_commands):
+    lines = under_a_launcher(["launch", *CPU_2, str(adapter_recipe), *LONG], tmp_path / "dedistill")
+    assert any(line.endswith("on 2 x cpu") for line in lines) and str(adapter_recipe) in lines[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "said"), [(CPU_2, "on 2 x cpu"), (["--cpu", "--num_processes", "1"], "on cpu")])
+def test_under_a_launcher_of_new_processes(adapter_recipe, tmp_path, options, said):
+    """They go on by the command itself."""
+    words = ["launch", *options, str(adapter_recipe), *LONG]
+    lines = under_a_launcher(words, tmp_path / "dedistill")
     assert any(line.endswith(said) for line in lines)
     assert lines[-1].strip() == f"python -m dedistill {shlex.join(words)}"
-    *_, saved = list_checkpoints(tmp_path / "dedistill/checkpoints")
-    assert damage(saved) == "" and lines[-2].startswith(f"stopped and saved at step {int(saved.name[5:])}")
 
 
-def test_a_launcher_keeps_the_exit_code(adapter_recipe, tmp_path):
+def test_a_launcher_keeps_the_exit_code(adapter_recipe, tmp_path, forked_commands):
     command = [sys.executable, "-m", "dedistill", "launch", *CPU_2, str(adapter_recipe), "--set", "train.stpes=3"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
