@@ -1,6 +1,7 @@
 """Reflow of a small diffusion model of digits from three starts, and its distillation to one step: docs/reflow.md's numbers.
 
 python -m lab.ladder                         # 3 seeds, about 6 minutes of one core each: lab/results/ladder.json, the figure
+python -m lab.ladder --losses                # the same with other densities and losses: lab/results/ladder_losses.json
 python -m lab.ladder --start models/ladder        # only the random network that dedistill chain lab/ladder begins with
 
 Stop it when you like; run again, it goes on.
@@ -11,7 +12,7 @@ import contextlib
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,18 @@ from lab.ladder.start import write_start
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "ladder.json"
-STARTS = {
+OF_LOSSES = RESULTS.with_name("ladder_losses.json")
+Settings = dict[str, tuple[str, ...]]
+STARTS: Settings = {
     "bridge": (),
     "naive": ("model.prediction=velocity",),
     "instaflow": ("model.prediction=negative_velocity",),
     "rectified": ("train.objective=rectified_diffusion",),
 }
+U_SHAPED, HUBER = "timesteps.density=u_shaped", "train.huber=0.00054"
+LOSSES: Settings = {"bridge": (), "u_shaped": (U_SHAPED,), "huber": (HUBER,), "both": (U_SHAPED, HUBER)}
+"""Reflows from the bridge alone, by what Lee et al. (arXiv 2405.20320) would change."""
+ONE_STEPS: Settings = {"onestep": (), "onestep_huber": (HUBER,)}
 PAIRS, PROMPTS, MANY = 1024, 256, 32
 LONGER = 3, 6
 """Times as many pairs, and steps, of one more reflow, which the first seed alone can afford."""
@@ -49,10 +56,12 @@ FEW = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Ladder:
-    """All stages of one seed, each in its own folder."""
+    """All stages of one seed, each in its own folder. reflows, of which "bridge" goes on to ``one_steps``: settings by name."""
 
     folder: Path
     seed: int
+    reflows: Settings = field(default_factory=lambda: STARTS)
+    one_steps: Settings = field(default_factory=lambda: {"onestep": ()})
 
     def recipe(self, name: str, out: str, *sets: str) -> Recipe:
         places = (f"run.seed={self.seed}", f"run.out={self.folder / out}")
@@ -78,17 +87,18 @@ class Ladder:
         base = self.train(self.base)
         own = self.pairs(base, "pairs", Sampling(solver="heun", steps=12))
         places = f"model.path={self.folder / 'base' / 'model'}", f"data.path={own}"
-        runs = {name: self.recipe("reflow", name, *places, *sets) for name, sets in STARTS.items()}
+        runs = {name: self.recipe("reflow", name, *places, *sets) for name, sets in self.reflows.items()}
         scores = {name: {"first_loss": first_loss(recipe)} for name, recipe in runs.items()}
         found = {"base": open_finished(base)} | {name: open_finished(self.train(recipe)) for name, recipe in runs.items()}
         new = self.pairs(runs["bridge"], "pairs2", Sampling(solver="heun", steps=8))
         places = f"model.path={self.folder / 'bridge' / 'model'}", f"data.path={new}"
-        found["onestep"] = open_finished(self.train(self.recipe("onestep", "onestep", *places)))
-        for name in ("bridge", "naive", "instaflow"):
+        for name, sets in self.one_steps.items():
+            found[name] = open_finished(self.train(self.recipe("onestep", name, *places, *sets)))
+        for name in {"bridge", "naive", "instaflow"} & runs.keys():
             scores[name]["near_noise"] = near_noise(self.folder / name)
         ends: dict[str, np.ndarray] = {}
         for name, model in found.items():
-            scores[name] = scores.get(name, {}) | score(model, ends, name)
+            scores[name] = scores.get(name, {}) | score(model, ends, name, "bridge" if name in self.one_steps else name)
         return scores
 
     @property
@@ -102,8 +112,8 @@ class Ladder:
         steps = LONGER[1] * self.recipe("reflow", "longer", *places).train.steps
         recipe = self.recipe("reflow", "longer", *places, f"train.steps={steps}", "train.lr=2e-3")
         ends: dict[str, np.ndarray] = {}
-        score(open_finished(self.base), ends, "base")
-        return score(open_finished(self.train(recipe)), ends, "longer")
+        score(open_finished(self.base), ends, "base", "base")
+        return score(open_finished(self.train(recipe)), ends, "longer", "longer")
 
 
 def near_noise(run: Path) -> float:
@@ -122,11 +132,10 @@ def first_loss(recipe: Recipe) -> float:
     return float(flow_loss(v, batch.target).mean() / batch.target.square().mean())
 
 
-def score(model: Model, ends: dict[str, np.ndarray], name: str) -> dict[str, float]:
+def score(model: Model, ends: dict[str, np.ndarray], name: str, taught_by: str) -> dict[str, float]:
     """Of images of one noise: straightness, squared errors of few steps as shares of the path's length, Frechet distances.
 
-    ends: those of many steps of the models before, by name; this one's are added. The one-step student is held to the ends of
-    the model that it learned from.
+    ends: those of many steps of the models before, by name; this one's are added. Errors are held to those of ``taught_by``.
     """
     source = load_digits(0.0)
     judge, prompts = DigitJudge(source), source.prompts(0, PROMPTS)
@@ -139,7 +148,7 @@ def score(model: Model, ends: dict[str, np.ndarray], name: str) -> dict[str, flo
     path = states(MANY)
     chord, curvature, _, end = path_numbers(path, sigma_grid(MANY, model.grid_shift))
     ends[name] = end
-    target = ends["bridge"] if name == "onestep" else end
+    target = ends[taught_by]
     found = {
         "straightness": float((curvature @ -np.diff(sigma_grid(MANY, model.grid_shift))).sum() / chord.sum()),
         f"frechet_{MANY}": judge.numbers(path[-1])["frechet"],
@@ -155,7 +164,8 @@ def score(model: Model, ends: dict[str, np.ndarray], name: str) -> dict[str, flo
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m lab.ladder", description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="how many ladders; default 3")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the ladders; default 0 1 2")
+    parser.add_argument("--losses", action="store_true", help="other densities and losses in place of other starts")
     parser.add_argument("--start", type=Path, help="only write the random network of seed 0 there")
     parser.add_argument("--report", action="store_true", help="train nothing, draw the committed figures again")
     args = parser.parse_args()
@@ -164,19 +174,27 @@ def main() -> int:
         write_start(args.start, 0)
         return 0
     if not args.report:
-        found = []
-        for seed in range(args.seeds):
-            file, began = Path("runs/ladder") / f"seed{seed}" / "scores.json", time.process_time()
-            if not file.exists():
-                scores = Ladder(file.parent, seed).run()
-                replace_json(file, {"scores": scores, "cpu_seconds": round(time.process_time() - began)})
-            found.append(json.loads(file.read_text()))
-            print(f"seed {seed}: {json.dumps(found[-1], indent=1)}", file=sys.stderr, flush=True)
-        file = Path("runs/ladder/longer.json")
-        if not file.exists():
-            replace_json(file, Ladder(Path("runs/ladder/seed0"), 0).longer())
-        replace_json(RESULTS, {"seeds": [one["scores"] for one in found], "longer": json.loads(file.read_text())})
+        climb(args.seeds, losses=args.losses)
     from lab.ladder.report import write_report
 
-    print(f"done: {', '.join(map(str, write_report(json.loads(RESULTS.read_text()))))}", file=sys.stderr)
+    print(f"done: {', '.join(map(str, write_report()))}", file=sys.stderr)
     return 0
+
+
+def climb(seeds: list[int], *, losses: bool) -> None:
+    """Every ladder that is not climbed yet; then the results of all."""
+    found = []
+    for seed in seeds:
+        folder = Path("runs/ladder") / f"seed{seed}"
+        file, began = folder / ("losses.json" if losses else "scores.json"), time.process_time()
+        if not file.exists():
+            ladder = Ladder(folder, seed, LOSSES, ONE_STEPS) if losses else Ladder(folder, seed)
+            replace_json(file, {"scores": ladder.run(), "cpu_seconds": round(time.process_time() - began)})
+        found.append(json.loads(file.read_text())["scores"])
+        print(f"seed {seed}: {json.dumps(found[-1], indent=1)}", file=sys.stderr, flush=True)
+    if losses:
+        return replace_json(OF_LOSSES, {"seeds": found})
+    file = Path("runs/ladder/longer.json")
+    if not file.exists():
+        replace_json(file, Ladder(Path("runs/ladder") / f"seed{seeds[0]}", seeds[0]).longer())
+    replace_json(RESULTS, {"seeds": found, "longer": json.loads(file.read_text())})
