@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from closed_form_models import ONE, PLANE, ClosedFormData, closed_form
 from test_objective import Pairs, recipe
 
 from dedistill.errors import UserError
-from dedistill.flow.path import flow_loss
+from dedistill.flow.path import flow_loss, interpolate, velocity
 from dedistill.flow.solvers import sigma_grid
 from dedistill.models.model import Model, build_model, check_asked
 from dedistill.objectives.base import objective_for
@@ -69,6 +70,21 @@ def test_a_fine_grid_is_reflow():
     assert torch.equal(grid.target, reflow.target)
 
 
+@pytest.mark.parametrize("kind", ["reflow", "endpoint", "features", "grid", "distill"])
+def test_on_straight_paths_it_is_flow_matching_of_the_pair(kind):
+    """Wherever it asks: the same noisy samples and targets as flow matching has of that image and that noise."""
+
+    class Straight(Pairs):
+        def draw(self, *args, **kwargs):
+            batch = super().draw(*args, **kwargs)
+            s = torch.from_numpy(batch.trajectory_sigmas).float().reshape(1, -1, 1, 1, 1)
+            return replace(batch, trajectory=s * batch.noise[:, None] + (1 - s) * batch.latents[:, None])
+
+    batch, pair = asked(kind, Straight()).noisy_batch(1, SLOTS), Straight().draw(0, 1, SLOTS, 64)
+    torch.testing.assert_close(batch.target, velocity(pair.latents, pair.noise), rtol=0, atol=1e-5)
+    torch.testing.assert_close(batch.noisy, interpolate(pair.latents, pair.noise, batch.sigma), rtol=0, atol=1e-5)
+
+
 # --- with the base as teacher ----------------------------------------------------------------------------------------
 
 
@@ -114,15 +130,18 @@ def test_the_student_that_is_fed_the_scale_has_no_loss(baked):
     assert (wanted.max() < 1e-9) == (baked == 1)
 
 
-def test_guidance_at_scale_one_is_flow_matching():
-    """Its loss is flow matching's less the base's own, in the mean over what samples were made of: two standard errors."""
+@pytest.mark.parametrize("kind", ["guidance", "halve"])
+def test_with_nothing_to_distil_it_is_flow_matching(kind):
+    """At scale 1, and with steps that are hardly any: the loss is flow matching's less the base's own, in the mean over what
+    samples were made of, to two standard errors."""
     count = 4000
-    made = asked("guidance", ClosedFormData(), scales=[1.0, 1.0])
+    made = asked(kind, ClosedFormData(), steps=1000, **({"scales": [1.0, 1.0]} if kind == "guidance" else {}))
     (batch,) = made.validation_batches(count, count)
     model = taught(2.0)
-    found = made.loss(model, batch).double()
-    text = batch.conditioning(model)
-    flow = [flow_loss(model.velocity(batch.noisy, batch.sigma, text, g), batch.target).double() for g in (1.0, 0.5)]
+    found, text = made.loss(model, batch).double(), batch.conditioning(model)
+    flow = [flow_loss(model.velocity(batch.noisy, batch.sigma, text), batch.target).double()]
+    with model.as_base():
+        flow.append(flow_loss(model.velocity(batch.noisy, batch.sigma, text), batch.target).double())
     rest = flow[0] - flow[1] - found
     assert abs(float(rest.mean())) < 2 * float(rest.std()) / count**0.5 and float(found.mean()) > 0.05
 
