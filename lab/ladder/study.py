@@ -51,6 +51,8 @@ ONE_STEPS: Settings = {"onestep": (), "onestep_huber": (HUBER,)}
 PAIRS, PROMPTS, MANY = 1024, 256, 32
 LONGER = 3, 6
 """Times as many pairs, and steps, of one more reflow, which the first seed alone can afford."""
+HALF = 0.5
+"""So long is the ladder of ``LOSSES``."""
 FEW = (1, 2, 4, 8)
 
 
@@ -62,10 +64,13 @@ class Ladder:
     seed: int
     reflows: Settings = field(default_factory=lambda: STARTS)
     one_steps: Settings = field(default_factory=lambda: {"onestep": ()})
+    length: float = 1.0
+    """Of all its stages, steps and pairs, as a share of what the recipes say."""
 
     def recipe(self, name: str, out: str, *sets: str) -> Recipe:
         places = (f"run.seed={self.seed}", f"run.out={self.folder / out}")
-        return load_recipe(HERE / f"{name}.toml", [*places, *sets])
+        steps = load_recipe(HERE / f"{name}.toml").train.steps
+        return load_recipe(HERE / f"{name}.toml", [*places, f"train.steps={round(self.length * steps)}", *sets])
 
     def train(self, recipe: Recipe) -> Recipe:
         with (self.folder / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
@@ -75,7 +80,7 @@ class Ladder:
 
     def pairs(self, recipe: Recipe, name: str, sampling: Sampling, count: int = PAIRS) -> Path:
         out, model = self.folder / name, open_finished(recipe)
-        same = {"teacher": teacher_hash(model), "count": count, "seed": self.seed, "shard_size": PAIRS}
+        same = {"teacher": teacher_hash(model), "count": round(self.length * count), "seed": self.seed, "shard_size": PAIRS}
         make_pairs(model, load_digits(0.0), out, sampling=sampling, points=1, **same)
         return out
 
@@ -185,10 +190,10 @@ def climb(seeds: list[int], *, losses: bool) -> None:
     """Every ladder that is not climbed yet; then the results of all."""
     found = []
     for seed in seeds:
-        folder = Path("runs/ladder") / f"seed{seed}"
-        file, began = folder / ("losses.json" if losses else "scores.json"), time.process_time()
+        folder = Path("runs/ladder_losses" if losses else "runs/ladder") / f"seed{seed}"
+        file, began = folder / "scores.json", time.process_time()
         if not file.exists():
-            ladder = Ladder(folder, seed, LOSSES, ONE_STEPS) if losses else Ladder(folder, seed)
+            ladder = Ladder(folder, seed, LOSSES, ONE_STEPS, HALF) if losses else Ladder(folder, seed)
             replace_json(file, {"scores": ladder.run(), "cpu_seconds": round(time.process_time() - began)})
         found.append(json.loads(file.read_text())["scores"])
         print(f"seed {seed}: {json.dumps(found[-1], indent=1)}", file=sys.stderr, flush=True)
