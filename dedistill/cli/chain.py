@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from dedistill.cli.command import command_parser, guarded, path, place, positive_number
+from dedistill.distributed.outside import WORKS_FOR
 from dedistill.errors import RUN_AGAIN, UserError
 from dedistill.io.atomic import replace_json
 from dedistill.io.ownership import claim, hold
@@ -130,9 +131,10 @@ class Jobs:
     def run(self, words: list[str], log: Path | None = None) -> None:
         """Start a command and wait for it, or with ``log``, which takes its words, go on. Raises UserError with its exit
         code when it fails; it has said why."""
-        out = log.open("wb") if log else None
+        out, owned = log.open("wb") if log else None, os.environ | {WORKS_FOR: str(os.getpid())}
         try:
-            job = subprocess.Popen([sys.executable, "-m", "dedistill", *words], stdout=out, stderr=out, start_new_session=True)
+            command = [sys.executable, "-m", "dedistill", *words]
+            job = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=owned)
         finally:
             if out:
                 out.close()

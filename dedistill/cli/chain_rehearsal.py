@@ -82,15 +82,14 @@ def _small(recipe: Recipe, moved: _Moved) -> Recipe:
             if not Path(place).exists():
                 write_small_model(recipe, family, Path(place), None)
         model = {"path": place, "revision": None, "components": None}
-    data: dict[str, Any] = {}
-    if recipe.data.source == "pairs" and recipe.data.path:
-        data = {"path": moved(recipe.data.path) or recipe.data.path}
+    pairs = {"path": recipe.data.path if recipe.data.source == "pairs" else None, "pairs": recipe.data.pairs}
+    data: dict[str, Any] = {key: moved(place) or place for key, place in pairs.items() if place}
     if recipe.data.source == "pictures":
         images = moved.new / "images"
         if not images.exists():
             write_samples(images, *SAMPLE_SIDES)
         sets = [recipe.data.sets[0].model_copy(update={"path": str(images)})]
-        data = {"cache": str(moved.new / "cache"), "sets": sets, "held_out": 0.25}
+        data |= {"cache": str(moved.new / "cache"), "sets": sets, "held_out": 0.25}
     return shrink(recipe, run=Path(run), model=model, data=data, small_images=recipe.sample.height is not None)
 
 

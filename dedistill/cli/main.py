@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from dedistill import __version__
+from dedistill.distributed.outside import end_with_parent
 from dedistill.errors import RUN_AGAIN
 
 COMMANDS = {
@@ -37,6 +38,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0 done; 2 wrong arguments or recipe; 75 stopped, run the same command
     again; 70 a mistake of the program; 1 anything else."""
+    end_with_parent()
     try:
         code = _run((sys.argv[1:] if argv is None else argv) or ["--help"])
         sys.stdout.flush()

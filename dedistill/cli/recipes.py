@@ -65,6 +65,6 @@ def said_of(file: Path) -> tuple[str, dict[str, str]]:
 
 
 def _data(recipe: Recipe) -> str:
-    places: list[str | None] = [s.path for s in recipe.data.sets] or [recipe.data.path]
+    places: list[str | None] = [*(s.path for s in recipe.data.sets), recipe.data.path, recipe.data.pairs]
     where = ", ".join(place for place in places if place)
     return f"{recipe.data.source} in {where}" if where else recipe.data.source

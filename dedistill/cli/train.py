@@ -117,6 +117,7 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     import torch
 
     from dedistill.data.encode import check_images, open_data
+    from dedistill.data.mixture import beside_pairs
     from dedistill.distributed.outside import BY_FILE
     from dedistill.models.model import expected_parameters
     from dedistill.models.quantize import sample_sha256
@@ -146,10 +147,11 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         world.assert_equal_on_all_ranks({"hash of the data": data.digest, "hash of a sample of the base": base})
         engine.place(model, accelerator.device)
         _hasten(recipe, model, accelerator.device)
+        source = beside_pairs(recipe, data.source, model.components.sample_shape)
         if world.main:
             notes += run.bind(input_files(recipe), data.digest, base)
-        trainer = Trainer(recipe, plan, model=model, source=data.source, run=run, engine=engine)
-        notes = [*trainer.resume(), *notes, *run.notes, *_shift_notes(recipe, model, data.source)]
+        trainer = Trainer(recipe, plan, model=model, source=source, run=run, engine=engine)
+        notes = [*trainer.resume(), *notes, *run.notes, *_shift_notes(recipe, model, source)]
         if world.main:
             notes += [*_chosen(model), *_expect(trainer, settled)]
             _announce(trainer, data.facts, notes)

@@ -126,7 +126,7 @@ class EncodedImages:
         features = torch.stack([entry[FEATURES] for entry in entries]) if self._features else None
         ids = [self._split.unit(s.image) for s in slots] if held_out else []  # in training nothing is counted by image
         framing = torch.stack([framing_of(s.image.sample, s.crop) for s in slots])
-        return Batch(latents, captions, names, image_ids=ids, framing=framing, features=features)
+        return Batch(latents, captions, names, image_ids=ids, framing=framing, features=features, text=self.text)
 
     def text(self, captions: list[str]) -> Conditioning:
         return collate(read_text(self._texts, captions, self._text_shapes))

@@ -39,20 +39,21 @@ class PairSource(OneSize):
 
     name = "pairs"
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.facts = read_facts(folder)
+    def __init__(self, folder: Path, key: str = "data.path"):
+        """key: of the recipe, which messages name."""
+        self.folder, self.key = folder, key
+        self.facts = read_facts(folder, key)
         self.sigmas = np.array(self.facts["sigmas"])
         self.image: tuple[int, int, int] = tuple(self.facts["image"])
         listed = self.facts["shards"]
         allow_open_files(len(listed))  # each stays mapped
-        self._shards = [_listed_shard(folder, entry, self.facts) for entry in listed]
+        self._shards = [_listed_shard(folder, entry, self.facts, key) for entry in listed]
         self._ends = np.cumsum([len(shard.rows) for shard in self._shards])
         everything = np.arange(self._ends[-1] if listed else 0)
         held = everything % HELD_OUT == 0
         self.train_ids, self.held_out_ids = everything[~held], everything[held]
         if len(self.train_ids) == 0:
-            raise UserError(f"data.path: '{folder}' holds {amount(len(everything), 'pair')}; at least 2 are needed")
+            raise UserError(f"{key}: '{folder}' holds {amount(len(everything), 'pair')}; at least 2 are needed")
 
     def __len__(self) -> int:
         return len(self.train_ids) + len(self.held_out_ids)
@@ -93,7 +94,7 @@ class PairSource(OneSize):
         try:
             states, caption = shard.read(int(index - self._ends[number]))
         except ValueError as e:
-            raise UserError(_damaged(shard.path, f"pair {index} {e}")) from e
+            raise UserError(_damaged(self.key, shard.path, f"pair {index} {e}")) from e
         try:
             found = np.load(io.BytesIO(states), allow_pickle=False).astype(np.float32)
             if found.shape != (len(self.sigmas), *self.image):
@@ -101,7 +102,7 @@ class PairSource(OneSize):
             return found, caption.decode()
         except (ValueError, TypeError, EOFError, OSError) as e:
             raise UserError(
-                f"data.path: pair {index} of '{self.folder}' cannot be read ({e}); it was not made by dedistill pairs"
+                f"{self.key}: pair {index} of '{self.folder}' cannot be read ({e}); it was not made by dedistill pairs"
             ) from e
 
 
@@ -109,25 +110,25 @@ def _names(picks: np.ndarray) -> list[str]:
     return [f"pairs/{i}" for i in picks]
 
 
-def _damaged(path: Path, how: str) -> str:
-    return f"data.path: shard '{path}' is damaged ({how}); run dedistill pairs again, which makes it anew"
+def _damaged(key: str, path: Path, how: str) -> str:
+    return f"{key}: shard '{path}' is damaged ({how}); run dedistill pairs again, which makes it anew"
 
 
 # --- how pairs were made ---------------------------------------------------------------------------------------------
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path, key: str) -> dict[str, Any]:
     """``pairs.json`` of a finished folder."""
     try:
         facts = read_checksummed(folder / FACTS)
         _check_facts(facts)
     except OSError as e:
-        raise UserError(f"data.path: no pairs in '{folder}' (make them with dedistill pairs): {e}") from e
+        raise UserError(f"{key}: no pairs in '{folder}' (make them with dedistill pairs): {e}") from e
     except ValueError as e:
-        raise UserError(f"data.path: '{folder / FACTS}' {e}; delete it and run dedistill pairs again") from e
+        raise UserError(f"{key}: '{folder / FACTS}' {e}; delete it and run dedistill pairs again") from e
     if not facts.get("complete"):
         there = sum(1 for _ in folder.glob("*.tar"))
-        raise UserError(f"data.path: '{folder}' is unfinished ({amount(there, 'shard')}); run dedistill pairs again")
+        raise UserError(f"{key}: '{folder}' is unfinished ({amount(there, 'shard')}); run dedistill pairs again")
     return facts
 
 
@@ -219,16 +220,16 @@ def open_shard(path: Path) -> Shard:
     return Shard(path, about, table, sha256(view[header.offset_data : end]).hexdigest(), state_bytes, view)
 
 
-def _listed_shard(folder: Path, entry: dict[str, Any], facts: dict[str, Any]) -> Shard:
+def _listed_shard(folder: Path, entry: dict[str, Any], facts: dict[str, Any], key: str) -> Shard:
     path = folder / entry["file"]
     try:
         shard = open_shard(path)
     except OSError as e:
-        raise UserError(f"data.path: shard '{path}' cannot be read: {e}") from e
+        raise UserError(f"{key}: shard '{path}' cannot be read: {e}") from e
     except ValueError as e:
-        raise UserError(_damaged(path, str(e))) from e
+        raise UserError(_damaged(key, path, str(e))) from e
     if other := differing({k: facts.get(k) for k in shard.header["facts"]}, shard.header["facts"]):
-        raise UserError(f"data.path: shard '{path}' was made differently from '{folder / FACTS}' ({other})")
+        raise UserError(f"{key}: shard '{path}' was made differently from '{folder / FACTS}' ({other})")
     if shard.sha256 != entry["sha256"]:
-        raise UserError(_damaged(path, "its table of pairs differs"))
+        raise UserError(_damaged(key, path, "its table of pairs differs"))
     return shard

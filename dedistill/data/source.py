@@ -1,5 +1,6 @@
 """What every source of samples provides, and training without some of its samples."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -22,7 +23,8 @@ class Batch:
     image_ids: what tells the images apart that the samples are of; empty where names do. framing [B, 6]: what was done to each
     image, as of Conditioning, where it is known. noise and trajectory
     [B, K, C, H, W] come with stored pairs only; trajectory_sigmas [K] falls from 1 to 0. features [B, T, D]: what an encoder of
-    image prompts makes of the samples' own images, where they are to be told them.
+    image prompts makes of the samples' own images, where they are to be told them. text: what ``captions``, or empty ones in
+    place of some, are encoded; None where the model's own encoders do it. part: of a mixture, whose samples they are.
     """
 
     latents: Tensor
@@ -34,6 +36,8 @@ class Batch:
     image_ids: list[str] = field(default_factory=list)
     framing: Tensor | None = None
     features: Tensor | None = None
+    text: Callable[[list[str]], Conditioning] | None = None
+    part: str = ""
 
 
 def needed(part: T | None) -> T:
@@ -52,9 +56,6 @@ class OneSize:
     def work(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> int:
         return len(positions)
 
-    def text(self, captions: list[str]) -> Conditioning | None:
-        return None
-
 
 class Source(Protocol):
     @property
@@ -66,9 +67,6 @@ class Source(Protocol):
 
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         """The samples of ``positions`` in step ``step``; a function of the arguments alone."""
-
-    def text(self, captions: list[str]) -> Conditioning | None:
-        """``captions``, or empty ones in the place of some, encoded beforehand; None where the model's own encoders do it."""
 
     def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
         """``positions`` parted by the shape of their samples, in the order of their first."""
@@ -115,9 +113,6 @@ class QuarantineSource:
     def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
         """``positions`` must be of one of the ``groups``."""
         return self.source.draw(self._seed(seed, step, positions, batch, held_out), step, positions, batch, held_out=held_out)
-
-    def text(self, captions: list[str]) -> Conditioning | None:
-        return self.source.text(captions)
 
     def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
         other = self._seeds(seed, step, positions, batch, held_out)

@@ -58,6 +58,30 @@ heartbeat = Pulse()
 """The heartbeat of this process: there is one, as there is one main thread."""
 
 
+# --- the end of the process that this one works for -----------------------------------------------------------------------
+
+
+WORKS_FOR = "DEDISTILL_WORKS_FOR"
+"""Environment variable: the process that started this one, or a launcher of it, and that it must not outlive."""
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Have the system kill this process when its parent ends, however that ends, if it works for another.
+
+    Killed, and not asked to stop: whoever runs the parent's command again at once must find no lock held. Linux only.
+    """
+    if (owner := os.environ.get(WORKS_FOR)) is None or sys.platform != "linux":
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        os.kill(int(owner), 0)
+    except ProcessLookupError:  # it ended before this process could ask
+        raise SystemExit(RUN_AGAIN) from None
+
+
 # --- what a run can be asked for while it goes on: by signals to a process, or by files in the run directory ------------
 
 

@@ -67,11 +67,12 @@ class Validator:
     @torch.no_grad()
     def __call__(self, model: Model, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """{"val_loss", "val_images", "val_loss_se"} in evaluation mode, the same on every process; images: different ones
-        that the samples are of. No standard error where these are fewer than 16.
+        that the samples are of. No standard error where these are fewer than 16. Of a mixture also those of each part, as
+        "val_loss_pairs" and so on.
 
         None as soon as any process was ``interrupted``: a validation may take longer than a stop may.
         """
-        own: list[tuple[float, float, str]] = []
+        own: list[tuple[float, float, str, str]] = []
         with model.evaluating():
             for batch in self.padding:
                 self.objective.loss(model, batch)
@@ -79,13 +80,24 @@ class Validator:
                 if interrupted():
                     break
                 heartbeat.beat(f"validating {len(own)}/{sum(len(batch.noisy) for batch in self.batches)}")
-                own += zip(batch.sigma.tolist(), self.objective.loss(model, batch).tolist(), batch.image_ids)
+                losses = self.objective.loss(model, batch).tolist()
+                own += zip(batch.sigma.tolist(), losses, batch.image_ids, [batch.part] * len(losses))
         heard = self.world.gather((own, interrupted()))
         if any(ended for _, ended in heard):
             return None
-        sigmas, losses, images = zip(*sorted(tuple(row) for rows, _ in heard for row in rows))
-        found = {"val_loss": float(np.mean(losses)), "val_images": len(set(images))}
-        return found | ({"val_loss_se": error} if (error := standard_error(sigmas, losses, images)) is not None else {})
+        rows = sorted((s, loss, image, part) for rows, _ in heard for s, loss, image, part in rows)
+        found = _loss_of(rows, "")
+        for part in sorted({part for *_, part in rows} - {""}):
+            found |= _loss_of([row for row in rows if row[-1] == part], f"_{part}")
+        return found
+
+
+def _loss_of(rows: Sequence[tuple[float, float, str, str]], of: str) -> dict[str, float]:
+    """Of sigma, loss, image and part of each sample."""
+    sigmas, losses, images, _ = zip(*rows)
+    error = standard_error(sigmas, losses, images)
+    found = {f"val_loss{of}": float(np.mean(losses)), f"val_images{of}": len(set(images))}
+    return found if error is None else found | {f"val_loss{of}_se": error}
 
 
 def fixed_share(objective: Objective, samples: int, size: int, world: World) -> tuple[list[NoisyBatch], list[NoisyBatch]]:

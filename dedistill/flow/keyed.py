@@ -86,7 +86,7 @@ def draw_samples(
         if count < 1:
             raise ValueError(f"source {i} has no sample")
     places = np.asarray(places, dtype=np.int64)
-    sources, earlier = _sources(seed, places, np.cumsum(weights)[:-1] / np.sum(weights))
+    sources, earlier = divide(seed, "mix", places, weights)
     indices = np.empty_like(places)
     for i, count in enumerate(counts):
         here = sources == i
@@ -109,25 +109,26 @@ def _chunk(seed: int, purpose: str, chunk: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def _shuffle(seed: int, block: int) -> np.ndarray:
-    return generator(seed, "mix-order", block).permutation(BLOCK)
+def _shuffle(seed: int, purpose: str, block: int) -> np.ndarray:
+    return generator(seed, f"{purpose}-order", block).permutation(BLOCK)
 
 
-def _sources(seed: int, places: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each place, and how many earlier places have the same source.
+def divide(seed: int, purpose: str, places: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """The source of each place, by shares of ``weights``, and how many earlier places have the same source.
 
     Row r of block b lies at (r + offset_b) / BLOCK in 0 ... 1, and belongs to the source between whose edges that falls:
     systematic sampling. Offsets step by the golden ratio, so what one block rounds up the next ones round down.
     """
-    blocks, rows = np.divmod(places, BLOCK)
-    start = generator(seed, "mix-start").random()
+    blocks, rows = np.divmod(np.asarray(places, dtype=np.int64), BLOCK)
+    edges = np.cumsum(weights)[:-1] / np.sum(weights)
+    start = generator(seed, f"{purpose}-start").random()
     offsets = (start + GOLDEN * np.arange(blocks.max(initial=0) + 1)) % 1.0
     # rows of a block before each edge: r + offset < BLOCK * edge
     firsts = np.ceil(BLOCK * edges[None] - offsets[:, None]).clip(0, BLOCK).astype(np.int64)
     counts = np.diff(firsts, axis=1, prepend=0, append=BLOCK)
     before = np.cumsum(counts, axis=0) - counts
     found, which = np.unique(blocks, return_inverse=True)
-    order = np.stack([_shuffle(seed, int(block)) for block in found])
+    order = np.stack([_shuffle(seed, purpose, int(block)) for block in found])
     table = (order[:, :, None] >= firsts[found][:, None, :]).sum(axis=2)
     nth = np.empty_like(table)
     for source in range(counts.shape[1]):

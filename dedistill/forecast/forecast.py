@@ -69,7 +69,10 @@ def case_of(recipe: Recipe, family: Family, components: Components) -> Case:
 def largest_image(recipe: Recipe) -> tuple[int, int]:
     """Height and width in pixels; 0, 0 where the network or the data decide."""
     if recipe.data.source == "pictures":
-        return max(buckets_for(filled(recipe.data.resolutions, "data.resolutions")), key=lambda sides: sides[0] * sides[1])
+        sizes = buckets_for(filled(recipe.data.resolutions, "data.resolutions"))
+        if recipe.data.pairs and recipe.sample.height and recipe.sample.width:
+            sizes = [*sizes, (recipe.sample.height, recipe.sample.width)]
+        return max(sizes, key=lambda sides: sides[0] * sides[1])
     return (0, 0)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.data.source import Batch, Source, needed
+from dedistill.data.source import Batch, Source
 from dedistill.distributed.world import World, partition_by_cost
 from dedistill.errors import UserError
 from dedistill.flow import keyed
@@ -43,6 +43,8 @@ class NoisyBatch:
     """The captions, where they are encoded already."""
     scales: Tensor | None = None
     """[B], of guidance, where the network is fed one in training."""
+    part: str = ""
+    """Of a mixture, whose samples they are."""
 
     def pinned(self) -> "NoisyBatch":
         """In memory from which a GPU copies by itself, while it works on what came before."""
@@ -112,8 +114,10 @@ class Objective:
     def sample(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """What the network is asked about ``batch``: noisy samples [B, C, H, W], their sigma [B], float32, and the target."""
         shape = tuple(batch.latents.shape[1:])
-        # an objective that needs a sample's own noise mixes it with that; another one would teach it nothing
-        noise = needed(batch.noise) if "noise" in self.needs else draws.noise(shape)
+        # an objective that needs a sample's own noise mixes it with that; another one would teach it nothing. Images among
+        # pairs have none, and are mixed with any
+        own = batch.noise if "noise" in self.needs else None
+        noise = draws.noise(shape) if own is None else own
         sigma = torch.from_numpy(draws.sigma(shape).astype(np.float32))
         return interpolate(batch.latents, noise, sigma), sigma, velocity(batch.latents, noise)
 
@@ -184,17 +188,19 @@ class Objective:
 
     def asked(self, batch: Batch, draws: Draws, dropped: np.ndarray, told: np.ndarray) -> NoisyBatch:
         """dropped, told: [B], whose captions are not told, and whose own images are, where the source has them."""
-        if missing := [field for field in self.needs if getattr(batch, field) is None]:
+        if not batch.part and (missing := [field for field in self.needs if getattr(batch, field) is None]):
             lacks = f"the {' and '.join(missing)} of every sample"
             raise UserError(f"train.objective: '{self.name}' needs {lacks}, which '{self.source.name}' does not have")
+        if batch.noise is not None:  # made with its caption: without it the pair would be wrong
+            dropped = np.zeros_like(dropped)
         captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped)]
         ids = batch.image_ids or batch.names
-        text = self.source.text(captions)
-        if text is not None:
-            text = replace(text, framing=batch.framing)
+        text = None
+        if batch.text is not None:
+            text = replace(batch.text(captions), framing=batch.framing)
             if batch.features is not None and told.any():
                 text = told_own(text, batch.features, torch.from_numpy(told))
-        return NoisyBatch(*self.sample(batch, draws), captions, batch.names, ids, text)
+        return NoisyBatch(*self.sample(batch, draws), captions, batch.names, ids, text, part=batch.part)
 
 
 def objective_for(

@@ -10,6 +10,8 @@ class Traits:
     """In messages."""
     pairs: bool = False
     """It trains on stored pairs; otherwise on data."""
+    mixes: bool = False
+    """It also trains on images, which have no noise of their own, among the pairs."""
     own_sigmas: str = ""
     """Where its sigmas come from, where that is not [timesteps], which then has no effect."""
     points: bool = False
@@ -24,10 +26,12 @@ class Traits:
     """Default of data.caption_dropout."""
 
 
+PARTS = PAIRS, IMAGES = "pairs", "images"
+"""Of what an objective that mixes trains on, as metrics call them."""
 OBJECTIVES = {
     "flow": Traits("flow matching", caption_dropout=0.1),
     "distill": Traits("distillation", pairs=True, own_sigmas="the stored points", points=True),
-    "reflow": Traits("reflow", pairs=True),
+    "reflow": Traits("reflow", pairs=True, mixes=True),
     "grid": Traits("distillation at the sampler's levels", pairs=True, own_sigmas="the sampler's own levels", points=True),
     "features": Traits(
         "regression to the end point by features", pairs=True, own_sigmas="pure noise alone", points=True, teacher=True
@@ -35,7 +39,9 @@ OBJECTIVES = {
     "halve": Traits("progressive halving", own_sigmas="the sampler's own levels", points=True, teacher=True),
     "guidance": Traits("guidance distillation", teacher=True, fed=True),
     "endpoint": Traits("regression to the end point", pairs=True, own_sigmas="pure noise alone", points=True),
-    "rectified_diffusion": Traits("rectified diffusion", pairs=True, own_sigmas="the model's own schedule", diffusion=True),
+    "rectified_diffusion": Traits(
+        "rectified diffusion", pairs=True, mixes=True, own_sigmas="the model's own schedule", diffusion=True
+    ),
     "diffusion": Traits("its own diffusion", own_sigmas="the model's own schedule", caption_dropout=0.1, diffusion=True),
 }
 """By the names that recipes use."""

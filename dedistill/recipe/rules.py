@@ -139,6 +139,26 @@ def _data_rules(r: Recipe) -> list[Clash]:
     return found
 
 
+def _pairs_rules(r: Recipe) -> list[Clash]:
+    objective, among = OBJECTIVES[r.train.objective], r.data.pairs is not None
+    if not among and objective.pairs != (r.data.source == "pairs"):
+        both = "; data.pairs is for pairs beside images" if objective.mixes else ""
+        message = f"'{r.train.objective}' does not go with data.source = '{r.data.source}'{both}"
+        return [_clash("train.objective", message, "data.source")]
+    if among and r.data.source == "pairs":
+        message = "is for pairs beside images; with data.source = 'pairs' they are those of data.path"
+        return [_clash("data.pairs", message, "data.source")]
+    if among and not objective.mixes:
+        able = " or ".join(f"'{name}'" for name, traits in OBJECTIVES.items() if traits.mixes)
+        message = f"needs objective = {able}; '{r.train.objective}' does not train on both pairs and images"
+        return [_clash("data.pairs", message, "train.objective")]
+    if among and r.data.pairs_share is None:
+        return [_clash("data.pairs_share", "required with data.pairs: the share of samples that are of these")]
+    if not among and r.data.pairs_share is not None:
+        return [_idle("data.pairs_share", "has no effect without data.pairs")]
+    return []
+
+
 _KEYS_OF_DENSITIES = {
     "alpha": ("beta", "u_shaped"),
     "beta": ("beta",),
@@ -195,9 +215,7 @@ def _training_rules(r: Recipe) -> list[Clash]:
     if t.objective == "features" and r.adapter is not None and t.gradient_checkpointing:
         message = "does not go with objective = 'features': blocks of the base would be computed again with the adapter"
         found.append(_clash("train.gradient_checkpointing", message, "train.objective"))
-    if OBJECTIVES[t.objective].pairs != (r.data.source == "pairs"):
-        message = f"'{t.objective}' does not go with data.source = '{r.data.source}'"
-        found.append(_clash("train.objective", message, "data.source"))
+    found += _pairs_rules(r)
     if r.base.matmul == "int8" and r.base.quant != "int8":
         found.append(
             _clash("base.matmul", "'int8' multiplies codes: set base.quant = 'int8', or matmul = 'float'", "base.quant")

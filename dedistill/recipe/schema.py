@@ -76,6 +76,13 @@ class Data(Table):
     path: Place | None = Field(
         None, description="pairs: folder of shards (required). mnist: folder of IDX files. None: as installed."
     )
+    pairs: Place | None = Field(
+        None, description="Folder of pairs to train on beside the images of source, which get any noise. None: images alone."
+    )
+    pairs_share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Share of all samples that are of data.pairs, whatever their number; required with these. None without.",
+    )
     sets: list[ImageSet] = Field(default_factory=list, description="pictures: where they are, at least one.")
     cache: Place | None = Field(
         None, description="pictures: folder for encoded images and captions (required). None elsewhere."

@@ -16,6 +16,7 @@ from dedistill.errors import UserError, amount
 from dedistill.io.atomic import replace_file
 from dedistill.io.json_files import read_object
 from dedistill.io.ownership import claim
+from dedistill.recipe.objectives import PARTS
 from dedistill.report.pages import field, figure, is_number, number, render
 from dedistill.report.plots import heat_map
 from dedistill.runs.metrics import read_rows
@@ -27,6 +28,7 @@ BIN_POINTS = 50
 LOG_RATIO = 40
 NEEDED = {"loss", "lr", "grad_norm", "applied"}
 LISTED = 200
+OF_PARTS = (("loss", "training loss"), ("val_loss", "held-out loss"))
 CURVES = (
     (
         "loss",
@@ -38,6 +40,7 @@ CURVES = (
         "held-out loss",
         "Always the same samples, noise and sigmas; its 95 % interval from 16 images on.",
     ),
+    *((f"{key}_{part}", f"{title}, {part}", "") for part in PARTS for key, title in OF_PARTS),
     ("grad_norm", "gradient norm", "Before clipping."),
     ("lr", "learning rate", ""),
     ("guidance_gap", "guidance gap", "Between velocities with and without a caption. Baked-in guidance widens it."),

@@ -197,7 +197,9 @@ Difference = tuple[str, object, object]
 
 def _moved(before: dict[str, Any], now: dict[str, Any], known: set[str]) -> list[Difference]:
     """Places that differ and whose bytes are ``known``: ``bind`` compares these. In ``before`` they become those of now."""
-    tables = [(f"{table}.", before.get(table), now[table], ("path", "components")) for table in ("model", "data")]
+    tables: list[tuple[str, Any, Any, tuple[str, ...]]] = [
+        (f"{table}.", before.get(table), now[table], ("path", "components", "pairs")) for table in ("model", "data")
+    ]
     old, new = before["data"].get("sets") if isinstance(before.get("data"), dict) else None, now["data"]["sets"]
     if "data.sets" in known and isinstance(old, list) and len(old) == len(new):
         tables += [(f"data.sets.{i}.", *pair, ("path", "name")) for i, pair in enumerate(zip(old, new))]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from dedistill.data.encode import data_files
+from dedistill.data.pairs import FACTS
 from dedistill.io.hashing import Hashed, Stamp, hash_file
 from dedistill.models.pipeline_files import model_files
 from dedistill.recipe import Recipe
@@ -20,6 +21,7 @@ def input_files(recipe: Recipe) -> dict[str, Files]:
     places = {"model.path": m.path, "model.components": m.components, "model.image_prompts": m.image_prompts}
     files = {key: model_files(Path(place)) for key, place in places.items() if place is not None}
     files["data.path"] = {file.name: file for file in data_files(recipe.data)}
+    files["data.pairs"] = {FACTS: Path(recipe.data.pairs) / FACTS} if recipe.data.pairs else {}
     return {key: found for key, found in files.items() if found}
 
 

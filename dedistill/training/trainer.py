@@ -183,7 +183,7 @@ class Trainer:
 
     def train_step(self, step: int, micro_batches: MicroBatches) -> Row:
         """One optimizer step over all slots of the global batch; every sample weighs the same. Returns its row."""
-        losses, sigmas, grad_norm = self._gradients(micro_batches)
+        losses, sigmas, parts, grad_norm = self._gradients(micro_batches)
         lr = learning_rate(self.recipe, step)
         names = partial(self.objective.source.names, self.recipe.run.seed, step, batch=self.plan.batch)
         # all of this is the same on every process, so all decide alike
@@ -201,16 +201,18 @@ class Trainer:
             row["quarantined"] = left_out
         if wrong:
             return {**row, "loss": str(mean), "grad_norm": str(grad_norm), **wrong}  # JSON has no NaN
-        return row | {"sigma_mean": float(sigmas.mean()), "sigma_loss": sigma_bins(losses, sigmas, self.recipe.log.sigma_bins)}
+        row |= {"sigma_mean": float(sigmas.mean()), "sigma_loss": sigma_bins(losses, sigmas, self.recipe.log.sigma_bins)}
+        return row | {f"loss_{part}": float(losses[[p == part for p in parts]].mean()) for part in sorted({*parts} - {""})}
 
-    def _gradients(self, micro_batches: MicroBatches) -> tuple[Tensor, Tensor, float]:
-        """Leave the gradient of the whole batch in place; (losses [B], sigmas [B], norm of the gradient).
+    def _gradients(self, micro_batches: MicroBatches) -> tuple[Tensor, Tensor, tuple[str, ...], float]:
+        """Leave the gradient of the whole batch in place; (losses [B], sigmas [B], parts of a mixture [B], its norm).
 
         What comes back is of all processes, in the order of positions, so that it does not depend on who did what.
         """
         positions: list[int] = []
         losses: list[Tensor] = []
         sigmas: list[float] = []
+        parts: list[str] = []
         self.passes = []
         heartbeat.step = self.state.step
         while True:
@@ -228,6 +230,7 @@ class Trainer:
             positions += counted.tolist()
             losses.append(loss.detach()[: len(counted)])
             sigmas += noisy.sigma[: len(counted)].tolist()
+            parts += [noisy.part] * len(counted)
         # words before gradients: they may be waited for longer, and not on the GPU (see World)
         asked = self.world.gather(self.stop.poll())
         self.stopping = max(request["stop"] for request in asked)
@@ -235,9 +238,9 @@ class Trainer:
         norm = self.engine.finish()
         # the only time that a GPU is waited for
         *numbers, grad_norm = torch.cat([*losses, norm[None]]).tolist()
-        own = list(zip(positions, numbers, sigmas, strict=True))
-        _, every_loss, every_sigma = zip(*sorted(slot for slots in self.world.gather(own) for slot in slots))
-        return torch.tensor(every_loss), torch.tensor(every_sigma), grad_norm
+        own = list(zip(positions, numbers, sigmas, parts, strict=True))
+        _, every_loss, every_sigma, every_part = zip(*sorted(slot for slots in self.world.gather(own) for slot in slots))
+        return torch.tensor(every_loss), torch.tensor(every_sigma), every_part, grad_norm
 
     # --- between two steps -------------------------------------------------------------------------------------------
 

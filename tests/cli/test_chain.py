@@ -100,11 +100,12 @@ def test_a_rehearsal_is_the_same_chain_written_small(chain, capsys):
 
 
 @pytest.mark.slow
-def test_all_of_instaflow_s_way_is_rehearsed(tmp_path, monkeypatch):
-    """On a tiny network of Stable Diffusion 1.5, to numbers at 1, 2, 4 and 8 steps."""
+@pytest.mark.parametrize("name", ["instaflow_sd15", "instaflow_sdxl"])
+def test_all_of_instaflow_s_way_is_rehearsed(name, tmp_path, monkeypatch):
+    """On a tiny network of the base's classes, to numbers at 1, 2, 4 and 8 steps."""
     monkeypatch.chdir(tmp_path)
-    assert main(["chain", "dedistill:instaflow_sd15", "--rehearse"]) == 0
-    out = Path("runs/instaflow_sd15-rehearsal")
+    assert main(["chain", f"dedistill:{name}", "--rehearse"]) == 0
+    out = Path(f"runs/{name}-rehearsal")
     first, second = (json.loads((out / name / "pairs.json").read_text()) for name in ("pairs", "pairs2"))
     assert (first["cfg"], second["cfg"]) == (6, 1.5) and first["teacher"] != second["teacher"]
     (scores,) = out.glob("distill_features/evaluation/**/scores.json")
@@ -211,6 +212,69 @@ def test_a_stopped_chain_goes_on_and_only_one_works_in_a_folder(chain, until, fo
     made = json.loads(Path("out/pairs/pairs.json").read_text())
     assert made["count"] == sum(shard["pairs"] for shard in made["shards"]) == 64 and made["complete"]
     assert len(json.loads(Path("out/chain.json").read_text())["stages"]) == 2
+
+
+@pytest.mark.long
+def test_a_killed_chain_leaves_nothing_that_holds_its_folders(chain):
+    """Run again at once it goes on; what it had started has ended with it."""
+    tiny = "[model.new]\nlayers = 1\nsingle_layers = 1\nheads = 2\n[checkpoint]\nevery = 2\n"
+    (chain.parent / "teacher.toml").write_text(SHORT.format("teacher") + tiny)
+    words = ("chain", "mine", "--scale", "0.04")
+    first = dedistill(*words)
+    while first.poll() is None and not list(Path("out/teacher/checkpoints").glob("*/manifest.json")):
+        time.sleep(0.02)
+    first.kill()
+    again = dedistill(*words)
+    assert again.wait() == 0, again.stderr.read()
+    assert "done: 64 pairs" in again.stderr.read()
+
+
+FAMILY = """
+import os, subprocess, sys, time
+from pathlib import Path
+from dedistill.distributed.outside import end_with_parent
+end_with_parent()
+older, *younger = sys.argv[1:]
+os.environ.setdefault("DEDISTILL_WORKS_FOR", str(os.getpid()))
+Path(older).write_text(str(os.getpid()))
+subprocess.run([sys.executable, "-c", Path("family.py").read_text(), *younger]) if younger else time.sleep(60)
+"""
+
+
+def test_what_a_killed_command_had_started_ends_with_it_at_any_depth(tmp_path):
+    """As below a launcher, which is killed as well and can tell nobody."""
+    (tmp_path / "family.py").write_text(FAMILY)
+    names = ("chain", "launcher", "rank")
+    oldest = subprocess.Popen([sys.executable, "-c", FAMILY, *names], cwd=tmp_path)
+    until(lambda: all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in names))
+    pids = [int((tmp_path / name).read_text()) for name in names[1:]]
+    assert all(map(alive, pids))
+    oldest.kill()
+    oldest.wait()
+    until(lambda: not any(map(alive, pids)))
+
+
+def until(true, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_process_whose_owner_has_gone_already_does_not_begin(monkeypatch):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setenv("DEDISTILL_WORKS_FOR", str(gone.pid))
+    code = "from dedistill.cli.main import main; main(['--version'])"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 75 and "dedistill" not in ended.stdout
 
 
 @pytest.mark.parametrize(

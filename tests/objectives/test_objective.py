@@ -75,8 +75,8 @@ def objective(kind: str = "flow", source=None, **kwargs) -> Objective:
 def join(tasks: list[NoisyBatch]) -> NoisyBatch:
     def both(name: str):
         parts = [getattr(t, name) for t in tasks]
-        if parts[0] is None:
-            return None
+        if parts[0] is None or isinstance(parts[0], str):
+            return parts[0]
         return torch.cat(parts) if isinstance(parts[0], Tensor) else [x for p in parts for x in p]
 
     return NoisyBatch(*(both(f.name) for f in fields(NoisyBatch)))

@@ -24,7 +24,16 @@ MEANS_SOMETHING = {
         ["model.path", "model.new", "adapter.targets.pattern", "adapter.targets.preset"], "the other of two is set"
     ),
     **dict.fromkeys(
-        ["model.revision", "model.components", "model.image_prompts", "data.path", "data.cache"], "nothing is named"
+        [
+            "model.revision",
+            "model.components",
+            "model.image_prompts",
+            "data.path",
+            "data.pairs",
+            "data.pairs_share",
+            "data.cache",
+        ],
+        "nothing is named",
     ),
     **dict.fromkeys(["data.sets.name", "data.sets.captions"], "what is found there"),
     "data.sets.file_column": "the column file_name",

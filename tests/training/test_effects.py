@@ -151,6 +151,8 @@ ELSEWHERE = {
     "sample.steps": "test below: steps of a sweep",
     "model.image_prompts": "test_redux.py: prompts of such a model take images",
     "data.image_dropout": "test_redux.py: rows of images that are not told",
+    "data.pairs": "test_pairs_among_images.py: half of the samples are of these",
+    "data.pairs_share": "test_pairs_among_images.py: how many of them",
     "model.null": "test_unets.py: guidance leads away from zeros, as in diffusers' pipeline",
     "train.scales": "test_teachers.py: what the student is fed",
     "model.prediction": "test_starts.py: the same output is another velocity",
