@@ -2,12 +2,11 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from closed_form import Mixture
 from torch import nn
 
-from dedistill.data.source import Batch, OneSize
+from dedistill.data.source import Batch, Slot
 from dedistill.flow import keyed
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.family import Components
@@ -67,7 +66,7 @@ def closed_form(mixture: Mixture = PLANE, *, baked: float = 1.0, straight: bool 
     return Model(ClosedForm(mixture, straight), components, denoiser, text_length=1, chunk=chunk)
 
 
-class ClosedFormData(OneSize):
+class ClosedFormData:
     """Held-out samples of a mixture; the caption is the label."""
 
     name, image = "closed form", IMAGE
@@ -75,11 +74,14 @@ class ClosedFormData(OneSize):
     def __init__(self, mixture: Mixture = PLANE):
         self.mixture = mixture
 
-    def draw(self, seed, step, positions, batch, *, held_out=False):
-        data, labels = self.mixture.draw(seed, batch)
-        rows = torch.from_numpy(np.asarray(positions))
+    def slots(self, seed, step, batch, *, held_out=False):
+        return [Slot(f"closed/{position}", (seed, batch, position)) for position in range(batch)]
+
+    def draw(self, slots):
+        data, labels = self.mixture.draw(*slots[0].index[:2])
+        rows = torch.tensor([slot.index[2] for slot in slots])
         pixels = data[rows].float().reshape(-1, *IMAGE)
-        return Batch(pixels, [str(int(k)) for k in labels[rows]], [f"closed/{p}" for p in positions])
+        return Batch(pixels, [str(int(k)) for k in labels[rows]])
 
     def prompts(self, seed, count):
         return [str(int(k)) for k in keyed.generator(seed, "prompts").random(count) < float(self.mixture.weights[-1])]

@@ -3,12 +3,13 @@
 import gzip
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dedistill.data.source import Batch, OneSize
+from dedistill.data.source import Batch, Slot
 from dedistill.errors import UserError, amount
 from dedistill.flow import keyed
 from dedistill.flow.keyed import sample_indices
@@ -52,7 +53,7 @@ def digits_in(text: str) -> list[int]:
 # --- handwritten digits ----------------------------------------------------------------------------------------------
 
 
-class DigitSource(OneSize):
+class DigitSource:
     """``per_image`` digits side by side; images [N, h, w] in [-1, 1] with labels [N], split once and for all."""
 
     def __init__(
@@ -66,27 +67,22 @@ class DigitSource(OneSize):
         self.held_out = (images[order[cut:]], labels[order[cut:]])
         self.image = (1, images.shape[1], images.shape[2] * per_image)
 
-    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
-        images, labels = self.held_out if held_out else self.train
-        purpose = "held-out" if held_out else "train"
-        picks = self._picks(seed, step, positions, batch, purpose, len(labels))
-        pixels = np.concatenate([images[picks[:, k]] for k in range(self.per_image)], axis=2)[:, None]
+    def slots(self, seed: int, step: int, batch: int, *, held_out: bool = False) -> list[Slot]:
+        labels, purpose = (self.held_out[1], "held-out") if held_out else (self.train[1], "train")
+        places = np.arange(step * batch, (step + 1) * batch)
+        picks = [sample_indices(seed, f"{purpose}/digit{k}", places, len(labels)) for k in range(self.per_image)]
         u = keyed.uniforms(seed, f"{purpose}/caption", step, (batch, self._uniforms))
-        texts = [caption(labels[pick], u[p], self.caption_noise) for pick, p in zip(picks, positions)]
-        return Batch(torch.from_numpy(pixels), texts, self._names(purpose, picks))
+        slots = []
+        for pick, uniforms in zip(np.stack(picks, axis=1), u):
+            name = f"{self.name}/{purpose}/" + "+".join(map(str, pick))
+            slots.append(Slot(name, (int(held_out), *pick.tolist()), caption(labels[pick], uniforms, self.caption_noise)))
+        return slots
 
-    def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
-        count, purpose = (len(self.held_out[1]), "held-out") if held_out else (len(self.train[1]), "train")
-        return self._names(purpose, self._picks(seed, step, positions, batch, purpose, count))
-
-    def _picks(self, seed: int, step: int, positions: np.ndarray, batch: int, purpose: str, count: int) -> np.ndarray:
-        """The digits [B, per_image] at each position."""
-        places = step * batch + np.asarray(positions)
-        picks = [sample_indices(seed, f"{purpose}/digit{k}", places, count) for k in range(self.per_image)]
-        return np.stack(picks, axis=1)
-
-    def _names(self, purpose: str, picks: np.ndarray) -> list[str]:
-        return [f"{self.name}/{purpose}/" + "+".join(map(str, pick)) for pick in picks]
+    def draw(self, slots: Sequence[Slot]) -> Batch:
+        held_out, *picks = np.array([slot.index for slot in slots]).T
+        images, _ = self.held_out if held_out[0] else self.train
+        pixels = np.concatenate([images[pick] for pick in picks], axis=2)[:, None]
+        return Batch(torch.from_numpy(pixels), [slot.caption for slot in slots])
 
     def prompts(self, seed: int, count: int) -> list[str]:
         rng = keyed.generator(seed, "prompts")

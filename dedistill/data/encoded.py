@@ -2,8 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -12,21 +11,15 @@ from torch import Tensor
 from dedistill.data.cache import Shapes, Store
 from dedistill.data.images.buckets import Crop, Sized
 from dedistill.data.images.index import Sample
-from dedistill.data.source import Batch
-from dedistill.data.split import CroppedImage, Split, check_trained
+from dedistill.data.source import Batch, Slot
+from dedistill.data.split import Split, check_trained
 from dedistill.flow.keyed import choose, draw_samples, sample_indices
 from dedistill.models.conditioning import Conditioning, Widths, collate, one_caption, stored_shapes
 
+HELD = -1
+"""Number of the set of held-out images, which comes after those of the recipe."""
 FEATURES = "features"
 """Part of a latent's entry: what an encoder of image prompts makes of the crop."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    image: CroppedImage
-    crop: Crop
-    caption: str
-    name: str
 
 
 def framing_of(image: Sized, crop: Crop) -> Tensor:
@@ -72,68 +65,56 @@ class EncodedImages:
         text_widths: Widths,
         features: tuple[int, int] | None = None,
     ):
-        self._split, self._held = images, images.held
-        self._sets = [[p for p in images.train if p.sample.source == i] for i in range(len(weights))]
+        self._split = images
+        self._sets = [*([p for p in images.train if p.sample.source == i] for i in range(len(weights))), images.held]
         self._weights = list(weights)
         check_trained(images, len(weights))
         self._latents, self._texts, self._latent_shape = latents, texts, cache(latent_shape)
         self._text_shapes = stored_shapes(text_widths)
         self._features: Shapes = {FEATURES: features} if features else {}
-        self._slots = lru_cache(maxsize=4)(self._slots_of)
 
     @property
     def digest(self) -> str:
         """Hash of everything a draw can come from: images, crops, captions, sets, weights, and how they are encoded."""
-        images = [[(p.sample.sha256, p.crops, p.sample.captions) for p in s] for s in (*self._sets, self._held)]
+        images = [[(p.sample.sha256, p.crops, p.sample.captions) for p in s] for s in self._sets]
         parts = [self._weights, images, self._latents.inputs, self._texts.inputs]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def _slots_of(self, seed: int, step: int, batch: int, held_out: bool) -> list[Slot]:
-        """What every position of a step gets."""
+    def slots(self, seed: int, step: int, batch: int, *, held_out: bool = False) -> list[Slot]:
         places = np.arange(step * batch, (step + 1) * batch)
         purpose = "held-out" if held_out else "train"
         if held_out:
             # the name is part of the seed: another one would draw other samples
-            chosen = [self._held[i] for i in sample_indices(seed, "pictures/held-out", places, len(self._held))]
+            indices = sample_indices(seed, "pictures/held-out", places, len(self._sets[HELD]))
+            sets = np.full(batch, HELD)
         else:
-            sets, indices = draw_samples(seed, places, [len(s) for s in self._sets], self._weights)
-            chosen = [self._sets[s][i] for s, i in zip(sets, indices)]
+            sets, indices = draw_samples(seed, places, [len(s) for s in self._sets[:HELD]], self._weights)
+        chosen = [self._sets[s][i] for s, i in zip(sets, indices)]
         crops = choose(seed, f"{purpose}/crop", places, np.array([len(p.crops) for p in chosen]))
         captions = choose(seed, f"{purpose}/caption", places, np.array([len(p.sample.captions) for p in chosen]))
-        drawn = [(p, p.crops[c], p.sample.captions[t]) for p, c, t in zip(chosen, crops, captions)]
-        return [Slot(p, crop, caption, f"{p.sample.name} [{crop.width} x {crop.height}]") for p, crop, caption in drawn]
+        slots = []
+        for image, s, i, c, t in zip(chosen, sets.tolist(), indices.tolist(), crops.tolist(), captions.tolist()):
+            shape = height, width = image.crops[c].height, image.crops[c].width
+            name = f"{image.sample.name} [{width} x {height}]"
+            slots.append(Slot(name, (s, i, c), image.sample.captions[t], shape, height * width))
+        return slots
 
-    def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
-        slots = self._slots(seed, step, batch, held_out)
-        groups: dict[tuple[int, int], list[int]] = {}
-        for position in positions:
-            crop = slots[position].crop
-            groups.setdefault((crop.height, crop.width), []).append(int(position))
-        return [np.array(group) for group in groups.values()]
-
-    def work(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> int:
-        crops = [self._slots(seed, step, batch, held_out)[p].crop for p in positions]
-        return sum(crop.height * crop.width for crop in crops)
-
-    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
-        slots = [self._slots(seed, step, batch, held_out)[p] for p in positions]
+    def draw(self, slots: Sequence[Slot]) -> Batch:
+        drawn = [(self._sets[s][i], self._sets[s][i].crops[c]) for s, i, c in (slot.index for slot in slots)]
         entries = []
-        for slot in slots:
-            shapes: Shapes = {"latent": self._latent_shape(slot.crop.height, slot.crop.width), **self._features}
-            entries.append(self._latents.read(latent_key(slot.image.sample, slot.crop), shapes))
-        captions, names = [s.caption for s in slots], [s.name for s in slots]
+        for image, crop in drawn:
+            shapes: Shapes = {"latent": self._latent_shape(crop.height, crop.width), **self._features}
+            entries.append(self._latents.read(latent_key(image.sample, crop), shapes))
         latents = torch.stack([entry["latent"] for entry in entries]).float()
         features = torch.stack([entry[FEATURES] for entry in entries]) if self._features else None
-        ids = [self._split.unit(s.image) for s in slots] if held_out else []  # in training nothing is counted by image
-        framing = torch.stack([framing_of(s.image.sample, s.crop) for s in slots])
-        return Batch(latents, captions, names, image_ids=ids, framing=framing, features=features, text=self.text)
+        held_out = slots[0].index[0] == HELD  # in training nothing is counted by image
+        ids = [self._split.unit(image) for image, _ in drawn] if held_out else []
+        framing = torch.stack([framing_of(image.sample, crop) for image, crop in drawn])
+        captions = [slot.caption for slot in slots]
+        return Batch(latents, captions, image_ids=ids, framing=framing, features=features, text=self.text)
 
     def text(self, captions: list[str]) -> Conditioning:
         return collate(read_text(self._texts, captions, self._text_shapes))
-
-    def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
-        slots = self._slots(seed, step, batch, held_out)
-        return [slots[p].name for p in positions]
 
     def prompts(self, seed: int, count: int) -> list[str]:
         return self._split.prompts(seed, count)

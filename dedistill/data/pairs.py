@@ -10,6 +10,7 @@ import json
 import mmap
 import tarfile
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dedistill.data.source import Batch, OneSize
+from dedistill.data.source import Batch, Slot
 from dedistill.errors import UserError, amount
 from dedistill.flow import keyed
 from dedistill.flow.keyed import sample_indices
@@ -34,7 +35,7 @@ HELD_OUT = 16
 """One pair in this many is kept for validation."""
 
 
-class PairSource(OneSize):
+class PairSource:
     """Pairs by index. The account of every shard is checked at once, a pair's bytes whenever they are read."""
 
     name = "pairs"
@@ -67,20 +68,16 @@ class PairSource(OneSize):
         lost = [shard.header["rounding"] for shard in self._shards]
         return float(np.sqrt(np.mean([x["rms"] ** 2 for x in lost]))), max(x["most"] for x in lost)
 
-    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
-        picks = self._picks(seed, step, positions, batch, held_out)
-        states, captions = zip(*map(self.read, picks))
+    def slots(self, seed: int, step: int, batch: int, *, held_out: bool = False) -> list[Slot]:
+        ids, purpose = (self.held_out_ids, "held-out") if held_out else (self.train_ids, "train")
+        places = np.arange(step * batch, (step + 1) * batch)
+        picks = ids[sample_indices(seed, f"pairs/{purpose}", places, len(ids))].tolist()
+        return [Slot(f"pairs/{pick}", (pick,)) for pick in picks]
+
+    def draw(self, slots: Sequence[Slot]) -> Batch:
+        states, captions = zip(*(self.read(slot.index[0]) for slot in slots))
         trajectory = torch.from_numpy(np.stack(states))
-        return Batch(trajectory[:, -1], list(captions), _names(picks), trajectory[:, 0], trajectory, self.sigmas)
-
-    def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
-        return _names(self._picks(seed, step, positions, batch, held_out))
-
-    def _picks(self, seed: int, step: int, positions: np.ndarray, batch: int, held_out: bool) -> np.ndarray:
-        """The pair at each position."""
-        ids = self.held_out_ids if held_out else self.train_ids
-        purpose = "held-out" if held_out else "train"
-        return ids[sample_indices(seed, f"pairs/{purpose}", step * batch + np.asarray(positions), len(ids))]
+        return Batch(trajectory[:, -1], list(captions), trajectory[:, 0], trajectory, self.sigmas)
 
     def prompts(self, seed: int, count: int) -> list[str]:
         """Stored captions, drawn with repetition from all pairs: as many as are asked for, prompt i whatever their number."""
@@ -104,10 +101,6 @@ class PairSource(OneSize):
             raise UserError(
                 f"{self.key}: pair {index} of '{self.folder}' cannot be read ({e}); it was not made by dedistill pairs"
             ) from e
-
-
-def _names(picks: np.ndarray) -> list[str]:
-    return [f"pairs/{i}" for i in picks]
 
 
 def _damaged(key: str, path: Path, how: str) -> str:

@@ -1,6 +1,6 @@
 """What every source of samples provides, and training without some of its samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -17,19 +17,36 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Slot:
+    """Which sample stands at a place of a run, and what is known of it before it is read."""
+
+    name: str
+    """To report it by, and to leave it out by."""
+    index: tuple[int, ...]
+    """By which its source finds it."""
+    caption: str = ""
+    """Where it is known already."""
+    shape: tuple[int, ...] = ()
+    """Slots of one shape, and of one part, go into one batch."""
+    cost: int = 1
+    """How much work it is, in any unit: what processes are to share evenly."""
+    part: str = ""
+    """Of a mixture, whose sample it is."""
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Samples of some slots: latents [B, C, H, W] as the denoiser sees them, their captions, and names to report them by.
+    """Samples of some slots: latents [B, C, H, W] as the denoiser sees them, and their captions.
 
     image_ids: what tells the images apart that the samples are of; empty where names do. framing [B, 6]: what was done to each
     image, as of Conditioning, where it is known. noise and trajectory
     [B, K, C, H, W] come with stored pairs only; trajectory_sigmas [K] falls from 1 to 0. features [B, T, D]: what an encoder of
     image prompts makes of the samples' own images, where they are to be told them. text: what ``captions``, or empty ones in
-    place of some, are encoded; None where the model's own encoders do it. part: of a mixture, whose samples they are.
+    place of some, are encoded; None where the model's own encoders do it.
     """
 
     latents: Tensor
     captions: list[str]
-    names: list[str]
     noise: Tensor | None = None
     trajectory: Tensor | None = None
     trajectory_sigmas: np.ndarray | None = None
@@ -37,7 +54,6 @@ class Batch:
     framing: Tensor | None = None
     features: Tensor | None = None
     text: Callable[[list[str]], Conditioning] | None = None
-    part: str = ""
 
 
 def needed(part: T | None) -> T:
@@ -45,16 +61,6 @@ def needed(part: T | None) -> T:
     if part is None:
         raise ValueError("the samples of this source do not have what is asked of them")
     return part
-
-
-class OneSize:
-    """A source whose samples all have one shape, and whose captions are encoded when they are needed."""
-
-    def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
-        return [np.asarray(positions)]
-
-    def work(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> int:
-        return len(positions)
 
 
 class Source(Protocol):
@@ -65,17 +71,11 @@ class Source(Protocol):
     def image(self) -> tuple[int, int, int] | None:
         """Shape of every sample, None where they differ."""
 
-    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
-        """The samples of ``positions`` in step ``step``; a function of the arguments alone."""
+    def slots(self, seed: int, step: int, batch: int, *, held_out: bool = False) -> list[Slot]:
+        """Of every position of step ``step``; a function of the arguments alone."""
 
-    def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
-        """``positions`` parted by the shape of their samples, in the order of their first."""
-
-    def work(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> int:
-        """How much work a group is, in any unit: what processes are to share evenly."""
-
-    def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
-        """The names that ``draw`` gives, without reading any sample."""
+    def draw(self, slots: Sequence[Slot]) -> Batch:
+        """The samples of slots of one shape and part."""
 
     def prompts(self, seed: int, count: int) -> list[str]:
         """Captions to make images from, without noise."""
@@ -98,47 +98,15 @@ class QuarantineSource:
 
     def __init__(self, source: Source, quarantined_from: dict[str, int]):
         self.source, self.name, self.image, self.quarantined_from = source, source.name, source.image, quarantined_from
+        self.draw, self.prompts = source.draw, source.prompts
 
-    def groups(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[np.ndarray]:
-        """As the source's; a substitute is a group of its own."""
-        positions = np.asarray(positions)
-        other = self._seeds(seed, step, positions, batch, held_out)
-        kept = np.array([p for p in positions if p not in other], dtype=np.int64)
-        groups = self.source.groups(seed, step, kept, batch, held_out=held_out) if len(kept) else []
-        return [*groups, *(np.array([p]) for p in other)]
+    def slots(self, seed: int, step: int, batch: int, *, held_out: bool = False) -> list[Slot]:
+        slots = self.source.slots(seed, step, batch, held_out=held_out)
+        out = {name for name, start in self.quarantined_from.items() if start <= step and not held_out}
+        return [self._other(seed, step, p, batch, out) if slot.name in out else slot for p, slot in enumerate(slots)]
 
-    def work(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> int:
-        return self.source.work(self._seed(seed, step, positions, batch, held_out), step, positions, batch, held_out=held_out)
-
-    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
-        """``positions`` must be of one of the ``groups``."""
-        return self.source.draw(self._seed(seed, step, positions, batch, held_out), step, positions, batch, held_out=held_out)
-
-    def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
-        other = self._seeds(seed, step, positions, batch, held_out)
-        return [self.source.names(other.get(p, seed), step, np.array([p]), batch, held_out=held_out)[0] for p in positions]
-
-    def prompts(self, seed: int, count: int) -> list[str]:
-        return self.source.prompts(seed, count)
-
-    def _seed(self, seed: int, step: int, positions: np.ndarray, batch: int, held_out: bool) -> int:
-        other = self._seeds(seed, step, positions, batch, held_out)
-        if not other:
-            return seed
-        if len(positions) > 1:
-            raise ValueError(f"positions {list(positions)} of step {step} are not of one group")
-        return next(iter(other.values()))
-
-    def _seeds(self, seed: int, step: int, positions: np.ndarray, batch: int, held_out: bool) -> dict[int, int]:
-        """Places that get a substitute -> the seed it is drawn under."""
-        out = {name for name, start in self.quarantined_from.items() if start <= step}
-        if held_out or not out:
-            return {}
-        names = self.source.names(seed, step, np.asarray(positions), batch)
-        return {int(p): self._other(seed, step, int(p), batch, out) for p, name in zip(positions, names) if name in out}
-
-    def _other(self, seed: int, step: int, position: int, batch: int, out: set[str]) -> int:
+    def _other(self, seed: int, step: int, position: int, batch: int, out: set[str]) -> Slot:
         for other in keyed.generator(seed, "substitute", step, position).integers(2**62, size=TRIES).tolist():
-            if self.source.names(other, step, np.array([position]), batch)[0] not in out:
-                return other
+            if (slot := self.source.slots(other, step, batch)[position]).name not in out:
+                return slot
         raise UserError(f"data: step {step + 1}: {TRIES} draws gave quarantined samples only; too few others are left")

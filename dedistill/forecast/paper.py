@@ -3,7 +3,7 @@
 Where torch chooses kernels by device, it is told which ones a card, or the CPU, would take.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dedistill.data.source import Batch, OneSize
+from dedistill.data.source import Batch, Slot
 from dedistill.distributed.outside import StopRequests
 from dedistill.distributed.world import World
 from dedistill.forecast.autocast import Autocast
@@ -125,7 +125,7 @@ class Case:
     """That share a step; asked about is one of them, which holds everything."""
 
 
-class Blank(OneSize):
+class Blank:
     """Samples without content, of one shape, with captions of one length; in a batch of several the last is shorter, so
     that padding has to be hidden where it would be. They have all that stored pairs have as well."""
 
@@ -134,19 +134,18 @@ class Blank(OneSize):
     def __init__(self, image: tuple[int, int, int], caption: Conditioning):
         self.image, self.caption = image, caption
 
-    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
-        names = self.names(seed, step, positions, batch)
-        latents, ends = torch.zeros(len(names), *self.image), torch.zeros(len(names), 2, *self.image)
-        return Batch(latents, [""] * len(names), names, latents, ends, np.array([1.0, 0.0]))
+    def slots(self, seed: int, step: int, batch: int, *, held_out: bool = False) -> list[Slot]:
+        return [Slot(str(position), ()) for position in range(batch)]
+
+    def draw(self, slots: Sequence[Slot]) -> Batch:
+        latents, ends = torch.zeros(len(slots), *self.image), torch.zeros(len(slots), 2, *self.image)
+        return Batch(latents, [""] * len(slots), latents, ends, np.array([1.0, 0.0]), text=self.text)
 
     def text(self, captions: list[str]) -> Conditioning:
         text = self.caption.expand(len(captions))
         if len(captions) == 1:
             return text
         return Conditioning(tuple(Tokens(s.embeds, _one_shorter(s.mask)) for s in text.sequences), text.vectors)
-
-    def names(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> list[str]:
-        return [str(p) for p in positions]
 
     def prompts(self, seed: int, count: int) -> list[str]:
         return [""] * count

@@ -6,7 +6,7 @@ of it stands in ``dedistill/recipe/objectives.py``.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, ClassVar, TypedDict
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.data.source import Batch, Source
+from dedistill.data.source import Batch, Slot, Source
 from dedistill.distributed.world import World, partition_by_cost
 from dedistill.errors import UserError
 from dedistill.flow import keyed
@@ -100,7 +100,8 @@ class Objective:
         """shift_of: the family's shift for samples of a shape, used where the recipe says shift = "auto". schedule: of a model
         that was trained by diffusion."""
         t = recipe.timesteps
-        self.seed, self.batch, self.source = recipe.run.seed, recipe.train.batch, source
+        self.seed, self.batch = recipe.run.seed, recipe.train.batch
+        self.take(source)
         self.huber = recipe.train.huber
         self.dropout, self.image_dropout = recipe.data.caption_dropout, recipe.data.image_dropout or 0.0
         given = {k: getattr(t, k) for k in ("alpha", "beta", "mean", "std", "scale")}
@@ -110,6 +111,11 @@ class Objective:
             "params": {k: v for k, v in given.items() if v is not None},
             "stratify": t.stratify,
         }
+
+    def take(self, source: Source) -> None:
+        """Samples are of ``source`` from now on."""
+        self.source = source
+        self.slots = lru_cache(maxsize=4)(source.slots)  # each micro-batch asks for those of its step
 
     def sample(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """What the network is asked about ``batch``: noisy samples [B, C, H, W], their sigma [B], float32, and the target."""
@@ -133,10 +139,11 @@ class Objective:
         Over all processes the first are all, and none twice. The second are empty unless all must run equally many
         passes; then they are the least work of the step, as often as it takes.
         """
-        parts = _cut(self.source.groups(self.seed, step, np.arange(self.batch), self.batch), size)
+        slots = self.slots(self.seed, step, self.batch)
+        parts = _cut(slots, size)
         if world.size == 1:
             return parts, []
-        work = [self.source.work(self.seed, step, part, self.batch) for part in parts]
+        work = [sum(slots[p].cost for p in part) for part in parts]
         dealt = partition_by_cost(work, world.size)
         own = [parts[i] for i in dealt[world.rank]]
         missing = max(map(len, dealt)) - len(own) if world.requires_equal_forwards else 0
@@ -160,7 +167,8 @@ class Objective:
         )
         dropped = keyed.uniforms(self.seed, "caption-dropout", step, self.batch)[positions] < self.dropout
         told = keyed.uniforms(self.seed, "image-dropout", step, self.batch)[positions] >= self.image_dropout
-        return self.asked(self.source.draw(self.seed, step, positions, self.batch), draws, dropped, told & ~dropped)
+        slots = self.slots(self.seed, step, self.batch)
+        return self.asked([slots[p] for p in positions], draws, dropped, told & ~dropped)
 
     def validation_batches(self, count: int, size: int, world: World | None = None) -> list[NoisyBatch]:
         """``count`` held-out samples, at most ``size`` in each batch, in all the same whatever the size.
@@ -169,11 +177,13 @@ class Objective:
         gets its share of the batches.
         """
         world = world or World()
-        parts = _cut(self.source.groups(self.seed, 0, np.arange(count), count, held_out=True), size)
-        work = [self.source.work(self.seed, 0, part, count, held_out=True) for part in parts]
-        return [self._validation_batch(parts[i], count) for i in partition_by_cost(work, world.size)[world.rank]]
+        slots = self.slots(self.seed, 0, count, held_out=True)
+        parts = _cut(slots, size)
+        work = [sum(slots[p].cost for p in part) for part in parts]
+        return [self._validation_batch(slots, parts[i]) for i in partition_by_cost(work, world.size)[world.rank]]
 
-    def _validation_batch(self, positions: np.ndarray, count: int) -> NoisyBatch:
+    def _validation_batch(self, slots: list[Slot], positions: np.ndarray) -> NoisyBatch:
+        count = len(slots)
         p = midpoints(self.seed, count)[positions]
         draws = Draws(
             p=p,
@@ -182,25 +192,24 @@ class Objective:
             noise=lambda shape: keyed.noise(self.seed, "validation/noise", 0, positions, shape),
             more=lambda: keyed.uniforms(self.seed, "validation/more", 0, count)[positions],
         )
-        batch = self.source.draw(self.seed, 0, positions, count, held_out=True)
         whole = np.full(len(positions), self.image_dropout < 1)
-        return self.asked(batch, draws, dropped=np.zeros(len(positions), bool), told=whole)
+        return self.asked([slots[p] for p in positions], draws, dropped=np.zeros(len(positions), bool), told=whole)
 
-    def asked(self, batch: Batch, draws: Draws, dropped: np.ndarray, told: np.ndarray) -> NoisyBatch:
+    def asked(self, slots: list[Slot], draws: Draws, dropped: np.ndarray, told: np.ndarray) -> NoisyBatch:
         """dropped, told: [B], whose captions are not told, and whose own images are, where the source has them."""
-        if not batch.part and (missing := [field for field in self.needs if getattr(batch, field) is None]):
+        batch, part, names = self.source.draw(slots), slots[0].part, [slot.name for slot in slots]
+        if not part and (missing := [field for field in self.needs if getattr(batch, field) is None]):
             lacks = f"the {' and '.join(missing)} of every sample"
             raise UserError(f"train.objective: '{self.name}' needs {lacks}, which '{self.source.name}' does not have")
         if batch.part and batch.noise is not None:  # a pair was made with its caption, and is wrong without
             dropped = np.zeros_like(dropped)
         captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped)]
-        ids = batch.image_ids or batch.names
         text = None
         if batch.text is not None:
             text = replace(batch.text(captions), framing=batch.framing)
             if batch.features is not None and told.any():
                 text = told_own(text, batch.features, torch.from_numpy(told))
-        return NoisyBatch(*self.sample(batch, draws), captions, batch.names, ids, text, part=batch.part)
+        return NoisyBatch(*self.sample(batch, draws), captions, names, batch.image_ids or names, text, part=part)
 
 
 def objective_for(
@@ -213,5 +222,9 @@ def objective_for(
     return Objective.known[name](recipe, source, shift_of, schedule)
 
 
-def _cut(groups: list[np.ndarray], size: int) -> list[np.ndarray]:
-    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+def _cut(slots: list[Slot], size: int) -> list[np.ndarray]:
+    """Positions of slots of one shape and part, in the order of their first, at most ``size`` together."""
+    groups: dict[object, list[int]] = {}
+    for position, slot in enumerate(slots):
+        groups.setdefault((slot.part, slot.shape), []).append(position)
+    return [np.array(group[i : i + size]) for group in groups.values() for i in range(0, len(group), size)]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.data.source import Batch, Source, needed
+from dedistill.data.source import Slot, Source, needed
 from dedistill.flow.path import expand, flow_loss
 from dedistill.flow.schedule import Schedule
 from dedistill.models.model import Model
@@ -28,10 +28,10 @@ class Guidance(Objective):
         super().__init__(recipe, source, shift_of, schedule)
         self.range = recipe.train.scales
 
-    def asked(self, batch: Batch, draws: Draws, dropped: np.ndarray, told: np.ndarray) -> NoisyBatch:
+    def asked(self, slots: list[Slot], draws: Draws, dropped: np.ndarray, told: np.ndarray) -> NoisyBatch:
         low, high = filled(self.range, "train.scales")
         scales = torch.from_numpy(low + (high - low) * draws.more()).float()
-        return replace(super().asked(batch, draws, dropped, told), scales=scales)
+        return replace(super().asked(slots, draws, dropped, told), scales=scales)
 
     def loss(self, model: Model, batch: NoisyBatch) -> Tensor:
         noisy, sigma, text = batch.noisy.to(model.device), batch.sigma.to(model.device), batch.conditioning(model)

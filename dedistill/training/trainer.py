@@ -105,7 +105,7 @@ class Trainer:
         """Take in a state that was loaded: weights to compare later ones with, and samples that are left out."""
         self.change_check.start()
         quarantined_from = self.state.guard.quarantined_from()
-        self.objective.source = QuarantineSource(self.source, quarantined_from) if quarantined_from else self.source
+        self.objective.take(QuarantineSource(self.source, quarantined_from) if quarantined_from else self.source)
 
     # --- from step to step -------------------------------------------------------------------------------------------
 
@@ -185,9 +185,8 @@ class Trainer:
         """One optimizer step over all slots of the global batch; every sample weighs the same. Returns its row."""
         losses, sigmas, parts, grad_norm = self._gradients(micro_batches)
         lr = learning_rate(self.recipe, step)
-        names = partial(self.objective.source.names, self.recipe.run.seed, step, batch=self.plan.batch)
         # all of this is the same on every process, so all decide alike
-        wrong = self.state.guard.judge(step, losses, sigmas, grad_norm, names)
+        wrong = self.state.guard.judge(step, losses, sigmas, grad_norm, partial(self._names, step))
         if wrong:
             self.engine.discard()
             self.state.skipped += 1
@@ -203,6 +202,10 @@ class Trainer:
             return {**row, "loss": str(mean), "grad_norm": str(grad_norm), **wrong}  # JSON has no NaN
         row |= {"sigma_mean": float(sigmas.mean()), "sigma_loss": sigma_bins(losses, sigmas, self.recipe.log.sigma_bins)}
         return row | {f"loss_{part}": float(losses[[p == part for p in parts]].mean()) for part in sorted({*parts} - {""})}
+
+    def _names(self, step: int, positions: list[int]) -> list[str]:
+        slots = self.objective.slots(self.recipe.run.seed, step, self.plan.batch)
+        return [slots[p].name for p in positions]
 
     def _gradients(self, micro_batches: MicroBatches) -> tuple[Tensor, Tensor, tuple[str, ...], float]:
         """Leave the gradient of the whole batch in place; (losses [B], sigmas [B], parts of a mixture [B], its norm).

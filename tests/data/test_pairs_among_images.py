@@ -15,6 +15,7 @@ from dedistill.data.encode import open_data
 from dedistill.data.mixture import Mixture, Part, beside_pairs
 from dedistill.data.pairs import PairSource
 from dedistill.data.source import QuarantineSource
+from dedistill.distributed.world import World, ceil_div
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.objectives.base import objective_for
@@ -51,13 +52,13 @@ def mixture(recipe) -> Mixture:
 def drawn(source, seed: int, step: int, positions: np.ndarray, batch: int, **kind) -> dict[int, tuple]:
     """Part, name, noise and image at each position, however they come in groups."""
     found = {}
-    for group in source.groups(seed, step, positions, batch, **kind):
-        got = source.draw(seed, step, group, batch, **kind)
-        noise = [None] * len(group) if got.noise is None else [n.numpy().tobytes() for n in got.noise]
-        found |= zip(group.tolist(), zip([got.part] * len(group), got.names, noise, [x.numpy().tobytes() for x in got.latents]))
+    slots = source.slots(seed, step, batch, **kind)
+    for part in ("pairs", "images"):
+        if group := [p for p in positions.tolist() if slots[p].part == part]:
+            got, names = source.draw([slots[p] for p in group]), [slots[p].name for p in group]
+            noise = [None] * len(group) if got.noise is None else [n.numpy().tobytes() for n in got.noise]
+            found |= zip(group, zip([part] * len(group), names, noise, [x.numpy().tobytes() for x in got.latents]))
     assert sorted(found) == sorted(positions.tolist())
-    names = source.names(seed, step, positions, batch, **kind)
-    assert names == [found[int(p)][1] for p in positions]
     return found
 
 
@@ -75,7 +76,9 @@ def test_shares_are_kept_and_each_part_walks_its_own_epochs(recipe, share):
         total = (step + 1) * batch
         assert abs(len(order["pairs"]) - share * total) <= 1 or total % keyed.BLOCK
     for part, alone in (("pairs", pairs), ("images", digits)):
-        assert order[part] == alone.names(5, 0, np.arange(len(order[part])), batch)
+        steps = ceil_div(len(order[part]), batch)
+        own = [slot.name for step in range(steps) for slot in alone.slots(5, step, batch)]
+        assert order[part] == own[: len(order[part])]
     first = order["pairs"][: len(pairs.train_ids)]
     assert len(set(first)) == len(first)
 
@@ -85,10 +88,6 @@ def test_what_stands_at_a_place_does_not_depend_on_how_a_step_is_cut(mixture):
     assert {part for part, *_ in whole.values()} == {"pairs", "images"}
     for cut in (np.arange(31, -1, -1), np.array([7]), np.array([30, 2, 9])):
         assert all(found == whole[p] for p, found in drawn(mixture, 5, 3, cut, 32).items())
-    groups = mixture.groups(5, 3, np.arange(32), 32)
-    assert sorted(int(p) for group in groups for p in group) == list(range(32))
-    with pytest.raises(ValueError, match="not of one group"):
-        mixture.draw(5, 3, np.arange(32), 32)
 
 
 def test_held_out_samples_are_those_that_each_part_holds_out(mixture):
@@ -115,15 +114,16 @@ def test_a_pair_keeps_its_noise_and_its_caption_and_an_image_gets_any(recipe, mi
     objective = objective_for(recipe.model_copy(update={"data": data}), mixture, lambda shape: 1.0)
     empty = {"pairs": 0, "images": 0}
     for step in range(4):
-        for group in mixture.groups(recipe.run.seed, step, np.arange(16), 16):
-            batch, asked = mixture.draw(recipe.run.seed, step, group, 16), objective.noisy_batch(step, group)
+        slots = mixture.slots(recipe.run.seed, step, 16)
+        for group in objective.share(step, 16, World())[0]:
+            batch, asked = mixture.draw([slots[p] for p in group]), objective.noisy_batch(step, group)
             fresh = keyed.noise(recipe.run.seed, "noise", step, group, (1, 8, 16))
-            noise = fresh if batch.part == "images" else batch.noise
+            noise = fresh if asked.part == "images" else batch.noise
             s = asked.sigma.reshape(-1, 1, 1, 1)
             torch.testing.assert_close(asked.noisy, (1 - s) * batch.latents + s * noise)
             torch.testing.assert_close(asked.target, noise - batch.latents)
-            empty[batch.part] += asked.captions.count("")
-            assert asked.part == batch.part
+            empty[asked.part] += asked.captions.count("")
+            assert {slots[p].part for p in group} == {asked.part}
     assert empty["pairs"] == 0 < empty["images"]
 
 
@@ -211,5 +211,4 @@ def test_latents_of_one_s_own_images_among_pairs(image_recipe, tmp_path):
     rows = [json.loads(line) for line in (Path(recipe.run.out) / "metrics.jsonl").read_text().splitlines()]
     assert all(row["applied"] and {"loss_pairs", "loss_images"} <= row.keys() for row in rows)
     source = beside_pairs(recipe, open_data(recipe, "cpu", print).source, (16, 8, 8))
-    work = {source.work(0, 0, group, 8) / len(group) for group in source.groups(0, 0, np.arange(8), 8)}
-    assert max(work) == 64 * 64, "a pair is as much work as an image of its size"
+    assert max(slot.cost for slot in source.slots(0, 0, 8)) == 64 * 64, "a pair is as much work as an image of its size"

@@ -301,7 +301,7 @@ def test_the_mean_fidelity_is_the_precision():
     """arXiv 1904.06991: shares of single images add up to the precision of the set, which noise has none of."""
     source = load_digits(0.0)
     judge = DigitJudge(source)
-    images = source.draw(0, 0, np.arange(50), 50).latents
+    images = source.draw(source.slots(0, 0, 50)).latents
     assert judge.realistic(images).mean() > 0.85
     mixed = images.clone()
     mixed[::2] = start_noise(0, 25, (1, 8, 16))

@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from losses import in_training
@@ -57,7 +56,7 @@ def early(monkeypatch):
 
 def bad_names() -> list[str]:
     """The sample at position 1 of each of the steps HITS."""
-    return [load_digits(0.2).names(0, step, np.array([1]), 8)[0] for step in HITS]
+    return [load_digits(0.2).slots(0, step, 8)[1].name for step in HITS]
 
 
 def spoil(monkeypatch, kind: str) -> None:

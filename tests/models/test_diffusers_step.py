@@ -9,7 +9,7 @@ from test_conformance import LENGTH, SETTINGS
 from torch import Tensor
 from torch.nn import functional as F
 
-from dedistill.data.source import Batch, OneSize
+from dedistill.data.source import Batch, Slot
 from dedistill.models.model import assemble
 from dedistill.models.registry import get_family
 from dedistill.objectives.base import objective_for
@@ -20,7 +20,7 @@ SIDE = 8
 SDE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-class Latents(OneSize):
+class Latents:
     """Endless latents with captions."""
 
     name = "latents"
@@ -28,9 +28,12 @@ class Latents(OneSize):
     def __init__(self, channels: int):
         self.image = (channels, SIDE, SIDE)
 
-    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
-        latents = torch.randn(len(positions), *self.image, generator=torch.Generator().manual_seed(1))
-        return Batch(latents, [f"{n} red cats" for n in positions], [str(n) for n in positions])
+    def slots(self, seed: int, step: int, batch: int, *, held_out: bool = False) -> list[Slot]:
+        return [Slot(str(n), (n,), f"{n} red cats") for n in range(batch)]
+
+    def draw(self, slots: list[Slot]) -> Batch:
+        latents = torch.randn(len(slots), *self.image, generator=torch.Generator().manual_seed(1))
+        return Batch(latents, [slot.caption for slot in slots])
 
 
 def straight(data: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +113,7 @@ def test_a_step_is_diffusers_own(name, tmp_path):
     gradients = {n: p.grad for n, p in components.denoiser.named_parameters()}
 
     pipe = DiffusionPipeline.from_pretrained(tmp_path)
-    data = objective.source.draw(0, 0, np.arange(6), 6).latents
+    data = objective.source.draw(objective.source.slots(0, 0, 6)).latents
     wanted = THEIRS[name](pipe, batch.captions, data, batch.target + data, batch.sigma)
     wanted.backward()
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)

@@ -10,7 +10,7 @@ from closed_form import Mixture
 from scipy import integrate
 from torch import nn
 
-from dedistill.data.source import Batch, OneSize
+from dedistill.data.source import Batch, Slot
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.flow.parameterization import diffusion_velocity, own_weight
@@ -120,12 +120,16 @@ def test_a_reading_is_what_it_is_called():
     assert (read_as("epsilon").velocity(noisy, sigma, told(4)) - out).abs().max() > 0.1
 
 
-class Pairs(OneSize):
+class Pairs:
     name, image = "pairs", (1, 1, 8)
 
-    def draw(self, seed, step, positions, batch, *, held_out=False):
-        noise = keyed.noise(seed, "pair", step, positions, self.image)
-        return Batch(0.5 * noise, [""] * len(noise), [str(p) for p in positions], noise)
+    def slots(self, seed, step, batch, *, held_out=False):
+        return [Slot(str(p), (seed, step, p)) for p in range(batch)]
+
+    def draw(self, slots):
+        seed, step, _ = slots[0].index
+        noise = keyed.noise(seed, "pair", step, [slot.index[2] for slot in slots], self.image)
+        return Batch(0.5 * noise, [""] * len(noise), noise)
 
 
 def recipe(objective: str, **train):
@@ -145,7 +149,7 @@ def test_rectified_diffusion_is_reflow_in_the_models_own_loss(gamma):
     model = read_as("epsilon")
     made = objective_for(recipe("rectified_diffusion", min_snr=gamma), Pairs(), model.shift, SCHEDULE)
     batch = made.noisy_batch(1, np.arange(64))
-    pairs = Pairs().draw(0, 1, np.arange(64), 64)
+    pairs = Pairs().draw(Pairs().slots(0, 1, 64))
     torch.testing.assert_close(batch.target, pairs.noise - pairs.latents)
     steps = SCHEDULE.steps(batch.sigma)
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-2)

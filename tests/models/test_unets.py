@@ -25,7 +25,7 @@ from dedistill.adapters.compatibility import check_adapter
 from dedistill.adapters.files import load_lokr
 from dedistill.adapters.formats import as_kohya, as_peft, as_transformer, by_layer
 from dedistill.adapters.targets import adaptable, matching, resolve_targets
-from dedistill.data.source import Batch, OneSize
+from dedistill.data.source import Batch, Slot
 from dedistill.errors import UserError
 from dedistill.flow.parameterization import own_weight, variance_preserving
 from dedistill.flow.path import flow_loss, interpolate
@@ -265,15 +265,18 @@ def test_schedules_that_are_not_known_are_refused(settings, said):
         schedule_of(dict(get_family(FAMILIES[0]).published_scheduler) | settings)
 
 
-class Latents(OneSize):
+class Latents:
     """Endless latents with captions, framed differently."""
 
     name, image = "latents", (4, 8, 8)
 
-    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
-        framing = torch.tensor([[64.0 + p, 70.0, 3.0 * p, 1.0, 64.0, 64.0] for p in positions])
-        names = [str(p) for p in positions]
-        return Batch(noise(int(positions[0]), len(positions), *self.image), ["a red cat"] * len(names), names, framing=framing)
+    def slots(self, seed: int, step: int, batch: int, *, held_out: bool = False) -> list[Slot]:
+        return [Slot(str(p), (p,), "a red cat") for p in range(batch)]
+
+    def draw(self, slots: list[Slot]) -> Batch:
+        framing = torch.tensor([[64.0 + p, 70.0, 3.0 * p, 1.0, 64.0, 64.0] for (p,) in (slot.index for slot in slots)])
+        latents = noise(slots[0].index[0], len(slots), *self.image)
+        return Batch(latents, [slot.caption for slot in slots], framing=framing)
 
 
 def diffusion(family, components, **train) -> tuple[Objective, Model]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dedistill.data.digits import load_digits
-from dedistill.data.source import Batch, OneSize
+from dedistill.data.source import Batch, Slot
 from dedistill.errors import UserError
 from dedistill.evaluation.validation import Validator, standard_error
 from dedistill.flow import keyed
@@ -28,21 +28,24 @@ SLOPE = 0.5
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-class Pairs(OneSize):
+class Pairs:
     """Endless pairs in memory: image = SLOPE * noise + offset of its index, with two points on the way, not on the line."""
 
     name, image = "pairs", (1, 8, 16)
     permuted = False
 
-    def draw(self, seed: int, step: int, positions: np.ndarray, batch: int, *, held_out: bool = False) -> Batch:
-        places = step * batch + np.asarray(positions) + 10**6 * held_out
+    def slots(self, seed: int, step: int, batch: int, *, held_out: bool = False) -> list[Slot]:
+        places = range(step * batch + 10**6 * held_out, (step + 1) * batch + 10**6 * held_out)
+        return [Slot(f"pairs/{place}", (seed, place)) for place in places]
+
+    def draw(self, slots: list[Slot]) -> Batch:
+        seed, places = slots[0].index[0], np.array([slot.index[1] for slot in slots])
         noise = keyed.noise(seed, "pair", 0, places, self.image)
         pixels = SLOPE * noise + offset(places)
         bend = keyed.noise(seed, "bend", 0, places, self.image)
         states = [s * noise + (1 - s) * pixels + s * (1 - s) * bend for s in SIGMAS]
         given = noise.roll(1, 0) if self.permuted else noise
-        names = [f"pairs/{p}" for p in places]
-        return Batch(pixels, [CAPTIONS[p % 4] for p in places], names, given, torch.stack(states, 1), SIGMAS)
+        return Batch(pixels, [CAPTIONS[p % 4] for p in places], given, torch.stack(states, 1), SIGMAS)
 
 
 def offset(places: np.ndarray) -> Tensor:
@@ -130,12 +133,13 @@ def test_sigmas_of_a_step_cover_the_whole_range():
 def test_flow_matching_task(digits):
     """The noisy sample is (1 - sigma) data + sigma noise and the target noise - data: both from one fresh noise."""
     task = objective(source=digits).noisy_batch(2, np.arange(16))
-    batch = digits.draw(0, 2, np.arange(16), 16)
+    batch = digits.draw(digits.slots(0, 2, 16))
     noise, s = task.target + batch.latents, task.sigma.reshape(-1, 1, 1, 1)
     assert task.noisy.dtype == task.sigma.dtype == torch.float32
     torch.testing.assert_close(task.noisy, (1 - s) * batch.latents + s * noise, rtol=0, atol=1e-5)
     assert float(noise.mean()) == pytest.approx(0, abs=0.1) and float(noise.std()) == pytest.approx(1, abs=0.05)
-    assert task.names == batch.names and all(told in ("", own) for told, own in zip(task.captions, batch.captions))
+    assert task.names == [slot.name for slot in digits.slots(0, 2, 16)]
+    assert all(told in ("", own) for told, own in zip(task.captions, batch.captions))
 
 
 def test_distillation_task_ends_at_the_next_stored_point():
@@ -143,7 +147,7 @@ def test_distillation_task_ends_at_the_next_stored_point():
     seen = set()
     for step in range(4):
         task = objective("distill").noisy_batch(step, np.arange(16))
-        batch = Pairs().draw(0, step, np.arange(16), 16)
+        batch = Pairs().draw(Pairs().slots(0, step, 16))
         for i, sigma in enumerate(task.sigma.tolist()):
             k = int(np.argmin(np.abs(SIGMAS - sigma)))
             assert torch.equal(task.noisy[i], batch.trajectory[i, k])
@@ -178,7 +182,7 @@ def test_reflow_uses_the_stored_noise():
     """The field of the pairs has loss 0 on them; with permuted or fresh noise there is nothing to learn."""
     slots = np.arange(64)
     task = objective("reflow", batch=64).noisy_batch(0, slots)
-    batch = Pairs().draw(0, 0, slots, 64)
+    batch = Pairs().draw(Pairs().slots(0, 0, 64))
     torch.testing.assert_close(task.target + batch.latents, batch.noise, rtol=0, atol=1e-6)
     assert oracle_loss(task, slots) < 1e-10
     permuted = Pairs()
@@ -248,7 +252,7 @@ def test_dropped_captions_are_the_empty_prompt_entirely(digits):
     model = build_model(recipe(data={"caption_dropout": 0.5}))
     model.family = Listening()
     task = objective(source=digits, data={"caption_dropout": 0.5}).noisy_batch(0, np.arange(16))
-    whole = digits.draw(0, 0, np.arange(16), 16).captions
+    whole = digits.draw(digits.slots(0, 0, 16)).captions
     assert 0 < task.captions.count("") < 16 and all(told in ("", own) for told, own in zip(task.captions, whole))
     with torch.no_grad():
         losses = objective(source=digits).loss(model, task)

@@ -42,7 +42,7 @@ def taught(baked: float = 1.0, mixture=PLANE, **changes) -> Model:
 
 
 def test_the_end_point_is_asked_from_the_stored_noise_alone():
-    batch, pairs = asked("endpoint").noisy_batch(0, SLOTS), Pairs().draw(0, 0, SLOTS, 64)
+    batch, pairs = asked("endpoint").noisy_batch(0, SLOTS), Pairs().draw(Pairs().slots(0, 0, 64))
     assert torch.equal(batch.noisy, pairs.noise) and (batch.sigma == 1).all()
     torch.testing.assert_close(batch.noisy - batch.target, pairs.latents)
 
@@ -50,7 +50,7 @@ def test_the_end_point_is_asked_from_the_stored_noise_alone():
 @pytest.mark.parametrize("steps", [1, 3, 4])
 def test_the_grid_is_that_of_the_recipes_sampler(steps):
     """Each level as often; one step is the end point, and every level lies on the straight path of its pair."""
-    batch, pairs = asked("grid", steps=steps).noisy_batch(0, SLOTS), Pairs().draw(0, 0, SLOTS, 64)
+    batch, pairs = asked("grid", steps=steps).noisy_batch(0, SLOTS), Pairs().draw(Pairs().slots(0, 0, 64))
     levels, counts = np.unique(batch.sigma.numpy(), return_counts=True)
     np.testing.assert_allclose(levels[::-1], sigma_grid(steps, 2.0)[:-1], rtol=1e-6)
     assert counts.max() - counts.min() <= 2

@@ -260,20 +260,19 @@ def test_every_pair_is_drawn_once_per_epoch_and_none_is_both(made):
     source, stored = PairSource(made.folder), {}
     for i, pair in enumerate(everything(source)):
         stored[f"pairs/{i}"] = pair
-    train = source.draw(0, 0, np.arange(len(source.train_ids)), len(source.train_ids))
-    held_out = source.draw(0, 0, np.arange(len(source.held_out_ids)), len(source.held_out_ids), held_out=True)
-    assert len(set(train.names)) == len(train.names) == 37 and len(set(held_out.names)) == 3
-    assert set(train.names) | set(held_out.names) == stored.keys()
-    for batch in (train, held_out):
-        for k, name in enumerate(batch.names):
-            noise, states, caption = stored[name]
+    train = source.slots(0, 0, len(source.train_ids))
+    held_out = source.slots(0, 0, len(source.held_out_ids), held_out=True)
+    assert len(set(train)) == len(train) == 37 and len(set(held_out)) == 3
+    assert {slot.name for slot in train + held_out} == stored.keys()
+    for slots in (train, held_out):
+        batch = source.draw(slots)
+        for k, slot in enumerate(slots):
+            noise, states, caption = stored[slot.name]
             assert batch.captions[k] == caption and np.array_equal(batch.noise[k], noise)
             assert np.array_equal(batch.trajectory[k], states) and np.array_equal(batch.latents[k], states[-1])
     assert batch.trajectory_sigmas.tolist() == made.facts["sigmas"] and source.image == (1, 8, 16)
-    later = [source.draw(0, step, np.arange(8), 8).names for step in range(5, 30)]
-    assert not {n for names in later for n in names} & set(held_out.names)
-    assert source.draw(0, 9, np.arange(3, 5), 8).names == source.draw(0, 9, np.arange(8), 8).names[3:5]
-    assert source.draw(1, 9, np.arange(8), 8).names != source.draw(0, 9, np.arange(8), 8).names
+    assert not {slot for step in range(5, 30) for slot in source.slots(0, step, 8)} & set(held_out)
+    assert source.slots(0, 9, 8) == source.slots(0, 9, 8) != source.slots(1, 9, 8)
 
 
 def test_prompts_of_pairs_are_keyed_and_as_many_as_asked_for(made):
@@ -376,10 +375,10 @@ def test_a_million_pairs_are_opened_at_once(tmp_path):
     tracemalloc.start()
     start = time.process_time()
     source = PairSource(tmp_path)
-    names = source.names(0, 12, np.arange(1024), 1024)
+    slots = source.slots(0, 12, 1024)
     taken, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(source) == 1_000_000 and len(set(names)) == 1024
+    assert len(source) == 1_000_000 and len(set(slots)) == 1024
     assert taken < 2 and peak < 100e6
     with pytest.raises(UserError, match="pair 999999 differs"):  # zeros, at the very end of the last
         source.read(999_999)

@@ -235,9 +235,9 @@ def test_the_judge_reads_digits(judge):
     """Better than 97 % on digits it never saw; real canvases agree with true captions, and with no others."""
     source = load_digits(0.0)
     assert judge.held_out_accuracy > 0.97
-    batch = source.draw(0, 0, np.arange(200), 200)
+    batch = source.draw(source.slots(0, 0, 200))
     assert judge.correct(batch.latents, batch.captions).tolist() == [1.0] * 200
-    unseen = source.draw(0, 0, np.arange(200), 200, held_out=True)
+    unseen = source.draw(source.slots(0, 0, 200, held_out=True))
     assert judge.correct(unseen.latents, unseen.captions).mean() > 0.96
     shifted = batch.captions[1:] + batch.captions[:1]
     assert judge.correct(batch.latents, shifted).mean() < 0.25
@@ -247,7 +247,7 @@ def test_the_judge_reads_digits(judge):
 def test_prompts_without_digits_have_no_accuracy(judge, tmp_path):
     """They are left out of the mean, and a sweep of only such prompts has none."""
     source = load_digits(0.0)
-    batch = source.draw(0, 0, np.arange(2), 2)
+    batch = source.draw(source.slots(0, 0, 2))
     assert np.isnan(judge.correct(batch.latents, [batch.captions[0], "a cat"])).tolist() == [False, True]
     mixed = Grid((ClassifierFree(),), prompts=("two, then three!", "a cat"), seeds=(0,))
     (cell,) = run([Opened().candidate("a")], tmp_path / "mixed", mixed, judge)["cells"]
@@ -274,7 +274,7 @@ def test_another_judge_judges_again(tmp_path, judge):
 
 def test_the_judge_measures_distance_to_real_digits(judge):
     """Real digits are near and lie among real ones; noise, black and broken images do not."""
-    real = load_digits(0.0).draw(1, 0, np.arange(300), 300, held_out=True).latents
+    real = load_digits(0.0).draw(load_digits(0.0).slots(1, 0, 300, held_out=True)).latents
     near = judge.numbers(real)
     assert near["precision"] > 0.8 and near["recall"] > 0.6
     noise, black, lost = keyed.noise(0, "bad", 0, range(300), IMAGE), -torch.ones_like(real), torch.full_like(real, torch.nan)

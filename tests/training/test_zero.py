@@ -11,7 +11,6 @@ from pathlib import Path
 import deepspeed
 import deepspeed.runtime.zero.muon.original_muon
 import deepspeed.runtime.zero.stage3  # noqa: F401 - these here, so that forked processes need not import them
-import numpy as np
 import pytest
 import torch
 from ranks import run_launched, run_ranks
@@ -380,7 +379,7 @@ def test_a_real_launch(adapter_recipe, tmp_path, stage):
 
 def _spoilt(given: list[str]) -> int:
     """``main``, where the first sample of steps 3, 4 and 5 is not finite wherever it is drawn."""
-    real, bad = Objective.noisy_batch, {load_digits(0.2).names(0, step, np.array([0]), 8)[0] for step in (2, 3, 4)}
+    real, bad = Objective.noisy_batch, {load_digits(0.2).slots(0, step, 8)[0].name for step in (2, 3, 4)}
 
     def task(self, step, positions):
         found = real(self, step, positions)
