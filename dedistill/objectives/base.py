@@ -201,7 +201,7 @@ class Objective:
         if not part and (missing := [field for field in self.needs if getattr(batch, field) is None]):
             lacks = f"the {' and '.join(missing)} of every sample"
             raise UserError(f"train.objective: '{self.name}' needs {lacks}, which '{self.source.name}' does not have")
-        if batch.part and batch.noise is not None:  # a pair was made with its caption, and is wrong without
+        if part and batch.noise is not None:  # a pair was made with its caption, and is wrong without
             dropped = np.zeros_like(dropped)
         captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped)]
         text = None

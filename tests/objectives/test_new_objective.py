@@ -68,10 +68,11 @@ def test_it_trains_and_validates_by_its_own_loss(recipe, capsys):
 
 def test_recipes_know_the_objectives():
     """Each is a file and a class of its name, and what it needs goes with what the recipe says of it."""
+    digits = load_digits(0.0)
     assert get_args(schema.Train.model_fields["objective"].annotation) == tuple(OBJECTIVES)
     for name, traits in OBJECTIVES.items():
         assert Path(base.__file__).with_name(f"{name}.py").is_file()
-        made = objective_for(named(load_recipe("dedistill:digits/teacher"), name), None, lambda _: 1.0)
+        made = objective_for(named(load_recipe("dedistill:digits/teacher"), name), digits, lambda _: 1.0)
         assert made.name == name and bool(made.needs) == traits.pairs
 
 
