@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dedistill.flow import keyed
@@ -171,9 +170,3 @@ def pseudo_huber(error: Tensor, c: float) -> Tensor:
 def seen_anywhere(condition: Tensor) -> bool:
     """Whether ``condition`` is True anywhere, for checks of what is passed in. False on a GPU: it is not waited for to look."""
     return condition.device.type == "cpu" and bool(condition.any())
-
-
-def check_sigma(sigma: Tensor) -> None:
-    """Raises ValueError for noise levels that no network should be told. A GPU is not waited for to look at the numbers."""
-    if sigma.dtype not in (torch.float32, torch.float64) or seen_anywhere(~((sigma >= 0) & (sigma <= 1))):
-        raise ValueError("sigma must be float32 in [0, 1]; a family multiplies by 1000 itself where its network wants that")

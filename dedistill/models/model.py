@@ -17,6 +17,7 @@ from dedistill.adapters.files import read_tensors
 from dedistill.adapters.targets import Resolved, adaptable, resolve_targets
 from dedistill.errors import UserError
 from dedistill.flow.guidance import Branch
+from dedistill.flow.path import seen_anywhere
 from dedistill.io.atomic import step_name
 from dedistill.io.weights import count_numbers
 from dedistill.models.blocks import check_blocks, checkpoint_blocks, may_wait, must_wait, without_blocks
@@ -144,7 +145,12 @@ class Model:
         self.components.text.unload()
 
     def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning, guidance: Guidance = None) -> Tensor:
-        """noise - data as the model predicts it, float32; the same arithmetic in training, validation and sampling."""
+        """noise - data as the model predicts it, float32; the same arithmetic in training, validation and sampling.
+
+        Raises ValueError for noise levels that no network should be told. A GPU is not waited for to look at the numbers.
+        """
+        if sigma.dtype not in (torch.float32, torch.float64) or seen_anywhere(~((sigma >= 0) & (sigma <= 1))):
+            raise ValueError("sigma must be float32 in [0, 1]; a family multiplies by 1000 itself where its network wants that")
         # a frozen base is stored in the dtype it computes in. autocast would choose per operation, and not the same on a GPU:
         # float32 for every LayerNorm there, and for what follows it
         whole = self.bf16 and self.adapter is None

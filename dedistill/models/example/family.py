@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from dedistill.errors import UserError
 from dedistill.flow.parameterization import to_velocity
-from dedistill.flow.path import check_sigma
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.example import SPEC
@@ -189,7 +188,6 @@ class Example:
     ) -> Tensor:
         if guidance is not None:
             raise UserError(f"{SPEC.name} has no guidance embedding; leave guidance out")
-        check_sigma(sigma)
         dtype = float_dtype(components.denoiser)
         embeds, masks = [s.embeds.to(dtype) for s in text.sequences], [s.mask.to(noisy.device) for s in text.sequences]
         noise = denoiser(noisy.to(dtype), sigma.float().clamp(max=HIGHEST), embeds, masks)

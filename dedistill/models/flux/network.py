@@ -12,7 +12,6 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
-from dedistill.flow.path import check_sigma
 from dedistill.models.conditioning import Conditioning, Tokens
 from dedistill.models.family import Components, Guidance, Output, States
 from dedistill.models.flux import naming
@@ -49,7 +48,6 @@ def flux_velocity(
     noisy [B, C, H, W], sigma [B] float32 in [0, 1], guidance [B] or None. mask: "bool" hides padding, "none" lets it
     take part, "libreflux" adds 1 to the scores of all that is not padding, as that model was trained.
     """
-    check_sigma(sigma)
     channels, height, width = noisy.shape[1:]
     patch = round((network.config.in_channels / channels) ** 0.5)
     dtype = float_dtype(network.time_text_embed)

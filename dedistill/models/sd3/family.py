@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from dedistill.errors import UserError
-from dedistill.flow.path import check_sigma
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.family import Components, Guidance, Output, Pass, States, Unseen
 from dedistill.models.pipeline_family import PipelineFamily
@@ -144,7 +143,6 @@ class Sd3(PipelineFamily):
     ) -> Tensor:
         if guidance is not None:
             raise UserError("this network has no guidance embedding; leave the distilled guidance out")
-        check_sigma(sigma)
         dtype, sizes = float_dtype(components.denoiser), cast(Sd3Place, components.source).sizes
         out = denoiser(
             hidden_states=noisy.to(dtype),

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dedistill.errors import UserError
 from dedistill.flow.parameterization import Prediction, diffusion_velocity, to_velocity
-from dedistill.flow.path import check_sigma
 from dedistill.flow.schedule import PREDICTIONS, Schedule, is_flow, schedule_of
 from dedistill.io.json_files import read_object
 from dedistill.models.conditioning import Conditioning, Widths
@@ -203,7 +202,6 @@ class UNetFamily(PipelineFamily):
     ) -> Tensor:
         if guidance is not None:
             raise UserError(f"{self.spec.name} has no guidance embedding; leave guidance out")
-        check_sigma(sigma)
         schedule, dtype = components.schedule, float_dtype(components.denoiser)
         step = schedule.steps(sigma) if schedule else 1000 * sigma
         added = self.added(text, noisy, cast(Vae, components.vae).scale)
