@@ -80,7 +80,7 @@ def test_on_straight_paths_it_is_flow_matching_of_the_pair(kind):
             s = torch.from_numpy(batch.trajectory_sigmas).float().reshape(1, -1, 1, 1, 1)
             return replace(batch, trajectory=s * batch.noise[:, None] + (1 - s) * batch.latents[:, None])
 
-    batch, pair = asked(kind, Straight()).noisy_batch(1, SLOTS), Straight().draw(0, 1, SLOTS, 64)
+    batch, pair = asked(kind, Straight()).noisy_batch(1, SLOTS), Straight().draw(Straight().slots(0, 1, 64))
     torch.testing.assert_close(batch.target, velocity(pair.latents, pair.noise), rtol=0, atol=1e-5)
     torch.testing.assert_close(batch.noisy, interpolate(pair.latents, pair.noise, batch.sigma), rtol=0, atol=1e-5)
 
