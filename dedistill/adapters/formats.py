@@ -115,7 +115,7 @@ def _check_whole(factors: Mapping[str, Tensor], place: Place, source: str) -> No
     if set(factors) - {"alpha"} not in _WHOLE:
         raise UserError(f"'{source}': '{place.name}' is incomplete, it has only {', '.join(sorted(factors))}")
     for factor, tensor in factors.items():
-        if tensor.numel() != 1 if factor == "alpha" else tensor.ndim not in (2, 4):
+        if tensor.numel() != 1 if factor == "alpha" else tensor.ndim not in (2, 4) or not tensor.numel():
             shape = f"of shape {tuple(tensor.shape)}, which none can have"
             raise UserError(f"'{source}': '{place.name}' has {'an' if factor == 'alpha' else 'a'} {factor} {shape}")
     if place.rows and (rows := _shape(factors)[0]) != (wanted := max(stop for part in place.rows for _, stop in part)):

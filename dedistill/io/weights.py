@@ -13,6 +13,7 @@ from dedistill.io.json_files import read_object
 from dedistill.io.safetensors import DTYPES, open_safetensors
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx", ".gguf")
 _KINDS = (
     (b"version https://git-lfs", "it is a pointer of Git LFS: fetch the file itself (git lfs pull)"),
     (b"GGUF", "it is a GGUF file, weights quantized for other programs: take the model as safetensors"),
@@ -41,6 +42,14 @@ def open_weights(file: Path, source: str = "") -> safe_open:
         raise UserError(f"{start}'{file}' cannot be read as safetensors: {reason}") from e
 
 
+def refuse_other_kinds(folder: Path, source: str = "") -> None:
+    """Raises UserError where weights in ``folder`` are all of another kind, such as pickles, which are not opened."""
+    files = sorted(folder.glob("*"))
+    for file in () if any(file.suffix == ".safetensors" for file in files) else files:
+        if file.suffix in _OTHERS:
+            open_weights(file, source)
+
+
 def empty_tensor(opened: safe_open, name: str) -> Tensor:
     """One of a file's tensors on the meta device, by the header alone."""
     part = opened.get_slice(name)
@@ -62,11 +71,13 @@ def count_numbers(file: Path) -> int:
 def weight_files(folder: Path, source: str = "") -> list[Path]:
     """The weights in ``folder``: what its index names, else its only file, else a whole set of shards; never a mixture.
 
-    Raises UserError when a file is missing, and when others lie beside of which nothing says whether they count: variants
-    in another precision, averages, shards of an earlier download. None at all is an empty list.
+    Raises UserError when a file is missing, when others lie beside of which nothing says whether they count (variants in
+    another precision, averages, shards of an earlier download), and where all are of another kind, such as pickles. None at
+    all is an empty list.
     """
     start = f"{source}: " if source else ""
     found = {file.name: file for file in sorted(folder.glob("*.safetensors"))}
+    refuse_other_kinds(folder, source)
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
         raise UserError(f"{start}'{folder}' has {len(indices)} indices ({', '.join(i.name for i in indices)}); leave one")

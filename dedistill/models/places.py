@@ -129,7 +129,8 @@ def check_origin(header: dict[str, str], recipe: Recipe, path: Path) -> None:
     kind, table, here = made.get("adapter", {}).get("kind"), made.get("model", {}), recipe.model.path
     base = table.get("path")
     if kind != recipe.adapter.kind:
-        raise UserError(f"'{path}' is a {kind}, the recipe's adapter a {recipe.adapter.kind}: use the file's own recipe")
+        found = f"a {kind}" if kind else "no adapter, as its header says"
+        raise UserError(f"'{path}' is {found}, the recipe's adapter a {recipe.adapter.kind}: use the file's own recipe")
     if base is None or here is None:
         return
     other = f"'{path}' was trained on '{base}', the recipe's model.path is '{here}': use the file's own recipe"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dedistill.errors import UserError, amount, is_out_of_memory
 from dedistill.io.json_files import read_object
 from dedistill.io.safetensors import extremes
-from dedistill.io.weights import empty_tensor, open_weights
+from dedistill.io.weights import empty_tensor, open_weights, refuse_other_kinds
 
 if TYPE_CHECKING:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -214,7 +214,8 @@ def check_told_apart(tokenizer: "PreTrainedTokenizerBase", network: nn.Module, f
 
 
 def check_folder(folder: Path, source: str) -> None:
-    """Raises UserError where the loaders would run code of the folder's, ask for it, or take weights from elsewhere.
+    """Raises UserError where the loaders would run code of the folder's, ask for it, or take weights from elsewhere, and where
+    there are none but pickles and the like.
 
     At a terminal transformers asks whether to run such code, and without one it advises to trust it.
     """
@@ -229,6 +230,7 @@ def check_folder(folder: Path, source: str) -> None:
             f"{source}: '{folder}' holds an adapter (adapter_config.json) that would be put onto its weights; "
             "merge it into them, or keep it elsewhere"
         )
+    refuse_other_kinds(folder, source)
     for index in sorted(folder.glob("*.safetensors.index.json")):
         files = read_object(index, source).get("weight_map")
         named = files.values() if isinstance(files, dict) else [files]

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 from dedistill.errors import UserError
 from dedistill.recipe.fields import Table
 from dedistill.recipe.schema import Recipe
-from dedistill.recipe.toml import fields_of, table_in
+from dedistill.recipe.toml import check_size, fields_of, table_in
 
 
 def read_recipe(text: str, source: str = "the file's header") -> dict[str, Any]:
@@ -16,8 +16,9 @@ def read_recipe(text: str, source: str = "the file's header") -> dict[str, Any]:
     there is one. Raises UserError otherwise.
     """
     try:
+        check_size(text)
         found = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         reason = "it is nested too deeply" if isinstance(e, RecursionError) else e
         raise UserError(f"the recipe in {source} cannot be read: {reason}") from e
     if wrong := _wrong(found, Recipe, ""):

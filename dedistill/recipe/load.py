@@ -23,7 +23,7 @@ from dedistill.recipe.resolve import resolve
 from dedistill.recipe.rules import contradictions
 from dedistill.recipe.schema import Recipe
 from dedistill.recipe.shipped import near_shipped, shipped_file
-from dedistill.recipe.toml import dotted, fields_of, json_schema, locate, table_in, to_toml
+from dedistill.recipe.toml import MAX_BYTES, check_size, dotted, fields_of, json_schema, locate, table_in, to_toml
 
 __all__ = ["RESOLVED", "RecipeError", "json_schema", "load_recipe", "to_toml"]
 
@@ -32,6 +32,12 @@ RESOLVED = "recipe.resolved.toml"
 
 # Whole words only: text_length is no text token.
 _SECRET = re.compile(r"(?<![a-z0-9])(api[_-]?key|token|password|secret)(?![a-z0-9])", re.IGNORECASE)
+
+_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|sk-(?:proj-)?\w{20,}|AKIA[0-9A-Z]{16})\b"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+"""What services call their tokens, and a name with its password in a URL."""
 
 
 class RecipeError(UserError):
@@ -52,9 +58,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for i, text in enumerate(overrides):
         _override(draft, text, Said(OVERRIDES + i, "--set"))
     _drop_other_revision(draft)
-    for key in draft.places:
-        if _SECRET.search(key.rpartition(".")[2]):
-            draft.blame(key, "looks like a secret, and recipes are copied and shared; set an environment variable instead")
+    for key in dict.fromkeys(
+        [*filter(lambda key: _SECRET.search(key.rpartition(".")[2]), draft.places), *_holding_tokens(draft.data)]
+    ):
+        draft.blame(key, "looks like a secret, and recipes are copied and shared; set an environment variable instead")
     dropped = _check_keys(draft, Recipe, draft.data, ())
     recipe = _check_values(draft)
     if recipe and not dropped:
@@ -63,7 +70,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         for clash in contradictions(recipe):
             draft.blame_clash(clash)
     if draft.errors or recipe is None:
-        raise RecipeError([line for _, line in sorted(draft.errors, key=lambda found: found[0])])
+        lines = [line for _, line in sorted(draft.errors, key=lambda found: found[0])]
+        raise RecipeError([_TOKEN.sub("***", line) for line in lines])
     recipe._places.update(draft.places)
     recipe._files, recipe._notes = tuple(file.absolute() for file in files), tuple(draft.notes)
     return _of_fold(resolve(recipe))
@@ -158,10 +166,7 @@ def _table(data: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 WINDOWS = "; a path of Windows is written with / in place of \\, or in single quotes"
-MAX_BYTES = 1 << 20
 MAX_KEYS = 5000
-_DEEP = re.compile(r"^[^#=\n]*(?:\.[^#=.\n]*){32}[\]=]", re.MULTILINE)
-"""A key or table of more than 32 parts: a reader of TOML takes time and memory by the square of them."""
 
 
 def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], dict[str, Said]]:
@@ -172,8 +177,7 @@ def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], 
         if path.is_file() and (size := path.stat().st_size) > MAX_BYTES:
             raise ValueError(f"{size:,} bytes, more than a recipe has ({MAX_BYTES:,})")
         text = path.read_bytes().decode("utf-8-sig")
-        if deep := _DEEP.search(text):
-            raise ValueError(f"line {text.count(chr(10), 0, deep.start()) + 1}: a key of more than 32 parts")
+        check_size(text)
     except UnicodeDecodeError as exc:
         raise RecipeError([f"{via}{file}: not a text file in UTF-8 (byte {exc.start})"]) from None
     except (OSError, ValueError) as exc:
@@ -204,6 +208,15 @@ def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], 
 
 
 # --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def _holding_tokens(value: object, key: str = "") -> Iterator[str]:
+    """Keys of texts in plain data in which a secret stands, whatever they are called."""
+    if isinstance(value, str) and _TOKEN.search(value):
+        yield key
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in parts:
+        yield from _holding_tokens(part, f"{key}.{name}" if key else str(name))
 
 
 def _override(draft: Draft, text: str, place: Said) -> None:

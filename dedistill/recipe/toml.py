@@ -11,6 +11,19 @@ from pydantic.fields import FieldInfo
 from dedistill.recipe.fields import BY_FAMILY, Default, Table
 from dedistill.recipe.schema import Recipe
 
+MAX_BYTES = 1 << 20
+_DEEP = re.compile(r"^[^#=\n]*(?:\.[^#=.\n]*){32}[\]=]", re.MULTILINE)
+"""A key or table of more than 32 parts: a reader of TOML takes time and memory by the square of them."""
+
+
+def check_size(text: str) -> None:
+    """Raises ValueError, which does not name the file, for a text that is no recipe and might take long to read."""
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"{len(text):,} characters, more than a recipe has ({MAX_BYTES:,})")
+    if deep := _DEEP.search(text):
+        raise ValueError(f"line {text.count(chr(10), 0, deep.start()) + 1}: a key of more than 32 parts")
+
+
 # --- line numbers of the keys of a TOML document ---------------------------------------------------------------------
 
 

@@ -206,6 +206,13 @@ def test_a_dense_change_of_a_fused_layer():
         read({f"diffusion_model.{module}.diff": change})
 
 
+def test_a_rank_of_zero_is_refused():
+    """It would be merged and exported as an adapter that changes nothing."""
+    layer = f"transformer.{ATTN}.to_q"
+    with pytest.raises(UserError, match=r"a lora_\w+\.weight of shape .*0.*, which none can have"):
+        read({f"{layer}.lora_A.weight": normal(0, D), f"{layer}.lora_B.weight": normal(D, 0)})
+
+
 def of_kind(form: str, names: list[str] | None, alpha: float | None, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
     layers = adapted(form, names).layers
     for factors in layers.values():

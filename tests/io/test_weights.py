@@ -81,3 +81,13 @@ def test_files_of_other_kinds_are_named_as_what_they_are(tmp_path, content, said
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=f"^here: '{tmp_path}/x.safetensors' cannot be read as safetensors: .*{said}"):
         open_weights(tmp_path / "x.safetensors", "here")
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.ckpt", "flux.gguf"])
+def test_a_folder_of_other_kinds_alone_is_refused_by_what_they_are(tmp_path, name):
+    (tmp_path / name).write_bytes(b"GGUF" if name.endswith("gguf") else b"PK\x03\x04")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"^here: '{tmp_path}/{name}' cannot be .*(pickle|GGUF)"):
+        weight_files(tmp_path, "here")
+    fill(tmp_path, PLAIN)
+    assert [file.name for file in weight_files(tmp_path, "here")] == [PLAIN], "beside safetensors they do not count"

@@ -17,6 +17,9 @@ def test_recipes_of_any_version_are_plain_data(text):
     [
         ("model =", "cannot be read: Invalid value"),
         ("x = " + "[" * 50_000, "nested too deeply"),
+        ("x = '" + "a" * 3_000_000 + "'", "3,000,006 characters"),
+        ("# " + "a" * 1_100_000 + "\n[model]\npath = 'x'", "more than a recipe has"),
+        ("\n" + ".".join(["a"] * 4000) + " = 1", "line 2: a key of more than 32 parts"),
         ("train = 3", "'train' holds"),
         ("[[model]]\npath = 'x'", "'model' holds"),
         ("[model]\npath = ['x']", "'model.path' holds"),

@@ -177,6 +177,40 @@ def test_secrets_are_refused_and_not_shown(errors_of, key, place):
         assert len(errors) == 2 and f"--set: zzz.{key}: {advice}" in errors and "xyz123" not in str(errors)
 
 
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_" + "aB3" * 12,
+        "ghp_" + "x1" * 18,
+        "github_pat_11ABCDEFG0" + "q_" * 20,
+        "sk-proj-" + "Ab1" * 10,
+        "AKIA" + "ABCD2345" * 2,
+        "https://me:correcthorse@example.org/images",
+    ],
+)
+@pytest.mark.parametrize("key", ["sample.negative", "model.path", "preview.prompts", "run.resume", "run.name"])
+def test_secrets_are_refused_under_whatever_key(errors_of, key, secret):
+    """And not shown, by other messages on the same value either."""
+    value = f'["a", "see {secret}, b"]' if key == "preview.prompts" else f'"{secret}"'
+    errors = errors_of(SMALL, f"{key}={value}")
+    assert any(e.startswith(f"--set: {key}") and "looks like a secret" in e for e in errors), errors
+    assert secret not in str(errors) and "correcthorse" not in str(errors)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "data/hf_photos_of_my_cats_2024_06_a_long_name",
+        "task-oriented-sketches-of-1234567890",
+        "0123456789abcdef0123456789abcdef01234567",
+        "https://example.org/a:b/c@d",
+        "meet me at 12:30 @ the sk-8 park://x",
+    ],
+)
+def test_other_values_are_no_secrets(load, value):
+    assert load(SMALL, f'sample.negative="{value}"').sample.negative == value
+
+
 @pytest.mark.parametrize("key", ["text_length", "tokenizer", "max_tokens", "secretary"])
 def test_other_words_are_no_secrets(errors_of, key):
     assert all("secret," not in line for line in errors_of(SMALL + f"{key} = 1\n"))
