@@ -4,7 +4,6 @@ What is written is meant to be uploaded. So credentials of a clone, code, pickle
 get into it, whatever folder it is made from: only what is known is taken.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Collection
@@ -14,6 +13,7 @@ from typing import Any
 from dedistill.errors import UserError
 from dedistill.io.atomic import replace_json
 from dedistill.io.json_files import read_object
+from dedistill.io.safetensors import copy_tensors
 from dedistill.models.registry import is_hub_id
 from dedistill.recipe.model_tables import Model
 from dedistill.recipe.schema import MOST_SHIFTED
@@ -23,14 +23,22 @@ COMPONENTS = (
     *("image_encoder", "feature_extractor"),
 )
 """Folders of a pipeline beside its denoiser, to which its model_index.json may add others."""
-SUFFIXES = (".json", ".txt", ".model", ".safetensors")
+_READ = re.compile(
+    r"((tokenizer|generation|scheduler|preprocessor|processor|image_processor)_)?config\.json|vocab\.(json|txt)|merges\.txt|"
+    r"(tokenizer|special_tokens_map|added_tokens)\.json|(spiece|tokenizer|sentencepiece)(\.bpe)?\.model|"
+    r"chat_template\.(json|jinja)"
+)
+"""What diffusers and transformers read in the folder of a component beside its weights; of any other file nobody knows what it
+tells."""
+_WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_TOKENS = ("tokenizer.json", "vocab.json")
+"""Tables of words, which may look like paths."""
 _INDEX = "model_index.json"
 _TOP = (_INDEX, "merge.json")
 _LICENCE = re.compile(r"(licen[cs]e|notice|copying)([-_ ][\w -]*)?(\.(md|txt|rst))?", re.IGNORECASE)
 _ELSEWHERE = ("README.md", "dedistill.json", "run.json")
 """Written anew into every folder, or the business of one run."""
 _PICKLED = "*pytorch_model*.bin"
-_CONFIG = re.compile(r"(.+_)?config\.json|model_index\.json")
 
 SCHEDULER = "scheduler/scheduler_config.json"
 Files = dict[Path, Path]
@@ -55,10 +63,10 @@ def is_pipeline(folder: Path) -> bool:
 def pipeline_files(source: Path, denoiser: str, only: Collection[str] | None = None) -> tuple[Files, list[str]]:
     """What folder ``source`` holds of a pipeline beside the denoiser, and the names of what else lies there.
 
-    Taken are model_index.json, licences, and in the folders of components files of SUFFIXES; never a name that begins with
-    a dot, which is not counted as left out either. denoiser: the folder of
-    the denoiser; only: these files and folders alone. Raises UserError for a link that
-    leads out of ``source``, and for a component that has its weights as pickles only.
+    Taken are model_index.json, licences, and in the folders of components the files that the libraries read there by their
+    names; never a name that begins with a dot, which is not counted as left out either. denoiser: the folder of
+    the denoiser; only: these files and folders alone. Raises UserError for a link that leads out of ``source``, and for a
+    component that has its weights only as pickles, or under names that are read on demand alone.
     """
     files: Files = {}
     left_out: list[str] = []
@@ -80,20 +88,22 @@ def pipeline_files(source: Path, denoiser: str, only: Collection[str] | None = N
 
 
 def copy_files(files: Files, out: Path) -> None:
-    """Copy ``files`` into folder ``out``: weights as hard links where the disk allows it, configs without local paths."""
+    """Copy ``files`` into folder ``out``: weights as hard links where the disk allows it, without what their headers may tell,
+    and JSON without local paths."""
     for inside, file in files.items():
         target = out / inside
         target.parent.mkdir(parents=True, exist_ok=True)
-        if _CONFIG.fullmatch(inside.name) and (config := read_object(file)) != (public := public_config(config)):
+        is_table = inside.suffix == ".json" and inside.name not in _TOKENS
+        if is_table and (config := read_object(file)) != (public := public_config(config)):
             replace_json(target, public)
         elif inside.suffix == ".safetensors":
-            _link(file, target)
+            copy_tensors(file, target)
         else:
             shutil.copyfile(file, target)
 
 
 def public_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json without the places on this machine that libraries write into it (``_name_or_path``)."""
+    """A config.json, or any table, without the places on this machine that libraries write into it (``_name_or_path``)."""
     return {key: _public(value) for key, value in config.items() if not _is_local(key, value)}
 
 
@@ -106,8 +116,12 @@ def _public(value: object) -> object:
 def _is_local(key: str, value: object) -> bool:
     if not isinstance(value, str):
         return False
-    absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith("~")
-    return absolute or (key.endswith("name_or_path") and not is_hub_id(value))
+    absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
+    return absolute or bool(_PLACE.match(value)) or (key.endswith("name_or_path") and not is_hub_id(value))
+
+
+_PLACE = re.compile(r"~|\.{1,2}[/\\]|(?!https?:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+"""How places begin that are no absolute paths: homes, what lies beside, and schemes that are not the web's."""
 
 
 def _components(source: Path) -> set[str]:
@@ -120,14 +134,32 @@ def _components(source: Path) -> set[str]:
 def _component_files(source: Path, folder: Path) -> tuple[Files, list[str]]:
     _followed(folder, source)
     seen = _visible(folder)
-    taken = [f for f in seen if (f.suffix in SUFFIXES or _LICENCE.fullmatch(f.name)) and (f.is_file() or f.is_symlink())]
-    pickles = [f for f in seen if f.match(_PICKLED)]
-    if pickles and not any(f.suffix == ".safetensors" for f in taken):
-        raise UserError(
-            f"'{pickles[0]}' is a pickle, which is not passed on, and '{folder}' has no other weights: save them as safetensors"
-        )
+    weights = _weights(folder, source)
+    known = [f for f in seen if f.name in weights or _READ.fullmatch(f.name) or _LICENCE.fullmatch(f.name)]
+    taken = [f for f in known if f.is_file() or f.is_symlink()]
+    if not any(f.name in weights for f in taken):
+        if pickles := [f for f in seen if f.match(_PICKLED)]:
+            raise UserError(
+                f"'{pickles[0]}' is a pickle, which is not passed on, and '{folder}' has no other weights: save them as "
+                "safetensors"
+            )
+        if others := [f for f in seen if f.suffix == ".safetensors"]:
+            raise UserError(
+                f"'{folder}' has no weights but '{others[0].name}', which is read only where it is asked for by name: call the "
+                f"ones that count {' or '.join(_WHOLE)}"
+            )
     files = {f.relative_to(source): _followed(f, source) for f in taken}
     return files, [str(f.relative_to(source)) for f in seen if f not in taken]
+
+
+def _weights(folder: Path, source: Path) -> set[str]:
+    """Names of the weights that loaders take of a component: one file, or those of an index, and not what lies beside."""
+    found = set(_WHOLE)
+    for name in _WHOLE:
+        if (index := folder / f"{name}.index.json").exists():
+            named = read_object(_followed(index, source)).get("weight_map")
+            found |= {index.name, *(f for f in named.values() if isinstance(f, str))} if isinstance(named, dict) else set()
+    return found
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -157,13 +189,6 @@ def _followed(path: Path, source: Path) -> Path:
         f"'{path}' leads to '{real}' by a link; a new model folder takes only what is in '{source}' itself: "
         "put a copy in place of the link"
     )
-
-
-def _link(file: Path, out: Path) -> None:
-    try:
-        os.link(file, out)
-    except OSError:
-        shutil.copyfile(file, out)
 
 
 # --- what is known of a model before it is loaded ---------------------------------------------------------------------

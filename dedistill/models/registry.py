@@ -99,20 +99,34 @@ def checked_facts(facts: dict[str, Any], where: str) -> dict[str, Any]:
     where: the file, as messages call it. Raises UserError that names it and the key.
     """
     base = facts.get("base", {})
-    chains = {key: facts.get(key, []) for key in ("trained", "merges")}
-    wrong = [key for key, rows in chains.items() if not (isinstance(rows, list) and all(map(_is_step, rows)))]
-    if not isinstance(base, dict) or not isinstance(base.get("path") or "", str):
+    chains = {key: (facts.get(key, []), kinds) for key, kinds in _STEPS.items()}
+    wrong = [key for key, (rows, kinds) in chains.items() if not (isinstance(rows, list) and all(_are(r, kinds) for r in rows))]
+    if not _are(base, {}) or not isinstance(base.get("path") or "", str):
         wrong.append("base")
-    wrong += [key for key in ("components", "family", "mask", "quantized") if not isinstance(facts.get(key), str | None)]
+    texts = ("components", "family", "mask", "quantized", "absent", "prediction")
+    wrong += [key for key in texts if not isinstance(facts.get(key), str | None)]
     if wrong:
         raise UserError(f"{where}: '{wrong[0]}' is not what dedistill writes there; fetch the file again, or remove it")
     return facts
 
 
-def _is_step(row: object) -> bool:
-    if not isinstance(row, dict) or not isinstance(row.get("recipe"), str):
+_STEPS: dict[str, dict[str, type | tuple[str, ...]]] = {
+    "trained": {"recipe": str, "step": int},
+    "merges": {"recipe": str, "adapter_header": dict}
+    | {"dtype": ("bf16", "fp32"), "rounding": ("stochastic", "nearest", "none")},
+}
+"""What is read of each training and merge, and the kinds of its values, or the words."""
+
+
+def _are(row: object, kinds: Mapping[str, type | tuple[str, ...]]) -> bool:
+    if not isinstance(row, dict):
         return False
-    return isinstance(row.get("adapter", ""), str) and isinstance(row.get("adapter_header", {}), dict)
+    for key, kind in kinds.items():
+        if not (row.get(key) in kind if isinstance(kind, tuple) else isinstance(row.get(key), kind)):
+            return False
+    shares, header = (row.get(key, 0.0) for key in ("kept", "lost")), row.get("adapter_header", {})
+    texts = (row.get("adapter", ""), *header.values())
+    return all(isinstance(share, int | float) for share in shares) and all(isinstance(text, str) for text in texts)
 
 
 def adapter_family(header: Mapping[str, str]) -> str | None:
@@ -178,7 +192,13 @@ def public_name(path: str, revision: str | None = None) -> str:
     if cached := _IN_HUB_CACHE.search(path):
         return f"{cached[1]}/{cached[2]}"
     named = next((base for name in families() if (base := published(get_spec(name), path, {}))), None)
-    return named.id if named else Path(path).name
+    return named.id if named else last_name(path)
+
+
+def last_name(path: str) -> str:
+    """Of a place on any system; empty for somebody's home folder."""
+    above, name = ["", "", *re.split(r"[/\\]+", path.rstrip("/\\"))][-2:]
+    return "" if above.lower() in ("home", "users") or name.startswith("~") else name
 
 
 def published(spec: ModelSpec, source: str, config: Mapping[str, Any]) -> Published | None:

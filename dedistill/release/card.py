@@ -12,7 +12,7 @@ from dedistill.io.atomic import replace_file
 from dedistill.models.registry import is_hub_id, licence_for, published
 from dedistill.models.spec import ModelSpec
 from dedistill.recipe.embedded import read_recipe
-from dedistill.release.headers import guidance_fact, recipes_of, source_name, source_of
+from dedistill.release.headers import guidance_fact, public_facts, recipes_of, source_name, source_of
 
 _OWN = "dedistill.release"
 _TAGS = ["text-to-image", "de-distilled", "classifier-free-guidance"]
@@ -47,7 +47,8 @@ def write_card(
         if published(spec, origin, {}) or not alike:
             raise UserError(f"--base {base}: this model goes back to {recorded.id}", exit_code=2)
     known, name = claimed or recorded, base or (recorded.id if recorded else None)
-    merges = facts.get("merges", [])
+    public = public_facts(facts)
+    merges = public.get("merges", [])
     terms = licence_for(known, licence, spec, recipes_of(facts))
     data = ModelCardData(
         license=terms.id,
@@ -59,7 +60,7 @@ def write_card(
         base_model_relation=("quantized" if format == "int8" else "finetune") if name else None,
         tags=[*_TAGS, *sorted({_kind(m) for m in merges})],
     )
-    guidance = guidance_fact(spec.distilled_guidance(config), facts)
+    guidance = guidance_fact(spec.distilled_guidance(config), public)
     fields: dict[str, Any] = {
         "title": title,
         "format": format,
@@ -67,8 +68,8 @@ def write_card(
         "family": spec.name,
         "guidance": guidance,
     }
-    fields |= {"masked": facts.get("mask") == "bool", "call": _call(guidance), "facts": facts}
-    trained = [{"step": t["step"], "training": _training(read_recipe(t["recipe"]))} for t in facts.get("trained", [])]
+    fields |= {"masked": public.get("mask") == "bool", "call": _call(guidance), "facts": public}
+    trained = [{"step": t["step"], "training": _training(read_recipe(t["recipe"]))} for t in public.get("trained", [])]
     body = _template(_OWN, "templates/card.md.j2").render(
         **fields,
         use=_template(*(spec.card.split(":") if spec.card else (_OWN, "templates/use.md.j2"))).render(**fields).strip(),

@@ -4,12 +4,10 @@
 same network from, ``dedistill.*`` is what a sampler must know to use the weights.
 """
 
-import copy
 import datetime
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,10 +17,13 @@ from dedistill.adapters.formats import Layers, factor_shapes, is_lora
 from dedistill.adapters.targets import Shape, factor_sides
 from dedistill.errors import UserError
 from dedistill.models.image_prompts import parted
-from dedistill.models.registry import licence_for, public_name, published
+from dedistill.models.pipeline_files import public_config
+from dedistill.models.registry import last_name, licence_for, public_name, published
 from dedistill.models.spec import ModelSpec
 from dedistill.recipe.embedded import read_recipe
-from dedistill.recipe.toml import table_to_toml
+from dedistill.recipe.fields import Table
+from dedistill.recipe.schema import Recipe
+from dedistill.recipe.toml import fields_of, table_in, table_to_toml
 from dedistill.release.folder import names_of
 
 # --- what a release tells of how it was made -------------------------------------------------------------------------
@@ -34,31 +35,45 @@ _FACTS = (
     *("prediction", "sigma_range", "above_range"),
 )
 """Keys of dedistill.json that whoever uses the weights needs."""
+_BASE = ("sha256", "path", "revision")
+_STEP = (
+    *("step", "into_sha256", "adapter", "adapter_sha256", "adapter_header", "recipe"),
+    *("dtype", "rounding", "kept", "lost", "error", "zeros"),
+)
+_HEADER = (
+    *("step", "run", "family", "masked_attention", "sigma_density", "recipe", "previous", "sha256", "ema", "ema_inputs"),
+    *("prediction", "sigma_range", "above_range", "guidance", "shift"),
+)
+"""What else is told of the base, of a training or merge, and in an adapter's header after "dedistill."."""
 
 
 def public_facts(facts: dict[str, Any]) -> dict[str, Any]:
-    """What ``dedistill.json`` says of a model folder, as a release may say it: the same but for local paths."""
-    public = {key: facts[key] for key in _FACTS if key in facts}
+    """What ``dedistill.json`` says of a model folder, as a release may say it: keys that we write, and no local paths."""
+    public = _those(facts, _FACTS)
     if "base" in public:
-        public["base"] = {**public["base"], "path": source_name(facts)}
+        public["base"] = _those(public["base"], _BASE) | {"path": source_name(facts)}
     for key in ("merges", "trained"):
         if key in public:
             public[key] = [_public_step(step) for step in public[key]]
-    return public
+    return public_config(public)
 
 
 def _public_step(step: dict[str, Any]) -> dict[str, Any]:
-    public = {**step, "recipe": public_recipe(step["recipe"])}
+    public = _those(step, _STEP) | {"recipe": public_recipe(step["recipe"])}
     if "adapter" in step:
-        public["adapter"] = Path(step["adapter"]).name
+        public["adapter"] = last_name(step["adapter"])
     if "adapter_header" in step:  # of other trainers too, whose headers tell of folders
         public["adapter_header"] = own_entries(step["adapter_header"])
     return public
 
 
+def _those(table: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key in keys}
+
+
 def own_entries(header: dict[str, str]) -> dict[str, str]:
     """The entries of an adapter's header that are ours, with a public recipe."""
-    public = {key: value for key, value in header.items() if key.startswith("dedistill.")}
+    public = public_config(_those(header, tuple(f"dedistill.{key}" for key in _HEADER)))
     if "dedistill.recipe" in public:
         public["dedistill.recipe"] = public_recipe(public["dedistill.recipe"])
     return public
@@ -73,26 +88,36 @@ def source_name(facts: dict[str, Any]) -> str:
 def public_recipe(text: str) -> str:
     """A recipe's TOML without run.out, places and names of data and images in prompts, its model named and not located.
 
-    That is still what the card, a merge and the formats read. To train by it, say where things are. Unchanged where there
-    is nothing to hide.
+    That is still what the card, a merge and the formats read. To train by it, say where things are. Comments, keys that this
+    version does not know and texts that are places are left out; unchanged where there is nothing to hide.
     """
     recipe = read_recipe(text)
-    public = copy.deepcopy(recipe)
+    public = public_config(_known(recipe, Recipe))
     for table, keys in (("run", ("out",)), ("data", ("path", "cache"))):
         for key in keys:
             public.get(table, {}).pop(key, None)
     for row in public.get("data", {}).get("sets", []):
         for key in ("path", "name"):
             row.pop(key, None)
-    model = public.get("model", {})
+    model = recipe.get("model", {})
     for key in ("path", "components", "image_prompts"):
         if key in model:
-            model[key] = public_name(model[key], None if key == "image_prompts" else model.get("revision"))
+            public["model"][key] = public_name(model[key], None if key == "image_prompts" else model.get("revision"))
     if "prompts" in public.get("preview", {}):
         public["preview"]["prompts"] = [parted(prompt)[0] for prompt in public["preview"]["prompts"]]
     if "negative" in public.get("sample", {}):
         public["sample"]["negative"] = parted(public["sample"]["negative"])[0]
-    return text if public == recipe else table_to_toml(public)
+    return text if public == recipe and "#" not in text else table_to_toml(public)
+
+
+def _known(table: dict[str, Any], model: type[Table]) -> dict[str, Any]:
+    """What ``table`` holds of the keys of ``model``."""
+    known = {}
+    for key, field in ((key, fields_of(model)[key]) for key in table if key in fields_of(model)):
+        inner, value = table_in(field.annotation), table[key]
+        rows = [_known(row, inner) for row in (value if isinstance(value, list) else [value])] if inner else []
+        known[key] = value if not inner else rows if isinstance(value, list) else rows[0]
+    return known
 
 
 # --- headers of released safetensors files ---------------------------------------------------------------------------
@@ -138,7 +163,7 @@ def adapter_header(
 
     The recipe among them is the public one.
     """
-    recipe = read_recipe(header.get("dedistill.recipe", ""))
+    recipe, told = read_recipe(header.get("dedistill.recipe", "")), own_entries(header)
     train, largest = recipe.get("train", {}), max(layers.values(), key=lambda factors: rank(factors) or 0)
     inner, names = rank(largest) or 0, names_of(spec)
     source = recipe.get("model", {}).get("path") or ""
@@ -146,14 +171,14 @@ def adapter_header(
     own = {
         "format": "pt",
         **_modelspec(
-            title, config, spec, [recipe], source=source, name=name, kind="/lora", prediction=header.get("dedistill.prediction")
+            title, config, spec, [recipe], source=source, name=name, kind="/lora", prediction=told.get("dedistill.prediction")
         ),
         "ss_base_model_version": _architecture(source, config, spec),
         "ss_network_module": names.KOHYA_MODULE if names and format == "kohya" else "lycoris.kohya",
         "ss_network_dim": str(inner),
         "ss_network_alpha": f"{inner * (scale(largest) if format in ('lycoris', 'kohya') else 1):g}",
         "ss_network_args": json.dumps({"algo": "lora" if is_lora(layers) else "lokr"}),
-        "ss_steps": header.get("dedistill.step", ""),
+        "ss_steps": told.get("dedistill.step", ""),
         "ss_learning_rate": str(train.get("lr", "")),
         "ss_seed": str(recipe.get("run", {}).get("seed", "")),
         "dedistill.guidance": guidance_of(spec.distilled_guidance(config), recipe),
@@ -163,7 +188,7 @@ def adapter_header(
         own["lycoris_config"] = json.dumps(lycoris_config(layers, shapes))
     if format == "peft":
         own["lora_adapter_metadata"] = json.dumps({f"{spec.folder}.{k}": v for k, v in peft_config(layers).items()})
-    return own_entries(header) | {k: v for k, v in own.items() if v}
+    return told | {k: v for k, v in own.items() if v}
 
 
 def origin_note(header: Mapping[str, str], source: str, config: dict[str, Any], spec: ModelSpec) -> str:

@@ -8,13 +8,14 @@ from dedistill.models.pretrained import without_weights
 from dedistill.models.registry import checked_facts
 
 STEP = {"step": 3, "recipe": "[run]\nname = 'x'"}
+MERGE = STEP | {"adapter": "a", "adapter_header": {}, "dtype": "bf16", "rounding": "nearest"}
 
 
 def test_facts_as_we_write_them_are_taken():
     facts = {
         "base": {"path": None, "revision": None},
         "trained": [STEP],
-        "merges": [STEP | {"adapter": "a", "adapter_header": {}}],
+        "merges": [MERGE, MERGE | {"kept": 0.9}],
     }
     assert checked_facts(facts, "here") is facts and checked_facts({}, "here") == {}
 
@@ -25,7 +26,13 @@ def test_facts_as_we_write_them_are_taken():
         ({"trained": "x"}, "trained"),
         ({"trained": [{"step": 3}]}, "trained"),
         ({"merges": [5]}, "merges"),
-        ({"merges": [STEP | {"adapter_header": "x"}]}, "merges"),
+        ({"trained": [{"recipe": "", "step": "3"}]}, "trained"),
+        ({"merges": [MERGE | {"adapter_header": "x"}]}, "merges"),
+        ({"merges": [MERGE | {"adapter_header": {"dedistill.recipe": 5}}]}, "merges"),
+        ({"merges": [{key: value for key, value in MERGE.items() if key != "rounding"}]}, "merges"),
+        ({"merges": [MERGE | {"dtype": "/home/me"}]}, "merges"),
+        ({"merges": [MERGE | {"kept": "most"}]}, "merges"),
+        ({"absent": 3}, "absent"),
         ({"merges": {"recipe": ""}}, "merges"),
         ({"base": []}, "base"),
         ({"base": {"path": 5}}, "base"),

@@ -69,6 +69,8 @@ LOOT = (
     *(".git/config", ".git/lfs/objects/ab/weights", ".env", ".huggingface/token.json", "text_encoder/.netrc.json"),
     *("vae/.hidden/config.json", "pipeline.py", "old.ckpt", "notes/private.txt", "scheduler/evil.py"),
     *("text_encoder/pytorch_model.bin", "tokenizer/key.pem", "transformer/modeling.py", "training_args.json"),
+    *("tokenizer/notes.txt", "scheduler/credentials.json", "text_encoder/trainer_state.json", "text_encoder_2/secret.model"),
+    *("vae/config (copy).json", "scheduler/wandb_config.json"),
 )
 
 
@@ -148,13 +150,13 @@ def leading_out(kind: str, folder: Path, outside: Path) -> Path:
     (folder / ".git/config.json").write_text(json.dumps({"password": TOKEN}))
     (folder / "old.ckpt").write_text(TOKEN)
     link, target = {
-        "a file": ("scheduler/notes.txt", outside / "there/scheduler_config.json"),
+        "a file": ("scheduler/config.json", outside / "there/scheduler_config.json"),
         "a config": ("scheduler/scheduler_config.json", outside / "there/scheduler_config.json"),
         "a folder": ("scheduler", outside / "there"),
-        "over two links": ("scheduler/a.json", folder / "b.json"),
-        "hidden": ("scheduler/a.json", "../.git/config.json"),
-        "another kind": ("scheduler/a.json", "../old.ckpt"),
-        "nothing": ("scheduler/a.json", "gone.json"),
+        "over two links": ("scheduler/config.json", folder / "b.json"),
+        "hidden": ("scheduler/config.json", "../.git/config.json"),
+        "another kind": ("scheduler/config.json", "../old.ckpt"),
+        "nothing": ("scheduler/config.json", "gone.json"),
         "itself": ("scheduler", "scheduler"),
         "the index": ("model_index.json", outside / "there/scheduler_config.json"),
     }[kind]
@@ -351,6 +353,95 @@ def test_every_text_of_a_recipe_is_known_to_be_a_place_or_not():
     assert "/p" not in told and '"p"' not in told and "weight = 2.0" in told and 'components = "c"' in told
 
 
+def test_weights_that_no_loader_takes_stay(home, tmp_path, capsys):
+    """Variants, averages, an optimizer's state and shards of an earlier download, also beside an index."""
+    folder = Path(shutil.copytree(home / "base", tmp_path / "base"))
+    names = [
+        "vae/optimizer",
+        "vae/diffusion_pytorch_model.ema",
+        "text_encoder/model.fp16",
+        "text_encoder_2/model-00001-of-00009",
+    ]
+    for name in names:
+        save_file({"x": torch.zeros(9)}, folder / f"{name}.safetensors")
+    (folder / "vae/diffusion_pytorch_model.safetensors").rename(
+        folder / "vae/diffusion_pytorch_model-00001-of-00001.safetensors"
+    )
+    (folder / "vae/diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"x": "diffusion_pytorch_model-00001-of-00001.safetensors"}})
+    )
+    assert export(folder, tmp_path / "out") == 0
+    assert "left out" in capsys.readouterr().err
+    assert files_in(folder) - files_in(tmp_path / "out") == {f"{name}.safetensors" for name in names}
+
+
+def test_weights_of_another_name_alone_are_not_lost_in_silence(home, tmp_path, capsys):
+    """Loaders read such a variant only where it is asked for."""
+    shutil.copytree(home / "base", tmp_path / "base")
+    weights = tmp_path / "base/vae/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    assert export(tmp_path / "base", tmp_path / "out") == 1
+    assert "no weights but 'diffusion_pytorch_model.fp16.safetensors'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_headers_of_components_tell_of_their_tensors_alone(part, home, tmp_path):
+    folder = Path(shutil.copytree(home / "base", tmp_path / "base"))
+    file = f"{part}.safetensors"
+    tensors = load_file(folder / file)
+    (folder / file).unlink()
+    save_file(tensors, folder / file, metadata={"format": "pt", "ss_dataset_dirs": f"/home/{PLACE}", "token": TOKEN})
+    assert export(folder, tmp_path / "out") == 0
+    assert telling(tmp_path / "out", PLACE, TOKEN) == [] and said_in(tmp_path / "out" / file) == {"format": "pt"}
+    copied = load_file(tmp_path / "out" / file)
+    assert copied.keys() == tensors.keys() and all(torch.equal(copied[name], tensors[name]) for name in tensors)
+
+
+RECIPES = {
+    "a comment": f'# of /home/{PLACE}\n[run]\nname = "a"\n',
+    "a key of another version": f'[run]\nname = "a"\nlog_dir = "{PLACE}"\n',
+    "a table of another version": f'[train]\nsteps = 1\n[tracker]\nuser = "{PLACE}"\n',
+    "a key of a set": f'[[data.sets]]\nweight = 2.0\nclient = "{PLACE}"\n',
+    "a path of another system": f"[model]\npath = 'C:\\Users\\{PLACE}\\m'\n",
+    "a home folder": f"[model]\npath = '/home/{PLACE}/'\n",
+    "a name that is a path": f'[run]\nname = "~/{PLACE}/x"\n',
+    "an address": f'[sample]\nguider = "s3://{PLACE}/x"\n',
+}
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_recipes_tell_of_what_this_version_knows(kind):
+    told = public_recipe(RECIPES[kind])
+    assert PLACE not in told.removesuffix(f'"{PLACE}\\m"') and public_recipe(told) == told
+
+
+def test_what_a_model_folder_says_is_told_by_our_own_keys(home, tmp_path):
+    folder = Path(shutil.copytree(home / "base", tmp_path / "base"))
+    step = {"recipe": "", "adapter": f"C:\\{PLACE}\\a.safetensors", "host": PLACE, "dtype": "bf16", "rounding": "nearest"}
+    step["adapter_header"] = {"dedistill.step": "3", "dedistill.place": PLACE, "dedistill.run": f"/home/{PLACE}"}
+    base = {"path": f"C:\\{PLACE}\\thing", "revision": f"/home/{PLACE}", "owner": PLACE}
+    facts = {"family": "flux", "merges": [step], "base": base, "shift": f"//server/{PLACE}", "text": {"a": [f"~/{PLACE}"]}}
+    (folder / "dedistill.json").write_text(json.dumps(facts))
+    for format in ("diffusers", "single"):
+        assert export(folder, tmp_path / format, format) == 0
+        assert telling(tmp_path / format, PLACE) == []
+    told = json.loads((tmp_path / "diffusers/dedistill.json").read_text())
+    assert told["base"] == {"path": "thing"} and told["merges"][0]["adapter"] == "a.safetensors"
+    assert told["merges"][0]["adapter_header"] == {"dedistill.step": "3"}
+
+
+def test_an_adapter_s_header_is_told_by_our_own_keys(home, tmp_path):
+    source = home / "run/snapshots/step-00000002.safetensors"
+    header = {k: v for k, v in said_in(source).items() if k != "dedistill.sha256"}
+    header |= {"dedistill.host": PLACE, "dedistill.step": f"/home/{PLACE}", "modelspec.author": PLACE}
+    header["dedistill.recipe"] = f"# /home/{PLACE}\n{header['dedistill.recipe']}\n[paths]\nlog = '{PLACE}'\n"
+    save_file(load_file(source), tmp_path / "a.safetensors", metadata=header)
+    (tmp_path / "out").mkdir()
+    assert export(tmp_path / "a.safetensors", tmp_path / "out/b.safetensors", "peft", "--model", home / "base") == 0
+    assert telling(tmp_path / "out", PLACE) == []
+
+
 def test_a_recipe_in_a_header_that_is_none_is_said(home, tmp_path, capsys):
     save_file({"x.alpha": torch.ones(())}, tmp_path / "a.safetensors", metadata={"dedistill.recipe": "=="})
     assert export(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "peft") == 1
@@ -361,6 +452,7 @@ def test_a_recipe_in_a_header_that_is_none_is_said(home, tmp_path, capsys):
     ("config", "public"),
     [
         ({"text_config": {"_name_or_path": "/home/me/clip", "width": 8}}, {"text_config": {"width": 8}}),
+        ({"source": "file:///me/x", "a": "./x", "b": "..\\x", "c": "https://x/y"}, {"c": "https://x/y"}),
         ({"parts": [{"file": "~/x"}, {"file": "a/b"}], "a": ["C:\\me", 1]}, {"parts": [{}, {"file": "a/b"}], "a": [1]}),
     ],
 )
