@@ -110,15 +110,19 @@ def checked_facts(facts: dict[str, Any], where: str) -> dict[str, Any]:
     return facts
 
 
-_STEPS: dict[str, dict[str, type | tuple[str, ...]]] = {
-    "trained": {"recipe": str, "step": int},
-    "merges": {"recipe": str, "adapter_header": dict}
-    | {"dtype": ("bf16", "fp32"), "rounding": ("stochastic", "nearest", "none")},
+_Kinds = Mapping[str, type | tuple[str, ...]]
+_TRAINING: _Kinds = {"recipe": str, "step": int}
+_MERGE: _Kinds = {
+    "recipe": str,
+    "adapter_header": dict,
+    "dtype": ("bf16", "fp32"),
+    "rounding": ("stochastic", "nearest", "none"),
 }
+_STEPS = {"trained": _TRAINING, "merges": _MERGE}
 """What is read of each training and merge, and the kinds of its values, or the words."""
 
 
-def _are(row: object, kinds: Mapping[str, type | tuple[str, ...]]) -> bool:
+def _are(row: object, kinds: _Kinds) -> bool:
     if not isinstance(row, dict):
         return False
     for key, kind in kinds.items():

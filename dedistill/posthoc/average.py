@@ -69,7 +69,9 @@ def _refuse_other_files(paths: Sequence[Path]) -> None:
             with open_safetensors(path) as f:
                 average = "dedistill.ema" in (f.metadata() or {})
         except FileNotFoundError:
-            continue
+            if not path.is_symlink():
+                continue
+            average = False
         except (OSError, SafetensorError):
             average = False
         if not average:

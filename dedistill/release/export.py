@@ -1,5 +1,6 @@
 """Models and adapters in the formats that other programs load."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def export_adapter(
     against the base's weights, and what small ones lose in other programs. Raises UserError, writing nothing, when the file
     does not fit that network whole, ``out`` or another adapter's config exists, or a LoKr is to become a LoRA.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"'{out}' already exists: choose another --out, or remove it")
     opened = _open(file, model)
     layers, spec, header = opened.layers(), opened.spec, opened.header
@@ -60,7 +61,7 @@ def export_adapter(
     metadata = adapter_header(out.stem, format, header, layers, opened.shapes, opened.config, spec)
     config_file = out.with_name("lycoris_config.json")
     table = as_json(lycoris_config(layers, opened.shapes)) if format == "lycoris" else b""
-    if table and config_file.exists() and config_file.read_bytes() != table:
+    if table and os.path.lexists(config_file) and not (config_file.is_file() and config_file.read_bytes() == table):
         raise UserError(f"'{config_file}' exists and is of another adapter: choose another folder for --out, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TensorFile(out, {name: (tuple(t.shape), t.dtype) for name, t in renamed.items()}, metadata) as written:

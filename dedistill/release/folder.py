@@ -1,5 +1,6 @@
 """Denoisers as folders and files of tensors, read and written one tensor at a time."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,7 +118,7 @@ def write_weights(folder: Path, layout: Layout, tensors: Iterable[tuple[str, Ten
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that appears complete or not at all. Raises UserError when it exists, or when the disk refuses."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"'{path}' already exists: choose another --out, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -10,7 +10,7 @@ from dedistill.errors import UserError, amount
 from dedistill.io import ownership
 from dedistill.io.atomic import checksummed, read_checksummed, replace_file
 from dedistill.io.json_files import read_object
-from dedistill.recipe import RESOLVED, Recipe, to_toml
+from dedistill.recipe import RESOLVED, Recipe, load_recipe, to_toml
 from dedistill.recipe.resolve import as_it_was_meant
 from dedistill.runs.checkpoint import sweep_temporaries
 from dedistill.runs.inputs import Files, Fingerprint, changed_files, fingerprint, input_files
@@ -103,7 +103,11 @@ class RunDirectory:
 
     def _refuse_foreign(self) -> None:
         """Before the first byte is written. What looks like a run is compared with the recipe later on."""
-        if taken := [name for name in _WRITTEN if ownership.same_file(self.path / name, self.recipe.files)]:
+        taken = [name for name in (*_WRITTEN, ownership.MARK) if ownership.same_file(self.path / name, self.recipe.files)]
+        beside = self.path / RESOLVED
+        if ownership.same_file(beside, self.recipe.files) and to_toml(load_recipe(beside)).encode() != beside.read_bytes():
+            taken.append(RESOLVED)  # else it is what an earlier start wrote there
+        if taken:
             raise UserError(
                 f"'{self.path / taken[0]}' would be replaced and is the recipe that is read: give it another name", 2
             )

@@ -90,11 +90,12 @@ def test_a_recipe_kept_in_its_run_is_never_replaced(tmp_path, spelling, monkeypa
     assert main([str(run / "recipe.resolved.toml")]) == 0, "the resolved recipe is that of the run"
 
 
-def test_a_recipe_under_the_name_of_a_file_of_ours_is_refused(tmp_path, refused):
+@pytest.mark.parametrize("name", ["recipe.json", ".dedistill", "recipe.resolved.toml"])
+def test_a_recipe_under_the_name_of_a_file_of_ours_is_refused(name, tmp_path, refused):
     run = tmp_path / "teacher"
     run.mkdir()
-    (run / "recipe.json").write_text(TEACHER.format(out=tmp_path, steps=2))
-    assert refused(lambda: main([str(run / "recipe.json")]), run, "another name")
+    (run / name).write_text(TEACHER.format(out=tmp_path, steps=2))
+    assert refused(lambda: main([str(run / name)]), run, "another name")
 
 
 def test_only_empty_files_are_requests(teacher_recipe, tmp_path, capsys):
@@ -273,6 +274,29 @@ def _base(recipe: Path) -> Path:
     from dedistill.recipe import load_recipe
 
     return Path(load_recipe(recipe).model.path)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_link_that_leads_nowhere_is_the_user_s_as_well(target, adapter_recipe, tmp_path, refused):
+    """A disk that is not mounted, say: neither the link nor what it will lead to is replaced."""
+    assert main([str(adapter_recipe), "--set", "snapshot.every=1"]) == 0
+    weights, model = sorted((tmp_path / "dedistill" / "snapshots").glob("*.safetensors"))[-1], _base(adapter_recipe)
+    out = tmp_path / "out"
+    out.mkdir()
+    links = {name: out / name for name in ("a.safetensors", "folder", "alpha_linear_0.5.safetensors", "b/lycoris_config.json")}
+    (out / "b").mkdir()
+    for link in links.values():
+        link.symlink_to(link if target == "itself" else tmp_path / "nowhere")
+    adapter = ("export_model", weights, "--model", model, "--format")
+    commands = {
+        "a.safetensors": (*adapter, "transformer", "--out", out / "a.safetensors"),
+        "folder": ("merge_adapter", adapter_recipe, "--weights", weights, "--out", out / "folder"),
+        "alpha_linear_0.5.safetensors": ("posthoc_ema", tmp_path / "dedistill", "--alpha", "0.5", "--out", out),
+        "b/lycoris_config.json": (*adapter, "lycoris", "--out", out / "b" / "c.safetensors"),
+    }
+    for name, command in commands.items():
+        assert refused(lambda command=command: tool(*command), out, name)
+        assert links[name].is_symlink() and not (tmp_path / "nowhere").exists()
 
 
 # --- the home folder
