@@ -131,7 +131,7 @@ def _inputs(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str
         "crops": len(crops),
         "buckets": len({(crop.height, crop.width) for crop in crops}),
         "captions": len(captions),
-        "epochs": round(recipe.train.steps * recipe.train.batch / trained, 2),
+        "epochs": round((1 - (recipe.data.pairs_share or 0)) * recipe.train.steps * recipe.train.batch / trained, 2),
     }
     out = f", {facts['left_out']:,} left out" if facts["left_out"] else ""
     say(f"{'images':12} {facts['images']:,}, {facts['held_out']:,} of them held out{out}")
@@ -252,6 +252,12 @@ def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: fl
     facts["step"] = f.step_facts(own, min(o.step.operations for o in [own, *found]))
     facts["other_settings"] = f.other_facts(found)
     say(_step_line(facts["step"], case.image, case.length))
+    if recipe.online.every:
+        online = facts["online"] = f.online_facts(recipe, own, case.image)
+        say(
+            f"{'online':12} {online['pairs']:,} pairs made while training, {online['nfe']} calls of the network each: "
+            f"{online['share_of_steps']:.0%} of the work of all steps beside it; {_on_disk(int(1e9 * online['disk_gb']))}"
+        )
     if card is None:
         say(_card_lines(facts["cards"], auto))
         return say(_setting_lines(f"{'settings':12} the same step with others:", found))

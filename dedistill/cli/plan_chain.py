@@ -17,6 +17,7 @@ from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.chain import load_chain
 from dedistill.recipe.resolve import make_plan
 from dedistill.sampling.sampler import Sampling
+from dedistill.training.online import planned
 
 DAY, WEEK = 86_400, 7
 
@@ -73,6 +74,8 @@ def _cost(name: str, words: list[str], known: dict[str, Choices]) -> StageCost:
     plan, cost = make_plan(recipe), StageCost(name)
     if words[0] == "train":
         cost.visits = plan.steps * recipe.train.batch
+        cost.pairs, how = planned(recipe)
+        cost.nfe = how.nfe() if cost.pairs else 0
     else:
         asked = arguments().parse_args(words[1:])
         guider = guider_of(asked.guider or recipe.sample.guider, asked.cfg)
@@ -88,11 +91,9 @@ def _cost(name: str, words: list[str], known: dict[str, Choices]) -> StageCost:
         call = found.estimate.total(FORWARD)
         cost.fits[card.name] = fit(found.peak, room_on(card.gb))
         cost.share = call.operations / passes.operations
-        cost.seconds[card.name] = (
-            plan.steps * card.seconds(passes * plan.micro_steps + update)
-            if cost.visits
-            else cost.pairs * cost.nfe * card.seconds(call) / plan.micro_batch
-        )
+        made = cost.pairs * cost.nfe * card.seconds(call) / plan.micro_batch
+        trained = plan.steps * card.seconds(passes * plan.micro_steps + update) if cost.visits else 0
+        cost.seconds[card.name] = made + trained
     return cost
 
 

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
     from dedistill.data.source import Source
     from dedistill.distributed.outside import StopRequests
+    from dedistill.distributed.world import World
     from dedistill.models.model import Model
     from dedistill.runs.directory import RunDirectory
     from dedistill.runs.metrics import Trackers, Tracking
     from dedistill.training.engine import Engine
+    from dedistill.training.online import OnlinePairs
     from dedistill.training.trainer import Trainer
 
 REHEARSE = """Run every stage of a recipe on a tiny random model, from caches to export: about a minute, no weights, no GPU.
@@ -117,7 +119,6 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
     import torch
 
     from dedistill.data.encode import check_images, open_data
-    from dedistill.data.mixture import beside_pairs
     from dedistill.distributed.outside import BY_FILE
     from dedistill.models.model import expected_parameters
     from dedistill.models.quantize import sample_sha256
@@ -147,10 +148,10 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         world.assert_equal_on_all_ranks({"hash of the data": data.digest, "hash of a sample of the base": base})
         engine.place(model, accelerator.device)
         _hasten(recipe, model, accelerator.device)
-        source = beside_pairs(recipe, data.source, model.components.sample_shape)
         if world.main:
             notes += run.bind(input_files(recipe), data.digest, base)
-        trainer = Trainer(recipe, plan, model=model, source=source, run=run, engine=engine)
+        source, online = _among_pairs(recipe, model, data.source, run.path, world)
+        trainer = Trainer(recipe, plan, model=model, source=source, run=run, engine=engine, online=online)
         notes = [*trainer.resume(), *notes, *run.notes, *_shift_notes(recipe, model, source)]
         if world.main:
             notes += [*_chosen(model), *_expect(trainer, settled)]
@@ -170,6 +171,17 @@ def _train(recipe: Recipe, again: str, stop: "StopRequests") -> int:
         world.shutdown()
     finished = trainer.state.step == plan.steps and not trainer.state.unfinished
     return 0 if finished or trainer.stopping == BY_FILE else RUN_AGAIN
+
+
+def _among_pairs(
+    recipe: Recipe, model: "Model", images: "Source", run: Path, world: "World"
+) -> "tuple[Source, OnlinePairs | None]":
+    """``images``, with pairs among them where ``recipe`` says so, and those of them that are made while it trains."""
+    from dedistill.data.mixture import beside_pairs
+    from dedistill.training.online import OnlinePairs
+
+    online = OnlinePairs(recipe, model, images, run / "pairs", world) if recipe.online.every else None
+    return beside_pairs(recipe, images, model.components.sample_shape, online), online
 
 
 def _trackers(accelerator: "Tracking", recipe: Recipe, run: "RunDirectory") -> "Trackers | None":

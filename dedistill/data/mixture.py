@@ -15,12 +15,13 @@ from dedistill.recipe.objectives import IMAGES, PAIRS
 from dedistill.recipe.resolve import filled
 
 
-def beside_pairs(recipe: Recipe, images: Source, network: tuple[int, int, int]) -> Source:
-    """``images`` with the pairs among them that ``recipe`` names. network: shape of what it samples. Raises UserError for pairs
-    of another shape, or of other channels where images are of several shapes."""
-    if recipe.data.pairs is None:
+def beside_pairs(recipe: Recipe, images: Source, network: tuple[int, int, int], online: PairSource | None = None) -> Source:
+    """``images`` with the pairs among them that ``recipe`` names, or those made ``online``. network: shape of what it samples.
+    Raises UserError for pairs of another shape, or of other channels where images are of several shapes."""
+    pairs = PairSource(Path(recipe.data.pairs), "data.pairs") if recipe.data.pairs else online
+    if pairs is None:
         return images
-    pairs, share = PairSource(Path(recipe.data.pairs), "data.pairs"), filled(recipe.data.pairs_share, "data.pairs_share")
+    share = filled(recipe.data.pairs_share, "data.pairs_share")
     if pairs.image != network and (images.image or pairs.image[0] != network[0]):
         raise UserError(
             f"{recipe.where('data.pairs')}: pairs are {' x '.join(map(str, pairs.image))} (channels, height, width), "

@@ -49,8 +49,8 @@ class PairSource:
         listed = self.facts["shards"]
         allow_open_files(len(listed))  # each stays mapped
         self._shards = [_listed_shard(folder, entry, self.facts, key) for entry in listed]
-        self._ends = np.cumsum([len(shard.rows) for shard in self._shards])
-        everything = np.arange(self._ends[-1] if listed else 0)
+        self.ends: np.ndarray = np.cumsum([len(shard.rows) for shard in self._shards])
+        everything = np.arange(self.ends[-1] if listed else 0)
         held = everything % HELD_OUT == 0
         self.train_ids, self.held_out_ids = everything[~held], everything[held]
         if len(self.train_ids) == 0:
@@ -86,10 +86,10 @@ class PairSource:
 
     def read(self, index: int) -> tuple[np.ndarray, str]:
         """The states [K + 1, C, H, W], float32, and the caption of a pair. Raises UserError for one that is damaged."""
-        number = int(np.searchsorted(self._ends, index, side="right"))
+        number = int(np.searchsorted(self.ends, index, side="right"))
         shard = self._shards[number]
         try:
-            states, caption = shard.read(int(index - self._ends[number]))
+            states, caption = shard.read(int(index - self.ends[number]))
         except ValueError as e:
             raise UserError(_damaged(self.key, shard.path, f"pair {index} {e}")) from e
         try:

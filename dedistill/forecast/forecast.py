@@ -1,5 +1,6 @@
 """What a recipe will need, known before it starts: memory, work and the cards it fits, with its settings and with others."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -18,6 +19,7 @@ from dedistill.models.prompts import blocks_of
 from dedistill.models.swap import fewest, saved
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import chosen, filled, make_plan
+from dedistill.training.online import planned
 
 MICRO_BATCHES = (1, 2, 4)
 
@@ -179,6 +181,20 @@ def beside(recipe: Recipe, family: Family) -> dict[str, Beside]:
             peak = max(peak.bytes for peak in meter.peaks("").values())
             found[name] = Beside(peak, peak - sum(map(_saved_at_most, task.modules if name == CAPTIONS else ())))
     return found
+
+
+def online_facts(recipe: Recipe, found: Outlook, image: tuple[int, ...]) -> dict[str, float]:
+    """What the pairs cost that a run makes while it trains: how many, calls of the network for each, operations as a share of
+    those of all steps, and gigabytes on the disk."""
+    pairs, how = planned(recipe)
+    micro, steps = make_plan(recipe).micro_batch, recipe.train.steps
+    calls = pairs * how.nfe() * found.estimate.total(FORWARD).operations / micro
+    return {
+        "pairs": pairs,
+        "nfe": how.nfe(),
+        "share_of_steps": calls / (found.step.operations * steps),
+        "disk_gb": pairs * 2 * 2 * math.prod(image) / 1e9,
+    }
 
 
 def _saved_at_most(network: nn.Module) -> int:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from dedistill.flow.guidance import Autoguidance, guider_of
 from dedistill.recipe.model_tables import Adapter
 from dedistill.recipe.objectives import OBJECTIVES
-from dedistill.recipe.schema import Meters, Preview, Recipe, Timesteps
+from dedistill.recipe.schema import Meters, Online, Preview, Recipe, Timesteps
 
 
 class Clash(NamedTuple):
@@ -140,23 +140,29 @@ def _data_rules(r: Recipe) -> list[Clash]:
 
 
 def _pairs_rules(r: Recipe) -> list[Clash]:
-    objective, among = OBJECTIVES[r.train.objective], r.data.pairs is not None
-    if not among and objective.pairs != (r.data.source == "pairs"):
-        both = "; data.pairs is for pairs beside images" if objective.mixes else ""
+    objective = OBJECTIVES[r.train.objective]
+    key = "online.every" if r.online.every else "data.pairs" if r.data.pairs is not None else ""
+    if not key and objective.pairs != (r.data.source == "pairs"):
+        both = "; data.pairs and online are for pairs beside images" if objective.mixes else ""
         message = f"'{r.train.objective}' does not go with data.source = '{r.data.source}'{both}"
         return [_clash("train.objective", message, "data.source")]
-    if among and r.data.source == "pairs":
+    if key and r.data.source == "pairs":
         message = "is for pairs beside images; with data.source = 'pairs' they are those of data.path"
-        return [_clash("data.pairs", message, "data.source")]
-    if among and not objective.mixes:
+        return [_clash(key, message, "data.source")]
+    if key and not objective.mixes:
         able = " or ".join(f"'{name}'" for name, traits in OBJECTIVES.items() if traits.mixes)
         message = f"needs objective = {able}; '{r.train.objective}' does not train on both pairs and images"
-        return [_clash("data.pairs", message, "train.objective")]
-    if among and r.data.pairs_share is None:
-        return [_clash("data.pairs_share", "required with data.pairs: the share of samples that are of these")]
-    if not among and r.data.pairs_share is not None:
-        return [_idle("data.pairs_share", "has no effect without data.pairs")]
-    return []
+        return [_clash(key, message, "train.objective")]
+    if r.online.every and r.data.pairs is not None:
+        return [_clash("data.pairs", "does not go with online.every, by which the run makes its own", "online.every")]
+    if key and r.data.pairs_share is None:
+        return [_clash("data.pairs_share", f"required with {key}: the share of samples that are of these")]
+    found = []
+    if not key and r.data.pairs_share is not None:
+        found.append(_idle("data.pairs_share", "has no effect without data.pairs or online.every"))
+    if not r.online.every and r.online != Online():
+        found.append(_idle("online", "has no effect while online.every is 0", "online.every"))
+    return found
 
 
 _KEYS_OF_DENSITIES = {

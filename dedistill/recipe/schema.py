@@ -79,9 +79,10 @@ class Data(Table):
     pairs: Place | None = Field(
         None, description="Folder of pairs to train on beside the images of source, which get any noise. None: images alone."
     )
-    pairs_share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    pairs_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
-        description="Share of all samples that are of data.pairs, whatever their number; required with these. None without.",
+        description="Share of all samples that are of data.pairs, or of those made online, whatever their number. Required "
+        "with these. None without.",
     )
     sets: list[ImageSet] = Field(default_factory=list, description="pictures: where they are, at least one.")
     cache: Place | None = Field(
@@ -276,6 +277,18 @@ class Snapshot(Table):
     )
 
 
+class Online(Table):
+    every: Count = Field(
+        0,
+        description="Steps between rounds, in which the model makes pairs as it is then, from captions of the data; 0 never. "
+        "Also before the first step.",
+    )
+    pairs: Annotated[Whole, Field(ge=16, multiple_of=8)] = Field(256, description="Pairs that are made in each round.")
+    keep: Positive | None = Field(None, description="Rounds that are trained on, the newest. None: all.")
+    cfg: Annotated[float, Field(ge=0)] = Field(1.0, description="Guidance scale baked into the pairs.")
+    steps: Bounded = Field(16, description="Steps of sample.solver by which they are made.")
+
+
 class Log(Table):
     every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
     sigma_bins: Bounded = Field(8, description="Equal bins of sigma in which the loss is reported.")
@@ -333,6 +346,7 @@ class Recipe(Table):
     train: Train
     validate_: Validate = Field(Validate(), alias="validate")
     meters: Meters = Meters()
+    online: Online = Online()
     checkpoint: Checkpoint = Checkpoint()
     snapshot: Snapshot = Snapshot()
     log: Log = Log()

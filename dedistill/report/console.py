@@ -22,7 +22,8 @@ def header(
     """Say what will happen, on stderr. images: what is known of the images that are trained on."""
     out = Console(stderr=True, highlight=False, soft_wrap=True)
     t, facts = recipe.train, model.facts
-    data = recipe.data.source.replace("pictures", "images")
+    share = recipe.data.pairs_share or 0.0
+    data = recipe.data.source.replace("pictures", "images") + f", {share:.0%} of samples pairs" * bool(share)
     what = f"{OBJECTIVES[t.objective].called} of {model.family.spec.name} on {data}, in {t.precision} on {device}"
     out.print(f"[bold]{recipe.run.name}[/bold]: {what}")
     source = recipe.model.path or f"random weights, seed {recipe.run.seed}"
@@ -34,7 +35,7 @@ def header(
         out.print(_targets_table(model.adapter, model.targets), markup=False)
     else:
         out.print(f"  trained   all {facts['trained_parameters']:,} parameters")
-    if line := data_line(plan, images):
+    if line := data_line(plan, images, 1 - share):
         out.print(f"  data      {line}")
     strata = "stratified" if recipe.timesteps.stratify else "independent"
     density = OBJECTIVES[t.objective].own_sigmas or recipe.timesteps.density
@@ -49,14 +50,15 @@ def header(
         out.print(f"  continued from step {start:,}")
 
 
-def data_line(plan: Plan, facts: Mapping[str, object]) -> str:
-    """Images, what is held out, captions, epochs and shapes; empty for sources that know of no images."""
+def data_line(plan: Plan, facts: Mapping[str, object], share: float = 1.0) -> str:
+    """Images, what is held out, captions, epochs and shapes; empty for sources that know of no images. share: of all samples,
+    that are images."""
     images, held_out = facts.get("images"), facts.get("held_out_images", 0)
     if not isinstance(images, int) or not isinstance(held_out, int):
         return ""
     counts = [(facts.get("captions"), "caption"), (facts.get("crops"), "crop"), (facts.get("buckets"), "shape")]
     parts = [amount(images, "image"), f"{held_out:,} held out", *(amount(n, what) for n, what in counts if isinstance(n, int))]
-    return ", ".join([*parts, f"{plan.samples / max(1, images - held_out):,.3g} epochs"])
+    return ", ".join([*parts, f"{share * plan.samples / max(1, images - held_out):,.3g} epochs"])
 
 
 def _targets_table(adapter: Adapter, targets: list[Resolved]) -> str:

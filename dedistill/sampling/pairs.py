@@ -51,14 +51,15 @@ def make_pairs(
     points: int,
     seed: int,
     shard_size: int,
+    until: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     world: World | None = None,
 ) -> dict[str, Any]:
     """Write ``count`` pairs into ``out`` and return its facts (also ``pairs.json``). All processes of ``world`` must come here.
 
     points: windows between stored states, so points + 1 states, the noise first and the image last; must divide
-    ``sampling``'s steps. progress: pairs that are there about now, and all. Raises UserError when ``out`` holds pairs made
-    differently, or what is not ours, or while another works there.
+    ``sampling``'s steps. until: of ``count``, only the first so many, of whole shards. progress: pairs that are there about
+    now, and all. Raises UserError when ``out`` holds pairs made differently, or what is not ours, or while another works there.
     """
     world = world or World()
     if sampling.steps % points:
@@ -73,6 +74,7 @@ def make_pairs(
         "source": source.name,
     }
     world.assert_equal_on_all_ranks(facts)
+    count = until or count
     numbers = range(-(-count // shard_size))
     if world.main:
         claim(out, "pairs", "--out")
@@ -89,7 +91,7 @@ def make_pairs(
             progress(max(0, min(done, count)), count)
         world.wait()
         if world.main:
-            shards = [_entry(open_shard(_place(out, n))) for n in numbers]
+            shards = [_entry(open_shard(shard_file(out, n))) for n in numbers]
             facts = {**facts, "shards": shards, "complete": True}
             if missing or not _same(out, facts):
                 replace_file(out / FACTS, checksummed(facts))
@@ -136,7 +138,7 @@ def teacher_hash(model: Model) -> str:
 # --- which shards are there ------------------------------------------------------------------------------------------
 
 
-def _place(out: Path, number: int) -> Path:
+def shard_file(out: Path, number: int) -> Path:
     return out / f"{number:05d}.tar"
 
 
@@ -152,7 +154,7 @@ def _missing(out: Path, facts: dict[str, Any], numbers: range) -> list[int]:
     tables = {entry["file"]: entry["sha256"] for entry in before.get("shards", ())}
     missing = []
     for number in numbers:
-        place = _place(out, number)
+        place = shard_file(out, number)
         try:
             shard = open_shard(place)
             whole = tables.get(place.name, shard.sha256) == shard.sha256 and shard.is_whole()
@@ -205,7 +207,7 @@ def _make_shard(
         "median_rms": middle,
         "rounding": {"rms": _rms(error) / max(_rms(states[good]), 1e-30), "most": float(error.abs().max())},
     }
-    write_shard(_place(out, number), account, [ids[i] for i in good], [captions[i] for i in good], stored)
+    write_shard(shard_file(out, number), account, [ids[i] for i in good], [captions[i] for i in good], stored)
 
 
 def quarantine(states: Tensor, dtype: torch.dtype) -> tuple[dict[int, str], float]:

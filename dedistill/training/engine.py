@@ -85,6 +85,12 @@ class Engine:
 
     def check(self) -> None:
         """Raises UserError, before anything is loaded, for a recipe that cannot be trained so."""
+        if self.requires_equal_forwards and self.recipe.online.every:
+            raise UserError(
+                f"{self.recipe.where('online.every')}: with {self.name} no process makes pairs by itself, having a part of the "
+                "network alone: make them beforehand (dedistill pairs, data.pairs), or use launch/ddp.yaml",
+                2,
+            )
         if self.builds_on_cpu and self.recipe.base.swap not in (0, "auto"):
             raise UserError(
                 f"{self.recipe.where('base.swap')}: {self.name} leaves each process a part of every block and puts blocks "

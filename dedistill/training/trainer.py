@@ -31,6 +31,7 @@ from dedistill.sampling.sampler import Sampling
 from dedistill.training.engine import Engine, learning_rate
 from dedistill.training.guards import EVERY, BadSteps, Guard, ParameterChangeCheck, Rollback
 from dedistill.training.keeping import Keeper, RunState
+from dedistill.training.online import OnlinePairs
 from dedistill.training.preview import Preview
 
 MicroBatches = Generator[tuple[np.ndarray, NoisyBatch] | None, None, None]
@@ -40,11 +41,22 @@ MicroBatches = Generator[tuple[np.ndarray, NoisyBatch] | None, None, None]
 class Trainer:
     """Everything a run consists of. ``fit`` reads as the run goes."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, *, model: Model, source: Source, run: RunDirectory, engine: Engine):
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        *,
+        model: Model,
+        source: Source,
+        run: RunDirectory,
+        engine: Engine,
+        online: OnlinePairs | None = None,
+    ):
         """Every process of ``engine.world`` has a trainer and trains; rank 0 alone writes into ``run``.
 
-        ``engine`` holds ``model`` already.
+        ``engine`` holds ``model`` already. online: of ``source``, what the model makes itself.
         """
+        self.online = online
         self.recipe, self.plan, self.model, self.run = recipe, plan, model, run
         self.source, self.engine, self.world = source, engine, engine.world
         self.state = RunState(Guard(recipe.train.spike))
@@ -104,6 +116,8 @@ class Trainer:
     def _settle(self) -> None:
         """Take in a state that was loaded: weights to compare later ones with, and samples that are left out."""
         self.change_check.start()
+        if self.online:
+            self.online.go_back(self.state.step)
         quarantined_from = self.state.guard.quarantined_from()
         self.objective.take(QuarantineSource(self.source, quarantined_from) if quarantined_from else self.source)
 
@@ -134,6 +148,11 @@ class Trainer:
                 yield self._conclude(state.unfinished, record, trackers)
             while state.step < self.plan.steps and not self.stopping:
                 self.keeper.writer.check()
+                if self.online and self.online.due(state.step):
+                    micro_batches.close()  # of the old pairs
+                    self.online.make(state.step)
+                    self.objective.take(self.objective.source)
+                    micro_batches = ahead(self.micro_batches(state.step))
                 start = time.monotonic()
                 try:
                     row = self.train_step(state.step, micro_batches)

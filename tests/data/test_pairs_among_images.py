@@ -178,9 +178,9 @@ def test_a_run_tells_the_loss_of_each_and_ends_the_same_however_it_is_cut(recipe
         (["data.pairs=p", "train.objective=reflow"], "data.pairs_share: required with data.pairs"),
         (["data.pairs=p", "data.pairs_share=0.5"], "data.pairs: needs objective = 'reflow' or 'rectified_diffusion'; 'flow'"),
         (["data.pairs=p", "data.pairs_share=0.5", "train.objective=endpoint"], "'endpoint' does not train on both"),
-        (["data.pairs=p", "data.pairs_share=1.0", "train.objective=reflow"], "data.pairs_share"),
+        (["data.pairs=p", "data.pairs_share=1.5", "train.objective=reflow"], "data.pairs_share"),
         (["data.source=pairs", "data.path=p", "data.pairs=q", "data.pairs_share=0.5", "train.objective=reflow"], "data.path"),
-        (["train.objective=reflow"], "data.pairs is for pairs beside images"),
+        (["train.objective=reflow"], "data.pairs and online are for pairs beside images"),
     ],
 )
 def test_what_makes_no_sense_is_refused(teacher_recipe, settings, said):

@@ -95,7 +95,7 @@ ONE_LINE_ERRORS = [  # what is added to SMALL, the line of the mistake below it,
     (
         "[checkpoint]\nsteps = 1",
         2,
-        "checkpoint.steps: unknown key, did you mean 'train.steps', 'meters.steps' or 'sample.steps'?",
+        "checkpoint.steps: unknown key, did you mean 'train.steps', 'meters.steps', 'online.steps' or 'sample.steps'?",
     ),
     ("[snapshot]\nzzz = 1", 2, "snapshot.zzz: unknown key, known here: every, ema"),
     (

@@ -39,7 +39,7 @@ MEANS_SOMETHING = {
     "data.sets.file_column": "the column file_name",
     "data.sets.split": "train, where there are several",
     "data.fold": "as held_out says",
-    **dict.fromkeys(["data.limit", "train.micro_batch", "train.max_grad_norm"], "no limit"),
+    **dict.fromkeys(["data.limit", "online.keep", "train.micro_batch", "train.max_grad_norm"], "no limit"),
     **dict.fromkeys(["snapshot.ema", "adapter", "train.min_snr", "train.huber"], "off"),
     "sample.guidance": "as model.guidance, where that is no number",
 }

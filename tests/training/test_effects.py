@@ -153,6 +153,7 @@ ELSEWHERE = {
     "data.image_dropout": "test_redux.py: rows of images that are not told",
     "data.pairs": "test_pairs_among_images.py: half of the samples are of these",
     "data.pairs_share": "test_pairs_among_images.py: how many of them",
+    **dict.fromkeys((f"online.{key}" for key in ("every", "pairs", "keep", "cfg", "steps")), "test_online.py: what is made"),
     "model.null": "test_unets.py: guidance leads away from zeros, as in diffusers' pipeline",
     "train.scales": "test_teachers.py: what the student is fed",
     "model.prediction": "test_starts.py: the same output is another velocity",
