@@ -4,6 +4,7 @@
 # The pages are tested in Debian's chromium, which is installed where it is missing and this runs as root.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+unset PYTHONDONTWRITEBYTECODE  # every process of the tests would compile the package again
 if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   echo "Installing chromium for the tests of the pages ..." >&2
   # Without it those tests fail and say how to get it; -m "not browser" leaves them out.

@@ -87,7 +87,7 @@ def test_all_that_is_missing_is_told_at_once(home, capsys):
     assert [p.name for p in home.iterdir()] == ["my.toml"]
 
 
-@pytest.mark.long
+@pytest.mark.slow  # cli/test_rehearse.py has one of a model with a known name
 def test_a_rehearsal_needs_no_model_and_says_that_the_run_will(home, capsys, photos):
     settings = ["--set", "model.path=models/none", "--set", f"data.sets.0.path='{photos}'", "--set", "data.held_out=0.4"]
     code = main(["rehearse", "dedistill:flux_tiny", *settings])

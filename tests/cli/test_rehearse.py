@@ -43,11 +43,13 @@ def rehearse(tmp_path, images, capsys):
 
 
 def test_stages_and_what_they_leave(tmp_path, monkeypatch, capsys):
-    """The base is a hub id that is not there, and no images are: a rehearsal needs no weights, no network and no data."""
+    """The base is not there, and no images are: a rehearsal needs no weights, network or data; it says that a run does."""
     monkeypatch.chdir(tmp_path)
-    words = ["--set", "run.out=run", *SKIPPED]
+    words = ["--set", "run.out=run", "--set", "model.path=models/FLUX.1-schnell", *SKIPPED]
     code, said = main(["dedistill:flux_schnell_24gb", "--rehearse", *words]), capsys.readouterr().err
     assert code == 0, said
+    missing = [line.split(": no such folder")[0] for line in said.splitlines() if line.startswith("NOT THERE YET: ")]
+    assert missing[0] == "NOT THERE YET: --set: model.path: models/FLUX.1-schnell" and "data.sets.0.path" in missing[1]
     assert "no images in 'data/images' yet: rehearsing on 4 sample images of the package's own" in said
     stages = [line.split(" s  ")[1] for line in said.splitlines() if line.startswith("ok")]
     assert stages == [
@@ -81,6 +83,17 @@ def sampled_by(rehearsal: Path) -> set[str]:
     return {cell["method"].partition(" scale")[0] for cell in cells if cell["cfg"] == 3}
 
 
+@pytest.mark.parametrize(
+    ("guider", "wanted"), [("auto:step=500", "auto:step=1"), ("skip_layers:blocks=30+2", "skip_layers:blocks=0")]
+)
+def test_a_rehearsal_guides_as_the_recipe_does(guider, wanted):
+    """By what so small a run has: its first snapshot, its first block."""
+    made = load_recipe("dedistill:flux_schnell_24gb", [f"sample.guider={guider}", "preview.every=0", "preview.prompts=[]"])
+    small = shrink(made, run=Path("run"), model={}, data={}, small_images=True)
+    assert small.sample.guider == wanted and small.snapshot.every == 1 <= small.train.steps
+
+
+@pytest.mark.slow  # test_stages_and_what_they_leave has another way
 def test_the_recipe_s_own_way_of_sampling(rehearse, tmp_path):
     """In the sweep; instead of a snapshot that so small a run has not, one that it has."""
     code, said = rehearse(

@@ -140,7 +140,7 @@ def test_a_base_is_hashed_once_however_many_candidates(story, monkeypatch, tmp_p
 def test_evaluation_answers_after_a_run(story, monkeypatch, capsys, files_read):
     """One command: every page, three answers with intervals, two step counts; run again it makes nothing twice."""
     monkeypatch.chdir(story)
-    few = ["--prompts", "20", "--samples", "16", "--cfg", "1", "3", "--steps", "2", "3"]
+    few = ["--prompts", "16", "--samples", "16", "--cfg", "1", "3", "--steps", "2", "3"]
     chosen = ["--candidates", "base", "alpha_linear_0.9", "last"]
     assert tool("evaluate", "small/dedistill.toml", *chosen, *few) == 0
     assert hashed_once(Path(load_recipe("small/dedistill.toml").model.path), files_read, averages=1)

@@ -366,20 +366,19 @@ def _signalled(arguments: list[str], rank: int, number: int) -> int:
     return main(arguments)
 
 
-def test_a_signal_to_any_process_stops_all_after_one_save(adapter_recipe, tmp_path):
+@pytest.mark.parametrize(("rank", "number"), [pytest.param(0, signal.SIGINT, marks=pytest.mark.slow), (1, signal.SIGTERM)])
+def test_a_signal_to_any_process_stops_all_after_one_save(adapter_recipe, tmp_path, rank, number):
     """The step is finished, saved once, and continued to the bit."""
-    settings = (*FEW, "checkpoint.every=0")
+    settings, out = (*FEW, "checkpoint.every=0"), tmp_path / "run"
     whole = train(2, adapter_recipe, tmp_path / "whole", *settings)
-    for rank, number in ((0, signal.SIGTERM), (1, signal.SIGINT)):
-        out, told = tmp_path / f"run{rank}", tmp_path / f"said{rank}"
-        codes = run_ranks(2, _signalled, arguments(adapter_recipe, out, *settings), rank, number, said=told)
-        assert codes == [75] * 2, rank
-        (checkpoint,) = list_checkpoints(out / "checkpoints")
-        assert damage(checkpoint) == "" and checkpoint.name == "step-00000002"
-        said = [(told / str(r)).read_text() for r in (0, 1)]
-        assert "stopped and saved at step 2" in said[0] and said[1] == ""
-        train(2, adapter_recipe, out, *settings)
-        assert same(saved(out), saved(whole)) and (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    codes = run_ranks(2, _signalled, arguments(adapter_recipe, out, *settings), rank, number, said=tmp_path / "said")
+    assert codes == [75] * 2
+    (checkpoint,) = list_checkpoints(out / "checkpoints")
+    assert damage(checkpoint) == "" and checkpoint.name == "step-00000002"
+    said = [(tmp_path / "said" / str(r)).read_text() for r in (0, 1)]
+    assert "stopped and saved at step 2" in said[0] and said[1] == ""
+    train(2, adapter_recipe, out, *settings)
+    assert same(saved(out), saved(whole)) and (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
 def _poisoned(arguments: list[str]) -> int:

@@ -60,8 +60,13 @@ def simulated(count: int, folds: int, known: float) -> tuple[np.ndarray, np.ndar
     return learnt + noise[0], (values - known) ** 2 + noise[1], truth
 
 
-@pytest.mark.parametrize(("count", "folds"), [(16, 4), (25, 5), (60, 2)])
-@pytest.mark.parametrize("known", [0.5, 1.6])
+@pytest.mark.parametrize(
+    ("count", "folds", "known"),
+    [
+        *((16, 4, 0.5), (60, 2, 1.6)),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in ((16, 4, 1.6), (25, 5, 0.5), (25, 5, 1.6), (60, 2, 0.5))),
+    ],
+)
 def test_pooled_intervals_cover_the_truth(count, folds, known):
     """At least 92.5 % of them hold how much better the K runs are on new images, however small that is."""
     found, other, truth = simulated(count, folds, known)

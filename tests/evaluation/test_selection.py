@@ -48,11 +48,14 @@ def coverage(draw, prompts: int, means: np.ndarray, better: str = "high", sweeps
 EQUAL, UNEQUAL = np.full(8, 0.9), np.linspace(0.6, 0.95, 8)
 
 
-@pytest.mark.parametrize("draw", [simulate, right_or_wrong])
 @pytest.mark.parametrize(
-    ("prompts", "means"),
-    [(16, EQUAL), pytest.param(64, EQUAL, marks=pytest.mark.slow), (16, UNEQUAL)],
-    ids=["16", "64", "unequal"],
+    ("draw", "prompts", "means"),
+    [
+        (simulate, 16, UNEQUAL),
+        (right_or_wrong, 16, EQUAL),
+        *(pytest.param(*row, EQUAL, marks=pytest.mark.slow) for row in ((simulate, 16), (simulate, 64), (right_or_wrong, 64))),
+        pytest.param(right_or_wrong, 16, UNEQUAL, marks=pytest.mark.slow),
+    ],
 )
 def test_the_truly_best_is_missed_once_in_twenty(draw, prompts, means):
     """Hsu 1984: of 100 sweeps, .95 less three standard errors is .885; equal means are the worst case."""

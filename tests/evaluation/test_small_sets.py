@@ -70,6 +70,7 @@ def test_few_digits_are_refused_as_early():
 def test_evaluate_on_twenty_images(image_recipe, tmp_path, capsys):
     """Held-out captions first, then prompts of previews, then captions that were trained on, each named and counted."""
     settings = [f"data.sets.0.path={write(tmp_path / 'twenty', 20)}", "preview.prompts=['a blue cat']", "preview.every=9"]
+    settings.append("train.batch=16")  # as many images are made at once
     changed = [word for setting in settings for word in ("--set", setting)]
     assert main(["train", str(image_recipe), *changed]) == 0
     capsys.readouterr()

@@ -91,6 +91,7 @@ def test_the_oracle_notices(recipe, uninterrupted, interrupted, what):
     assert differences(uninterrupted, train(recipe, interrupted, *SETTINGS)) != []
 
 
+@pytest.mark.slow  # at operations: the next test
 def test_killed_at_random_times(recipe, uninterrupted, tmp_path):
     """A few times; ``python -m tests.faults.campaign`` does hundreds."""
     killing = Killing(recipe, tmp_path / "killed", uninterrupted, SETTINGS)

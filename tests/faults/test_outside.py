@@ -98,7 +98,7 @@ def _online(given: list[str], port: int) -> int:
     return main(given)
 
 
-@pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.parametrize("answers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_with_a_dead_service_is_the_same(recipe, plain, tmp_path, answers):
     """With wandb itself: a server that refuses, and one that takes the connection and never says a word."""
     with socket.socket() as server:

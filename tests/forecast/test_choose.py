@@ -65,7 +65,10 @@ def test_blocks_wait_only_where_computing_all_again_is_not_enough(found, every):
     assert found(0).setting.swap == BLOCKS  # nothing fits, and this takes the least
 
 
-@pytest.mark.parametrize("keys", [{"gradient_checkpointing": True}, {"swap": 5}, {"compile": "blocks"}], ids=str)
+SAID = pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("keys", [SAID, {"swap": 5}, {"compile": "blocks"}], ids=str)
 def test_where_all_blocks_are_computed_again_in_any_case(keys):
     """As the recipe says; or since blocks that wait need it; or since nothing is known of what compiled ones keep."""
     chosen = Choices(left_open(**keys))(float(1 << 40)).setting

@@ -12,14 +12,18 @@ from dedistill.models.registry import get_family
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+PARTS = {"LoRA", "LoKr, int8", "LoKr, checkpointing, batch of 4", "whole network, bf16"}
+"""Settings of which each is in another, beside more."""
+
+
+@pytest.mark.parametrize("setting", [pytest.param(s, marks=pytest.mark.slow) if s in PARTS else s for s in SETTINGS])
 def test_the_peak_of_a_step_is_what_the_profiler_measures(setting):
     """On the CPU, weights and optimizer left out of both: with them the difference would be smaller."""
     row = compared(setting, 128, whole=True)
     assert row.forecast == pytest.approx(row.measured, rel=0.03)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n.startswith("SDXL") else [pytest.mark.long]) for n in FAMILIES])
+@pytest.mark.parametrize("name", [n if n.startswith("SDXL") else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 def test_the_peak_of_other_families_is_what_the_profiler_measures(name, tmp_path):
     """U-Nets, whose convolutions have adapters, too, and SD3."""
     row = compared_family(name, tmp_path)

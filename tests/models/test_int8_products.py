@@ -160,7 +160,8 @@ def test_a_run_continues_and_computes_again_to_the_bit(adapter_recipe, tmp_path,
     assert main([str(adapter_recipe), *words]) == 1, "a run does not change its arithmetic on the way"
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_under_zero(adapter_recipe, tmp_path, stage):
     settings = (INT8, "train.steps=2", "train.micro_batch=2", "validate.every=2", "validate.samples=2", "snapshot.every=0")
     alone = train(1, adapter_recipe, tmp_path / "alone", *settings)

@@ -3,26 +3,25 @@
 import json
 import os
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ranks import forked
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dedistill.adapters.files import read_tensors
 from dedistill.cli.main import main
+from dedistill.models import registry
 from dedistill.release.headers import read_recipe
 
 PACKAGE = Path(__file__).parents[2] / "dedistill"
 FEW = ["train.steps=6", "train.warmup=0", "snapshot.every=2", "validate.samples=4", "validate.every=3", "checkpoint.every=3"]
 SETTINGS = [word for setting in FEW for word in ("--set", setting)]
-SCORED = ["--samples", "16"]
+SCORED = ["--samples", "16", "--set", "train.batch=16"]  # as many images are made at once
 PATHS = ["--cfg", "1", "3", "--few", "1", "2", "--steps", "4"]
-EACH = "import shlex, sys; from dedistill.cli.main import main; sys.exit(any(main(shlex.split(line)) for line in sys.argv[1:]))"
 MORE = '[meters]\nevery = 3\nsamples = 2\nsteps = 2\n[preview]\nevery = 3\nprompts = ["a red circle"]\n'
 
 
@@ -103,7 +102,10 @@ def test_training_learns_and_goes_on_as_it_was(there):
         ["influence", "tiny.toml", "--budget", "20K", "--prompts", "2", "--sigmas", "2", "--out", "influence", *SETTINGS],
         ["sweep", "tiny.toml", "--cfg", "1", "3", "--prompts", "2", "--out", "sweep", *SETTINGS],
         ["measure", "tiny.toml", *PATHS, *SCORED, "--prompts", "4", "--out", "measured", *SETTINGS],
-        ["evaluate", "tiny.toml", "--cfg", "1", "3", "--prompts", "prompts.txt", *SCORED, "--out", "evaluated", *SETTINGS],
+        [
+            *["evaluate", "tiny.toml", "--cfg", "1", "3", "--steps", "4", "--prompts", "prompts.txt", *SCORED],
+            *["--candidates", "base", "last", "--out", "evaluated", *SETTINGS],
+        ],
         ["report", "runs/tiny"],
         ["invert", "data/tiny/sample0.jpg", "--model", "runs/tiny", "--prompt", "a square", "--steps", "4"],
         ["invert", "data/tiny/sample1.jpg", "--model", "models/tiny", "--eta", "0.5", "--fast", "--steps", "4"],
@@ -176,6 +178,14 @@ def test_a_merged_model_is_trained_on(there, merged):
     assert facts["family"] == "example" and len(facts["merges"]) == 1
 
 
+def with_package(folder: Path, lines: list[list[str]]) -> list[int]:
+    """Exit codes of commands in ``folder``, where its "site" is one of the places of packages."""
+    sys.path.insert(0, str(folder / "site"))
+    registry._places.cache_clear()
+    os.chdir(folder)
+    return [main(line) for line in lines]
+
+
 def test_a_family_of_another_package(tmp_path):
     """Found by its entry point; nothing of this package is changed for it."""
     own = tmp_path / "site" / "other_family"
@@ -189,16 +199,12 @@ def test_a_family_of_another_package(tmp_path):
     (about / "entry_points.txt").write_text("[dedistill.families]\nother = other_family:SPEC\n")
     recipe = 'extends = "dedistill:example"\n[model]\nfamily = "other"\npath = "models/tiny"\n[[data.sets]]\npath = "data"\n'
     (tmp_path / "mine.toml").write_text(recipe)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(PACKAGE.parent)])}
-
     lines = [
         ["tiny", "other", "models/tiny", "--images", "data"],
         ["train", "mine.toml", *SETTINGS],
         ["merge", "mine.toml", "--weights", "runs/mine/snapshots/step-00000006.safetensors", "--out", "models/out", *SETTINGS],
         ["export", "models/out", "--format", "diffusers", "--out", "released"],
     ]
-    command = [sys.executable, "-c", EACH, *map(shlex.join, lines)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert forked(with_package, tmp_path, lines) == [0] * len(lines)
     assert json.loads((tmp_path / "released/unet/config.json").read_text())["_class_name"] == "OtherNet"
     assert 'family = "other"' in (tmp_path / "released/README.md").read_text()

@@ -98,7 +98,7 @@ def with_other_root(images: Path, before: Path) -> None:
     ("layout", "move"),
     [
         (folder, rename),
-        (folder, another_disk),
+        pytest.param(folder, another_disk, marks=pytest.mark.slow),
         (split_folders, another_disk),
         (shards, rename),
         (one_shard, another_disk),

@@ -35,8 +35,8 @@ RUNS = {
     "lokr, int8 products, checkpointed, offloaded, masked": [
         *(LOKR, "base.matmul=int8", CHECKPOINTED, "train.offload_activations=true", "train.optimizer=adamw_bf16"),
     ],
-    "lokr, some checkpointed, plain base, alone": [LOKR, ONE, "train.gradient_checkpointing=2", "base.quant=none"],
 }
+SOME = {"lokr, some checkpointed, plain base, alone": [LOKR, ONE, "train.gradient_checkpointing=2", "base.quant=none"]}
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the card without numbers is built by g++")
 
 
@@ -50,7 +50,8 @@ def on_card(recipe: Path, runs: dict[str, list[str]]) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def find(tmp_path_factory):
+    """What steps.py finds in runs of a tiny FLUX with these settings."""
     folder = tmp_path_factory.mktemp("card")
     write_tiny_flux(folder / "flux")
     for i, file in enumerate(sorted(write_images(folder / "photos", 6).glob("*.txt"))):
@@ -58,14 +59,34 @@ def found(tmp_path_factory):
     text = IMAGES.format(out=folder, base=folder / "flux", images=folder / "photos", cache=folder / "cache")
     (folder / "recipe.toml").write_text(text + "\n[base]\nquant = 'int8'\n")
     plain = ["train.precision=bf16", "train.micro_batch=2", "train.steps=1", "data.held_out=0.4"]
-    runs = {name: [f"run.out={folder / name}", *plain, *settings] for name, settings in RUNS.items()}
-    return on_card(folder / "recipe.toml", runs)
+
+    def of(runs: dict[str, list[str]]) -> dict[str, dict]:
+        placed = {name: [f"run.out={folder / name}", *plain, *settings] for name, settings in runs.items()}
+        return on_card(folder / "recipe.toml", placed)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def found(find):
+    return find(RUNS)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_everything_is_on_the_card(found, name):
+    check_places(name, found[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOME)
+def test_everything_of_samples_alone_is_on_the_card(find, name):
+    run = find(SOME)[name]
+    check_places(name, run)
+    check_waits(run)
+
+
+def check_places(name: str, run: dict) -> None:
     """Of base, adapter, gradients and optimizer; an operation on two devices would have ended the run."""
-    run = found[name]
     assert run["steps"] == 1
     assert set(run["tensors"]) == {f"{what} on cuda" for what in ("base", "adapter", "gradient", "optimizer")}
     assert run["tensors"]["gradient on cuda"] == run["tensors"]["adapter on cuda"]
@@ -76,7 +97,10 @@ def test_everything_is_on_the_card(found, name):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step_waits_at_its_end_alone(found, name):
     """Once for all losses and the norm of the gradient, however many micro-batches; samples come while the card works."""
-    run = found[name]
+    check_waits(found[name])
+
+
+def check_waits(run: dict) -> None:
     assert {place: n for place, n in run["waits"]["step"].items() if n} == {"training/trainer.py: _gradients": 1}
     assert set(run["copies"]["step"]) == {"not waited for"}
 
