@@ -60,7 +60,7 @@ def _whole_bases(found: Estimate, processes: int, accumulates: bool) -> Estimate
 
 def _base_in_parts(found: Estimate, processes: int, accumulates: bool) -> Estimate:
     """A part of every tensor of the base. While the network runs also what is around its blocks, the block that computes, and
-    the piece in which one travels: its own, which FSDP2 keeps until the next one is there, or going back that of the one before."""
+    the piece in which one travels: its own, which FSDP2 keeps until the next is there, or going back that of the one before."""
 
     def change(phase: str, place: str, peak: Peak) -> dict[str, int]:
         base = peak.by_category.get(BASE, 0)
