@@ -13,7 +13,6 @@ from typing import Any
 from dedistill.errors import UserError
 from dedistill.io.atomic import replace_json
 from dedistill.io.json_files import read_object
-from dedistill.io.safetensors import copy_tensors
 from dedistill.models.registry import is_hub_id
 from dedistill.recipe.model_tables import Model
 from dedistill.recipe.schema import MOST_SHIFTED
@@ -90,6 +89,8 @@ def pipeline_files(source: Path, denoiser: str, only: Collection[str] | None = N
 def copy_files(files: Files, out: Path) -> None:
     """Copy ``files`` into folder ``out``: weights as hard links where the disk allows it, without what their headers may tell,
     and JSON without local paths."""
+    from dedistill.io.safetensors import copy_tensors  # here: recipes are read by this file, and need no torch
+
     for inside, file in files.items():
         target = out / inside
         target.parent.mkdir(parents=True, exist_ok=True)
