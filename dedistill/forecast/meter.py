@@ -201,10 +201,12 @@ class Meter(TorchDispatchMode):
 
 
 def _scores_of_cpus(query: Tensor, key: Tensor) -> int:
-    """Bytes of scores and of their gradients that torch's kernel for CPUs has at once in the pass back: a part of them."""
+    """Bytes of scores and of their gradients that torch's kernel for CPUs has at once in the pass back: a part of them, in
+    float32 and, below that, once more as they are multiplied; and of a sum for each row."""
     rows, columns = query.shape[-2], key.shape[-2]
     rows = min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32)
-    return 2 * 4 * rows * min(columns, 512) * torch.get_num_threads()
+    again = query.element_size() if query.element_size() < 4 else 0
+    return (2 * (4 + again) * min(columns, 512) + 4) * rows * torch.get_num_threads()
 
 
 # --- what the caching allocator makes of it --------------------------------------------------------------------------
