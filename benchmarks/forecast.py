@@ -34,7 +34,7 @@ from dedistill.forecast.choose import Choices
 from dedistill.forecast.depth import estimate
 from dedistill.forecast.forecast import case_of, swapped_to_fit
 from dedistill.forecast.meter import BASE, OPTIMIZER, TRAINED
-from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, Case, prepared
+from dedistill.forecast.paper import STEP, Case, prepared
 from dedistill.models.registry import get_family
 from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.resolve import recipe_of
@@ -42,7 +42,6 @@ from dedistill.training.engine import Engine
 from dedistill.training.trainer import Trainer
 
 RESIDENT = (BASE, TRAINED, OPTIMIZER)
-STEP = (FORWARD, BACKWARD, NORM, UPDATE)
 LORA = {"kind": "lora", "targets": [{"preset": "blocks", "rank": 8}]}
 LOKR = {"kind": "lokr", "init": "perturbed_normal", "targets": [{"preset": "blocks", "factor": 4}]}
 SETTINGS = {
@@ -98,6 +97,7 @@ class Row:
 
 FAMILIES = {
     "SDXL, LoRA": ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", 4, 77, {}),
+    "SD 1.5, LoRA": ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", 4, 77, {}),
     "SD 3.5, LoRA, int8, checkpointing, batch of 4": (
         "sd3", "stabilityai/stable-diffusion-3.5-medium", 16, 48, {"quant": "int8", "checkpointing": True, "batch": 4},
     ),

@@ -247,7 +247,7 @@ def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: fl
     facts["memory"], facts["cards"] = memory, f.card_facts(lambda card: choices(room_on(card.gb), tries=0))
     say(_memory_lines(memory))
     if gpus:
-        facts["each_of_gpus"] = _each_of_gpus(replace(case, recipe=here), gpus, say)
+        facts["each_of_gpus"] = _each_of_gpus(replace(case, recipe=here), choices.decoding, gpus, say)
     found = list(choices.others(here, all_of_them=card is not None))
     facts["step"] = f.step_facts(own, min(o.step.operations for o in [own, *found]))
     facts["other_settings"] = f.other_facts(found)
@@ -267,9 +267,9 @@ def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: fl
     return say(_setting_lines(f"{'card':12} of {card:g} GB, what fits, and no step takes less:", fitting, card))
 
 
-def _each_of_gpus(case: "Case", gpus: int, say: Callable[[str], None]) -> list[Facts]:
-    """What one of ``gpus`` processes needs under each engine."""
-    from dedistill.forecast.forecast import peak_facts
+def _each_of_gpus(case: "Case", decoded: int, gpus: int, say: Callable[[str], None]) -> list[Facts]:
+    """What one of ``gpus`` processes needs under each engine. decoded: bytes for the image of a preview."""
+    from dedistill.forecast.forecast import decoding, peak_facts
     from dedistill.forecast.spread import PARTS, held
 
     say(f"{'gpus':12} on each of {gpus} (NCCL takes more beside it):")
@@ -280,7 +280,7 @@ def _each_of_gpus(case: "Case", gpus: int, say: Callable[[str], None]) -> list[F
             found.append({"engine": engine.name, "refused": one.refused})
             say(f"{'':12} {engine.name:6} refused: {one.refused}")
             continue
-        facts = peak_facts(one.estimate)
+        facts = peak_facts(decoding(one.estimate, decoded))
         found.append({"engine": engine.name, **facts})
         parts = ", ".join(f"{name} {_size(size)}" for name, size in facts["by_category_gib"].items())
         fits = next((f"fits {gb} GB" for gb, fit in facts["cards"].items() if fit == "fits"), "fits no card of the table")
@@ -293,9 +293,11 @@ def _toml(value: object) -> str:
 
 
 def _memory_lines(memory: Facts) -> str:
+    from dedistill.models.family import DECODING
+
     def waiting(name: str) -> str:
-        least = memory["at_least_gib"].get(name)
-        return f", {_size(least)} where the card has no room for more: blocks wait on the CPU" if least else ""
+        least, how = memory["at_least_gib"].get(name), "in tiles" if name == DECODING else "blocks wait on the CPU"
+        return f", {_size(least)} where the card has no room for more: {how}" if least else ""
 
     parts = ", ".join(f"{name} {_size(size)}" for name, size in memory["by_category_gib"].items())
     held = f"{_size(memory['reserved_gib'])} with what the allocator holds, {_size(memory['context_gib'])} beside it"

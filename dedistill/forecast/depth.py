@@ -194,7 +194,7 @@ def _measured(case: Case, outline: _Outline, depths: list[int]) -> Estimate:
     with shapes_alone(card=case.card):
         changed = recipe.model_copy(update=tables)
         trainer = prepared(replace(case, recipe=changed), components, "meta")
-        run(trainer, meter, adds=make_plan(recipe).micro_steps > case.processes)
+        run(trainer, meter, adds=make_plan(recipe).micro_steps > case.processes, preview=case.preview)
     sizes = [sum(p.nbytes for p in denoiser.get_submodule(names[0]).parameters()) for names in cut]
     held = reserved(meter.events) if case.card else 0
     return Estimate(meter.peaks(FORWARD), dict(meter.work), held, sizes, _in_hand(cut, sizes))

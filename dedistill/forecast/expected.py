@@ -6,7 +6,7 @@ from dedistill.data.images.buckets import buckets_for
 from dedistill.forecast.cards import GIB
 from dedistill.forecast.depth import estimate
 from dedistill.forecast.forecast import case_of, changed, setting_of
-from dedistill.forecast.paper import BACKWARD, FORWARD, VALIDATION, Case
+from dedistill.forecast.paper import BACKWARD, FORWARD, STEP, Case
 from dedistill.forecast.spread import held
 from dedistill.models.family import Components, Family
 from dedistill.recipe import Recipe
@@ -31,7 +31,7 @@ def expected(recipe: Recipe, family: Family, engine: type[Engine] = Engine, proc
     case = case_of(recipe, family, components)
     found = held(engine, case, processes).estimate
     assert found, "what an engine refuses is refused before anything is loaded"
-    peak = max(peak.bytes for (phase, _), peak in found.peaks.items() if phase != VALIDATION)
+    peak = max(peak.bytes for (phase, _), peak in found.peaks.items() if phase in STEP)
     return Expected(round(peak / GIB, 3), useful_work(case, components))
 
 

@@ -1,8 +1,10 @@
 """What a recipe will need, known before it starts: memory, work and the cards it fits, with its settings and with others."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import nn
 from dedistill.data.images.buckets import buckets_for
 from dedistill.forecast.cards import CARDS, CONTEXT, FITS, GIB, NO, Card, fit, room_on
 from dedistill.forecast.depth import GRANULE, Estimate, estimate
-from dedistill.forecast.meter import BASE, Meter, Work
+from dedistill.forecast.meter import AVERAGES, BASE, OPTIMIZER, TEMPORARY, TRAINED, Meter, Peak, Work
 from dedistill.forecast.paper import BACKWARD, FORWARD, NORM, UPDATE, Case, on_paper, shapes_alone
 from dedistill.models.family import CAPTIONS, DECODING, Components, Family
 from dedistill.models.prompts import blocks_of
@@ -65,7 +67,10 @@ def case_of(recipe: Recipe, family: Family, components: Components) -> Case:
     """The largest sample of ``recipe``, with captions as long as they can be."""
     height, width = largest_image(recipe)
     image = family.latent_shape(components, height, width) if height else components.sample_shape
-    return Case(recipe, family, image, filled(recipe.model.text_length, "model.text_length"))
+    preview, sample = None, recipe.sample
+    if recipe.preview.every and sample.height and sample.width and sample.height * sample.width > height * width:
+        preview = family.latent_shape(components, sample.height, sample.width)
+    return Case(recipe, family, image, filled(recipe.model.text_length, "model.text_length"), preview=preview)
 
 
 def largest_image(recipe: Recipe) -> tuple[int, int]:
@@ -91,12 +96,18 @@ class Outlooks:
         self.case = case
         self._found: dict[str, Estimate] = {}
 
+    @cached_property
+    def decoding(self) -> int:
+        """Bytes for the image of a preview, in tiles; 0 without previews."""
+        recipe = self.case.recipe
+        return beside(recipe, self.case.family, [DECODING])[DECODING].least if recipe.preview.every else 0
+
     def of(self, recipe: Recipe, *, whole: bool = False) -> Outlook:
         """recipe: the case's own, or one of other settings. whole: with what the allocator would hold."""
         here = recipe.model_copy(update={"base": recipe.base.model_copy(update={"swap": 0})})
         key = on_paper(here).model_dump_json()
         if key not in self._found or (whole and not self._found[key].reserved):
-            self._found[key] = estimate(replace(self.case, recipe=here), whole=whole)
+            self._found[key] = decoding(estimate(replace(self.case, recipe=here), whole=whole), self.decoding)
         setting = setting_of(recipe)
         return Outlook(setting, self._found[key].swapped(setting.swap), make_plan(recipe).micro_steps)
 
@@ -152,35 +163,58 @@ def fitting(own: Outlook, found: Iterable[Outlook], gb: float) -> list[Outlook]:
     return sorted(distinct.values(), key=lambda o: (bool(o.setting.swap), card.seconds(o.step), o.peak))
 
 
+def decoding(found: Estimate, size: int) -> Estimate:
+    """``found``, and an image of a preview that takes ``size`` bytes beside what a step leaves in place."""
+    if not size:
+        return found
+    kinds = _resident(found)
+    return replace(found, peaks=found.peaks | {(DECODING, ""): Peak(sum(kinds.values()) + size, kinds | {TEMPORARY: size})})
+
+
+def _resident(found: Estimate) -> dict[str, int]:
+    """Bytes by category of what is there all the time."""
+    kinds = found.highest[1].by_category
+    return {kind: kinds[kind] for kind in (BASE, TRAINED, OPTIMIZER, AVERAGES) if kind in kinds}
+
+
 @dataclass(frozen=True)
 class Beside:
     """Bytes of what runs before training, or beside it."""
 
     peak: int
     least: int
-    """Where the device has no room for more: with blocks that wait in the memory of the CPU."""
+    """Where the device has no room for more: with blocks that wait in the memory of the CPU, or in tiles."""
 
 
-def beside(recipe: Recipe, family: Family) -> dict[str, Beside]:
-    """What encoders and codec take while they run, by what they do."""
+NOTHING = Beside(0, 0)
+
+
+def beside(recipe: Recipe, family: Family, names: Collection[str] = ()) -> Mapping[str, Beside]:
+    """What encoders and codec take while they run, by what they do. names: of these alone."""
     sample = recipe.sample
     height, width = largest_image(recipe)
     height, width = max(height, sample.height or 0), max(width, sample.width or 0)
+    found: dict[str, Beside] = defaultdict(lambda: NOTHING)
     if not height:
-        return {}
-    found = {}
+        return found
     with torch.device("meta"), shapes_alone(card=True), torch.no_grad():
         for name, task in family.passes(
             recipe.model, height, width, filled(recipe.model.text_length, "model.text_length")
         ).items():
-            meter = Meter("meta", GRANULE)
-            with meter:
-                for parameter in (p for module in task.modules for p in module.parameters()):
-                    meter.follow(parameter, BASE)
-                task.call()
-            peak = max(peak.bytes for peak in meter.peaks("").values())
-            found[name] = Beside(peak, peak - sum(map(_saved_at_most, task.modules if name == CAPTIONS else ())))
+            if name in names or not names:
+                peak = _highest_of(task.modules, task.call)
+                less = sum(map(_saved_at_most, task.modules if name == CAPTIONS else ()))
+                found[name] = Beside(peak, min(peak - less, _highest_of(task.modules, task.smaller or task.call)))
     return found
+
+
+def _highest_of(modules: Iterable[nn.Module], call: Callable[[], object]) -> int:
+    meter = Meter("meta", GRANULE)
+    with meter:
+        for parameter in (p for module in modules for p in module.parameters()):
+            meter.follow(parameter, BASE)
+        call()
+    return max(peak.bytes for peak in meter.peaks("").values())
 
 
 def online_facts(recipe: Recipe, found: Outlook, image: tuple[int, ...]) -> dict[str, float]:
@@ -205,17 +239,16 @@ def _saved_at_most(network: nn.Module) -> int:
 # --- as data ---------------------------------------------------------------------------------------------------------
 
 
-def memory_facts(found: Outlook, passes: dict[str, Beside], *, previews: bool) -> dict[str, object]:
+def memory_facts(found: Outlook, passes: Mapping[str, Beside], *, previews: bool) -> dict[str, object]:
     """In GiB, of a whole run: training, and what runs before it or beside."""
-    _, peak = found.estimate.highest
-    resident = sum(n for c, n in peak.by_category.items() if c in ("base", "trained weights", "optimizer", "averages"))
-    extra = {n: p.peak + (resident if n == DECODING else 0) for n, p in passes.items() if n != DECODING or previews}
+    resident = sum(_resident(found.estimate).values())
+    there = {n: resident if n == DECODING else 0 for n in passes if n != DECODING or previews}
     return {
         **_highest(found.estimate),
         "reserved_gib": _gib(found.estimate.reserved),
         "context_gib": _gib(CONTEXT),
-        "other_gib": {name: _gib(n) for name, n in extra.items()},
-        "at_least_gib": {name: _gib(p.least) for name, p in passes.items() if p.least < p.peak},
+        "other_gib": {name: _gib(n + passes[name].peak) for name, n in there.items()},
+        "at_least_gib": {n: _gib(b + passes[n].least) for n, b in there.items() if passes[n].least < passes[n].peak},
     }
 
 

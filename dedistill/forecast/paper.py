@@ -25,7 +25,7 @@ from dedistill.forecast.kernels import card_kernels, cpu_kernels
 from dedistill.forecast.meter import AVERAGES, BASE, FREE, GRADIENTS, OPTIMIZER, TRAINED, Meter
 from dedistill.models.conditioning import Conditioning, Tokens
 from dedistill.models.family import Components, Family
-from dedistill.models.model import assemble
+from dedistill.models.model import Model, assemble
 from dedistill.recipe import Recipe
 from dedistill.recipe.resolve import make_plan
 from dedistill.runs.directory import RunDirectory
@@ -34,7 +34,8 @@ from dedistill.training.trainer import Trainer
 
 aten = torch.ops.aten
 T = TypeVar("T")
-FORWARD, BACKWARD, NORM, UPDATE, VALIDATION = "forward", "backward", "gradient norm", "optimizer", "validation"
+FORWARD, BACKWARD, NORM, UPDATE = STEP = "forward", "backward", "gradient norm", "optimizer"
+VALIDATION, SAMPLING = "validation", "making an image"
 
 # --- what "meta" is told ---------------------------------------------------------------------------------------------
 
@@ -123,6 +124,8 @@ class Case:
     """With a GPU's kernels and allocator, else the CPU's."""
     processes: int = 1
     """That share a step; asked about is one of them, which holds everything."""
+    preview: tuple[int, int, int] | None = None
+    """Shape of a preview's image as the denoiser sees it, where it is larger than samples are."""
 
 
 class Blank:
@@ -142,7 +145,7 @@ class Blank:
         return Batch(latents, [""] * len(slots), latents, ends, np.array([1.0, 0.0]), text=self.text)
 
     def text(self, captions: list[str]) -> Conditioning:
-        text = self.caption.expand(len(captions))
+        text = self.caption.expand(len(captions)).each(Tensor.contiguous)  # as captions of a batch are
         if len(captions) == 1:
             return text
         return Conditioning(tuple(Tokens(s.embeds, _one_shorter(s.mask)) for s in text.sequences), text.vectors)
@@ -214,10 +217,10 @@ def prepared(
     return trainer
 
 
-def run(trainer: Trainer, meter: Meter, *, adds: bool) -> None:
+def run(trainer: Trainer, meter: Meter, *, adds: bool, preview: tuple[int, int, int] | None = None) -> None:
     """A step and, where there are any, a validation of what :func:`prepared` gave; ``meter``, of its device, counts them.
 
-    adds: there are gradients already, as in every micro-batch of a step but its first.
+    adds: there are gradients already, as in every micro-batch of a step but its first. preview: as in :class:`Case`.
     """
     model, engine = trainer.model, trainer.engine
     denoiser, trained = model.components.denoiser, model.trainable()
@@ -225,8 +228,9 @@ def run(trainer: Trainer, meter: Meter, *, adds: bool) -> None:
     with meter:
         for tensor in [*model.root.parameters(), *model.root.buffers()] if model.adapter else trained.values():
             meter.follow(tensor, TRAINED)
-        for tensor in [*denoiser.parameters(), *denoiser.buffers()]:
-            meter.follow(tensor, BASE)
+        for network in filter(None, (denoiser, model.frozen)):
+            for tensor in [*network.parameters(), *network.buffers()]:
+                meter.follow(tensor, BASE)
         for mean in trainer.keeper.averages.state().get("ema", {}).values():
             meter.follow(mean, AVERAGES)
         for total in engine.exact.sums if engine.exact else ():
@@ -242,6 +246,17 @@ def run(trainer: Trainer, meter: Meter, *, adds: bool) -> None:
         meter.phase = VALIDATION
         if trainer.validate:
             trainer.validate(model)
+        meter.phase = SAMPLING
+        if preview:
+            _call(model, preview)
+
+
+@torch.no_grad()
+def _call(model: Model, image: tuple[int, int, int]) -> None:
+    """As a solver does at each of its steps."""
+    with model.evaluating():
+        noise, sigma = torch.zeros(1, *image, device=model.device), torch.ones(1, device=model.device)
+        model.velocity(noise, sigma, model.encode([""]))
 
 
 def _make_gradients(parameters: Iterable[Tensor]) -> None:

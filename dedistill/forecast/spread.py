@@ -10,7 +10,7 @@ from dedistill.distributed.world import World
 from dedistill.errors import UserError
 from dedistill.forecast.depth import Estimate, estimate
 from dedistill.forecast.meter import BASE, GATHERED, GRADIENTS, OPTIMIZER, TRAINED, Peak
-from dedistill.forecast.paper import BACKWARD, FORWARD, UPDATE, VALIDATION, Case
+from dedistill.forecast.paper import BACKWARD, FORWARD, SAMPLING, UPDATE, VALIDATION, Case
 from dedistill.recipe.resolve import make_plan
 from dedistill.training.engine import Engine
 from dedistill.training.fsdp import Fsdp2
@@ -64,7 +64,7 @@ def _base_in_parts(found: Estimate, processes: int, accumulates: bool) -> Estima
 
     def change(phase: str, place: str, peak: Peak) -> dict[str, int]:
         base = peak.by_category.get(BASE, 0)
-        runs = phase in (FORWARD, BACKWARD, VALIDATION)
+        runs = phase in (FORWARD, BACKWARD, VALIDATION, SAMPLING)
         return {
             BASE: -(-base // processes),
             GATHERED: base - sum(found.blocks) + found.in_hand.get(place, 0) if runs else 0,

@@ -150,6 +150,8 @@ class Pass:
     modules: list[nn.Module]
     """Whose weights are on the device meanwhile."""
     call: Callable[[], object]
+    smaller: Callable[[], object] | None = None
+    """The same in less memory, as it runs where there is too little for ``call``."""
 
 
 class Family(Protocol):

@@ -103,10 +103,15 @@ class Vae:
         if not self.loaded:
             self.load(device)
         vae: AutoencoderKL = self._loaded
-        vae.use_tiling = tiled
-        # by itself it would take tiles of the size that it was trained on, which are whole images
-        vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // self.scale
+        _cut(vae, self.scale, tiled=tiled)
         return vae
+
+
+def _cut(vae: "AutoencoderKL", scale: int, *, tiled: bool) -> None:
+    """scale: pixels of a latent's side."""
+    vae.use_tiling = tiled
+    # by itself it would take tiles of the size that it was trained on, which are whole images
+    vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // scale
 
 
 # --- at full size, as shapes alone -----------------------------------------------------------------------------------
@@ -138,4 +143,8 @@ def vae_passes(folder: Path, height: int, width: int, channels: int) -> dict[str
     def decoded() -> object:
         return vae.decode(torch.zeros(1, channels, height // scale, width // scale), return_dict=False)[0]
 
-    return {"encoding images": Pass([vae], encoded), DECODING: Pass([vae], decoded)}
+    def in_tiles() -> object:
+        _cut(vae, scale, tiled=True)
+        return decoded()
+
+    return {"encoding images": Pass([vae], encoded), DECODING: Pass([vae], decoded, in_tiles)}
