@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dedistill.errors import UserError, amount
@@ -70,6 +70,12 @@ def checkpoint_blocks(denoiser: nn.Module, blocks: Sequence[nn.Module], wanted: 
     if chosen:
         cast(Denoiser, denoiser).enable_gradient_checkpointing(call)
     return len(chosen) if getattr(denoiser, "is_gradient_checkpointing", False) else 0
+
+
+def joint_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Image and text that a block of joint attention is given: by name, and by place where it is checkpointed."""
+    given = dict(zip(("hidden_states", "encoder_hidden_states"), args)) | kwargs
+    return given["hidden_states"], given["encoder_hidden_states"]
 
 
 @contextmanager

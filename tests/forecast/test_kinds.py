@@ -7,9 +7,12 @@ import pytest
 from benchmarks.forecast import SETTINGS, recipe_for
 from dedistill.forecast.depth import estimate
 from dedistill.forecast.expected import expected
-from dedistill.forecast.forecast import Outlooks, case_of, changed, setting_of
+from dedistill.forecast.forecast import Outlooks, beside, case_of, changed, setting_of
+from dedistill.forecast.paper import SAMPLING
 from dedistill.forecast.sizes import sizes_of
+from dedistill.models.family import DECODING
 from dedistill.models.registry import get_family
+from dedistill.recipe import load_recipe
 from dedistill.recipe.resolve import recipe_of
 
 LORA = recipe_for(64, **SETTINGS["LoRA, checkpointing, int8"]).resolved()
@@ -45,9 +48,38 @@ def test_a_whole_network_has_no_base():
     assert found["optimizer"] == pytest.approx(2 * 4 * count, rel=0.08) and "base" not in found
 
 
+@pytest.mark.parametrize("objective", ["halve", "features"])
+def test_a_teacher_is_the_base_or_a_copy(objective):
+    """Beneath an adapter nothing is added; of a whole network there are two, of which one is trained."""
+    asked = {"objective": objective, "batch": 1}
+    data = {"source": "pairs", "path": "nowhere"} if objective == "features" else {}
+    assert forecast(train=asked, data=data)[2]["base"] == forecast()[2]["base"]
+    _, count, found = forecast(adapter=None, base={"quant": "none"}, data=data, train={**FP32, **asked})
+    assert found["base"] == pytest.approx(found["trained weights"], rel=0.01) and found["base"] >= 4 * count
+
+
 def test_a_large_validation_is_the_peak():
     assert forecast(validate={"every": 2, "samples": 24})[0] == "validation"
     assert forecast(validate={"every": 2, "samples": 24}, train={"micro_batch": 1})[0] != "validation"
+
+
+@pytest.mark.parametrize(
+    ("side", "phases"), [(64, [DECODING]), (1024, [SAMPLING, DECODING])], ids=["no larger than samples", "larger"]
+)
+def test_a_card_has_room_for_images_of_previews(image_recipe, side, phases):
+    """Large ones are decoded in tiles if need be, which is what a card must have room for."""
+    sets = ["preview.every=1", "preview.prompts=['a']", f"sample.height={side}", f"sample.width={side}"]
+    previews, none = load_recipe(image_recipe, sets), load_recipe(image_recipe)
+    family = get_family("flux")
+    cases = [case_of(recipe, family, family.full_size(recipe.model)) for recipe in (previews, none)]
+    with_them, without = (Outlooks(case).of(case.recipe).estimate for case in cases)
+    added = {phase for phase, _ in with_them.peaks.keys() - without.peaks.keys()}
+    assert added == set(phases)
+    decoded, alone = with_them.peaks[DECODING, ""], beside(previews, family, [DECODING])[DECODING]
+    resident = sum(decoded.by_category.values()) - decoded.by_category["temporary"]
+    assert decoded.bytes == resident + alone.least and resident >= without.highest[1].by_category["base"]
+    assert (with_them.highest[0][0] in phases) == (side == 1024)
+    assert alone.peak == alone.least if side == 64 else alone.peak > 2 * alone.least
 
 
 @pytest.mark.parametrize(

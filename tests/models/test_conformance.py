@@ -23,6 +23,7 @@ from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.registry import families, get_family
 from dedistill.models.sd3.tiny import write_tiny_sd3
 from dedistill.models.unet.tiny import write_tiny_unet
+from dedistill.objectives.features import seen
 from dedistill.recipe import load_recipe
 from dedistill.sampling.inversion import Inversion, edit, encoded, state_of
 from dedistill.sampling.sampler import Sampling, start_noise
@@ -296,6 +297,18 @@ def test_checkpointing_changes_no_bit(family, components, noisy):
         found.append([v, *torch.autograd.grad(v.square().mean(), [*denoiser.parameters()], allow_unused=True)])
     for plain, other in zip(*found, strict=True):
         assert plain is other is None or torch.equal(plain, other)
+
+
+def test_blocks_say_the_same_where_they_are_checkpointed(family, components, noisy):
+    """Their states, which an objective asks for in training; libraries then call them in another way."""
+    model, found = Model(family, components, components.denoiser.train(), LENGTH), []
+    text, blocks = model.encode(CAPTIONS), family.blocks(components.denoiser)
+    for again in (False, True):
+        checkpoint_blocks(components.denoiser, blocks, again)
+        with seen(model, text) as states:
+            model.velocity(noisy, SIGMA, text)
+        found.append(states)
+    assert len(found[0]) == len(blocks) and all(map(torch.equal, *found))
 
 
 def test_masked_is_dropped(family, components, noisy):

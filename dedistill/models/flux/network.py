@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
+from dedistill.models.blocks import joint_inputs
 from dedistill.models.conditioning import Conditioning, Tokens
 from dedistill.models.family import Components, Guidance, Output, States
 from dedistill.models.flux import naming
@@ -208,15 +209,17 @@ class FluxNetwork:
         return isinstance(block, FluxSingleTransformerBlock)
 
     def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
-        return kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+        image, text = joint_inputs(args, kwargs)
+        return text, image
 
     def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
-        """Joint-attention blocks are called by name and return (text, image)."""
+        """Joint-attention blocks return (text, image)."""
         encoder_states, hidden_states = output
+        image, words = joint_inputs(args, kwargs)
         mask = text.sequences[0].mask[:, : encoder_states.shape[1]]
         return {
-            "image": (kwargs["hidden_states"], hidden_states, None),
-            "text": (kwargs["encoder_hidden_states"], encoder_states, mask),
+            "image": (image, hidden_states, None),
+            "text": (words, encoder_states, mask),
         }
 
     def presets(self, denoiser: nn.Module) -> dict[str, list[str]]:

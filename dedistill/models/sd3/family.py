@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from dedistill.errors import UserError
+from dedistill.models.blocks import joint_inputs
 from dedistill.models.conditioning import Conditioning, Widths
 from dedistill.models.family import Components, Guidance, Output, Pass, States, Unseen
 from dedistill.models.pipeline_family import PipelineFamily
@@ -159,14 +160,16 @@ class Sd3(PipelineFamily):
     passed_on = "encoder_hidden_states", "hidden_states"
 
     def unchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
-        return kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+        image, text = joint_inputs(args, kwargs)
+        return text, image
 
     def states(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Output, text: Conditioning) -> States:
-        """Blocks are called by name and return (text, image); the last one returns no text."""
+        """Blocks return (text, image); the last one returns no text."""
         encoder_states, hidden_states = output
-        found: States = {"image": (kwargs["hidden_states"], hidden_states, None)}
+        image, words = joint_inputs(args, kwargs)
+        found: States = {"image": (image, hidden_states, None)}
         if encoder_states is not None:
-            found["text"] = (kwargs["encoder_hidden_states"], encoder_states, None)
+            found["text"] = (words, encoder_states, None)
         return found
 
     def presets(self, denoiser: nn.Module) -> dict[str, list[str]]:
