@@ -37,9 +37,9 @@ def autocast(setup: Setup) -> object:
         with torch.autocast(model.device.type, torch.bfloat16):
             return plain(model, *args)
 
-    plain, linear = Model.velocity, int8.Int8Linear.forward
+    plain, linear = Model.velocity, int8.QuantizedLinear.forward
     stack = ExitStack()
-    stack.enter_context(swapped(int8.Int8Linear, "forward", lambda module, x: linear(module, x.to(torch.bfloat16))))
+    stack.enter_context(swapped(int8.QuantizedLinear, "forward", lambda module, x: linear(module, x.to(torch.bfloat16))))
     relink(setup)
     stack.callback(relink, setup)
     stack.enter_context(swapped(Model, "velocity", velocity))

@@ -46,14 +46,16 @@ class Counts:
 
 
 def autocast(stack: ExitStack) -> None:
-    velocity, linear = Model.velocity, quantize.Int8Linear.forward
+    velocity, linear = Model.velocity, quantize.QuantizedLinear.forward
 
     def cast(model: Model, *args: object) -> Tensor:
         with torch.autocast(model.device.type, torch.bfloat16):
             return velocity(model, *args)
 
     stack.enter_context(patch.object(Model, "velocity", cast))
-    stack.enter_context(patch.object(quantize.Int8Linear, "forward", lambda module, x: linear(module, x.to(torch.bfloat16))))
+    stack.enter_context(
+        patch.object(quantize.QuantizedLinear, "forward", lambda module, x: linear(module, x.to(torch.bfloat16)))
+    )
 
 
 def lycoris(stack: ExitStack) -> None:

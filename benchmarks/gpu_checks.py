@@ -50,13 +50,13 @@ NARROW = {
 WIDE = NARROW | {"layers": 1, "heads": 24, "head_dim": 128, "rope_axes": [16, 56, 56], "text_dim": 4096, "pooled_dim": 768}
 
 
-def model(sizes: dict, kind: str, side: int, device: str, *, bf16: bool, mask: str = "bool") -> Model:
-    """A frozen int8 network of these sizes with a random adapter on its blocks; the same numbers on every device."""
+def model(sizes: dict, kind: str, side: int, device: str, *, bf16: bool, mask: str = "bool", quant: str = "int8") -> Model:
+    """A frozen quantized network of these sizes with a random adapter on its blocks; the same numbers on every device."""
     new = SimpleNamespace(channels=16, height=side, width=side, patch=2, **sizes)
     components = FAMILY.build(new, mask=mask, seed=0)
     cast_float(components.denoiser, torch.bfloat16 if bf16 else torch.float32)
     shapes = {n: s for n, s in adaptable(components.denoiser).items() if "transformer_blocks" in n}
-    prepare_base(components.denoiser, "int8", [], device)
+    prepare_base(components.denoiser, quant, [], device)
     factor, rank = (4, None) if kind == "lokr" else (None, 4)
     targets = [Resolved(name, shape, factor, rank, "blocks") for name, shape in shapes.items()]
     adapter = Adapter(components.denoiser, kind, targets)
@@ -115,9 +115,10 @@ def switches(device: str, names: tuple[str, ...], mixed: tuple[bool, ...]) -> li
     rows = []
     for ragged in mixed:
         drawn = batch(8, 64, 64, ragged=ragged)
-        plain = gradients(model(NARROW, "lokr", 8, device, bf16=True), drawn)
+        plain = {q: gradients(model(NARROW, "lokr", 8, device, bf16=True, quant=q), drawn) for q in ("int8", "fp8")}
         for name in names:
-            built = model(NARROW, "lokr", 8, device, bf16=True)
+            quant = "fp8" if name == "fp8 products" else "int8"
+            built = model(NARROW, "lokr", 8, device, bf16=True, quant=quant)
             denoiser = built.components.denoiser
             blocks = FAMILY.blocks(denoiser)
             if name == "swap":
@@ -127,15 +128,15 @@ def switches(device: str, names: tuple[str, ...], mixed: tuple[bool, ...]) -> li
                 blocks_of.checkpoint_blocks(denoiser, blocks, True, away=True)
             elif name == "compiled":
                 compile_blocks(FAMILY, blocks)
-            elif name == "int8 products":
-                quantize.multiply_codes(denoiser, device, "base.matmul")
+            elif name.endswith("products"):
+                quantize.multiply_codes(denoiser, blocks, device, "base.matmul", quant)
             with swapped(F, "scaled_dot_product_attention", F.scaled_dot_product_attention), swapped(offload, "LEAST", 1):
                 proven = name != "cuDNN" or cudnn.use(device) == "cudnn"
                 found, again = gradients(built, drawn), gradients(built, drawn)
             others = [n for n in found if n != "loss"]
-            row = {"switch": name, "proven": proven, "mixed_lengths": ragged, "loss": distance(found, plain, ["loss"])}
-            row |= {"gradient": distance(found, plain, others), "again": distance(again, found, others)}
-            rows.append(row | {"bits_equal": all(torch.equal(found[n], plain[n]) for n in found)})
+            row = {"switch": name, "proven": proven, "mixed_lengths": ragged, "loss": distance(found, plain[quant], ["loss"])}
+            row |= {"gradient": distance(found, plain[quant], others), "again": distance(again, found, others)}
+            rows.append(row | {"bits_equal": all(torch.equal(found[n], plain[quant][n]) for n in found)})
     return rows
 
 
@@ -283,7 +284,7 @@ def main() -> None:
     stages = {
         "rates": lambda: rates(device, 64 if small else 8192, clock),
         "agreement": lambda: agreement(device),
-        "switches": lambda: switches(device, ("swap", "offloaded", "cuDNN", "int8 products"), (False, True)),
+        "switches": lambda: switches(device, ("swap", "offloaded", "cuDNN", "int8 products", "fp8 products"), (False, True)),
         "repeats": lambda: repeats(device, NARROW if small else WIDE, 8 if small else 64),
         "decoder": lambda: decoder(device, 64 if small else 1024, clock),
         "attention": lambda: attention(device, (64,) if small else (1104, 4176), clock),

@@ -28,7 +28,8 @@ from dedistill.distributed.launcher import choose_kernels
 from dedistill.kernels import attention
 from dedistill.models import blocks as blocks_of
 from dedistill.models import compiled as compiling
-from dedistill.models import quantize as int8
+from dedistill.models import quantize
+from dedistill.models.products import FP8
 from dedistill.models.swap import Swap, spread
 
 PAIRS = 3
@@ -83,11 +84,11 @@ def graphed(setup: Setup) -> Iterator[None]:
 def dense(setup: Setup) -> Iterator[None]:
     """The base as bf16 weights."""
     denoiser = setup.model.components.denoiser
-    linears = [module for module in denoiser.modules() if isinstance(module, int8.Int8Linear)]
+    linears = [module for module in denoiser.modules() if isinstance(module, quantize.QuantizedLinear)]
     codes = {module: module.weight for module in linears}
     for module in linears:
         module.weight = nn.Parameter(module.dequantized(), requires_grad=False)
-    with swapped(int8.Int8Linear, "forward", lambda module, x: nn.functional.linear(x, module.weight, module.bias)):
+    with swapped(quantize.QuantizedLinear, "forward", lambda module, x: nn.functional.linear(x, module.weight, module.bias)):
         relink(setup)
         yield
     for module in linears:
@@ -99,10 +100,34 @@ def dense(setup: Setup) -> Iterator[None]:
 def int8_products(setup: Setup) -> Iterator[None]:
     """base.matmul = "int8"."""
     denoiser = setup.model.components.denoiser
-    multiplied = int8.multiply_codes(denoiser, setup.model.device, "base.matmul")
+    multiplied = quantize.multiply_codes(denoiser, setup.model.family.blocks(denoiser), setup.model.device, "base.matmul")
     yield
     for name in multiplied:
         denoiser.get_submodule(name).products = False
+
+
+@contextmanager
+def fp8_products(setup: Setup) -> Iterator[None]:
+    """base.quant and base.matmul = "fp8", of the numbers that the int8 base stands for."""
+    denoiser = setup.model.components.denoiser
+    linears = [module for module in denoiser.modules() if isinstance(module, quantize.QuantizedLinear)]
+    before = {module: (module.weight, module.weight_scale) for module in linears}
+
+    def store(module: nn.Module, weight: Tensor, scale: Tensor) -> None:
+        module.weight, module.weight_scale = (nn.Parameter(t, requires_grad=False) for t in (weight, scale))
+
+    for module in linears:
+        store(module, *quantize.quantize_rows(module.dequantized(), FP8))
+    multiplied = quantize.multiply_codes(
+        denoiser, setup.model.family.blocks(denoiser), setup.model.device, "base.matmul", "fp8"
+    )
+    relink(setup)
+    yield
+    for name in multiplied:
+        denoiser.get_submodule(name).products = False
+    for module in linears:
+        store(module, *before[module])
+    relink(setup)
 
 
 @contextmanager
@@ -161,6 +186,12 @@ def offloaded(setup: Setup) -> Iterator[None]:
 @contextmanager
 def both(setup: Setup) -> Iterator[None]:
     with int8_products(setup), compiled(setup):
+        yield
+
+
+@contextmanager
+def both_fp8(setup: Setup) -> Iterator[None]:
+    with fp8_products(setup), compiled(setup):
         yield
 
 
@@ -278,6 +309,8 @@ class Ladder:
             ),
             "compiled": lambda: self.switched(compiled, "compiled blocks", high, one, batch),
             "compiled, int8 products": lambda: self.switched(both, "compiled blocks, int8 products", high, batch),
+            "fp8 products": lambda: self.switched(fp8_products, "fp8 products", high, batch),
+            "compiled, fp8 products": lambda: self.switched(both_fp8, "compiled blocks, fp8 products", high, batch),
             "compiled, kernels apart": lambda: self.switched(compiled_apart, "compiled blocks, kernels apart", one),
             "compiled, cuDNN": lambda: self.switched(compiled_cudnn, "compiled blocks, cuDNN's attention", high, batch),
             "cuDNN": lambda: self.switched(cudnn, "cuDNN's attention", high, batch, one),

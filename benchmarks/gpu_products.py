@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from benchmarks.gpu import Clock, attempt, device_name, timed
 from dedistill import kernels
 from dedistill.distributed.launcher import choose_kernels
-from dedistill.models.int8_products import quantize_tokens, scaled_product
+from dedistill.models.products import quantize_tokens, scaled_product
 from dedistill.models.quantize import dequantized
 
 TOKENS = (1104, 4176)

@@ -6,7 +6,7 @@
 #   bash launch/gpu.sh cpu [OUT [STAGE ...]]   the same in small, to see that it runs
 #
 # Without STAGE: what no GPU has run yet, the most wanted first, in 8 minutes. "all" is the whole, in about 20:
-#   new (correct?) quick (cuDNN's attention, inputs on the CPU) compiled quanto  |  checks products ladder peers runs
+#   new (correct?) quick (cuDNN's attention, inputs on the CPU) compiled fp8 quanto  |  checks products ladder peers runs
 # Each stage writes a file; one that is there is not run again, so a machine that is taken away costs one stage.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,7 +30,7 @@ if [ "${1:-}" = cpu ]; then
 fi
 out=${1:-gpu-results}
 shift || true
-unmeasured="new quick compiled quanto"
+unmeasured="new quick compiled fp8 quanto"
 wanted=${*:-$unmeasured}
 [ "$wanted" = all ] && wanted="$unmeasured checks products ladder peers runs"
 mkdir -p "$out"
@@ -62,6 +62,7 @@ if [ ${#small[@]} -gt 0 ]; then
   stage new 600 benchmarks.gpu_checks "${small[@]}" --small --stages switches plans
   stage quick 600 benchmarks.gpu_ladder "${small[@]}" --tiny --stages eager cuDNN offloaded
   stage compiled 600 benchmarks.gpu_ladder "${small[@]}" --tiny --stages compiled "compiled, cuDNN" "compiled, kernels apart"
+  stage fp8 600 benchmarks.gpu_ladder "${small[@]}" --tiny --stages "fp8 products" "compiled, fp8 products"
   stage quanto 600 benchmarks.gpu_peers "${small[@]}" --tiny --against quanto
   stage checks 600 benchmarks.gpu_checks "${small[@]}" --small
   stage products 600 benchmarks.gpu_products "${small[@]}" --small
@@ -70,8 +71,9 @@ if [ ${#small[@]} -gt 0 ]; then
 else
   stage new 70 benchmarks.gpu_checks --stages switches plans
   stage quick 90 benchmarks.gpu_ladder --seconds 65 --stages eager cuDNN "eager, batches" offloaded
-  stage compiled 230 benchmarks.gpu_ladder --seconds 200 --stages compiled "profile compiled" "compiled, cuDNN" \
+  stage compiled 200 benchmarks.gpu_ladder --seconds 170 --stages compiled "profile compiled" "compiled, cuDNN" \
     "compiled, kernels apart" "compiled, int8 products"
+  stage fp8 90 benchmarks.gpu_ladder --seconds 65 --stages "fp8 products" "eager, batches" "compiled, fp8 products"
   stage quanto 70 benchmarks.gpu_peers --seconds 45 --against quanto
   stage checks 90 benchmarks.gpu_checks --stages agreement kernels switches layouts decoder
   stage products 60 benchmarks.gpu_products --seconds 45

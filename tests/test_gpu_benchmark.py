@@ -18,7 +18,7 @@ from dedistill.adapters.attach import Adapter
 from dedistill.adapters.targets import adaptable, count_parameters, resolve_targets
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.pixel_flux.family import PixelFlux
-from dedistill.models.quantize import Int8Linear, linear_names, prepare_base
+from dedistill.models.quantize import QuantizedLinear, linear_names, prepare_base
 
 IMAGE, TEXT, BATCH = 32, 5, 2
 
@@ -136,7 +136,7 @@ def test_weights_are_random_and_on_the_device():
     components = blank(TINY)
     fill(components.denoiser, "cpu")
     assert not any(t.is_meta for t in (*components.denoiser.parameters(), *components.denoiser.buffers()))
-    assert len(linear_names(components.denoiser)) == sum(isinstance(m, Int8Linear) for m in components.denoiser.modules())
+    assert len(linear_names(components.denoiser)) == sum(isinstance(m, QuantizedLinear) for m in components.denoiser.modules())
     for name, parameter in components.denoiser.named_parameters():
         assert (parameter.float() != 0).float().mean() > 0.95, name
         assert not parameter.requires_grad

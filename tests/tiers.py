@@ -42,7 +42,7 @@ LONG = [
     "models/test_compiled",
     "models/test_flux_docs",
     "models/test_flux_pipeline",
-    "models/test_int8_products",
+    "models/test_products",
     "models/test_models_page",
     "models/test_no_waiting",
     "models/test_redux",

@@ -329,11 +329,15 @@ def _card_lines(cards: list[Facts], auto: Iterable[str]) -> str:
     """auto: keys of which each card's own value is shown."""
     head = f"{'cards':12} {'':12} {'memory':>7}  {'':5} a step takes at least, by published rates"
     rows = [
-        f"{'':12} {c['card']:12} {c['gb']:4} GB  {c['fit']:5} {c['seconds']:10.3g} s"
+        f"{'':12} {c['card']:12} {c['gb']:4} GB  {c['fit']:5} {_seconds(c['seconds']):>12}"
         + "".join(f"  {key} = {_toml(c[key.rpartition('.')[2]])}" for key in auto)
         for c in cards
     ]
     return "\n".join([head, *rows])
+
+
+def _seconds(number: float | None) -> str:
+    return "has no fp8" if number is None else f"{number:.3g} s"
 
 
 def _setting_lines(head: str, found: "list[Outlook]", gb: float | None = None) -> str:
@@ -344,7 +348,7 @@ def _setting_lines(head: str, found: "list[Outlook]", gb: float | None = None) -
     cards = [card for card in CARDS if card.gb == gb]
     rows = [
         f"{'':12} {o.setting!s:{width}} {_size(o.peak / GIB):>10} {_work(o.step.operations / 1e12):>14}"
-        + "".join(f"  {card.name} {card.seconds(o.step):.3g} s" for card in cards)
+        + "".join(f"  {card.name} {_seconds(card.seconds(o.step) if card.does(o.step) else None)}" for card in cards)
         for o in found
     ]
     return "\n".join([head, *rows])

@@ -35,7 +35,7 @@ class StageCost:
     share: float = 0.0
     """Operations of a call, of those of training on one sample."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """At least, on one card by name; empty where nothing is known of the network."""
+    """At least, on one card by name, of those that have its arithmetic; empty where nothing is known of the network."""
     fits: dict[str, str] = field(default_factory=dict)
 
     def days_at(self, rate: float) -> float:
@@ -89,6 +89,8 @@ def _cost(name: str, words: list[str], known: dict[str, Choices]) -> StageCost:
         found = choices(room_on(card.gb), tries=0)
         passes, update = found.estimate.total(FORWARD, BACKWARD), found.estimate.total(NORM, UPDATE)
         call = found.estimate.total(FORWARD)
+        if not card.does(passes):
+            continue
         cost.fits[card.name] = fit(found.peak, room_on(card.gb))
         cost.share = call.operations / passes.operations
         made = cost.pairs * cost.nfe * card.seconds(call) / plan.micro_batch
@@ -122,7 +124,7 @@ def _card_lines(costs: list[StageCost], scale: float) -> list[str]:
     """Days by published rates, which nothing undercuts, and the scale that a week would do at them."""
     head = f"{'cards':16} {'memory':>7}  {'':5} {'days of one, at least':>22}  {'scale in a week: of one':>24} {'of eight':>9}"
     rows = []
-    for card in CARDS:
+    for card in (c for c in CARDS if all(c.name in cost.seconds for cost in costs)):
         days = sum(cost.seconds[card.name] for cost in costs) / DAY
         fits = {cost.fits[card.name] for cost in costs if cost.visits}
         worst = NO if NO in fits else max(fits, default="")

@@ -38,7 +38,7 @@ class Setting:
 
     def __str__(self) -> str:
         quant = "unquantized" if self.quant == "none" else self.quant
-        quant += " products" if self.matmul == "int8" else ""
+        quant += " products" if self.matmul != "float" else ""
         again = "checkpointing" if self.checkpointing is True else f"{int(self.checkpointing)} blocks checkpointed"
         parts = [quant, again if self.checkpointing else "", f"{self.swap} blocks swapped" if self.swap else ""]
         return ", ".join([*filter(None, parts), f"micro-batch {self.micro_batch}"])
@@ -117,7 +117,8 @@ class Outlooks:
         own = setting_of(recipe)
         own = replace(own, quant={"int8-quanto": "int8"}.get(own.quant, own.quant), swap=0)
         sizes = {n for n in MICRO_BATCHES if recipe.train.batch % n == 0} if not recipe.train.exact else set()
-        bases = (("int8", "float"), ("int8", "int8"), ("none", "float")) if recipe.adapter else (("none", "float"),)
+        others = (("int8", "float"), ("int8", "int8"), ("none", "float")) if recipe.adapter else ()
+        bases = dict.fromkeys(((own.quant, own.matmul), *others))
         for (quant, matmul), again, micro in product(bases, (True, False), sorted(sizes | {own.micro_batch})):
             setting = Setting(quant, again, micro, matmul=matmul)
             unlike = [(quant, matmul) != (own.quant, own.matmul), again != own.checkpointing, micro != own.micro_batch]
@@ -283,8 +284,8 @@ def card_facts(on: Callable[[Card], Outlook]) -> list[dict[str, object]]:
         {
             "card": card.name,
             "gb": card.gb,
-            "fit": fit(o.peak, room_on(card.gb)),
-            "seconds": _rounded(card.seconds(o.step)),
+            "fit": fit(o.peak, room_on(card.gb)) if card.does(o.step) else NO,
+            "seconds": _seconds(card, o),
             "gradient_checkpointing": o.setting.checkpointing,
             "swap": o.setting.swap,
         }
@@ -302,10 +303,15 @@ def other_facts(found: Iterable[Outlook]) -> list[dict[str, object]]:
             "swap": o.setting.swap,
             "peak_gib": _gib(o.peak),
             "tflop": _rounded(o.step.operations / 1e12),
-            "seconds": {card.name: _rounded(card.seconds(o.step)) for card in CARDS},
+            "seconds": {card.name: _seconds(card, o) for card in CARDS},
         }
         for o in found
     ]
+
+
+def _seconds(card: Card, found: Outlook) -> float | None:
+    """A step takes at least; None where the card has not what it takes."""
+    return _rounded(card.seconds(found.step)) if card.does(found.step) else None
 
 
 def _rounded(number: float) -> float:

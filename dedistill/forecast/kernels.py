@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from dedistill.adapters import layers
 from dedistill.kernels import Saved
-from dedistill.models import int8_products, offload
+from dedistill.models import offload, products, quantize
 from dedistill.training.optim import KahanAdamW
 
 aten = torch.ops.aten
@@ -147,17 +147,31 @@ def add_mixed(base: Tensor, first: Tensor, groups: Tensor) -> Tensor:
 
 
 @custom_op("dedistill::quantize_tokens", mutates_args=())
-def _quantize_tokens(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantize_tokens(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     _never()
 
 
 @_quantize_tokens.register_fake
-def _(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), 1, dtype=torch.float32)
+def _(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=dtype), x.new_empty(len(x), 1, dtype=torch.float32)
 
 
-def quantize_tokens(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return _quantize_tokens(x, factor)
+def quantize_tokens(x: Tensor, factor: Tensor | None = None, format: products.Format = products.INT8) -> tuple[Tensor, Tensor]:
+    return _quantize_tokens(x, factor, format.codes)
+
+
+@custom_op("dedistill::dequantize", mutates_args=())
+def _dequantize(stored: Tensor, scale: Tensor) -> Tensor:
+    _never()
+
+
+@_dequantize.register_fake
+def _(stored: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(stored, dtype=scale.dtype)
+
+
+def dequantized(stored: Tensor, scale: Tensor, *, again: bool = False) -> Tensor:
+    return _dequantize(stored, scale)
 
 
 @custom_op("dedistill::scaled_product", mutates_args=())
@@ -227,8 +241,9 @@ def card_kernels() -> Iterator[None]:
         patch.object(F, "scaled_dot_product_attention", attention_of_cards),
         patch.object(torch, "rms_norm", rms_norm),
         patch.object(layers, "add_mixed", add_mixed),
-        patch.object(int8_products, "quantize_tokens", quantize_tokens),
-        patch.object(int8_products, "scaled_product", scaled_product),
+        patch.object(quantize, "dequantized", dequantized),
+        patch.object(products, "quantize_tokens", quantize_tokens),
+        patch.object(products, "scaled_product", scaled_product),
         patch.object(KahanAdamW, "step", kahan_step),
         patch.object(offload, "Away", Elsewhere),
     ):

@@ -19,10 +19,12 @@ OPTIMIZER, AVERAGES, DEQUANTIZED = "optimizer", "averages", "dequantized weights
 ACTIVATIONS, TEMPORARY, GATHERED = "activations", "temporary", "gathered blocks"
 CATEGORIES = (BASE, GATHERED, TRAINED, GRADIENTS, OPTIMIZER, AVERAGES, ACTIVATIONS, DEQUANTIZED, TEMPORARY)
 _SCALED = aten.mul.Tensor
+_CONVERTED = aten._to_copy.default
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
 """Adds the gradient of the queries up in float32, in memory of its own."""
 _CPU_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-INT8_PRODUCTS = ("_int_mm", "scaled_product")
+PRODUCTS = ("_int_mm", "_scaled_mm", "scaled_product")
+"""Of codes, int8 or fp8."""
 FREE = frozenset(
     [
         *("detach", "alias", "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "lift_fresh", "slice"),
@@ -45,13 +47,15 @@ class Work:
     flops: int = 0
     integer: int = 0
     """Operations of int8 products."""
+    fp8: int = 0
+    """And of fp8 products."""
     copied: int = 0
     """Bytes that come from the memory of the CPU."""
 
     @property
     def operations(self) -> int:
-        """Of both kinds."""
-        return self.flops + self.integer
+        """Of all kinds."""
+        return self.flops + self.integer + self.fp8
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
@@ -108,10 +112,10 @@ class Meter(TorchDispatchMode):
         made, given = self._tensors(out), self._tensors(args) + (self._tensors([*kwargs.values()]) if kwargs else [])
         if made or given:
             self._count_kernel(func, args, kwargs or {}, out, given, made)
-            codes = func is _SCALED and any(t.dtype == torch.int8 for t in given)
+            codes = _makes_weights(func, given)
             for tensor in made:
                 self.follow(tensor, DEQUANTIZED if codes else TEMPORARY)
-            if codes and self.converts:
+            if codes and self.converts and func is _SCALED:
                 self.buffer(made[0].nbytes)
             if func is _CPU_BACKWARD:
                 self.buffer(_scores_of_cpus(*args[1:3]))
@@ -139,14 +143,18 @@ class Meter(TorchDispatchMode):
             return
         # of lists that are changed in place, nothing is given back
         size = sum(t.numel() * t.element_size() for t in [*given, *(made or (given if out is None else ()))])
-        flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
-        integer = 2 * given[0].numel() * given[1].shape[1] if packet.__name__ in INT8_PRODUCTS else 0
+        codes = packet.__name__ in PRODUCTS
+        flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry and not codes else 0
+        coded = 2 * given[0].numel() * given[1].shape[1] if codes else 0
         work = self.work[self.phase]
         work.kernels += 1
         work.bytes += size
-        work.moved += 0 if flops or integer else size
+        work.moved += 0 if flops or coded else size
         work.flops += flops
-        work.integer += integer
+        if codes and given[0].dtype == torch.int8:
+            work.integer += coded
+        else:
+            work.fp8 += coded
 
     def follow(self, tensor: Tensor, category: str) -> None:
         """Count the storage of ``tensor`` from now on, if it is not counted already."""
@@ -198,6 +206,12 @@ class Meter(TorchDispatchMode):
             if where not in found or total > found[where].bytes:
                 found[where] = Peak(total, {c: live[c] for c in CATEGORIES if live[c]})
         return found
+
+
+def _makes_weights(func: OpOverload, given: list[Tensor]) -> bool:
+    """Of codes."""
+    from_codes = func in (_SCALED, _CONVERTED) and any(t.dtype in (torch.int8, torch.float8_e4m3fn) for t in given)
+    return from_codes or func.overloadpacket.__name__ == "dequantize"
 
 
 def _scores_of_cpus(query: Tensor, key: Tensor) -> int:

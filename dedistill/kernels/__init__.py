@@ -19,6 +19,8 @@ KERNELS = ("int8", "kahan", "kronecker", "products")
 result."""
 FAR = 1e-2
 """bf16 rounds by 4e-3."""
+ADA = (8, 9)
+"""Compute capability of the first cards with fp8."""
 
 
 class Saved(Protocol):
@@ -27,6 +29,11 @@ class Saved(Protocol):
     saved_tensors: tuple[Tensor, ...]
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether ``device`` computes with 8-bit floats; CPUs do, by float32."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= ADA
 
 
 proven: set[tuple[torch.device, str]] = set()

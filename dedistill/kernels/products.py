@@ -1,4 +1,4 @@
-"""Products of int8 matrices with their scales on a GPU: kernels that quantize rows, multiply and transpose.
+"""Products of codes with their scales on a GPU: kernels that quantize rows and transpose, and one that multiplies int8.
 
 Tensor cores want the numbers that are summed side by side in both factors. Otherwise a product runs at a fifth of the
 rate (H200: 190 against 1,000 TOPS), torch's as well, so that transposing the second factor first costs less.
@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dedistill.kernels import has_fp8
+
 ROWS, COLUMNS, DEPTH = 128, 128, 128
 """The fastest of eight tiles at widths of 3,072 to 15,360 on an H200 (benchmarks.gpu_products)."""
 SIDE = 64
@@ -16,14 +18,16 @@ WIDEST = 65536
 """Numbers of a row that one program can hold."""
 
 
-def quantized(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """int8 codes [m, n] and float32 scale [m, 1] of x [m, n], contiguous, times factor [n], or 1 without."""
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+def quantized(x: Tensor, factor: Tensor | None, dtype: torch.dtype, largest: float) -> tuple[Tensor, Tensor]:
+    """Codes [m, n] of ``dtype`` up to ``largest`` and float32 scale [m, 1] of x [m, n], contiguous, times factor [n], or 1
+    without."""
+    codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     n, block = x.shape[1], triton.next_power_of_2(x.shape[1])
     # 32 numbers a thread, as far as there are threads: more do not fit its registers
     warps = min(16, max(4, block // 1024))
-    _quantize[(len(x),)](x, x if factor is None else factor, codes, scale, n, factor is not None, block, num_warps=warps)
+    given = (x, x if factor is None else factor, codes, scale, n, largest)
+    _quantize[(len(x),)](*given, factor is not None, dtype == torch.int8, block, num_warps=warps)
     return codes, scale
 
 
@@ -52,10 +56,15 @@ def distance(device: torch.device) -> float:
     """From the same in float64: rounding beyond half a step, and products of both layouts relative to each."""
     x = torch.randn(67, 160, device=device).to(torch.bfloat16)
     factor, bias = torch.rand(160, device=device), torch.randn(96, device=device).to(torch.bfloat16)
-    codes, scale = quantized(x, factor)
     exact = x.double() * factor
+    far = []
+    if has_fp8(device):
+        codes, scale = quantized(x, factor, torch.float8_e4m3fn, 448)
+        by = ((codes.double() * scale - exact).abs() / (exact.abs() + scale / 64)).max()
+        far.append(0.0 if by < 1 / 15 else float(by))  # a number in 16 at most, and of the smallest half a step of 2^-9
+    codes, scale = quantized(x, factor, torch.int8, 127)
     steps = float(((codes * scale - exact).abs() / scale).max())
-    far = [0.0 if steps < 0.51 else steps]  # rounding is off by half a step at most
+    far.append(0.0 if steps < 0.51 else steps)  # rounding is off by half a step at most
     other = torch.randint(-128, 128, (96, 160), dtype=torch.int8, device=device)
     columns = torch.rand(96, device=device)
     for b in (other.t(), other.t().contiguous()):
@@ -65,18 +74,19 @@ def distance(device: torch.device) -> float:
 
 
 @triton.jit
-def _quantize(x, factor, codes, scale, n, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize(x, factor, codes, scale, n, largest, FACTOR: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < n
     value = tl.load(x + row * n + at, inside, other=0).to(tl.float32)
     if FACTOR:
         value *= tl.load(factor + at, inside, other=0)
     # of numbers that are not finite the sum is none either: a maximum may leave them out
-    step = tl.max(tl.abs(value), 0) / 127 + tl.sum(value * 0.0, 0)
+    step = tl.max(tl.abs(value), 0) / largest + tl.sum(value * 0.0, 0)
     tl.store(scale + row, step)
     value = tl.div_rn(value, tl.where(step == 0, 1.0, step) + tl.zeros((BLOCK,), tl.float32))
-    rounded = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: what is added to it loses its fraction, half to even
-    tl.store(codes + row * n + at, rounded.to(tl.int8), inside)
+    if WHOLE:
+        value = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: what is added to it loses its fraction, half to even
+    tl.store(codes + row * n + at, value.to(codes.dtype.element_ty), inside)
 
 
 @triton.jit

@@ -355,8 +355,8 @@ def _adapt(
     quantized = prepare_base(denoiser, recipe.base.quant, recipe.base.exclude, device, recipe.where, stay=stay)
     waiting = must_wait(recipe, blocks, denoiser, device)
     facts |= {"quant": recipe.base.quant, "quantized": quantized, "unquantized": sorted(set(names) - set(quantized))}
-    if recipe.base.matmul == "int8":
-        facts["int8_products"] = multiply_codes(denoiser, device, recipe.where("base.matmul"))
+    if (codes := recipe.base.matmul) != "float":
+        facts[f"{codes}_products"] = multiply_codes(denoiser, blocks, device, recipe.where("base.matmul"), codes)
     with nullcontext() if started else torch.device(device):
         adapter = Adapter(denoiser, table.kind, targets).to(device)
     weight = _weight_reader(denoiser, device)

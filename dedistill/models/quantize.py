@@ -1,7 +1,8 @@
 """Freeze a network and store its linears in fewer bits, by exact name. A way of storing is a class, named in ``QUANTIZERS``.
 
 Tensor subclasses (quanto, torchao) break under DDP, FSDP2, ZeRO-3, deepcopy or safetensors, each in its own way; two
-ordinary frozen parameters work everywhere. The codes equal optimum-quanto's qint8: symmetric, one scale per output row.
+ordinary frozen parameters work everywhere. Codes are symmetric, with one scale per output row; those of int8 equal
+optimum-quanto's qint8.
 """
 
 from abc import ABC, abstractmethod
@@ -16,32 +17,37 @@ import dedistill.kernels as kernels
 from dedistill.adapters.targets import matching
 from dedistill.errors import UserError
 from dedistill.io.safetensors import tensors_sha256
-from dedistill.models.int8_products import QMAX, Int8Products, check_products, fits
+from dedistill.models.products import FORMATS, FP8, INT8, CodeProducts, Format, check_products, encoded, fits, format_of
 from dedistill.models.swap import move_rest
 from dedistill.recipe import Recipe
 
-# --- an int8 linear made of plain tensors ----------------------------------------------------------------------------
+# --- a linear made of plain tensors ----------------------------------------------------------------------------------
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes [out, in] and scale [out, 1] of ``weight`` [out, in], in the weight's own dtype as quanto does."""
-    scale = weight.abs().amax(1, keepdim=True) / QMAX
-    codes = torch.round(weight / torch.where(scale == 0, 1, scale)).clamp(-QMAX - 1, QMAX)
-    return codes.to(torch.int8), scale
+def quantize_rows(weight: Tensor, format: Format = INT8) -> tuple[Tensor, Tensor]:
+    """Codes [out, in], as they are stored, and scale [out, 1] of ``weight`` [out, in], in its own dtype as quanto does."""
+    scale = weight.abs().amax(1, keepdim=True) / format.largest
+    return encoded(weight / torch.where(scale == 0, 1, scale), format).view(format.stored), scale
 
 
-def dequantized(codes: Tensor, scale: Tensor, *, again: bool = False) -> Tensor:
-    """codes [out, in] times scale [out, 1], in the scale's dtype. again: in backward, which keeps nothing of forward's."""
-    if (codes.device, "int8") in kernels.proven and not torch.compiler.is_compiling():
+def dequantized(stored: Tensor, scale: Tensor, *, again: bool = False) -> Tensor:
+    """Codes [out, in] times scale [out, 1], in the scale's dtype. again: in backward, which keeps nothing of forward's."""
+    format = format_of(stored)
+    codes = stored.view(format.codes)
+    ours = (codes.device, "int8") in kernels.proven and (format is INT8 or kernels.has_fp8(codes.device))
+    if ours and not torch.compiler.is_compiling():
         from dedistill.kernels.int8 import dequantize
 
         return dequantize(codes, scale)
-    # one kernel that converts as it reads, with the bits of converting first; in another order, since a compiler would take
-    # equal terms of both passes for one, and keep it between them: twice what the base takes
+    # a compiler would take equal terms of both passes for one, and keep it between them: twice what the base takes
+    if format is FP8:  # torch multiplies no fp8 with other types; float16 holds all of its numbers
+        apart = again and torch.compiler.is_compiling()
+        return scale * codes.half().to(scale.dtype) if apart else codes.to(scale.dtype).mul_(scale)
+    # one kernel that converts as it reads, with the bits of converting first
     return scale * codes if again else codes * scale
 
 
-class _Int8Matmul(torch.autograd.Function):
+class _FloatMatmul(torch.autograd.Function):
     """y = x W^T + b with W = codes * scale rebuilt in both passes: nothing weight-sized is kept for backward."""
 
     @staticmethod
@@ -55,11 +61,12 @@ class _Int8Matmul(torch.autograd.Function):
         return grad @ dequantized(codes, scale.to(grad.dtype), again=True), None, None, None
 
 
-class Int8Linear(nn.Linear):
-    """A frozen ``nn.Linear``: weight int8 [out, in], weight_scale [out, 1]; gradients flow to the input only."""
+class QuantizedLinear(nn.Linear):
+    """A frozen ``nn.Linear``: weight [out, in] int8, or uint8 with the bits of e4m3, and weight_scale [out, 1]; gradients flow
+    to the input only."""
 
     products = False
-    """Whether sequences of tokens are multiplied as int8, too. Single vectors, of which there are few, never are."""
+    """Whether sequences of tokens are multiplied as codes, too. Single vectors, of which there are few, never are."""
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None):
         """From what :func:`quantize_rows` gave, or a file holds."""
@@ -70,13 +77,13 @@ class Int8Linear(nn.Linear):
             self.bias = nn.Parameter(bias, requires_grad=False)
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> "Int8Linear":
+    def of(cls, linear: nn.Linear, format: Format = INT8) -> "QuantizedLinear":
         """``linear`` quantized; its bias is copied."""
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        return cls(*quantize_rows(linear.weight.detach()), bias)
+        return cls(*quantize_rows(linear.weight.detach(), format), bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        matmul = Int8Products if self.products and x.dim() > 2 else _Int8Matmul
+        matmul = CodeProducts if self.products and x.dim() > 2 else _FloatMatmul
         return matmul.apply(x, self.weight, self.weight_scale, self.bias)
 
     def dequantized(self) -> Tensor:
@@ -110,17 +117,20 @@ class Quantizer(ABC):
         return dict([*linear.named_parameters(), *linear.named_buffers()])
 
 
-class Int8(Quantizer):
-    """Ours: :class:`Int8Linear`."""
+class Codes(Quantizer):
+    """Ours: :class:`QuantizedLinear`."""
+
+    def __init__(self, format: Format):
+        self.format = format
 
     def convert(self, linear: nn.Linear) -> nn.Linear:
-        return Int8Linear.of(linear)
+        return QuantizedLinear.of(linear, self.format)
 
     def made(self, module: nn.Module) -> bool:
-        return isinstance(module, Int8Linear)
+        return isinstance(module, QuantizedLinear) and format_of(module.weight) is self.format
 
     def dense(self, linear: nn.Linear) -> Tensor:
-        return cast(Int8Linear, linear).dequantized()
+        return cast(QuantizedLinear, linear).dequantized()
 
 
 class QuantoInt8(Quantizer):
@@ -151,7 +161,12 @@ class QuantoInt8(Quantizer):
         return {"weight.data": weight._data, "weight.scale": weight._scale, **tensors}
 
 
-QUANTIZERS: dict[str, Quantizer | None] = {"none": None, "int8": Int8(), "int8-quanto": QuantoInt8()}
+QUANTIZERS: dict[str, Quantizer | None] = {
+    "none": None,
+    "int8": Codes(INT8),
+    "int8-quanto": QuantoInt8(),
+    "fp8": Codes(FP8),
+}
 """By the names that recipes use; None leaves linears as they are."""
 
 
@@ -207,13 +222,22 @@ def prepare_base(
     return chosen
 
 
-def multiply_codes(denoiser: nn.Module, device: torch.device | str, where: str) -> list[str]:
-    """Have int8 linears multiply sequences as int8; returns the names of those that can. Raises UserError, naming ``where``,
-    where none can."""
-    check_products(device, where)
-    chosen = {name: m for name, m in denoiser.named_modules() if isinstance(m, Int8Linear) and fits(m)}
+def multiply_codes(
+    denoiser: nn.Module, blocks: Sequence[nn.Module], device: torch.device | str, where: str, quant: str = "int8"
+) -> list[str]:
+    """Have the linears of ``blocks``, stored as ``quant``, multiply sequences as codes; returns the names of those that can.
+    Raises UserError, naming ``where``, where none can.
+
+    Layers before and after the blocks are a small part of the work, and what is rounded there goes into every output.
+    """
+    format = FORMATS[quant]
+    check_products(device, where, format, float_dtype(denoiser))
+    inside = {module for block in blocks for module in block.modules()}
+    linears = ((name, m) for name, m in denoiser.named_modules() if m in inside and isinstance(m, QuantizedLinear))
+    chosen = {name: linear for name, linear in linears if fits(linear)}
     if not chosen:
-        raise UserError(f"{where}: no linear of this network has sides that are multiples of 8; use 'float'", exit_code=2)
+        sides = f"no linear of this network's blocks has sides that are multiples of {format.multiple}"
+        raise UserError(f"{where}: {sides}; use 'float'", exit_code=2)
     for linear in chosen.values():
         linear.products = True
     return list(chosen)

@@ -98,7 +98,8 @@ VALUES = {
     "base.quant": {
         "there is no storage of 4 bits, which were measured to cost quality (docs/tricks.md): take 'int8'": "int4 nf4 fp4 4bit "
         "int4-quanto q4_0 uint4",
-        "take 'int8'": "fp8 float8 fp8-quanto qfloat8 8bit int8-torchao",
+        "take 'int8'": "8bit int8-torchao",
+        "take 'fp8', or 'int8', which is nearer": "float8 fp8-quanto qfloat8 float8_e4m3fn",
     },
     "adapter.kind": {
         "take 'lokr' or 'lora'": "loha locon dora oft boft ia3 lycoris",

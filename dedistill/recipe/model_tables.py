@@ -74,16 +74,19 @@ class Model(Table):
 
 
 class Base(Table):
-    quant: Literal["none", "int8", "int8-quanto"] = Field(
-        "none", description="Storage of the frozen base: none, int8 (plain tensors, ours), int8-quanto (optimum-quanto)."
+    quant: Literal["none", "int8", "int8-quanto", "fp8"] = Field(
+        "none",
+        description="Storage of the frozen base: none, int8 (plain tensors, ours), int8-quanto (optimum-quanto), fp8 (e4m3, "
+        "three times as coarse as int8: for matmul = fp8).",
     )
     exclude: list[str] = Field(
         default_factory=list, description="Name patterns of linears that stay unquantized; each must match at least one."
     )
-    matmul: Literal["float", "int8"] = Field(
+    matmul: Literal["float", "int8", "fp8"] = Field(
         "float",
-        description="Products with the base's weights: float: of weights made of the codes; int8: of the codes, with inputs "
-        "and gradients that are quantized token by token (needs quant = int8): faster on GPUs, coarser.",
+        description="Products with the base's weights: float: of weights made of the codes; int8, fp8: of the codes, with "
+        "inputs and gradients that are quantized token by token (needs the same quant): faster on GPUs, coarser. fp8 needs a "
+        "card of compute capability 8.9 or above.",
     )
     swap: Count | Auto = Field(
         0,

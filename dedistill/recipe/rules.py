@@ -222,10 +222,9 @@ def _training_rules(r: Recipe) -> list[Clash]:
         message = "does not go with objective = 'features': blocks of the base would be computed again with the adapter"
         found.append(_clash("train.gradient_checkpointing", message, "train.objective"))
     found += _pairs_rules(r)
-    if r.base.matmul == "int8" and r.base.quant != "int8":
-        found.append(
-            _clash("base.matmul", "'int8' multiplies codes: set base.quant = 'int8', or matmul = 'float'", "base.quant")
-        )
+    if (codes := r.base.matmul) not in ("float", r.base.quant):
+        message = f"'{codes}' multiplies codes: set base.quant = '{codes}', or matmul = 'float'"
+        found.append(_clash("base.matmul", message, "base.quant"))
     if r.base.quant == "none" and r.base.exclude:
         found.append(_idle("base.exclude", "has no effect with quant = 'none'", "base.quant"))
     if r.snapshot.ema and not r.snapshot.every:

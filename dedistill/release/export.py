@@ -18,7 +18,7 @@ from dedistill.errors import UserError
 from dedistill.io.atomic import as_json, replace_file, replace_json
 from dedistill.io.safetensors import Layout, TensorFile
 from dedistill.models.pipeline_files import Files, copy_files, is_pipeline, pipeline_files, public_config
-from dedistill.models.quantize import Int8Linear, excluded, linear_names, quantize_rows
+from dedistill.models.quantize import QuantizedLinear, excluded, linear_names, quantize_rows
 from dedistill.models.registry import adapter_family, check_adapter_family, families, get_spec, spec_of
 from dedistill.models.spec import ModelSpec
 from dedistill.recipe.embedded import read_recipe
@@ -350,7 +350,7 @@ def load_int8(folder: str | Path) -> nn.Module:
     for name in linear_names(network):
         if (scale := tensors.pop(f"{name}.weight_scale", None)) is not None:
             bias = tensors.pop(f"{name}.bias", None)
-            network.set_submodule(name, Int8Linear(tensors.pop(f"{name}.weight"), scale, bias))
+            network.set_submodule(name, QuantizedLinear(tensors.pop(f"{name}.weight"), scale, bias))
     state: dict[str, Any] = {n: t for n, t in network.state_dict().items() if not t.is_meta} | tensors
     network.load_state_dict(state, assign=True)
     return network.requires_grad_(False).eval()

@@ -128,7 +128,7 @@ def card():
         stack.enter_context(patch.object(nn.Module, "_apply", changed))
         for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
             stack.enter_context(patch.object(torch.cuda, name, lambda place: 0))
-        facts = SimpleNamespace(total_memory=2**30)
+        facts = SimpleNamespace(total_memory=2**30, major=9, minor=0)
         stack.enter_context(patch.object(torch.cuda, "get_device_properties", lambda place: facts))
         stack.enter_context(patch.object(FakeTensor, "tolist", listed))
         stack.enter_context(patch.object(FakeTensor, "numpy", in_numpy, create=True))

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.forecast import SETTINGS, recipe_for
 from dedistill.forecast.depth import estimate
 from dedistill.forecast.expected import expected
-from dedistill.forecast.forecast import Outlooks, beside, case_of, changed, setting_of
+from dedistill.forecast.forecast import Outlooks, beside, card_facts, case_of, changed, other_facts, setting_of
 from dedistill.forecast.paper import SAMPLING
 from dedistill.forecast.sizes import sizes_of
 from dedistill.models.family import DECODING
@@ -86,6 +86,7 @@ def test_a_card_has_room_for_images_of_previews(image_recipe, side, phases):
     "tables",
     [
         {"base": {"quant": "int8-quanto"}},
+        {"base": {"quant": "fp8"}},
         {"train": {"optimizer": "adamw"}},
         {"model": {"mask": "libreflux"}, "train": {"batch": 3}},
         {"adapter": None, "base": {"quant": "none"}, "train": {"optimizer": "adamw", "precision": "bf16"}},
@@ -96,6 +97,30 @@ def test_a_card_has_room_for_images_of_previews(image_recipe, side, phases):
 )
 def test_it_can_be_forecast(tables):
     assert forecast(**tables)[1] > 0
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_products_of_codes_are_counted_as_such(kind):
+    """A third of a step's operations or more, in the place of as many in floats; codes take a byte each in any case."""
+    found = {}
+    for matmul in ("float", kind):
+        recipe = recipe_of(LORA | {"base": LORA["base"] | {"quant": kind, "matmul": matmul}})
+        family = get_family(recipe.model.family)
+        outlooks = Outlooks(case_of(recipe, family, family.full_size(recipe.model)))
+        found[matmul] = outlooks.of(recipe)
+    plain, coded = found["float"].step, found[kind].step
+    assert plain.integer == plain.fp8 == 0 and plain.operations == coded.operations
+    assert (coded.integer if kind == "int8" else coded.fp8) > 0.3 * coded.operations
+    assert not (coded.fp8 if kind == "int8" else coded.integer)
+    base = [o.estimate.highest[1].by_category["base"] for o in found.values()]
+    assert base[0] == base[1]
+    if kind == "fp8":
+        first = next(outlooks.others(recipe, all_of_them=False)).setting
+        assert (first.quant, first.matmul) == ("fp8", "fp8")
+        other = other_facts([found["fp8"]])[0]["seconds"]
+        assert other["A100 80GB"] is None and other["H100"] > 0
+        cards = {c["card"]: c["fit"] for c in card_facts(lambda _: found["fp8"])}
+        assert (cards["A100 80GB"], cards["H100"]) == ("no", "fits")
 
 
 def test_useful_work_is_that_of_a_step_without_recomputation():

@@ -1,6 +1,7 @@
 """The table of recipes and cards in docs/performance.md."""
 
 import json
+import math
 import re
 
 import pytest
@@ -62,9 +63,11 @@ def test_what_fits_a_card():
 
 
 def test_the_least_time_of_a_step():
-    """A tera-operation in bf16, one in int8 and a gigabyte moved besides."""
+    """A tera-operation in bf16, one in int8, one in fp8 and a gigabyte moved besides."""
     card = next(card for card in CARDS if card.name == "RTX 4090")
-    work = Work(kernels=3, bytes=5 * 10**9, moved=10**9, flops=10**12, integer=10**12)
-    assert card.seconds(work) == pytest.approx(1 / 165.2 + 1 / 661 + 1 / 1008)
+    work = Work(kernels=3, bytes=5 * 10**9, moved=10**9, flops=10**12, integer=10**12, fp8=10**12)
+    assert card.seconds(work) == pytest.approx(1 / 165.2 + 1 / 661 + 1 / 330.3 + 1 / 1008)
     assert card.seconds(Work(flops=10**12, copied=10**9)) == pytest.approx(1 / 31.5)  # copied meanwhile
     assert all(card.tops > card.tflops > 50 and card.source for card in CARDS)
+    assert [card.name for card in CARDS if not card.does(work)] == ["RTX 3090", "A100 80GB"]
+    assert all(card.seconds(work) == math.inf for card in CARDS if not card.does(work))

@@ -1,6 +1,6 @@
 """Our GPU kernels run by Triton's interpreter, against torch. Run by test_kernels.py, in a process that says so to Triton.
 
-The interpreter cuts float32 to bf16 where cards round, so that most is compared in float32.
+Floats of fewer bits are rounded as cards do; the interpreter itself cuts them.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ import dedistill.kernels as kernels
 from dedistill.kernels import products
 from dedistill.kernels.int8 import dequantize
 from dedistill.kernels.kronecker import AddMixed, FusedMixed
-from dedistill.models import int8_products
+from dedistill.models.products import FORMATS, encoded, quantize_tokens, scaled_product
 from dedistill.training.optim import KahanAdamW
 
 
@@ -36,23 +36,33 @@ def test_the_small_factor_is_the_matrix_product_there_and_back(mixing, p, a, q, 
         assert float((ours - truth).norm() / truth.norm()) < 1e-6
 
 
-def test_every_code_is_dequantized_to_the_bit():
-    codes = torch.arange(-128, 128, dtype=torch.int8).repeat(37, 19)
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_every_code_is_dequantized_to_the_bit(format):
+    codes = torch.arange(-128, 128, dtype=torch.int8).repeat(37, 19).view(format.codes)
+    codes = codes[:, codes[0].float().isfinite()].contiguous()
     scale = torch.rand(37, 1, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(dequantize(codes, scale), codes * scale)
+    assert torch.equal(dequantize(codes, scale), codes.float() * scale)
 
 
-def test_a_step_of_all_tensors_is_the_step_of_each(monkeypatch):
-    """Weights may differ in the last bit where one of both fuses a product and a sum; what is kept beside them makes up."""
+ROUNDED = {tl.bfloat16: (torch.bfloat16, torch.int16, np.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8, np.uint8)}
+
+
+@pytest.fixture(autouse=True)
+def as_cards_round(monkeypatch):
     cut = interpreter._convert_float
 
     def rounded(numbers, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
+        if source != tl.float32 or target not in ROUNDED:
             return cut(numbers, source, target, mode)
+        float_type, bits, whole = ROUNDED[target]
         exact = torch.from_numpy(np.ascontiguousarray(numbers).view(np.float32))
-        return exact.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        return exact.to(float_type).view(bits).numpy().view(whole)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+def test_a_step_of_all_tensors_is_the_step_of_each():
+    """Weights may differ in the last bit where one of both fuses a product and a sum; what is kept beside them makes up."""
     shapes = ((64, 48), (33,), (7, 5, 3), (4, 4))
 
     def optimizer():
@@ -88,27 +98,31 @@ def test_products_of_int8_are_those_of_torch(m, n, k, transposed, more):
     columns, bias = (torch.rand(n, generator=generator), torch.rand(n, generator=generator)) if more else (None, None)
     assert torch.equal(
         products.scaled(a, b, rows, columns, bias, torch.float32),
-        int8_products.scaled_product(a, b, rows, columns, bias, torch.float32),
+        scaled_product(a, b, rows, columns, bias, torch.float32),
     )
 
 
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("factor", [False, True])
 @pytest.mark.parametrize("n", [64, 200])
-def test_tokens_are_quantized_as_torch_does(n, factor):
+def test_tokens_are_quantized_as_torch_does(n, factor, format):
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(9, n, generator=generator)
     x[3], x[4, 0] = 0, 100
     by = torch.rand(n, generator=generator) if factor else None
-    for ours, wanted in zip(products.quantized(x, by), int8_products.quantize_tokens(x, by)):
-        assert torch.equal(ours, wanted)
+    found = products.quantized(x, by, format.codes, format.largest)
+    for ours, wanted in zip(found, quantize_tokens(x, by, format)):
+        assert torch.equal(ours.view(torch.uint8), wanted.view(torch.uint8))
 
 
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_number_that_is_not_finite_stays_so(bad):
+def test_a_number_that_is_not_finite_stays_so(bad, format):
     x = torch.randn(3, 40)
     x[1, 7] = bad
-    for codes, scale in (products.quantized(x, None), int8_products.quantize_tokens(x)):
-        made = int8_products.scaled_product(codes, torch.ones(40, 8, dtype=torch.int8), scale, None, None, torch.float32)
+    ones = encoded(torch.ones(40, 8), format)
+    for codes, scale in (products.quantized(x, None, format.codes, format.largest), quantize_tokens(x, None, format)):
+        made = scaled_product(codes, ones, scale, None, None, torch.float32)
         assert made.isfinite().all(1).tolist() == [True, False, True]
 
 

@@ -15,7 +15,8 @@ from torch._dynamo.utils import counters
 from dedistill.errors import UserError
 from dedistill.models import compiled as compiling
 from dedistill.models.compiled import compile_blocks
-from dedistill.models.quantize import Int8Linear, multiply_codes
+from dedistill.models.products import FORMATS
+from dedistill.models.quantize import QuantizedLinear, multiply_codes
 from dedistill.recipe import load_recipe
 from dedistill.training.zero import Zero3
 
@@ -56,10 +57,11 @@ def test_no_size_is_compiled_twice():
     assert counters["stats"]["unique_graphs"] == warm and not counters["graph_break"]
 
 
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(("n", "out"), [(32, 48), (64, 16)])
-def test_no_weight_is_kept_between_the_passes(n, out):
+def test_no_weight_is_kept_between_the_passes(n, out, kind):
     """A compiler takes equal terms of both passes for one, and a base of floats would lie beside that of codes."""
-    linear, kept = Int8Linear.of(torch.nn.Linear(n, out)), []
+    linear, kept = QuantizedLinear.of(torch.nn.Linear(n, out), FORMATS[kind]), []
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager_decomp_partition")
     x = torch.randn(5, n, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -68,19 +70,20 @@ def test_no_weight_is_kept_between_the_passes(n, out):
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(linear(x).sum(), x)[0])
 
 
-def pair():
-    """Compiled, of blocks that wait and products of int8, and the same without a compiler."""
-    built, wanted = (model("pixel_flux", "lokr") for _ in range(2))
+def pair(kind: str = "int8"):
+    """Compiled, of blocks that wait and products of codes, and the same without a compiler."""
+    built, wanted = (model("pixel_flux", "lokr", kind) for _ in range(2))
     for one in (built, wanted):
-        multiply_codes(one.components.denoiser, "cpu", "base.matmul")
+        multiply_codes(one.components.denoiser, one.family.blocks(one.components.denoiser), "cpu", "base.matmul", kind)
     swap(built, 5)
     compile_blocks(built.family, built.family.blocks(built.components.denoiser))
     return built, wanted
 
 
 @pytest.mark.slow
-def test_graphs_give_the_bits_of_what_they_were_taken_from():
-    built, wanted = pair()
+@pytest.mark.parametrize("kind", FORMATS)
+def test_graphs_give_the_bits_of_what_they_were_taken_from(kind):
+    built, wanted = pair(kind)
     for size in BUCKETS[:2]:
         a, b = (ask(one, size, CAPTIONS[:2]) for one in (built, wanted))
         assert torch.equal(a, b)

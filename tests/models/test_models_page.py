@@ -87,6 +87,7 @@ def test_the_base(name, built):
     bases = {
         "int8": {"quant": "int8"},
         "int8 products": {"quant": "int8", "matmul": "int8"},
+        "fp8 products": {"quant": "fp8", "matmul": "fp8"},
         "swap": {"swap": 3},
     }
     assert list_of(ROWS[name]["base"]) == [*bases, "compile"]

@@ -15,11 +15,11 @@ from dedistill.models.quantize import cast_float, multiply_codes, prepare_base
 CAPTIONS = {"one length": ["a cat", "a dog"], "mixed lengths": ["a cat", "a dog in the snow"]}
 
 
-def model(family, kind: str, device: str, bf16: bool = True) -> Model:
+def model(family, kind: str, device: str, bf16: bool = True, quant: str = "int8") -> Model:
     components = family.tiny(0)
     cast_float(components.denoiser, torch.bfloat16 if bf16 else torch.float32)
     shapes = adaptable(components.denoiser)
-    prepare_base(components.denoiser, "int8", [], device)
+    prepare_base(components.denoiser, quant, [], device)
     size = {"lora": {"rank": 2}, "lokr": {"factor": 2}}[kind]
     targets = resolve_targets(adapter_table(kind, {"preset": "blocks", **size}), shapes, family.presets(components.denoiser))
     with torch.device(device):
@@ -27,14 +27,14 @@ def model(family, kind: str, device: str, bf16: bool = True) -> Model:
     return Model(family, components, adapter, 8, bf16=bf16, adapter=adapter, targets=targets)
 
 
-@pytest.mark.parametrize(("checkpointing", "products"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("checkpointing", "products"), [(False, ""), (True, ""), (False, "int8"), (False, "fp8")])
 @pytest.mark.parametrize("captions", CAPTIONS)
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 @pytest.mark.parametrize("family", [PixelFlux(), Example()], ids=lambda f: f.spec.name)
 def test_a_pass_waits_for_nothing(family, kind, captions, checkpointing, products):
-    built = model(family, kind, "meta")
+    built = model(family, kind, "meta", quant=products or "int8")
     if products:
-        multiply_codes(built.components.denoiser, "meta", "base.matmul")
+        multiply_codes(built.components.denoiser, family.blocks(built.components.denoiser), "meta", "base.matmul", products)
     if checkpointing:
         built.components.denoiser.enable_gradient_checkpointing()
     text = family.encode_text(built.components, CAPTIONS[captions], 8)

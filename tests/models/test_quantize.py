@@ -25,7 +25,7 @@ from dedistill.models.model import build_model
 from dedistill.models.pixel_flux.family import PixelFlux
 from dedistill.models.quantize import (
     QUANTIZERS,
-    Int8Linear,
+    QuantizedLinear,
     Quantizer,
     cast_float,
     dense_weight,
@@ -38,7 +38,7 @@ from dedistill.recipe import Recipe, load_recipe
 from dedistill.recipe.model_tables import Base
 from dedistill.training.fsdp import Fsdp2
 
-MODES = {"none": nn.Linear, "int8": Int8Linear, "int8-quanto": QLinear}
+MODES = {"none": nn.Linear, "int8": QuantizedLinear, "int8-quanto": QLinear}
 LIBREFLUX = ["*.norm", "*.norm1", "*.norm2", "*.norm2_context", "proj_out", "x_embedder", "norm_out", "context_embedder"]
 
 

@@ -101,6 +101,7 @@ def steps(built: Model) -> list[torch.Tensor]:
         ("pixel_flux", 7, "lokr", "int8"),
         ("example", 5, "lora", "none"),
         ("example", 5, "lokr", "int8"),
+        ("example", 4, "lora", "fp8"),
     ],
 )
 def test_every_bit_is_that_of_a_network_that_lies_there_whole(name, count, kind, quant):

@@ -19,7 +19,7 @@ from dedistill.models.flux.loading import load_transformer
 from dedistill.models.flux.naming import NAMES as naming
 from dedistill.models.flux.published import DEV, PUBLISHED, base_of
 from dedistill.models.flux.tiny import write_tiny_flux
-from dedistill.models.quantize import Int8Linear, prepare_base
+from dedistill.models.quantize import QuantizedLinear, prepare_base
 from dedistill.models.registry import licence_for
 from dedistill.models.spec import APACHE, UNKNOWN, Licence
 from dedistill.release.card import write_card
@@ -123,7 +123,7 @@ def test_int8_export_is_our_int8_base(base, tmp_path):
     denoiser = FluxTransformer2DModel.from_pretrained(base / "transformer")
     prepare_base(denoiser, "int8", ["proj_out", "**.norm1.linear"], "cpu")
     again = load_int8(tmp_path / "int8")
-    assert isinstance(again.x_embedder, Int8Linear) and not isinstance(again.proj_out, Int8Linear)
+    assert isinstance(again.x_embedder, QuantizedLinear) and not isinstance(again.proj_out, QuantizedLinear)
     assert torch.equal(answer(again), answer(denoiser)) and not any(p.requires_grad for p in again.parameters())
     pipe = FluxPipeline.from_pretrained(tmp_path / "int8", transformer=again, local_files_only=True)
     assert pipe.transformer is again

@@ -31,7 +31,9 @@ LOOKS = [
     "sample.steps=1",
 ]
 RUNS = {
-    "lora, masked": [*LOOKS, "snapshot.every=1", "snapshot.ema=[0.05, 0.1]"],
+    "lora, fp8 products, masked": [
+        *(*LOOKS, "base.quant=fp8", "base.matmul=fp8", "snapshot.every=1", "snapshot.ema=[0.05, 0.1]"),
+    ],
     "lokr, int8 products, checkpointed, offloaded, masked": [
         *(LOKR, "base.matmul=int8", CHECKPOINTED, "train.offload_activations=true", "train.optimizer=adamw_bf16"),
     ],
@@ -115,12 +117,12 @@ def test_inputs_of_blocks_wait_on_the_cpu(found):
     back = "computing waits for copies"
     assert (count := log.count(back)) and [x for x in log if x != back] == away * count
     assert log[:3] == away and log[-1] == back
-    assert not found["lora, masked"]["streams"]
+    assert not found["lora, fp8 products, masked"]["streams"]
 
 
 def test_waits_of_all_else_are_known(found):
     """Per validation, preview, save: numbers that are shown or kept, never one for each layer."""
-    run = found["lora, masked"]
+    run = found["lora, fp8 products, masked"]
     assert {phase: set(places) for phase, places in run["waits"].items() if phase != "step"} == {
         "start": {"training/engine.py: bit_sums"},
         "validation": {"evaluation/validation.py: __call__"},
