@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dedistill.errors import UserError, amount, is_out_of_memory
 from dedistill.io.json_files import read_object
 from dedistill.io.safetensors import extremes
-from dedistill.io.weights import empty_tensor, open_weights, refuse_other_kinds
+from dedistill.io.weights import count_numbers, empty_tensor, open_weights, refuse_other_kinds, some_rows
 
 if TYPE_CHECKING:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -48,6 +48,8 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
     """
     check_folder(folder, source)
     needed = needed or f"a folder of {kind.__name__}: config.json and its weights as safetensors"
+    if hasattr(kind, "from_config"):  # diffusers makes room for all that config.json describes before it looks at the files
+        _check_room(kind, folder, source)
     with reading(f"{source}: '{folder}' cannot be loaded; it must be {needed}"):
         loader: Any = kind  # from_pretrained is of both libraries' models, and of no common class
         denoiser, info = loader.from_pretrained(
@@ -67,9 +69,10 @@ def load_whole(kind: type[Net], folder: Path, source: str, *, needed: str = "", 
 
 
 def by_headers(kind: type[Net], folder: Path, source: str, **options: Any) -> Net:
-    """``load_whole`` of a network of transformers, but for its numbers: it is empty, and its files' headers alone are read.
+    """``load_whole`` of a network of transformers, but for most numbers: it is empty, and of its files are read headers and
+    three rows of each tensor.
 
-    Raises UserError as that does, where names and shapes of tensors tell it.
+    Raises UserError as that does, where names, shapes and these rows tell it.
     """
     check_folder(folder, source)
     needed = f"a folder of {kind.__name__}: config.json and its weights as safetensors"
@@ -91,9 +94,24 @@ def by_headers(kind: type[Net], folder: Path, source: str, **options: Any) -> Ne
             **options,
         )
     _check_complete(empty, info, folder, source, needed, set())
+    check_finite({name: rows for file in files for name, rows in some_rows(file)}, f"{source}: '{folder}'")
     return empty
 
 
+def _check_room(kind: type[nn.Module], folder: Path, source: str) -> None:
+    """Raises UserError for a config.json of a network many times as large as the files beside it."""
+    config = read_object(folder / "config.json", source)
+    wanted = sum(p.numel() for p in without_weights(kind, config, f"{source}: '{folder}'").parameters())
+    held = sum(map(count_numbers, folder.glob("*.safetensors")))
+    if held and wanted > MOST_LARGER * held:
+        raise UserError(
+            f"{source}: config.json in '{folder}' describes a network of {wanted:,} numbers, and its files hold {held:,}; "
+            "fetch the folder again"
+        )
+
+
+MOST_LARGER = 4
+"""A network of more than so many times the numbers of its files is not theirs."""
 STEM = "model"
 """What transformers calls a network's file."""
 
@@ -160,11 +178,20 @@ DEEPEST = 1000
 def without_weights(kind: type[Net], config: dict[str, Any], source: str) -> Net:
     """A network of class ``kind`` on the meta device, as ``config`` describes it. Raises UserError where it describes none."""
     own = {key: value for key, value in config.items() if not key.startswith("_")}
-    if deep := [key for key, value in own.items() if "layers" in key and isinstance(value, int) and value > DEEPEST]:
-        raise UserError(f"{source}: config.json has {deep[0]} = {own[deep[0]]:,}; at most {DEEPEST:,} are taken")
+    refuse_deep(own, source)
     with reading(f"{source}: config.json does not describe a {kind.__name__}"), torch.device("meta"):
         maker: Any = kind  # as above
         return maker.from_config(own)
+
+
+def refuse_deep(config: Mapping[str, Any], source: str) -> None:
+    """Raises UserError for a config, or one in it, of more blocks than DEEPEST: to make them takes without end."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            refuse_deep(value, source)
+        counts = value if isinstance(value, list) else [value]
+        if "layers" in key and (deep := [n for n in counts if isinstance(n, int) and n > DEEPEST]):
+            raise UserError(f"{source}: config.json has {key} = {deep[0]:,}; at most {DEEPEST:,} are taken")
 
 
 def load_tokenizer(
@@ -220,7 +247,9 @@ def check_folder(folder: Path, source: str) -> None:
     At a terminal transformers asks whether to run such code, and without one it advises to trust it.
     """
     for file in sorted(folder.glob("*config.json")):
-        if "auto_map" in read_object(file, source):
+        config = read_object(file, source)
+        refuse_deep(config, f"{source}: '{folder}'")
+        if "auto_map" in config:
             raise UserError(
                 f"{source}: '{folder}' comes with code of its own ('auto_map' in {file.name}). A model with code of its own "
                 "is not loaded; take one of a class that is part of transformers or diffusers"

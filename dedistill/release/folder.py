@@ -52,11 +52,17 @@ class Denoiser:
                 self._files[name], self.layout[name] = file, (tuple(part.get_shape()), _DTYPE[part.get_dtype()])
         if not compare:
             return
-        own = set(self.skeleton().state_dict())
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.skeleton().state_dict().items()}
+        own = set(shapes)
         scales = {n for n in self.layout if n.endswith(".weight_scale") and n.removesuffix("_scale") in own}
         for names, what in ((own - self.layout.keys(), "misses"), (self.layout.keys() - own - scales, "does not know")):
             if names:
                 raise UserError(f"'{place}': its network {what} {amount(len(names), 'tensor')}, e.g. '{min(names)}'")
+        if other := [name for name, shape in shapes.items() if self.layout[name][0] != shape]:
+            raise UserError(
+                f"'{place}': {amount(len(other), 'tensor is', 'tensors are')} of another shape than config.json says, e.g. "
+                f"'{other[0]}', {self.layout[other[0]][0]} for {shapes[other[0]]}"
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         """Raises UserError, naming folder and tensor, where it holds NaN or Inf."""

@@ -119,6 +119,45 @@ def test_a_plan_and_a_rehearsal_look_as_a_start_does(model, image_recipe, capsys
         assert told in capsys.readouterr().err
 
 
+def _spoilt(name: str, value: float) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: tensors | {name: torch.full_like(tensors[name], value)}
+
+
+def _cut(tensors: Tensors) -> Tensors:
+    return {name: torch.zeros_like(t) for name, t in tensors.items()}
+
+
+NUMBERS = [
+    ("text_encoder", _spoilt("encoder.layers.1.mlp.fc1.weight", float("nan")), "fc1.weight' holds numbers that are not finite"),
+    ("text_encoder", _spoilt("final_layer_norm.bias", float("inf")), "final_layer_norm.bias' holds numbers"),
+    ("text_encoder_2", _spoilt("shared.weight", float("-inf")), "shared.weight' holds numbers that are not finite"),
+    ("text_encoder_2", _cut, "matrices are zero throughout"),
+    ("vae", _spoilt("decoder.conv_in.bias", float("nan")), "decoder.conv_in.bias' holds numbers that are not finite"),
+]
+
+
+@pytest.mark.parametrize(("part", "edit", "told"), NUMBERS, ids=[told[:20] for _, _, told in NUMBERS])
+def test_a_plan_looks_at_numbers_as_well(model, image_recipe, capsys, part, edit, told):
+    change(model / part, edit)
+    assert cli(["plan", str(image_recipe), "--no-forecast", "--set", f"model.path={model}"]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "keys", "told"),
+    [
+        ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers = 1,000,000,000; at most"),
+        ("text_encoder_2", {"num_layers": 5000}, "num_layers = 5,000; at most"),
+        ("text_encoder", {"text_config": {"num_hidden_layers": 2000}}, "num_hidden_layers = 2,000; at most"),
+        ("vae", {"layers_per_block": 10**7}, "layers_per_block = 10,000,000; at most"),
+        ("vae", {"block_out_channels": [8000] * 4}, "numbers, and its files hold"),
+    ],
+)
+def test_sizes_that_the_files_do_not_have_cost_neither_time_nor_memory(model, refused, part, keys, told):
+    configure(model / part, **keys)
+    assert told in refused()
+
+
 SCHEDULER = "scheduler/scheduler_config.json"
 CONTRADICTIONS = [
     (SCHEDULER, {"shift": float("nan")}, "gives a shift of nan"),

@@ -137,6 +137,7 @@ def test_a_damaged_folder_is_refused_by_tensor(base, tmp_path):
     for change, match in (
         ("drop", "misses 1 tensor.*x_embedder"),
         ("add", "does not know 1 tensor.*extra"),
+        ("turn", "1 tensor is of another shape than config.json says, e.g. 'x_embedder.weight'"),
         ("cut", "safetensors"),
     ):
         folder = tmp_path / change
@@ -145,6 +146,8 @@ def test_a_damaged_folder_is_refused_by_tensor(base, tmp_path):
         tensors = load_file(file)
         if change == "drop":
             del tensors["x_embedder.weight"]
+        if change == "turn":
+            tensors["x_embedder.weight"] = tensors["x_embedder.weight"].T.contiguous()
         if change == "add":
             tensors["extra"] = torch.ones(1)
         raw = file.read_bytes()
