@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file and its header, without the checksum of a checksummed one, which is checked.
 
-    Raises UserError naming the file when it is unreadable, when a checksummed one has changed since it was written, or when
-    it holds NaN or Inf.
+    Raises UserError naming the file when it is unreadable or empty, when a checksummed one has changed since it was written,
+    or when it holds NaN or Inf.
     """
     try:
         with open_weights(path) as f:
@@ -37,6 +37,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as e:
         raise UserError(f"'{path}' cannot be read as safetensors: {e}") from e
+    if not tensors:
+        raise UserError(f"'{path}' holds no tensors")
     if wrong := next((name for name, t in tensors.items() if not is_finite(t)), None):
         raise UserError(f"'{path}': tensor '{wrong}' holds numbers that are not finite (NaN or Inf): the adapter is of no use")
     return tensors, header

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 from sklearn.datasets import load_sample_images
 
+from dedistill.data.images import decode as decode_module
 from dedistill.data.images.decode import ORIENTATION, BadImage, decode
 
 LOSSLESS = {"PNG": {}, "TIFF": {}, "BMP": {}, "WEBP": {"lossless": True}, "PPM": {}}
@@ -267,6 +268,26 @@ def test_colours_go_through_the_profile_of_the_image(space, mode):
     image = image.quantize(16, dither=Image.Dither.NONE) if mode == "P" else image.convert(mode)
     found = np.asarray(decode(data(image, "PNG", icc_profile=icc_profile(*WIDE[space])))).astype(int)
     assert np.abs(found[1] - in_srgb(COLOURS, *WIDE[space])).max() <= 4
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("orientation", [1, 4, 6])
+def test_rows_that_are_converted_apart_make_the_same_image(mode, orientation, china, monkeypatch):
+    """As all at once does: a large image is held twice, and not four times."""
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(china.convert("L")).astype(np.uint16) * 257)
+    else:
+        image = china.convert("RGBA" if mode == "LA" else mode).convert(mode)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    profile = {} if mode in ("L", "LA", "1", "I;16", "CMYK") else {"icc_profile": icc_profile(*WIDE["ProPhoto"])}
+    stored = data(image, "JPEG" if mode == "CMYK" else "PNG", exif=exif, **profile)
+    found = {}
+    for rows in (1000, 16, 107, 106):
+        monkeypatch.setattr(decode_module, "ROWS", rows)
+        found[rows] = np.asarray(decode(stored))
+    assert all(np.array_equal(found[1000], other) for other in found.values())
+    assert found[1000].shape == ((160, 107, 3) if orientation == 6 else (107, 160, 3))
 
 
 @pytest.mark.parametrize("gamma", [1.8, 2.6])

@@ -18,7 +18,7 @@ KINDS: dict[str, dict[str, str]] = {
         "models/test_flux_files.py": "",
         "models/test_facts_of_folders.py": "",
         "models/test_whole_encoders.py": "whole|refused|stale|shards|tokenizer|vocabulary|zeros|download|look|factors|shifts|"
-        "contradict|held_out_whole",
+        "contradict|held_out_whole|numbers|sizes",
         "io/test_weights.py": "",
         "io/test_json_files.py": "",
         "release/test_export.py": "damaged|finite|contradicts",

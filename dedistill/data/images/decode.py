@@ -7,14 +7,17 @@ from threading import Lock
 from typing import BinaryIO, cast
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 
 from dedistill.errors import is_out_of_memory
 
 MAX_PIXELS = 80_000_000
 """Below Pillow's own warning (89 million). Pillow itself refuses more than 178,956,970, whatever the limit here says."""
 LARGE = 40_000_000
-"""Pixels from which on one image is decoded at a time, whatever the number of threads: each takes up to 16 bytes per pixel."""
+"""Pixels from which on one image is decoded at a time, whatever the number of threads: each takes up to 8 bytes per pixel, 4 as
+Pillow decodes it and 4 as RGB."""
+ROWS = 512
+"""So many are converted at once, so that no step between takes memory for the whole image."""
 _ONE_LARGE = Lock()
 MAX_BYTES = 100 << 20
 MAX_SCANS = 64
@@ -40,16 +43,19 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BY
     Raises ``BadImage`` for everything that is too large, unknown, damaged or cut short.
     """
     image = _open(data, max_pixels, max_bytes)
+    name = image.format
     try:
         with _ONE_LARGE if image.width * image.height > LARGE else nullcontext():
             image.load()
-            return _rgb(_upright(image))
+            turn = _TURNS.get(_orientation(image))  # a PNG may tell it behind its pixels
+            image = _rgb(image)  # what was decoded is let go before another copy is made
+            return image if turn is None else image.transpose(turn)
     except BadImage:
         raise
     except Exception as e:  # decoders raise any kind of error over damaged bytes
         if is_out_of_memory(e):  # no image is bad for that
             raise
-        raise BadImage(f"{image.format} cannot be decoded: {e}") from e
+        raise BadImage(f"{name} cannot be decoded: {e}") from e
 
 
 def size_by_header(file: BinaryIO) -> tuple[int, int]:
@@ -98,15 +104,33 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image) if _orientation(image) in range(2, 9) else image
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes it upright."""
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _from_integers(np.asarray(image))
     if image.mode == "F":
         raise BadImage("floating-point pixels have no known range")
+    if image.mode == "RGB" and not image.has_transparency_data and "icc_profile" not in image.info:
+        return image
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, ROWS):
+        rgb.paste(_rows_rgb(image.crop((0, top, image.width, min(top + ROWS, image.height)))), (0, top))
+    return rgb
+
+
+def _rows_rgb(image: Image.Image) -> Image.Image:
+    """Of some rows: no pixel's colour depends on its neighbours."""
+    if image.mode.startswith("I"):
+        return _from_integers(np.asarray(image))
     if image.mode == "CMYK":
         return _managed(image) if "icc_profile" in image.info else image.convert("RGB")
     profile = image.info.get("icc_profile")
