@@ -73,7 +73,7 @@ def steps() -> dict[str, dict]:
 
 def around() -> dict[str, float]:
     """Milliseconds per step of what is neither the network nor the optimizer, in a run on the digits."""
-    from dedistill.distributed.outside import Pulse, StopRequests
+    from dedistill.distributed.outside import Heartbeat, StopRequests
     from dedistill.distributed.world import World
     from dedistill.runs.metrics import MetricsLogger
     from dedistill.train import main
@@ -85,7 +85,7 @@ def around() -> dict[str, float]:
         "rows of metrics": (MetricsLogger, "write"),
         "was anything asked for": (StopRequests, "poll"),
         "what other processes say": (World, "gather"),
-        "signs of life": (Pulse, "beat"),
+        "signs of life": (Heartbeat, "beat"),
     }
     seconds = dict.fromkeys(counted, 0.0)
     for label, (owner, name) in counted.items():

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from dedistill.adapters.spellings import LayerNames
+from dedistill.adapters.naming import LayerNames
 
 
 def as_original(naming: LayerNames, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dedistill.adapters.delta import weight_change
 from dedistill.adapters.layers import LokrConv, LokrLayer, LoraConv, LoraLayer
-from dedistill.adapters.spellings import file_name
+from dedistill.adapters.naming import file_name
 from dedistill.adapters.targets import Resolved
 from dedistill.errors import UserError, amount
 from dedistill.flow import keyed

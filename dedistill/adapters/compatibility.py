@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dedistill.adapters.delta import rank, scale
 from dedistill.adapters.formats import ADAPTER_FORMATS, KOHYA, Layers, as_kohya, by_layer, check_shapes, is_lora
+from dedistill.adapters.naming import FOLDERS, LayerNames, split_key
 from dedistill.adapters.programs import OWN_NAMES, PROGRAMS, Found, Names, Program, Tensors
-from dedistill.adapters.spellings import FOLDERS, LayerNames, split_key
 from dedistill.adapters.targets import Shape
 from dedistill.errors import UserError, amount
 

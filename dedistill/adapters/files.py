@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dedistill.adapters.delta import scale
 from dedistill.adapters.formats import by_layer, check_shapes, is_lora
-from dedistill.adapters.spellings import FOLDERS
+from dedistill.adapters.naming import FOLDERS
 from dedistill.adapters.targets import Shape, adaptable
 from dedistill.errors import UserError
 from dedistill.io.safetensors import CHECKSUM, is_finite, verify_checksum

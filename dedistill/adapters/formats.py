@@ -1,4 +1,4 @@
-"""Adapter files by layer: read in any spelling, written in the four that other programs load.
+"""Adapter files by layer: read by any naming, written in the four that other programs load.
 
 ``lycoris_<path with _>.…`` is what we, LyCORIS and SimpleTuner write and ComfyUI reads; ``<folder>.<path>.…`` is read by
 ComfyUI and diffusers, the folder being that of the denoiser in a pipeline; ``<folder>.<path>.lora_A/B.weight`` is PEFT's LoRA;
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dedistill.adapters.delta import rank, scale
-from dedistill.adapters.spellings import (
+from dedistill.adapters.naming import (
     DENSE,
     DOWN,
     FOLDERS,
@@ -57,7 +57,7 @@ def by_layer(
     header: Mapping[str, str] | None = None,
     naming: LayerNames | None = None,
 ) -> Layers:
-    """A file in any spelling of ``spellings``, taken apart by the layers it belongs to, whose weights' shapes are ``shapes``.
+    """A file by any naming of ``naming.py``, taken apart by the layers it belongs to, whose weights' shapes are ``shapes``.
 
     A LoRA or LoKr of a fused layer becomes one of each linear in it, exactly: a LoRA's rows are cut, and columns that serve
     one linear only go to it alone; of a LoKr, the first factor is cut where the rows allow it, else the product (``ROWS``).

@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor
 
 from dedistill.adapters.formats import by_layer, factor_shapes, is_lora
-from dedistill.adapters.spellings import LOKR, LORA, PEFT, LayerNames, file_name, split_key
+from dedistill.adapters.naming import LOKR, LORA, PEFT, LayerNames, file_name, split_key
 from dedistill.adapters.targets import Shape, factor_sides
 from dedistill.errors import UserError, amount
 

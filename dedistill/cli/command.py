@@ -171,13 +171,13 @@ def guarded(action: Callable[[], int | None], *, debug: bool) -> int:
     drop_beginnings(failed=False)  # what was made before is not this command's
     code = 1
     try:
-        code = _told(action, debug=debug)
+        code = _exit_code_of(action, debug=debug)
     finally:
         drop_beginnings(failed=bool(code))
     return code
 
 
-def _told(action: Callable[[], int | None], *, debug: bool) -> int:
+def _exit_code_of(action: Callable[[], int | None], *, debug: bool) -> int:
     try:
         return action() or 0
     except UserError as e:

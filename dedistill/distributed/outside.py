@@ -25,7 +25,7 @@ LAYOUT = struct.Struct("<qq?40s")
 """Signs so far, step, whether the present work may be silent for longer, its name (UTF-8, padded with zeros)."""
 
 
-class Pulse:
+class Heartbeat:
     """``memory``: LAYOUT.size bytes shared with the watchdog; None without one."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Pulse:
             self.beat(before[0], patient=before[1])
 
 
-heartbeat = Pulse()
+heartbeat = Heartbeat()
 """The heartbeat of this process: there is one, as there is one main thread."""
 
 
@@ -94,7 +94,7 @@ makes, an empty file, is a request: what somebody wrote is not ours to remove.""
 BY_SIGNAL, BY_FILE = "signal", "file"
 
 
-class Asked(TypedDict):
+class Request(TypedDict):
     """What was asked of a process in one step."""
 
     stop: str
@@ -146,7 +146,7 @@ class StopRequests:
         self._folder = folder
         return [f"'{folder / name}' was there before the start and is removed" for name in self._taken()]
 
-    def poll(self) -> Asked:
+    def poll(self) -> Request:
         """What was asked of this process since the last call. To be called once a step."""
         files = self._taken()
         stop = BY_SIGNAL if self.interrupted() else BY_FILE if "stop" in files else ""

@@ -14,7 +14,7 @@ from dedistill.data.encode import open_data
 from dedistill.data.source import Source
 from dedistill.errors import UserError
 from dedistill.evaluation.judges import ClipJudge, DigitJudge, judge_for
-from dedistill.evaluation.prompts import Asked, Prompts, distinct
+from dedistill.evaluation.prompts import EvalSettings, Prompts, distinct
 from dedistill.evaluation.sweep import Candidate, Grid, guiders_at
 from dedistill.io.hashing import file_sha256
 from dedistill.io.ownership import claim
@@ -60,23 +60,23 @@ class Compared:
 
 
 def open_compared(
-    args: Namespace, asked: Asked, folder: str, say: Callable[[str], None], *, steps: int | None = None
+    args: Namespace, settings: EvalSettings, folder: str, say: Callable[[str], None], *, steps: int | None = None
 ) -> Compared:
     """What the arguments of ``dedistill.cli.command.of_candidates`` ask for. steps: of every candidate, default its recipe's.
 
-    asked: what ``evaluation.prompts.ask`` made of them. folder: where results go in the last run, without ``--out``; a kind of
-    ``io.ownership``. The data is opened when its source is first called. Raises UserError when the output folder holds what
+    settings: what ``evaluation.prompts.ask`` made of them. folder: where results go in the last run, without ``--out``; a kind
+    of ``io.ownership``. The data is opened when its source is first called. Raises UserError when the output folder holds what
     is not ours.
     """
-    out = args.out or Path(asked.recipes[-1].run.out) / folder
+    out = args.out or Path(settings.recipes[-1].run.out) / folder
     claim(out, folder, "--out")
-    runs = [candidates_of(r, args.candidates, steps=steps, prefix=len(asked.recipes) > 1) for r in asked.recipes]
-    source = cache(lambda: open_data(asked.data, sampling_device(), say, usable=asked.usable).source)
-    if (prompts := asked.prompts) is None:
+    runs = [candidates_of(r, args.candidates, steps=steps, prefix=len(settings.recipes) > 1) for r in settings.recipes]
+    source = cache(lambda: open_data(settings.data, sampling_device(), say, usable=settings.usable).source)
+    if (prompts := settings.prompts) is None:
         texts = tuple(source().prompts(0, int(args.prompts)))
         prompts = Prompts(texts)
         say(f"prompts: {distinct(texts)}, captions of the data")
-    return Compared(asked.recipes, asked.data, source, runs, prompts, out)
+    return Compared(settings.recipes, settings.data, source, runs, prompts, out)
 
 
 def sweep_grid(args: Namespace, compared: Compared) -> Grid:

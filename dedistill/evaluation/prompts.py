@@ -27,7 +27,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalSettings:
     """What is compared. data: the recipe whose data is asked about; usable: its images; prompts: None where they are made up
     by its source."""
 
@@ -41,7 +41,7 @@ class HasPrompts(Protocol):
     def prompts(self, seed: int, count: int) -> list[str]: ...
 
 
-def ask(args: Namespace, say: Callable[[str], None], *, least: int = 1) -> Asked:
+def ask(args: Namespace, say: Callable[[str], None], *, least: int = 1) -> EvalSettings:
     """What the arguments of ``dedistill.cli.command.of_candidates`` ask for, in a second and without torch.
 
     Says how many different prompts there are, and where they are from. least: different ones that are needed. Raises
@@ -60,9 +60,9 @@ def ask(args: Namespace, say: Callable[[str], None], *, least: int = 1) -> Asked
     else:
         if count < least:
             check_prompts([str(i) for i in range(count)], least)
-        return Asked(recipes, data, None, None)
+        return EvalSettings(recipes, data, None, None)
     check_prompts(prompts.texts, least)
-    return Asked(recipes, data, usable, prompts)
+    return EvalSettings(recipes, data, usable, prompts)
 
 
 def of_images(split: Split, count: int, own: Sequence[str], say: Callable[[str], None]) -> Prompts:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from dedistill.adapters.spellings import LayerNames, swap_halves
+from dedistill.adapters.naming import LayerNames, swap_halves
 from dedistill.errors import UserError, amount
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dedistill.adapters.spellings import FOLDERS
+from dedistill.adapters.naming import FOLDERS
 from dedistill.errors import UserError
 from dedistill.io.hashing import file_sha256
 from dedistill.io.json_files import parse_object, read_object

@@ -83,7 +83,7 @@ class ModelSpec:
     shift: Callable[[Model], float | None] = lambda model: None
     """What shift = "auto" stands for, where that is one number for all sizes and is known without loading the model."""
     names: str | None = None
-    """Module, or "module:object", with the tables (adapters.spellings.LayerNames) of what other programs call its layers; None:
+    """Module, or "module:object", with the tables (adapters.naming.LayerNames) of what other programs call its layers; None:
     they know none."""
     card: str | None = None
     """Package and file of a Jinja template that shows in a model card how the model is used in other programs."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dedistill.adapters.delta import scale
-from dedistill.adapters.spellings import layer_of
+from dedistill.adapters.naming import layer_of
 from dedistill.errors import UserError
 from dedistill.io.atomic import allow_open_files, make_folder
 from dedistill.io.safetensors import ChecksummedReader, Layout, TensorFile
@@ -55,7 +55,7 @@ class LowRankDeltas:
         return total.reshape(a, b, c, d).transpose(1, 2).reshape(a * c, b * d)
 
 
-def outer(factors: Factors) -> LowRankDeltas:
+def low_rank_deltas(factors: Factors) -> LowRankDeltas:
     """Raises UserError for another kind of layer than LoKr and LoRA as this program trains them."""
     per_snapshot = [{name: tensors[i] for name, tensors in factors.items()} for i in range(len(next(iter(factors.values()))))]
     kind = factors.keys() - {"alpha"}
@@ -92,7 +92,7 @@ class ApproximationError:
 
 def refactored(factors: Factors, rows: np.ndarray) -> Iterator[tuple[dict[str, Tensor], ApproximationError]]:
     """For each row of snapshot weights, the layer's nearest factors of the sizes that they have, and what is lost."""
-    deltas, last = outer(factors), {name: tensors[-1] for name, tensors in factors.items()}
+    deltas, last = low_rank_deltas(factors), {name: tensors[-1] for name, tensors in factors.items()}
     # the sum has at most k columns, far fewer than the weight has: after QR of both sides the SVD is of [k, k]
     (q_left, left), (q_right, right) = (torch.linalg.qr(side.double()) for side in (deltas.left, deltas.right))
     rank = 1 if deltas.blocks else factors["lora_up.weight"][0].shape[1]
@@ -100,14 +100,14 @@ def refactored(factors: Factors, rows: np.ndarray) -> Iterator[tuple[dict[str, T
         u, sizes, v = torch.linalg.svd((left * deltas.columns(weights)) @ right.T, full_matrices=False)
         kept = sizes[:rank].sqrt()  # half of each singular value to either factor, as training leaves them
         first, second = (q @ vectors[:, :rank] * kept for q, vectors in ((q_left, u), (q_right, v.T)))
-        misfit = ApproximationError(float(sizes.square().sum()), float(sizes[rank:].square().sum()))
+        error = ApproximationError(float(sizes.square().sum()), float(sizes[rank:].square().sum()))
         if deltas.blocks is None:
             new = {"lora_up.weight": _padded(first, rank) / scale(last), "lora_down.weight": _padded(second, rank).T}
         else:
             new, lost = _kronecker(first, second, deltas.blocks, last)
-            misfit.missed += lost
+            error.missed += lost
         own = {name: tensor.to(last[name].dtype).reshape(last[name].shape).contiguous() for name, tensor in new.items()}
-        yield own | {n: t for n, t in last.items() if n == "alpha"}, misfit
+        yield own | {n: t for n, t in last.items() if n == "alpha"}, error
 
 
 def _padded(columns: Tensor, rank: int) -> Tensor:
@@ -144,7 +144,7 @@ def write_dense(snapshots: Sequence[Snapshot], averages: Sequence[Average]) -> N
         return {f"{layer}.diff": (_shape(found), torch.float32) for layer, found in sizes.items()}
 
     def parts(layer: str, factors: Factors, rows: np.ndarray) -> Iterator[dict[str, Tensor]]:
-        deltas = outer(factors)
+        deltas = low_rank_deltas(factors)
         return ({f"{layer}.diff": deltas.dense(row)} for row in rows)
 
     _write(snapshots, averages, layout, parts)
@@ -161,8 +161,8 @@ def write_refactored(snapshots: Sequence[Snapshot], averages: Sequence[Average])
         return {f"{layer}.{f}": own[f"{layer}.{f}"] for layer, found in _groups(own).items() for f in found}
 
     def parts(layer: str, factors: Factors, rows: np.ndarray) -> Iterator[dict[str, Tensor]]:
-        for i, (new, misfit) in enumerate(refactored(factors, rows)):
-            lost[i] += misfit
+        for i, (new, error) in enumerate(refactored(factors, rows)):
+            lost[i] += error
             yield {f"{layer}.{name}": new[name] for name in factors}
 
     _write(snapshots, averages, layout, parts)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dedistill.recipe.fields import Said
+from dedistill.recipe.fields import KeySource
 from dedistill.recipe.rules import Clash
 from dedistill.recipe.shipped import is_shipped
 from dedistill.recipe.toml import dotted
@@ -14,12 +14,12 @@ class Draft:
     def __init__(self, file: str):
         self.file = file
         self.data: dict[str, Any] = {}
-        self.places: dict[str, Said] = {}
-        self.errors: list[tuple[Said, str]] = []
+        self.places: dict[str, KeySource] = {}
+        self.errors: list[tuple[KeySource, str]] = []
         self.notes: list[str] = []
         """On what was dropped by what the user wrote."""
 
-    def said(self, key: str) -> Said | None:
+    def source_of(self, key: str) -> KeySource | None:
         """Where ``key`` was set, or the table that it belongs to; None for defaults."""
         while key and key not in self.places:
             key = key.rpartition(".")[0]
@@ -27,12 +27,12 @@ class Draft:
 
     def blame(self, key: str, message: str) -> None:
         """Note a mistake at the line of ``key``, or of the table it belongs to, or at the file."""
-        place = self.said(key) or Said(0, self.file)
+        place = self.source_of(key) or KeySource(0, self.file)
         self.errors.append((place, f"{place}: {key}: {message}"))
 
     def blame_clash(self, clash: Clash) -> None:
         """Note keys that do not go together, at the one that was said last: what it was laid over was right without it."""
-        own = self.said(clash.key)
+        own = self.source_of(clash.key)
         last = max((k for k in clash.others if k in self.places), key=lambda k: self.places[k].weight, default="")
         if not own or not last or self.places[last].weight <= own.weight:
             return self.blame(clash.key, clash.message)
@@ -69,7 +69,7 @@ class Draft:
         """``key`` and all located keys inside it."""
         return [k for k in self.places if k == key or k.startswith(key + ".")]
 
-    def lay(self, data: dict[str, Any], places: dict[str, Said]) -> None:
+    def lay(self, data: dict[str, Any], places: dict[str, KeySource]) -> None:
         """Put ``data`` over what is there: tables merge, everything else is replaced whole."""
         self._lay(self.data, data, ())
         self.places |= places

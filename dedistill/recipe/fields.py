@@ -73,7 +73,7 @@ class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
-class Said(NamedTuple):
+class KeySource(NamedTuple):
     """Where a key was set. Sorts in the order of reading: the file itself, what it extends, then ``--set``."""
 
     order: int

@@ -17,7 +17,7 @@ from dedistill.errors import UserError, amount
 from dedistill.io.atomic import with_home
 from dedistill.recipe.draft import Draft
 from dedistill.recipe.explain import any_of, explain, quote, shown
-from dedistill.recipe.fields import OVERRIDES, Said, Table
+from dedistill.recipe.fields import OVERRIDES, KeySource, Table
 from dedistill.recipe.foreign import answer_to
 from dedistill.recipe.resolve import resolve
 from dedistill.recipe.rules import contradictions
@@ -56,7 +56,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     draft, files = _read_chain(str(path))
     for i, text in enumerate(overrides):
-        _override(draft, text, Said(OVERRIDES + i, "--set"))
+        _override(draft, text, KeySource(OVERRIDES + i, "--set"))
     _drop_other_revision(draft)
     for key in dict.fromkeys(
         [*filter(lambda key: _SECRET.search(key.rpartition(".")[2]), draft.places), *_holding_tokens(draft.data)]
@@ -97,7 +97,7 @@ def _read_chain(name: str) -> tuple[Draft, list[Path]]:
     """The recipe called ``name`` laid over the one it extends, and so on; and the files of all."""
     path, file = _find(name, Path(), "")
     draft, via = Draft(file), ""
-    layers: list[tuple[dict[str, Any], dict[str, Said]]] = []
+    layers: list[tuple[dict[str, Any], dict[str, KeySource]]] = []
     seen: list[tuple[Path, str]] = []
     while True:
         data, places = _read(path, file, len(layers), via)
@@ -150,7 +150,7 @@ def _take_own_places(draft: Draft, own: dict[str, Any], file: Path) -> None:
     for key, value in places.items():
         table, _, last = key.partition(".")
         draft.data[table][last] = value
-        draft.places[key] = Said(0, draft.file)
+        draft.places[key] = KeySource(0, draft.file)
 
 
 def _drop_other_revision(draft: Draft) -> None:
@@ -169,7 +169,7 @@ WINDOWS = "; a path of Windows is written with / in place of \\, or in single qu
 MAX_KEYS = 5000
 
 
-def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], dict[str, Said]]:
+def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], dict[str, KeySource]]:
     """Data of one file, called ``file`` in errors, and where it stands; ``via`` opens the message when another named it."""
     try:
         if path.exists() and not path.is_dir() and not path.is_file():
@@ -189,7 +189,7 @@ def _read(path: Path, file: str, order: int, via: str) -> tuple[dict[str, Any], 
         raise RecipeError([f"{via}{file}: {reason}"]) from None
     try:
         data = tomllib.loads(text)
-        places = {key: Said(order, file, line) for key, line in locate(text).items()}
+        places = {key: KeySource(order, file, line) for key, line in locate(text).items()}
         if len(places) > MAX_KEYS:
             raise RecipeError([f"{file}: {len(places):,} keys, more than a recipe has ({MAX_KEYS:,})"])
     except RecursionError:
@@ -219,7 +219,7 @@ def _holding_tokens(value: object, key: str = "") -> Iterator[str]:
         yield from _holding_tokens(part, f"{key}.{name}" if key else str(name))
 
 
-def _override(draft: Draft, text: str, place: Said) -> None:
+def _override(draft: Draft, text: str, place: KeySource) -> None:
     """Set one ``table.key=value``; the value is TOML, or else a plain string."""
     name, equals, source = text.partition("=")
     parts = tuple(part.strip() for part in name.split("."))

@@ -18,9 +18,9 @@ from dedistill.recipe.fields import (
     Count,
     Default,
     Few,
+    KeySource,
     Place,
     Positive,
-    Said,
     Seed,
     Share,
     Steps,
@@ -353,7 +353,7 @@ class Recipe(Table):
     sample: Sample = Sample()
     preview: Preview = Preview()
 
-    _places: dict[str, Said] = PrivateAttr(default_factory=dict)
+    _places: dict[str, KeySource] = PrivateAttr(default_factory=dict)
     _files: tuple[Path, ...] = PrivateAttr(default=())
     _notes: tuple[str, ...] = PrivateAttr(default=())
 

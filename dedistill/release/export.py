@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dedistill.adapters.compatibility import Verdict, check_adapter
 from dedistill.adapters.files import read_tensors
 from dedistill.adapters.formats import ADAPTER_FORMATS, KOHYA, Layers, as_kohya, by_layer, check_shapes, is_lora
-from dedistill.adapters.spellings import FOLDERS, LayerNames
+from dedistill.adapters.naming import FOLDERS, LayerNames
 from dedistill.adapters.targets import Shape, adaptable
 from dedistill.errors import UserError
 from dedistill.io.atomic import as_json, replace_file, replace_json

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dedistill.adapters.spellings import FOLDERS, LayerNames
+from dedistill.adapters.naming import FOLDERS, LayerNames
 from dedistill.adapters.targets import Shape
 from dedistill.errors import UserError, amount
 from dedistill.io.atomic import replace_json, whole_folder

@@ -63,17 +63,17 @@ class JsonlWriter:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Every whole row of a journal one by one, also of one that is being written or whose last write was cut off."""
+    """Every whole row of a JSON Lines file one by one, also of one that is being written or whose last write was cut off."""
     return (row for _, row in _rows(path))
 
 
 def last_step(path: Path) -> int:
-    """The step of a journal's last row; 0 without one."""
+    """The step of its last row; 0 without one."""
     return max((row["step"] for row in deque(read_rows(path), maxlen=1)), default=0)
 
 
 class MetricsLogger:
-    """Both journals of a run, opened together. Seconds are kept out of the first, the deterministic one."""
+    """metrics.jsonl and timings.jsonl of a run, opened together. Seconds are kept out of the first, the deterministic one."""
 
     def __init__(self, run: "RunDirectory", step: int):
         self.metrics, self.timings = JsonlWriter(run.metrics, step), JsonlWriter(run.timings, step)
@@ -87,7 +87,7 @@ class MetricsLogger:
         self._last = now
 
     def reopened(self, run: "RunDirectory", step: int) -> "MetricsLogger":
-        """The record of a run that goes back to ``step``."""
+        """Those of a run that is rolled back to ``step``."""
         self.close()
         return MetricsLogger(run, step)
 
@@ -100,7 +100,7 @@ class MetricsLogger:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Whole lines of a journal and their rows; a torn one (a killed write) is left out, and what is no row."""
+    """Whole lines and their rows; a torn one (a killed write) is left out, and what is no row."""
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:

@@ -73,7 +73,7 @@ class OnlinePairs(PairSource):
         recent = np.arange(self.ends[first * SHARDS - 1] if first else 0, self.ends[-1])
         self.train_ids = np.setdiff1d(recent, self.held_out_ids)
 
-    def go_back(self, step: int) -> None:
+    def rollback(self, step: int) -> None:
         """To what was there at ``step``, whose weights the model has: rounds of later ones are made anew when they come."""
         newest, between = divmod(step, self.online.every)
         if self.world.main:

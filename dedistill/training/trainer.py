@@ -117,7 +117,7 @@ class Trainer:
         """Take in a state that was loaded: weights to compare later ones with, and samples that are left out."""
         self.change_check.start()
         if self.online:
-            self.online.go_back(self.state.step)
+            self.online.rollback(self.state.step)
         quarantined_from = self.state.guard.quarantined_from()
         self.objective.take(QuarantineSource(self.source, quarantined_from) if quarantined_from else self.source)
 

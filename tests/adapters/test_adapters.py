@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dedistill.adapters.attach import Adapter, delta, initialise
 from dedistill.adapters.files import read_tensors
-from dedistill.adapters.spellings import file_name
+from dedistill.adapters.naming import file_name
 from dedistill.adapters.targets import Resolved, adaptable, resolve_targets
 from dedistill.errors import UserError
 from dedistill.flow import keyed

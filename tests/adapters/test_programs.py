@@ -17,7 +17,7 @@ from diffusers.loaders import lora_pipeline
 from lycoris import create_lycoris_from_weights
 from safetensors.torch import save_file
 from test_formats import adapted, answer, flux, relative, rewidened
-from test_spellings import SHAPES, normal
+from test_naming import SHAPES, normal
 
 import dedistill
 from dedistill.adapters.compatibility import MERGED, Verdict, check_adapter

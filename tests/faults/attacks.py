@@ -29,7 +29,7 @@ KINDS: dict[str, dict[str, str]] = {
     },
     "adapter files and their headers": {
         "adapters/test_strength.py": "refused",
-        "adapters/test_spellings.py": "refused",
+        "adapters/test_naming.py": "refused",
         "adapters/test_adapters.py": "refused",
         "adapters/test_formats.py": "refused|refuses",
         "recipe/test_embedded.py": "",

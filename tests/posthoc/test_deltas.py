@@ -7,11 +7,11 @@ from averages import lerp_snapshots
 from safetensors.torch import load_file
 
 from dedistill.adapters.delta import weight_change
-from dedistill.adapters.spellings import layer_of
+from dedistill.adapters.naming import layer_of
 from dedistill.errors import UserError
 from dedistill.flow import keyed
 from dedistill.posthoc.average import write_in_space
-from dedistill.posthoc.deltas import outer, refactored, write_dense, write_refactored
+from dedistill.posthoc.deltas import low_rank_deltas, refactored, write_dense, write_refactored
 from dedistill.posthoc.profiles import chain_averages
 from dedistill.posthoc.snapshots import find_snapshots, write_snapshot
 
@@ -88,13 +88,13 @@ def test_refactored_has_the_sizes_of_the_snapshots_and_the_error_that_it_states(
     snapshots = write(tmp_path / "snapshots", kind)
     averages = chain_averages([0.2, 0.6], len(STEPS), tmp_path / "out")
     lost = write_refactored(snapshots, averages)
-    for average, misfit in zip(averages, lost):
+    for average, missed_by in zip(averages, lost):
         found, truth = load_file(average.path), wanted(kind, average.weights)
         own = tensors(kind, 10)
         assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in own.items()}
         missed = sum(float((changes(found)[layer] - total).square().sum()) for layer, total in truth.items())
         size = sum(float(total.square().sum()) for total in truth.values())
-        assert misfit.error == pytest.approx((missed / size) ** 0.5, rel=1e-3) and misfit.error > 1e-3
+        assert missed_by.error == pytest.approx((missed / size) ** 0.5, rel=1e-3) and missed_by.error > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["lokr", "lora"])
@@ -104,10 +104,10 @@ def test_refactored_is_the_nearest(kind):
     each = [tensors(kind, step) for step in STEPS]
     layer = {f: [t[f"lycoris_a.{f}"].double() for t in each] for f in factors}
     weights = np.array([0.1, 0.2, 0.3, 0.4])
-    total = outer(layer).dense(weights).double()
-    ((new, misfit),) = refactored(layer, weights[None])
+    total = low_rank_deltas(layer).dense(weights).double()
+    ((new, missed_by),) = refactored(layer, weights[None])
     best = float((weight_change(new).double() - total).square().sum())
-    assert best == pytest.approx(misfit.missed, rel=1e-4)
+    assert best == pytest.approx(missed_by.missed, rel=1e-4)
     for i in range(20):
         moved = {n: t + 0.01 * keyed.noise(0, n, 2, [i], tuple(t.shape))[0] for n, t in new.items()}
         assert float((weight_change(moved).double() - total).square().sum()) > best
@@ -118,8 +118,8 @@ def test_equal_snapshots_lose_nothing(kind, tmp_path):
     """What is an adapter stays that adapter."""
     snapshots = write(tmp_path / "snapshots", kind, noise=0.0)
     averages = chain_averages([0.3], len(STEPS), tmp_path / "out")
-    (misfit,) = write_refactored(snapshots, averages)
-    assert misfit.error < 1e-6
+    (missed_by,) = write_refactored(snapshots, averages)
+    assert missed_by.error < 1e-6
     found, truth = changes(load_file(averages[0].path)), wanted(kind, averages[0].weights, noise=0.0)
     for layer, total in truth.items():
         torch.testing.assert_close(found[layer], total, rtol=1e-4, atol=1e-4)

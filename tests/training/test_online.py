@@ -78,14 +78,14 @@ def test_going_back_makes_later_rounds_anew_and_misses_none_of_earlier_weights(r
     source.make(2)
     source.make(4)
     later = sorted((tmp_path / "p").glob("*.tar"))[2 * SHARDS :]
-    source.go_back(3)
+    source.rollback(3)
     assert len(source) == 32 and not any(file.exists() for file in later) and source.due(4)
     (tmp_path / "p" / "00009.tar").unlink()
-    source.go_back(2)  # its weights are these
+    source.rollback(2)  # its weights are these
     assert len(source) == 32
     (tmp_path / "p" / "00009.tar").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"00009.tar' cannot be read .* made of itself at step 2, and left behind for step 3"):
-        source.go_back(3)
+        source.rollback(3)
 
 
 def saved(out: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import cast
 
 from torch import nn
 
-from dedistill.adapters.spellings import TableNames
+from dedistill.adapters.naming import TableNames
 
 # --- FLUX's two sets of names ----------------------------------------------------------------------------------------
 

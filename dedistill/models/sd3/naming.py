@@ -11,7 +11,7 @@ from typing import ClassVar, cast
 
 from torch import nn
 
-from dedistill.adapters.spellings import TableNames, Tables
+from dedistill.adapters.naming import TableNames, Tables
 
 # original module -> diffusers modules, in the order of its rows
 _TOP: dict[str, tuple[str, ...]] = {

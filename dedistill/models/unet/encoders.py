@@ -63,10 +63,10 @@ class ClipText(PromptEncoders):
         text = Conditioning.of(torch.cat(states, -1), mask, **vectors)
         if self.null == "empty":
             return text
-        return text.each(lambda t: t if t.dtype == torch.bool else t * _told(captions, t))
+        return text.each(lambda t: t if t.dtype == torch.bool else t * _with_caption(captions, t))
 
 
-def _told(captions: list[str], like: Tensor) -> Tensor:
+def _with_caption(captions: list[str], like: Tensor) -> Tensor:
     """0 for the empty captions, 1 for others, shaped so that it multiplies ``like``."""
-    told = torch.tensor([caption != "" for caption in captions], dtype=like.dtype, device=like.device)
-    return told.reshape(-1, *[1] * (like.ndim - 1))
+    with_caption = torch.tensor([caption != "" for caption in captions], dtype=like.dtype, device=like.device)
+    return with_caption.reshape(-1, *[1] * (like.ndim - 1))

@@ -7,7 +7,7 @@ Nothing is fused: every original layer is one of diffusers', under another name.
 import re
 from dataclasses import dataclass
 
-from dedistill.adapters.spellings import LayerNames
+from dedistill.adapters.naming import LayerNames
 from dedistill.errors import UserError
 from dedistill.models.network_files import PREFIX
 

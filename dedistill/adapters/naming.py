@@ -1,4 +1,4 @@
-"""What adapter files call layers and their factors, in every spelling that is read.
+"""What adapter files call layers and their factors, in every naming that is read.
 
 A layer's name in a file is a prefix and a path, with dots or with underscores. The path is that of the network, or that of
 the model's own repository, where some layers are fused: then a name stands for several linears, each of which has its rows.
@@ -143,7 +143,7 @@ _ENCODERS = ("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder.",
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """(layer, factor) of a tensor's name, the factor as LyCORIS calls it; as it stands, where no spelling is known."""
+    """(layer, factor) of a tensor's name, the factor as LyCORIS calls it; as it stands, where no naming is known."""
     for spelt in _BY_LENGTH:
         if key.endswith(f".{spelt}"):
             return key[: -len(spelt) - 1], FACTORS[spelt]
