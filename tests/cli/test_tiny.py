@@ -12,6 +12,8 @@ FEW = ["train.steps=4", "train.warmup=0", "snapshot.every=2", "validate.samples=
 SETTINGS = [word for setting in FEW for word in ("--set", setting)]
 
 
+FEWER = {"posthoc": ["--alpha", "0.9"], "sweep": ["--prompts", "2", "--steps", "2"]}
+"""Averages and images, which take most of the time."""
 SLOW = {"sd15"}
 """Another family takes the same way: sdxl."""
 
@@ -31,8 +33,7 @@ def test_a_whole_run_on_a_tiny_model(family, tmp_path, monkeypatch, capsys):
     after = [line.split() for line in said.err.splitlines() if line.startswith("  dedistill")]
     assert after[0] == ["dedistill", "train", "tiny.toml"] and len(after) == 4
     for words in after[1:]:
-        few = ["--alpha", "0.9"] if words[1] == "posthoc" else []  # the sweep makes images of every average
-        assert main([*words[1:], *few]) == 0, words
+        assert main([*words[1:], *FEWER.get(words[1], [])]) == 0, words
     assert Path("exports/tiny.safetensors").exists() and Path("runs/tiny/sweep/index.html").exists()
     assert Path("cache/tiny").exists() == bool(images)
 

@@ -100,7 +100,7 @@ def test_training_learns_and_goes_on_as_it_was(there):
         ["prepare", "tiny.toml", "--check", *SETTINGS],
         ["scan", "data/tiny", "--out", "scan"],
         ["influence", "tiny.toml", "--budget", "20K", "--prompts", "2", "--sigmas", "2", "--out", "influence", *SETTINGS],
-        ["sweep", "tiny.toml", "--cfg", "1", "3", "--prompts", "2", "--out", "sweep", *SETTINGS],
+        ["sweep", "tiny.toml", "--cfg", "1", "3", "--prompts", "2", "--steps", "4", "--out", "sweep", *SETTINGS],
         ["measure", "tiny.toml", *PATHS, *SCORED, "--prompts", "4", "--out", "measured", *SETTINGS],
         [
             *["evaluate", "tiny.toml", "--cfg", "1", "3", "--steps", "4", "--prompts", "prompts.txt", *SCORED],

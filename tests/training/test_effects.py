@@ -118,10 +118,10 @@ CASES = [
     ("meters.samples", "4", "adapter", ["meters.every=3"]),
     ("meters.steps", "3", "adapter", ["meters.every=3"]),
     ("checkpoint.every", "3", "adapter", []),
-    ("checkpoint.keep", "3", "adapter", []),
+    ("checkpoint.keep", "1", "adapter", []),
     ("snapshot.every", "3", "adapter", []),
     ("snapshot.ema", "[0.05, 0.10]", "adapter", []),
-    ("log.every", "2", "adapter", []),
+    ("log.every", "3", "adapter", []),
     ("log.sigma_bins", "4", "adapter", []),
     ("log.wandb", "true", "adapter", ["run.name=w"]),
 ]
@@ -201,7 +201,7 @@ def recipes(tmp_path_factory, base_model, tiny_flux, places) -> dict[str, Path]:
     """The recipes that keys are set in."""
     folder = tmp_path_factory.mktemp("effects")
     texts = {
-        "adapter": ADAPTER.format(out=folder, base=base_model),
+        "adapter": ADAPTER.format(out=folder, base=base_model).replace("steps = 6", "steps = 4"),
         "teacher": TEACHER.format(out=folder, steps=4),
         "images": IMAGES.format(out=folder, base=tiny_flux, images=places["FIRST"], cache=places["CACHE"]),
     }

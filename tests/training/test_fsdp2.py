@@ -65,11 +65,11 @@ def test_exact_weights_are_bit_equal_and_continue_anywhere(adapter_recipe, tmp_p
 def test_fast_weights_are_those_of_whole_bases(adapter_recipe, tmp_path):
     """To the bit on equally many processes, and so as near to one process as theirs (test_world)."""
     settings = (*FEW, "base.quant=none", "train.micro_batch=2", "train.steps=2")
-    parts, whole = (start(3, adapter_recipe, tmp_path / start.__name__, *settings) for start in (shard, train))
+    parts, whole = (start(2, adapter_recipe, tmp_path / start.__name__, *settings) for start in (shard, train))
     assert_same(parts, whole)
     effects = [json.loads((out / "plan.json").read_text())["effects"] for out in (parts, whole)]
     assert [e["engine"] for e in effects] == ["fsdp2", "ddp"]
-    assert effects[0]["storage_bytes"] == effects[1]["storage_bytes"] > 2.5 * effects[0]["storage_bytes_here"]
+    assert effects[0]["storage_bytes"] == effects[1]["storage_bytes"] > 1.7 * effects[0]["storage_bytes_here"]
 
 
 BF16 = ["train.precision=bf16", "train.optimizer=adamw_bf16"]
@@ -79,7 +79,7 @@ BF16 = ["train.precision=bf16", "train.optimizer=adamw_bf16"]
     ("settings", "size"),
     [
         pytest.param(["base.quant=none", LORA, *BF16], 2, marks=pytest.mark.slow),
-        (BF16, 3),
+        (BF16, 2),
     ],
     ids=["none lora bf16", "int8 lokr bf16"],
 )

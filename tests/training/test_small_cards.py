@@ -86,7 +86,7 @@ def images_of(recipe, out, *settings):
 NEW = "model.new={height=8, width=16, patch=4, layers=2, single_layers=3, heads=2, head_dim=16, rope_axes=[4, 6, 6]}"
 
 
-@pytest.mark.parametrize("kind", ["lokr", "lora"])
+@pytest.mark.parametrize("kind", ["lokr", pytest.param("lora", marks=pytest.mark.slow)])
 def test_two_processes(tmp_path, kind):
     recipe = tmp_path / "recipe.toml"
     text = ADAPTER.format(out=tmp_path, base="none").replace('path = "none"', "")
