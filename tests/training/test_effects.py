@@ -118,7 +118,7 @@ CASES = [
     ("meters.samples", "4", "adapter", ["meters.every=3"]),
     ("meters.steps", "3", "adapter", ["meters.every=3"]),
     ("checkpoint.every", "3", "adapter", []),
-    ("checkpoint.keep", "1", "adapter", []),
+    ("checkpoint.keep", "3", "adapter", ["train.steps=6"]),
     ("snapshot.every", "3", "adapter", []),
     ("snapshot.ema", "[0.05, 0.10]", "adapter", []),
     ("log.every", "3", "adapter", []),
