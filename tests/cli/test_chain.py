@@ -215,7 +215,7 @@ def test_a_stopped_chain_goes_on_and_only_one_works_in_a_folder(chain, until, fo
 
 
 @pytest.mark.long
-def test_a_killed_chain_leaves_nothing_that_holds_its_folders(chain):
+def test_a_killed_chain_leaves_nothing_that_holds_its_folders(chain, forked_commands):
     """Run again at once it goes on; what it had started has ended with it."""
     tiny = "[model.new]\nlayers = 1\nsingle_layers = 1\nheads = 2\n[checkpoint]\nevery = 2\n"
     (chain.parent / "teacher.toml").write_text(SHORT.format("teacher") + tiny)
