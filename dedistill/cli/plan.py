@@ -270,15 +270,16 @@ def _forecast(recipe: Recipe, facts: Facts, say: Callable[[str], None], card: fl
 def _each_of_gpus(case: "Case", decoded: int, gpus: int, say: Callable[[str], None]) -> list[Facts]:
     """What one of ``gpus`` processes needs under each engine. decoded: bytes for the image of a preview."""
     from dedistill.forecast.forecast import decoding, peak_facts
-    from dedistill.forecast.spread import PARTS, held
+    from dedistill.forecast.spread import ENGINES, held
 
     say(f"{'gpus':12} on each of {gpus} (NCCL takes more beside it):")
     found: list[Facts] = []
-    for engine in PARTS:
+    for engine in ENGINES:
         one = held(engine, case, gpus)
         if one.estimate is None:
-            found.append({"engine": engine.name, "refused": one.refused})
-            say(f"{'':12} {engine.name:6} refused: {one.refused}")
+            key, why = ("refused", one.refused) if one.refused else ("unknown", one.unknown)
+            found.append({"engine": engine.name, key: why})
+            say(f"{'':12} {engine.name:6} {f'refused: {why}' if one.refused else why}")
             continue
         facts = peak_facts(decoding(one.estimate, decoded))
         found.append({"engine": engine.name, **facts})

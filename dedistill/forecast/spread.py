@@ -14,10 +14,16 @@ from dedistill.forecast.paper import BACKWARD, FORWARD, SAMPLING, UPDATE, VALIDA
 from dedistill.recipe.resolve import make_plan
 from dedistill.training.engine import Engine
 from dedistill.training.fsdp import Fsdp2
-from dedistill.training.zero import Zero2
+from dedistill.training.zero import Zero2, Zero3
 
 ELEMENTS = 50_000_000
 """That travel at once under launch/zero2.json: DeepSpeed keeps a buffer for them."""
+
+
+UNKNOWN = (
+    "not forecast: beside parts of base, adapter and optimizer lies what DeepSpeed has put together, by its own sizes "
+    "(launch/zero3.json), and what gradients keep of that"
+)
 
 
 @dataclass(frozen=True)
@@ -28,14 +34,18 @@ class Held:
     estimate: Estimate | None
     refused: str = ""
     """Why the recipe cannot be trained so."""
+    unknown: str = ""
+    """Why it can, and nothing is forecast."""
 
 
 def held(engine: type[Engine], case: Case, processes: int) -> Held:
-    """By each of ``processes`` that train the case's recipe, in which nothing is "auto". engine: one of ``PARTS``."""
+    """By each of ``processes`` that train the case's recipe, in which nothing is "auto". engine: one of ``ENGINES``."""
     try:
         engine(case.recipe, World()).check()
     except UserError as e:
         return Held(engine, None, str(e))
+    if engine not in PARTS:
+        return Held(engine, None, unknown=UNKNOWN)
     accumulates = make_plan(case.recipe).micro_steps > processes
     found = estimate(replace(case, processes=processes))
     return Held(engine, PARTS[engine](found, processes, accumulates))
@@ -90,3 +100,5 @@ PARTS: dict[type[Engine], Callable[[Estimate, int, bool], Estimate]] = {
     Fsdp2: _base_in_parts,
     Zero2: _optimizer_in_parts,
 }
+ENGINES: tuple[type[Engine], ...] = (*PARTS, Zero3)
+"""All that spread work over GPUs; of the last one nothing is forecast."""
