@@ -67,7 +67,7 @@ class BrokenPipeTolerant:
 
 
 @contextmanager
-def lasting_output() -> Iterator[None]:
+def broken_pipes_tolerated() -> Iterator[None]:
     """What is said on the terminal never ends what is done meanwhile."""
     with redirect_stdout(BrokenPipeTolerant(sys.stdout)), redirect_stderr(BrokenPipeTolerant(sys.stderr)):
         yield
@@ -161,7 +161,7 @@ def run_recipe(args: argparse.Namespace, action: Callable[[Recipe], int]) -> int
         except UserError as e:
             raise UserError(recipe.placed(str(e)), e.exit_code) from e
 
-    with lasting_output():
+    with broken_pipes_tolerated():
         return guarded(run, debug=args.debug)
 
 

@@ -16,7 +16,7 @@ from dedistill.cli.command import (
     finite,
     guarded,
     guider,
-    lasting_output,
+    broken_pipes_tolerated,
     path,
     place,
     positive,
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def told() -> int:
-        with lasting_output():
+        with broken_pipes_tolerated():
             return run(args)
 
     return guarded(told, debug=args.debug)

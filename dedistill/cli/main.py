@@ -76,7 +76,7 @@ def _overview() -> str:
     head = [
         "usage: dedistill COMMAND ...",
         "",
-        "Give distilled image models their flow-matching objective and their CFG dial back.",
+        "Give distilled image models their training objective and their classifier-free guidance back.",
         "",
     ]
     tail = ["", "dedistill COMMAND --help shows options, defaults and an example; dedistill --version shows the version.", ""]

@@ -269,7 +269,7 @@ def replace_json(path: Path, value: object) -> None:
 
 
 def checksummed(table: Mapping[str, object]) -> bytes:
-    """``table`` as JSON with a hash of itself, in one canonical spelling, so that no bit of it can change unnoticed."""
+    """``table`` as JSON with a hash of itself, in one canonical form, so that no bit of it can change unnoticed."""
     checksum = hashlib.sha256(json.dumps(dict(table)).encode()).hexdigest()
     return (json.dumps({**table, "seal": checksum}, indent=1) + "\n").encode()
 
