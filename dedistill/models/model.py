@@ -308,7 +308,7 @@ def assemble(
     length = text_length(family, filled(recipe.model.text_length, "model.text_length"), recipe.where("model.text_length"))
     facts: dict[str, Any] = {
         "network_parameters": sum(p.numel() for p in components.denoiser.parameters()),
-        "picture": list(components.sample_shape),
+        "sample_shape": list(components.sample_shape),
     }
     if recipe.adapter is None:
         cast_float(components.denoiser, torch.float32)

@@ -31,7 +31,7 @@ from dedistill.release.folder import names_of
 
 _FACTS = (
     *("family", "base", "merges", "trained", "quantized"),
-    *("guidance", "mask", "t5_mask", "null", "text_length", "text", "absent", "picture", "shift"),
+    *("guidance", "mask", "t5_mask", "null", "text_length", "text", "absent", "sample_shape", "picture", "shift"),
     *("prediction", "sigma_range", "above_range"),
 )
 """Keys of dedistill.json that whoever uses the weights needs."""

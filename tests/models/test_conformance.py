@@ -1,5 +1,6 @@
 """What every family must do, on its own tiny network; facts of single families at the end."""
 
+import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -419,6 +420,17 @@ def test_saved_and_loaded_gives_the_same_velocity(family, components, noisy, tmp
     again = family.load(spec(tmp_path / "saved", **settings), seed=5)
     assert again.mask == components.mask
     assert torch.equal(velocity(family, again, noisy), velocity(family, components, noisy))
+
+
+def test_a_folder_that_calls_its_shape_as_it_was_called_before_is_read(tmp_path):
+    family = PixelFlux()
+    family.save(family.tiny(0), tmp_path)
+    file = tmp_path / "dedistill.json"
+    facts = json.loads(file.read_text())
+    assert facts["sample_shape"] == list(family.load(spec(tmp_path), seed=0).sample_shape)
+    file.write_text(json.dumps(facts | {"picture": facts.pop("sample_shape")}))
+    loaded = family.load(spec(tmp_path), seed=0)
+    assert loaded.sample_shape == tuple(json.loads(file.read_text())["picture"]) == family.tiny(0).sample_shape
 
 
 def halve_weights(folder: Path) -> None:

@@ -100,7 +100,7 @@ class PixelFlux(FluxNetwork):
             | prediction_facts(self.spec, components)
             | {
                 "family": self.spec.name,
-                "picture": components.sample_shape,
+                "sample_shape": components.sample_shape,
                 "mask": components.mask,
                 "shift": components.sample_shift or "auto",
                 "text": _text(components).config(),
@@ -114,7 +114,8 @@ class PixelFlux(FluxNetwork):
         missing = f"model.path: no {self.spec.name} model in '{folder}' (train it first)"
         facts = read_object(folder / "dedistill.json", missing)
         try:
-            image, text = tuple(facts["picture"]), WordEncoder(**facts["text"])
+            shape = facts["picture"] if "picture" in facts else facts["sample_shape"]  # the first: of models made before
+            image, text = tuple(shape), WordEncoder(**facts["text"])
         except (ValueError, KeyError, TypeError, ArithmeticError) as e:
             raise UserError(f"{missing}: {e}") from e
         place = folder / "transformer"
