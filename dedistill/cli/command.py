@@ -81,11 +81,11 @@ SOLVERS = get_args(SolverName)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Says the default of every option with a value, unless its help does already, or that it is required."""
+    """Says the default of every option with a value and of places that have one, unless the help does; or what is required."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if "default" in text or action.nargs == 0 or default is argparse.SUPPRESS or not action.option_strings:
+        if "default" in text or action.nargs == 0 or default is argparse.SUPPRESS or not (action.option_strings or default):
             return text
         if action.required:
             return f"{text} (required)"

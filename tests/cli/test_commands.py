@@ -95,6 +95,8 @@ def test_help_shows_defaults_and_an_example(name, capsys):
     assert not re.search(r"default: (None|False|\[)", said)
     valued = re.split(r" (?=--[\w-]+ (?:\{|[A-Z]))", said.partition(" options: ")[2].partition(" example: ")[0])[1:]
     assert all("default" in text or "(required)" in text for text in valued), valued
+    usage, _, places = said.partition(" options: ")[0].partition(" positional arguments: ")
+    assert "default: " in places or not re.search(r"\[\{[^}]*\}\]", usage), "a choice that may be left out"
     if "--set KEY" in said:
         assert "may be repeated" in said
 
