@@ -17,7 +17,7 @@ batch = 8
 lr = 1e-3
 """
 
-# Between them the four say every key of the schema (tested below).
+# Between them they say every key of the schema (tested below).
 NEW = """\
 [run]
 name = "full"
@@ -128,11 +128,18 @@ prompts = ["a cat"]
 cfgs = [1.0, 3.5]
 skip = 1
 seed = 2
+
+[online]
+every = 0
 """
+STORED = 'source = "pairs"\npath = "pairs"\n'
 TRAINED = re.sub(r"\[model\.new\].*?\n\n", 'path = "w"\n\n', NEW, flags=re.DOTALL).replace(
     'density = "beta"\nalpha = 2.0\nbeta = 2\n', 'density = "logit_normal"\nmean = 0.5\nstd = 1.0\n'
 )
+TRAINED = TRAINED.replace(STORED, 'source = "digits"\npairs = "pairs"\npairs_share = 0.25\n')
 MODE = NEW.replace('density = "beta"\nalpha = 2.0\nbeta = 2\n', 'density = "mode"\nscale = -0.5\n')
+MODE = MODE.replace(STORED, 'source = "digits"\npairs_share = 0.5\n')
+MODE = MODE.replace("[online]\nevery = 0\n", "[online]\nevery = 5\npairs = 64\nkeep = 3\ncfg = 2.0\nsteps = 8\n")
 MODE = MODE.replace("micro_batch = 4\n", "exact = true\n").replace('compile = "blocks"\nattention = "cudnn"\n', "")
 IMAGES = re.sub(
     r"\[data\].*?\n\n",
