@@ -288,7 +288,7 @@ BF16 = ("train.precision=bf16", "train.optimizer=adamw_bf16")
     ("which", "settings"),
     [
         pytest.param("adapter", ["base.quant=none"], marks=pytest.mark.slow),
-        ("adapter", ["base.quant=int8-quanto"]),
+        pytest.param("adapter", ["base.quant=int8-quanto"], marks=pytest.mark.slow),
         pytest.param("adapter", [LORA], marks=pytest.mark.slow),
         ("adapter", [*BF16]),
         ("adapter", ["base.quant=none", LORA, *BF16]),
