@@ -169,7 +169,9 @@ def decoding(found: Estimate, size: int) -> Estimate:
     if not size:
         return found
     kinds = _resident(found)
-    return replace(found, peaks=found.peaks | {(DECODING, ""): Peak(sum(kinds.values()) + size, kinds | {TEMPORARY: size})})
+    peak = Peak(sum(kinds.values()) + size, kinds | {TEMPORARY: size})
+    held = max(found.reserved, peak.bytes) if found.reserved else 0
+    return replace(found, peaks=found.peaks | {(DECODING, ""): peak}, reserved=held)
 
 
 def _resident(found: Estimate) -> dict[str, int]:

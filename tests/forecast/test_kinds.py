@@ -72,7 +72,8 @@ def test_a_card_has_room_for_images_of_previews(image_recipe, side, phases):
     previews, none = load_recipe(image_recipe, sets), load_recipe(image_recipe)
     family = get_family("flux")
     cases = [case_of(recipe, family, family.full_size(recipe.model)) for recipe in (previews, none)]
-    with_them, without = (Outlooks(case).of(case.recipe).estimate for case in cases)
+    with_them, without = (Outlooks(case).of(case.recipe, whole=True).estimate for case in cases)
+    assert with_them.reserved >= with_them.highest[1].bytes
     added = {phase for phase, _ in with_them.peaks.keys() - without.peaks.keys()}
     assert added == set(phases)
     decoded, alone = with_them.peaks[DECODING, ""], beside(previews, family, [DECODING])[DECODING]
