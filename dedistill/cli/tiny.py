@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from dedistill.cli.command import command_parser, guarded, path
 from dedistill.cli.recipes import said_of
 from dedistill.errors import UserError
+from dedistill.io.atomic import whole_folder
 from dedistill.models.registry import families, get_family
 from dedistill.recipe import load_recipe
 from dedistill.recipe.model_tables import Model
@@ -64,11 +65,12 @@ def run(args: argparse.Namespace) -> int:
     for place in filter(None, (args.folder, args.images)):
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"'{place}' exists and is not an empty folder: choose another, or remove it", exit_code=2)
-    with redirect_stdout(sys.stderr):
-        family.write_tiny(Model(family=args.family, path=str(args.folder)), args.folder, None, full_depth=False)
+    with redirect_stdout(sys.stderr), whole_folder(args.folder) as folder:
+        family.write_tiny(Model(family=args.family, path=str(args.folder)), folder, None, full_depth=False)
     message = f"{args.folder}/: a tiny random {args.family} model"
     if args.images:
-        message += f"; {args.images}/: {write_samples(args.images, *SIDES)} captioned images"
+        with whole_folder(args.images) as folder:
+            message += f"; {args.images}/: {write_samples(folder, *SIDES)} captioned images"
     base = _recipe_for(args.family)
     print(_recipe(base, args), end="")
     print(f"{message}\n{_next(base)}", file=sys.stderr)

@@ -1,12 +1,14 @@
 """A run without weights: the tiny model and sample images (test_rehearse.py rehearses on them)."""
 
+import errno
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from dedistill.cli import tiny
 from dedistill.cli.main import main
-from dedistill.models.registry import families
+from dedistill.models.registry import families, get_family
 
 FEW = ["train.steps=4", "train.warmup=0", "snapshot.every=2", "validate.samples=4", "validate.every=4", "checkpoint.every=4"]
 SETTINGS = [word for setting in FEW for word in ("--set", setting)]
@@ -73,3 +75,22 @@ def test_sample_images_are_captioned(tmp_path):
     assert write_samples(tmp_path, 64, 48) == len(list(tmp_path.glob("*.jpg"))) == len(list(tmp_path.glob("*.txt")))
     with Image.open(tmp_path / "sample0.jpg") as image:
         assert image.size == (64, 48) and len({*image.resize((8, 6)).getdata()}) > 8
+
+
+@pytest.mark.parametrize("part", ["model", "images"])
+def test_half_of_it_is_none(part, tmp_path, monkeypatch, capsys):
+    """A disk that is full before the end leaves nothing in the way of the same command."""
+    words = ["tiny", "pixel_flux", str(tmp_path / "model"), "--images", str(tmp_path / "images")]
+    place, name = {"model": (type(get_family("pixel_flux", "x")), "write_tiny"), "images": (tiny, "write_samples")}[part]
+    write = getattr(place, name)
+
+    def cut(*arguments, **options):
+        write(*arguments, **options)
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / part))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, cut)
+        assert main(words) == 1 and "No space left" in capsys.readouterr().err
+    assert not (tmp_path / part).exists()
+    if part == "model":
+        assert main(words) == 0

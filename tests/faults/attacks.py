@@ -106,6 +106,7 @@ KINDS: dict[str, dict[str, str]] = {
         "release/test_merge.py": "full_disk",
         "cli/test_rehearse.py": "full_disk",
         "runs/test_inputs.py": "full_disk",
+        "runs/test_run.py": "without_room",
     },
     "memory, open files, temporary folders, two processes at once, signals, services that are gone": {
         "test_messages.py": "memory|open_files|temporary",
