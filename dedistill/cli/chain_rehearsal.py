@@ -20,6 +20,8 @@ COUNT = 20
 """Pairs, and prompts of a file that is not there yet."""
 FEW = {"--count": str(COUNT), "--shard-size": "8", "--samples": "8", "--seeds": "0"}
 """Options with small numbers."""
+MADE = ("recipes", "models", "images", "cache", "prompts.txt", "chain.json")
+"""What a rehearsal of a chain writes itself, beside its stages' folders."""
 
 
 def small_chain(chain: Chain) -> Chain:
@@ -30,9 +32,9 @@ def small_chain(chain: Chain) -> Chain:
     out = Path(f"{chain.out}-rehearsal")
     ownership.claim(out, "chain", "out: the rehearsal's folder")
     with ownership.hold(out, "out"):
-        for place in out.iterdir():
-            if place.name not in (ownership.MARK, ".lock"):
-                ownership.remove(place)
+        made = {*MADE, *(f"{stage.name}.log" for stage in chain.stages)}
+        for place in [place for place in out.iterdir() if place.name in made or _is_ours(place)]:
+            ownership.remove(place)
         make_folder(out / "recipes")
         moved = _Moved(chain.out, out)
         options = (
@@ -44,6 +46,11 @@ def small_chain(chain: Chain) -> Chain:
                 replace_file(out / "recipes" / f"{short}.toml", to_toml(_small(load_recipe(name), moved)).encode())
         stages = [_small_stage(chain, stage, names, moved) for stage in chain.stages]
     return Chain(out, chain.threads, 1.0, stages, str(out / "recipes"))
+
+
+def _is_ours(place: Path) -> bool:
+    """Whether a stage made it, a folder of ours or a model; notes beside them stay."""
+    return ownership.kind_of(place) is not None or (place / "dedistill.json").exists()
 
 
 def _recipes(chain: Chain, stage: Stage) -> list[str]:

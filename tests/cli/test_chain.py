@@ -14,6 +14,7 @@ from dedistill.cli.chain import running
 from dedistill.cli.main import main
 from dedistill.cli.plan_chain import StageCost
 from dedistill.errors import UserError
+from dedistill.io import ownership
 from dedistill.models.sd15 import full_config
 from dedistill.models.unet.tiny import write_tiny_unet
 from dedistill.recipe import load_recipe
@@ -97,6 +98,20 @@ def test_a_rehearsal_is_the_same_chain_written_small(chain, capsys):
     chain.write_text(chain.read_text().replace('out = "out"', 'out = "other"'))
     assert main(["chain", "mine", "--rehearse"]) == 2
     assert "mine/teacher.toml:3: run.out: 'out/teacher' is not in the chain's folder 'other'" in capsys.readouterr().err
+
+
+def test_notes_in_a_rehearsal_stay_when_it_is_made_again(chain):
+    """What stages made goes, by their marks; what the user put there does not."""
+    assert main(["chain", "mine", "--dry-run", "--rehearse"]) == 0
+    kept, gone = ("notes.txt", "my.log", "mine/x"), ("recipes/old.toml", "sweep/x", "merged/x")
+    for name in (*kept, *gone):
+        Path("out-rehearsal", name).parent.mkdir(exist_ok=True)
+        Path("out-rehearsal", name).write_text("x")
+    ownership.mark(Path("out-rehearsal/sweep"), "sweep")
+    Path("out-rehearsal/merged/dedistill.json").write_text("{}")
+    assert main(["chain", "mine", "--dry-run", "--rehearse"]) == 0
+    assert all(Path("out-rehearsal", name).exists() for name in kept)
+    assert not any(Path("out-rehearsal", name).exists() for name in gone)
 
 
 @pytest.mark.slow
