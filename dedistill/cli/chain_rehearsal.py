@@ -15,6 +15,7 @@ from dedistill.models.registry import get_family
 from dedistill.recipe import Recipe, load_recipe, to_toml
 from dedistill.recipe.chain import Chain, Stage
 from dedistill.recipe.shipped import PREFIX
+from dedistill.release.folder import new_folder
 
 COUNT = 20
 """Pairs, and prompts of a file that is not there yet."""
@@ -87,7 +88,8 @@ def _small(recipe: Recipe, moved: _Moved) -> Recipe:
             family = get_family(recipe.model.family, recipe.where("model.family"))
             place = str(moved.new / "models" / recipe.model.family)
             if not Path(place).exists():
-                write_small_model(recipe, family, Path(place), None)
+                with new_folder(Path(place)) as folder:
+                    write_small_model(recipe, family, folder, None)
         model = {"path": place, "revision": None, "components": None}
     pairs = {"path": recipe.data.path if recipe.data.source == "pairs" else None, "pairs": recipe.data.pairs}
     data: dict[str, Any] = {key: moved(place) or place for key, place in pairs.items() if place}

@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 from dedistill.cli.command import command_parser, guarded, path
 from dedistill.cli.recipes import said_of
 from dedistill.errors import UserError
-from dedistill.io.atomic import whole_folder
 from dedistill.models.registry import families, get_family
 from dedistill.recipe import load_recipe
 from dedistill.recipe.model_tables import Model
@@ -61,15 +60,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):  # of libraries: what this command prints is a recipe
+        from dedistill.release.folder import new_folder
+
         family = get_family(args.family, "FAMILY")
     for place in filter(None, (args.folder, args.images)):
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"'{place}' exists and is not an empty folder: choose another, or remove it", exit_code=2)
-    with redirect_stdout(sys.stderr), whole_folder(args.folder) as folder:
+    with redirect_stdout(sys.stderr), new_folder(args.folder) as folder:
         family.write_tiny(Model(family=args.family, path=str(args.folder)), folder, None, full_depth=False)
     message = f"{args.folder}/: a tiny random {args.family} model"
     if args.images:
-        with whole_folder(args.images) as folder:
+        with new_folder(args.images) as folder:
             message += f"; {args.images}/: {write_samples(folder, *SIDES)} captioned images"
     base = _recipe_for(args.family)
     print(_recipe(base, args), end="")
