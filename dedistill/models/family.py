@@ -41,6 +41,8 @@ class Components:
     """What a distilled guidance embedding is fed in training; None without one."""
     takes_guidance: bool = False
     """Whether there is such an embedding, and it is not bypassed."""
+    new_guidance: bool = False
+    """Whether that embedding is none of the files, but was added, all zeros."""
     source: object = None
     """Where the files are and what they say beside weights; the family's own."""
     facts: dict[str, Any] = field(default_factory=dict)

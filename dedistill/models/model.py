@@ -265,7 +265,13 @@ def check_asked(recipe: Recipe, family: Family, components: Components) -> None:
     key, message, traits = "", "", OBJECTIVES[recipe.train.objective]
     if traits.fed and not components.takes_guidance:
         key, message = "train.objective", f"'{recipe.train.objective}' feeds the network a scale of guidance"
-        message += ", and this one has no embedding for it"
+        message += ", and this one has no embedding for it; U-Nets get one where model.guidance is set"
+    elif components.new_guidance and (recipe.adapter is not None or not traits.fed):
+        key, message = (
+            "model.guidance",
+            "this network has no guidance embedding; a new one is trained by objective = 'guidance'",
+        )
+        message += ", without an adapter, since no other program has that layer to put one on"
     elif traits.diffusion and components.schedule is None:
         what = f"is read as {components.prediction} (model.prediction)" if components.prediction else "is a flow model"
         key, message = "train.objective", f"'{recipe.train.objective}' is for models that were trained by diffusion"

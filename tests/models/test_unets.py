@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -341,8 +342,9 @@ def test_size_and_crop_are_each_images_own(folders):
 # --- diffusers' pipelines --------------------------------------------------------------------------------------------
 
 
-def guided_by_hand(family, components, prompts, negative, start, steps: int, scale: float) -> torch.Tensor:
-    """Euler's steps with CFG on the levels of DDIM's; start and result as diffusers has them, of variance 1."""
+def guided_by_hand(family, components, prompts, negative, start, steps: int, scale: float, fed=None) -> torch.Tensor:
+    """Euler's steps with CFG on the levels of DDIM's; start and result as diffusers has them, of variance 1. fed: to the
+    network's own embedding."""
     levels = components.schedule.sigmas
     first = [1 + 1000 // steps * i for i in reversed(range(steps))]
     text, null = (family.encode_text(components, captions, 77) for captions in (prompts, negative))
@@ -351,7 +353,7 @@ def guided_by_hand(family, components, prompts, negative, start, steps: int, sca
     for step in first:
         here, there = levels[step], levels[max(0, step - 1000 // steps)]
         sigma = torch.full((len(start),), here)
-        c, u = (family.velocity(components, components.denoiser, z, sigma, t) for t in (text, null))
+        c, u = (family.velocity(components, components.denoiser, z, sigma, t, fed) for t in (text, null))
         z = z + (there - here) * (u + scale * (c - u))
     return z / r[0] ** 0.5
 
@@ -386,6 +388,56 @@ def test_a_null_of_zeros_is_the_pipelines_own(folders):
     with torch.no_grad():
         ours = guided_by_hand(family, components, ["a red cat"], [""], start, 2, 3.0)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+@every_family
+def test_a_fed_scale_is_that_of_diffusers_pipelines(name, folders, tmp_path):
+    """Added as zeros it changes nothing; filled and saved, a pipeline feeds its guidance_scale as we do, and makes no second
+    call; and each sample has its own."""
+    family, plain = loaded(folders, name)
+    family, components = loaded(folders, name, guidance=1.0)
+    noisy, sigma, text = noise(1, 2, 4, 8, 8), torch.tensor([0.3, 1.0]), family.encode_text(plain, ["a red cat", ""], 77)
+
+    def velocity(components, *fed):
+        return family.velocity(components, components.denoiser, noisy, sigma, text, *fed)
+
+    assert components.new_guidance and torch.equal(velocity(components, 7.0), velocity(plain))
+    with torch.no_grad():
+        layer = components.denoiser.time_embedding.cond_proj.weight
+        layer.copy_(0.3 * noise(2, *layer.shape))
+    assert layer.shape[1] == 256 and (velocity(components, 7.0) - velocity(plain)).abs().max() > 1e-3
+    own = velocity(components, torch.tensor([2.0, 5.0])).detach()
+    for i, scale in enumerate((2.0, 5.0)):
+        torch.testing.assert_close(own[i], velocity(components, scale)[i], rtol=0, atol=1e-5 * float(own.abs().max()))
+    family.save(components, tmp_path / "out")
+    again = family.load(spec(tmp_path / "out", guidance=3.0), seed=0)
+    assert torch.equal(again.denoiser.time_embedding.cond_proj.weight, layer) and not again.new_guidance
+    start, prompts = noise(3, 2, 4, 8, 8), ["a red cat", "the sun"]
+    said = {"guidance_scale": 3.0, "num_inference_steps": 4, "height": 64, "width": 64}
+    pipe = pipeline(folders[name])
+    pipe.register_modules(unet=UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet"))
+    theirs = pipe(prompts, latents=start, output_type="latent", **said).images
+    with torch.no_grad():
+        ours = guided_by_hand(family, again, prompts, prompts, start, 4, 1.0, 3.0)
+        fed_by_default = guided_by_hand(family, again, prompts, prompts, start, 4, 1.0)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+    assert torch.equal(ours, fed_by_default)
+
+
+@every_family
+def test_guidance_distillation_of_a_new_embedding_begins_at_the_base(name, folders):
+    """Its loss is what the scale adds to the base, (w - 1)^2 |with - without|^2, and the embedding is what learns it."""
+    family, components = loaded(folders, name, guidance=1.0)
+    objective, model = diffusion(family, components, objective="guidance", scales=[1.0, 5.0])
+    model.frozen = deepcopy(components.denoiser)
+    batch = objective.noisy_batch(0, np.arange(8))
+    loss = objective.loss(model, batch)
+    with torch.no_grad():
+        own, null = (model.velocity(batch.noisy, batch.sigma, model.encode(words)) for words in (batch.captions, [""] * 8))
+    torch.testing.assert_close(loss, (batch.scales - 1) ** 2 * flow_loss(own, null), rtol=1e-3, atol=1e-6)
+    loss.mean().backward()
+    assert components.denoiser.time_embedding.cond_proj.weight.grad.abs().max() > 0
+    assert loss.max() > 0
 
 
 @every_family

@@ -3,6 +3,7 @@
 from typing import Any
 
 from dedistill.models.spec import Config, Licence, ModelSpec, Published
+from dedistill.models.unet import has_scale_embedding
 from dedistill.recipe.model_tables import Model
 
 _HUB = "https://huggingface.co/stabilityai"
@@ -54,6 +55,7 @@ SPEC = ModelSpec(
         ),
     ),
     full_config=full_config,
+    distilled_guidance=has_scale_embedding,
     names="dedistill.models.sdxl.naming:NAMES",
     card="dedistill.models.unet:card.md.j2",
 )

@@ -5,8 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from dedistill.errors import UserError
@@ -24,6 +26,7 @@ from dedistill.models.prompts import CLIP_TOKENS, encoding_pass
 from dedistill.models.quantize import float_dtype
 from dedistill.models.registry import imported, published
 from dedistill.models.spec import ModelSpec
+from dedistill.models.unet import has_scale_embedding
 from dedistill.models.unet.encoders import ONE, TWO, ClipText, Null
 from dedistill.models.unet.naming import LdmNames
 from dedistill.models.vae import PublishedVae, Vae, vae_passes
@@ -31,6 +34,8 @@ from dedistill.recipe.model_tables import Model
 
 CHANNELS = 4
 """Of the latents of all published ones."""
+SCALE_WIDTH, SCALE_LAYER = 256, "time_embedding.cond_proj.weight"
+"""Of the embedding of a guidance scale, as latent consistency models have it, and its layer, which it adds to the time's."""
 FLOW: tuple[Prediction, ...] = ("velocity", "negative_velocity")
 FLOW_SCHEDULER = {
     **{"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True},
@@ -61,7 +66,7 @@ class UNetFamily(PipelineFamily):
                 "goes on from images of the base; it is not trained here. Take the base",
                 2,
             )
-        network = self._network(place, empty=not denoiser)
+        network, new_guidance = self._network(place, empty=not denoiser, guidance=spec.guidance is not None)
         vae = Vae(place.components / "vae")
         sides = network.config.in_channels, network.config.out_channels
         if sides != (vae.channels, vae.channels):
@@ -83,6 +88,9 @@ class UNetFamily(PipelineFamily):
             "none",
             vae=vae,
             text_length=CLIP_TOKENS,
+            guidance=cast(float | None, spec.guidance) if denoiser else None,
+            takes_guidance=spec.guidance is not None,
+            new_guidance=new_guidance,
             schedule=None if prediction in FLOW else _schedule(place, prediction),
             prediction=prediction,
             source=place,
@@ -92,7 +100,9 @@ class UNetFamily(PipelineFamily):
 
     def _check(self, spec: Model) -> None:
         """Refuse keys that would have no effect, or another than they say."""
-        for key in ("guidance", "new", "t5_mask"):
+        if spec.guidance == "bypass":
+            raise UserError(f"model.guidance: 'bypass' has no effect on {self.spec.name}; leave it out", 2)
+        for key in ("new", "t5_mask"):
             if getattr(spec, key):
                 raise UserError(f"model.{key}: has no effect on {self.spec.name}; leave it out", 2)
         if spec.mask not in ("none", None):
@@ -103,7 +113,8 @@ class UNetFamily(PipelineFamily):
         if spec.text_length not in (CLIP_TOKENS, None):
             raise UserError(f"model.text_length: {self.spec.name} always has {CLIP_TOKENS} tokens; leave it out", 2)
 
-    def _network(self, place: Place, *, empty: bool) -> UNet2DConditionModel:
+    def _network(self, place: Place, *, empty: bool, guidance: bool) -> tuple[UNet2DConditionModel, bool]:
+        """guidance: with an embedding of the scale, which is new, of zeros, where the files have none (True)."""
         tensors, source = read_network(place.denoiser, empty=empty), str(place.denoiser)
         if place.denoiser.is_dir():
             config = stored_config(place.denoiser)
@@ -120,10 +131,14 @@ class UNetFamily(PipelineFamily):
                 f"{config.get('addition_embed_type')} and cross_attention_dim = {config.get('cross_attention_dim')}; name its "
                 "own family (model.family)"
             )
+        if new := guidance and not has_scale_embedding(config):
+            config |= {"time_cond_proj_dim": SCALE_WIDTH}
+            like = tensors.get("conv_in.weight", torch.empty(0))
+            tensors[SCALE_LAYER] = like.new_zeros(config["block_out_channels"][0], SCALE_WIDTH)
         network = build(UNet2DConditionModel, config, tensors, source)
         if not empty:
             check_finite(tensors, f"model.path: '{source}'")
-        return network
+        return network, new
 
     @property
     def names(self) -> LdmNames:
@@ -147,6 +162,8 @@ class UNetFamily(PipelineFamily):
         check_folder(self.spec, Path(path))
         file = Path(path) / self.spec.folder / "config.json"
         config = read_object(file, "model.path") if file.exists() else self.published_config(path)
+        if new_guidance := spec.guidance is not None and not has_scale_embedding(config):
+            config |= {"time_cond_proj_dim": SCALE_WIDTH}
         network = without_weights(UNet2DConditionModel, config, f"model.path: '{path}'")
         around = Path(spec.components or path) / "vae"
         vae = Vae(around) if around.exists() else PublishedVae(network.config.in_channels)
@@ -162,6 +179,9 @@ class UNetFamily(PipelineFamily):
             (vae.channels, side, side),
             "none",
             vae=vae,
+            guidance=cast(float | None, spec.guidance),
+            takes_guidance=spec.guidance is not None,
+            new_guidance=new_guidance,
             schedule=None if prediction in FLOW else replace(schedule, prediction=prediction),
             prediction=prediction,
         )
@@ -200,16 +220,19 @@ class UNetFamily(PipelineFamily):
         text: Conditioning,
         guidance: Guidance = None,
     ) -> Tensor:
-        if guidance is not None:
-            raise UserError(f"{self.spec.name} has no guidance embedding; leave guidance out")
+        if guidance is not None and not components.takes_guidance:
+            raise UserError(f"this network of {self.spec.name} is fed no guidance scale; set model.guidance, or leave it out")
         schedule, dtype = components.schedule, float_dtype(components.denoiser)
         step = schedule.steps(sigma) if schedule else 1000 * sigma
         added = self.added(text, noisy, cast(Vae, components.vae).scale)
+        value = components.guidance if guidance is None else guidance
+        fed = None if value is None else _scale_embedding(value, noisy, components.denoiser).to(dtype)
 
         def predicted(sample: Tensor) -> Tensor:
             out: Tensor = denoiser(
                 sample.to(dtype),
                 step,
+                timestep_cond=fed,
                 encoder_hidden_states=text.tokens.embeds.to(dtype),  # cached text keeps its encoders' dtype
                 added_cond_kwargs=added,
                 return_dict=False,
@@ -265,6 +288,15 @@ class UNetFamily(PipelineFamily):
             "time": ["**.time_emb_proj"],
             "everything": ["**"],
         }
+
+
+def _scale_embedding(scale: float | Tensor, noisy: Tensor, network: nn.Module) -> Tensor:
+    """[B, width] of a guidance scale, or of [B], as latent consistency models (arXiv 2310.04378) and diffusers' pipelines feed
+    it: sines and cosines of 1000 (scale - 1), and so of nothing at scale 1."""
+    scales = torch.as_tensor(scale, dtype=torch.float32, device=noisy.device).expand(len(noisy))
+    width = cast(UNet2DConditionModel, network).config.time_cond_proj_dim
+    embedding: Tensor = get_timestep_embedding(1000 * (scales - 1), width, downscale_freq_shift=1)
+    return embedding
 
 
 def _prediction(family: ModelSpec, spec: Model, place: Place) -> Prediction:
