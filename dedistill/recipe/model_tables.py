@@ -65,7 +65,7 @@ class Model(Table):
     guidance: Annotated[Annotated[float, Field(ge=0)] | Literal["bypass"] | None, Default(BY_FAMILY)] = Field(
         None,
         description="Value fed to a distilled guidance embedding in training. bypass: train without it (Flex.1-alpha). "
-        "None where the network has no such embedding.",
+        "None where the network has no such embedding. U-Nets without one get it, of zeros, for objective = 'guidance'.",
     )
     text_length: Annotated[Positive | None, Default(BY_FAMILY)] = Field(
         None, description="Tokens a caption is padded or cut to."
