@@ -182,7 +182,7 @@ def main() -> int:
         climb(args.seeds, losses=args.losses)
     from lab.ladder.report import write_report
 
-    print(f"done: {', '.join(map(str, write_report()))}", file=sys.stderr)
+    print(f"done: {', '.join(map(str, write_report(json.loads(RESULTS.read_text()))))}", file=sys.stderr)
     return 0
 
 
