@@ -6,8 +6,8 @@ import pytest
 
 from dedistill.recipe import load_recipe
 from dedistill.recipe.chain import load_chain
-from lab.ladder.report import CLAIMS, ROOT, figure, lines
-from lab.ladder.study import RESULTS, Ladder
+from lab.ladder.report import CLAIMS, OF_LOSSES, RESULTS, ROOT, figure, lines, loss_lines
+from lab.ladder.study import Ladder
 
 FOUND = json.loads(RESULTS.read_text())
 
@@ -15,6 +15,7 @@ FOUND = json.loads(RESULTS.read_text())
 def test_the_page_shows_the_committed_numbers():
     page = (ROOT / "docs" / "reflow.md").read_text()
     assert "\n".join(lines(FOUND)) in page and "python -m lab.ladder" in page
+    assert "\n".join(loss_lines(json.loads(OF_LOSSES.read_text()))) in page and "python -m lab.ladder --losses" in page
     assert (ROOT / "docs" / "images" / "ladder.svg").read_text() == figure(FOUND) + "\n"
 
 

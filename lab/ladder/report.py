@@ -1,5 +1,6 @@
 """The ladder's table, claims and figure in docs/reflow.md, from its scores over seeds."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from dedistill.report.plots import line_plot, value_label
 from lab.verdicts import mean_interval
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "lab" / "results" / "ladder.json"
+OF_LOSSES = RESULTS.with_name("ladder_losses.json")
 Scores = dict[str, dict[str, float]]
 """Of one seed, by model."""
 MODELS = {
@@ -83,6 +86,31 @@ def lines(found: dict) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in table] + [""] + [f"| {' | '.join(row)} |" for row in expected]
 
 
+LOSS_ROWS = {
+    "bridge": "reflow",
+    "u_shaped": "reflow, U-shaped density",
+    "huber": "reflow, pseudo-Huber",
+    "both": "reflow, both",
+    "onestep": "one step",
+    "onestep_huber": "one step, pseudo-Huber",
+}
+AGAINST = {"u_shaped": "bridge", "huber": "bridge", "both": "bridge", "onestep_huber": "onestep"}
+LOSS_COLUMNS = ("straightness", "error_1", "frechet_1", "frechet_4", "frechet_32")
+
+
+def loss_lines(found: dict) -> list[str]:
+    """Table in Markdown: reflow and one step, and by how much each change of the loss moves a score, seed by seed."""
+    seeds: list[Scores] = found["seeds"]
+    rows = [["", *(COLUMNS[key] for key in LOSS_COLUMNS)], ["---"] * (1 + len(LOSS_COLUMNS))]
+    for model, label in LOSS_ROWS.items():
+        if model not in AGAINST:
+            rows.append([label, *(number([s[model][key] for s in seeds]) for key in LOSS_COLUMNS)])
+            continue
+        changes = [number([s[model][key] - s[AGAINST[model]][key] for s in seeds]) for key in LOSS_COLUMNS]
+        rows.append([f"{label}: change", *changes])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
 def figure(found: dict) -> str:
     """Frechet distances over steps, means and intervals over seeds."""
     series = {}
@@ -101,11 +129,13 @@ def figure(found: dict) -> str:
     )
 
 
-def write_report(found: dict) -> list[Path]:
-    """Write the tables into docs/reflow.md between their marks, and the figure; returns both."""
+def write_report() -> list[Path]:
+    """Write the tables of the committed results into docs/reflow.md between their marks, and the figure; returns both."""
     page, image = ROOT / "docs" / "reflow.md", ROOT / "docs" / "images" / "ladder.svg"
-    text = page.read_text()
-    before, after = text.partition("<!-- ladder -->")[0], text.partition("<!-- /ladder -->")[2]
-    page.write_text("\n".join([before + "<!-- ladder -->", *lines(found), "<!-- /ladder -->" + after]))
+    text, found = page.read_text(), json.loads(RESULTS.read_text())
+    for mark, table in (("ladder", lines(found)), ("losses", loss_lines(json.loads(OF_LOSSES.read_text())))):
+        before, after = text.partition(f"<!-- {mark} -->")[0], text.partition(f"<!-- /{mark} -->")[2]
+        text = "\n".join([f"{before}<!-- {mark} -->", *table, f"<!-- /{mark} -->{after}"])
+    page.write_text(text)
     image.write_text(figure(found) + "\n")
     return [page, image]

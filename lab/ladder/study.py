@@ -32,11 +32,10 @@ from dedistill.recipe import Recipe, load_recipe
 from dedistill.runs.model import open_finished
 from dedistill.sampling.pairs import make_pairs, teacher_hash
 from dedistill.sampling.sampler import Sampling, start_noise, trajectories
+from lab.ladder.report import OF_LOSSES, RESULTS, write_report
 from lab.ladder.start import write_start
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results" / "ladder.json"
-OF_LOSSES = RESULTS.with_name("ladder_losses.json")
 Settings = dict[str, tuple[str, ...]]
 STARTS: Settings = {
     "bridge": (),
@@ -180,9 +179,7 @@ def main() -> int:
         return 0
     if not args.report:
         climb(args.seeds, losses=args.losses)
-    from lab.ladder.report import write_report
-
-    print(f"done: {', '.join(map(str, write_report(json.loads(RESULTS.read_text()))))}", file=sys.stderr)
+    print(f"done: {', '.join(map(str, write_report()))}", file=sys.stderr)
     return 0
 
 
