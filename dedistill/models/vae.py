@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dedistill.errors import UserError
 from dedistill.io.json_files import read_object
@@ -79,7 +81,7 @@ class Vae:
 
         # float32: bf16 costs visible detail here, and images are encoded once
         vae = load_whole(AutoencoderKL, self.folder, "model.path: the VAE", torch_dtype=torch.float32)
-        self._loaded = vae.to(device).eval()
+        self._loaded = vae.to(device).eval().requires_grad_(False)
 
     def unload(self) -> None:
         self._loaded = None
@@ -92,12 +94,15 @@ class Vae:
         latents = posterior.mean + posterior.std * noise.to(device)
         return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
-    @torch.no_grad()
     def decode(self, latents: Tensor, device: torch.device | str) -> Tensor:
-        """Pixels [B, 3, H, W], about [-1, 1], one image at a time: the VAE's memory is what runs out first."""
+        """Pixels [B, 3, H, W], about [-1, 1], one image at a time: the VAE's memory is what runs out first. Where latents have
+        gradients, each image is decoded again going back."""
         vae = self._open(device, tiled=self.tiled)
         z = latents.to(device, torch.float32) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return torch.cat([vae.decode(row[None], return_dict=False)[0] for row in z])
+        decoded = partial(vae.decode, return_dict=False)
+        if latents.requires_grad and torch.is_grad_enabled():
+            decoded = partial(checkpoint, decoded, use_reentrant=False)
+        return torch.cat([decoded(row[None])[0] for row in z])
 
     def _open(self, device: torch.device | str, *, tiled: bool) -> "AutoencoderKL":
         if not self.loaded:

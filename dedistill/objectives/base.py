@@ -8,20 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dedistill.data.source import Batch, Slot, Source
+from dedistill.data.source import Batch, Slot, Source, needed
 from dedistill.distributed.world import World, partition_by_cost
 from dedistill.errors import UserError
 from dedistill.flow import keyed
-from dedistill.flow.path import DENSITIES, flow_loss, interpolate, midpoints, probabilities, shift_sigma, velocity
+from dedistill.flow.path import DENSITIES, denoised, flow_loss, interpolate, midpoints, probabilities, shift_sigma, velocity
 from dedistill.flow.schedule import Schedule
 from dedistill.models.conditioning import Conditioning
 from dedistill.models.image_prompts import told_own
+from dedistill.models.lpips import Lpips
 from dedistill.models.model import Model
 from dedistill.recipe import Recipe
 from dedistill.recipe.schema import shift_in_numbers
@@ -103,6 +105,7 @@ class Objective:
         self.seed, self.batch = recipe.run.seed, recipe.train.batch
         self.take(source)
         self.huber = recipe.train.huber
+        self.lpips = Lpips(Path(recipe.train.lpips), recipe.where("train.lpips")) if recipe.train.lpips else None
         self.dropout, self.image_dropout = recipe.data.caption_dropout, recipe.data.image_dropout or 0.0
         given = {k: getattr(t, k) for k in ("alpha", "beta", "mean", "std", "scale")}
         self.shift_of = cache(lambda shape: shift_in_numbers(t.shift, lambda: shift_of(shape)))
@@ -130,7 +133,18 @@ class Objective:
     def loss(self, model: Model, batch: NoisyBatch) -> Tensor:
         """The loss of each sample [B], float32, on the model's device; the same in training and validation."""
         noisy, sigma, target = (t.to(model.device, non_blocking=True) for t in (batch.noisy, batch.sigma, batch.target))
-        return flow_loss(model.velocity(noisy, sigma, batch.conditioning(model)), target, self.huber)
+        v = model.velocity(noisy, sigma, batch.conditioning(model))
+        loss = flow_loss(v, target, self.huber)
+        if self.lpips is not None:
+            loss = loss + self._unlike(model, denoised(noisy, sigma, v), denoised(noisy, sigma, target))
+        return loss
+
+    def _unlike(self, model: Model, made: Tensor, real: Tensor) -> Tensor:
+        """LPIPS [B] of the images that one step from each sample reaches, from those of the pairs."""
+        images = [model.family.decode(model.components, latents) for latents in (made, real)]
+        ours, theirs = (x.expand(-1, 3, -1, -1) for x in images)
+        found: Tensor = needed(self.lpips).to(model.device)(ours, theirs)
+        return found
 
     def share(self, step: int, size: int, world: World) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Positions of a step in micro-batches, at most ``size`` of one shape: (those that are this process's, those that

@@ -193,6 +193,11 @@ class Train(Table):
         description="c of the pseudo-Huber loss sqrt(e + c^2) - c of each sample's mean squared error e, which is held back by "
         "samples far off: 0.00054 in arXiv 2405.20320. None: e itself.",
     )
+    lpips: Place | None = Field(
+        None,
+        description="reflow, grid, endpoint: safetensors file with the state of the lpips package's LPIPS(net='vgg'), whose "
+        "distance of the image that one step reaches from the pair's own is added to the loss. None: without.",
+    )
     steps: Steps = Field(description="Optimizer steps in all.")
     batch: Bounded = Field(description="Global batch: samples per optimizer step, on any number of devices.")
     micro_batch: Positive | None = Field(

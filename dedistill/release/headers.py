@@ -93,7 +93,7 @@ def public_recipe(text: str) -> str:
     """
     recipe = read_recipe(text)
     public = public_config(_known(recipe, Recipe))
-    for table, keys in (("run", ("out",)), ("data", ("path", "pairs", "cache"))):
+    for table, keys in (("run", ("out",)), ("train", ("lpips",)), ("data", ("path", "pairs", "cache"))):
         for key in keys:
             public.get(table, {}).pop(key, None)
     for row in public.get("data", {}).get("sets", []):

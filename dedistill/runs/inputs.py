@@ -19,6 +19,7 @@ def input_files(recipe: Recipe) -> dict[str, Files]:
     """Recipe key -> files that training reads because of it."""
     m = recipe.model  # a hub id has no files here; its commit stands in the recipe
     places = {"model.path": m.path, "model.components": m.components, "model.image_prompts": m.image_prompts}
+    places["train.lpips"] = recipe.train.lpips
     files = {key: model_files(Path(place)) for key, place in places.items() if place is not None}
     files["data.path"] = {file.name: file for file in data_files(recipe.data)}
     files["data.pairs"] = {FACTS: Path(recipe.data.pairs) / FACTS} if recipe.data.pairs else {}

@@ -78,6 +78,7 @@ stratify = false
 [train]
 objective = "reflow"
 huber = 0.01
+lpips = "lpips.safetensors"
 steps = 100
 batch = 8
 micro_batch = 4
@@ -179,6 +180,7 @@ for old, new in (
         't5_mask = false\nnull = "empty"\nprediction = "v"\nguidance = 1.0\n',
     ),
     ('"reflow"', '"flow"'),
+    ('lpips = "lpips.safetensors"\n', ""),
     (
         "[sample]\nsteps = 4\n",
         "[sample]\nsolver = 'heun'\nguider = 'rescale:phi=0.5'\n"

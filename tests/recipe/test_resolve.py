@@ -40,7 +40,7 @@ MEANS_SOMETHING = {
     "data.sets.split": "train, where there are several",
     "data.fold": "as held_out says",
     **dict.fromkeys(["data.limit", "online.keep", "train.micro_batch", "train.max_grad_norm"], "no limit"),
-    **dict.fromkeys(["snapshot.ema", "adapter", "train.min_snr", "train.huber"], "off"),
+    **dict.fromkeys(["snapshot.ema", "adapter", "train.min_snr", "train.huber", "train.lpips"], "off"),
     "sample.guidance": "as model.guidance, where that is no number",
 }
 """Keys in whose place no number is used when they are none. A new optional key has a Default, or a good reason to be here."""

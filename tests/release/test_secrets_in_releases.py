@@ -343,6 +343,7 @@ def test_every_text_of_a_recipe_is_known_to_be_a_place_or_not():
         "data.cache",
         "data.sets.path",
         "data.sets.name",
+        "train.lpips",
     }
     hidden |= {"model.image_prompts", "preview.prompts", "sample.negative"}  # of prompts the images that they name
     harmless = {"run.name", "model.family", "model.revision", "adapter.targets.pattern", "adapter.targets.preset"}
@@ -356,7 +357,8 @@ def test_every_text_of_a_recipe_is_known_to_be_a_place_or_not():
     assert texts(Recipe) == hidden | harmless
     model = 'path = "/p/m"\ncomponents = "/p/c"\nimage_prompts = "/p/i"\n'
     prompts = '[sample]\nnegative = "n <image:/p/n>"\n[preview]\nprompts = ["a <image:/p/x weight=0.5> b"]\n'
-    places = f'[run]\nout = "/p/q"\n[model]\n{model}{prompts}[data]\npath = "/p/q"\npairs = "x/p/q"\ncache = "/p/q"\n'
+    trained = '[train]\nlpips = "/p/l"\n'
+    places = f'[run]\nout = "/p/q"\n[model]\n{model}{prompts}{trained}[data]\npath = "/p/q"\npairs = "x/p/q"\ncache = "/p/q"\n'
     told = public_recipe(places + '[[data.sets]]\nname = "p"\npath = "/p/q"\nweight = 2.0\n')
     assert '["a b"]' in told and '"n"' in told and 'image_prompts = "i"' in told
     assert "/p" not in told and '"p"' not in told and "weight = 2.0" in told and 'components = "c"' in told

@@ -155,6 +155,7 @@ ELSEWHERE = {
     "data.pairs_share": "test_pairs_among_images.py: how many of them",
     **dict.fromkeys((f"online.{key}" for key in ("every", "pairs", "keep", "cfg", "steps")), "test_online.py: what is made"),
     "model.null": "test_unets.py: guidance leads away from zeros, as in diffusers' pipeline",
+    "train.lpips": "test_lpips.py: it is added to the loss",
     "train.scales": "test_teachers.py: what the student is fed",
     "model.prediction": "test_starts.py: the same output is another velocity",
     "train.min_snr": "test_unets.py: the weights of diffusers' scripts",
