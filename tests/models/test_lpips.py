@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from scipy.signal import correlate2d
 from test_objective import Pairs
 
-from dedistill.data.source import Batch
+from dedistill.data.source import Batch, Slot
 from dedistill.errors import UserError
 from dedistill.flow.path import denoised
 from dedistill.models.lpips import SLICES, Lpips
@@ -102,8 +102,8 @@ def test_another_file_is_refused_by_name(weights, tmp_path):
 class Latents(Pairs):
     name, image = "latents", (4, 8, 8)
 
-    def draw(self, *args, **kwargs) -> Batch:
-        return replace(super().draw(*args, **kwargs), captions=["a red cat"] * len(args[2]))
+    def draw(self, slots: list[Slot]) -> Batch:
+        return replace(super().draw(slots), captions=["a red cat"] * len(slots))
 
 
 @pytest.mark.parametrize("objective", ["endpoint", "reflow"])

@@ -102,8 +102,8 @@ ONE_LINE_ERRORS = [  # what is added to SMALL, the line of the mistake below it,
         '"a.b\\n" = 1',
         1,
         'train."a.b\\n": unknown key, known here: objective, scales, min_snr, huber, lpips, steps, batch, micro_batch, lr, '
-        "schedule, warmup, lr_floor, optimizer, betas, weight_decay, max_grad_norm, spike, precision, exact, gradient_checkpointing, "
-        "offload_activations, compile, attention",
+        "schedule, warmup, lr_floor, optimizer, betas, weight_decay, max_grad_norm, spike, precision, exact, "
+        "gradient_checkpointing, offload_activations, compile, attention",
     ),
     ("[log]\nwandb = 0", 2, "log.wandb: expects true or false, got the integer 0"),
     ("warmup = 10", 1, "train.warmup: 10 leaves no step of the 10 at the full rate"),
