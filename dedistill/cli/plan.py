@@ -100,9 +100,10 @@ def _numbers(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[st
     facts |= numbers
     say("\n".join(f"{key:12} {value:,}" for key, value in numbers.items()))
     spec = get_spec(recipe.model.family, recipe.where("model.family"))
-    if note := shifts(recipe, lambda: spec.shift(recipe.model)):
-        facts["notes"] = [note]
-        say(f"{'note':12} {note}")
+    lpips = "train.lpips: its network, and decoding with gradients, are not in the memory and time below"
+    if notes := [*filter(None, [shifts(recipe, lambda: spec.shift(recipe.model)), lpips if recipe.train.lpips else ""])]:
+        facts["notes"] = notes
+        say("\n".join(f"{'note':12} {note}" for note in notes))
 
 
 def _inputs(recipe: Recipe, facts: Facts, refused: list[str], say: Callable[[str], None]) -> None:

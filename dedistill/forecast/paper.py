@@ -186,7 +186,7 @@ def on_paper(recipe: Recipe, processes: int = 1) -> Recipe:
     """``recipe`` with one micro-batch a step for each process, and without what needs files or images."""
     t = recipe.train
     tables = {
-        "train": {"steps": 10**9, "warmup": 0, "batch": make_plan(recipe).micro_batch * processes},
+        "train": {"steps": 10**9, "warmup": 0, "batch": make_plan(recipe).micro_batch * processes, "lpips": None},
         "timesteps": {"shift": 1.0},
         "sample": {"shift": 1.0, "guider": "cfg"},  # which may name blocks that the shorter networks measured do not have
         "data": {"caption_dropout": 0.0},

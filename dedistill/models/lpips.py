@@ -40,6 +40,8 @@ class Lpips(nn.Module):
             raise UserError(f"{source}: '{file}' cannot be read: {e}", 2) from e
         for name, tensor in found.items():
             self.register_buffer(name.replace(".", "/"), tensor.clone(), persistent=False)
+        for name, numbers in (("shift", SHIFT), ("scale", SCALE)):
+            self.register_buffer(name, torch.tensor(numbers).reshape(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """[B, 3, H, W] in about [-1, 1], both sides at least 16 pixels -> distances [B]; 0 where they are alike."""
@@ -53,8 +55,7 @@ class Lpips(nn.Module):
         return self.get_buffer(name.replace(".", "/"))
 
     def _seen(self, images: Tensor) -> Iterator[Tensor]:
-        shift, scale = (images.new_tensor(numbers).float().reshape(1, 3, 1, 1) for numbers in (SHIFT, SCALE))
-        x = (images.float() - shift) / scale
+        x = (images.float() - self._weight("shift")) / self._weight("scale")
         for i, layers in enumerate(self.layers):
             x = F.max_pool2d(x, 2) if i else x
             for layer in layers:

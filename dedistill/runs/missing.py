@@ -23,6 +23,7 @@ def missing_inputs(recipe: Recipe) -> list[str]:
     places = {key: path for key, path in models.items() if path and looks_local(path)}
     places |= {f"data.sets.{i}.path": images.path for i, images in enumerate(recipe.data.sets)}
     places |= {f"data.{key}": path for key in ("path", "pairs") if (path := getattr(recipe.data, key))}
+    places |= {"train.lpips": recipe.train.lpips} if recipe.train.lpips else {}
     gone = {key: path for key, path in places.items() if not Path(path).exists()}
     return [f"{recipe.where(key)}: {path}: no such {_kind(path)}{_way(recipe, key, path)}" for key, path in gone.items()]
 
