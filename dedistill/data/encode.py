@@ -35,8 +35,9 @@ from dedistill.models.image_prompts import parted
 from dedistill.models.model import adapted_layers, check_asked, sampled_shape
 from dedistill.models.registry import get_family, text_length
 from dedistill.recipe import Recipe
+from dedistill.recipe.data_tables import Data
 from dedistill.recipe.resolve import filled
-from dedistill.recipe.schema import Data, shift_in_numbers
+from dedistill.recipe.schema import shift_in_numbers
 
 # --- from a recipe's [data] table to a source ------------------------------------------------------------------------
 

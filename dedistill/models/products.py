@@ -33,13 +33,10 @@ FP8 = Format(torch.float8_e4m3fn, 448, torch.uint8, 16)
 are stored as integers, since gloo does not send it, and it would count as a float."""
 FORMATS = {"int8": INT8, "fp8": FP8}
 """By the names that recipes use."""
+FORMAT_OF = {format.stored: format for format in FORMATS.values()}
+"""By the type of a stored weight."""
 LEAST_ROWS = 32
 """torch's product of int8 on a card takes more than 16 rows."""
-
-
-def format_of(weight: Tensor) -> Format:
-    """Of a stored weight."""
-    return FP8 if weight.dtype == FP8.stored else INT8
 
 
 def encoded(value: Tensor, format: Format) -> Tensor:
@@ -55,7 +52,7 @@ class CodeProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: kernels.Saved, x: Tensor, stored: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(stored, scale)
-        format = format_of(stored)
+        format = FORMAT_OF[stored.dtype]
         tokens, steps = quantize_tokens(x.reshape(-1, x.shape[-1]), None, format)
         codes = stored.view(format.codes)
         out = scaled_product(tokens, codes.t(), steps, scale.flatten().float(), bias, x.dtype)
@@ -64,7 +61,7 @@ class CodeProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: kernels.Saved, grad: Tensor) -> tuple[Tensor, None, None, None]:
         stored, scale = ctx.saved_tensors
-        format = format_of(stored)
+        format = FORMAT_OF[stored.dtype]
         tokens, steps = quantize_tokens(grad.reshape(-1, grad.shape[-1]), scale.flatten().float(), format)
         out = scaled_product(tokens, stored.view(format.codes), steps, None, None, grad.dtype)
         return out.view(*grad.shape[:-1], stored.shape[1]), None, None, None
@@ -119,7 +116,7 @@ def _turned(codes: Tensor) -> Tensor:
 
 def fits(linear: nn.Linear) -> bool:
     """Whether torch can multiply its codes on a card."""
-    multiple = format_of(linear.weight).multiple
+    multiple = FORMAT_OF[linear.weight.dtype].multiple
     return linear.in_features % multiple == 0 == linear.out_features % multiple
 
 

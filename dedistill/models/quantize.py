@@ -17,7 +17,7 @@ import dedistill.kernels as kernels
 from dedistill.adapters.targets import matching
 from dedistill.errors import UserError
 from dedistill.io.safetensors import tensors_sha256
-from dedistill.models.products import FORMATS, FP8, INT8, CodeProducts, Format, check_products, encoded, fits, format_of
+from dedistill.models.products import FORMAT_OF, FORMATS, FP8, INT8, CodeProducts, Format, check_products, encoded, fits
 from dedistill.models.swap import move_rest
 from dedistill.recipe import Recipe
 
@@ -32,7 +32,7 @@ def quantize_rows(weight: Tensor, format: Format = INT8) -> tuple[Tensor, Tensor
 
 def dequantized(stored: Tensor, scale: Tensor, *, again: bool = False) -> Tensor:
     """Codes [out, in] times scale [out, 1], in the scale's dtype. again: in backward, which keeps nothing of forward's."""
-    format = format_of(stored)
+    format = FORMAT_OF[stored.dtype]
     codes = stored.view(format.codes)
     ours = (codes.device, "int8") in kernels.proven and (format is INT8 or kernels.has_fp8(codes.device))
     if ours and not torch.compiler.is_compiling():
@@ -127,7 +127,7 @@ class Codes(Quantizer):
         return QuantizedLinear.of(linear, self.format)
 
     def made(self, module: nn.Module) -> bool:
-        return isinstance(module, QuantizedLinear) and format_of(module.weight) is self.format
+        return isinstance(module, QuantizedLinear) and FORMAT_OF[module.weight.dtype] is self.format
 
     def dense(self, linear: nn.Linear) -> Tensor:
         return cast(QuantizedLinear, linear).dequantized()

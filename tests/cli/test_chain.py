@@ -198,14 +198,15 @@ def test_a_plan_of_a_chain_counts_pairs_visits_and_days(tmp_path, monkeypatch, c
 def test_requests_to_stop_are_heard_where_a_shell_has_sigint_ignored(chain, number):
     """As for what a script begins in the background. Of nohup's SIGHUP nothing is heard."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
     with pytest.raises(UserError, match="stopped; continue with: again"), running(load_chain("mine"), [], "again"):
         os.kill(os.getpid(), number)
         time.sleep(5)
     assert signal.signal(signal.SIGINT, before) == signal.SIG_IGN
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with running(load_chain("mine"), [], "again"):
         os.kill(os.getpid(), signal.SIGHUP)
-    signal.signal(signal.SIGHUP, hangup)
+    signal.signal(signal.SIGHUP, outside)
 
 
 @pytest.mark.parametrize("until", [pytest.param("teacher/metrics.jsonl", marks=pytest.mark.slow), "pairs/00003.tar"])

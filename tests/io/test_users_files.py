@@ -322,8 +322,9 @@ def test_a_tilde_is_the_home_folder_in_recipes_and_on_command_lines(tmp_path, mo
 
 
 def test_every_place_in_a_recipe_knows_the_home_folder(monkeypatch):
+    from dedistill.recipe.data_tables import Data, ImageSet
     from dedistill.recipe.model_tables import Model
-    from dedistill.recipe.schema import Data, ImageSet, Run
+    from dedistill.recipe.schema import Run
 
     monkeypatch.setenv("HOME", "/home/me")
     places = [

@@ -13,9 +13,10 @@ from test_run import run, same, weights
 from dedistill.errors import UserError
 from dedistill.models.pixel_flux import SPEC
 from dedistill.recipe import Recipe, load_recipe
+from dedistill.recipe.data_tables import Data
 from dedistill.recipe.fields import Default
 from dedistill.recipe.model_tables import Adapter
-from dedistill.recipe.schema import Data, Timesteps, Train, Validate
+from dedistill.recipe.schema import Timesteps, Train, Validate
 from dedistill.runs.directory import FREE_TO_CHANGE, RunDirectory, flat
 from dedistill.train import main
 
