@@ -247,7 +247,7 @@ def objective(batch: int, seed: int = 0) -> Objective:
     """The real objective over the digits, from the few recipe values it reads."""
     recipe = SimpleNamespace(
         run=SimpleNamespace(seed=seed),
-        train=SimpleNamespace(objective="flow", batch=batch, huber=None),
+        train=SimpleNamespace(objective="flow", batch=batch, huber=None, lpips=None),
         data=SimpleNamespace(caption_dropout=0.1, image_dropout=None),
         timesteps=Timesteps(density="beta", **BETA),
     )
