@@ -57,6 +57,7 @@ def test_a_card_is_shown_what_fits_it(capsys, teacher_recipe):
     assert "nothing fits 0.61 GB" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_a_recipe_leaves_open_is_shown_for_a_card(planned, adapter_recipe):
     """One that has room for nothing, and those of the table, which have room for all."""
     auto = [word for key in ("base.swap=auto", "train.gradient_checkpointing=auto") for word in ("--set", key)]
@@ -65,6 +66,7 @@ def test_what_a_recipe_leaves_open_is_shown_for_a_card(planned, adapter_recipe):
     assert {(c["swap"], c["gradient_checkpointing"]) for c in facts["cards"]} == {(0, False)}
 
 
+@pytest.mark.slow
 def test_each_of_several_gpus(planned, capsys, adapter_recipe):
     """Those that train the recipe in categories, the others with the reason that a start gives; of ZeRO-3 nothing is known."""
     code, facts, _ = planned(adapter_recipe, "--gpus", "4", "--set", "train.batch=4")

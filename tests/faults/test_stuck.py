@@ -85,7 +85,7 @@ def _stuck(given: list[str], how: str) -> int:
     [
         ("asleep", RUN_AGAIN, "in step 4, while training"),
         ("loading", RUN_AGAIN, "in step 3, while waiting for data"),  # made together with what step 4 gets
-        ("holding the interpreter", -signal.SIGKILL, "in step 4, while training"),
+        pytest.param("holding the interpreter", -signal.SIGKILL, "in step 4, while training", marks=pytest.mark.slow),
     ],
 )
 def test_a_process_that_hangs_ends_with_its_stacks(recipe, tmp_path, how, code, seen):
@@ -98,7 +98,7 @@ def test_a_process_that_hangs_ends_with_its_stacks(recipe, tmp_path, how, code, 
     assert "test_stuck.py" in stacks and "trainer.py" in stacks
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_is_stopped_takes_all_with_it(recipe, tmp_path, rank):
     """SIGSTOP, not SIGKILL: no connection breaks."""
     given = arguments(recipe, tmp_path / "run", *SETTINGS, "train.steps=100000")

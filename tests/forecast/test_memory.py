@@ -23,7 +23,7 @@ def test_the_peak_of_a_step_is_what_the_profiler_measures(setting):
     assert row.forecast == pytest.approx(row.measured, rel=0.03)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "SD 1.5, LoRA" else n for n in FAMILIES])
 def test_the_peak_of_other_families_is_what_the_profiler_measures(name, tmp_path):
     """U-Nets, whose convolutions have adapters, too, and SD3."""
     row = compared_family(name, tmp_path)

@@ -271,5 +271,6 @@ def test_a_model_that_cannot_be_told_images(image_recipe, teacher_recipe, folder
         build_model(load_recipe(teacher_recipe, [f"model.image_prompts={folder}"]))
 
 
+@pytest.mark.slow
 def test_rehearsal(recipe_file):
     assert main(["rehearse", str(recipe_file)]) == 0

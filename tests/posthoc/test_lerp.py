@@ -210,7 +210,7 @@ print(status("VmHWM") - before)
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_memory_stays_below_one_snapshot(tmp_path, monkeypatch):
     """Five averages of five snapshots of 32 MB, in a process of its own, whose memory grows by less than one of them."""
     monkeypatch.setattr("os.fsync", lambda file: None)  # only to be quick

@@ -211,6 +211,7 @@ def test_a_held_key_shows_a_for_as_long(open_page):
     assert viewer_shows(page) == b
 
 
+@pytest.mark.slow
 def test_blinking_starts_only_where_motion_is_wanted(open_page):
     """It flips by itself, ends with Escape, and is not offered to whom asked for less motion."""
     page = open_page("story")

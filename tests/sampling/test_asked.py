@@ -37,6 +37,7 @@ def test_previews_and_meters_use_it(asked):
     assert meters[0]["few_step_gap"] != meters[1]["few_step_gap"] and meters[0]["guidance_gap"] == meters[1]["guidance_gap"]
 
 
+@pytest.mark.slow
 def test_a_sweep_uses_each_recipe_s_own_or_the_one_it_is_told(asked, tmp_path):
     recipes = [str(recipe) for recipe, _ in asked.values()]
     common = ["--set", "run.name=a", "--prompts", "16", "--cfg", "3"]

@@ -54,6 +54,7 @@ def assert_same(a: Path, b: Path) -> None:
 # -- the same training -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_exact_weights_are_bit_equal_and_continue_anywhere(adapter_recipe, tmp_path):
     """A base in parts on 2, a whole one on 1, parts on 3 unevenly, against one process."""
     settings = (*FEW, "train.exact=true")
@@ -89,6 +90,7 @@ def test_every_kind_of_base_and_adapter(adapter_recipe, tmp_path, settings, size
     assert_same(shard(size, adapter_recipe, tmp_path / "s", *settings), train(1, adapter_recipe, tmp_path / "alone", *settings))
 
 
+@pytest.mark.slow
 def test_flux_with_buckets_masks_and_previews(image_recipe, tmp_path):
     """Images of two sizes, captions of mixed lengths, 4 slots on 3 processes; previews need all of them."""
     settings = ["train.exact=true", "base.quant=int8", "data.resolutions=[48, 64]", "data.max_upscale=2", "train.steps=2"]
@@ -140,6 +142,7 @@ def _poisoned_company(arguments: list[str]) -> int:
     return code
 
 
+@pytest.mark.slow
 def test_passes_for_company_change_nothing(adapter_recipe, tmp_path):
     """4 slots on 3 processes: two of them run a pass for nothing in each step. NaN in it reaches no weight and no loss."""
     settings = (*FEW, "train.batch=4", "train.steps=2", "train.micro_batch=1")

@@ -34,6 +34,7 @@ def six_blocks(image_recipe, tiny_flux, tmp_path):
     return image_recipe
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_goes_on_is_that_of_a_whole_base(six_blocks, tmp_path, monkeypatch):
     """Validated and previewed at every step; it goes on with more blocks, and their number is no reason to refuse."""
     settings = [*PREVIEW, "preview.every=1", "train.steps=3", "validate.every=1", "train.micro_batch=2"]
@@ -100,6 +101,7 @@ def test_two_processes(tmp_path, kind):
     assert (plain / "metrics.jsonl").read_bytes() == (swapped / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_zero2_whose_base_is_whole(adapter_recipe, tmp_path):
     recipe = tmp_path / "new.toml"
     recipe.write_text("".join(line for line in adapter_recipe.read_text().splitlines(True) if not line.startswith("path")))

@@ -89,7 +89,7 @@ def _noting(given: list[str]) -> int:
     return main(given)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, slow(3)])
 def test_from_two_processes_to_one_to_three(adapter_recipe, tmp_path, stage):
     """ZeRO on 2, plain on 1, ZeRO on 3, by resume, against one process: questions and learning rates to the
     bit, weights and moments to TOLERANCE; each process held its share alone, int8 as int8."""
