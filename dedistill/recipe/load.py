@@ -145,7 +145,8 @@ def _take_own_places(draft: Draft, own: dict[str, Any], file: Path) -> None:
     places = {"run.out": f"runs/{file.stem}"}
     if "name" not in _table(own, "run"):
         places["run.name"] = name
-    if isinstance(data, dict) and "cache" in data and "cache" not in _table(own, "data"):
+    # one that trains on something else now encodes nothing: the inherited key is dropped as others without effect are
+    if isinstance(data, dict) and data.get("source") == "pictures" and "cache" in data and "cache" not in _table(own, "data"):
         places["data.cache"] = f"cache/{file.stem}"
     for key, value in places.items():
         table, _, last = key.partition(".")

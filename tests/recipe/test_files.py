@@ -209,6 +209,16 @@ def test_a_recipe_never_writes_into_the_run_of_the_one_it_extends(tmp_path, monk
 
 
 @pytest.mark.parametrize(
+    "data", ['source = "pairs"\npath = "p"\ncaption_dropout = 0.0\n[train]\nobjective = "reflow"\n', 'source = "digits"\n']
+)
+def test_a_recipe_that_trains_on_something_else_has_no_cache(tmp_path, data):
+    timesteps = '[timesteps]\ndensity = "uniform"\nshift = 1.0\n'
+    (tmp_path / "mine.toml").write_text(f'extends = "dedistill:flux_lora"\n{timesteps}[data]\n{data}')
+    recipe = load_recipe(tmp_path / "mine.toml")
+    assert recipe.data.cache is None and recipe.run.out == "runs/mine"
+
+
+@pytest.mark.parametrize(
     ("text", "settings", "kept"),
     [
         ("", [], True),
