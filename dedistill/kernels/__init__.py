@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-KERNELS = ("int8", "kahan", "kronecker", "products")
+KERNELS = ("codes", "kahan", "kronecker", "products")
 """Modules of this folder in Triton. Each, as attention.py, has ``distance(device)``: how far it is from torch, relative to the
 result."""
 FAR = 1e-2

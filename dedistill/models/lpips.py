@@ -15,6 +15,8 @@ SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 """VGG-16's convolutions between its poolings, as its own numbers call them; after each slice images are compared."""
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """Mean and deviation of ImageNet's pixels, for pixels in [-1, 1]."""
+LEAST = 1 << (len(SLICES) - 1)
+"""Pixels of the shorter side, of which the poolings leave one."""
 _MAKE = (
     "make it once where the package lpips is: safetensors.torch.save_file({k: v.clone() for k, v in "
     "lpips.LPIPS(net='vgg').state_dict().items()}, FILE)"
@@ -27,6 +29,7 @@ class Lpips(nn.Module):
     def __init__(self, file: Path, source: str):
         """source: the recipe's key, for messages. Raises UserError for a file that is missing, cut, or another network's."""
         super().__init__()
+        self.source = source
         self.layers = [[f"net.slice{i}.{n}" for n in layers] for i, layers in enumerate(SLICES, 1)]
         self.heads = [f"lin{i}.model.1.weight" for i in range(len(SLICES))]
         opened = open_weights(file, source)
@@ -44,7 +47,9 @@ class Lpips(nn.Module):
             self.register_buffer(name, torch.tensor(numbers).reshape(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """[B, 3, H, W] in about [-1, 1], both sides at least 16 pixels -> distances [B]; 0 where they are alike."""
+        """[B, 3, H, W] in about [-1, 1] -> distances [B]; 0 where they are alike. Raises UserError for sides below LEAST."""
+        if min(images.shape[-2:]) < LEAST:
+            raise UserError(f"{self.source}: images of {images.shape[-1]} x {images.shape[-2]} pixels; LPIPS needs {LEAST}", 2)
         total = images.new_zeros(len(images), dtype=torch.float32)
         for head, ours, theirs in zip(self.heads, self._seen(images), self._seen(others)):
             differences = (_unit(ours) - _unit(theirs)).square()

@@ -34,9 +34,9 @@ def dequantized(stored: Tensor, scale: Tensor, *, again: bool = False) -> Tensor
     """Codes [out, in] times scale [out, 1], in the scale's dtype. again: in backward, which keeps nothing of forward's."""
     format = FORMAT_OF[stored.dtype]
     codes = stored.view(format.codes)
-    ours = (codes.device, "int8") in kernels.proven and (format is INT8 or kernels.has_fp8(codes.device))
+    ours = (codes.device, "codes") in kernels.proven and (format is INT8 or kernels.has_fp8(codes.device))
     if ours and not torch.compiler.is_compiling():
-        from dedistill.kernels.int8 import dequantize
+        from dedistill.kernels.codes import dequantize
 
         return dequantize(codes, scale)
     # a compiler would take equal terms of both passes for one, and keep it between them: twice what the base takes

@@ -12,6 +12,8 @@ class Traits:
     """It trains on stored pairs; otherwise on data."""
     mixes: bool = False
     """It also trains on images, which have no noise of their own, among the pairs."""
+    lpips: bool = False
+    """Its loss is that of the image which one step reaches, and so can have LPIPS added (train.lpips)."""
     own_sigmas: str = ""
     """Where its sigmas come from, where that is not [timesteps], which then has no effect."""
     points: bool = False
@@ -31,14 +33,16 @@ PARTS = PAIRS, IMAGES = "pairs", "images"
 OBJECTIVES = {
     "flow": Traits("flow matching", caption_dropout=0.1),
     "distill": Traits("distillation", pairs=True, own_sigmas="the stored points", points=True),
-    "reflow": Traits("reflow", pairs=True, mixes=True),
-    "grid": Traits("distillation at the sampler's levels", pairs=True, own_sigmas="the sampler's own levels", points=True),
+    "reflow": Traits("reflow", pairs=True, mixes=True, lpips=True),
+    "grid": Traits(
+        "distillation at the sampler's levels", pairs=True, lpips=True, own_sigmas="the sampler's own levels", points=True
+    ),
     "features": Traits(
         "regression to the end point by features", pairs=True, own_sigmas="pure noise alone", points=True, teacher=True
     ),
     "halve": Traits("progressive halving", own_sigmas="the sampler's own levels", points=True, teacher=True),
     "guidance": Traits("guidance distillation", teacher=True, fed=True),
-    "endpoint": Traits("regression to the end point", pairs=True, own_sigmas="pure noise alone", points=True),
+    "endpoint": Traits("regression to the end point", pairs=True, lpips=True, own_sigmas="pure noise alone", points=True),
     "rectified_diffusion": Traits(
         "rectified diffusion", pairs=True, mixes=True, own_sigmas="the model's own schedule", diffusion=True
     ),

@@ -165,7 +165,6 @@ def _pairs_rules(r: Recipe) -> list[Clash]:
     return found
 
 
-_WITH_LPIPS = ("reflow", "grid", "endpoint")
 _KEYS_OF_DENSITIES = {
     "alpha": ("beta", "u_shaped"),
     "beta": ("beta",),
@@ -215,8 +214,9 @@ def _training_rules(r: Recipe) -> list[Clash]:
     if t.min_snr is not None and not OBJECTIVES[t.objective].diffusion:
         message = "has no effect but with a model's own loss: objective = 'diffusion' or 'rectified_diffusion'"
         found.append(_idle("train.min_snr", message, "train.objective"))
-    if t.lpips is not None and t.objective not in _WITH_LPIPS:
-        message = f"has no effect but with objective = {' or '.join(map(repr, _WITH_LPIPS))}"
+    if t.lpips is not None and not OBJECTIVES[t.objective].lpips:
+        able = " or ".join(f"'{name}'" for name, traits in OBJECTIVES.items() if traits.lpips)
+        message = f"has no effect but with objective = {able}"
         found.append(_idle("train.lpips", message, "train.objective"))
     if t.scales is not None and not OBJECTIVES[t.objective].fed:
         found.append(_idle("train.scales", "has no effect but with objective = 'guidance'", "train.objective"))

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from dedistill.errors import UserError
 from dedistill.io.atomic import replace_file
 from dedistill.models.registry import is_hub_id, licence_for, published
-from dedistill.models.spec import ModelSpec
+from dedistill.models.spec import ModelSpec, Published
 from dedistill.recipe.embedded import read_recipe
 from dedistill.release.headers import guidance_fact, public_facts, recipes_of, source_name, source_of
 
@@ -34,19 +34,8 @@ def write_card(
 
     Raises UserError when network or provenance contradict the base, or the licence is not the user's to choose.
     """
-    if base and not is_hub_id(base):
-        raise UserError(
-            f"--base {base}: not a hub id; a card names the published model, such as black-forest-labs/FLUX.1-schnell", 2
-        )
-    origin = source_of(facts) or source
-    recorded = published(spec, origin, config)
-    claimed = published(spec, base, config) if base else None
-    if claimed and recorded and claimed != recorded:
-        # by its shape alone it may be any of that shape
-        alike = (claimed.sizes, claimed.licence) == (recorded.sizes, recorded.licence)
-        if published(spec, origin, {}) or not alike:
-            raise UserError(f"--base {base}: this model goes back to {recorded.id}", exit_code=2)
-    known, name = claimed or recorded, base or (recorded.id if recorded else None)
+    known = _base_of(config, spec, source_of(facts) or source, base)
+    name = base or (known.id if known else None)
     public = public_facts(facts)
     merges = public.get("merges", [])
     terms = licence_for(known, licence, spec, recipes_of(facts))
@@ -80,6 +69,22 @@ def write_card(
         merges=[{"kept": 1 - m.get("lost", 0.0)} | m | {"training": _training(read_recipe(m["recipe"]))} for m in merges],
     )
     replace_file(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")).encode())
+
+
+def _base_of(config: dict[str, Any], spec: ModelSpec, origin: str, base: str | None) -> Published | None:
+    """The published model that one with ``config``, made from ``origin``, goes back to. base: which one the user says it is."""
+    if base and not is_hub_id(base):
+        raise UserError(
+            f"--base {base}: not a hub id; a card names the published model, such as black-forest-labs/FLUX.1-schnell", 2
+        )
+    recorded = published(spec, origin, config)
+    claimed = published(spec, base, config) if base else None
+    if claimed and recorded and claimed != recorded:
+        # by its shape alone it may be any of that shape
+        alike = (claimed.sizes, claimed.licence) == (recorded.sizes, recorded.licence)
+        if published(spec, origin, {}) or not alike:
+            raise UserError(f"--base {base}: this model goes back to {recorded.id}", exit_code=2)
+    return claimed or recorded
 
 
 def _template(package: str, name: str) -> Template:

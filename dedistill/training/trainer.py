@@ -346,21 +346,21 @@ TOGETHER = 4
 
 def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
     """``items``, ``TOGETHER`` of them made by a thread while those before are in use. Errors come in their item's place."""
-
-    def make() -> tuple[list[Item], Exception | None]:
-        made: list[Item] = []
-        try:
-            made.extend(islice(items, TOGETHER))  # keeps what came before an error
-        except Exception as e:
-            return made, e
-        return made, None
-
     with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
-        coming, error = pool.submit(make), None
+        coming, error = pool.submit(_make, items), None
         while error is None:
             made, error = coming.result()
             if not made and error is None:
                 return
-            coming = pool.submit(make)
+            coming = pool.submit(_make, items)
             yield from made
         raise error
+
+
+def _make(items: Iterator[Item]) -> tuple[list[Item], Exception | None]:
+    made: list[Item] = []
+    try:
+        made.extend(islice(items, TOGETHER))  # keeps what came before an error
+    except Exception as e:
+        return made, e
+    return made, None

@@ -11,7 +11,7 @@ import triton.runtime.interpreter as interpreter
 
 import dedistill.kernels as kernels
 from dedistill.kernels import products
-from dedistill.kernels.int8 import dequantize
+from dedistill.kernels.codes import dequantize
 from dedistill.kernels.kronecker import AddMixed, FusedMixed
 from dedistill.models.products import FORMATS, encoded, quantize_tokens, scaled_product
 from dedistill.training.optim import KahanAdamW

@@ -30,7 +30,7 @@ BUILD = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dedistill.kernels import int8, kahan, kronecker, products
+from dedistill.kernels import codes, kahan, kronecker, products
 
 bf16 = lambda *names: dict.fromkeys(names, "*bf16")
 whole = lambda *names: dict.fromkeys(names, "i32")
@@ -39,7 +39,7 @@ sides = {"P": 4, "A": 4}
 scales = {"a": "*i8", "b": "*i8", "rows": "*fp32", "columns": "*fp32", **bf16("bias", "out"), **whole("m", "n")}
 tile = {"K": 3072, "ROWS": products.ROWS, "COLUMNS": products.COLUMNS, "DEPTH": products.DEPTH}
 kernels = [
-    (int8._dequantize, {"codes": "*i8", **bf16("scale", "out"), **whole("numel", "columns")}, {"BLOCK": int8.BLOCK}),
+    (codes._dequantize, {"codes": "*i8", **bf16("scale", "out"), **whole("numel", "columns")}, {"BLOCK": codes.BLOCK}),
     (kronecker._forward, {**bf16("base", "first", "groups", "out"), **whole("q")}, sides | {"COLUMNS": 512}),
     (kronecker._backward, {**bf16("grad", "first", "groups", "of_groups"), "parts": "*fp32", **whole("rows", "q")},
      sides | {"ROWS": kronecker.ROWS, "COLUMNS": kronecker.COLUMNS}),
@@ -53,7 +53,7 @@ kernels = [
 fp8 = [
     (products._quantize, {**bf16("x"), "factor": "*fp32", "codes": "*fp8e4nv", "scale": "*fp32", **whole("n"),
      **number("largest")}, {"FACTOR": True, "WHOLE": False, "BLOCK": 16384}),
-    (int8._dequantize, {"codes": "*fp8e4nv", **bf16("scale", "out"), **whole("numel", "columns")}, {"BLOCK": int8.BLOCK}),
+    (codes._dequantize, {"codes": "*fp8e4nv", **bf16("scale", "out"), **whole("numel", "columns")}, {"BLOCK": codes.BLOCK}),
 ]
 for card in (80, 89, 90, 120):
     for kernel, types, constants in kernels + (fp8 if card >= 89 else []):
@@ -86,12 +86,12 @@ def test_a_kernel_that_is_wrong_or_cannot_be_made_is_not_used(monkeypatch):
         (broken, "fails with RuntimeError: ptxas fatal"),
     ):
         monkeypatch.setattr(kernels, "import_module", lambda name, d=distance: SimpleNamespace(distance=d))
-        assert kernels._problem(torch.device("cpu"), "int8") == problem
+        assert kernels._problem(torch.device("cpu"), "codes") == problem
     monkeypatch.setattr(kernels, "import_module", lambda name: SimpleNamespace(distance=lambda device: float("nan")))
-    assert kernels._problem(torch.device("cpu"), "int8") == "is nan from torch's result"
+    assert kernels._problem(torch.device("cpu"), "codes") == "is nan from torch's result"
 
 
 def test_nothing_is_tried_without_a_gpu(monkeypatch):
     monkeypatch.setattr(kernels, "import_module", None)
     kernels.prove("cpu")
-    assert (torch.device("cpu"), "int8") not in kernels.proven
+    assert (torch.device("cpu"), "codes") not in kernels.proven

@@ -89,6 +89,11 @@ def test_gradients_are_finite_where_nothing_is_seen(weights):
     assert a.grad.isfinite().all() and not any(p.requires_grad for p in made.parameters())
 
 
+def test_images_are_large_enough(weights):
+    with pytest.raises(UserError, match=r"^train\.lpips: images of 16 x 15 pixels"):
+        Lpips(weights, "train.lpips")(images(0, 1, 3, 15, 16), images(1, 1, 3, 15, 16))
+
+
 def test_another_file_is_refused_by_name(weights, tmp_path):
     with pytest.raises(UserError, match=r"^train\.lpips: '.*none\.safetensors' cannot be read"):
         Lpips(tmp_path / "none.safetensors", "train.lpips")

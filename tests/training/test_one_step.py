@@ -11,7 +11,7 @@ from dedistill.train import main
 from dedistill.training.trainer import Trainer
 
 PACKAGE = Path(dedistill.__file__).parent
-LIMITS = {"flux_recipe": (18, 78), "teacher_recipe": (19, 67)}
+LIMITS = {"flux_recipe": (18, 79), "teacher_recipe": (19, 68)}
 """Files and functions."""
 FLUX = """
 [base]
